@@ -1,0 +1,149 @@
+//! How the three connections are: written by those who keep them, read by everybody.
+
+use std::collections::BTreeMap;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use tokio::sync::watch;
+
+use super::{Down, Health};
+
+/// One of the three connections. Acknowledgements have one of their own, since a broker under an alarm stops reading
+/// from every connection that publishes; and so has control, which a long queue of publishes must not delay.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Link {
+    Publish,
+    Control,
+    Consume,
+}
+
+impl Link {
+    /// The word in the connection's name.
+    pub(super) fn word(self) -> &'static str {
+        match self {
+            Link::Publish => "publish",
+            Link::Control => "control",
+            Link::Consume => "consume",
+        }
+    }
+}
+
+/// The board that all of this is written on.
+#[derive(Debug)]
+pub(super) struct Board {
+    state: Mutex<State>,
+    health_tx: watch::Sender<Health>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    links: [LinkState; 3],
+    /// What cannot be declared or consumed, by its name.
+    problems: BTreeMap<String, String>,
+}
+
+#[derive(Debug, Default)]
+struct LinkState {
+    is_needed: bool,
+    up_since: Option<Instant>,
+    blocked: Option<String>,
+    error: Option<String>,
+}
+
+impl Board {
+    pub(super) fn new() -> Self {
+        Board { state: Mutex::default(), health_tx: watch::Sender::new(Health::default()) }
+    }
+
+    /// This program cannot do without that connection.
+    pub(super) fn need(&self, link: Link) {
+        self.change(|state| state.links[link as usize].is_needed = true);
+    }
+
+    pub(super) fn up(&self, link: Link) {
+        self.change(|state| {
+            let link = &mut state.links[link as usize];
+            *link = LinkState { is_needed: link.is_needed, up_since: Some(Instant::now()), blocked: None, error: None };
+        });
+    }
+
+    /// The connection is gone or did not come about. Without an error it was closed on purpose. The log says the same
+    /// thing only once, however long the broker is away.
+    pub(super) fn down(&self, link: Link, error: Option<String>) {
+        self.change(|state| {
+            let word = link.word();
+            let link = &mut state.links[link as usize];
+            if let Some(error) = error.as_ref().filter(|&error| link.error.as_ref() != Some(error)) {
+                tracing::warn!(connection = word, "broker: {error}");
+            }
+            *link = LinkState { is_needed: link.is_needed, up_since: None, blocked: None, error };
+        });
+    }
+
+    /// The broker takes no messages from this connection, or takes them again.
+    pub(super) fn block(&self, link: Link, reason: Option<String>) {
+        self.change(|state| state.links[link as usize].blocked = reason);
+    }
+
+    /// Something that has a name cannot be used, or can be used again.
+    pub(super) fn problem(&self, name: &str, problem: Option<String>) {
+        self.change(|state| match problem {
+            Some(problem) => {
+                if state.problems.insert(name.to_owned(), problem.clone()).as_ref() != Some(&problem) {
+                    tracing::error!(name, "{problem}");
+                }
+            }
+            None => {
+                state.problems.remove(name);
+            }
+        });
+    }
+
+    /// For how long the connection has been open.
+    pub(super) fn up_for(&self, link: Link) -> Option<Duration> {
+        self.lock().links[link as usize].up_since.map(|since| since.elapsed())
+    }
+
+    /// Why nothing can be published over this connection at the moment.
+    pub(super) fn refusal(&self, link: Link) -> Option<Down> {
+        let state = self.lock();
+        let link = &state.links[link as usize];
+        match (&link.blocked, link.up_since) {
+            (Some(reason), _) => Some(Down(format!("broker blocks publishers: memory or disk alarm ({reason})"))),
+            (None, None) => Some(Down(link.error.clone().unwrap_or_else(|| "not connected".to_owned()))),
+            (None, Some(_)) => None,
+        }
+    }
+
+    pub(super) fn watch(&self) -> watch::Receiver<Health> {
+        self.health_tx.subscribe()
+    }
+
+    fn change(&self, change: impl FnOnce(&mut State)) {
+        let health = {
+            let mut state = self.lock();
+            change(&mut state);
+            state.health()
+        };
+        self.health_tx.send_if_modified(|old| {
+            let is_new = *old != health;
+            *old = health;
+            is_new
+        });
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    fn health(&self) -> Health {
+        let error = self.links.iter().find_map(|link| link.error.clone());
+        Health {
+            connected: self.links.iter().all(|link| !link.is_needed || link.up_since.is_some()),
+            blocked: self.links.iter().any(|link| link.blocked.is_some()),
+            last_error: error.or_else(|| self.problems.values().next().cloned()),
+        }
+    }
+}

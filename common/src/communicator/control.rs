@@ -1,0 +1,435 @@
+//! The connection for control: requests and their answers, pings, broadcasts, and the worker's own queue.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use futures_util::future::BoxFuture;
+use futures_util::stream::FuturesUnordered;
+use futures_util::{FutureExt, StreamExt};
+use lapin::options::{
+    BasicAckOptions, BasicConsumeOptions, BasicPublishOptions, BasicQosOptions, ConfirmSelectOptions,
+    QueueDeclareOptions,
+};
+use lapin::types::FieldTable;
+use lapin::{Channel, Connection, Consumer};
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::{Instant, sleep, timeout};
+
+use super::board::{Board, Link};
+use super::envelope::{BROADCAST_EXCHANGE, DIRECT_REPLY, Envelope, bad_queue_name, short, task_queue};
+use super::link::{ANSWER_LIMIT, Backoff, Dial, close, is_absent, reason};
+use super::publish::{Job, bury};
+use super::topology::{BASE, Item, ensure};
+use super::{ControlRequest, Down, ReplyTo, RequestError};
+use crate::message::{Encoding, Reply, SIZE_BYTES_MAX};
+
+/// Requests on their way to the worker. More wait in its queue on the broker, and go with it.
+const PREFETCH: u16 = 64;
+
+/// Publishes, pings and depths under way at once; more wait in the channel, whose senders wait then.
+const N_UNDER_WAY_MAX: usize = 256;
+
+/// From so many open requests on, those whose asker has given up are swept out before the next one.
+const N_REQUESTS_BEFORE_SWEEP: usize = 64;
+
+/// What the control connection can be asked for.
+pub(super) enum Ask {
+    Request { queue: String, envelope: Envelope, done: oneshot::Sender<Result<Reply, RequestError>> },
+    Ping { queue: String, envelope: Envelope, done: oneshot::Sender<Result<bool, Down>> },
+    Reply { to: ReplyTo, body: Vec<u8>, done: oneshot::Sender<Result<(), Down>> },
+    Broadcast { envelope: Envelope, done: oneshot::Sender<Result<(), Down>> },
+    Depth { queue: String, done: oneshot::Sender<Result<u64, Down>> },
+}
+
+impl Ask {
+    fn refuse(self, down: Down) {
+        // Whoever has stopped waiting needs no answer.
+        match self {
+            Ask::Request { done, .. } => drop(done.send(Err(down.into()))),
+            Ask::Ping { done, .. } => drop(done.send(Err(down))),
+            Ask::Reply { done, .. } | Ask::Broadcast { done, .. } => drop(done.send(Err(down))),
+            Ask::Depth { done, .. } => drop(done.send(Err(down))),
+        }
+    }
+}
+
+/// The ends of channels that this connection works on.
+pub(super) struct Ends {
+    pub(super) own_queue: Option<String>,
+    pub(super) asks: mpsc::Receiver<Ask>,
+    pub(super) controls_tx: mpsc::Sender<ControlRequest>,
+    pub(super) publish_tx: mpsc::Sender<Job>,
+}
+
+/// Keeps the connection for ever, until it shall be closed.
+pub(super) async fn run(dial: Arc<Dial>, mut ends: Ends) {
+    let mut backoff = Backoff::new();
+    let mut has_failed = false;
+    loop {
+        let connection = tokio::select! {
+            connection = dial.connect(Link::Control) => connection,
+            () = dial.close.cancelled() => break,
+            () = refuse(&mut ends.asks, &dial.board), if has_failed => break,
+        };
+        let error = match connection {
+            Ok(connection) => {
+                let since = Instant::now();
+                let outcome = session(&dial, &connection, &mut ends).await;
+                close(&connection).await;
+                backoff.lasted(since);
+                match outcome {
+                    Ok(()) => break,
+                    Err(error) => error,
+                }
+            }
+            Err(error) => error.to_string(),
+        };
+        has_failed = true;
+        dial.board.down(Link::Control, Some(error));
+        tokio::select! {
+            () = sleep(backoff.pause()) => {}
+            () = dial.close.cancelled() => break,
+            () = refuse(&mut ends.asks, &dial.board) => break,
+        }
+    }
+    dial.board.down(Link::Control, None);
+}
+
+/// Answers that the broker is not there, for as long as it is not; returns when nobody can ask any more.
+async fn refuse(asks: &mut mpsc::Receiver<Ask>, board: &Board) {
+    while let Some(ask) = asks.recv().await {
+        ask.refuse(board.refusal(Link::Control).unwrap_or_else(|| Down("not connected".to_owned())));
+    }
+}
+
+/// What ends by itself: a publish for a request brings back the ids of what could not be routed.
+enum Step {
+    Nothing,
+    Published { request: Option<String>, outcome: Result<Option<String>, String> },
+}
+
+/// A request that arrived and waits for the worker to take it.
+type Arrived = (ControlRequest, lapin::Acker);
+
+struct Session<'a> {
+    dial: &'a Dial,
+    connection: &'a Connection,
+    channel: Channel,
+    /// By the request's id, which is also its correlation id.
+    requests: HashMap<String, (String, oneshot::Sender<Result<Reply, RequestError>>)>,
+    steps: FuturesUnordered<BoxFuture<'a, Step>>,
+    publish_tx: mpsc::Sender<Job>,
+}
+
+async fn session(dial: &Dial, connection: &Connection, ends: &mut Ends) -> Result<(), String> {
+    let mut ended = std::pin::pin!(dial.watch(Link::Control, connection, connection.events_listener()));
+    let prepare = prepare(dial, connection, ends.own_queue.as_deref());
+    let prepared = tokio::select! {
+        prepared = timeout(ANSWER_LIMIT, prepare) => prepared,
+        error = &mut ended => return Err(error),
+        () = dial.close.cancelled() => return Ok(()),
+    };
+    let (channel, mut replies, mut own) = match prepared {
+        Ok(prepared) => prepared?,
+        Err(_) => return Err(format!("no answer within {} s", ANSWER_LIMIT.as_secs())),
+    };
+    let publish_tx = ends.publish_tx.clone();
+    let steps = FuturesUnordered::new();
+    let mut session = Session { dial, connection, channel, requests: HashMap::new(), steps, publish_tx };
+    let mut arrived: Option<Arrived> = None;
+    dial.board.up(Link::Control);
+    let outcome = loop {
+        tokio::select! {
+            error = &mut ended => break Err(error),
+            Some(step) = session.steps.next() => if let Err(error) = session.on_step(step) {
+                break Err(error);
+            },
+            ask = ends.asks.recv(), if session.steps.len() < N_UNDER_WAY_MAX => match ask {
+                Some(ask) => session.on_ask(ask),
+                None => break Ok(()),
+            },
+            reply = replies.next() => match reply {
+                Some(Ok(reply)) => session.on_reply(reply),
+                Some(Err(error)) => break Err(reason(&error)),
+                None => break Err("the broker ended the consumer of replies".to_owned()),
+            },
+            request = next(&mut own), if arrived.is_none() => match request {
+                Some(Ok(delivery)) => arrived = session.on_arrival(delivery),
+                Some(Err(error)) => break Err(reason(&error)),
+                None => break Err("the worker's control queue was deleted".to_owned()),
+            },
+            room = ends.controls_tx.reserve(), if arrived.is_some() => {
+                if let (Ok(room), Some((request, acker))) = (room, arrived.take()) {
+                    room.send(request);
+                    session.ack(acker);
+                }
+            }
+            () = dial.close.cancelled() => break Ok(()),
+        }
+    };
+    if outcome.is_ok() {
+        // Replies that were given before the end are still sent.
+        while let Ok(ask) = ends.asks.try_recv() {
+            session.on_ask(ask);
+        }
+        let flush = async { while session.steps.next().await.is_some() {} };
+        let _ = timeout(ANSWER_LIMIT, flush).await;
+    }
+    session.fail_requests(outcome.as_ref().err().cloned().unwrap_or_else(|| "the communicator has ended".to_owned()));
+    outcome
+}
+
+/// Nothing ever arrives for a program without a queue of its own.
+async fn next(own: &mut Option<Consumer>) -> Option<lapin::Result<lapin::message::Delivery>> {
+    match own {
+        Some(consumer) => consumer.next().await,
+        None => std::future::pending().await,
+    }
+}
+
+async fn prepare(
+    dial: &Dial,
+    connection: &Connection,
+    own_queue: Option<&str>,
+) -> Result<(Channel, Consumer, Option<Consumer>), String> {
+    let fail = |error: lapin::Error| reason(&error);
+    // What of this cannot be declared stands on the board; replies work without it.
+    let _ = ensure(connection, &dial.board, &BASE).await;
+    let channel = connection.create_channel().await.map_err(fail)?;
+    channel.confirm_select(ConfirmSelectOptions::default()).await.map_err(fail)?;
+    let no_ack = BasicConsumeOptions { no_ack: true, ..BasicConsumeOptions::default() };
+    let tag = short(&format!("{} replies", dial.name));
+    let replies = channel.basic_consume(DIRECT_REPLY.into(), tag, no_ack, FieldTable::default()).await.map_err(fail)?;
+    let Some(queue) = own_queue else {
+        return Ok((channel, replies, None));
+    };
+    ensure(connection, &dial.board, &[Item::OwnQueue(queue.to_owned())]).await?;
+    let intake = connection.create_channel().await.map_err(fail)?;
+    intake.basic_qos(PREFETCH, BasicQosOptions::default()).await.map_err(fail)?;
+    let options = BasicConsumeOptions { exclusive: true, ..BasicConsumeOptions::default() };
+    let tag = short(&format!("{} control", dial.name));
+    let own = intake.basic_consume(short(queue), tag, options, FieldTable::default()).await.map_err(fail)?;
+    Ok((channel, replies, Some(own)))
+}
+
+impl<'a> Session<'a> {
+    fn on_ask(&mut self, ask: Ask) {
+        if let Some(down) = self.dial.board.refusal(Link::Control) {
+            return ask.refuse(down);
+        }
+        let connection = self.connection;
+        match ask {
+            Ask::Request { queue, envelope, done } => {
+                if self.requests.len() >= N_REQUESTS_BEFORE_SWEEP {
+                    self.requests.retain(|_, (_, done)| !done.is_closed());
+                }
+                let id = envelope.message_id.clone().expect("control messages have an id");
+                let reply_to = Some(DIRECT_REPLY.to_owned());
+                let envelope = Envelope { reply_to, correlation_id: Some(id.clone()), ..envelope };
+                let publish = publish(self.channel.clone(), "", queue.clone(), true, envelope);
+                self.requests.insert(id.clone(), (queue, done));
+                let step = async move { Step::Published { request: Some(id), outcome: publish.await } };
+                self.steps.push(step.boxed());
+            }
+            Ask::Ping { queue, envelope, done } => self.steps.push(
+                async move {
+                    let _ = done.send(limited(ping(connection, queue, envelope)).await);
+                    Step::Nothing
+                }
+                .boxed(),
+            ),
+            Ask::Reply { to, body, done } => {
+                let envelope = Envelope {
+                    correlation_id: to.correlation_id.clone(),
+                    ..Envelope::new("reply", to.encoding(), body)
+                };
+                self.publish_and_tell("", to.reply_to, envelope, done);
+            }
+            Ask::Broadcast { envelope, done } => {
+                self.publish_and_tell(BROADCAST_EXCHANGE, String::new(), envelope, done);
+            }
+            Ask::Depth { queue, done } => self.steps.push(
+                async move {
+                    let _ = done.send(limited(depth(connection, queue)).await);
+                    Step::Nothing
+                }
+                .boxed(),
+            ),
+        }
+    }
+
+    fn publish_and_tell(
+        &mut self,
+        exchange: &'static str,
+        key: String,
+        envelope: Envelope,
+        done: oneshot::Sender<Result<(), Down>>,
+    ) {
+        let publish = publish(self.channel.clone(), exchange, key, false, envelope);
+        let step = async move {
+            let outcome = publish.await;
+            let _ = done.send(outcome.as_ref().map(drop).map_err(|error| Down(error.clone())));
+            Step::Published { request: None, outcome }
+        };
+        self.steps.push(step.boxed());
+    }
+
+    /// A message that came back is found by its own id: lapin may have attached it to the confirm of another.
+    fn on_step(&mut self, step: Step) -> Result<(), String> {
+        let Step::Published { request, outcome } = step else { return Ok(()) };
+        match outcome {
+            Ok(None) => Ok(()),
+            Ok(Some(returned)) => {
+                if let Some((queue, done)) = self.requests.remove(&returned) {
+                    let _ = done.send(Err(RequestError::Unroutable(queue)));
+                }
+                Ok(())
+            }
+            Err(error) => {
+                if let Some((_, done)) = request.and_then(|id| self.requests.remove(&id)) {
+                    let _ = done.send(Err(Down(error.clone()).into()));
+                }
+                // A channel that has failed fails every request on it; a new connection is the plain remedy.
+                if self.channel.status().connected() { Ok(()) } else { Err(error) }
+            }
+        }
+    }
+
+    fn on_reply(&mut self, delivery: lapin::message::Delivery) {
+        let envelope = Envelope::from_amqp(&delivery.properties, delivery.data);
+        let request = envelope.correlation_id.as_ref().and_then(|id| self.requests.remove(id));
+        // An answer to nobody comes after its asker has given up.
+        let Some((_, done)) = request else { return };
+        let reply = Reply::decode(&envelope.body, envelope.encoding())
+            .unwrap_or_else(|error| Reply::refusal(format!("the answer cannot be read: {error}")));
+        let _ = done.send(Ok(reply));
+    }
+
+    fn on_arrival(&mut self, delivery: lapin::message::Delivery) -> Option<Arrived> {
+        let from_broadcast = delivery.exchange.as_str() == BROADCAST_EXCHANGE;
+        let envelope = Envelope::from_amqp(&delivery.properties, delivery.data);
+        match envelope.read_control() {
+            Ok(control) => Some((control_request(control, from_broadcast, &envelope), delivery.acker)),
+            Err(error) if from_broadcast => {
+                // The copy in `baton.control` is put aside by whoever takes it.
+                tracing::warn!("a broadcast cannot be read: {error}");
+                self.ack(delivery.acker);
+                None
+            }
+            Err(error) => {
+                self.refuse(envelope, error, delivery.acker);
+                None
+            }
+        }
+    }
+
+    /// Puts aside what cannot be read, and says so to whoever waits.
+    fn refuse(&mut self, envelope: Envelope, error: String, acker: lapin::Acker) {
+        tracing::warn!("a control message cannot be read: {error}");
+        let answer = envelope.reply_to().map(|to| {
+            let body = Reply::refusal(error.clone()).encode(to.encoding());
+            let answer =
+                Envelope { correlation_id: to.correlation_id.clone(), ..Envelope::new("reply", to.encoding(), body) };
+            publish(self.channel.clone(), "", to.reply_to, false, answer)
+        });
+        let publish_tx = self.publish_tx.clone();
+        let step = async move {
+            if bury(&publish_tx, envelope, error, "control queue").await.is_ok() {
+                let _ = acker.ack(BasicAckOptions::default()).await;
+            }
+            match answer {
+                Some(answer) => Step::Published { request: None, outcome: answer.await },
+                None => Step::Nothing,
+            }
+        };
+        self.steps.push(step.boxed());
+    }
+
+    fn ack(&mut self, acker: lapin::Acker) {
+        let step = async move {
+            let _ = acker.ack(BasicAckOptions::default()).await;
+            Step::Nothing
+        };
+        self.steps.push(step.boxed());
+    }
+
+    fn fail_requests(&mut self, error: String) {
+        for (_, (_, done)) in self.requests.drain() {
+            let _ = done.send(Err(Down(error.clone()).into()));
+        }
+    }
+}
+
+/// A control message as the worker gets it.
+pub(super) fn control_request(
+    control: crate::message::Control,
+    from_broadcast: bool,
+    envelope: &Envelope,
+) -> ControlRequest {
+    ControlRequest {
+        control,
+        from_broadcast,
+        from_baton: envelope.is_own(),
+        message_id: envelope.message_id.clone(),
+        reply_to: envelope.reply_to(),
+        durable: None,
+    }
+}
+
+/// A reply's body; one that is too large for any reader is replaced by a refusal that says so.
+pub(super) fn encode_reply(reply: &Reply, encoding: Encoding) -> Vec<u8> {
+    let body = reply.encode(encoding);
+    if body.len() <= SIZE_BYTES_MAX {
+        return body;
+    }
+    Reply::refusal(format!("the answer has {} bytes, more than {SIZE_BYTES_MAX}", body.len())).encode(encoding)
+}
+
+async fn limited<T>(work: impl Future<Output = lapin::Result<T>>) -> Result<T, Down> {
+    match timeout(ANSWER_LIMIT, work).await {
+        Ok(outcome) => outcome.map_err(|error| Down(reason(&error))),
+        Err(_) => Err(Down(format!("no answer within {} s", ANSWER_LIMIT.as_secs()))),
+    }
+}
+
+/// Publishes and waits for the confirm; the id of a message that came back with it.
+async fn publish(
+    channel: Channel,
+    exchange: &'static str,
+    key: String,
+    mandatory: bool,
+    envelope: Envelope,
+) -> Result<Option<String>, String> {
+    let work = async {
+        let options = BasicPublishOptions { mandatory, ..BasicPublishOptions::default() };
+        let properties = envelope.properties(false);
+        channel.basic_publish(short(exchange), short(&key), options, &envelope.body, properties).await?.await
+    };
+    let confirmation = limited(work).await.map_err(|down| down.0)?;
+    let returned = confirmation.take_message();
+    Ok(returned.and_then(|message| message.delivery.properties.message_id().as_ref().map(ToString::to_string)))
+}
+
+/// On a channel of its own, so that what comes back can only be this ping.
+async fn ping(connection: &Connection, queue: String, envelope: Envelope) -> lapin::Result<bool> {
+    let channel = connection.create_channel().await?;
+    channel.confirm_select(ConfirmSelectOptions::default()).await?;
+    let options = BasicPublishOptions { mandatory: true, ..BasicPublishOptions::default() };
+    let properties = envelope.properties(false);
+    let confirm = channel.basic_publish("".into(), short(&queue), options, &envelope.body, properties).await?;
+    Ok(confirm.await?.take_message().is_none())
+}
+
+/// On a channel of its own, since asking for an absent queue closes the channel.
+async fn depth(connection: &Connection, queue: String) -> lapin::Result<u64> {
+    if bad_queue_name(&queue).is_some() {
+        return Ok(0);
+    }
+    let channel = connection.create_channel().await?;
+    let options = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
+    match channel.queue_declare(short(&task_queue(&queue)), options, FieldTable::default()).await {
+        Ok(queue) => Ok(u64::from(queue.message_count())),
+        Err(error) if is_absent(&error) => Ok(0),
+        Err(error) => Err(error),
+    }
+}

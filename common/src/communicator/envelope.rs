@@ -1,0 +1,243 @@
+//! A message as it lies in a queue: its body, and the properties that Baton uses; and the names of the queues.
+
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use lapin::BasicProperties;
+use lapin::types::{AMQPValue, FieldTable, LongString, ShortString};
+
+use super::ReplyTo;
+use crate::message::{Control, Encoding, Task};
+
+/// The exchange of tasks; the routing key is the queue's name without its prefix.
+pub(super) const TASK_EXCHANGE: &str = "baton.task";
+/// What nobody could use.
+pub(super) const DEAD_QUEUE: &str = "baton.dead";
+/// The exchange of broadcasts.
+pub(super) const BROADCAST_EXCHANGE: &str = "baton.broadcast";
+/// The durable copy of broadcasts.
+pub(super) const CONTROL_QUEUE: &str = "baton.control";
+/// The exchange of state changes.
+pub(super) const EVENT_EXCHANGE: &str = "baton.event";
+/// RabbitMQ's pseudo-queue for answers.
+pub(super) const DIRECT_REPLY: &str = "amq.rabbitmq.reply-to";
+
+/// Longest name of a task queue. AMQP allows 255 bytes, which the prefix, a class and a consumer's name also need.
+const QUEUE_NAME_BYTES_MAX: usize = 120;
+
+const APP_ID: &str = "baton";
+const TRACEPARENT: &str = "traceparent";
+
+/// A message's body and properties.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Envelope {
+    pub(super) kind: Option<String>,
+    pub(super) message_id: Option<String>,
+    pub(super) content_type: Option<String>,
+    pub(super) correlation_id: Option<String>,
+    pub(super) reply_to: Option<String>,
+    pub(super) app_id: Option<String>,
+    pub(super) traceparent: Option<String>,
+    pub(super) epitaph: Option<Epitaph>,
+    pub(super) body: Vec<u8>,
+}
+
+/// Why a message lies in `baton.dead`.
+#[derive(Clone, Debug)]
+pub(super) struct Epitaph {
+    pub(super) reason: String,
+    pub(super) origin: String,
+}
+
+impl Envelope {
+    /// A message that Baton writes itself.
+    pub(super) fn new(kind: &str, encoding: Encoding, body: Vec<u8>) -> Self {
+        Envelope {
+            kind: Some(kind.to_owned()),
+            content_type: Some(encoding.content_type().to_owned()),
+            app_id: Some(APP_ID.to_owned()),
+            body,
+            ..Envelope::default()
+        }
+    }
+
+    /// A task's message; its id is the process's.
+    pub(super) fn task(task: &Task, traceparent: Option<String>) -> Self {
+        let encoding = Encoding::MessagePack;
+        Envelope {
+            message_id: Some(task.pid().to_string()),
+            traceparent,
+            ..Envelope::new(task.word(), encoding, task.encode(encoding))
+        }
+    }
+
+    /// A control message with an id of its own.
+    pub(super) fn control(control: &Control) -> Self {
+        let encoding = Encoding::MessagePack;
+        Envelope {
+            message_id: Some(uuid::Uuid::now_v7().to_string()),
+            ..Envelope::new(control.word(), encoding, control.encode(encoding))
+        }
+    }
+
+    /// The same message for `baton.dead`.
+    pub(super) fn buried(self, reason: String, origin: &str) -> Self {
+        Envelope { epitaph: Some(Epitaph { reason, origin: origin.to_owned() }), ..self }
+    }
+
+    /// Sent by a program of Baton.
+    pub(super) fn is_own(&self) -> bool {
+        self.app_id.as_deref() == Some(APP_ID)
+    }
+
+    /// How the body is written. Without a content type that says so, `{` is the beginning of JSON: no MessagePack that
+    /// anybody could use begins with it, and a person who fills in the management UI's form forgets the content type.
+    pub(super) fn encoding(&self) -> Encoding {
+        let named = self.content_type.as_deref();
+        let known = named.is_some_and(|text| text.to_ascii_lowercase().contains("msgpack"));
+        let first = self.body.iter().find(|byte| !byte.is_ascii_whitespace());
+        if !known && first == Some(&b'{') { Encoding::Json } else { Encoding::of_content_type(named) }
+    }
+
+    /// Who waits for an answer.
+    pub(super) fn reply_to(&self) -> Option<ReplyTo> {
+        let reply_to = self.reply_to.clone()?;
+        let json = self.encoding() == Encoding::Json;
+        Some(ReplyTo { reply_to, correlation_id: self.correlation_id.clone(), json })
+    }
+
+    /// Reads it as a task.
+    pub(super) fn read_task(&self) -> Result<Task, String> {
+        Task::decode(&self.body, self.encoding()).map_err(|error| error.to_string())
+    }
+
+    /// Reads it as a control message.
+    pub(super) fn read_control(&self) -> Result<Control, String> {
+        Control::decode(&self.body, self.encoding()).map_err(|error| error.to_string())
+    }
+
+    /// The properties as AMQP has them.
+    pub(super) fn properties(&self, persistent: bool) -> BasicProperties {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+        let mut headers = FieldTable::default();
+        let mut header = |name: &str, text: &str| {
+            headers.insert(name.into(), AMQPValue::LongString(LongString::from(text.as_bytes())));
+        };
+        if let Some(traceparent) = &self.traceparent {
+            header(TRACEPARENT, traceparent);
+        }
+        if let Some(epitaph) = &self.epitaph {
+            header("x-baton-reason", &epitaph.reason);
+            header("x-baton-origin", &epitaph.origin);
+            header("x-baton-at", &chrono::Utc::now().to_rfc3339_opts(chrono::SecondsFormat::Millis, true));
+        }
+        let mut properties = BasicProperties::default()
+            .with_delivery_mode(if persistent { 2 } else { 1 })
+            .with_timestamp(now)
+            .with_headers(headers);
+        for (text, set) in [
+            (&self.kind, BasicProperties::with_type as fn(BasicProperties, ShortString) -> BasicProperties),
+            (&self.message_id, BasicProperties::with_message_id),
+            (&self.content_type, BasicProperties::with_content_type),
+            (&self.correlation_id, BasicProperties::with_correlation_id),
+            (&self.reply_to, BasicProperties::with_reply_to),
+            (&self.app_id, BasicProperties::with_app_id),
+        ] {
+            if let Some(text) = text {
+                properties = set(properties, short(text));
+            }
+        }
+        properties
+    }
+
+    /// From what AMQP delivered.
+    pub(super) fn from_amqp(properties: &BasicProperties, body: Vec<u8>) -> Self {
+        let text = |value: &Option<ShortString>| value.as_ref().map(|text| text.as_str().to_owned());
+        let traceparent = properties.headers().as_ref().and_then(|headers| match headers.inner().get(TRACEPARENT) {
+            Some(AMQPValue::LongString(text)) => Some(text.to_string()),
+            Some(_) | None => None,
+        });
+        Envelope {
+            kind: text(properties.kind()),
+            message_id: text(properties.message_id()),
+            content_type: text(properties.content_type()),
+            correlation_id: text(properties.correlation_id()),
+            reply_to: text(properties.reply_to()),
+            app_id: text(properties.app_id()),
+            traceparent,
+            epitaph: None,
+            body,
+        }
+    }
+}
+
+/// The three classes of a queue, high first; a name that is a class itself stands for itself.
+pub(super) fn classes(queue: &str) -> Vec<String> {
+    if queue.ends_with(".high") || queue.ends_with(".low") {
+        vec![queue.to_owned()]
+    } else {
+        vec![format!("{queue}.high"), queue.to_owned(), format!("{queue}.low")]
+    }
+}
+
+/// The AMQP name of a task queue.
+pub(super) fn task_queue(queue: &str) -> String {
+    format!("{TASK_EXCHANGE}.{queue}")
+}
+
+/// Why this cannot be the name of a task queue.
+pub(super) fn bad_queue_name(queue: &str) -> Option<String> {
+    if queue.is_empty() {
+        Some("the name is empty".to_owned())
+    } else if queue.len() > QUEUE_NAME_BYTES_MAX {
+        Some(format!("the name has {} bytes, more than {QUEUE_NAME_BYTES_MAX}", queue.len()))
+    } else {
+        None
+    }
+}
+
+/// As AMQP's short string, which has at most 255 bytes; what is longer is cut.
+pub(super) fn short(text: &str) -> ShortString {
+    let end = (0..=text.len().min(255)).rev().find(|&at| text.is_char_boundary(at)).unwrap_or(0);
+    text[..end].into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::id::Pid;
+
+    #[test]
+    fn json_without_a_content_type_is_read_as_json() {
+        let body = format!(r#" {{"version": 1, "type": "continue", "pid": "{}"}}"#, Pid::generate()).into_bytes();
+        for content_type in [None, Some("text/plain".to_owned()), Some("application/json".to_owned())] {
+            let envelope = Envelope { content_type, body: body.clone(), ..Envelope::default() };
+            assert!(envelope.read_task().is_ok());
+        }
+        let false_claim = Envelope { content_type: Some("application/msgpack".into()), body, ..Envelope::default() };
+        assert!(false_claim.read_task().unwrap_err().contains("MessagePack"));
+    }
+
+    #[test]
+    fn properties_survive_the_way_through_amqp() {
+        let pid = Pid::generate();
+        let sent = Envelope::task(&Task::Continue { pid, told_at: Some(3) }, Some("00-aa-bb-01".into()));
+        let arrived = Envelope::from_amqp(&sent.properties(true), sent.body.clone());
+        assert_eq!(arrived.message_id, Some(pid.to_string()));
+        assert_eq!(arrived.kind.as_deref(), Some("continue"));
+        assert_eq!(arrived.traceparent.as_deref(), Some("00-aa-bb-01"));
+        assert!(arrived.is_own());
+        assert_eq!(arrived.read_task().unwrap().pid(), pid);
+    }
+
+    #[test]
+    fn a_text_that_is_too_long_for_amqp_is_cut_between_characters() {
+        assert_eq!(short(&"ä".repeat(200)).as_str().len(), 254);
+        assert_eq!(short("x").as_str(), "x");
+    }
+
+    #[test]
+    fn a_queue_stands_for_its_three_classes() {
+        assert_eq!(classes("default"), ["default.high", "default", "default.low"]);
+        assert_eq!(classes("default.low"), ["default.low"]);
+    }
+}

@@ -1,0 +1,242 @@
+//! Opens connections and says in one line why one could not be opened.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_rs::TokioRuntime;
+use futures_util::{Stream, StreamExt};
+use lapin::protocol::{AMQPErrorKind, AMQPSoftError};
+use lapin::uri::{AMQPScheme, AMQPUri};
+use lapin::{Connection, ConnectionProperties, ErrorKind, Event};
+use tokio::time::{Instant, timeout};
+use tokio_util::sync::CancellationToken;
+
+use super::CheckError;
+use super::board::{Board, Link};
+
+/// Longest wait for any one answer of the broker. A loaded quorum queue answers within a second or two.
+pub(super) const ANSWER_LIMIT: Duration = Duration::from_secs(10);
+
+/// Asked of the broker when the URL says nothing: a dead peer is found within twice that, and a stall of a few seconds
+/// ends no connection.
+const HEARTBEAT: Duration = Duration::from_secs(10);
+
+/// Pause before the first new attempt, and the longest. A broker that restarts takes seconds; a fleet of hundreds that
+/// asks every 5 s is no load.
+const BACKOFF_MIN: Duration = Duration::from_millis(100);
+const BACKOFF_MAX: Duration = Duration::from_secs(5);
+
+/// How often a connection is asked whether it still lives, besides what it says itself.
+const WATCHDOG_INTERVAL: Duration = Duration::from_secs(1);
+
+/// What the keepers of the three connections have in common.
+pub(super) struct Dial {
+    pub(super) urls: Vec<String>,
+    pub(super) name: String,
+    pub(super) heartbeat: Option<Duration>,
+    pub(super) board: Arc<Board>,
+    pub(super) close: CancellationToken,
+}
+
+/// Grows from attempt to attempt, with jitter so that a fleet does not come back in one moment.
+#[derive(Debug)]
+pub(super) struct Backoff {
+    next: Duration,
+}
+
+impl Backoff {
+    pub(super) fn new() -> Self {
+        Backoff { next: BACKOFF_MIN }
+    }
+
+    /// The next pause: between half of it and all of it.
+    pub(super) fn pause(&mut self) -> Duration {
+        let pause = self.next;
+        self.next = (self.next * 2).min(BACKOFF_MAX);
+        // The random end of an id serves as the dice.
+        let dice = u32::try_from(uuid::Uuid::now_v7().as_u128() & 0xffff).expect("16 bits fit");
+        pause / 2 + pause / 2 * dice / 0x1_0000
+    }
+
+    /// After a connection that has lasted, the next one is tried quickly; one that ends at once is no success.
+    pub(super) fn lasted(&mut self, since: Instant) {
+        if since.elapsed() > BACKOFF_MAX {
+            self.next = BACKOFF_MIN;
+        }
+    }
+}
+
+impl Dial {
+    /// One attempt at every URL; the error is the last one's.
+    pub(super) async fn connect(&self, link: Link) -> Result<Connection, CheckError> {
+        let name = format!("{} {}", self.name, link.word());
+        let mut last = CheckError::BadUrl { url: String::new(), reason: "no URL is configured".to_owned() };
+        for url in &self.urls {
+            match open(url, &name, self.heartbeat).await {
+                Ok(connection) => return Ok(connection),
+                Err(error) => last = error,
+            }
+        }
+        Err(last)
+    }
+
+    /// Waits until the connection is gone, and says why; writes down meanwhile whether the broker blocks it.
+    pub(super) async fn watch(&self, link: Link, connection: &Connection, events: impl Stream<Item = Event>) -> String {
+        let mut events = std::pin::pin!(events);
+        let mut watchdog = tokio::time::interval(WATCHDOG_INTERVAL);
+        loop {
+            tokio::select! {
+                event = events.next() => match event {
+                    Some(Event::ConnectionBlocked(reason)) => self.board.block(link, Some(reason)),
+                    Some(Event::ConnectionUnblocked) => self.board.block(link, None),
+                    Some(Event::Error(error)) if !connection.status().connected() => return reason(&error),
+                    Some(_) => {}
+                    None => return "connection ended".to_owned(),
+                },
+                _ = watchdog.tick() => if !connection.status().connected() {
+                    return "connection lost".to_owned();
+                },
+            }
+        }
+    }
+}
+
+/// One attempt at one URL.
+pub(super) async fn open(url: &str, name: &str, heartbeat: Option<Duration>) -> Result<Connection, CheckError> {
+    install_tls_provider();
+    let mut uri = parse(url)?;
+    if uri.query.heartbeat.is_none() {
+        let seconds = heartbeat.unwrap_or(HEARTBEAT).as_secs().max(1);
+        uri.query.heartbeat = Some(u16::try_from(seconds).unwrap_or(u16::MAX));
+    }
+    let properties = ConnectionProperties::default().with_connection_name(name.into());
+    let runtime = TokioRuntime::tokio_with_handle(tokio::runtime::Handle::current());
+    let masked = masked(&uri);
+    match timeout(ANSWER_LIMIT, Connection::connect_uri_with_runtime(uri.clone(), properties, runtime)).await {
+        Ok(Ok(connection)) => Ok(connection),
+        Ok(Err(error)) => Err(classify(&uri, masked, &error)),
+        Err(_) => Err(CheckError::Unreachable {
+            url: masked,
+            reason: format!("no answer within {} s", ANSWER_LIMIT.as_secs()),
+        }),
+    }
+}
+
+/// Closes without waiting for a broker that does not answer.
+pub(super) async fn close(connection: &Connection) {
+    let _ = timeout(Duration::from_secs(2), connection.close(200, "OK".into())).await;
+}
+
+/// Reads a URL. An empty path means the default virtual host, as people expect who end a URL with a slash.
+pub(super) fn parse(url: &str) -> Result<AMQPUri, CheckError> {
+    let mut uri: AMQPUri = url.parse().map_err(|reason: String| {
+        let hidden = masked_text(url);
+        CheckError::BadUrl { reason: reason.replace(url, &hidden), url: hidden }
+    })?;
+    if uri.vhost.is_empty() {
+        uri.vhost = "/".to_owned();
+    }
+    Ok(uri)
+}
+
+/// The URL without its password.
+pub(super) fn masked(uri: &AMQPUri) -> String {
+    let scheme = match uri.scheme {
+        AMQPScheme::AMQP => "amqp",
+        AMQPScheme::AMQPS => "amqps",
+    };
+    let AMQPUri { authority, vhost, .. } = uri;
+    let vhost = if vhost == "/" { "%2f" } else { vhost };
+    format!("{scheme}://{}@{}:{}/{vhost}", authority.userinfo.username, authority.host, authority.port)
+}
+
+/// A text that is no URL, without what may be a password.
+fn masked_text(text: &str) -> String {
+    match (text.find("://"), text.rfind('@')) {
+        (Some(scheme), Some(at)) if scheme < at => format!("{}***{}", &text[..scheme + 3], &text[at..]),
+        (None, Some(at)) => format!("***{}", &text[at..]),
+        (_, None) | (Some(_), Some(_)) => text.to_owned(),
+    }
+}
+
+/// What an error says, in one line.
+pub(super) fn reason(error: &lapin::Error) -> String {
+    if let ErrorKind::ProtocolError(error) = error.kind() {
+        error.get_message().to_string()
+    } else if let ErrorKind::IOError(error) = error.kind() {
+        error.to_string()
+    } else {
+        error.to_string()
+    }
+}
+
+/// The broker has an entity of that name with other properties.
+pub(super) fn is_other_kind(error: &lapin::Error) -> bool {
+    is_soft(error, AMQPSoftError::PRECONDITIONFAILED)
+}
+
+/// There is no entity of that name.
+pub(super) fn is_absent(error: &lapin::Error) -> bool {
+    is_soft(error, AMQPSoftError::NOTFOUND)
+}
+
+fn is_soft(error: &lapin::Error, soft: AMQPSoftError) -> bool {
+    matches!(error.kind(), ErrorKind::ProtocolError(error) if *error.kind() == AMQPErrorKind::Soft(soft))
+}
+
+fn classify(uri: &AMQPUri, url: String, error: &lapin::Error) -> CheckError {
+    let text = reason(error);
+    let ErrorKind::ProtocolError(protocol) = error.kind() else {
+        return if error.is_io_error() {
+            CheckError::Unreachable { url, reason: text }
+        } else {
+            CheckError::Refused { url, reason: text }
+        };
+    };
+    match protocol.get_id() {
+        403 => CheckError::Credentials { url, user: uri.authority.userinfo.username.clone() },
+        402 | 530 => CheckError::NoVhost { url, vhost: uri.vhost.clone(), reason: text },
+        _ => CheckError::Refused { url, reason: text },
+    }
+}
+
+/// Several TLS providers may be compiled in, and rustls takes none by itself then.
+fn install_tls_provider() {
+    static ONCE: std::sync::Once = std::sync::Once::new();
+    ONCE.call_once(|| {
+        // Another part of the program may have been first; then its choice stands.
+        let _ = rustls::crypto::ring::default_provider().install_default();
+    });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_text_about_a_url_contains_its_password() {
+        let uri = parse("amqp://ann:s3cret@host:5671/vh").unwrap();
+        assert_eq!(masked(&uri), "amqp://ann@host:5671/vh");
+        for url in ["amqp:ann:s3cret@host", "http://ann:s3cret@host", "amqp://ann:s3cret@host:port/", "ann:s3cret@host"]
+        {
+            let text = parse(url).unwrap_err().to_string();
+            assert!(!text.contains("s3cret"), "{text}");
+            assert!(text.contains("host"), "{text}");
+        }
+    }
+
+    #[test]
+    fn an_empty_path_is_the_default_virtual_host() {
+        for url in ["amqp://h", "amqp://h/", "amqp://h/%2f"] {
+            assert_eq!(parse(url).unwrap().vhost, "/", "{url}");
+        }
+    }
+
+    #[test]
+    fn pauses_grow_to_the_limit_and_have_jitter() {
+        let mut backoff = Backoff::new();
+        let pauses: Vec<Duration> = (0..10).map(|_| backoff.pause()).collect();
+        assert!(pauses[0] <= BACKOFF_MIN && pauses[0] >= BACKOFF_MIN / 2);
+        assert!(pauses[9] <= BACKOFF_MAX && pauses[9] >= BACKOFF_MAX / 2);
+    }
+}

@@ -1,0 +1,237 @@
+//! One queue that is consumed: its channel, its consumer, and the delivery at its head.
+
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use futures_util::StreamExt;
+use lapin::options::{BasicCancelOptions, BasicConsumeOptions, BasicQosOptions, QueueDeclareOptions};
+use lapin::types::FieldTable;
+use lapin::{Channel, Connection, Consumer};
+use tokio::time::{sleep, timeout};
+
+use super::board::Board;
+use super::envelope::{Envelope, bad_queue_name, short};
+use super::link::{ANSWER_LIMIT, reason};
+use super::settle::give_back;
+use super::topology::{Item, ensure};
+
+/// Pause before a queue that could not be consumed is tried again: someone has to put it right first.
+const RETRY_PAUSE: Duration = Duration::from_secs(5);
+
+/// What a source is made from; enough to open it again.
+#[derive(Clone, Debug)]
+pub(super) struct Plan {
+    /// The name on the broker.
+    pub(super) queue: String,
+    /// What must exist before.
+    pub(super) items: Vec<Item>,
+    pub(super) tag: String,
+    pub(super) prefetch: u16,
+}
+
+/// A queue that is consumed, or was and will be.
+pub(super) struct Source {
+    pub(super) plan: Plan,
+    state: State,
+    head: Option<Head>,
+    /// Deliveries of the present channel that may not be settled yet; never more than the prefetch by much.
+    out: Vec<lapin::Acker>,
+    n_arrived: u64,
+    /// What had arrived when messages were last seen waiting although more could be delivered.
+    n_arrived_at_look: Option<u64>,
+}
+
+/// The next delivery of a source, not yet looked at.
+pub(super) struct Head {
+    pub(super) redelivered: bool,
+    pub(super) envelope: Envelope,
+    pub(super) acker: lapin::Acker,
+}
+
+enum State {
+    /// Not consumed. The channel stays open for the settlements that are still to come.
+    Idle(Option<Channel>),
+    /// Somebody opens it at the moment.
+    Opening,
+    Live(Channel, Consumer),
+}
+
+/// The outcome of opening: the channel and the consumer, or what is left of the channel.
+pub(super) type Opened = Result<(Channel, Consumer), Option<Channel>>;
+
+impl Source {
+    pub(super) fn new(plan: Plan) -> Self {
+        Source { plan, state: State::Idle(None), head: None, out: Vec::new(), n_arrived: 0, n_arrived_at_look: None }
+    }
+
+    /// The same, to be opened by another plan the next time.
+    pub(super) fn with_plan(self, plan: Plan) -> Self {
+        Source { plan, ..self }
+    }
+
+    pub(super) fn is_idle(&self) -> bool {
+        matches!(self.state, State::Idle(_))
+    }
+
+    pub(super) fn is_live(&self) -> bool {
+        matches!(self.state, State::Live(..))
+    }
+
+    pub(super) fn has_head(&self) -> bool {
+        self.head.is_some()
+    }
+
+    pub(super) fn take_head(&mut self) -> Option<Head> {
+        self.head.take()
+    }
+
+    /// Begins to open it: the future is the caller's to drive, and its outcome goes to [`Source::opened`].
+    pub(super) fn open(
+        &mut self,
+        connection: Arc<Connection>,
+        board: Arc<Board>,
+    ) -> impl Future<Output = Opened> + Send + use<> {
+        let channel = match std::mem::replace(&mut self.state, State::Opening) {
+            State::Idle(channel) => channel,
+            State::Opening | State::Live(..) => None,
+        };
+        let plan = self.plan.clone();
+        async move {
+            let error = match timeout(3 * ANSWER_LIMIT, open(&connection, &board, &plan, channel.clone())).await {
+                Ok(Ok(opened)) => return Ok(opened),
+                Ok(Err(error)) => error,
+                Err(_) => format!("queue {}: no answer", plan.queue),
+            };
+            // Without a connection nothing is known about the queue.
+            if connection.status().connected() {
+                board.problem(&plan.queue, Some(error));
+            }
+            sleep(RETRY_PAUSE).await;
+            Err(channel)
+        }
+    }
+
+    pub(super) fn opened(&mut self, opened: Opened) {
+        self.state = match opened {
+            Ok((channel, consumer)) => State::Live(channel, consumer),
+            Err(channel) => State::Idle(channel),
+        };
+    }
+
+    /// Ready once the head is there (true), or once the consumer has ended (false) and the source is idle.
+    pub(super) fn poll_head(&mut self, cx: &mut Context<'_>) -> Poll<bool> {
+        let State::Live(_, consumer) = &mut self.state else { return Poll::Pending };
+        if self.head.is_some() {
+            return Poll::Pending;
+        }
+        match consumer.poll_next_unpin(cx) {
+            Poll::Pending => Poll::Pending,
+            Poll::Ready(Some(Ok(delivery))) => {
+                let lapin::message::Delivery { properties, data, redelivered, acker, .. } = delivery;
+                self.n_arrived += 1;
+                if self.out.len() >= usize::from(self.plan.prefetch) {
+                    self.out.retain(lapin::Acker::usable);
+                }
+                self.out.push(acker.clone());
+                self.head = Some(Head { redelivered, envelope: Envelope::from_amqp(&properties, data), acker });
+                Poll::Ready(true)
+            }
+            Poll::Ready(ended) => {
+                if let Some(Err(error)) = ended {
+                    tracing::warn!(queue = self.plan.queue, "consumer ended: {}", reason(&error));
+                } else {
+                    tracing::warn!(queue = self.plan.queue, "consumer was cancelled by the broker");
+                }
+                // A new one takes its place: what the broker still knows about this queue on this channel may be stale.
+                self.state = State::Idle(None);
+                Poll::Ready(false)
+            }
+        }
+    }
+
+    /// Ends a consumer that gets nothing although messages wait for it.
+    ///
+    /// RabbitMQ moves the consumers of a quorum queue that was deleted and declared again to the new one by itself,
+    /// says nothing, and delivers nothing to them any more.
+    pub(super) fn end_if_stalled(&mut self, n_ready: u32) {
+        self.out.retain(lapin::Acker::usable);
+        let can_have_more = self.out.len() < usize::from(self.plan.prefetch) && self.head.is_none();
+        if !self.is_live() || n_ready == 0 || !can_have_more {
+            self.n_arrived_at_look = None;
+            return;
+        }
+        let is_stalled = self.n_arrived_at_look == Some(self.n_arrived);
+        self.n_arrived_at_look = Some(self.n_arrived);
+        if is_stalled {
+            tracing::warn!(queue = self.plan.queue, n_ready, "consumer gets nothing, it is made anew");
+            self.state = State::Idle(None);
+            self.n_arrived_at_look = None;
+        }
+    }
+
+    /// Cancels the consumer and gives back what nobody has taken yet.
+    pub(super) async fn pause(&mut self) {
+        let state = std::mem::replace(&mut self.state, State::Idle(None));
+        let State::Live(channel, mut consumer) = state else {
+            self.state = state;
+            return;
+        };
+        let cancel = channel.basic_cancel(consumer.tag(), BasicCancelOptions::default());
+        let is_cancelled = matches!(timeout(ANSWER_LIMIT, cancel).await, Ok(Ok(())));
+        if let Some(head) = self.head.take() {
+            give_back(&head.acker).await;
+        }
+        if is_cancelled {
+            // After the broker's answer nothing more comes, so the end of the stream is near.
+            while let Ok(Some(Ok(delivery))) = timeout(ANSWER_LIMIT, consumer.next()).await {
+                give_back(&delivery.acker).await;
+            }
+            self.state = State::Idle(Some(channel));
+        }
+    }
+}
+
+/// How many messages are ready in each of these queues, as far as the broker answers.
+pub(super) async fn look(connection: Arc<Connection>, queues: Vec<String>) -> Vec<(String, u32)> {
+    let mut seen = Vec::new();
+    let Ok(Ok(channel)) = timeout(ANSWER_LIMIT, connection.create_channel()).await else { return seen };
+    let options = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
+    for queue in queues {
+        let declare = channel.queue_declare(short(&queue), options, FieldTable::default());
+        match timeout(ANSWER_LIMIT, declare).await {
+            Ok(Ok(answer)) => seen.push((queue, answer.message_count())),
+            // An absent queue has ended the channel, and its consumer, too.
+            Ok(Err(_)) | Err(_) => break,
+        }
+    }
+    seen
+}
+
+async fn open(
+    connection: &Connection,
+    board: &Board,
+    plan: &Plan,
+    channel: Option<Channel>,
+) -> Result<(Channel, Consumer), String> {
+    let queue = &plan.queue;
+    if let Some(Item::TaskQueue(name)) = plan.items.last()
+        && let Some(reason) = bad_queue_name(name)
+    {
+        return Err(format!("queue {queue}: {reason}"));
+    }
+    ensure(connection, board, &plan.items).await?;
+    let consume = async {
+        let channel = match channel {
+            Some(channel) if channel.status().connected() => channel,
+            Some(_) | None => connection.create_channel().await?,
+        };
+        channel.basic_qos(plan.prefetch, BasicQosOptions::default()).await?;
+        let options = BasicConsumeOptions::default();
+        let consumer = channel.basic_consume(short(queue), short(&plan.tag), options, FieldTable::default()).await?;
+        Ok((channel, consumer))
+    };
+    let opened = consume.await.map_err(|error: lapin::Error| format!("queue {queue}: {}", reason(&error)))?;
+    board.problem(queue, None);
+    Ok(opened)
+}

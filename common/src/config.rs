@@ -1,0 +1,240 @@
+//! The configuration file: `baton.toml`.
+//!
+//! A flag wins over an environment variable, that over the file, that over the default. `deploy/config/baton.toml`
+//! shows every option with its meaning.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::de::{SeqAccess, Visitor};
+use serde::{Deserialize, Deserializer};
+
+use crate::duration;
+
+/// Where a configuration is looked for when nobody names one, in this order.
+const PLACES: [&str; 3] = ["baton.toml", "~/.config/baton/baton.toml", "/etc/baton/baton.toml"];
+
+/// What a configuration file says. Everything may be absent.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// RabbitMQ.
+    pub broker: Broker,
+    /// PostgreSQL, or SQLite.
+    pub database: Database,
+    /// Workers only.
+    pub worker: Worker,
+}
+
+/// How to reach RabbitMQ.
+#[derive(Clone, Default, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Broker {
+    /// `amqp://` or `amqps://` URLs of one cluster, tried in turn.
+    #[serde(deserialize_with = "one_or_many")]
+    pub url: Vec<String>,
+    /// A file that holds the URL, so that its password stands in no other place.
+    pub url_file: Option<PathBuf>,
+}
+
+/// How to reach the database.
+#[derive(Clone, Default, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Database {
+    /// `postgres://…` or `sqlite:PATH`.
+    pub url: Option<String>,
+    /// A file that holds the URL.
+    pub url_file: Option<PathBuf>,
+}
+
+// Written by hand, so that no password gets into a log by `{:?}`.
+impl std::fmt::Debug for Broker {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Broker").field("urls", &self.url.len()).field("url_file", &self.url_file).finish()
+    }
+}
+
+impl std::fmt::Debug for Database {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Database").field("url", &self.url.is_some()).field("url_file", &self.url_file).finish()
+    }
+}
+
+/// How a worker works.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Worker {
+    /// Its label; the host's name if absent.
+    pub name: Option<String>,
+    /// The queues that it serves.
+    pub queues: Option<Vec<String>>,
+    /// How many processes it holds at a time.
+    pub slots: Option<u32>,
+    /// How many threads advance them; as many as there are cores if absent.
+    pub threads: Option<usize>,
+    /// Where sandboxes are made.
+    pub root: Option<PathBuf>,
+    /// How long an advance may go on when the worker stops, and how long a program has between TERM and KILL.
+    #[serde(with = "duration::optional_text")]
+    pub grace: Option<Duration>,
+    /// Advances that a process may make in all.
+    pub advances_max: Option<u64>,
+    /// Advances in a row that change nothing.
+    pub idle_advances_max: Option<u64>,
+}
+
+/// Why a configuration cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The file that was named, or one that holds a secret, cannot be read.
+    #[error("cannot read {}", .path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// It is not TOML, or has a key that nobody knows.
+    #[error("{}: {reason}", .path.display())]
+    Content {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong, and on which line.
+        reason: String,
+    },
+}
+
+impl Config {
+    /// Reads the file that was named, or else the first that exists of the usual ones, or else nothing.
+    ///
+    /// # Errors
+    /// See [`Error`]. That there is no file is an error only if one was named.
+    pub fn load(named: Option<&Path>) -> Result<Self, Error> {
+        if let Some(path) = named {
+            let text = std::fs::read_to_string(path).map_err(|source| Error::Read { path: path.to_owned(), source })?;
+            return Self::parse(path, &text);
+        }
+        for place in PLACES {
+            let path = match (place.strip_prefix("~/"), std::env::home_dir()) {
+                (Some(rest), Some(home)) => home.join(rest),
+                (Some(_), None) => continue,
+                (None, _) => PathBuf::from(place),
+            };
+            match std::fs::read_to_string(&path) {
+                Ok(text) => return Self::parse(&path, &text),
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+                Err(source) => return Err(Error::Read { path, source }),
+            }
+        }
+        Ok(Self::default())
+    }
+
+    fn parse(path: &Path, text: &str) -> Result<Self, Error> {
+        toml::from_str(text).map_err(|error| {
+            // The parser's own text quotes the line, which may hold a password.
+            let line = error.span().map(|span| text[..span.start].matches('\n').count() + 1);
+            let place = line.map(|line| format!("line {line}: ")).unwrap_or_default();
+            Error::Content { path: path.to_owned(), reason: format!("{place}{}", error.message()) }
+        })
+    }
+
+    /// The broker's URLs; empty when none is configured.
+    ///
+    /// # Errors
+    /// [`Error::Read`] when `url_file` cannot be read.
+    pub fn broker_urls(&self) -> Result<Vec<String>, Error> {
+        match &self.broker.url_file {
+            Some(path) if self.broker.url.is_empty() => Ok(split_urls(&read_secret(path)?)),
+            Some(_) | None => Ok(self.broker.url.clone()),
+        }
+    }
+
+    /// The database's URL.
+    ///
+    /// # Errors
+    /// [`Error::Read`] when `url_file` cannot be read.
+    pub fn database_url(&self) -> Result<Option<String>, Error> {
+        match (&self.database.url, &self.database.url_file) {
+            (None, Some(path)) => Ok(Some(read_secret(path)?)),
+            (url, _) => Ok(url.clone()),
+        }
+    }
+}
+
+/// Several URLs in one text, separated by commas or white space.
+pub fn split_urls(text: &str) -> Vec<String> {
+    text.split([',', ' ', '\n']).filter(|url| !url.is_empty()).map(str::to_owned).collect()
+}
+
+/// A file's content without the line end that editors add.
+///
+/// # Errors
+/// [`Error::Read`].
+pub fn read_secret(path: &Path) -> Result<String, Error> {
+    let text = std::fs::read_to_string(path).map_err(|source| Error::Read { path: path.to_owned(), source })?;
+    Ok(text.trim().to_owned())
+}
+
+/// A string, or a list of strings.
+fn one_or_many<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<String>, D::Error> {
+    struct OneOrMany;
+
+    impl<'de> Visitor<'de> for OneOrMany {
+        type Value = Vec<String>;
+
+        fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            f.write_str("a URL or a list of URLs")
+        }
+
+        fn visit_str<E>(self, text: &str) -> Result<Vec<String>, E> {
+            Ok(vec![text.to_owned()])
+        }
+
+        fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Vec<String>, A::Error> {
+            let mut urls = Vec::new();
+            while let Some(url) = list.next_element()? {
+                urls.push(url);
+            }
+            Ok(urls)
+        }
+    }
+
+    deserializer.deserialize_any(OneOrMany)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Result<Config, Error> {
+        Config::parse(Path::new("baton.toml"), text)
+    }
+
+    #[test]
+    fn one_url_or_several() {
+        assert_eq!(parse("broker.url = 'amqp://a'").unwrap().broker.url, ["amqp://a"]);
+        assert_eq!(parse("broker.url = ['amqp://a', 'amqp://b']").unwrap().broker.url, ["amqp://a", "amqp://b"]);
+    }
+
+    #[test]
+    fn errors_name_file_line_and_key_and_no_password() {
+        let error = parse("[broker]\nurl = 'amqp://u:secret@h'\nurls = 'amqp://u:secret@h'").unwrap_err().to_string();
+        assert!(error.contains("baton.toml: line 3") && error.contains("urls"), "{error}");
+        assert!(!error.contains("secret"), "{error}");
+    }
+
+    #[test]
+    fn the_documented_configuration_is_valid_and_whole() {
+        let text = include_str!("../../deploy/config/baton.toml");
+        // Every option stands there as a comment; with the comment signs gone it must parse and leave nothing out.
+        let all: String =
+            text.lines().map(|line| line.strip_prefix("#: ").unwrap_or(line)).map(|line| format!("{line}\n")).collect();
+        let config = parse(&all).unwrap();
+        assert!(!config.broker.url.is_empty() && config.broker.url_file.is_some());
+        assert!(config.database.url.is_some() && config.database.url_file.is_some());
+        let Worker { name, queues, slots, threads, root, grace, advances_max, idle_advances_max } = config.worker;
+        assert!(name.is_some() && queues.is_some() && slots.is_some() && threads.is_some() && root.is_some());
+        assert!(grace.is_some() && advances_max.is_some() && idle_advances_max.is_some());
+        assert_eq!(parse(text).unwrap(), Config::default());
+    }
+}

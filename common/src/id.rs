@@ -1,0 +1,94 @@
+//! Identifiers: what a process and a worker's incarnation are called everywhere.
+
+use std::fmt;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+/// A process's id: a UUIDv7, so ids sort by the time of their making.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Pid(Uuid);
+
+/// The id of one start of a worker. The worker's name is only a label.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Incarnation(Uuid);
+
+/// The text is not an id.
+#[derive(Debug, thiserror::Error)]
+#[error("`{text}` is not a process id (a UUID such as 01940000-0000-7000-8000-000000000000)")]
+pub struct ParseError {
+    text: String,
+}
+
+impl Pid {
+    /// A new id, later than every id that this host has made before.
+    pub fn generate() -> Self {
+        Self(Uuid::now_v7())
+    }
+}
+
+impl Incarnation {
+    /// A new id for a worker that starts.
+    pub fn generate() -> Self {
+        Self(Uuid::now_v7())
+    }
+
+    /// Eight hexadecimal digits of the random end: they tell the incarnations of one name apart.
+    pub fn short(self) -> String {
+        let text = self.0.simple().to_string();
+        text[text.len() - 8..].to_owned()
+    }
+}
+
+impl FromStr for Pid {
+    type Err = ParseError;
+
+    fn from_str(text: &str) -> Result<Self, ParseError> {
+        text.parse().map(Self).map_err(|_| ParseError { text: text.to_owned() })
+    }
+}
+
+macro_rules! wrapped_uuid {
+    ($name:ident) => {
+        impl From<Uuid> for $name {
+            fn from(uuid: Uuid) -> Self {
+                Self(uuid)
+            }
+        }
+
+        impl From<$name> for Uuid {
+            fn from(id: $name) -> Self {
+                id.0
+            }
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                self.0.fmt(f)
+            }
+        }
+    };
+}
+
+wrapped_uuid!(Pid);
+wrapped_uuid!(Incarnation);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pids_sort_by_the_time_of_their_making() {
+        let pids: Vec<Pid> = (0..1000).map(|_| Pid::generate()).collect();
+        assert!(pids.is_sorted());
+    }
+
+    #[test]
+    fn what_is_no_uuid_is_refused_with_its_text() {
+        let error = "42".parse::<Pid>().unwrap_err();
+        assert!(error.to_string().contains("`42`"), "{error}");
+    }
+}

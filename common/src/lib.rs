@@ -1,0 +1,11 @@
+//! Vocabulary and wires of Baton: ids, states, specs, messages, the store and the communicator.
+
+pub mod communicator;
+pub mod config;
+pub mod duration;
+pub mod id;
+pub mod message;
+pub mod spec;
+pub mod state;
+pub mod store;
+pub mod telemetry;

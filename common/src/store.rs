@@ -1,0 +1,207 @@
+//! The database: PostgreSQL or SQLite, from the same statements.
+//!
+//! The database decides and the broker only tells. Every rule of the protocol (claim only what is queued, fence every
+//! write, clear `woken`, apply what is desired when a row leaves its holder) is in the SQL of one file here:
+//! [`submit`], [`writer`] (claims and fenced writes, group-committed), [`control`], [`sweep`], [`worker`]; [`query`]
+//! only reads.
+
+pub mod blob;
+pub mod control;
+mod dialect;
+mod error;
+mod fenced;
+mod migration;
+pub mod query;
+pub mod submit;
+pub mod sweep;
+pub mod worker;
+pub mod writer;
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use sea_orm::sqlx::sqlite::{SqliteJournalMode, SqliteSynchronous};
+use sea_orm::{
+    ConnectOptions, ConnectionTrait, Database, DatabaseConnection, DatabaseTransaction, QueryResult,
+    SqliteTransactionMode, TransactionOptions, TransactionTrait, Value,
+};
+use sea_orm_migration::MigratorTrait;
+
+use dialect::Dialect;
+pub use error::Error;
+
+/// How long a statement may wait for a connection. Longer means that the database is away; callers try again.
+const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How long a statement may run. No statement of Baton touches more than a page of rows.
+const STATEMENT_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// How long PostgreSQL lets a transaction wait for its program, in milliseconds. A worker that is cut off or frozen in the
+/// middle of one holds the locks of its rows, and nobody could free them after its lease: half a lease is long enough for
+/// any program that is there.
+const IDLE_TRANSACTION_TIMEOUT_MS: &str = "5000";
+
+/// How long SQLite waits for another process's transaction.
+const SQLITE_BUSY_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Connections for everything but the writer, which has one of its own: sweeps, control, queries.
+const CONNECTIONS_MAX: u32 = 4;
+
+/// Key of the advisory lock under which migrations run, so that programs that start together do not migrate twice.
+const MIGRATION_LOCK: i64 = 0x0062_6174_6f6e;
+
+/// Where the database is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Location {
+    /// A PostgreSQL URL, with whatever credentials it carries.
+    Postgres(String),
+    /// A SQLite file, made when it is absent.
+    Sqlite(PathBuf),
+}
+
+impl Location {
+    /// Reads a URL: `postgres://…`, or `sqlite:PATH` for a file.
+    ///
+    /// # Errors
+    /// [`Error::Url`] when it is neither.
+    pub fn parse(url: &str) -> Result<Self, Error> {
+        if url.starts_with("postgres://") || url.starts_with("postgresql://") {
+            return Ok(Location::Postgres(url.to_owned()));
+        }
+        match url.strip_prefix("sqlite://").or_else(|| url.strip_prefix("sqlite:")) {
+            Some(path) if !path.is_empty() => Ok(Location::Sqlite(PathBuf::from(path))),
+            Some(_) | None => Err(Error::Url),
+        }
+    }
+}
+
+/// A database with Baton's schema. Cheap to clone.
+#[derive(Clone)]
+pub struct Store {
+    location: Location,
+    db: DatabaseConnection,
+    dialect: Dialect,
+}
+
+impl Store {
+    /// Connects, and brings the schema to this program's version if it is older or absent.
+    ///
+    /// # Errors
+    /// See [`Error`]; [`Error::SchemaNewer`] means that this program must be updated.
+    pub async fn open(location: Location) -> Result<Self, Error> {
+        if let Location::Sqlite(path) = &location
+            && let Some(folder) = path.parent()
+        {
+            std::fs::create_dir_all(folder).map_err(|source| Error::Folder { path: folder.to_owned(), source })?;
+        }
+        let dialect = match location {
+            Location::Postgres(_) => Dialect::Postgres,
+            Location::Sqlite(_) => Dialect::Sqlite,
+        };
+        let db = connect(&location, CONNECTIONS_MAX).await?;
+        let store = Self { location, db, dialect };
+        store.migrate().await?;
+        Ok(store)
+    }
+
+    /// Whether this is SQLite, of which only one program at a time may hold processes.
+    pub fn is_embedded(&self) -> bool {
+        self.dialect == Dialect::Sqlite
+    }
+
+    /// What the server says of its version.
+    ///
+    /// # Errors
+    /// [`Error::Unreachable`] when it does not answer.
+    pub async fn server_version(&self) -> Result<String, Error> {
+        let sql = match self.dialect {
+            Dialect::Postgres => "SELECT 'PostgreSQL ' || current_setting('server_version') AS version",
+            Dialect::Sqlite => "SELECT 'SQLite ' || sqlite_version() AS version",
+        };
+        let row = self.query(sql, vec![]).await?.into_iter().next().ok_or(Error::NoRow)?;
+        Ok(row.try_get("", "version")?)
+    }
+
+    /// The database's time, in microseconds since 1970.
+    ///
+    /// # Errors
+    /// [`Error::Unreachable`] when it does not answer.
+    pub async fn now(&self) -> Result<i64, Error> {
+        let row = self.query("SELECT {now} AS now", vec![]).await?.into_iter().next().ok_or(Error::NoRow)?;
+        Ok(row.try_get("", "now")?)
+    }
+
+    async fn migrate(&self) -> Result<(), Error> {
+        if self.schema_is_current().await? {
+            return Ok(());
+        }
+        let transaction = begin(&self.db).await?;
+        if self.dialect == Dialect::Postgres {
+            let lock = format!("SELECT pg_advisory_xact_lock({MIGRATION_LOCK})");
+            transaction.execute_unprepared(&lock).await?;
+        }
+        migration::Migrator::up(&transaction, None).await?;
+        transaction.commit().await?;
+        Ok(())
+    }
+
+    async fn schema_is_current(&self) -> Result<bool, Error> {
+        let known: Vec<String> =
+            migration::Migrator::migrations().iter().map(|migration| migration.name().to_owned()).collect();
+        let Ok(rows) = self.query("SELECT version FROM seaql_migrations", vec![]).await else {
+            // No such table: a new database. Anything else shows up again in the migration itself.
+            return Ok(false);
+        };
+        let applied = rows.iter().map(|row| row.try_get("", "version")).collect::<Result<Vec<String>, _>>()?;
+        if let Some(newer) = applied.iter().find(|version| !known.contains(version)) {
+            return Err(Error::SchemaNewer { migration: newer.clone() });
+        }
+        Ok(applied.len() == known.len())
+    }
+
+    async fn query(&self, template: &str, values: Vec<Value>) -> Result<Vec<QueryResult>, Error> {
+        Ok(self.db.query_all_raw(self.dialect.statement(template, values)).await?)
+    }
+
+    async fn execute(&self, template: &str, values: Vec<Value>) -> Result<u64, Error> {
+        Ok(self.db.execute_raw(self.dialect.statement(template, values)).await?.rows_affected())
+    }
+}
+
+async fn connect(location: &Location, connections_max: u32) -> Result<DatabaseConnection, Error> {
+    let mut options = match location {
+        Location::Postgres(url) => {
+            let mut options = ConnectOptions::new(url);
+            options.statement_timeout(STATEMENT_TIMEOUT);
+            options.map_sqlx_postgres_opts(|options| {
+                options.options([("idle_in_transaction_session_timeout", IDLE_TRANSACTION_TIMEOUT_MS)])
+            });
+            options
+        }
+        Location::Sqlite(path) => {
+            let mut options = ConnectOptions::new(format!("sqlite://{}?mode=rwc", path.display()));
+            options.map_sqlx_sqlite_opts(|options| {
+                options
+                    .journal_mode(SqliteJournalMode::Wal)
+                    .synchronous(SqliteSynchronous::Full)
+                    .busy_timeout(SQLITE_BUSY_TIMEOUT)
+            });
+            options
+        }
+    };
+    options
+        .max_connections(connections_max)
+        .connect_timeout(ACQUIRE_TIMEOUT)
+        .acquire_timeout(ACQUIRE_TIMEOUT)
+        .test_before_acquire_if_idle_for(Duration::from_secs(30))
+        .sqlx_logging(false);
+    Ok(Database::connect(options).await?)
+}
+
+/// Begins a transaction that, on SQLite, is the writing one from its start: one that only becomes it later is refused
+/// when another program has written in between.
+async fn begin(db: &DatabaseConnection) -> Result<DatabaseTransaction, Error> {
+    let options =
+        TransactionOptions { sqlite_transaction_mode: Some(SqliteTransactionMode::Immediate), ..Default::default() };
+    Ok(db.begin_with_options(options).await?)
+}

@@ -1,0 +1,137 @@
+//! Versioned MessagePack in columns: one version byte, then a map with named fields.
+//!
+//! Named fields let old and new programs read each other as long as later fields have defaults; a change that cannot be
+//! read so gets a new version byte. Golden files of every version are kept under `common/tests/golden`.
+
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use super::Error;
+
+/// The version byte that this program writes, and the newest that it reads.
+const VERSION: u8 = 1;
+
+/// A process's progress between two advances.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Checkpoint {
+    /// Committed advances.
+    pub advances: u64,
+    /// Committed advances in a row that changed nothing; for the no-progress limit.
+    #[serde(default)]
+    pub idle_advances: u64,
+    /// Attempts that failed and were charged to the process.
+    #[serde(default)]
+    pub failures: u32,
+    /// Why the last of them failed.
+    #[serde(default)]
+    pub last_error: Option<String>,
+    /// What the process returns so far.
+    #[serde(default)]
+    pub values: serde_json::Map<String, Value>,
+    /// How far it is, in its own words and in 0..=1.
+    #[serde(default)]
+    pub progress: Option<Progress>,
+    /// The process's own state, as its kind writes it.
+    #[serde(with = "serde_bytes")]
+    pub state: Vec<u8>,
+}
+
+/// How far a process says that it is.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Progress {
+    /// Steps done.
+    pub done: u64,
+    /// Steps in all, if the process knows.
+    pub total: Option<u64>,
+}
+
+/// How a process ended.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Outcome {
+    /// Exit code, when it came to its end by itself; 128 + N for a program that signal N ended.
+    #[serde(default)]
+    pub exit: Option<i32>,
+    /// The signal that ended its program.
+    #[serde(default)]
+    pub signal: Option<i32>,
+    /// What it returned.
+    #[serde(default)]
+    pub values: serde_json::Map<String, Value>,
+    /// Whether the exit is one of those that the spec calls success.
+    #[serde(default)]
+    pub ok: bool,
+    /// Why, in words, where the exit does not say it.
+    #[serde(default)]
+    pub reason: Option<String>,
+    /// Where its files are on the worker that ran it, and which worker that was.
+    #[serde(default)]
+    pub sandbox: Option<String>,
+}
+
+impl Checkpoint {
+    /// The column's bytes.
+    pub fn to_bytes(&self) -> Vec<u8> {
+        to_bytes(self)
+    }
+
+    /// Reads the column.
+    ///
+    /// # Errors
+    /// [`Error::Unreadable`] when a newer version wrote it, or nobody did.
+    pub fn from_bytes(bytes: &[u8]) -> Result<Self, Error> {
+        from_bytes(bytes)
+    }
+}
+
+impl Outcome {
+    /// The outcome of a process that ended for this reason and not by itself.
+    pub fn because(reason: impl Into<String>) -> Self {
+        Outcome { reason: Some(reason.into()), ..Outcome::default() }
+    }
+
+    /// The column's bytes.
+    pub fn to_bytes(&self) -> Vec<u8> {
+        to_bytes(self)
+    }
+
+    /// Reads the column.
+    ///
+    /// # Errors
+    /// [`Error::Unreadable`] when a newer version wrote it, or nobody did.
+    pub fn from_bytes(bytes: &[u8]) -> Result<Self, Error> {
+        from_bytes(bytes)
+    }
+}
+
+pub(crate) fn to_bytes<T: Serialize>(value: &T) -> Vec<u8> {
+    let mut bytes = vec![VERSION];
+    rmp_serde::encode::write_named(&mut bytes, value).expect("blobs have only string keys and plain data");
+    bytes
+}
+
+pub(crate) fn from_bytes<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Error> {
+    match bytes.split_first() {
+        Some((&VERSION, body)) => rmp_serde::from_slice(body)
+            .map_err(|error| Error::Unreadable(format!("not what version 1 writes: {error}"))),
+        Some((version, _)) => {
+            Err(Error::Unreadable(format!("version {version} is newer than this program reads ({VERSION})")))
+        }
+        None => Err(Error::Unreadable("empty".into())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_newer_version_is_an_error_that_says_so() {
+        let mut bytes = Checkpoint::default().to_bytes();
+        bytes[0] = 2;
+        let error = Checkpoint::from_bytes(&bytes).unwrap_err().to_string();
+        assert!(error.contains("version 2 is newer"), "{error}");
+        assert!(Checkpoint::from_bytes(&[]).is_err());
+        assert!(Checkpoint::from_bytes(&[VERSION, 0xff]).is_err());
+    }
+}

@@ -1,0 +1,114 @@
+//! What can go wrong with the database, by what the caller does next.
+
+use std::path::PathBuf;
+
+use sea_orm::sqlx;
+use sea_orm::{ConnAcquireErr, DbErr, RuntimeErr};
+
+/// Why the database did not do it.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The URL names no database that Baton knows.
+    #[error("the database URL must begin with postgres:// or sqlite:")]
+    Url,
+    /// The folder of a SQLite file cannot be made.
+    #[error("cannot make {}", .path.display())]
+    Folder {
+        /// The folder.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// It did not answer. Try again; a write's outcome is unknown.
+    #[error("the database does not answer: {0}")]
+    Unreachable(String),
+    /// It answered that these credentials or this database name are wrong.
+    #[error("the database refused the connection: {0}")]
+    Refused(String),
+    /// Two transactions stood in each other's way. Nothing was written; try again.
+    #[error("the database asks to try again: {0}")]
+    Retry(String),
+    /// A newer Baton has migrated this database.
+    #[error("the database's schema is newer than this program (it has migration `{migration}`); update this program")]
+    SchemaNewer {
+        /// A migration that this program does not know.
+        migration: String,
+    },
+    /// A row that no version of Baton writes, or one that a newer version wrote.
+    #[error("unreadable row: {0}")]
+    Unreadable(String),
+    /// A statement that always returns a row returned none.
+    #[error("the database returned no row")]
+    NoRow,
+    /// The writer has stopped with the worker.
+    #[error("the writer has stopped")]
+    Stopped,
+    /// Any other answer of the database: a full disk, a missing right.
+    #[error("the database failed: {0}")]
+    Database(String),
+}
+
+impl Error {
+    /// Whether the same call can succeed later without anybody's doing.
+    pub fn is_transient(&self) -> bool {
+        match self {
+            Error::Unreachable(_) | Error::Retry(_) => true,
+            Error::Url
+            | Error::Folder { .. }
+            | Error::Refused(_)
+            | Error::SchemaNewer { .. }
+            | Error::Unreadable(_)
+            | Error::NoRow
+            | Error::Stopped
+            | Error::Database(_) => false,
+        }
+    }
+}
+
+impl From<DbErr> for Error {
+    #[expect(
+        clippy::wildcard_enum_match_arm,
+        reason = "a foreign enum; what is not named here has no remedy of its own"
+    )]
+    fn from(error: DbErr) -> Self {
+        match &error {
+            DbErr::ConnectionAcquire(ConnAcquireErr::Timeout | ConnAcquireErr::ConnectionClosed) => {
+                Error::Unreachable("no connection within the time limit".into())
+            }
+            DbErr::Conn(RuntimeErr::SqlxError(cause))
+            | DbErr::Exec(RuntimeErr::SqlxError(cause))
+            | DbErr::Query(RuntimeErr::SqlxError(cause)) => classify(cause),
+            DbErr::Conn(RuntimeErr::Internal(text)) => Error::Unreachable(text.clone()),
+            _ => Error::Database(error.to_string()),
+        }
+    }
+}
+
+#[expect(clippy::wildcard_enum_match_arm, reason = "a foreign enum; what is not named here has no remedy of its own")]
+fn classify(cause: &sqlx::Error) -> Error {
+    match cause {
+        sqlx::Error::Database(database) => {
+            let text = database.message().to_owned();
+            let code = database.code().unwrap_or_default().into_owned();
+            // PostgreSQL: https://www.postgresql.org/docs/15/errcodes-appendix.html; SQLite: 5 busy, 6 locked, 517
+            // busy with a stale snapshot.
+            match code.as_str() {
+                "28000" | "28P01" | "3D000" => Error::Refused(text),
+                "40001" | "40P01" | "55P03" | "5" | "6" | "517" => Error::Retry(text),
+                // No resources, a full disk above all: what was not written now can be written later.
+                "13" => Error::Retry(text),
+                _ if code.starts_with("53") => Error::Retry(text),
+                _ if code.starts_with("08") || code.starts_with("57P") => Error::Unreachable(text),
+                _ => Error::Database(text),
+            }
+        }
+        sqlx::Error::Io(_)
+        | sqlx::Error::Tls(_)
+        | sqlx::Error::Protocol(_)
+        | sqlx::Error::PoolTimedOut
+        | sqlx::Error::PoolClosed
+        | sqlx::Error::WorkerCrashed => Error::Unreachable(cause.to_string()),
+        sqlx::Error::Configuration(_) => Error::Url,
+        other => Error::Database(other.to_string()),
+    }
+}

@@ -1,0 +1,290 @@
+//! The statements of the holder: claim, and the writes that its epoch fences.
+//!
+//! Every fenced write says `epoch = … AND place = held`, clears `woken`, and applies what is desired when it takes the
+//! row out of `held`; so no row means one thing only: the lease was lost.
+
+use std::collections::HashMap;
+
+use sea_orm::{ConnectionTrait, DatabaseTransaction, QueryResult, Value};
+use uuid::Uuid;
+
+use super::blob::{Checkpoint, Outcome};
+use super::dialect::{Batch, Dialect, Kind};
+use super::writer::{Attempt, Claimed, Fence, Fenced, Verb, Written};
+use super::{Error, blob};
+use crate::id::{Incarnation, Pid};
+use crate::spec::Spec;
+use crate::state::{Desired, Place, State};
+
+/// From so many deaths of its holders on, a process is claimed only as a worker's sole such one, so that it takes no
+/// neighbours of its kind with it.
+const SUSPECT_DEATHS: i64 = 2;
+
+/// Locks the rows of a batch in the order of their ids. Two batches that lock in unlike order deadlock.
+pub(super) async fn lock(transaction: &DatabaseTransaction, dialect: Dialect, ids: Vec<Uuid>) -> Result<(), Error> {
+    if dialect == Dialect::Postgres && ids.len() > 1 {
+        let sql = "WITH {rows} SELECT id FROM process WHERE id IN (SELECT b_id FROM b) ORDER BY id {for_update}";
+        transaction.execute_raw(dialect.batch(sql, vec![], Batch::ids(ids))).await?;
+    }
+    Ok(())
+}
+
+/// Takes the leases of those that are queued in the queue that their message came from, and of nothing else.
+pub(super) async fn claim(
+    transaction: &DatabaseTransaction,
+    dialect: Dialect,
+    me: Incarnation,
+    claims: &[(Pid, String)],
+) -> Result<HashMap<Pid, Claimed>, Error> {
+    let mut batch = Batch::new(&[("b_id", Kind::Uuid), ("b_queue", Kind::Text)]);
+    for (pid, queue) in claims {
+        batch.push(vec![Uuid::from(*pid).into(), queue.clone().into()]);
+    }
+    if batch.is_empty() {
+        return Ok(HashMap::new());
+    }
+    let scalars: Vec<Value> = vec![Uuid::from(me).into(), SUSPECT_DEATHS.into()];
+    let rows = transaction.query_all_raw(dialect.batch(CLAIM, scalars, batch)).await?;
+    if rows.is_empty() {
+        return Ok(HashMap::new());
+    }
+    let ids = rows.iter().map(|row| row.try_get("", "id")).collect::<Result<Vec<Uuid>, _>>()?;
+    let specs = transaction.query_all_raw(dialect.batch(SPECS, vec![], Batch::ids(ids))).await?;
+    let mut specs: HashMap<Uuid, QueryResult> = specs
+        .into_iter()
+        .map(|row| Ok((row.try_get::<Uuid>("", "id")?, row)))
+        .collect::<Result<_, sea_orm::DbErr>>()?;
+    rows.iter()
+        .map(|row| {
+            let id: Uuid = row.try_get("", "id")?;
+            let spec = specs.remove(&id).ok_or_else(|| Error::Unreadable(format!("process {id} has no spec")))?;
+            Ok((Pid::from(id), claimed(row, &spec)?))
+        })
+        .collect()
+}
+
+fn claimed(row: &QueryResult, spec: &QueryResult) -> Result<Claimed, Error> {
+    let checkpoint: Option<Vec<u8>> = row.try_get("", "checkpoint")?;
+    let body: Vec<u8> = spec.try_get("", "body")?;
+    Ok(Claimed {
+        fence: Fence { pid: row.try_get::<Uuid>("", "id")?.into(), epoch: row.try_get("", "epoch")? },
+        claimed_at: row.try_get("", "claimed_at")?,
+        attempt: row.try_get("", "try")?,
+        deaths: row.try_get("", "deaths")?,
+        desired: desired(row)?,
+        urgent: row.try_get("", "urgent")?,
+        checkpoint: checkpoint.map(|bytes| Checkpoint::from_bytes(&bytes)),
+        spec: blob::from_bytes::<Spec>(&body),
+        traceparent: spec.try_get("", "traceparent")?,
+        reply_to: spec.try_get("", "reply_to")?,
+    })
+}
+
+/// Applies one fenced write a process; a pid that is not among the answers has lost its lease.
+pub(super) async fn write(
+    transaction: &DatabaseTransaction,
+    dialect: Dialect,
+    me: Incarnation,
+    writes: &[Fenced],
+) -> Result<HashMap<Pid, Written>, Error> {
+    let mut batch = Batch::new(&[
+        ("b_id", Kind::Uuid),
+        ("b_epoch", Kind::BigInt),
+        ("b_verb", Kind::SmallInt),
+        ("b_checkpoint", Kind::Bytes),
+        ("b_seq", Kind::BigInt),
+        ("b_wake_at", Kind::BigInt),
+        ("b_try", Kind::BigInt),
+        ("b_state", Kind::SmallInt),
+        ("b_outcome", Kind::Bytes),
+    ]);
+    for fenced in writes {
+        let (verb, wake_us, state, outcome) = match &fenced.verb {
+            Verb::Keep => (KEEP, 0, State::Running, None),
+            Verb::Park { wake_in } => {
+                let micros = i64::try_from(wake_in.as_micros()).unwrap_or(i64::MAX / 2);
+                (PARK, micros.max(1), State::Waiting, None)
+            }
+            Verb::Pause => (PAUSE, 0, State::Running, None),
+            Verb::GiveBack => (GIVE_BACK, 0, State::Running, None),
+            Verb::End { state, outcome } => (END, 0, *state, Some(outcome)),
+        };
+        batch.push(vec![
+            Uuid::from(fenced.fence.pid).into(),
+            fenced.fence.epoch.into(),
+            verb.into(),
+            fenced.checkpoint.as_ref().map(Checkpoint::to_bytes).unwrap_or_default().into(),
+            fenced.checkpoint.as_ref().map_or(0, |checkpoint| checkpoint.advances.cast_signed()).into(),
+            wake_us.into(),
+            fenced.attempt.into(),
+            state.code().into(),
+            outcome.map(Outcome::to_bytes).unwrap_or_default().into(),
+        ]);
+    }
+    if batch.is_empty() {
+        return Ok(HashMap::new());
+    }
+    let rows = transaction.query_all_raw(dialect.batch(&fenced_sql(), vec![], batch)).await?;
+    let answers = rows
+        .iter()
+        .map(|row| {
+            let place = place(row)?;
+            let state = State::from_codes(row.try_get("", "state")?, Some(row.try_get("", "before")?))
+                .ok_or_else(|| Error::Unreadable("no such state".into()))?;
+            let written = Written {
+                place,
+                state,
+                desired: desired(row)?,
+                urgent: row.try_get("", "urgent")?,
+                queue: row.try_get("", "queue")?,
+                told_at: row.try_get("", "told_at")?,
+            };
+            Ok((Pid::from(row.try_get::<Uuid>("", "id")?), written))
+        })
+        .collect::<Result<HashMap<_, _>, Error>>()?;
+    let left = writes
+        .iter()
+        .filter(|fenced| answers.get(&fenced.fence.pid).is_some_and(|written| written.place != Place::Held));
+    insert_attempts(transaction, dialect, me, left).await?;
+    insert_outputs(transaction, dialect, writes.iter().filter(|fenced| answers.contains_key(&fenced.fence.pid)))
+        .await?;
+    Ok(answers)
+}
+
+async fn insert_attempts(
+    transaction: &DatabaseTransaction,
+    dialect: Dialect,
+    me: Incarnation,
+    writes: impl Iterator<Item = &Fenced>,
+) -> Result<(), Error> {
+    let mut batch = Batch::new(&[
+        ("b_id", Kind::Uuid),
+        ("b_epoch", Kind::BigInt),
+        ("b_try", Kind::BigInt),
+        ("b_started_at", Kind::BigInt),
+        ("b_how", Kind::Text),
+        ("b_reason", Kind::Text),
+    ]);
+    for fenced in writes {
+        let Some(Attempt { started_at, how, reason }) = &fenced.ended else { continue };
+        batch.push(vec![
+            Uuid::from(fenced.fence.pid).into(),
+            fenced.fence.epoch.into(),
+            fenced.attempt.into(),
+            (*started_at).into(),
+            how.word().to_owned().into(),
+            reason.clone().unwrap_or_default().into(),
+        ]);
+    }
+    if !batch.is_empty() {
+        transaction.execute_raw(dialect.batch(INSERT_ATTEMPT, vec![Uuid::from(me).into()], batch)).await?;
+    }
+    Ok(())
+}
+
+async fn insert_outputs(
+    transaction: &DatabaseTransaction,
+    dialect: Dialect,
+    writes: impl Iterator<Item = &Fenced>,
+) -> Result<(), Error> {
+    let mut batch = Batch::new(&[
+        ("b_id", Kind::Uuid),
+        ("b_epoch", Kind::BigInt),
+        ("b_stream", Kind::SmallInt),
+        ("b_head", Kind::Bytes),
+        ("b_tail", Kind::Bytes),
+        ("b_total", Kind::BigInt),
+    ]);
+    for fenced in writes {
+        for output in &fenced.outputs {
+            batch.push(vec![
+                Uuid::from(fenced.fence.pid).into(),
+                fenced.fence.epoch.into(),
+                output.stream.code().into(),
+                output.head.clone().into(),
+                output.tail.clone().into(),
+                i64::try_from(output.total_bytes).unwrap_or(i64::MAX).into(),
+            ]);
+        }
+    }
+    if !batch.is_empty() {
+        transaction.execute_raw(dialect.batch(UPSERT_OUTPUT, vec![], batch)).await?;
+    }
+    Ok(())
+}
+
+fn place(row: &QueryResult) -> Result<Place, Error> {
+    Place::from_code(row.try_get("", "place")?).ok_or_else(|| Error::Unreadable("no such place".into()))
+}
+
+fn desired(row: &QueryResult) -> Result<Desired, Error> {
+    Desired::from_code(row.try_get("", "desired")?).ok_or_else(|| Error::Unreadable("no such desire".into()))
+}
+
+const CLAIM: &str = "
+    WITH {rows}
+    UPDATE process
+    SET place = {held}, state = {running}, owner = $1, epoch = epoch + 1, claimed_at = {now}, woken = false,
+        queue_deadline = NULL, wake_at = NULL, changed_at = {now}
+    FROM b
+    WHERE id = b_id AND place = {queued} AND queue = b_queue
+      AND (deaths < $2
+           OR (NOT EXISTS (SELECT 1 FROM process h WHERE h.owner = $1 AND h.place = {held} AND h.deaths >= $2)
+               AND b_id = (SELECT s.id FROM process s JOIN b ON s.id = b_id
+                           WHERE s.place = {queued} AND s.deaths >= $2 ORDER BY s.id LIMIT 1)))
+    RETURNING id, epoch, claimed_at, checkpoint, desired, urgent, try, deaths";
+
+const SPECS: &str = "WITH {rows} SELECT id, body, traceparent, reply_to FROM spec WHERE id IN (SELECT b_id FROM b)";
+
+const KEEP: i16 = 0;
+const PARK: i16 = 1;
+const PAUSE: i16 = 2;
+const GIVE_BACK: i16 = 3;
+const END: i16 = 4;
+
+/// One statement for every fenced write. `place` is decided first; owner, state and the rest follow from it.
+fn fenced_sql() -> String {
+    // A wake-up that arrived while the process was on its way to park is seen here, under the row's lock; so is a kill.
+    let stays = format!(
+        "(b_verb = {KEEP} OR (b_verb = {PARK} AND (woken OR desired = {{kill}})) OR (b_verb = {PAUSE} AND desired <> {{pause}}))"
+    );
+    // Every way out of `held` but the end obeys a pause.
+    let paused = format!("(NOT {stays} AND b_verb <> {END} AND desired = {{pause}})");
+    format!(
+        "WITH {{rows}}
+         UPDATE process
+         SET seq = CASE WHEN length(b_checkpoint) = 0 THEN seq ELSE b_seq END,
+             checkpoint = CASE WHEN length(b_checkpoint) = 0 THEN checkpoint ELSE b_checkpoint END,
+             deaths = CASE WHEN length(b_checkpoint) = 0 THEN deaths ELSE 0 END,
+             try = b_try,
+             woken = false,
+             wake_at = CASE WHEN b_verb = {PARK} AND NOT {stays} THEN {{now}} + b_wake_at ELSE NULL END,
+             place = CASE WHEN {stays} THEN {{held}}
+                          WHEN b_verb = {END} THEN {{ended}}
+                          WHEN b_verb = {GIVE_BACK} AND desired <> {{pause}} THEN {{queued}}
+                          ELSE {{parked}} END,
+             owner = CASE WHEN {stays} THEN owner ELSE NULL END,
+             state = CASE WHEN {paused} THEN {{paused}} WHEN {stays} THEN {{running}} ELSE b_state END,
+             before = CASE WHEN {paused} THEN b_state ELSE before END,
+             told_at = CASE WHEN b_verb = {GIVE_BACK} AND desired <> {{pause}} THEN {{now}} ELSE told_at END,
+             changed_at = CASE WHEN {stays} THEN changed_at ELSE {{now}} END,
+             ended_at = CASE WHEN b_verb = {END} THEN {{now}} ELSE NULL END,
+             outcome = CASE WHEN b_verb = {END} THEN b_outcome ELSE NULL END
+         FROM b
+         WHERE id = b_id AND epoch = b_epoch AND place = {{held}}
+         RETURNING id, place, state, before, desired, urgent, queue, told_at"
+    )
+}
+
+const INSERT_ATTEMPT: &str = "
+    WITH {rows}
+    INSERT INTO attempt (pid, epoch, worker, try, started_at, ended_at, how, reason)
+    SELECT b_id, b_epoch, $1, b_try, b_started_at, {now}, b_how, NULLIF(b_reason, '') FROM b WHERE true
+    ON CONFLICT (pid, epoch) DO NOTHING";
+
+const UPSERT_OUTPUT: &str = "
+    WITH {rows}
+    INSERT INTO output (pid, epoch, stream, head, tail, total_bytes)
+    SELECT b_id, b_epoch, b_stream, b_head, b_tail, b_total FROM b WHERE true
+    ON CONFLICT (pid, epoch, stream)
+    DO UPDATE SET head = excluded.head, tail = excluded.tail, total_bytes = excluded.total_bytes";

@@ -1,0 +1,364 @@
+//! What people ask of the database. Nothing here changes a row.
+
+use std::collections::BTreeMap;
+
+use sea_orm::{QueryResult, Value};
+use serde::Serialize;
+use uuid::Uuid;
+
+use super::blob::{self, Checkpoint, Outcome};
+use super::writer::{Output, Stream};
+use super::{Error, Store};
+use crate::communicator::control_queue;
+use crate::id::{Incarnation, Pid};
+use crate::spec::Spec;
+use crate::state::{Desired, Place, State};
+
+/// Which processes a list is about.
+#[derive(Clone, Debug, Default)]
+pub struct Filter {
+    /// Words of states; empty is all of them.
+    pub states: Vec<String>,
+    /// At most so many, the newest first; `None` is all.
+    pub limit: Option<u32>,
+    /// Only these, if there are any.
+    pub pids: Vec<Pid>,
+}
+
+/// A process in a list.
+#[derive(Clone, Debug)]
+pub struct Summary {
+    /// Its id.
+    pub pid: Pid,
+    /// Its name.
+    pub name: String,
+    /// What it runs: `program`, or the name of a process written in Rust.
+    pub kind: String,
+    /// Where it is.
+    pub place: Place,
+    /// Its state.
+    pub state: State,
+    /// What the operators want of it.
+    pub desired: Desired,
+    /// Its task queue.
+    pub queue: String,
+    /// The name of the worker that holds it.
+    pub worker: Option<String>,
+    /// The holder's incarnation.
+    pub owner: Option<Incarnation>,
+    /// How often it has been claimed.
+    pub epoch: i64,
+    /// The number of its try, from 1.
+    pub attempt: i64,
+    /// Committed advances.
+    pub advances: i64,
+    /// When it was accepted; this and all times here are microseconds since 1970 by the database's clock.
+    pub created_at: i64,
+    /// When its place or state last changed.
+    pub changed_at: i64,
+    /// When it ended.
+    pub ended_at: Option<i64>,
+    /// When it wakes by itself.
+    pub wake_at: Option<i64>,
+    /// How it ended.
+    pub outcome: Option<Outcome>,
+    /// The time of the query.
+    pub now: i64,
+}
+
+/// Everything about one process.
+#[derive(Clone, Debug)]
+pub struct Details {
+    /// What a list shows.
+    pub summary: Summary,
+    /// What it runs.
+    pub spec: Spec,
+    /// Who asked for it.
+    pub created_by: String,
+    /// Its progress.
+    pub checkpoint: Option<Checkpoint>,
+    /// Its attempts, oldest first.
+    pub attempts: Vec<AttemptRow>,
+    /// Requests about it, oldest first.
+    pub events: Vec<EventRow>,
+}
+
+/// One attempt at a process.
+#[derive(Clone, Debug, Serialize)]
+pub struct AttemptRow {
+    /// The number of the lease.
+    pub epoch: i64,
+    /// The number of the try.
+    #[serde(rename = "try")]
+    pub attempt: i64,
+    /// The worker's name, or its incarnation where that row is gone.
+    pub worker: String,
+    /// Its first moment.
+    pub started_at: i64,
+    /// Its last moment.
+    pub ended_at: i64,
+    /// ok, error, lost, drained, paused or killed.
+    pub how: String,
+    /// Why, in words.
+    pub reason: Option<String>,
+}
+
+/// One request of an operator.
+#[derive(Clone, Debug, Serialize)]
+pub struct EventRow {
+    /// When it was recorded.
+    pub at: i64,
+    /// `pause`, `play` or `kill`.
+    pub what: String,
+    /// Who asked.
+    pub by: String,
+    /// Why.
+    pub reason: Option<String>,
+}
+
+/// One worker.
+#[derive(Clone, Debug, Serialize)]
+pub struct WorkerRow {
+    /// Its incarnation.
+    pub id: Incarnation,
+    /// Its label.
+    pub name: String,
+    /// Its host.
+    pub host: String,
+    /// Its process id there.
+    pub os_pid: i64,
+    /// Its program's version.
+    pub version: String,
+    /// The queues that it serves.
+    pub queues: String,
+    /// How many processes it may hold.
+    pub slots: i64,
+    /// How many it holds.
+    pub held: i64,
+    /// Processes that block their thread.
+    pub blocked: Option<String>,
+    /// The number that grows while it lives.
+    pub beat: i64,
+    /// When it started.
+    pub started_at: i64,
+    /// When it stopped or was declared gone.
+    pub gone_at: Option<i64>,
+    /// The name of its control queue.
+    pub control_queue: String,
+}
+
+impl Store {
+    /// Lists processes, newest first.
+    ///
+    /// # Errors
+    /// The database does not answer, or a row cannot be read.
+    pub async fn list(&self, filter: &Filter) -> Result<Vec<Summary>, Error> {
+        let mut values: Vec<Value> = Vec::new();
+        let mut conditions = String::from("true");
+        if !filter.states.is_empty() {
+            let states = filter.states.iter().map(|word| format!("{{{word}}}")).collect::<Vec<_>>().join(", ");
+            conditions.push_str(&format!(" AND p.state IN ({states})"));
+        }
+        if !filter.pids.is_empty() {
+            let first = values.len() + 1;
+            values.extend(filter.pids.iter().map(|pid| Value::from(Uuid::from(*pid))));
+            let places: Vec<String> = (first..=values.len()).map(|number| format!("${number}")).collect();
+            conditions.push_str(&format!(" AND p.id IN ({})", places.join(", ")));
+        }
+        let limit = filter.limit.map(|limit| format!("LIMIT {limit}")).unwrap_or_default();
+        let sql = format!("{SUMMARY} WHERE {conditions} ORDER BY p.id DESC {limit}");
+        self.query(&sql, values).await?.iter().map(summary).collect()
+    }
+
+    /// How many processes there are by the word of their state.
+    ///
+    /// # Errors
+    /// The database does not answer.
+    pub async fn count_by_state(&self) -> Result<BTreeMap<String, i64>, Error> {
+        let mut counts = BTreeMap::new();
+        for row in self.query("SELECT state, COUNT(*) AS n FROM process GROUP BY state", vec![]).await? {
+            // Where a paused process came from does not matter here; any number of a live state will do.
+            let state = State::from_codes(row.try_get("", "state")?, Some(State::Created.code()))
+                .ok_or_else(|| Error::Unreadable("no such state".into()))?;
+            counts.insert(state.word().to_owned(), row.try_get("", "n")?);
+        }
+        Ok(counts)
+    }
+
+    /// Everything about one process; `None` when there is no such process.
+    ///
+    /// # Errors
+    /// The database does not answer, or a row cannot be read.
+    pub async fn show(&self, pid: Pid) -> Result<Option<Details>, Error> {
+        let filter = Filter { pids: vec![pid], ..Filter::default() };
+        let Some(summary) = self.list(&filter).await?.into_iter().next() else { return Ok(None) };
+        let id = || vec![Value::from(Uuid::from(pid))];
+        let sql = "SELECT s.body, s.created_by, p.checkpoint FROM process p JOIN spec s ON s.id = p.id WHERE p.id = $1";
+        let row = self.query(sql, id()).await?.into_iter().next().ok_or(Error::NoRow)?;
+        let checkpoint: Option<Vec<u8>> = row.try_get("", "checkpoint")?;
+        let attempts = "SELECT a.epoch, a.try, a.started_at, a.ended_at, a.how, a.reason, a.worker, w.name
+                        FROM attempt a LEFT JOIN worker w ON w.id = a.worker WHERE a.pid = $1 ORDER BY a.epoch";
+        let events = "SELECT at, what, by_whom, reason FROM event WHERE pid = $1 ORDER BY at, id";
+        Ok(Some(Details {
+            summary,
+            spec: blob::from_bytes(&row.try_get::<Vec<u8>>("", "body")?)?,
+            created_by: row.try_get("", "created_by")?,
+            checkpoint: checkpoint.map(|bytes| Checkpoint::from_bytes(&bytes)).transpose()?,
+            attempts: self.query(attempts, id()).await?.iter().map(attempt).collect::<Result<_, _>>()?,
+            events: self.query(events, id()).await?.iter().map(event).collect::<Result<_, _>>()?,
+        }))
+    }
+
+    /// What is kept of a process's streams, of its last attempt that has written any; with that attempt's epoch.
+    ///
+    /// # Errors
+    /// The database does not answer.
+    pub async fn output(&self, pid: Pid) -> Result<Option<(i64, Vec<Output>)>, Error> {
+        let sql = "SELECT epoch, stream, head, tail, total_bytes FROM output
+                   WHERE pid = $1 AND epoch = (SELECT MAX(epoch) FROM output WHERE pid = $1) ORDER BY stream";
+        let rows = self.query(sql, vec![Uuid::from(pid).into()]).await?;
+        let Some(first) = rows.first() else { return Ok(None) };
+        let epoch = first.try_get("", "epoch")?;
+        let outputs = rows
+            .iter()
+            .map(|row| {
+                let stream = match row.try_get::<i16>("", "stream")? {
+                    1 => Stream::Stdout,
+                    2 => Stream::Stderr,
+                    other => return Err(Error::Unreadable(format!("no stream {other}"))),
+                };
+                Ok(Output {
+                    stream,
+                    head: row.try_get("", "head")?,
+                    tail: row.try_get("", "tail")?,
+                    total_bytes: row.try_get::<i64>("", "total_bytes")?.cast_unsigned(),
+                })
+            })
+            .collect::<Result<_, Error>>()?;
+        Ok(Some((epoch, outputs)))
+    }
+
+    /// Workers, live ones first; gone ones only if asked for.
+    ///
+    /// # Errors
+    /// The database does not answer.
+    pub async fn workers(&self, with_gone: bool) -> Result<Vec<WorkerRow>, Error> {
+        let which = if with_gone { "true" } else { "w.gone_at IS NULL" };
+        let sql = format!(
+            "SELECT w.id, w.name, w.host, w.os_pid, w.version, w.queues, w.slots, w.blocked, w.beat, w.started_at,
+                    w.gone_at,
+                    (SELECT COUNT(*) FROM process p WHERE p.owner = w.id AND p.place = {{held}}) AS held
+             FROM worker w WHERE {which} ORDER BY w.gone_at IS NOT NULL, w.name, w.started_at"
+        );
+        self.query(&sql, vec![]).await?.iter().map(worker).collect()
+    }
+
+    /// The name of the control queue of a live incarnation.
+    ///
+    /// # Errors
+    /// The database does not answer.
+    pub async fn control_queue_of(&self, owner: Incarnation) -> Result<Option<String>, Error> {
+        let sql = "SELECT name FROM worker WHERE id = $1 AND gone_at IS NULL";
+        let rows = self.query(sql, vec![Uuid::from(owner).into()]).await?;
+        let Some(row) = rows.first() else { return Ok(None) };
+        let name: String = row.try_get("", "name")?;
+        Ok(Some(control_queue(&name, owner)))
+    }
+
+    /// Who asked for a process's end, and why; `None` when nobody did.
+    ///
+    /// # Errors
+    /// The database does not answer.
+    pub async fn killed_because(&self, pid: Pid) -> Result<Option<String>, Error> {
+        let sql = "SELECT by_whom, reason FROM event WHERE pid = $1 AND what = 'kill' ORDER BY at, id LIMIT 1";
+        let rows = self.query(sql, vec![Uuid::from(pid).into()]).await?;
+        let Some(row) = rows.first() else { return Ok(None) };
+        let reason: Option<String> = row.try_get("", "reason")?;
+        Ok(Some(super::control::kill_reason(&row.try_get::<String>("", "by_whom")?, reason.as_deref())))
+    }
+
+    /// The newest unfinished process of `baton run` with this key.
+    ///
+    /// # Errors
+    /// The database does not answer.
+    pub async fn unfinished_run(&self, run_key: &[u8]) -> Result<Option<Pid>, Error> {
+        let sql = "SELECT p.id FROM process p JOIN spec s ON s.id = p.id
+                   WHERE s.run_key = $1 AND p.place <> {ended} ORDER BY p.id DESC LIMIT 1";
+        let rows = self.query(sql, vec![run_key.to_vec().into()]).await?;
+        rows.first().map(|row| Ok(row.try_get::<Uuid>("", "id")?.into())).transpose()
+    }
+}
+
+const SUMMARY: &str = "
+    SELECT p.id, s.name, s.kind, p.place, p.state, p.before, p.desired, p.queue, p.owner, w.name AS worker, p.epoch,
+           p.try, p.seq, s.created_at, p.changed_at, p.ended_at, p.wake_at, p.outcome, {now} AS now
+    FROM process p JOIN spec s ON s.id = p.id LEFT JOIN worker w ON w.id = p.owner";
+
+fn summary(row: &QueryResult) -> Result<Summary, Error> {
+    let outcome: Option<Vec<u8>> = row.try_get("", "outcome")?;
+    Ok(Summary {
+        pid: row.try_get::<Uuid>("", "id")?.into(),
+        name: row.try_get("", "name")?,
+        kind: row.try_get("", "kind")?,
+        place: Place::from_code(row.try_get("", "place")?).ok_or_else(|| Error::Unreadable("no such place".into()))?,
+        state: State::from_codes(row.try_get("", "state")?, Some(row.try_get("", "before")?))
+            .ok_or_else(|| Error::Unreadable("no such state".into()))?,
+        desired: Desired::from_code(row.try_get("", "desired")?)
+            .ok_or_else(|| Error::Unreadable("no such desire".into()))?,
+        queue: row.try_get("", "queue")?,
+        worker: row.try_get("", "worker")?,
+        owner: row.try_get::<Option<Uuid>>("", "owner")?.map(Incarnation::from),
+        epoch: row.try_get("", "epoch")?,
+        attempt: row.try_get("", "try")?,
+        advances: row.try_get("", "seq")?,
+        created_at: row.try_get("", "created_at")?,
+        changed_at: row.try_get("", "changed_at")?,
+        ended_at: row.try_get("", "ended_at")?,
+        wake_at: row.try_get("", "wake_at")?,
+        outcome: outcome.map(|bytes| Outcome::from_bytes(&bytes)).transpose()?,
+        now: row.try_get("", "now")?,
+    })
+}
+
+fn attempt(row: &QueryResult) -> Result<AttemptRow, Error> {
+    let worker: Uuid = row.try_get("", "worker")?;
+    let name: Option<String> = row.try_get("", "name")?;
+    Ok(AttemptRow {
+        epoch: row.try_get("", "epoch")?,
+        attempt: row.try_get("", "try")?,
+        worker: name.unwrap_or_else(|| worker.to_string()),
+        started_at: row.try_get("", "started_at")?,
+        ended_at: row.try_get("", "ended_at")?,
+        how: row.try_get("", "how")?,
+        reason: row.try_get("", "reason")?,
+    })
+}
+
+fn event(row: &QueryResult) -> Result<EventRow, Error> {
+    Ok(EventRow {
+        at: row.try_get("", "at")?,
+        what: row.try_get("", "what")?,
+        by: row.try_get("", "by_whom")?,
+        reason: row.try_get("", "reason")?,
+    })
+}
+
+fn worker(row: &QueryResult) -> Result<WorkerRow, Error> {
+    let id = Incarnation::from(row.try_get::<Uuid>("", "id")?);
+    let name: String = row.try_get("", "name")?;
+    Ok(WorkerRow {
+        id,
+        control_queue: control_queue(&name, id),
+        name,
+        host: row.try_get("", "host")?,
+        os_pid: row.try_get("", "os_pid")?,
+        version: row.try_get("", "version")?,
+        queues: row.try_get("", "queues")?,
+        slots: row.try_get("", "slots")?,
+        held: row.try_get("", "held")?,
+        blocked: row.try_get("", "blocked")?,
+        beat: row.try_get("", "beat")?,
+        started_at: row.try_get("", "started_at")?,
+        gone_at: row.try_get("", "gone_at")?,
+    })
+}

@@ -1,0 +1,175 @@
+//! Accepting processes. What is committed here is never lost.
+
+use std::collections::{BTreeMap, HashMap};
+
+use sea_orm::{ConnectionTrait, Value};
+use uuid::Uuid;
+
+use super::dialect::{Batch, Dialect, Kind};
+use super::{Error, Store, begin, blob};
+use crate::id::Pid;
+use crate::spec::Spec;
+use crate::state::{Desired, Live, Place, State};
+
+/// A process that somebody wants to have run.
+#[derive(Clone, Debug)]
+pub struct NewProcess {
+    /// Its id, chosen by the sender, so that sending twice accepts once.
+    pub pid: Pid,
+    /// What to run.
+    pub spec: Spec,
+    /// Who asks: `user@host`, or what an AMQP client calls itself.
+    pub created_by: String,
+    /// W3C trace context of the request.
+    pub traceparent: Option<String>,
+    /// Whom to tell of the end, as the communicator wrote it.
+    pub reply_to: Option<Vec<u8>>,
+    /// What `baton run` finds an unfinished process by.
+    pub run_key: Option<Vec<u8>>,
+}
+
+/// A row that a message should now stand for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Told {
+    /// The process.
+    pub pid: Pid,
+    /// When its row was told, in database time.
+    pub told_at: i64,
+    /// W3C trace context of its launch.
+    pub traceparent: Option<String>,
+}
+
+/// Rows by the task queue that their messages go to.
+pub type ByQueue = BTreeMap<String, Vec<Told>>;
+
+/// What accepting a page of processes did.
+#[derive(Clone, Debug, Default)]
+pub struct Accepted {
+    /// Inserted and queued: publish these, by queue.
+    pub queued: ByQueue,
+    /// Inserted on hold: no message until `play`.
+    pub held_back: Vec<Pid>,
+}
+
+impl Store {
+    /// Inserts the processes in one commit. One whose id is there already is left as it is.
+    ///
+    /// # Errors
+    /// Nothing is accepted, or (when the commit's answer was lost) all of it: the same call again is safe.
+    pub async fn submit(&self, processes: &[NewProcess]) -> Result<Accepted, Error> {
+        let transaction = begin(&self.db).await?;
+        let inserted = insert(&transaction, self.dialect, processes).await?;
+        transaction.commit().await?;
+        let mut accepted = Accepted::default();
+        for process in processes {
+            match inserted.get(&process.pid) {
+                Some((Place::Queued, told_at)) => {
+                    let told = Told { pid: process.pid, told_at: *told_at, traceparent: process.traceparent.clone() };
+                    accepted.queued.entry(process.spec.task_queue()).or_default().push(told);
+                }
+                Some((Place::Held | Place::Parked | Place::Ended, _)) => accepted.held_back.push(process.pid),
+                None => {}
+            }
+        }
+        Ok(accepted)
+    }
+}
+
+/// Inserts the rows of processes that are not there yet, and says where those are and when they were told.
+pub(super) async fn insert(
+    connection: &impl ConnectionTrait,
+    dialect: Dialect,
+    processes: &[NewProcess],
+) -> Result<HashMap<Pid, (Place, i64)>, Error> {
+    if processes.is_empty() {
+        return Ok(HashMap::new());
+    }
+    let mut hot = Batch::new(&[
+        ("b_id", Kind::Uuid),
+        ("b_place", Kind::SmallInt),
+        ("b_state", Kind::SmallInt),
+        ("b_desired", Kind::SmallInt),
+        ("b_queue", Kind::Text),
+        ("b_queue_us", Kind::BigInt),
+        ("b_total_us", Kind::BigInt),
+    ]);
+    let mut cold = Batch::new(&[
+        ("b_id", Kind::Uuid),
+        ("b_name", Kind::Text),
+        ("b_kind", Kind::Text),
+        ("b_body", Kind::Bytes),
+        ("b_digest", Kind::Bytes),
+        ("b_labels", Kind::Text),
+        ("b_session", Kind::Text),
+        ("b_created_by", Kind::Text),
+        ("b_traceparent", Kind::Text),
+        ("b_reply_to", Kind::Bytes),
+        ("b_run_key", Kind::Bytes),
+    ]);
+    for process in processes {
+        let spec = &process.spec;
+        let (place, state, desired) = if spec.hold {
+            (Place::Parked, State::Paused(Live::Created), Desired::Pause)
+        } else {
+            (Place::Queued, State::Created, Desired::Run)
+        };
+        let id: Value = Uuid::from(process.pid).into();
+        let micros = |limit: Option<std::time::Duration>| -> Value {
+            i64::try_from(limit.unwrap_or_default().as_micros()).unwrap_or(i64::MAX).into()
+        };
+        hot.push(vec![
+            id.clone(),
+            place.code().into(),
+            state.code().into(),
+            desired.code().into(),
+            spec.task_queue().into(),
+            micros(spec.timeout.queue),
+            micros(spec.timeout.total),
+        ]);
+        let labels = serde_json::to_string(&spec.labels).expect("a map of strings is JSON");
+        cold.push(vec![
+            id,
+            spec.effective_name().to_owned().into(),
+            spec.kind().to_owned().into(),
+            blob::to_bytes(spec).into(),
+            spec.digest().to_vec().into(),
+            labels.into(),
+            spec.session.clone().unwrap_or_default().into(),
+            process.created_by.clone().into(),
+            process.traceparent.clone().unwrap_or_default().into(),
+            process.reply_to.clone().unwrap_or_default().into(),
+            process.run_key.clone().unwrap_or_default().into(),
+        ]);
+    }
+    let rows = connection.query_all_raw(dialect.batch(INSERT_HOT, vec![], hot)).await?;
+    connection.execute_raw(dialect.batch(INSERT_COLD, vec![], cold)).await?;
+    rows.iter()
+        .map(|row| {
+            let place =
+                Place::from_code(row.try_get("", "place")?).ok_or_else(|| Error::Unreadable("no such place".into()))?;
+            Ok((row.try_get::<Uuid>("", "id")?.into(), (place, row.try_get("", "told_at")?)))
+        })
+        .collect()
+}
+
+// `WHERE true` keeps SQLite from reading ON CONFLICT as a join condition. Zero and the empty string stand for null,
+// which a batch cannot carry.
+const INSERT_HOT: &str = "
+    WITH {rows}
+    INSERT INTO process (id, place, state, before, epoch, seq, desired, urgent, control, woken, queue, told_at, try,
+                         deaths, queue_deadline, total_deadline, changed_at)
+    SELECT b_id, b_place, b_state, {created}, 0, 0, b_desired, false, 0, false, b_queue, {now}, 1,
+           0, {now} + NULLIF(b_queue_us, 0), {now} + NULLIF(b_total_us, 0), {now}
+    FROM b WHERE true
+    ON CONFLICT (id) DO NOTHING
+    RETURNING id, place, told_at";
+
+const INSERT_COLD: &str = "
+    WITH {rows}
+    INSERT INTO spec (id, name, kind, body, digest, labels, session, created_by, created_at, traceparent, reply_to,
+                      run_key)
+    SELECT b_id, b_name, b_kind, b_body, b_digest, b_labels, NULLIF(b_session, ''), b_created_by, {now},
+           NULLIF(b_traceparent, ''), CASE WHEN length(b_reply_to) = 0 THEN NULL ELSE b_reply_to END,
+           CASE WHEN length(b_run_key) = 0 THEN NULL ELSE b_run_key END
+    FROM b WHERE true
+    ON CONFLICT (id) DO NOTHING";

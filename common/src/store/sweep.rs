@@ -1,0 +1,211 @@
+//! What keeps every process moving whatever was lost: dead holders, due timers, lost messages, passed deadlines.
+//!
+//! Any worker may run any sweep at any time; they exclude each other row by row.
+
+use sea_orm::{ConnectionTrait, QueryResult, Value};
+use uuid::Uuid;
+
+use super::blob::Outcome;
+use super::control::{Answer, Controlled, Request};
+use super::dialect::{Batch, Kind};
+use super::submit::{ByQueue, Told};
+use super::{Error, Store, begin};
+use crate::id::Pid;
+use crate::state::{Desired, Place};
+
+/// Rows that one sweep changes in one transaction.
+pub const PAGE_ROWS: u32 = 1_000;
+
+/// After so many deaths of its holders without a checkpoint in between, a process is not tried again.
+pub const DEATHS_MAX: i64 = 5;
+
+/// What freeing the processes of dead workers did.
+#[derive(Debug, Default)]
+pub struct Freed {
+    /// Queued again: publish these.
+    pub queued: ByQueue,
+    /// Parked, since a pause was desired.
+    pub paused: Vec<Pid>,
+    /// Excepted, since too many of their holders died; with whom to tell.
+    pub excepted: Vec<(Pid, Option<Vec<u8>>)>,
+}
+
+impl Freed {
+    /// How many processes it was about.
+    pub fn count(&self) -> usize {
+        self.queued.values().map(Vec::len).sum::<usize>() + self.paused.len() + self.excepted.len()
+    }
+}
+
+impl Store {
+    /// Frees a page of processes whose holder is gone, and leaves a `lost` attempt for each.
+    ///
+    /// # Errors
+    /// Nothing is freed; the next sweep tries again.
+    pub async fn free(&self) -> Result<Freed, Error> {
+        let transaction = begin(&self.db).await?;
+        let rows = transaction.query_all_raw(self.dialect.statement(ORPHANS, vec![])).await?;
+        if rows.is_empty() {
+            return Ok(Freed::default());
+        }
+        let mut orphans = Batch::new(&[
+            ("b_id", Kind::Uuid),
+            ("b_epoch", Kind::BigInt),
+            ("b_worker", Kind::Uuid),
+            ("b_try", Kind::BigInt),
+            ("b_started_at", Kind::BigInt),
+        ]);
+        let mut ids = Vec::with_capacity(rows.len());
+        for row in &rows {
+            let id: Uuid = row.try_get("", "id")?;
+            ids.push(id);
+            orphans.push(vec![
+                id.into(),
+                row.try_get::<i64>("", "epoch")?.into(),
+                row.try_get::<Uuid>("", "owner")?.into(),
+                row.try_get::<i64>("", "try")?.into(),
+                row.try_get::<i64>("", "claimed_at")?.into(),
+            ]);
+        }
+        transaction.execute_raw(self.dialect.batch(INSERT_LOST, vec![], orphans)).await?;
+        let outcome = Outcome::because(format!(
+            "its worker died {DEATHS_MAX} times in a row while it ran, without a checkpoint in between"
+        ));
+        let scalars: Vec<Value> = vec![DEATHS_MAX.into(), outcome.to_bytes().into()];
+        let rows = transaction.query_all_raw(self.dialect.batch(FREE, scalars, Batch::ids(ids))).await?;
+        transaction.commit().await?;
+        let mut freed = Freed::default();
+        for row in &rows {
+            let (queue, told) = told(row)?;
+            match Place::from_code(row.try_get("", "place")?) {
+                Some(Place::Queued) => freed.queued.entry(queue).or_default().push(told),
+                Some(Place::Ended) => freed.excepted.push((told.pid, row.try_get("", "reply_to")?)),
+                Some(Place::Parked | Place::Held) | None => freed.paused.push(told.pid),
+            }
+        }
+        Ok(freed)
+    }
+
+    /// Wakes a page of processes whose time has come.
+    ///
+    /// # Errors
+    /// Nobody is woken; the next sweep tries again.
+    pub async fn wake_due(&self) -> Result<ByQueue, Error> {
+        self.tell_rows(WAKE_DUE, vec![]).await
+    }
+
+    /// The earliest time at which a parked process is due, in microseconds from now by the database's clock; zero or
+    /// less when one is due already.
+    ///
+    /// # Errors
+    /// The database does not answer.
+    pub async fn next_wake_us(&self) -> Result<Option<i64>, Error> {
+        let sql = "SELECT MIN(wake_at) - {now} AS due FROM process
+                   WHERE place = {parked} AND state = {waiting} AND wake_at IS NOT NULL";
+        let row = self.query(sql, vec![]).await?.into_iter().next().ok_or(Error::NoRow)?;
+        Ok(row.try_get("", "due")?)
+    }
+
+    /// The head rule: marks a page of this queue's rows told before `before` as told now. No message stands for them
+    /// any more; publish one.
+    ///
+    /// # Errors
+    /// Nothing is marked; the next sweep tries again.
+    pub async fn tell_lost(&self, queue: &str, before: i64) -> Result<ByQueue, Error> {
+        self.tell_rows(TELL_LOST, vec![queue.to_owned().into(), before.into()]).await
+    }
+
+    /// Kills what has passed its `timeout`.
+    ///
+    /// # Errors
+    /// The database does not answer; the next sweep tries again.
+    pub async fn end_overdue(&self) -> Result<Vec<Controlled>, Error> {
+        let mut ended = Vec::new();
+        for (sql, reason) in [
+            (QUEUE_OVERDUE, "`timeout.queue` has passed before a worker took it"),
+            (TOTAL_OVERDUE, "`timeout.total` has passed"),
+        ] {
+            for row in self.query(sql, vec![]).await? {
+                let pid = Pid::from(row.try_get::<Uuid>("", "id")?);
+                let request =
+                    Request { verb: Desired::Kill, urgent: false, by: "baton".into(), reason: Some(reason.into()) };
+                match self.control(pid, &request).await? {
+                    Answer::Recorded(controlled) => ended.push(controlled),
+                    Answer::Ended(_) | Answer::Dying | Answer::Absent => {}
+                }
+            }
+        }
+        Ok(ended)
+    }
+
+    async fn tell_rows(&self, sql: &str, values: Vec<Value>) -> Result<ByQueue, Error> {
+        let mut by_queue = ByQueue::new();
+        for row in self.query(sql, values).await? {
+            let (queue, told) = told(&row)?;
+            by_queue.entry(queue).or_default().push(told);
+        }
+        Ok(by_queue)
+    }
+}
+
+fn told(row: &QueryResult) -> Result<(String, Told), Error> {
+    let told = Told {
+        pid: row.try_get::<Uuid>("", "id")?.into(),
+        told_at: row.try_get("", "told_at")?,
+        traceparent: row.try_get("", "traceparent")?,
+    };
+    Ok((row.try_get("", "queue")?, told))
+}
+
+const ORPHANS: &str = "
+    SELECT p.id, p.epoch, p.owner, p.try, p.claimed_at
+    FROM process p JOIN worker w ON w.id = p.owner
+    WHERE p.place = {held} AND w.gone_at IS NOT NULL
+    ORDER BY p.id LIMIT 1000 {of_p_skip_locked}";
+
+const INSERT_LOST: &str = "
+    WITH {rows}
+    INSERT INTO attempt (pid, epoch, worker, try, started_at, ended_at, how, reason)
+    SELECT b_id, b_epoch, b_worker, b_try, b_started_at, {now}, 'lost', 'its worker died' FROM b WHERE true
+    ON CONFLICT (pid, epoch) DO NOTHING";
+
+const FREE: &str = "
+    WITH {rows}
+    UPDATE process
+    SET owner = NULL, deaths = deaths + 1, before = {running}, told_at = {now}, changed_at = {now}, wake_at = NULL,
+        place = CASE WHEN deaths + 1 >= $1 THEN {ended} WHEN desired = {pause} THEN {parked} ELSE {queued} END,
+        state = CASE WHEN deaths + 1 >= $1 THEN {excepted} WHEN desired = {pause} THEN {paused} ELSE {running} END,
+        ended_at = CASE WHEN deaths + 1 >= $1 THEN {now} ELSE NULL END,
+        outcome = CASE WHEN deaths + 1 >= $1 THEN $2 ELSE NULL END
+    FROM b
+    WHERE id = b_id AND place = {held}
+    RETURNING id, place, queue, told_at,
+              (SELECT s.traceparent FROM spec s WHERE s.id = process.id) AS traceparent,
+              (SELECT s.reply_to FROM spec s WHERE s.id = process.id) AS reply_to";
+
+const WAKE_DUE: &str = "
+    UPDATE process
+    SET woken = true, place = {queued}, state = {running}, wake_at = NULL, told_at = {now}, changed_at = {now}
+    WHERE id IN (SELECT id FROM process
+                 WHERE place = {parked} AND state = {waiting} AND wake_at IS NOT NULL AND wake_at <= {now}
+                 ORDER BY wake_at LIMIT 1000 {skip_locked})
+    RETURNING id, queue, told_at, (SELECT s.traceparent FROM spec s WHERE s.id = process.id) AS traceparent";
+
+const TELL_LOST: &str = "
+    UPDATE process
+    SET told_at = {now}
+    WHERE id IN (SELECT id FROM process
+                 WHERE place = {queued} AND queue = $1 AND told_at < $2
+                 ORDER BY told_at LIMIT 1000 {skip_locked})
+    RETURNING id, queue, told_at, (SELECT s.traceparent FROM spec s WHERE s.id = process.id) AS traceparent";
+
+const QUEUE_OVERDUE: &str = "
+    SELECT id FROM process
+    WHERE place = {queued} AND place <> {ended} AND queue_deadline IS NOT NULL AND queue_deadline <= {now}
+      AND desired <> {kill}
+    ORDER BY queue_deadline LIMIT 1000";
+
+const TOTAL_OVERDUE: &str = "
+    SELECT id FROM process
+    WHERE place <> {ended} AND total_deadline IS NOT NULL AND total_deadline <= {now} AND desired <> {kill}
+    ORDER BY total_deadline LIMIT 1000";

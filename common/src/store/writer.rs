@@ -1,0 +1,395 @@
+//! The group commit: one task through which every claim, checkpoint and end goes.
+//!
+//! It sends what has gathered while the last commit was under way, in one transaction. Nothing waits for a timer: an
+//! idle system answers after one commit, and a busy one makes few.
+
+use std::collections::{HashMap, HashSet};
+use std::time::Duration;
+
+use sea_orm::{ConnectionTrait, DatabaseConnection};
+use tokio::sync::{mpsc, oneshot};
+use tracing::{debug, warn};
+use uuid::Uuid;
+
+use super::blob::{Checkpoint, Outcome};
+use super::dialect::{Batch, Dialect};
+use super::submit::NewProcess;
+use super::{Error, Store, begin, connect, fenced, submit};
+use crate::id::{Incarnation, Pid};
+use crate::spec::Spec;
+use crate::state::{Desired, Place, State};
+
+/// Rows in one transaction. More does not make a row cheaper, and everybody in the batch waits for all of it.
+const BATCH_ROWS_MAX: usize = 256;
+
+/// Writes that may wait for the writer: two batches. Whoever comes later waits at the channel, which is the back
+/// pressure that a slow database needs.
+const QUEUE_LENGTH: usize = 2 * BATCH_ROWS_MAX;
+
+/// Pause before a batch is sent again to a database that does not answer.
+const RETRY_PAUSE: Duration = Duration::from_millis(200);
+
+/// What a holder proves with each write: the process and the number of the lease.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Fence {
+    /// The process.
+    pub pid: Pid,
+    /// Its epoch when it was claimed.
+    pub epoch: i64,
+}
+
+/// A process whose lease was just taken.
+#[derive(Debug)]
+pub struct Claimed {
+    /// The lease.
+    pub fence: Fence,
+    /// When, in database time.
+    pub claimed_at: i64,
+    /// The number of the try that it is in, from 1.
+    pub attempt: i64,
+    /// How many of its holders died in a row without a checkpoint.
+    pub deaths: i64,
+    /// What the operators want of it.
+    pub desired: Desired,
+    /// Whether that is wanted at once (`pause --now`, `kill --force`).
+    pub urgent: bool,
+    /// Its progress, if there is any. An unreadable one is the process's own failure, not the worker's.
+    pub checkpoint: Option<Result<Checkpoint, Error>>,
+    /// What to run.
+    pub spec: Result<Spec, Error>,
+    /// W3C trace context of its launch.
+    pub traceparent: Option<String>,
+    /// Whom to tell of the end.
+    pub reply_to: Option<Vec<u8>>,
+}
+
+/// What became of a claim.
+#[derive(Debug)]
+pub enum Claim {
+    /// The lease is ours.
+    Claimed(Box<Claimed>),
+    /// Somebody holds it, or it is parked or ended, or queued elsewhere: the message means nothing any more.
+    NotQueued,
+    /// No such process.
+    Absent,
+    /// A launch whose pid belongs to a process with another spec.
+    OtherSpec,
+}
+
+/// A write of the holder.
+#[derive(Clone, Debug)]
+pub struct Fenced {
+    /// The lease.
+    pub fence: Fence,
+    /// What to do with the row.
+    pub verb: Verb,
+    /// The new progress; `None` leaves the old one.
+    pub checkpoint: Option<Checkpoint>,
+    /// The number of the try, from 1.
+    pub attempt: i64,
+    /// The attempt's row, if this write ends the holding. A holding that ends in an ordinary wait leaves none.
+    pub ended: Option<Attempt>,
+    /// What its program has written so far.
+    pub outputs: Vec<Output>,
+}
+
+/// What a fenced write does.
+#[derive(Clone, Debug)]
+pub enum Verb {
+    /// Checkpoint and go on.
+    Keep,
+    /// Wait for a time from now.
+    Park {
+        /// How long.
+        wake_in: Duration,
+    },
+    /// Pause, if that is still desired.
+    Pause,
+    /// Back to the queue at no charge.
+    GiveBack,
+    /// The end.
+    End {
+        /// Which one: finished, excepted or killed.
+        state: State,
+        /// With what.
+        outcome: Outcome,
+    },
+}
+
+/// How a holding ended, for its row.
+#[derive(Clone, Debug)]
+pub struct Attempt {
+    /// When it was claimed, in database time.
+    pub started_at: i64,
+    /// How it ended.
+    pub how: How,
+    /// Why, in words.
+    pub reason: Option<String>,
+}
+
+/// How an attempt ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum How {
+    /// By itself, well.
+    Ok,
+    /// By itself, not well.
+    Error,
+    /// The worker stopped and gave it back.
+    Drained,
+    /// Somebody asked for a pause.
+    Paused,
+    /// Somebody asked for its end.
+    Killed,
+}
+
+impl How {
+    /// The word in the `attempt` table. `lost` is written by the sweep.
+    pub fn word(self) -> &'static str {
+        match self {
+            How::Ok => "ok",
+            How::Error => "error",
+            How::Drained => "drained",
+            How::Paused => "paused",
+            How::Killed => "killed",
+        }
+    }
+}
+
+/// What is kept of one stream of a program.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Output {
+    /// Which.
+    pub stream: Stream,
+    /// Its beginning.
+    pub head: Vec<u8>,
+    /// Its end; empty when the head is all of it.
+    pub tail: Vec<u8>,
+    /// Its length.
+    pub total_bytes: u64,
+}
+
+/// A stream of a program.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stream {
+    /// Standard output.
+    Stdout,
+    /// Standard error.
+    Stderr,
+}
+
+impl Stream {
+    /// The number in the `output` table.
+    pub fn code(self) -> i16 {
+        match self {
+            Stream::Stdout => 1,
+            Stream::Stderr => 2,
+        }
+    }
+}
+
+/// What the row says after a fenced write.
+#[derive(Clone, Debug)]
+pub struct Written {
+    /// Where the process is now; `Held` means go on.
+    pub place: Place,
+    /// Its state.
+    pub state: State,
+    /// What the operators want of it.
+    pub desired: Desired,
+    /// Whether that is wanted at once.
+    pub urgent: bool,
+    /// Its task queue.
+    pub queue: String,
+    /// When it was last told, for the message that must follow if it is queued.
+    pub told_at: i64,
+}
+
+/// The way to the writer. Cheap to clone; the writer ends when the last one is gone.
+#[derive(Clone)]
+pub struct Writer {
+    requests: mpsc::Sender<Request>,
+}
+
+enum Request {
+    Claim { pid: Pid, queue: String, launch: Option<Box<NewProcess>>, answer: oneshot::Sender<Claim> },
+    Write { fenced: Box<Fenced>, answer: oneshot::Sender<Option<Written>> },
+}
+
+impl Writer {
+    /// The writer of one incarnation, and the task that must be run for it.
+    ///
+    /// # Errors
+    /// The database does not answer.
+    pub async fn new(store: &Store, me: Incarnation) -> Result<(Self, impl Future<Output = ()> + Send + use<>), Error> {
+        let db = connect(&store.location, 1).await?;
+        let (requests, receiver) = mpsc::channel(QUEUE_LENGTH);
+        let task = Task { db, dialect: store.dialect, me };
+        Ok((Self { requests }, task.run(receiver)))
+    }
+
+    /// Takes the lease of a process, inserting it first if a launch from outside brings it.
+    ///
+    /// While the database is away this waits.
+    ///
+    /// # Errors
+    /// [`Error::Stopped`] when the worker is stopping.
+    ///
+    /// # Cancel safety
+    /// Not cancel safe: a lease that was taken and not received is given back at the second beat.
+    pub async fn claim(&self, pid: Pid, queue: String, launch: Option<NewProcess>) -> Result<Claim, Error> {
+        let (answer, receiver) = oneshot::channel();
+        let request = Request::Claim { pid, queue, launch: launch.map(Box::new), answer };
+        self.requests.send(request).await.map_err(|_| Error::Stopped)?;
+        receiver.await.map_err(|_| Error::Stopped)
+    }
+
+    /// Writes; `None` means that the lease is lost: stop at once and write nothing more.
+    ///
+    /// While the database is away this waits.
+    ///
+    /// # Errors
+    /// [`Error::Stopped`] when the worker is stopping, or when the database refuses this very write.
+    pub async fn write(&self, fenced: Fenced) -> Result<Option<Written>, Error> {
+        let (answer, receiver) = oneshot::channel();
+        let request = Request::Write { fenced: Box::new(fenced), answer };
+        self.requests.send(request).await.map_err(|_| Error::Stopped)?;
+        receiver.await.map_err(|_| Error::Stopped)
+    }
+}
+
+struct Task {
+    db: DatabaseConnection,
+    dialect: Dialect,
+    me: Incarnation,
+}
+
+impl Task {
+    async fn run(self, mut receiver: mpsc::Receiver<Request>) {
+        let mut gathered = Vec::with_capacity(BATCH_ROWS_MAX);
+        // Of one pid a batch takes one request; the second of two waits here for the next batch.
+        let mut waiting: Vec<Request> = Vec::new();
+        loop {
+            gathered.append(&mut waiting);
+            if gathered.is_empty() && receiver.recv_many(&mut gathered, BATCH_ROWS_MAX).await == 0 {
+                return;
+            }
+            while gathered.len() < BATCH_ROWS_MAX {
+                match receiver.try_recv() {
+                    Ok(request) => gathered.push(request),
+                    Err(_) => break,
+                }
+            }
+            let mut seen = HashSet::new();
+            let mut batch = Vec::with_capacity(gathered.len());
+            for request in gathered.drain(..) {
+                if seen.insert(request.pid()) { batch.push(request) } else { waiting.push(request) }
+            }
+            self.commit_for_sure(batch).await;
+        }
+    }
+
+    /// Sends the batch until the database has answered it. One that the database refuses for good is halved until the
+    /// request is alone that cannot be written; only that one goes without an answer.
+    async fn commit_for_sure(&self, batch: Vec<Request>) {
+        let mut parts = vec![batch];
+        while let Some(part) = parts.pop() {
+            match self.commit(&part).await {
+                Ok(answers) => answers.send(part),
+                Err(error) if error.is_transient() => {
+                    warn!(%error, rows = part.len(), "the database does not take a batch; sending it again");
+                    parts.push(part);
+                    tokio::time::sleep(RETRY_PAUSE).await;
+                }
+                Err(error) if part.len() == 1 => {
+                    tracing::error!(%error, pid = %part[0].pid(), "the database refuses this write");
+                }
+                Err(error) => {
+                    debug!(%error, rows = part.len(), "splitting a batch that the database refuses");
+                    let mut part = part;
+                    let rest = part.split_off(part.len() / 2);
+                    parts.push(rest);
+                    parts.push(part);
+                }
+            }
+        }
+    }
+
+    async fn commit(&self, batch: &[Request]) -> Result<Answers, Error> {
+        let mut claims = Vec::new();
+        let mut launches = Vec::new();
+        let mut writes = Vec::new();
+        for request in batch {
+            match request {
+                Request::Claim { pid, queue, launch, .. } => {
+                    claims.push((*pid, queue.clone()));
+                    launches.extend(launch.as_deref().cloned());
+                }
+                Request::Write { fenced, .. } => writes.push(fenced.as_ref().clone()),
+            }
+        }
+        let transaction = begin(&self.db).await?;
+        submit::insert(&transaction, self.dialect, &launches).await?;
+        fenced::lock(&transaction, self.dialect, batch.iter().map(|request| request.pid().into()).collect()).await?;
+        let claimed = fenced::claim(&transaction, self.dialect, self.me, &claims).await?;
+        let missed = claims.iter().map(|(pid, _)| *pid).filter(|pid| !claimed.contains_key(pid)).collect::<Vec<_>>();
+        let digests = self.digests(&transaction, missed).await?;
+        let written = fenced::write(&transaction, self.dialect, self.me, &writes).await?;
+        transaction.commit().await?;
+        Ok(Answers { claimed, digests, written })
+    }
+
+    /// The digests of the specs of those that were not claimed: they tell "not queued" from "absent" and from "another".
+    async fn digests(
+        &self,
+        transaction: &sea_orm::DatabaseTransaction,
+        pids: Vec<Pid>,
+    ) -> Result<HashMap<Pid, Vec<u8>>, Error> {
+        if pids.is_empty() {
+            return Ok(HashMap::new());
+        }
+        let sql = "WITH {rows} SELECT id, digest FROM spec WHERE id IN (SELECT b_id FROM b)";
+        let batch = Batch::ids(pids.into_iter().map(Uuid::from));
+        let rows = transaction.query_all_raw(self.dialect.batch(sql, vec![], batch)).await?;
+        rows.iter().map(|row| Ok((row.try_get::<Uuid>("", "id")?.into(), row.try_get("", "digest")?))).collect()
+    }
+}
+
+struct Answers {
+    claimed: HashMap<Pid, Claimed>,
+    digests: HashMap<Pid, Vec<u8>>,
+    written: HashMap<Pid, Written>,
+}
+
+impl Answers {
+    fn send(mut self, batch: Vec<Request>) {
+        // Whoever asked may have gone meanwhile; a claim that nobody received is given back by the reconciling beat.
+        for request in batch {
+            match request {
+                Request::Claim { pid, launch, answer, .. } => {
+                    let other = |digest: &Vec<u8>| {
+                        launch.as_ref().is_some_and(|launch| launch.spec.digest().as_slice() != digest.as_slice())
+                    };
+                    let claim = match (self.claimed.remove(&pid), self.digests.get(&pid)) {
+                        (Some(claimed), _) => Claim::Claimed(Box::new(claimed)),
+                        (None, Some(digest)) if other(digest) => Claim::OtherSpec,
+                        (None, Some(_)) => Claim::NotQueued,
+                        (None, None) => Claim::Absent,
+                    };
+                    let _ = answer.send(claim);
+                }
+                Request::Write { fenced, answer } => {
+                    let _ = answer.send(self.written.remove(&fenced.fence.pid));
+                }
+            }
+        }
+    }
+}
+
+impl Request {
+    fn pid(&self) -> Pid {
+        match self {
+            Request::Claim { pid, .. } => *pid,
+            Request::Write { fenced, .. } => fenced.fence.pid,
+        }
+    }
+}

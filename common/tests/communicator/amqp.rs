@@ -1,0 +1,374 @@
+//! Against a real RabbitMQ, each test in a virtual host of its own.
+
+use std::collections::HashSet;
+use std::time::Duration;
+
+use baton_common::communicator::{Broker, CheckError, RequestError, TellError, Told};
+use baton_common::id::Pid;
+use baton_common::message::{Control, Encoding, Event, Events, Reply, Select, Task};
+use baton_common::state::Desired;
+use futures_util::StreamExt;
+use lapin::BasicProperties;
+use lapin::options::{QueueBindOptions, QueueDeclareOptions};
+use lapin::types::FieldTable;
+use tokio::time::timeout;
+
+use crate::broker::{Vhost, counts, header};
+use crate::{LIMIT, eventually, go_on, many, options, receive, slots, start, task};
+
+const OWN: &str = "baton.worker.w1.0";
+
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn what_is_told_is_delivered_with_its_trace_and_gone_once_acknowledged() {
+    let vhost = Vhost::new();
+    let (communicator, mut incoming) = start(&vhost.broker(), "w1", None).await;
+    communicator.consume(vec!["default".into()], slots(4)).await;
+    let traceparent = Some("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01".to_owned());
+    let pid = Pid::generate();
+    let launch = Task::Launch { pid, spec: None, wait: false, told_at: Some(5) };
+    communicator
+        .tell("default.high", vec![Told { task: launch.clone(), traceparent: traceparent.clone() }])
+        .await
+        .unwrap();
+    let delivery = task(&mut incoming).await;
+    assert_eq!((&delivery.task, delivery.queue.as_str()), (&launch, "default.high"));
+    assert_eq!(delivery.traceparent, traceparent);
+    assert!(!delivery.redelivered && delivery.reply_to.is_none());
+    delivery.settle.ack().await;
+    counts(&vhost, "baton.task.default.high", 0, 0).await;
+    timeout(Duration::from_secs(5), communicator.shutdown()).await.expect("nothing holds up the end");
+}
+
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn many_tasks_are_told_at_once_and_counted() {
+    let vhost = Vhost::new();
+    let (communicator, _incoming) = start(&vhost.broker(), "cli", None).await;
+    assert_eq!(communicator.depth("default").await.unwrap(), 0);
+    communicator.tell("default", many(5000).1).await.unwrap();
+    // Quorum queues report their length with a delay.
+    eventually("all are counted", async || {
+        let depth = communicator.depth("default").await.unwrap();
+        (depth == 5000, depth)
+    })
+    .await;
+    communicator.shutdown().await;
+}
+
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn an_absent_queue_is_declared_and_every_concurrent_tell_arrives() {
+    let vhost = Vhost::new();
+    let (communicator, mut incoming) = start(&vhost.broker(), "cli", None).await;
+    let (pids, tasks) = many(200);
+    let tells = tasks.into_iter().enumerate().map(|(n, told)| {
+        let communicator = &communicator;
+        async move { communicator.tell(["a", "b", "c"][n % 3], vec![told]).await }
+    });
+    for told in futures_util::future::join_all(tells).await {
+        told.unwrap();
+    }
+    communicator.consume(["a", "b", "c"].map(str::to_owned).to_vec(), slots(64)).await;
+    let mut arrived = HashSet::new();
+    while arrived.len() < pids.len() {
+        let delivery = task(&mut incoming).await;
+        assert!(arrived.insert(delivery.task.pid()));
+        delivery.settle.ack().await;
+    }
+    assert_eq!(arrived, pids.into_iter().collect());
+}
+
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn what_can_never_be_told_is_refused_at_once() {
+    let vhost = Vhost::new();
+    let (communicator, _incoming) = start(&vhost.broker(), "cli", None).await;
+    let spec = Some(serde_json::Value::String("x".repeat(3 * 1024 * 1024)));
+    let huge = Task::Launch { pid: Pid::generate(), spec, wait: false, told_at: None };
+    let outcome = communicator.tell("default", vec![Told { task: huge, traceparent: None }]).await;
+    assert!(matches!(outcome, Err(TellError::TooLarge(_))), "{outcome:?}");
+    let outcome = communicator.tell(&"x".repeat(300), vec![go_on(Pid::generate())]).await;
+    assert!(matches!(outcome, Err(TellError::Unroutable { .. })), "{outcome:?}");
+    communicator.tell("default", vec![go_on(Pid::generate())]).await.unwrap();
+}
+
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn a_launch_written_by_hand_is_delivered_and_answered_by_another_program() {
+    let vhost = Vhost::new();
+    let (worker, mut incoming) = start(&vhost.broker(), "w1", None).await;
+    let (other, _incoming) = start(&vhost.broker(), "w2", None).await;
+    worker.consume(vec!["default".into()], slots(1)).await;
+    let stranger = vhost.stranger().await;
+    let queue = QueueDeclareOptions { exclusive: true, ..QueueDeclareOptions::default() };
+    stranger.channel.queue_declare("answers".into(), queue, FieldTable::default()).await.unwrap();
+    let pid = Pid::generate();
+    let body = format!(r#"{{"version": 1, "type": "launch", "pid": "{pid}", "spec": {{"run": ["true"]}}}}"#);
+    let properties = BasicProperties::default()
+        .with_content_type("application/json".into())
+        .with_reply_to("answers".into())
+        .with_correlation_id("mine".into());
+    // Publishing before the queue is bound would lose the message, as it is not mandatory here.
+    eventually("the queue is bound", async || {
+        let bindings = vhost.http("GET", "bindings/{vhost}/e/baton.task/q/baton.task.default", None);
+        (bindings.as_array().is_some_and(|bindings| !bindings.is_empty()), bindings)
+    })
+    .await;
+    stranger.publish_with("baton.task", "default", properties, body.as_bytes()).await;
+    let delivery = task(&mut incoming).await;
+    assert_eq!(delivery.task.pid(), pid);
+    let stored = serde_json::to_string(&delivery.reply_to.unwrap()).unwrap();
+    let reply = Reply { pid: Some(pid), accepted: Some(true), ..Reply::default() };
+    other.reply(&serde_json::from_str(&stored).unwrap(), &reply).await.unwrap();
+    let answers = stranger.take("answers", 1).await;
+    assert_eq!(answers[0].properties.correlation_id().as_ref().unwrap().as_str(), "mine");
+    assert_eq!(Reply::decode(&answers[0].data, Encoding::Json).unwrap(), reply);
+    delivery.settle.ack().await;
+}
+
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn what_cannot_be_read_lands_among_the_dead_with_its_reason() {
+    let vhost = Vhost::new();
+    let (communicator, mut incoming) = start(&vhost.broker(), "w1", Some(OWN)).await;
+    communicator.tell("default", many(1).1).await.unwrap();
+    let stranger = vhost.stranger().await;
+    let huge = vec![b' '; 3 * 1024 * 1024];
+    let unusable: [(&str, &[u8], &str); 6] = [
+        ("application/json", b"{", "malformed JSON"),
+        ("application/msgpack", b"{\"version\": 1}", "malformed MessagePack"),
+        ("application/json", b"{\"version\": 1, \"type\": \"dance\"}", "unknown type `dance`"),
+        ("application/json", b"{\"version\": 9, \"type\": \"launch\"}", "version 9 is newer"),
+        ("text/plain", b"hello", "malformed MessagePack"),
+        ("application/json", &huge, "more than the limit"),
+    ];
+    for (content_type, body, _) in unusable {
+        stranger.publish("baton.task", "default", content_type, body).await;
+    }
+    communicator.consume(vec!["default".into()], slots(2)).await;
+    let delivery = task(&mut incoming).await;
+    delivery.settle.dead("no such process").await;
+    let dead = stranger.take("baton.dead", 7).await;
+    let reasons: Vec<String> = dead.iter().map(|message| header(message, "x-baton-reason")).collect();
+    for expected in unusable.iter().map(|(_, _, reason)| *reason).chain(["no such process"]) {
+        assert!(reasons.iter().any(|reason| reason.contains(expected)), "{expected}: {reasons:?}");
+    }
+    for message in &dead {
+        assert_eq!(header(message, "x-baton-origin"), "baton.task.default");
+        assert!(header(message, "x-baton-at").ends_with('Z'));
+    }
+    counts(&vhost, "baton.task.default", 0, 0).await;
+}
+
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn a_request_is_answered_and_an_unreadable_one_is_refused_and_put_aside() {
+    let vhost = Vhost::new();
+    let (worker, mut incoming) = start(&vhost.broker(), "w1", Some(OWN)).await;
+    let (asker, _incoming) = start(&vhost.broker(), "cli", None).await;
+    let pid = Pid::generate();
+    let answer = asker.request(OWN, Control::Status(pid), LIMIT);
+    let answering = async {
+        let request = receive("a request", &mut incoming.controls).await;
+        assert_eq!(request.control, Control::Status(pid));
+        assert!(!request.from_broadcast && request.from_baton);
+        let reply = Reply { outcome: Some("not_held".into()), ..Reply::default() };
+        worker.reply(&request.reply_to.unwrap(), &reply).await.unwrap();
+    };
+    let (answer, ()) = tokio::join!(answer, answering);
+    assert_eq!(answer.unwrap().outcome.as_deref(), Some("not_held"));
+
+    let stranger = vhost.stranger().await;
+    let queue = QueueDeclareOptions { exclusive: true, ..QueueDeclareOptions::default() };
+    stranger.channel.queue_declare("answers".into(), queue, FieldTable::default()).await.unwrap();
+    let properties =
+        BasicProperties::default().with_content_type("application/json".into()).with_reply_to("answers".into());
+    stranger.publish_with("", OWN, properties, b"{\"version\": 1, \"type\": \"jump\"}").await;
+    let answers = stranger.take("answers", 1).await;
+    let refusal = Reply::decode(&answers[0].data, Encoding::Json).unwrap();
+    assert!(refusal.error.unwrap().contains("unknown type `jump`"));
+    let dead = stranger.take("baton.dead", 1).await;
+    assert!(header(&dead[0], "x-baton-reason").contains("unknown type `jump`"));
+}
+
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn a_worker_that_has_gone_is_unroutable_and_one_that_is_silent_times_out() {
+    let vhost = Vhost::new();
+    let (worker, mut incoming) = start(&vhost.broker(), "w1", Some(OWN)).await;
+    let (asker, _incoming) = start(&vhost.broker(), "cli", None).await;
+    assert!(asker.ping(OWN).await.unwrap());
+    assert_eq!(receive("a ping", &mut incoming.controls).await.control, Control::Ping);
+    let silent = asker.request(OWN, Control::Drain, Duration::from_millis(100)).await;
+    assert!(matches!(silent, Err(RequestError::TimedOut(_))), "{silent:?}");
+    worker.shutdown().await;
+    eventually("its queue has gone", async || (!asker.ping(OWN).await.unwrap(), ())).await;
+    let gone = futures_util::future::join_all((0..50).map(|_| asker.request(OWN, Control::Drain, LIMIT))).await;
+    for outcome in gone {
+        assert_eq!(outcome, Err(RequestError::Unroutable(OWN.to_owned())));
+    }
+    assert!(asker.control_connected_for().is_some());
+}
+
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn a_broadcast_from_outside_reaches_every_worker_and_is_recorded_by_one() {
+    let vhost = Vhost::new();
+    let (one, mut of_one) = start(&vhost.broker(), "w1", Some("baton.worker.w1.0")).await;
+    let (two, mut of_two) = start(&vhost.broker(), "w2", Some("baton.worker.w2.0")).await;
+    one.consume_control().await;
+    let stranger = vhost.stranger().await;
+    let properties = BasicProperties::default().with_message_id("m1".into());
+    let body = br#"{"version": 1, "type": "pause", "select": {}, "reason": "maintenance"}"#;
+    stranger.publish_with("baton.broadcast", "", properties, body).await;
+    let mut n_durable = 0;
+    for _ in 0..2 {
+        let request = receive("a broadcast", &mut of_one.controls).await;
+        assert!(request.from_broadcast && !request.from_baton);
+        assert_eq!(request.message_id.as_deref(), Some("m1"));
+        if let Some(durable) = request.durable {
+            n_durable += 1;
+            durable.ack().await;
+        }
+    }
+    assert_eq!(n_durable, 1);
+    assert!(receive("a broadcast", &mut of_two.controls).await.durable.is_none());
+    two.broadcast(Control::Obey { verb: Desired::Run, select: Select::default(), reason: None }).await.unwrap();
+    assert!(receive("its own broadcast", &mut of_two.controls).await.from_baton);
+    stranger.publish("baton.broadcast", "", "application/json", b"{}").await;
+    let dead = stranger.take("baton.dead", 1).await;
+    assert_eq!(header(&dead[0], "x-baton-origin"), "baton.control");
+}
+
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn state_changes_are_gathered_into_few_messages() {
+    let vhost = Vhost::new();
+    let (communicator, _incoming) = start(&vhost.broker(), "w1", None).await;
+    let event = |n: i64| Event {
+        pid: Pid::generate(),
+        state: ["running", "finished"][usize::try_from(n % 2).unwrap()].into(),
+        at: n,
+        by: "w1".into(),
+        exit: None,
+    };
+    let stranger = vhost.stranger().await;
+    let queue = QueueDeclareOptions { exclusive: true, ..QueueDeclareOptions::default() };
+    stranger.channel.queue_declare("heard".into(), queue, FieldTable::default()).await.unwrap();
+    let (heard, exchange, key) = ("heard".into(), "baton.event".into(), "process.finished".into());
+    stranger
+        .channel
+        .queue_bind(heard, exchange, key, QueueBindOptions::default(), FieldTable::default())
+        .await
+        .unwrap();
+    for n in 0..1000 {
+        communicator.announce(event(n));
+    }
+    communicator.shutdown().await;
+    let (mut n_events, mut n_messages) = (0, 0);
+    let mut heard = stranger.consume("heard").await;
+    while n_events < 500 {
+        let message = timeout(LIMIT, heard.next()).await.expect("events arrive").unwrap().unwrap();
+        n_events += rmp_serde::from_slice::<Events>(&message.data).unwrap().events.len();
+        n_messages += 1;
+        assert!(n_messages < 50, "{n_events} events in {n_messages} messages");
+    }
+    assert_eq!(n_events, 500);
+}
+
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn full_queues_share_by_weight() {
+    let vhost = Vhost::new();
+    let (communicator, mut incoming) = start(&vhost.broker(), "w1", None).await;
+    for queue in ["default.high", "default", "default.low"] {
+        communicator.tell(queue, many(1000).1).await.unwrap();
+    }
+    communicator.consume(vec!["default".into()], slots(64)).await;
+    let mut counts = [0usize; 3];
+    for _ in 0..630 {
+        let delivery = task(&mut incoming).await;
+        counts[["default.high", "default", "default.low"].iter().position(|&q| q == delivery.queue).unwrap()] += 1;
+        delivery.settle.ack().await;
+    }
+    // 480, 120 and 30, if the broker delivers each class in time.
+    assert!(counts[0] > 400 && counts[1] > 80 && counts[2] > 15, "{counts:?}");
+    assert!(counts[1] < 190 && counts[2] < 60, "{counts:?}");
+}
+
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn a_full_worker_gives_back_what_it_has_in_hand_and_takes_again_when_it_is_free() {
+    let vhost = Vhost::new();
+    let (full, mut of_full) = start(&vhost.broker(), "w1", None).await;
+    let slots_of_full = slots(1);
+    full.consume(vec!["default".into()], slots_of_full).await;
+    full.tell("default", many(1).1).await.unwrap();
+    let held = task(&mut of_full).await;
+    for queue in ["default.high", "default", "default.low"] {
+        full.tell(queue, many(1).1).await.unwrap();
+    }
+    let since = tokio::time::Instant::now();
+    let (free, mut of_free) = start(&vhost.broker(), "w2", None).await;
+    free.consume(vec!["default".into()], slots(8)).await;
+    for _ in 0..3 {
+        task(&mut of_free).await.settle.ack().await;
+    }
+    assert!(since.elapsed() < Duration::from_secs(2), "{:?}", since.elapsed());
+    free.stop_consuming().await;
+    held.settle.ack().await;
+    drop(held.permit);
+    let last = Pid::generate();
+    full.tell("default.low", vec![go_on(last)]).await.unwrap();
+    let delivery = task(&mut of_full).await;
+    assert_eq!(delivery.task.pid(), last);
+    delivery.settle.ack().await;
+    for queue in ["baton.task.default.high", "baton.task.default", "baton.task.default.low"] {
+        counts(&vhost, queue, 0, 0).await;
+    }
+}
+
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn after_stopping_everything_but_what_was_taken_is_back_in_the_queue() {
+    let vhost = Vhost::new();
+    let (communicator, mut incoming) = start(&vhost.broker(), "w1", None).await;
+    communicator.tell("default", many(200).1).await.unwrap();
+    communicator.consume(vec!["default".into()], slots(3)).await;
+    let taken = [task(&mut incoming).await, task(&mut incoming).await, task(&mut incoming).await];
+    communicator.stop_consuming().await;
+    counts(&vhost, "baton.task.default", 197, 3).await;
+    for delivery in taken {
+        delivery.settle.ack().await;
+    }
+    counts(&vhost, "baton.task.default", 197, 0).await;
+    communicator.consume(vec!["default".into()], slots(1)).await;
+    task(&mut incoming).await.settle.give_back().await;
+    communicator.shutdown().await;
+    counts(&vhost, "baton.task.default", 197, 0).await;
+}
+
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn a_wrong_password_and_other_mistakes_are_named_without_the_password() {
+    let vhost = Vhost::new();
+    let wrong = vhost.url.replace("guest:guest@", "guest:s3cret@");
+    let (communicator, _incoming) =
+        baton_common::communicator::Communicator::start(options(Broker::Amqp(vec![wrong.clone()]), "w1", None));
+    let down = communicator.wait_connected(Duration::from_secs(1)).await.unwrap_err().0;
+    assert!(down.contains("refuses the credentials of user guest") && !down.contains("s3cret"), "{down}");
+    let told = communicator.tell("default", many(1).1).await.unwrap_err();
+    assert!(matches!(&told, TellError::Down(down) if down.0.contains("credentials")), "{told:?}");
+    communicator.shutdown().await;
+
+    let check = async |url: &str| Broker::check(&[url.to_owned()]).await;
+    let info = check(&vhost.url).await.unwrap();
+    assert!(info.version.starts_with("RabbitMQ 3") || info.version.starts_with("RabbitMQ 4"), "{info:?}");
+    assert!(info.cluster.is_some());
+    assert!(matches!(check(&wrong).await, Err(CheckError::Credentials { user, .. }) if user == "guest"));
+    let absent = format!("{}-absent", vhost.url);
+    assert!(matches!(check(&absent).await, Err(CheckError::NoVhost { .. })));
+    assert!(matches!(check("amqp://127.0.0.1:9/").await, Err(CheckError::Unreachable { .. })));
+    assert!(matches!(check("http://127.0.0.1:9/").await, Err(CheckError::BadUrl { .. })));
+}

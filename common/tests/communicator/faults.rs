@@ -1,0 +1,291 @@
+//! What happens when something breaks: the broker, a queue, a channel, a declaration.
+
+use std::collections::HashSet;
+use std::time::Duration;
+
+use baton_common::communicator::{TellError, Told};
+use baton_common::id::Pid;
+use lapin::options::{QueueDeclareOptions, QueueDeleteOptions};
+use lapin::types::FieldTable;
+use tokio::time::{Instant, timeout};
+
+use crate::broker::{OwnBroker, Vhost, counts};
+use crate::{LIMIT, eventually, go_on, many, slots, start, task};
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "needs services: run tests/run"]
+async fn a_broker_that_is_killed_loses_nothing_that_was_confirmed() {
+    let mut broker = OwnBroker::start().await;
+    let (worker, mut incoming) = start(&broker.broker(), "w1", Some("baton.worker.w1.0")).await;
+    let (teller, _incoming) = start(&broker.broker(), "cli", None).await;
+    worker.consume(vec!["default".into()], slots(16)).await;
+    // 2,000 tasks are told one by one; the broker is killed when a quarter has arrived.
+    let tell = async {
+        let mut confirmed = Vec::new();
+        let mut n_tells = 0;
+        while confirmed.len() < 2000 {
+            let pids: Vec<Pid> = (0..10).map(|_| Pid::generate()).collect();
+            let tasks: Vec<Told> = pids.iter().map(|&pid| go_on(pid)).collect();
+            n_tells += 1;
+            match teller.tell("default", tasks).await {
+                Ok(()) => confirmed.extend(pids),
+                Err(TellError::Down(_)) => {
+                    let _ = teller.wait_connected(Duration::from_secs(1)).await;
+                }
+                Err(TellError::Unknown(_)) => {}
+                Err(error @ (TellError::Unroutable { .. } | TellError::TooLarge(_))) => panic!("{error}"),
+            }
+            assert!(n_tells < 10_000, "only {} tasks were confirmed", confirmed.len());
+        }
+        confirmed
+    };
+    let (arrived_tx, mut arrived_rx) = tokio::sync::mpsc::channel(10_000);
+    let deliver = async {
+        loop {
+            // The limit is the one of the whole test: the broker starts again meanwhile.
+            let delivery = incoming.tasks.recv().await.expect("the channel is open");
+            let _ = arrived_tx.send(delivery.task.pid()).await;
+            delivery.settle.ack().await;
+        }
+    };
+    let follow = async {
+        let mut arrived = HashSet::new();
+        while arrived.len() < 500 {
+            arrived.insert(arrived_rx.recv().await.unwrap());
+        }
+        broker.kill();
+        broker.start_server().await;
+        arrived
+    };
+    let (confirmed, mut arrived) = tokio::select! {
+        both = async { tokio::join!(tell, follow) } => both,
+        () = async { timeout(Duration::from_secs(120), deliver).await.unwrap() } => unreachable!(),
+    };
+    let missing = |arrived: &HashSet<Pid>| confirmed.iter().filter(|pid| !arrived.contains(pid)).count();
+    while missing(&arrived) > 0 {
+        while let Ok(pid) = arrived_rx.try_recv() {
+            arrived.insert(pid);
+        }
+        if missing(&arrived) == 0 {
+            break;
+        }
+        let n_missing = missing(&arrived);
+        let delivery = timeout(LIMIT, incoming.tasks.recv()).await.unwrap_or_else(|_| panic!("{n_missing} missing"));
+        let delivery = delivery.unwrap();
+        arrived.insert(delivery.task.pid());
+        delivery.settle.ack().await;
+    }
+    // Its other connections may still be waiting for their next attempt.
+    worker.wait_connected(LIMIT).await.unwrap();
+    teller.wait_connected(LIMIT).await.unwrap();
+    assert!(teller.ping("baton.worker.w1.0").await.unwrap(), "the control queue is there again");
+
+    // The prefetch holds after the restart: what is out is at most what one consumer may have.
+    let (_, tasks) = many(100);
+    teller.tell("default", tasks).await.unwrap();
+    let mut held = Vec::new();
+    while held.len() < 16 {
+        held.push(task(&mut incoming).await);
+    }
+    let stranger = broker.stranger().await;
+    eventually("at least 84 tasks are not out, or are given back", async || {
+        let passive = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
+        let queue = stranger.channel.queue_declare("baton.task.default".into(), passive, FieldTable::default());
+        let n_ready = queue.await.unwrap().message_count();
+        (n_ready >= 84, n_ready)
+    })
+    .await;
+    drop(held);
+    worker.shutdown().await;
+    teller.shutdown().await;
+}
+
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn an_absent_broker_is_no_error_and_is_found_when_it_comes() {
+    let mut broker = OwnBroker::start().await;
+    broker.kill();
+    let (communicator, mut incoming) = baton_common::communicator::Communicator::start(crate::options(
+        broker.broker(),
+        "w1",
+        Some("baton.worker.w1.0"),
+    ));
+    communicator.consume(vec!["default".into()], slots(1)).await;
+    let down = communicator.wait_connected(Duration::from_millis(500)).await.unwrap_err();
+    assert!(down.0.contains("cannot be reached"), "{down}");
+    let told = communicator.tell("default", many(1).1).await;
+    assert!(matches!(told, Err(TellError::Down(_))), "{told:?}");
+    assert!(communicator.depth("default").await.is_err());
+    broker.start_server().await;
+    communicator.wait_connected(LIMIT).await.unwrap();
+    communicator.tell("default", many(1).1).await.unwrap();
+    task(&mut incoming).await.settle.ack().await;
+    communicator.shutdown().await;
+}
+
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn a_queue_that_is_purged_or_deleted_costs_only_what_was_in_it() {
+    let vhost = Vhost::new();
+    let (communicator, mut incoming) = start(&vhost.broker(), "w1", None).await;
+    communicator.tell("default", many(100).1).await.unwrap();
+    vhost.http("DELETE", "queues/{vhost}/baton.task.default/contents", None);
+    communicator.consume(vec!["default".into()], slots(2)).await;
+    let first = Pid::generate();
+    communicator.tell("default", vec![go_on(first)]).await.unwrap();
+    let delivery = task(&mut incoming).await;
+    assert_eq!(delivery.task.pid(), first);
+    // Deleted while it is consumed and while a delivery of it is out.
+    let stranger = vhost.stranger().await;
+    stranger.channel.queue_delete("baton.task.default".into(), QueueDeleteOptions::default()).await.unwrap();
+    let second = Pid::generate();
+    communicator.tell("default", vec![go_on(second)]).await.unwrap();
+    delivery.settle.ack().await;
+    drop(delivery.permit);
+    let delivery = task(&mut incoming).await;
+    assert_eq!(delivery.task.pid(), second);
+    delivery.settle.ack().await;
+    counts(&vhost, "baton.task.default", 0, 0).await;
+}
+
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn connections_that_the_broker_closes_are_rebuilt_and_old_deliveries_are_harmless() {
+    let vhost = Vhost::new();
+    let (communicator, mut incoming) = start(&vhost.broker(), "baton-worker w1", Some("baton.worker.w1.0")).await;
+    communicator.consume(vec!["default".into()], slots(4)).await;
+    communicator.tell("default", many(1).1).await.unwrap();
+    let old = task(&mut incoming).await;
+    let mut names = HashSet::new();
+    eventually("the management knows the three connections", async || {
+        let connections = vhost.http("GET", "vhosts/{vhost}/connections", None);
+        names = connections
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|c| {
+                (
+                    c["name"].as_str().unwrap_or_default().to_owned(),
+                    c["client_properties"]["connection_name"].as_str().unwrap_or_default().to_owned(),
+                )
+            })
+            .collect();
+        (names.len() == 3 && names.iter().all(|(_, own)| !own.is_empty()), names.clone())
+    })
+    .await;
+    let own: HashSet<&str> = names.iter().map(|(_, own)| own.as_str()).collect();
+    assert_eq!(own, HashSet::from(["baton-worker w1 publish", "baton-worker w1 control", "baton-worker w1 consume"]));
+    for (name, _) in &names {
+        vhost.http("DELETE", &format!("connections/{}", name.replace(' ', "%20").replace('>', "%3E")), None);
+    }
+    // The delivery comes again, over a new connection; the old one's acknowledgement reaches nobody.
+    let again = task(&mut incoming).await;
+    assert_eq!(again.task.pid(), old.task.pid());
+    assert!(again.redelivered);
+    old.settle.ack().await;
+    communicator.wait_connected(LIMIT).await.unwrap();
+    again.settle.ack().await;
+    counts(&vhost, "baton.task.default", 0, 0).await;
+    let (pids, tasks) = many(50);
+    eventually("tasks can be told again", async || {
+        let outcome = communicator.tell("default", tasks.clone()).await;
+        (outcome.is_ok(), outcome)
+    })
+    .await;
+    let mut arrived = HashSet::new();
+    while arrived.len() < pids.len() {
+        let delivery = task(&mut incoming).await;
+        arrived.insert(delivery.task.pid());
+        delivery.settle.ack().await;
+    }
+}
+
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn a_queue_with_other_properties_is_named_with_its_remedy_and_the_others_run() {
+    let vhost = Vhost::new();
+    let stranger = vhost.stranger().await;
+    let classic = QueueDeclareOptions { durable: true, ..QueueDeclareOptions::default() };
+    stranger.channel.queue_declare("baton.task.gpu".into(), classic, FieldTable::default()).await.unwrap();
+    let (communicator, mut incoming) = start(&vhost.broker(), "w1", None).await;
+    communicator.consume(vec!["gpu".into(), "default".into()], slots(4)).await;
+    communicator.tell("default", many(1).1).await.unwrap();
+    communicator.tell("gpu.high", many(1).1).await.unwrap();
+    for _ in 0..2 {
+        task(&mut incoming).await.settle.ack().await;
+    }
+    eventually("the queue is named", async || {
+        let error = communicator.health().last_error.unwrap_or_default();
+        (error.contains("queue baton.task.gpu exists with other properties") && error.contains("delete it"), error)
+    })
+    .await;
+    assert!(communicator.health().connected);
+    stranger.channel.queue_delete("baton.task.gpu".into(), QueueDeleteOptions::default()).await.unwrap();
+    eventually("the queue is put right", async || {
+        let health = communicator.health();
+        (health.last_error.is_none(), health)
+    })
+    .await;
+    communicator.tell("gpu", many(1).1).await.unwrap();
+    assert_eq!(task(&mut incoming).await.queue, "gpu");
+}
+
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn under_an_alarm_tells_fail_fast_and_acknowledgements_go_through() {
+    let broker = OwnBroker::start().await;
+    let (communicator, mut incoming) = start(&broker.broker(), "w1", Some("baton.worker.w1.0")).await;
+    communicator.consume(vec!["default".into()], slots(4)).await;
+    communicator.tell("default", many(4).1).await.unwrap();
+    let held = [task(&mut incoming).await, task(&mut incoming).await, task(&mut incoming).await];
+    broker.control(&["set_vm_memory_high_watermark", "0.00001"]);
+    // The broker says that it blocks a connection only once that has published.
+    let since = Instant::now();
+    let first = communicator.tell("default", many(1).1).await;
+    assert!(matches!(first, Err(TellError::Unknown(_))), "{first:?}");
+    let second = communicator.tell("default", many(1).1).await;
+    assert!(matches!(&second, Err(TellError::Down(down)) if down.0.contains("alarm")), "{second:?}");
+    assert!(since.elapsed() < Duration::from_secs(5), "{:?}", since.elapsed());
+    assert!(communicator.health().blocked);
+    for delivery in held {
+        delivery.settle.ack().await;
+    }
+    let stranger = broker.stranger().await;
+    task(&mut incoming).await.settle.ack().await;
+    communicator.stop_consuming().await;
+    eventually("nothing is left, so everything was acknowledged", async || {
+        let passive = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
+        let queue = stranger.channel.queue_declare("baton.task.default".into(), passive, FieldTable::default());
+        let n_ready = queue.await.unwrap().message_count();
+        (n_ready == 0, n_ready)
+    })
+    .await;
+    broker.control(&["set_vm_memory_high_watermark", "0.4"]);
+    eventually("the alarm is over", async || {
+        let outcome = communicator.tell("default", many(1).1).await;
+        (outcome.is_ok() && !communicator.health().blocked, outcome)
+    })
+    .await;
+    communicator.shutdown().await;
+}
+
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn a_channel_that_the_broker_closes_for_a_late_acknowledgement_is_opened_anew() {
+    let broker = OwnBroker::start().await;
+    broker.control(&["eval", "application:set_env(rabbit, consumer_timeout, 2000)."]);
+    broker.control(&["eval", "application:set_env(rabbit, channel_tick_interval, 1000)."]);
+    let (communicator, mut incoming) = start(&broker.broker(), "w1", None).await;
+    communicator.consume(vec!["default".into()], slots(4)).await;
+    communicator.tell("default", many(1).1).await.unwrap();
+    let late = task(&mut incoming).await;
+    let again = task(&mut incoming).await;
+    assert_eq!(again.task.pid(), late.task.pid());
+    late.settle.ack().await;
+    again.settle.ack().await;
+    communicator.tell("default.high", many(1).1).await.unwrap();
+    task(&mut incoming).await.settle.ack().await;
+    communicator.tell("default", many(1).1).await.unwrap();
+    task(&mut incoming).await.settle.ack().await;
+    communicator.shutdown().await;
+}

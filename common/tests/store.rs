@@ -1,0 +1,500 @@
+//! The protocol's statements, on SQLite always and on PostgreSQL where one is named.
+
+#![expect(clippy::unwrap_used, reason = "a test fails by it")]
+
+use std::time::Duration;
+
+use baton_common::id::{Incarnation, Pid};
+use baton_common::message::Select;
+use baton_common::spec::{self, Format};
+use baton_common::state::{Desired, Event, Live, Place, State};
+use baton_common::store::blob::{Checkpoint, Outcome};
+use baton_common::store::control::{Answer, Controlled, Request};
+use baton_common::store::submit::NewProcess;
+use baton_common::store::worker::{Load, NewWorker};
+use baton_common::store::writer::{Attempt, Claim, Claimed, Fence, Fenced, How, Output, Stream, Verb, Writer, Written};
+use baton_common::store::{Location, Store};
+
+/// A database of a test's own, with one registered worker and its writer.
+struct Scene {
+    store: Store,
+    me: Incarnation,
+    writer: Writer,
+    _folder: tempfile::TempDir,
+}
+
+impl Scene {
+    async fn new(location: Location, folder: tempfile::TempDir) -> Self {
+        let store = Store::open(location).await.unwrap();
+        let me = Incarnation::generate();
+        store.register(me, &worker("w1")).await.unwrap();
+        let writer = Scene::writer(&store, me).await;
+        Self { store, me, writer, _folder: folder }
+    }
+
+    async fn sqlite() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        Self::new(Location::Sqlite(folder.path().join("baton.db")), folder).await
+    }
+
+    async fn postgres() -> Self {
+        let url = std::env::var("BATON_TEST_DATABASE").expect("tests/run names a database");
+        let schema = format!("t{}", Incarnation::generate().to_string().replace('-', ""));
+        let admin = tokio::process::Command::new("psql")
+            .args([&url, "-qc", &format!("CREATE SCHEMA {schema}")])
+            .status()
+            .await
+            .unwrap();
+        assert!(admin.success());
+        let location = Location::parse(&format!("{url}?options=-csearch_path%3D{schema}")).unwrap();
+        Self::new(location, tempfile::tempdir().unwrap()).await
+    }
+
+    async fn writer(store: &Store, me: Incarnation) -> Writer {
+        let (writer, task) = Writer::new(store, me).await.unwrap();
+        #[expect(clippy::disallowed_methods, reason = "it ends with the test's runtime")]
+        tokio::task::spawn(task);
+        writer
+    }
+
+    async fn submit(&self, yaml: &str) -> Pid {
+        let process = new_process(yaml);
+        let pid = process.pid;
+        self.store.submit(&[process]).await.unwrap();
+        pid
+    }
+
+    async fn claim(&self, pid: Pid) -> Claim {
+        self.writer.claim(pid, "default".into(), None).await.unwrap()
+    }
+
+    async fn claimed(&self, pid: Pid) -> Claimed {
+        let claim = self.claim(pid).await;
+        let Claim::Claimed(claimed) = claim else { panic!("not claimed: {claim:?}") };
+        *claimed
+    }
+
+    async fn write(&self, fence: Fence, verb: Verb) -> Option<Written> {
+        self.write_with(fence, verb, Some(Checkpoint { advances: 1, ..Checkpoint::default() })).await
+    }
+
+    async fn write_with(&self, fence: Fence, verb: Verb, checkpoint: Option<Checkpoint>) -> Option<Written> {
+        let ended = Some(Attempt { started_at: 1, how: How::Ok, reason: None });
+        let fenced = Fenced { fence, verb, checkpoint, attempt: 1, ended, outputs: vec![] };
+        self.writer.write(fenced).await.unwrap()
+    }
+
+    async fn ask(&self, pid: Pid, verb: Desired) -> Answer {
+        self.store.control(pid, &request(verb)).await.unwrap()
+    }
+
+    async fn recorded(&self, pid: Pid, verb: Desired) -> Controlled {
+        let answer = self.ask(pid, verb).await;
+        let Answer::Recorded(controlled) = answer else { panic!("not recorded: {answer:?}") };
+        controlled
+    }
+
+    async fn state(&self, pid: Pid) -> (Place, State) {
+        let summary = self.store.show(pid).await.unwrap().unwrap().summary;
+        (summary.place, summary.state)
+    }
+}
+
+fn worker(name: &str) -> NewWorker {
+    NewWorker {
+        name: name.into(),
+        host: "h".into(),
+        os_pid: 1,
+        version: "0".into(),
+        queues: vec!["default".into()],
+        slots: 8,
+    }
+}
+
+fn request(verb: Desired) -> Request {
+    Request { verb, urgent: false, by: "ann".into(), reason: None }
+}
+
+fn new_process(yaml: &str) -> NewProcess {
+    NewProcess {
+        pid: Pid::generate(),
+        spec: spec::parse(yaml, Format::Yaml).unwrap(),
+        created_by: "ann@h".into(),
+        traceparent: Some("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01".into()),
+        reply_to: None,
+        run_key: Some(b"key".to_vec()),
+    }
+}
+
+fn end(state: State) -> Verb {
+    Verb::End { state, outcome: Outcome { exit: Some(0), ..Outcome::default() } }
+}
+
+/// Makes one test of each claim for each database.
+macro_rules! on_both {
+    ($($name:ident)*) => {
+        mod sqlite {
+            $(#[tokio::test] async fn $name() { super::$name(super::Scene::sqlite().await).await; })*
+        }
+        mod postgres {
+            $(#[tokio::test]
+            #[ignore = "needs services: run tests/run"]
+            async fn $name() { super::$name(super::Scene::postgres().await).await; })*
+        }
+    };
+}
+
+on_both! {
+    a_process_goes_its_way_from_submit_to_end
+    submitting_twice_accepts_once
+    a_claim_takes_only_what_is_queued_and_only_from_its_own_queue
+    a_write_with_an_old_epoch_changes_nothing
+    a_write_after_the_sweep_freed_the_row_changes_nothing
+    parking_wakes_by_time
+    a_wake_while_it_parks_is_seen
+    leaving_held_obeys_a_pause
+    a_pausing_write_asks_the_row
+    a_kill_absorbs_and_is_final
+    nobody_holds_it_so_control_applies_at_once
+    play_returns_a_sleeper_to_its_sleep
+    on_hold_means_accepted_and_not_run
+    five_deaths_without_a_checkpoint_end_it
+    a_suspect_is_claimed_alone
+    a_gone_worker_beats_no_more
+    the_head_rule_tells_only_what_is_older
+    many_are_controlled_by_labels
+    a_launch_inserts_claims_and_knows_another_spec
+    outputs_are_kept_and_replaced
+    an_overdue_process_is_killed_with_the_reason
+    every_transition_is_one_of_the_state_machine
+    two_writers_with_overlapping_rows_do_not_deadlock
+    unreadable_checkpoints_are_reported_not_fatal
+}
+
+async fn a_process_goes_its_way_from_submit_to_end(scene: Scene) {
+    let pid = scene.submit("{call: baton.noop, labels: {a: b}}").await;
+    assert_eq!(scene.state(pid).await, (Place::Queued, State::Created));
+    let claimed = scene.claimed(pid).await;
+    assert_eq!((claimed.fence.epoch, claimed.attempt, claimed.desired), (1, 1, Desired::Run));
+    assert!(claimed.traceparent.is_some_and(|text| text.starts_with("00-")));
+    assert_eq!(claimed.spec.unwrap().kind(), "baton.noop");
+    let written = scene.write(claimed.fence, Verb::Keep).await.unwrap();
+    assert_eq!((written.place, written.state), (Place::Held, State::Running));
+    let written = scene.write(claimed.fence, end(State::Finished)).await.unwrap();
+    assert_eq!((written.place, written.state), (Place::Ended, State::Finished));
+    let details = scene.store.show(pid).await.unwrap().unwrap();
+    assert_eq!(details.attempts.len(), 1);
+    assert_eq!((details.attempts[0].how.as_str(), details.attempts[0].worker.as_str()), ("ok", "w1"));
+    assert_eq!(details.summary.outcome.unwrap().exit, Some(0));
+    assert!(matches!(scene.claim(pid).await, Claim::NotQueued));
+}
+
+async fn submitting_twice_accepts_once(scene: Scene) {
+    let process = new_process("call: baton.noop");
+    assert_eq!(scene.store.submit(std::slice::from_ref(&process)).await.unwrap().queued["default"].len(), 1);
+    assert!(scene.store.submit(&[process]).await.unwrap().queued.is_empty());
+}
+
+async fn a_claim_takes_only_what_is_queued_and_only_from_its_own_queue(scene: Scene) {
+    let elsewhere = scene.submit("{call: baton.noop, queue: gpu}").await;
+    assert!(matches!(scene.claim(elsewhere).await, Claim::NotQueued));
+    let paused = scene.submit("call: baton.noop").await;
+    scene.recorded(paused, Desired::Pause).await;
+    assert!(matches!(scene.claim(paused).await, Claim::NotQueued));
+    let held = scene.submit("call: baton.noop").await;
+    scene.claimed(held).await;
+    assert!(matches!(scene.claim(held).await, Claim::NotQueued));
+    assert!(matches!(scene.claim(Pid::generate()).await, Claim::Absent));
+}
+
+async fn a_write_with_an_old_epoch_changes_nothing(scene: Scene) {
+    let pid = scene.submit("call: baton.noop").await;
+    let fence = scene.claimed(pid).await.fence;
+    let old = Fence { epoch: fence.epoch - 1, ..fence };
+    assert!(scene.write(old, end(State::Finished)).await.is_none());
+    assert_eq!(scene.state(pid).await, (Place::Held, State::Running));
+}
+
+async fn a_write_after_the_sweep_freed_the_row_changes_nothing(scene: Scene) {
+    let pid = scene.submit("call: baton.noop").await;
+    let fence = scene.claimed(pid).await.fence;
+    assert!(scene.store.declare_gone(scene.me, 0).await.unwrap());
+    let freed = scene.store.free().await.unwrap();
+    assert_eq!(freed.queued["default"][0].pid, pid);
+    // The epoch is still the zombie's; only the place tells.
+    assert!(scene.write(fence, end(State::Finished)).await.is_none());
+    assert_eq!(scene.state(pid).await, (Place::Queued, State::Running));
+    let details = scene.store.show(pid).await.unwrap().unwrap();
+    assert_eq!(details.attempts[0].how, "lost");
+    // A zombie's claim that commits after the sweep is freed by the next one.
+    scene.claimed(pid).await;
+    assert_eq!(scene.store.free().await.unwrap().count(), 1);
+}
+
+async fn parking_wakes_by_time(scene: Scene) {
+    let pid = scene.submit("call: baton.noop").await;
+    let fence = scene.claimed(pid).await.fence;
+    let written = scene.write(fence, Verb::Park { wake_in: Duration::from_millis(30) }).await.unwrap();
+    assert_eq!((written.place, written.state), (Place::Parked, State::Waiting));
+    assert!(scene.store.next_wake_us().await.unwrap().unwrap() <= 30_000);
+    let woken = loop {
+        let woken = scene.store.wake_due().await.unwrap();
+        if !woken.is_empty() {
+            break woken;
+        }
+        assert_eq!(scene.state(pid).await.0, Place::Parked);
+    };
+    assert_eq!(woken["default"][0].pid, pid);
+    assert!(woken["default"][0].traceparent.is_some());
+    assert_eq!(scene.state(pid).await, (Place::Queued, State::Running));
+    assert_eq!(scene.claimed(pid).await.fence.epoch, 2);
+}
+
+async fn a_wake_while_it_parks_is_seen(scene: Scene) {
+    let pid = scene.submit("call: baton.noop").await;
+    let fence = scene.claimed(pid).await.fence;
+    // A kill is the wake-up that exists already; its holder has to see it instead of sleeping for an hour.
+    scene.recorded(pid, Desired::Kill).await;
+    let written = scene.write(fence, Verb::Park { wake_in: Duration::from_secs(3600) }).await.unwrap();
+    assert_eq!((written.place, written.desired), (Place::Held, Desired::Kill));
+}
+
+async fn leaving_held_obeys_a_pause(scene: Scene) {
+    for (verb, before) in [
+        (Verb::Park { wake_in: Duration::from_secs(60) }, Live::Waiting),
+        (Verb::GiveBack, Live::Running),
+        (Verb::Pause, Live::Running),
+    ] {
+        let pid = scene.submit("call: baton.noop").await;
+        let fence = scene.claimed(pid).await.fence;
+        assert_eq!(scene.recorded(pid, Desired::Pause).await.place, Place::Held);
+        let written = scene.write(fence, verb).await.unwrap();
+        assert_eq!((written.place, written.state), (Place::Parked, State::Paused(before)));
+    }
+    let pid = scene.submit("call: baton.noop").await;
+    scene.claimed(pid).await;
+    scene.recorded(pid, Desired::Pause).await;
+    scene.store.declare_gone(scene.me, 0).await.unwrap();
+    assert_eq!(scene.store.free().await.unwrap().paused, [pid]);
+    assert_eq!(scene.state(pid).await, (Place::Parked, State::Paused(Live::Running)));
+}
+
+async fn a_pausing_write_asks_the_row(scene: Scene) {
+    let pid = scene.submit("call: baton.noop").await;
+    let fence = scene.claimed(pid).await.fence;
+    scene.recorded(pid, Desired::Pause).await;
+    scene.recorded(pid, Desired::Run).await;
+    let written = scene.write(fence, Verb::Pause).await.unwrap();
+    assert_eq!((written.place, written.desired), (Place::Held, Desired::Run));
+}
+
+async fn a_kill_absorbs_and_is_final(scene: Scene) {
+    let pid = scene.submit("call: baton.noop").await;
+    let fence = scene.claimed(pid).await.fence;
+    scene.recorded(pid, Desired::Kill).await;
+    assert!(matches!(scene.ask(pid, Desired::Run).await, Answer::Dying));
+    assert!(matches!(scene.ask(pid, Desired::Pause).await, Answer::Dying));
+    scene.write(fence, end(State::Killed)).await.unwrap();
+    assert!(matches!(scene.ask(pid, Desired::Run).await, Answer::Ended(State::Killed)));
+    assert!(matches!(scene.ask(Pid::generate(), Desired::Run).await, Answer::Absent));
+}
+
+async fn nobody_holds_it_so_control_applies_at_once(scene: Scene) {
+    let pid = scene.submit("call: baton.noop").await;
+    let paused = scene.recorded(pid, Desired::Pause).await;
+    assert_eq!((paused.place, paused.state, paused.was_so), (Place::Parked, State::Paused(Live::Created), false));
+    assert!(scene.recorded(pid, Desired::Pause).await.was_so);
+    assert_eq!(scene.state(pid).await.1, State::Paused(Live::Created));
+    let played = scene.recorded(pid, Desired::Run).await;
+    assert_eq!((played.place, played.state), (Place::Queued, State::Created));
+    assert_eq!(played.told.unwrap().0, "default");
+    assert!(scene.recorded(pid, Desired::Run).await.told.is_none());
+    let killed = scene.recorded(pid, Desired::Kill).await;
+    assert_eq!((killed.place, killed.state), (Place::Ended, State::Killed));
+    let details = scene.store.show(pid).await.unwrap().unwrap();
+    assert_eq!(details.events.len(), 5);
+    assert_eq!(details.summary.outcome.unwrap().reason.unwrap(), "killed by ann");
+}
+
+async fn play_returns_a_sleeper_to_its_sleep(scene: Scene) {
+    let pid = scene.submit("call: baton.noop").await;
+    let fence = scene.claimed(pid).await.fence;
+    scene.write(fence, Verb::Park { wake_in: Duration::from_secs(60) }).await.unwrap();
+    scene.recorded(pid, Desired::Pause).await;
+    let played = scene.recorded(pid, Desired::Run).await;
+    assert_eq!((played.place, played.state, played.told), (Place::Parked, State::Waiting, None));
+}
+
+async fn on_hold_means_accepted_and_not_run(scene: Scene) {
+    let process = new_process("{call: baton.noop, hold: true}");
+    let pid = process.pid;
+    let accepted = scene.store.submit(&[process]).await.unwrap();
+    assert!(accepted.queued.is_empty());
+    assert_eq!(accepted.held_back, [pid]);
+    assert!(matches!(scene.claim(pid).await, Claim::NotQueued));
+    assert_eq!(scene.recorded(pid, Desired::Run).await.place, Place::Queued);
+}
+
+async fn five_deaths_without_a_checkpoint_end_it(scene: Scene) {
+    let pid = scene.submit("call: baton.noop").await;
+    for death in 1..=5 {
+        let me = Incarnation::generate();
+        scene.store.register(me, &worker("doomed")).await.unwrap();
+        let writer = Scene::writer(&scene.store, me).await;
+        assert!(matches!(writer.claim(pid, "default".into(), None).await.unwrap(), Claim::Claimed(_)));
+        assert!(scene.store.declare_gone(me, 0).await.unwrap());
+        let freed = scene.store.free().await.unwrap();
+        assert_eq!(freed.excepted.len(), usize::from(death == 5));
+    }
+    let details = scene.store.show(pid).await.unwrap().unwrap();
+    assert_eq!(details.summary.state, State::Excepted);
+    assert_eq!(details.attempts.len(), 5);
+    assert!(details.summary.outcome.unwrap().reason.unwrap().contains("died 5 times"));
+}
+
+async fn a_suspect_is_claimed_alone(scene: Scene) {
+    let pids = [scene.submit("call: baton.noop").await, scene.submit("call: baton.noop").await];
+    for _ in 0..2 {
+        let me = Incarnation::generate();
+        scene.store.register(me, &worker("doomed")).await.unwrap();
+        let writer = Scene::writer(&scene.store, me).await;
+        for pid in pids {
+            assert!(matches!(writer.claim(pid, "default".into(), None).await.unwrap(), Claim::Claimed(_)));
+        }
+        scene.store.declare_gone(me, 0).await.unwrap();
+        scene.store.free().await.unwrap();
+    }
+    // Each of them may have killed the worker; together they would be tried for each other's crime.
+    let (first, second) = tokio::join!(scene.claim(pids[0]), scene.claim(pids[1]));
+    let claimed = [&first, &second].into_iter().filter(|claim| matches!(claim, Claim::Claimed(_))).count();
+    assert_eq!(claimed, 1, "{first:?} {second:?}");
+}
+
+async fn a_gone_worker_beats_no_more(scene: Scene) {
+    assert!(scene.store.beat(scene.me, &Load::default()).await.unwrap());
+    let seen = scene.store.peers().await.unwrap();
+    assert_eq!((seen.len(), seen[0].beat), (1, 1));
+    assert!(!scene.store.declare_gone(scene.me, 0).await.unwrap(), "its beat has moved since");
+    assert!(scene.store.declare_gone(scene.me, 1).await.unwrap());
+    assert!(!scene.store.beat(scene.me, &Load::default()).await.unwrap());
+    assert!(scene.store.peers().await.unwrap().is_empty());
+}
+
+async fn the_head_rule_tells_only_what_is_older(scene: Scene) {
+    let old = scene.submit("call: baton.noop").await;
+    let head = scene.store.now().await.unwrap() + 1;
+    while scene.store.now().await.unwrap() <= head {}
+    let young = scene.submit("call: baton.noop").await;
+    let told = scene.store.tell_lost("default", head).await.unwrap();
+    assert_eq!(told["default"].iter().map(|told| told.pid).collect::<Vec<_>>(), [old]);
+    assert!(scene.store.tell_lost("default", head).await.unwrap().is_empty(), "it has just been told");
+    assert!(matches!(scene.claim(young).await, Claim::Claimed(_)));
+}
+
+async fn many_are_controlled_by_labels(scene: Scene) {
+    let mut si = Vec::new();
+    for _ in 0..3 {
+        si.push(scene.submit("{call: baton.noop, labels: {campaign: si}}").await);
+    }
+    let ge = scene.submit("{call: baton.noop, labels: {campaign: ge}}").await;
+    let select = Select { labels: [("campaign".to_owned(), "si".to_owned())].into(), ..Select::default() };
+    let mut changed = Vec::new();
+    let count = scene
+        .store
+        .control_many(&select, &request(Desired::Pause), |page| changed.extend(page.into_iter().map(|row| row.pid)))
+        .await
+        .unwrap();
+    assert_eq!((count, changed), (3, si));
+    assert_eq!(scene.state(ge).await.1, State::Created);
+    let all = scene.store.control_many(&Select::default(), &request(Desired::Kill), |_| {}).await.unwrap();
+    assert_eq!(all, 4);
+    let id = "chosen by the sender";
+    assert!(scene.store.record_broadcast(id, &request(Desired::Kill)).await.unwrap());
+    assert!(!scene.store.record_broadcast(id, &request(Desired::Kill)).await.unwrap());
+}
+
+async fn a_launch_inserts_claims_and_knows_another_spec(scene: Scene) {
+    let launch = new_process("call: baton.noop");
+    let claim = |launch: &NewProcess| scene.writer.claim(launch.pid, "default".into(), Some(launch.clone()));
+    let (first, second) = tokio::join!(claim(&launch), claim(&launch));
+    let claims = [first.unwrap(), second.unwrap()];
+    assert!(matches!(claims[0], Claim::Claimed(_)), "{claims:?}");
+    assert!(matches!(claims[1], Claim::NotQueued), "{claims:?}");
+    let other = NewProcess { spec: new_process("call: baton.fail").spec, ..launch };
+    assert!(matches!(claim(&other).await.unwrap(), Claim::OtherSpec));
+}
+
+async fn outputs_are_kept_and_replaced(scene: Scene) {
+    let pid = scene.submit("call: baton.noop").await;
+    let fence = scene.claimed(pid).await.fence;
+    for text in ["a", "ab"] {
+        let output = Output { stream: Stream::Stdout, head: text.into(), tail: vec![], total_bytes: text.len() as u64 };
+        let fenced =
+            Fenced { fence, verb: Verb::Keep, checkpoint: None, attempt: 1, ended: None, outputs: vec![output] };
+        scene.writer.write(fenced).await.unwrap().unwrap();
+    }
+    let (epoch, outputs) = scene.store.output(pid).await.unwrap().unwrap();
+    assert_eq!((epoch, outputs.len(), outputs[0].head.as_slice()), (1, 1, b"ab".as_slice()));
+}
+
+async fn an_overdue_process_is_killed_with_the_reason(scene: Scene) {
+    let waiting = scene.submit("{call: baton.noop, timeout: {queue: 1ms}}").await;
+    let running = scene.submit("{call: baton.noop, timeout: {total: 1ms, queue: 1h}}").await;
+    scene.claimed(running).await;
+    let start = scene.store.now().await.unwrap();
+    while scene.store.now().await.unwrap() < start + 2_000 {}
+    assert_eq!(scene.store.end_overdue().await.unwrap().len(), 2);
+    assert_eq!(scene.state(waiting).await, (Place::Ended, State::Killed));
+    let reason = scene.store.show(waiting).await.unwrap().unwrap().summary.outcome.unwrap().reason.unwrap();
+    assert!(reason.contains("`timeout.queue`"), "{reason}");
+    assert_eq!(scene.store.desired_of(scene.me, None).await.unwrap(), [(running, Desired::Kill, false)]);
+    assert!(scene.store.end_overdue().await.unwrap().is_empty());
+}
+
+async fn every_transition_is_one_of_the_state_machine(scene: Scene) {
+    // Each pair of a way to get somewhere and a request: what the database makes of it must be what `next` says.
+    for setup in ["created", "running", "waiting", "paused created", "paused running", "paused waiting"] {
+        for (verb, event) in [(Desired::Run, Event::Play), (Desired::Pause, Event::Pause), (Desired::Kill, Event::Kill)]
+        {
+            let pid = scene.submit("call: baton.noop").await;
+            if setup.contains("running") {
+                let fence = scene.claimed(pid).await.fence;
+                scene.write(fence, Verb::GiveBack).await.unwrap();
+            }
+            if setup.contains("waiting") {
+                let fence = scene.claimed(pid).await.fence;
+                scene.write(fence, Verb::Park { wake_in: Duration::from_secs(60) }).await.unwrap();
+            }
+            if setup.contains("paused") {
+                scene.recorded(pid, Desired::Pause).await;
+            }
+            let before = scene.state(pid).await.1;
+            scene.recorded(pid, verb).await;
+            assert_eq!(scene.state(pid).await.1, before.next(event).unwrap(), "{setup} {event:?}");
+        }
+    }
+}
+
+async fn two_writers_with_overlapping_rows_do_not_deadlock(scene: Scene) {
+    let mut pids = Vec::new();
+    for _ in 0..40 {
+        pids.push(scene.submit("call: baton.noop").await);
+    }
+    let other = Scene::writer(&scene.store, scene.me).await;
+    let forward = futures_util::future::join_all(pids.iter().map(|pid| scene.claim(*pid)));
+    let backward = futures_util::future::join_all(
+        pids.iter().rev().map(|pid| async { other.claim(*pid, "default".into(), None).await.unwrap() }),
+    );
+    let (forward, backward) = tokio::join!(forward, backward);
+    let claimed = forward.iter().chain(&backward).filter(|claim| matches!(claim, Claim::Claimed(_))).count();
+    assert_eq!(claimed, 40);
+}
+
+async fn unreadable_checkpoints_are_reported_not_fatal(scene: Scene) {
+    let pid = scene.submit("call: baton.noop").await;
+    let fence = scene.claimed(pid).await.fence;
+    let checkpoint = Checkpoint { state: vec![1, 2, 3], advances: 7, ..Checkpoint::default() };
+    scene.write_with(fence, Verb::GiveBack, Some(checkpoint.clone())).await.unwrap();
+    let claimed = scene.claimed(pid).await;
+    assert_eq!(claimed.checkpoint.unwrap().unwrap(), checkpoint);
+}

@@ -1,0 +1,155 @@
+//! The ways to database and broker that commands share.
+
+use std::io::{BufRead, Read};
+use std::path::Path;
+use std::sync::OnceLock;
+use std::time::Duration;
+
+use baton_common::communicator::{self, Broker, Communicator, Told};
+use baton_common::id::Pid;
+use baton_common::message::Task;
+use baton_common::spec::{self, Format, Spec};
+use baton_common::store::submit::ByQueue;
+use baton_common::store::{Location, Store};
+use baton_worker::cli::{exit, host_name};
+
+use crate::cli::Global;
+use crate::failure::Failure;
+
+/// How long a command waits for the broker before it goes on without: what it asks for is recorded already.
+const BROKER_LIMIT: Duration = Duration::from_secs(3);
+
+/// The SQLite file in the home of `baton run`.
+pub(crate) const DATABASE_FILE: &str = "baton.db";
+
+/// The database, and the broker if there is one.
+pub(crate) struct Client {
+    pub(crate) store: Store,
+    broker_urls: Vec<String>,
+    communicator: OnceLock<Communicator>,
+}
+
+impl Client {
+    /// Opens the database that is named, or else the one of `baton run` in the home.
+    pub(crate) async fn open(global: &Global) -> Result<Self, Failure> {
+        let resolved = global.connection.resolve()?;
+        let location = match resolved.database_url {
+            Some(url) => Location::parse(&url)?,
+            None => {
+                let file = global.home.join(DATABASE_FILE);
+                if !file.exists() {
+                    return Err(Failure::usage(format!(
+                        "no database is named, and {} does not exist",
+                        file.display()
+                    ))
+                    .with_remedy(
+                        "set BATON_DATABASE_URL, `database.url` in baton.toml or --database-url; or use `baton run`",
+                    ));
+                }
+                Location::Sqlite(file)
+            }
+        };
+        let store = Store::open(location).await?;
+        // The fleet's broker carries nothing of an embedded database.
+        let broker_urls = if store.is_embedded() { Vec::new() } else { resolved.broker_urls };
+        Ok(Self { store, broker_urls, communicator: OnceLock::new() })
+    }
+
+    /// The broker, once it is connected; `None` when there is none, or the reason why it cannot be reached.
+    pub(crate) async fn broker(&self) -> Result<Option<&Communicator>, String> {
+        if self.broker_urls.is_empty() {
+            return Ok(None);
+        }
+        // Only a command that has something to say opens connections.
+        let communicator = self.communicator.get_or_init(|| {
+            let (communicator, _) = Communicator::start(communicator::Options {
+                broker: Broker::Amqp(self.broker_urls.clone()),
+                name: "baton".into(),
+                control_queue: None,
+                heartbeat: None,
+            });
+            communicator
+        });
+        match communicator.wait_connected(BROKER_LIMIT).await {
+            Ok(()) => Ok(Some(communicator)),
+            Err(down) => Err(down.to_string()),
+        }
+    }
+
+    /// Publishes the messages of rows that were queued. What it cannot publish, workers find in the database.
+    pub(crate) async fn tell(&self, queued: &ByQueue, is_launch: bool) -> Result<(), String> {
+        if queued.is_empty() {
+            return Ok(());
+        }
+        let Some(communicator) = self.broker().await? else { return Ok(()) };
+        for (queue, rows) in queued {
+            let tasks = rows
+                .iter()
+                .map(|row| {
+                    let (pid, told_at) = (row.pid, Some(row.told_at));
+                    let task = if is_launch {
+                        Task::Launch { pid, spec: None, wait: false, told_at }
+                    } else {
+                        Task::Continue { pid, told_at }
+                    };
+                    Told { task, traceparent: row.traceparent.clone() }
+                })
+                .collect();
+            communicator.tell(queue, tasks).await.map_err(|error| error.to_string())?;
+        }
+        Ok(())
+    }
+
+    /// Closes the connections.
+    pub(crate) async fn close(&self) {
+        if let Some(communicator) = self.communicator.get() {
+            communicator.shutdown().await;
+        }
+    }
+}
+
+/// Reads a spec from a file, or from standard input.
+pub(crate) fn read_spec(path: &Path) -> Result<Spec, Failure> {
+    let mut text = String::new();
+    let format = if path == Path::new("-") {
+        std::io::stdin().read_to_string(&mut text)?;
+        Format::Yaml
+    } else {
+        text = std::fs::read_to_string(path).map_err(|error| {
+            let code = if error.kind() == std::io::ErrorKind::NotFound { exit::NOT_FOUND } else { exit::USAGE };
+            Failure::new(code, format!("cannot read {}: {error}", path.display()))
+        })?;
+        Format::of_path(path)
+    };
+    spec::parse(&text, format).map_err(|error| Failure::usage(format!("{}: {error}", path.display())))
+}
+
+/// The process ids of a command line; `-` stands for those on standard input, separated by white space.
+pub(crate) fn read_pids(arguments: &[String]) -> Result<Vec<Pid>, Failure> {
+    let mut pids = Vec::new();
+    let mut add = |text: &str| -> Result<(), Failure> {
+        pids.push(text.parse().map_err(|error: baton_common::id::ParseError| Failure::usage(error.to_string()))?);
+        Ok(())
+    };
+    for argument in arguments {
+        if argument == "-" {
+            for line in std::io::stdin().lock().lines() {
+                line?.split_whitespace().try_for_each(&mut add)?;
+            }
+        } else {
+            add(argument)?;
+        }
+    }
+    Ok(pids)
+}
+
+/// Who asks, for a process's history.
+pub(crate) fn whoami() -> String {
+    let user = std::env::var("USER").or_else(|_| std::env::var("LOGNAME")).unwrap_or_else(|_| "unknown".into());
+    format!("{user}@{}", host_name())
+}
+
+/// No such process.
+pub(crate) fn absent(pid: Pid) -> Failure {
+    Failure::new(exit::NOT_FOUND, format!("there is no process {pid}")).with_remedy("`baton list` shows those that are")
+}

@@ -1,0 +1,13 @@
+//! A file for each command.
+
+pub(crate) mod completion;
+pub(crate) mod control;
+pub(crate) mod doctor;
+pub(crate) mod list;
+pub(crate) mod logs;
+pub(crate) mod run;
+pub(crate) mod show;
+pub(crate) mod status;
+pub(crate) mod submit;
+pub(crate) mod watch;
+pub(crate) mod workers;

@@ -1,0 +1,177 @@
+//! `baton doctor`: what is reachable, which versions, what is wrong, and the remedy.
+
+use baton_common::communicator::{Broker, CheckError};
+use baton_common::store::query::Filter;
+use baton_common::store::{self, Location, Store};
+use baton_worker::cli::{exit, exit_code};
+use serde_json::{Value, json};
+
+use crate::cli::{Global, Output};
+use crate::client::DATABASE_FILE;
+use crate::failure::Failure;
+use crate::output;
+
+/// One thing that was looked at.
+struct Finding {
+    what: &'static str,
+    verdict: Verdict,
+    text: String,
+    remedy: Option<String>,
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum Verdict {
+    Ok,
+    Warn,
+    Fail(u8),
+}
+
+pub(crate) async fn run(global: &Global) -> Result<u8, Failure> {
+    let resolved = global.connection.resolve()?;
+    let mut findings = vec![finding("program", Verdict::Ok, format!("baton {}", env!("CARGO_PKG_VERSION")), None)];
+    let home = global.home.join(DATABASE_FILE);
+    let location = match resolved.database_url.as_deref() {
+        Some(url) => Some(Location::parse(url)),
+        None if home.exists() => Some(Ok(Location::Sqlite(home))),
+        None => None,
+    };
+    let store = match location {
+        None => {
+            findings.push(finding(
+                "database",
+                Verdict::Warn,
+                "none is named; only `baton run` works".into(),
+                Some("set BATON_DATABASE_URL, `database.url` in baton.toml or --database-url"),
+            ));
+            None
+        }
+        Some(Err(error)) => {
+            findings.push(database_failure(&error));
+            None
+        }
+        Some(Ok(location)) => match Store::open(location).await {
+            Ok(store) => {
+                let version = store.server_version().await?;
+                findings.push(finding("database", Verdict::Ok, format!("{version}, the schema is current"), None));
+                Some(store)
+            }
+            Err(error) => {
+                findings.push(database_failure(&error));
+                None
+            }
+        },
+    };
+    findings.push(broker(&resolved.broker_urls).await);
+    if let Some(store) = &store {
+        findings.push(workers(store).await?);
+    }
+    print(global, &findings)?;
+    let code = findings.iter().find_map(|finding| match finding.verdict {
+        Verdict::Fail(code) => Some(code),
+        Verdict::Ok | Verdict::Warn => None,
+    });
+    Ok(code.unwrap_or(exit::OK))
+}
+
+fn finding(what: &'static str, verdict: Verdict, text: String, remedy: Option<&str>) -> Finding {
+    Finding { what, verdict, text, remedy: remedy.map(str::to_owned) }
+}
+
+fn database_failure(error: &store::Error) -> Finding {
+    let remedy = match error {
+        store::Error::Url => "postgres://USER:PASSWORD@HOST:PORT/NAME, or sqlite:PATH",
+        store::Error::Unreachable(_) | store::Error::Retry(_) => "start it, or correct host and port",
+        store::Error::Refused(_) => "correct user, password or database name, or grant the right",
+        store::Error::SchemaNewer { .. } => "install the newer Baton on this machine",
+        store::Error::Folder { .. } => "make the folder, or name another home with --home",
+        store::Error::Unreadable(_) | store::Error::NoRow | store::Error::Stopped | store::Error::Database(_) => {
+            "see the database's own log"
+        }
+    };
+    finding("database", Verdict::Fail(exit_code(error)), error.to_string(), Some(remedy))
+}
+
+async fn broker(urls: &[String]) -> Finding {
+    if urls.is_empty() {
+        let text = "none is named; processes are found by the database alone, and only `baton run` needs none";
+        return finding(
+            "broker",
+            Verdict::Warn,
+            text.into(),
+            Some("set BATON_BROKER_URL, `broker.url` in baton.toml or --broker-url"),
+        );
+    }
+    match Broker::check(urls).await {
+        Ok(info) => {
+            let cluster = info.cluster.map(|cluster| format!(", cluster {cluster}")).unwrap_or_default();
+            finding("broker", Verdict::Ok, format!("{}{cluster}", info.version), None)
+        }
+        Err(error) => {
+            let (code, remedy) = match &error {
+                CheckError::BadUrl { .. } => {
+                    (exit::USAGE, "amqp://USER:PASSWORD@HOST:PORT/VHOST, %2f for the vhost \"/\"")
+                }
+                CheckError::Unreachable { .. } => (exit::UNREACHABLE, "start RabbitMQ, or correct host and port"),
+                CheckError::Credentials { .. } => {
+                    (exit::REFUSED, "correct user and password; guest may log in from its own host only")
+                }
+                CheckError::NoVhost { .. } => {
+                    (exit::REFUSED, "rabbitmqctl add_vhost, and rabbitmqctl set_permissions for the user")
+                }
+                CheckError::Refused { .. } => (exit::REFUSED, "see RabbitMQ's log"),
+            };
+            finding("broker", Verdict::Fail(code), error.to_string(), Some(remedy))
+        }
+    }
+}
+
+async fn workers(store: &Store) -> Result<Finding, Failure> {
+    let workers = store.workers(false).await?;
+    let queued =
+        store.list(&Filter { states: vec!["created".into()], limit: Some(1_000), ..Filter::default() }).await?;
+    let is_served = |queue: &str| {
+        let name = queue.split('.').next().unwrap_or(queue);
+        workers.iter().any(|worker| worker.queues.split(',').any(|served| served == name))
+    };
+    if let Some(row) = queued.iter().find(|row| !is_served(&row.queue)) {
+        let text = format!("{} live; none serves queue `{}`, in which processes wait", workers.len(), row.queue);
+        let name = row.queue.split('.').next().unwrap_or(&row.queue);
+        let remedy = format!("baton-worker --queue {name}");
+        return Ok(finding("workers", Verdict::Warn, text, Some(&remedy)));
+    }
+    let blocked = workers.iter().filter_map(|worker| worker.blocked.as_ref()).count();
+    if blocked > 0 {
+        let text = format!("{} live, {blocked} of them with a process that blocks its thread", workers.len());
+        return Ok(finding("workers", Verdict::Warn, text, Some("`baton workers` names the process")));
+    }
+    Ok(match workers.len() {
+        0 => finding("workers", Verdict::Warn, "none is live".into(), Some("start one: baton-worker")),
+        count => finding("workers", Verdict::Ok, format!("{count} live"), None),
+    })
+}
+
+fn print(global: &Global, findings: &[Finding]) -> Result<(), Failure> {
+    let word = |verdict| match verdict {
+        Verdict::Ok => "ok",
+        Verdict::Warn => "warn",
+        Verdict::Fail(_) => "fail",
+    };
+    if global.output == Output::Json {
+        let values = findings.iter().map(|finding| {
+            json!({
+                "what": finding.what,
+                "verdict": word(finding.verdict),
+                "text": finding.text,
+                "remedy": finding.remedy,
+            })
+        });
+        return output::print_json(&Value::Array(values.collect()));
+    }
+    for finding in findings {
+        output::print(&format!("{:<5} {:<9} {}", word(finding.verdict), finding.what, finding.text))?;
+        if let Some(remedy) = &finding.remedy {
+            output::print(&format!("{:<15} {remedy}", ""))?;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,143 @@
+//! `baton logs`: live through the worker while it runs, from the database afterwards.
+
+use std::io::Write;
+use std::time::Duration;
+
+use baton_common::id::Pid;
+use baton_common::message::Control;
+use baton_common::store::query::{Filter, Summary};
+use baton_common::store::writer::{Output, Stream};
+use baton_worker::cli::exit;
+
+use crate::cli::{Global, LogsArguments};
+use crate::client::{Client, absent, read_pids};
+use crate::failure::Failure;
+
+/// How long a worker may take to answer.
+const HOLDER_LIMIT: Duration = Duration::from_secs(5);
+
+/// Pause between two looks at a stream that has not grown.
+const LOOK: Duration = Duration::from_millis(200);
+
+/// How far both streams of one attempt have been printed.
+#[derive(Default)]
+struct Printed {
+    epoch: i64,
+    stdout: u64,
+    stderr: u64,
+}
+
+pub(crate) async fn run(global: &Global, arguments: LogsArguments) -> Result<u8, Failure> {
+    let pids = read_pids(std::slice::from_ref(&arguments.pid))?;
+    let &[pid] = pids.as_slice() else {
+        return Err(Failure::usage("exactly one process id is needed"));
+    };
+    let client = Client::open(global).await?;
+    let mut printed = Printed::default();
+    loop {
+        let filter = Filter { pids: vec![pid], ..Filter::default() };
+        let summary = client.store.list(&filter).await?.pop().ok_or_else(|| absent(pid))?;
+        // Live first: when it has ended between the two, the database has all that is kept.
+        let has_grown = match live(&client, &summary, &mut printed).await? {
+            Some(has_grown) => has_grown,
+            None => stored(&client, pid, &mut printed).await?,
+        };
+        if summary.state.is_final() || !arguments.follow {
+            break;
+        }
+        if !has_grown {
+            tokio::time::sleep(LOOK).await;
+        }
+    }
+    client.close().await;
+    Ok(exit::OK)
+}
+
+/// Prints what the holder's program has written since; `None` when no worker can be asked.
+async fn live(client: &Client, summary: &Summary, printed: &mut Printed) -> Result<Option<bool>, Failure> {
+    let Some(owner) = summary.owner else { return Ok(None) };
+    let Some(queue) = client.store.control_queue_of(owner).await? else { return Ok(None) };
+    let Ok(Some(communicator)) = client.broker().await else { return Ok(None) };
+    if summary.epoch != printed.epoch {
+        *printed = Printed { epoch: summary.epoch, ..Printed::default() };
+    }
+    let control = Control::Output { pid: summary.pid, stdout_offset: printed.stdout, stderr_offset: printed.stderr };
+    let Ok(reply) = communicator.request(&queue, control, HOLDER_LIMIT).await else { return Ok(None) };
+    let Some(chunk) = reply.output else { return Ok(None) };
+    write(&chunk.stdout, &chunk.stderr)?;
+    printed.stdout += chunk.stdout.len() as u64;
+    printed.stderr += chunk.stderr.len() as u64;
+    Ok(Some(!chunk.stdout.is_empty() || !chunk.stderr.is_empty()))
+}
+
+/// Prints what the database keeps beyond what has been printed.
+async fn stored(client: &Client, pid: Pid, printed: &mut Printed) -> Result<bool, Failure> {
+    let Some((epoch, outputs)) = client.store.output(pid).await? else { return Ok(false) };
+    if epoch != printed.epoch {
+        *printed = Printed { epoch, ..Printed::default() };
+    }
+    let mut has_grown = false;
+    for output in outputs {
+        let offset = match output.stream {
+            Stream::Stdout => &mut printed.stdout,
+            Stream::Stderr => &mut printed.stderr,
+        };
+        let rest = beyond(&output, *offset);
+        has_grown |= !rest.is_empty();
+        *offset = output.total_bytes;
+        match output.stream {
+            Stream::Stdout => write(&rest, &[])?,
+            Stream::Stderr => write(&[], &rest)?,
+        }
+    }
+    Ok(has_grown)
+}
+
+/// What is kept of a stream from an offset on, with a line where something is left out.
+fn beyond(output: &Output, offset: u64) -> Vec<u8> {
+    let head_end = output.head.len() as u64;
+    let tail_start = output.total_bytes - output.tail.len() as u64;
+    let skip = |from: u64| usize::try_from(offset.saturating_sub(from)).unwrap_or(usize::MAX);
+    let mut rest = output.head.get(skip(0)..).unwrap_or_default().to_vec();
+    if offset < tail_start && tail_start > head_end {
+        rest.extend_from_slice(
+            format!("\n[… {} bytes are not kept …]\n", tail_start - head_end.max(offset)).as_bytes(),
+        );
+    }
+    rest.extend_from_slice(output.tail.get(skip(tail_start)..).unwrap_or_default());
+    rest
+}
+
+fn write(stdout: &[u8], stderr: &[u8]) -> Result<(), Failure> {
+    if !stdout.is_empty() {
+        let mut stream = std::io::stdout();
+        stream.write_all(stdout)?;
+        stream.flush()?;
+    }
+    if !stderr.is_empty() {
+        std::io::stderr().write_all(stderr)?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn output(head: &str, tail: &str, total_bytes: u64) -> Output {
+        Output { stream: Stream::Stdout, head: head.into(), tail: tail.into(), total_bytes }
+    }
+
+    #[test]
+    fn what_is_kept_is_printed_once_and_what_is_not_is_said() {
+        let whole = output("abc", "def", 6);
+        assert_eq!(beyond(&whole, 0), b"abcdef");
+        assert_eq!(beyond(&whole, 2), b"cdef");
+        assert_eq!(beyond(&whole, 4), b"ef");
+        assert_eq!(beyond(&whole, 6), b"");
+        let cut = output("abc", "xyz", 106);
+        let text = String::from_utf8(beyond(&cut, 0)).unwrap();
+        assert!(text.starts_with("abc\n[… 100 bytes") && text.ends_with("\nxyz"), "{text}");
+        assert_eq!(beyond(&cut, 104), b"yz");
+    }
+}

@@ -1,0 +1,256 @@
+//! `baton run`: a fleet of one in this program, with its state in a folder.
+
+use std::collections::BTreeMap;
+use std::fs::{File, TryLockError};
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use baton_common::communicator::Broker;
+use baton_common::id::Pid;
+use baton_common::spec::Spec;
+use baton_common::state::State;
+use baton_common::store::query::{Details, Filter, Summary};
+use baton_common::store::submit::NewProcess;
+use baton_common::store::{Location, Store};
+use baton_common::telemetry::new_traceparent;
+use baton_worker::cli::{exit, host_name};
+use baton_worker::registry::Registry;
+use baton_worker::worker::{self, Limits, Options, Stop};
+
+use crate::cli::{Global, Output, RunArguments};
+use crate::client::{DATABASE_FILE, absent, read_spec, whoami};
+use crate::failure::Failure;
+use crate::output;
+
+/// Pause between two looks at the process: what a person sees as at once.
+const LOOK: Duration = Duration::from_millis(50);
+
+/// Processes of the same home that are still unfinished go on beside the one that was asked for.
+const SLOTS: u32 = 16;
+
+/// How long a program has between TERM and KILL after Ctrl-C: a person waits for it.
+const GRACE: Duration = Duration::from_secs(5);
+
+/// Exit code after Ctrl-C, as shells have it.
+const INTERRUPTED: u8 = 130;
+
+pub(crate) async fn run(global: &Global, arguments: RunArguments) -> Result<u8, Failure> {
+    let spec = read_spec(&arguments.file)?;
+    let home = std::path::absolute(&global.home)?;
+    std::fs::create_dir_all(&home)
+        .map_err(|error| Failure::failed(format!("cannot make {}: {error}", home.display())))?;
+    // Held until the program ends: the lock is what tells that every other incarnation is gone.
+    let _lock = lock(&home)?;
+    let store = Store::open(Location::Sqlite(home.join(DATABASE_FILE))).await?;
+    let (pid, is_resumed) = find_or_submit(&store, &spec, arguments.new).await?;
+    if is_resumed {
+        output::note(&format!("going on with {pid}; --new starts another one"));
+    }
+    let options = Options {
+        name: "baton-run".into(),
+        host: host_name(),
+        // Whatever queue the spec names, there is only this worker.
+        queues: queues(&store, &spec).await?,
+        slots: SLOTS,
+        threads: 2,
+        root: home.clone(),
+        grace: GRACE,
+        limits: Limits::default(),
+        registry: Registry::new(),
+        store: store.clone(),
+        broker: Broker::InProcess,
+    };
+    let stop = Stop::default();
+    let working = worker::run(&options, &stop);
+    let following = follow(&store, pid, &home, global.output);
+    tokio::pin!(working, following);
+    let ended = tokio::select! {
+        ended = &mut following => Some(ended?),
+        worked = &mut working => {
+            worked.map_err(|error| Failure::failed(baton_worker::cli::chain(&error)))?;
+            None
+        }
+        _ = tokio::signal::ctrl_c() => None,
+    };
+    stop.drain();
+    let hurry = async {
+        // A second Ctrl-C does not wait for the grace.
+        let _ = tokio::signal::ctrl_c().await;
+        stop.hurry();
+        std::future::pending::<()>().await;
+    };
+    tokio::select! {
+        _ = &mut working => {}
+        () = hurry => {}
+    }
+    let Some(summary) = ended else {
+        output::note(&format!("interrupted; {pid} goes on where it was when you run this again"));
+        return Ok(INTERRUPTED);
+    };
+    let details = store.show(pid).await?.ok_or_else(|| absent(pid))?;
+    report(global, &details)?;
+    Ok(match summary.state {
+        State::Finished => {
+            let code = summary.outcome.as_ref().and_then(|outcome| outcome.exit).unwrap_or(0);
+            u8::try_from(code).unwrap_or(exit::PROCESS_FAILED)
+        }
+        State::Excepted | State::Killed | State::Created | State::Running | State::Waiting | State::Paused(_) => {
+            exit::PROCESS_FAILED
+        }
+    })
+}
+
+/// Takes the home for this program, or says who has it.
+fn lock(home: &Path) -> Result<File, Failure> {
+    let path = home.join("baton.lock");
+    let mut file = File::options().read(true).write(true).create(true).truncate(false).open(&path)?;
+    match file.try_lock() {
+        Ok(()) => {}
+        Err(TryLockError::WouldBlock) => {
+            let mut holder = String::new();
+            file.read_to_string(&mut holder)?;
+            return Err(Failure::new(exit::CONFLICT, format!("{} is in use by {}", home.display(), holder.trim()))
+                .with_remedy("`baton list`, `watch`, `pause` and `kill` work beside it; or use another --home"));
+        }
+        Err(TryLockError::Error(error)) => {
+            return Err(Failure::failed(format!("cannot lock {}: {error}", path.display())));
+        }
+    }
+    file.set_len(0)?;
+    file.seek(SeekFrom::Start(0))?;
+    writeln!(file, "`baton run` of {} (process {})", whoami(), std::process::id())?;
+    Ok(file)
+}
+
+/// The unfinished process of the same spec in the same folder, or a new one.
+async fn find_or_submit(store: &Store, spec: &Spec, new: bool) -> Result<(Pid, bool), Failure> {
+    let folder = std::env::current_dir()?;
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(&spec.digest());
+    hasher.update(folder.as_os_str().as_encoded_bytes());
+    let run_key = hasher.finalize().as_bytes().to_vec();
+    if !new && let Some(pid) = store.unfinished_run(&run_key).await? {
+        return Ok((pid, true));
+    }
+    let process = NewProcess {
+        pid: Pid::generate(),
+        spec: spec.clone(),
+        created_by: whoami(),
+        traceparent: Some(new_traceparent()),
+        reply_to: None,
+        run_key: Some(run_key),
+    };
+    let pid = process.pid;
+    store.submit(&[process]).await?;
+    if spec.hold {
+        output::note(&format!("{pid} is on hold; `baton play {pid}` lets it go on"));
+    }
+    Ok((pid, false))
+}
+
+/// The queues of everything unfinished in this home.
+async fn queues(store: &Store, spec: &Spec) -> Result<Vec<String>, Failure> {
+    let mut queues = BTreeMap::from([(spec.queue.clone(), ())]);
+    let states = ["created", "running", "waiting", "paused"].map(str::to_owned).to_vec();
+    for row in store.list(&Filter { states, ..Filter::default() }).await? {
+        let queue = row.queue.split('.').next().unwrap_or(&row.queue).to_owned();
+        queues.insert(queue, ());
+    }
+    Ok(queues.into_keys().collect())
+}
+
+/// Prints what the program writes and how far it is, until the process has ended.
+async fn follow(store: &Store, pid: Pid, home: &Path, how: Output) -> Result<Summary, Failure> {
+    let mut shown = Shown::default();
+    let mut progress: Option<(i64, State)> = None;
+    let mut told_at = Instant::now();
+    loop {
+        let filter = Filter { pids: vec![pid], ..Filter::default() };
+        let row = store.list(&filter).await?.pop().ok_or_else(|| absent(pid))?;
+        if how == Output::Table {
+            shown.print(home, &row)?;
+            let now = (row.advances, row.state);
+            // Not more often than a person reads.
+            let is_worth_it = row.advances > 0 && !row.state.is_final() && told_at.elapsed() > Duration::from_secs(1);
+            if progress != Some(now) && is_worth_it {
+                output::note(&format!(
+                    "{}  advance {}  {}",
+                    output::status_word(&row),
+                    row.advances,
+                    output::detail(&row)
+                ));
+                progress = Some(now);
+                told_at = Instant::now();
+            }
+        }
+        if row.state.is_final() {
+            return Ok(row);
+        }
+        tokio::time::sleep(LOOK).await;
+    }
+}
+
+/// How far the program's streams have been printed. They lie on this machine, so nobody needs to be asked for them.
+#[derive(Default)]
+struct Shown {
+    sandbox: PathBuf,
+    stdout: u64,
+    stderr: u64,
+}
+
+impl Shown {
+    fn print(&mut self, home: &Path, row: &Summary) -> Result<(), Failure> {
+        let own = home.join("sandbox").join(row.pid.to_string()).join(format!("{}.{}", row.attempt, row.epoch));
+        let own = own.join(".baton");
+        if own != self.sandbox {
+            *self = Self { sandbox: own, ..Self::default() };
+        }
+        copy(&self.sandbox.join("stdout"), &mut self.stdout, &mut std::io::stdout())?;
+        copy(&self.sandbox.join("stderr"), &mut self.stderr, &mut std::io::stderr())
+    }
+}
+
+fn copy(path: &Path, offset: &mut u64, to: &mut impl Write) -> Result<(), Failure> {
+    let Ok(mut file) = File::open(path) else { return Ok(()) };
+    file.seek(SeekFrom::Start(*offset))?;
+    *offset += std::io::copy(&mut file, to)?;
+    to.flush()?;
+    Ok(())
+}
+
+fn report(global: &Global, details: &Details) -> Result<(), Failure> {
+    let summary = &details.summary;
+    match global.output {
+        Output::Json => output::print_json(&output::summary_json(summary)),
+        Output::Ids => output::print(&summary.pid.to_string()),
+        Output::Table => {
+            let took = summary.ended_at.unwrap_or(summary.now) - summary.created_at;
+            let took = Duration::from_micros(u64::try_from(took).unwrap_or(0));
+            let attempts = match details.attempts.len() {
+                0 | 1 => String::new(),
+                count => format!(", {count} attempts"),
+            };
+            output::note(&format!(
+                "{} {} in {}{attempts}  {}",
+                output::state_text(summary),
+                summary.name,
+                output::seconds(took),
+                output::detail(summary)
+            ));
+            if let Some(outcome) = &summary.outcome {
+                if !outcome.values.is_empty() {
+                    output::note(&format!("  values  {}", serde_json::Value::Object(outcome.values.clone())));
+                }
+                if let Some(sandbox) = &outcome.sandbox {
+                    output::note(&format!(
+                        "  files   {}",
+                        sandbox.split_once(':').map_or(sandbox.as_str(), |(_, path)| path)
+                    ));
+                }
+            }
+            output::note(&format!("  more    baton show {}", summary.pid));
+            Ok(())
+        }
+    }
+}

@@ -1,0 +1,108 @@
+//! `baton show`.
+
+use baton_common::store::query::Details;
+use baton_worker::cli::exit;
+use serde_json::{Value, json};
+
+use crate::cli::{Global, Output, Pids};
+use crate::client::{Client, absent, read_pids};
+use crate::failure::Failure;
+use crate::output::{self, clock, timestamp};
+
+pub(crate) async fn run(global: &Global, arguments: Pids) -> Result<u8, Failure> {
+    let client = Client::open(global).await?;
+    let mut all = Vec::new();
+    for pid in read_pids(&arguments.pids)? {
+        all.push(client.store.show(pid).await?.ok_or_else(|| absent(pid))?);
+    }
+    match global.output {
+        Output::Json => output::print_json(&Value::Array(all.iter().map(json_of).collect()))?,
+        Output::Ids => all.iter().try_for_each(|details| output::print(&details.summary.pid.to_string()))?,
+        Output::Table => {
+            for details in &all {
+                output::print(&text_of(details))?;
+            }
+        }
+    }
+    Ok(exit::OK)
+}
+
+fn json_of(details: &Details) -> Value {
+    let mut value = output::summary_json(&details.summary);
+    let attempts: Vec<Value> = details
+        .attempts
+        .iter()
+        .map(|attempt| {
+            json!({
+                "epoch": attempt.epoch,
+                "try": attempt.attempt,
+                "worker": attempt.worker,
+                "started_at": timestamp(attempt.started_at),
+                "ended_at": timestamp(attempt.ended_at),
+                "how": attempt.how,
+                "reason": attempt.reason,
+            })
+        })
+        .collect();
+    let events: Vec<Value> = details
+        .events
+        .iter()
+        .map(|event| json!({"at": timestamp(event.at), "what": event.what, "by": event.by, "reason": event.reason}))
+        .collect();
+    let checkpoint = details.checkpoint.as_ref();
+    value["created_by"] = json!(details.created_by);
+    value["labels"] = json!(details.spec.labels);
+    value["session"] = json!(details.spec.session);
+    value["spec"] = json!(details.spec);
+    value["failures"] = json!(checkpoint.map_or(0, |checkpoint| checkpoint.failures));
+    value["last_error"] = json!(checkpoint.and_then(|checkpoint| checkpoint.last_error.as_ref()));
+    value["progress"] = json!(checkpoint.and_then(|checkpoint| checkpoint.progress.as_ref()));
+    value["attempts"] = Value::Array(attempts);
+    value["events"] = Value::Array(events);
+    value
+}
+
+fn text_of(details: &Details) -> String {
+    let summary = &details.summary;
+    let mut lines = vec![
+        format!("{}  {}", summary.pid, summary.name),
+        format!("  state      {}  {}", output::state_text(summary), output::detail(summary)),
+        format!("  kind       {}, queue {}", summary.kind, summary.queue),
+    ];
+    if let Some(progress) = details.checkpoint.as_ref().and_then(|checkpoint| checkpoint.progress.as_ref()) {
+        let total = progress.total.map(|total| format!(" of {total}")).unwrap_or_default();
+        lines.push(format!("  progress   {}{total}", progress.done));
+    }
+    lines.push(format!("  advances   {}", summary.advances));
+    if let Some(outcome) = &summary.outcome {
+        if !outcome.values.is_empty() {
+            lines.push(format!("  values     {}", Value::Object(outcome.values.clone())));
+        }
+        if let Some(sandbox) = &outcome.sandbox {
+            lines.push(format!("  files      {sandbox}"));
+        }
+    }
+    lines.push("  timeline".into());
+    let mut timeline = vec![(summary.created_at, format!("accepted from {}", details.created_by))];
+    for attempt in &details.attempts {
+        let reason = attempt.reason.as_ref().map(|reason| format!(": {reason}")).unwrap_or_default();
+        timeline.push((
+            attempt.started_at,
+            format!("claimed by {} (epoch {}, try {})", attempt.worker, attempt.epoch, attempt.attempt),
+        ));
+        timeline.push((
+            attempt.ended_at,
+            format!("{} on {} (epoch {}){reason}", attempt.how, attempt.worker, attempt.epoch),
+        ));
+    }
+    for event in &details.events {
+        let reason = event.reason.as_ref().map(|reason| format!(": {reason}")).unwrap_or_default();
+        timeline.push((event.at, format!("{} asked by {}{reason}", event.what, event.by)));
+    }
+    if let Some(ended_at) = summary.ended_at {
+        timeline.push((ended_at, summary.state.word().to_owned()));
+    }
+    timeline.sort_by_key(|(at, _)| *at);
+    lines.extend(timeline.into_iter().map(|(at, what)| format!("    {}  {what}", clock(at))));
+    lines.join("\n")
+}

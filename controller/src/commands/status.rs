@@ -1,0 +1,88 @@
+//! `baton status`: live, from the worker that holds the process; from the database when nobody does.
+
+use std::time::Duration;
+
+use baton_common::communicator::RequestError;
+use baton_common::message::{Control, Status};
+use baton_common::store::query::{Filter, Summary};
+use baton_worker::cli::exit;
+use serde_json::{Value, json};
+
+use crate::cli::{Global, Output, Pids};
+use crate::client::{Client, absent, read_pids};
+use crate::failure::Failure;
+use crate::output;
+
+/// How long a worker may take to answer.
+const LIMIT: Duration = Duration::from_secs(5);
+
+pub(crate) async fn run(global: &Global, arguments: Pids) -> Result<u8, Failure> {
+    let client = Client::open(global).await?;
+    let mut answers = Vec::new();
+    for pid in read_pids(&arguments.pids)? {
+        let filter = Filter { pids: vec![pid], ..Filter::default() };
+        let summary = client.store.list(&filter).await?.pop().ok_or_else(|| absent(pid))?;
+        let live = ask(&client, &summary).await;
+        answers.push((summary, live));
+    }
+    match global.output {
+        Output::Json => {
+            let values = answers.iter().map(|(summary, live)| {
+                let mut value = output::summary_json(summary);
+                match live {
+                    Ok(live) => value["live"] = json!(live),
+                    Err(reason) => value["unanswered"] = json!(reason),
+                }
+                value
+            });
+            output::print_json(&Value::Array(values.collect()))?;
+        }
+        Output::Ids => answers.iter().try_for_each(|(summary, _)| output::print(&summary.pid.to_string()))?,
+        Output::Table => {
+            for (summary, live) in &answers {
+                let live = match live {
+                    Ok(Some(live)) => text(live),
+                    Ok(None) => output::detail(summary),
+                    Err(reason) => format!("{}; {reason}", output::detail(summary)),
+                };
+                output::print(&format!("{}  {}  {live}", summary.pid, output::state_text(summary)))?;
+            }
+        }
+    }
+    client.close().await;
+    Ok(exit::OK)
+}
+
+/// What the holder says; `None` when there is none, or when the process has left it meanwhile.
+async fn ask(client: &Client, summary: &Summary) -> Result<Option<Status>, String> {
+    let Some(owner) = summary.owner else { return Ok(None) };
+    let queue = client.store.control_queue_of(owner).await.map_err(|error| error.to_string())?;
+    let (Some(queue), Some(communicator)) = (queue, client.broker().await?) else { return Ok(None) };
+    match communicator.request(&queue, Control::Status(summary.pid), LIMIT).await {
+        Ok(reply) => Ok(reply.status),
+        Err(RequestError::Unroutable(_)) => Err("its worker has no control queue; it may have died just now".into()),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
+fn text(live: &Status) -> String {
+    let mut text = format!(
+        "{} for {} on {} (epoch {}), {} advances",
+        live.stage,
+        output::seconds(Duration::from_millis(live.stage_ms)),
+        live.worker,
+        live.epoch,
+        live.advances
+    );
+    if let Some(blocked_ms) = live.blocked_ms {
+        text.push_str(&format!(", blocks its thread for {}", output::seconds(Duration::from_millis(blocked_ms))));
+    }
+    if let Some(child) = live.child {
+        let memory = live.memory_bytes.map(|bytes| format!(", {} MiB", bytes / (1024 * 1024))).unwrap_or_default();
+        text.push_str(&format!(", program {child}{memory}"));
+    }
+    if let Some(line) = &live.last_line {
+        text.push_str(&format!("\n    {line}"));
+    }
+    text
+}

@@ -1,0 +1,34 @@
+//! `baton watch`.
+
+use serde_json::Value;
+
+use crate::cli::{Global, Output, WatchArguments};
+use crate::client::{Client, read_pids};
+use crate::failure::Failure;
+use crate::{follow, output};
+
+pub(crate) async fn run(global: &Global, arguments: WatchArguments) -> Result<u8, Failure> {
+    let pids = read_pids(&arguments.pids.pids)?;
+    let client = Client::open(global).await?;
+    let ended = follow::wait_ended(&client.store, &pids, arguments.timeout, |row| {
+        if global.output == Output::Table {
+            let line = format!(
+                "{}  {}  {}  advance {}  {}",
+                output::clock(row.now),
+                row.pid,
+                output::state_text(row),
+                row.advances,
+                output::detail(row)
+            );
+            // A closed pipe ends the command at its next result.
+            let _ = output::print(line.trim_end());
+        }
+    })
+    .await?;
+    match global.output {
+        Output::Json => output::print_json(&Value::Array(ended.iter().map(output::summary_json).collect()))?,
+        Output::Ids => ended.iter().try_for_each(|row| output::print(&row.pid.to_string()))?,
+        Output::Table => {}
+    }
+    Ok(follow::exit_code(&ended))
+}

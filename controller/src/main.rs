@@ -1,0 +1,51 @@
+//! `baton`: runs, submits, watches and controls processes.
+
+mod cli;
+mod client;
+mod commands;
+mod failure;
+mod follow;
+mod output;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use cli::{Cli, Command};
+use failure::Failure;
+
+fn main() -> ExitCode {
+    if std::env::args().nth(1).as_deref() == Some(baton_worker::shim::COMMAND) {
+        return baton_worker::shim::main();
+    }
+    let cli = Cli::parse();
+    baton_common::telemetry::init(&cli.log, baton_common::telemetry::LogFormat::Text);
+    let runtime = match tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => return Failure::failed(format!("cannot start: {error}")).report(),
+    };
+    let code = match runtime.block_on(dispatch(cli)) {
+        Ok(code) => ExitCode::from(code),
+        Err(failure) => failure.report(),
+    };
+    runtime.shutdown_background();
+    code
+}
+
+async fn dispatch(cli: Cli) -> Result<u8, Failure> {
+    let Cli { command, global, .. } = cli;
+    match command {
+        Command::Run(arguments) => Box::pin(commands::run::run(&global, arguments)).await,
+        Command::Submit(arguments) => commands::submit::run(&global, arguments).await,
+        Command::List(arguments) => commands::list::run(&global, arguments).await,
+        Command::Show(arguments) => commands::show::run(&global, arguments).await,
+        Command::Status(arguments) => commands::status::run(&global, arguments).await,
+        Command::Watch(arguments) => commands::watch::run(&global, arguments).await,
+        Command::Logs(arguments) => commands::logs::run(&global, arguments).await,
+        Command::Pause(arguments) => commands::control::pause(&global, arguments).await,
+        Command::Play(arguments) => commands::control::play(&global, arguments).await,
+        Command::Kill(arguments) => commands::control::kill(&global, arguments).await,
+        Command::Workers(arguments) => commands::workers::run(&global, arguments).await,
+        Command::Doctor => commands::doctor::run(&global).await,
+        Command::Completion { shell } => commands::completion::run(shell),
+    }
+}

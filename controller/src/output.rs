@@ -1,0 +1,168 @@
+//! How results are printed: tables for people, JSON for programs, ids for other commands.
+
+use std::io::Write;
+use std::time::Duration;
+
+use anstyle::{AnsiColor, Style};
+use baton_common::state::{Desired, Place, State};
+use baton_common::store::query::Summary;
+use chrono::{DateTime, Local, SecondsFormat, Utc};
+use comfy_table::{ContentArrangement, Table, presets};
+use serde_json::{Value, json};
+
+use crate::failure::Failure;
+
+/// Prints lines to standard output.
+pub(crate) fn print(text: &str) -> Result<(), Failure> {
+    let mut stdout = anstream::stdout();
+    writeln!(stdout, "{text}")?;
+    stdout.flush()?;
+    Ok(())
+}
+
+/// Prints a value as indented JSON.
+pub(crate) fn print_json(value: &Value) -> Result<(), Failure> {
+    print(&serde_json::to_string_pretty(value).expect("a JSON value is JSON"))
+}
+
+/// Says something to the person at the terminal, beside the result.
+pub(crate) fn note(text: &str) {
+    // Nobody can be told that standard error is closed.
+    let _ = writeln!(anstream::stderr(), "{text}");
+}
+
+/// Says that something is not as it should be, although the command has done its work.
+pub(crate) fn warn(text: &str) {
+    let yellow = Style::new().bold().fg_color(Some(AnsiColor::Yellow.into()));
+    note(&format!("{yellow}warning{yellow:#}: {text}"));
+}
+
+/// A table without lines, whose cells are never cut.
+pub(crate) fn table(header: &[&str]) -> Table {
+    let mut table = Table::new();
+    table
+        .load_style(presets::NOTHING)
+        .set_content_arrangement(ContentArrangement::Disabled)
+        .set_header(header.to_vec());
+    table
+}
+
+/// The sign and the word of where a process is.
+pub(crate) fn state_text(summary: &Summary) -> String {
+    let state = summary.state;
+    let (sign, color) = match state {
+        State::Created => ("○", AnsiColor::Blue),
+        State::Running => ("▶", AnsiColor::Cyan),
+        State::Waiting => ("◌", AnsiColor::Blue),
+        State::Paused(_) => ("‖", AnsiColor::Yellow),
+        State::Finished if summary.outcome.as_ref().is_some_and(|outcome| outcome.ok) => ("✔", AnsiColor::Green),
+        State::Finished => ("✘", AnsiColor::Red),
+        State::Excepted => ("✘", AnsiColor::Red),
+        State::Killed => ("■", AnsiColor::Magenta),
+    };
+    let color = Style::new().fg_color(Some(color.into()));
+    format!("{color}{sign} {}{color:#}", status_word(summary))
+}
+
+/// The state's word, or what is about to become of it.
+pub(crate) fn status_word(summary: &Summary) -> String {
+    match (summary.place, summary.desired, summary.state) {
+        (Place::Held, Desired::Pause, _) => "pausing".into(),
+        (Place::Held | Place::Queued, Desired::Kill, _) => "killing".into(),
+        (Place::Queued, _, State::Running) => "queued".into(),
+        (_, _, State::Finished) => match summary.outcome.as_ref().and_then(|outcome| outcome.exit) {
+            Some(exit) => format!("finished [{exit}]"),
+            None => "finished".into(),
+        },
+        (_, _, state) => state.word().into(),
+    }
+}
+
+/// What a person wants to know beside the state.
+pub(crate) fn detail(summary: &Summary) -> String {
+    if let Some(reason) = summary.outcome.as_ref().and_then(|outcome| outcome.reason.clone()) {
+        return reason;
+    }
+    match (summary.wake_at, summary.worker.as_deref()) {
+        (Some(wake_at), _) if summary.state == State::Waiting => {
+            format!("wakes in {}", age(wake_at - summary.now))
+        }
+        (_, Some(worker)) => format!("on {worker}"),
+        (_, None) if summary.place == Place::Queued => format!("in queue {}", summary.queue),
+        (_, None) => String::new(),
+    }
+}
+
+/// A process in JSON.
+pub(crate) fn summary_json(summary: &Summary) -> Value {
+    let outcome = summary.outcome.as_ref();
+    json!({
+        "pid": summary.pid,
+        "name": summary.name,
+        "kind": summary.kind,
+        "state": summary.state.word(),
+        "place": summary.place.word(),
+        "status": status_word(summary),
+        "desired": summary.desired.verb(),
+        "queue": summary.queue,
+        "worker": summary.worker,
+        "epoch": summary.epoch,
+        "try": summary.attempt,
+        "advances": summary.advances,
+        "created_at": timestamp(summary.created_at),
+        "changed_at": timestamp(summary.changed_at),
+        "ended_at": summary.ended_at.map(timestamp),
+        "wake_at": summary.wake_at.map(timestamp),
+        "exit": outcome.and_then(|outcome| outcome.exit),
+        "signal": outcome.and_then(|outcome| outcome.signal),
+        "ok": outcome.map(|outcome| outcome.ok),
+        "values": outcome.map(|outcome| &outcome.values),
+        "reason": outcome.and_then(|outcome| outcome.reason.as_ref()),
+        "sandbox": outcome.and_then(|outcome| outcome.sandbox.as_ref()),
+    })
+}
+
+/// A span of time for people: one unit below a minute, two above.
+pub(crate) fn age(micros: i64) -> String {
+    let seconds = micros.max(0) / 1_000_000;
+    match seconds {
+        0..60 => format!("{seconds}s"),
+        60..3600 => format!("{}m{:02}s", seconds / 60, seconds % 60),
+        3600..86_400 => format!("{}h{:02}m", seconds / 3600, seconds % 3600 / 60),
+        _ => format!("{}d{:02}h", seconds / 86_400, seconds % 86_400 / 3600),
+    }
+}
+
+/// A time for programs: RFC 3339 in UTC, with microseconds.
+pub(crate) fn timestamp(micros: i64) -> String {
+    DateTime::<Utc>::from_timestamp_micros(micros).unwrap_or_default().to_rfc3339_opts(SecondsFormat::Micros, true)
+}
+
+/// A time for people, in their own zone.
+pub(crate) fn clock(micros: i64) -> String {
+    let time = DateTime::<Utc>::from_timestamp_micros(micros).unwrap_or_default();
+    time.with_timezone(&Local).format("%Y-%m-%d %H:%M:%S%.3f").to_string()
+}
+
+/// A duration with a sensible number of digits.
+pub(crate) fn seconds(duration: Duration) -> String {
+    format!("{:.1} s", duration.as_secs_f64())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ages_have_the_units_that_people_want() {
+        for (seconds, text) in [(-5, "0s"), (0, "0s"), (59, "59s"), (60, "1m00s"), (3_661, "1h01m"), (90_000, "1d01h")]
+        {
+            assert_eq!(age(seconds * 1_000_000), text);
+        }
+    }
+
+    #[test]
+    fn timestamps_are_exact() {
+        assert_eq!(timestamp(1_700_000_000_123_456), "2023-11-14T22:13:20.123456Z");
+    }
+}

@@ -1,0 +1,40 @@
+# What the service scripts share. Sourced, never run.
+
+# True while the process that a pid file names is there. A zombie counts as gone: some init processes reap late.
+running() {
+  local pid state
+  pid=$(cat "$1" 2>/dev/null) && [ -n "$pid" ] || return 1
+  state=$(sed -n 's/^State:[[:space:]]*\(.\).*/\1/p' "/proc/$pid/status" 2>/dev/null) || return 1
+  [ -n "$state" ] && [ "$state" != Z ]
+}
+
+# Waits until the process of a pid file is gone; after the limit (seconds) its whole process group is killed.
+await_end() {
+  local file=$1 tries=$(($2 * 20))
+  while running "$file"; do
+    if [ $((tries -= 1)) -lt 0 ]; then
+      kill -KILL -- "-$(cat "$file")" 2>/dev/null || kill -KILL "$(cat "$file")" 2>/dev/null || true
+      tries=100
+    fi
+    sleep 0.05
+  done
+}
+
+listening() { (exec 3<>"/dev/tcp/127.0.0.1/$1") 2>/dev/null; }
+
+# The first of N consecutive free ports, below the range from which the kernel takes ports for outgoing connections.
+free_ports() {
+  local count=$1 first port
+  while :; do
+    first=$((20000 + (((RANDOM << 15) | RANDOM) % (12000 / count)) * count))
+    for ((port = first; port < first + count; port++)); do listening "$port" && continue 2; done
+    echo "$first"
+    return
+  done
+}
+
+# The port of an instance: what was asked for, else what it had before, else N free ones.
+settle_port() { # DIR PORT COUNT
+  if [ -n "$2" ]; then echo "$2" >"$1/port"; elif [ ! -s "$1/port" ]; then free_ports "$3" >"$1/port"; fi
+  cat "$1/port"
+}

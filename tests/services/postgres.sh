@@ -1,0 +1,79 @@
+#!/usr/bin/env bash
+# A private PostgreSQL on loopback with full durability (fsync and synchronous_commit on), as root or as any other user.
+#
+#   postgres.sh start DIR [PORT]   start it, or do nothing if it runs; keeps its port from one start to the next
+#   postgres.sh stop DIR           clean stop
+#   postgres.sh kill DIR           SIGKILL to the server and all its backends; `start` recovers what was committed
+#   postgres.sh restart DIR        clean stop, start
+#   postgres.sh env DIR            its address as a shell assignment
+set -euo pipefail
+. "$(dirname "$0")/lib.sh"
+
+verb=${1:?verb} dir=${2:?directory}
+mkdir -p "$dir"
+dir=$(cd "$dir" && pwd)
+bin=$(ls -d /usr/lib/postgresql/*/bin | sort -V | tail -n 1)
+pid_file=$dir/data/postmaster.pid
+
+# PostgreSQL refuses to run as root: the packaged user does it instead, from a directory that it may enter.
+unprivileged() {
+  if [ "$(id -u)" = 0 ]; then
+    (cd / && exec setpriv --reuid=postgres --regid=postgres --init-groups env HOME="$dir" "$@")
+  else
+    "$@"
+  fi
+}
+
+# The first line of postmaster.pid is the pid, and the rest is not.
+running_server() {
+  local pid
+  pid=$(head -n 1 "$pid_file" 2>/dev/null) && echo "$pid" >"$dir/server.pid" && running "$dir/server.pid"
+}
+
+create() {
+  unprivileged "$bin/initdb" -D "$dir/data" -U baton -A trust -E UTF8 --locale=C --no-sync >"$dir/initdb.log" 2>&1 ||
+    { cat "$dir/initdb.log" >&2; exit 1; }
+  # Single-user mode, because there is no server yet.
+  echo 'create database baton' | unprivileged "$bin/postgres" --single -D "$dir/data" postgres >>"$dir/initdb.log" 2>&1
+}
+
+start() {
+  local port
+  running_server && return
+  [ "$(id -u)" = 0 ] && chown postgres "$dir"
+  port=$(settle_port "$dir" "${1:-}" 1)
+  [ -s "$dir/data/PG_VERSION" ] || create
+  # The socket goes into the directory: the packaged default may be missing or not writable.
+  if ! unprivileged "$bin/pg_ctl" start -s -w -t 60 -D "$dir/data" -l "$dir/server.log" -o "-p $port -k '$dir' \
+      -c listen_addresses=127.0.0.1 -c fsync=on -c synchronous_commit=on -c max_connections=300"; then
+    tail -n 15 "$dir/server.log" >&2
+    exit 1
+  fi
+}
+
+stop() { # MODE
+  running_server || return 0
+  unprivileged "$bin/pg_ctl" stop -s -w -t 60 -D "$dir/data" -m "$1"
+}
+
+# The server is frozen first, so that it starts no new backend while the old ones are being killed.
+kill_server() {
+  running_server || return 0
+  local server child
+  server=$(cat "$dir/server.pid")
+  kill -STOP "$server"
+  for child in $(cat "/proc/$server/task/$server/children"); do kill -KILL "$child" 2>/dev/null || true; done
+  kill -KILL "$server"
+  await_end "$dir/server.pid" 10
+  # PostgreSQL takes a dead server that nobody has reaped yet for a live one; this script knows better.
+  rm -f "$pid_file" "$dir"/.s.PGSQL.*
+}
+
+case $verb in
+  start) start "${3:-}" ;;
+  stop) stop fast ;;
+  kill) kill_server ;;
+  restart) stop fast; start ;;
+  env) echo "BATON_TEST_DATABASE=postgres://baton@127.0.0.1:$(cat "$dir/port")/baton" ;;
+  *) echo "postgres.sh: unknown verb $verb" >&2; exit 2 ;;
+esac

@@ -1,0 +1,113 @@
+#!/usr/bin/env bash
+# A private RabbitMQ with its management plugin, on loopback, without systemd, as root or as any other user.
+#
+#   rabbitmq.sh start DIR [PORT]     start it, or do nothing if it runs; keeps its ports from one start to the next
+#   rabbitmq.sh stop DIR             clean stop (the management plugin takes several seconds for it)
+#   rabbitmq.sh kill DIR             SIGKILL; `start` brings the durable queues back
+#   rabbitmq.sh restart-empty DIR    SIGKILL, forget everything that was stored, start
+#   rabbitmq.sh ctl DIR ARGS...      rabbitmqctl on this instance
+#   rabbitmq.sh env DIR              its addresses as shell assignments
+#
+# Ports: AMQP at PORT, management at PORT+1, Erlang distribution at PORT+2, port mapper (epmd) at PORT+3.
+set -euo pipefail
+. "$(dirname "$0")/lib.sh"
+
+verb=${1:?verb} dir=${2:?directory}
+mkdir -p "$dir"
+dir=$(cd "$dir" && pwd)
+
+# The programs in /usr/sbin are wrappers which change to the user rabbitmq and lose the environment.
+bin=/usr/lib/rabbitmq/bin
+
+# What the server and rabbitmqctl have to agree on. A home of its own gives the instance its own Erlang cookie.
+settings() {
+  port=$(cat "$dir/port")
+  export HOME=$dir RABBITMQ_BASE=$dir
+  export RABBITMQ_NODENAME=baton-test-$port@localhost
+  export RABBITMQ_MNESIA_BASE=$dir/data RABBITMQ_LOG_BASE=$dir/log RABBITMQ_GENERATED_CONFIG_DIR=$dir/generated
+  export RABBITMQ_CONFIG_FILE=$dir/rabbitmq.conf RABBITMQ_ADVANCED_CONFIG_FILE=$dir/none RABBITMQ_CONF_ENV_FILE=$dir/none
+  export RABBITMQ_ENABLED_PLUGINS_FILE=$dir/plugins RABBITMQ_PID_FILE=$dir/server.pid
+  export RABBITMQ_DIST_PORT=$((port + 2)) ERL_EPMD_PORT=$((port + 3)) ERL_EPMD_ADDRESS=127.0.0.1
+  # Few schedulers that do not spin: several of these share a small machine with the tests.
+  export RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS="+S 2:2 +sbwt none +sbwtdcpu none +sbwtdio none -kernel inet_dist_use_interface {127,0,0,1}"
+  export RABBITMQ_CTL_ERL_ARGS="+S 1:1 +sbwt none"
+}
+
+configure() {
+  mkdir -p "$dir"/{data,log,generated}
+  echo '[rabbitmq_management].' >"$dir/plugins"
+  cat >"$dir/rabbitmq.conf" <<CONF
+listeners.tcp.1 = 127.0.0.1:$port
+management.tcp.ip = 127.0.0.1
+management.tcp.port = $((port + 1))
+# The counters that tests read (publish, redeliver) come from these statistics; rates and histories are not needed.
+collect_statistics_interval = 1000
+management.rates_mode = basic
+disk_free_limit.absolute = 50MB
+vm_memory_high_watermark.absolute = 1GB
+CONF
+  if [ ! -s "$dir/.erlang.cookie" ]; then
+    od -An -N16 -tx8 /dev/urandom | tr -d ' \n' >"$dir/.erlang.cookie"
+    chmod 400 "$dir/.erlang.cookie"
+  fi
+}
+
+start() {
+  running "$dir/group.pid" && return
+  settle_port "$dir" "${1:-}" 4 >/dev/null
+  settings
+  configure
+  # In the foreground, because the server would otherwise leave a detached one behind that nobody stops.
+  if ! running "$dir/epmd.pid"; then
+    setsid epmd -address 127.0.0.1 -port "$ERL_EPMD_PORT" </dev/null >"$dir/log/epmd.out" 2>&1 &
+    echo $! >"$dir/epmd.pid"
+  fi
+  rm -f "$dir/server.pid"
+  setsid "$bin/rabbitmq-server" </dev/null >"$dir/log/server.out" 2>&1 &
+  echo $! >"$dir/group.pid"
+  local tries=1200
+  until listening "$port" && listening $((port + 1)); do
+    if ! running "$dir/group.pid" || [ $((tries -= 1)) -lt 0 ]; then
+      echo "rabbitmq.sh: no RabbitMQ on port $port:" >&2
+      tail -n 30 "$dir/log/server.out" >&2
+      kill_all
+      exit 1
+    fi
+    sleep 0.05
+  done
+}
+
+# The group is the start script with the server below it; the server's own pid gets the clean stop.
+stop_server() {
+  running "$dir/group.pid" && [ -s "$dir/server.pid" ] && kill -TERM "$(cat "$dir/server.pid")" 2>/dev/null
+  await_end "$dir/group.pid" 30
+  rm -f "$dir/group.pid" "$dir/server.pid"
+}
+
+kill_server() {
+  running "$dir/group.pid" && kill -KILL -- "-$(cat "$dir/group.pid")" 2>/dev/null
+  await_end "$dir/server.pid" 10
+  rm -f "$dir/group.pid" "$dir/server.pid"
+}
+
+stop_epmd() {
+  running "$dir/epmd.pid" && kill "$(cat "$dir/epmd.pid")"
+  await_end "$dir/epmd.pid" 5
+  rm -f "$dir/epmd.pid"
+}
+
+kill_all() { kill_server || true; stop_epmd || true; }
+
+case $verb in
+  start) start "${3:-}" ;;
+  stop) stop_server || true; stop_epmd || true ;;
+  kill) kill_all ;;
+  restart-empty) kill_server || true; rm -rf "$dir/data"; start ;;
+  ctl) settings; shift 2; exec "$bin/rabbitmqctl" "$@" ;;
+  env)
+    settings
+    echo "BATON_TEST_AMQP=amqp://guest:guest@127.0.0.1:$port"
+    echo "BATON_TEST_MANAGEMENT=http://127.0.0.1:$((port + 1))"
+    ;;
+  *) echo "rabbitmq.sh: unknown verb $verb" >&2; exit 2 ;;
+esac

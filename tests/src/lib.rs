@@ -1,0 +1,29 @@
+//! The harness of the end-to-end tests: real services, real workers, real kills.
+//!
+//! `tests/run` starts the shared services and names them in the environment. A [`scene::Scene`] is one test's part of them: a
+//! virtual host, a schema and a folder. Tests that break a service start their own with [`services::Services::private`].
+
+pub mod amqp;
+pub mod process;
+pub mod proxy;
+pub mod scene;
+pub mod services;
+pub mod witness;
+
+use std::fmt::Debug;
+use std::time::{Duration, Instant};
+
+/// Asks `probe` again and again until it says `Ok`, and fails with the last thing it saw.
+///
+/// # Panics
+/// After `limit`.
+pub async fn eventually<T, E: Debug>(what: &str, limit: Duration, mut probe: impl AsyncFnMut() -> Result<T, E>) -> T {
+    let started = Instant::now();
+    loop {
+        match probe().await {
+            Ok(value) => return value,
+            Err(seen) => assert!(started.elapsed() < limit, "not within {limit:?}: {what}; last seen: {seen:?}"),
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}

@@ -1,0 +1,163 @@
+//! Real workers, and what is done to them.
+
+use std::fs::File;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::Duration;
+
+use rustix::process::{Pid, Signal, kill_process};
+
+use crate::eventually;
+use crate::scene::Scene;
+
+/// A running `baton-worker` with a root, a home and a temporary folder of its own.
+pub struct Worker {
+    child: Child,
+    log: PathBuf,
+    /// Its name.
+    pub name: String,
+}
+
+/// Takes everything out of a command's environment but what programs need to run at all.
+pub fn clean_environment(command: &mut tokio::process::Command) {
+    clean(command.as_std_mut());
+}
+
+fn clean(command: &mut Command) {
+    command.env_clear().env("PATH", std::env::var_os("PATH").unwrap_or_default()).env("LANG", "C.UTF-8");
+}
+
+impl Worker {
+    pub(crate) fn start(scene: &Scene, program: &Path, name: &str, arguments: &[&str]) -> Self {
+        let folder = scene.path(&format!("worker-{name}"));
+        for part in ["root", "home", "tmp"] {
+            std::fs::create_dir_all(folder.join(part)).expect("own folder");
+        }
+        let log = folder.join("log");
+        let mut command = Command::new(program);
+        clean(&mut command);
+        let file = File::options().create(true).append(true).open(&log).expect("own folder");
+        command
+            .args(["--name", name])
+            .args(arguments)
+            .current_dir(&folder)
+            .env("BATON_BROKER_URL", scene.broker_url())
+            .env("BATON_DATABASE_URL", scene.database_url())
+            .env("BATON_WORKER_ROOT", folder.join("root"))
+            .env("HOME", folder.join("home"))
+            .env("TMPDIR", folder.join("tmp"))
+            .env("RUST_BACKTRACE", "1")
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(file)
+            .process_group(0);
+        let child = command.spawn().expect("the worker is built");
+        Self { child, log, name: name.to_owned() }
+    }
+
+    /// Waits until it takes tasks.
+    pub async fn ready(&self) {
+        self.says("worker ready").await;
+    }
+
+    /// Waits until its log contains this.
+    pub async fn says(&self, text: &str) {
+        eventually(&format!("{} says {text:?}", self.name), Duration::from_secs(30), async || {
+            let log = self.log();
+            if log.contains(text) { Ok(()) } else { Err(log) }
+        })
+        .await;
+    }
+
+    /// Its log so far.
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(&self.log).unwrap_or_default()
+    }
+
+    /// SIGKILL.
+    pub fn kill(&mut self) {
+        self.signal(Signal::KILL);
+        let _ = self.child.wait();
+    }
+
+    /// SIGSTOP.
+    pub fn freeze(&self) {
+        self.signal(Signal::STOP);
+    }
+
+    /// SIGCONT.
+    pub fn thaw(&self) {
+        self.signal(Signal::CONT);
+    }
+
+    /// SIGTERM, and the exit that follows.
+    pub async fn terminate(&mut self) -> ExitStatus {
+        self.signal(Signal::TERM);
+        self.ended(Duration::from_secs(60)).await
+    }
+
+    /// The exit, when it comes.
+    pub async fn ended(&mut self, limit: Duration) -> ExitStatus {
+        let child = &mut self.child;
+        eventually("the worker ends", limit, async || child.try_wait().expect("own child").ok_or("it runs")).await
+    }
+
+    /// Its process id.
+    pub fn os_pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Its resident memory.
+    pub fn memory_kb(&self) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.os_pid())).expect("it runs");
+        let line = status.lines().find(|line| line.starts_with("VmRSS:")).expect("a line VmRSS");
+        line.split_whitespace().nth(1).and_then(|text| text.parse().ok()).expect("a number")
+    }
+
+    /// How many files it has open.
+    pub fn open_files(&self) -> usize {
+        std::fs::read_dir(format!("/proc/{}/fd", self.os_pid())).expect("it runs").count()
+    }
+
+    fn signal(&self, signal: Signal) {
+        let pid = i32::try_from(self.os_pid()).ok().and_then(Pid::from_raw).expect("a pid");
+        // It may have ended by itself.
+        let _ = kill_process(pid, signal);
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln(&format!("--- log of {} ---\n{}", self.name, tail(&self.log())));
+        }
+        self.signal(Signal::CONT);
+        self.kill();
+    }
+}
+
+#[expect(clippy::print_stderr, reason = "what a failed test shows")]
+fn eprintln(text: &str) {
+    eprintln!("{text}");
+}
+
+fn tail(log: &str) -> String {
+    let lines: Vec<&str> = log.lines().collect();
+    lines[lines.len().saturating_sub(60)..].join("\n")
+}
+
+/// The processes whose command line contains this text.
+pub fn processes_with(text: &str) -> Vec<u32> {
+    let mut pids = Vec::new();
+    for entry in std::fs::read_dir("/proc").expect("Linux").flatten() {
+        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else { continue };
+        let line = std::fs::read(entry.path().join("cmdline")).unwrap_or_default();
+        // The arguments are separated by NUL.
+        let line = String::from_utf8_lossy(&line).replace('\0', " ");
+        if line.contains(text) && pid != std::process::id() {
+            pids.push(pid);
+        }
+    }
+    pids
+}

@@ -1,0 +1,144 @@
+//! RabbitMQ and PostgreSQL: the shared ones, and private ones that a test may break.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// Where the services are.
+pub struct Services {
+    /// AMQP without a virtual host: `amqp://guest:guest@127.0.0.1:PORT`.
+    pub amqp: String,
+    /// The management API: `http://127.0.0.1:PORT`.
+    pub management: String,
+    /// `postgres://…/baton`.
+    pub database: String,
+    private: Option<tempfile::TempDir>,
+}
+
+impl Services {
+    /// The ones that `tests/run` has started. Nobody may break them.
+    ///
+    /// # Panics
+    /// When there are none.
+    pub fn shared() -> Self {
+        let name = |name: &str| std::env::var(name).unwrap_or_else(|_| panic!("{name} is not set; run tests/run"));
+        Self {
+            amqp: name("BATON_TEST_AMQP"),
+            management: name("BATON_TEST_MANAGEMENT"),
+            database: name("BATON_TEST_DATABASE"),
+            private: None,
+        }
+    }
+
+    /// Services of the caller's own, stopped when this is dropped.
+    pub fn private() -> Self {
+        let folder = folder("baton-services-");
+        let mut services =
+            Self { amqp: String::new(), management: String::new(), database: String::new(), private: Some(folder) };
+        services.broker("start");
+        services.postgres("start");
+        for (name, value) in services.variables() {
+            match name.as_str() {
+                "BATON_TEST_AMQP" => services.amqp = value,
+                "BATON_TEST_MANAGEMENT" => services.management = value,
+                "BATON_TEST_DATABASE" => services.database = value,
+                other => panic!("unknown variable {other}"),
+            }
+        }
+        services
+    }
+
+    fn variables(&self) -> Vec<(String, String)> {
+        let text = self.script("rabbitmq", &["env"]) + &self.script("postgres", &["env"]);
+        text.lines().filter_map(|line| line.split_once('=')).map(|(name, value)| (name.into(), value.into())).collect()
+    }
+
+    /// Kills RabbitMQ with SIGKILL.
+    pub fn kill_broker(&self) {
+        self.broker("kill");
+    }
+
+    /// Starts RabbitMQ again, with what it had stored.
+    pub fn start_broker(&self) {
+        self.broker("start");
+    }
+
+    /// Kills RabbitMQ and starts it without anything it had stored; virtual hosts included.
+    pub fn restart_broker_empty(&self) {
+        self.broker("restart-empty");
+    }
+
+    /// Kills PostgreSQL with SIGKILL.
+    pub fn kill_database(&self) {
+        self.postgres("kill");
+    }
+
+    /// Starts PostgreSQL again.
+    pub fn start_database(&self) {
+        self.postgres("start");
+    }
+
+    /// Stops and starts PostgreSQL in order.
+    pub fn restart_database(&self) {
+        self.postgres("restart");
+    }
+
+    fn broker(&self, verb: &str) {
+        self.script("rabbitmq", &[verb]);
+    }
+
+    fn postgres(&self, verb: &str) {
+        self.script("postgres", &[verb]);
+    }
+
+    /// Runs a service's script on the private instance.
+    fn script(&self, service: &str, arguments: &[&str]) -> String {
+        let folder = self.private.as_ref().expect("only private services can be broken").path().join(service);
+        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("services/{service}.sh"));
+        let mut command = Command::new(script);
+        command.arg(arguments[0]).arg(&folder).args(&arguments[1..]);
+        let output = command.output().expect("the script is there");
+        assert!(
+            output.status.success(),
+            "{service} {arguments:?}: {}{}",
+            String::from_utf8_lossy(&output.stdout),
+            String::from_utf8_lossy(&output.stderr)
+        );
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    }
+}
+
+impl Drop for Services {
+    fn drop(&mut self) {
+        if self.private.is_some() && !std::thread::panicking() {
+            self.broker("kill");
+            self.postgres("kill");
+        } else if let Some(folder) = &self.private {
+            // After a failure the scripts' own checks must not hide it.
+            for service in ["rabbitmq", "postgres"] {
+                let script = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("services/{service}.sh"));
+                let _ = Command::new(script).arg("kill").arg(folder.path().join(service)).status();
+            }
+        }
+    }
+}
+
+/// A new folder, gone with the value. It is in the one of the run, if there is one: `tests/run` ends what a test that was
+/// killed has left running there.
+pub(crate) fn folder(prefix: &str) -> tempfile::TempDir {
+    let parent = std::env::var_os("BATON_TEST_RUN").map_or_else(std::env::temp_dir, PathBuf::from);
+    let mut folder = tempfile::Builder::new();
+    // PostgreSQL runs as another user than root and must be able to enter it.
+    folder.prefix(prefix).permissions(std::os::unix::fs::PermissionsExt::from_mode(0o755));
+    folder.tempdir_in(parent).expect("a folder can be made")
+}
+
+/// The folder of the programs under test.
+pub fn programs() -> PathBuf {
+    match std::env::var_os("BATON_TEST_BIN_DIR") {
+        Some(folder) => PathBuf::from(folder),
+        None => {
+            let test = std::env::current_exe().expect("a test has a file");
+            test.parent().and_then(Path::parent).expect("target/debug/deps").to_owned()
+        }
+    }
+}

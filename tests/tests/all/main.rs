@@ -1,0 +1,12 @@
+//! Baton from the outside: real programs on real services.
+
+#![expect(clippy::unwrap_used, reason = "a test fails by it")]
+
+mod bad_input;
+mod embedded;
+mod faults;
+mod fleet;
+mod network;
+mod outside;
+mod readme;
+mod tree;

@@ -1,0 +1,188 @@
+//! Strangers on the broker: plain AMQP clients, copies, and messages that nobody can use.
+
+use std::time::Duration;
+
+use baton_tests::eventually;
+use baton_tests::scene::{Scene, output};
+use lapin::BasicProperties;
+use serde_json::json;
+use tokio::process::Command;
+
+fn new_pid() -> String {
+    baton_common::id::Pid::generate().to_string()
+}
+
+async fn ends(scene: &Scene, pid: &str, state: &str) {
+    eventually(&format!("{pid} is {state}"), Duration::from_secs(30), async || {
+        let row = scene.baton(&["show", pid, "-o", "json"]).await;
+        if row.code == 0 && row.json()[0]["state"] == state { Ok(()) } else { Err(row) }
+    })
+    .await;
+}
+
+const LAUNCH: &str = r#"
+import json, sys, pika
+url, pid = sys.argv[1:3]
+connection = pika.BlockingConnection(pika.URLParameters(url))
+message = {"version": 1, "type": "launch", "pid": pid, "spec": {"name": "from-python", "run": ["true"]}}
+properties = pika.BasicProperties(content_type="application/json", delivery_mode=2)
+connection.channel().basic_publish("baton.task", "default", json.dumps(message), properties)
+connection.close()
+"#;
+
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn a_python_script_launches_a_process_with_one_message() {
+    let scene = Scene::new().await;
+    let _worker = scene.worker("w1", &[]).await;
+    let pid = new_pid();
+    let script = scene.spec("launch.py", LAUNCH);
+    eventually("the exchange is there", Duration::from_secs(20), async || {
+        let mut command = Command::new("/usr/bin/python3");
+        command.arg(&script).arg(scene.broker_url()).arg(&pid);
+        let output = output(command).await;
+        if output.code == 0 && scene.baton(&["show", &pid]).await.code == 0 { Ok(()) } else { Err(output) }
+    })
+    .await;
+    ends(&scene, &pid, "finished").await;
+    let show = scene.show(&pid).await;
+    assert_eq!((&show["name"], &show["exit"]), (&"from-python".into(), &0.into()));
+}
+
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn execute_is_answered_when_accepted_and_when_ended() {
+    let scene = Scene::new().await;
+    let _worker = scene.worker("w1", &[]).await;
+    let amqp = scene.amqp().await;
+    scene.submit("call: baton.noop", 1).await;
+    let pid = new_pid();
+    let spec = json!({"call": "baton.count", "with": {"advances": 3, "every": "1100ms"}});
+    let launch = json!({"version": 1, "type": "launch", "pid": pid, "spec": spec, "wait": true});
+    let replies = amqp.request("baton.task", "default", &launch, 2).await;
+    assert_eq!(replies[0], json!({"pid": pid, "accepted": true}));
+    assert_eq!(replies[1], json!({"pid": pid, "state": "finished", "exit": 0, "values": {"advances": 3}}));
+}
+
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn a_hundred_copies_of_a_launch_and_of_a_continue_are_one_attempt() {
+    let scene = Scene::new().await;
+    let mut workers = Vec::new();
+    for name in ["w1", "w2", "w3", "w4"] {
+        workers.push(scene.worker(name, &[]).await);
+    }
+    let amqp = scene.amqp().await;
+    let witness = scene.path("witness");
+    let with = json!({"advances": 3, "every": "200ms", "witness": witness});
+    let pid = new_pid();
+    let launch = json!({"version": 1, "type": "launch", "pid": pid, "spec": {"call": "baton.count", "with": with}});
+    scene.submit("call: baton.noop", 1).await;
+    for _ in 0..100 {
+        amqp.publish_json("baton.task", "default", &launch).await;
+    }
+    ends(&scene, &pid, "finished").await;
+    for _ in 0..100 {
+        amqp.publish_json("baton.task", "default", &json!({"version": 1, "type": "continue", "pid": pid})).await;
+    }
+    eventually("all are consumed", Duration::from_secs(20), async || {
+        let depth = amqp.depth("baton.task.default").await;
+        if depth == 0 { Ok(()) } else { Err(depth) }
+    })
+    .await;
+    assert_eq!(scene.show(&pid).await["attempts"].as_array().unwrap().len(), 1);
+    assert_eq!(std::fs::read_to_string(&witness).unwrap().lines().count(), 3);
+    assert_eq!(amqp.depth("baton.dead").await, 0);
+}
+
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn what_nobody_can_use_is_in_the_dead_letter_queue_with_the_reason() {
+    let scene = Scene::new().await;
+    let worker = scene.worker("w1", &[]).await;
+    let existing = scene.submit("call: baton.noop", 1).await.remove(0);
+    ends(&scene, &existing, "finished").await;
+    let amqp = scene.amqp().await;
+    let control_queue =
+        scene.baton(&["workers", "-o", "json"]).await.ok().json()[0]["control_queue"].as_str().unwrap().to_owned();
+    let pid = new_pid();
+    let json_launch =
+        |spec: serde_json::Value| json!({"version": 1, "type": "launch", "pid": new_pid(), "spec": spec}).to_string();
+    let cases: Vec<(&str, Option<&str>, Vec<u8>, &str)> = vec![
+        ("json", None, b"not json".to_vec(), "malformed JSON"),
+        ("msgpack", None, b"\xc1\xff\x00".to_vec(), "malformed MessagePack"),
+        ("msgpack", None, b"".to_vec(), "malformed MessagePack"),
+        ("msgpack", None, vec![0xdf, 0xff, 0xff, 0xff, 0xff], "malformed MessagePack"),
+        ("json", None, vec![b'['; 50_000], "malformed JSON"),
+        ("json", None, br#"{"version": 9, "type": "launch"}"#.to_vec(), "version 9 is newer"),
+        ("json", None, br#"{"version": 1, "type": "dance"}"#.to_vec(), "unknown type"),
+        ("json", None, br#"{"version": 1, "type": "launch", "pid": 7}"#.to_vec(), "malformed JSON"),
+        ("json", None, br#"{"version": 1, "type": "launch", "spec": {}}"#.to_vec(), "`pid` is missing"),
+        (
+            "json",
+            None,
+            format!(r#"{{"version": 1, "type": "continue", "pid": "{pid}"}}"#).into_bytes(),
+            "no such process",
+        ),
+        ("json", None, json_launch(json!({"rnu": ["true"]})).into_bytes(), "rnu"),
+        ("json", None, json_launch(json!({"run": ["true"], "env": "x"})).into_bytes(), "not supported by this version"),
+        (
+            "json",
+            None,
+            json!({"version": 1, "type": "launch", "pid": existing, "spec": {"run": ["false"]}})
+                .to_string()
+                .into_bytes(),
+            "another spec",
+        ),
+        ("json", Some(&control_queue), b"{".to_vec(), "malformed JSON"),
+    ];
+    for (encoding, queue, body, reason) in cases {
+        let properties = BasicProperties::default().with_content_type(format!("application/{encoding}").into());
+        match queue {
+            None => amqp.publish("baton.task", "default", &body, properties).await,
+            Some(queue) => amqp.publish("", queue, &body, properties).await,
+        }
+        let (dead, why) = eventually(&format!("dead because of {reason}"), Duration::from_secs(20), async || {
+            amqp.get("baton.dead", "x-baton-reason").await.ok_or("nothing in baton.dead")
+        })
+        .await;
+        assert_eq!(dead, body);
+        let why = why.unwrap_or_default();
+        assert!(why.contains(reason), "{reason}: {why}");
+    }
+    let after = scene.submit("call: baton.noop", 1).await.remove(0);
+    ends(&scene, &after, "finished").await;
+    assert_eq!(worker.log().matches("worker ready").count(), 1);
+}
+
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn a_person_pauses_and_plays_the_fleet_by_a_json_message() {
+    let scene = Scene::new().await;
+    let _workers = [scene.worker("w1", &[]).await, scene.worker("w2", &[]).await];
+    let amqp = scene.amqp().await;
+    scene.submit("{call: baton.count, with: {advances: 100000, every: 50ms}}", 20).await;
+    scene.submit("{call: baton.sleep, with: {for: 1h}}", 20).await;
+    let running = "state = 1 AND place = 1";
+    let becomes = async |condition: &str, count: u64| {
+        eventually(condition, Duration::from_secs(20), async || {
+            let now = scene.count(condition).await;
+            if now == count { Ok(()) } else { Err(now) }
+        })
+        .await;
+    };
+    becomes(running, 20).await;
+    becomes("state = 2", 20).await;
+    let message = json!({"version": 1, "type": "pause", "select": {}, "reason": "maintenance"});
+    amqp.publish_json("baton.broadcast", "", &message).await;
+    becomes("state = 3", 40).await;
+    amqp.publish_json("baton.broadcast", "", &json!({"version": 1, "type": "play", "select": {}})).await;
+    becomes(running, 20).await;
+    becomes("state = 2", 20).await;
+    assert_eq!(
+        scene.sql("SELECT what, count(*) FROM event WHERE pid IS NULL GROUP BY 1 ORDER BY 1").await.trim(),
+        "broadcast pause|1\nbroadcast play|1"
+    );
+    amqp.publish_json("baton.broadcast", "", &json!({"version": 1, "type": "kill", "select": {}})).await;
+    becomes("state = 6", 40).await;
+}

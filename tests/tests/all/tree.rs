@@ -1,0 +1,143 @@
+//! Rules about the source tree itself.
+
+use std::path::{Path, PathBuf};
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace").to_owned()
+}
+
+/// Every Rust file of the workspace, with its path from the root.
+fn sources() -> Vec<(String, String)> {
+    let mut files = Vec::new();
+    let mut folders = ["common", "worker", "controller", "tests", "examples"].map(|name| root().join(name)).to_vec();
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(&folder).unwrap().flatten() {
+            let path = entry.path();
+            if path.is_dir() && path.file_name().is_some_and(|name| name != "target") {
+                folders.push(path);
+            } else if path.extension().is_some_and(|extension| extension == "rs") {
+                let name = path.strip_prefix(root()).unwrap().display().to_string();
+                files.push((name, std::fs::read_to_string(&path).unwrap()));
+            }
+        }
+    }
+    assert!(files.len() > 30, "the tree is elsewhere");
+    files
+}
+
+/// The files that use a crate, outside of tests.
+fn users(name: &str) -> Vec<String> {
+    let used = [format!("use {name}::"), format!("{name}::")];
+    let is_word = |text: &str, at: usize| {
+        text[..at].chars().next_back().is_none_or(|before| !before.is_alphanumeric() && before != '_' && before != ':')
+    };
+    sources()
+        .into_iter()
+        .filter(|(path, _)| !path.starts_with("tests/") && !path.contains("/tests/"))
+        .filter(|(_, text)| {
+            text.lines().filter(|line| !line.trim_start().starts_with("//")).any(|line| {
+                used.iter().any(|pattern| line.match_indices(pattern.as_str()).any(|(at, _)| is_word(line, at)))
+            })
+        })
+        .map(|(path, _)| path)
+        .collect()
+}
+
+#[test]
+fn only_the_communicator_knows_lapin_and_only_the_store_knows_sea_orm() {
+    for (name, home) in
+        [("lapin", "common/src/communicator"), ("sea_orm", "common/src/store"), ("async_rs", "common/src/communicator")]
+    {
+        let users = users(name);
+        assert!(!users.is_empty(), "{name} is used somewhere");
+        for path in users {
+            assert!(path.starts_with(home), "{path} uses {name}");
+        }
+    }
+}
+
+#[test]
+fn common_knows_neither_worker_nor_controller_and_worker_knows_no_controller() {
+    for path in users("baton_worker") {
+        assert!(!path.starts_with("common/"), "{path} uses baton_worker");
+    }
+    let manifest = |name: &str| std::fs::read_to_string(root().join(name).join("Cargo.toml")).unwrap();
+    assert!(!manifest("common").contains("baton-worker") && !manifest("common").contains("baton-controller"));
+    assert!(!manifest("worker").contains("baton-controller"));
+}
+
+#[test]
+fn a_file_is_read_in_one_sitting_and_says_what_it_is() {
+    for (path, text) in sources() {
+        assert!(text.lines().count() <= 800, "{path} is too long");
+        assert!(text.starts_with("//!"), "{path} has no module documentation");
+    }
+}
+
+#[test]
+fn every_dependency_comes_from_the_public_registry() {
+    let lock = std::fs::read_to_string(root().join("Cargo.lock")).unwrap();
+    let public = r#"source = "registry+https://github.com/rust-lang/crates.io-index""#;
+    let offences: Vec<_> =
+        lock.lines().filter(|line| line.starts_with("source = ") && *line != public).map(str::to_owned).collect();
+    assert!(offences.is_empty(), "Cargo.lock names another registry than the public one: {offences:?}");
+}
+
+#[test]
+fn nothing_names_a_developers_machine() {
+    // Put together here, so that this file does not name them itself.
+    let mut words = vec!["/ro".to_owned() + "ot/", "/tmp/w".to_owned() + "t/", "/work/ma".to_owned() + "in"];
+    words.push("/work/sha".to_owned() + "red");
+    words.extend(mirrors());
+    let offences: Vec<_> = texts()
+        .iter()
+        .flat_map(|(path, text)| {
+            let lines = text.lines().enumerate();
+            let named = lines.filter(|(_, line)| words.iter().any(|word| line.contains(word.as_str())));
+            named.map(|(i, line)| format!("{}:{}: {}", path, i + 1, line.trim())).collect::<Vec<_>>()
+        })
+        .collect();
+    assert!(offences.is_empty(), "a path or host of a developer's machine:\n{}", offences.join("\n"));
+}
+
+/// Every text file of the repository, with its path from the root.
+fn texts() -> Vec<(String, String)> {
+    let mut files = Vec::new();
+    let mut folders = vec![root()];
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(&folder).unwrap().flatten() {
+            let (path, name) = (entry.path(), entry.file_name().to_string_lossy().into_owned());
+            // In a linked worktree `.git` is a file.
+            if [".git", ".baton", "target"].contains(&name.as_str()) {
+                continue;
+            }
+            if path.is_dir() {
+                folders.push(path);
+            } else if let Ok(text) = std::fs::read_to_string(&path) {
+                files.push((path.strip_prefix(root()).unwrap().display().to_string(), text));
+            }
+        }
+    }
+    files
+}
+
+/// Hosts of registries that this machine uses instead of the public ones, from the settings of Cargo and pip.
+fn mirrors() -> Vec<String> {
+    let home = std::env::var_os("HOME").map(PathBuf::from).unwrap_or_default();
+    let cargo = std::env::var_os("CARGO_HOME").map_or_else(|| home.join(".cargo"), PathBuf::from);
+    let settings =
+        [cargo.join("config.toml"), cargo.join("config"), home.join(".config/pip/pip.conf"), "/etc/pip.conf".into()];
+    let texts = settings.iter().filter_map(|path| std::fs::read_to_string(path).ok());
+    let public = ["crates.io", "github.com", "pypi.org", "localhost", "127.0.0.1"];
+    texts
+        .flat_map(|text| {
+            let hosts = text
+                .split("://")
+                .skip(1)
+                .map(|rest| rest.split(['/', '"', '\n', '\'', ' ']).next().unwrap_or("").to_owned());
+            hosts.collect::<Vec<_>>()
+        })
+        .map(|host| host.rsplit('@').next().unwrap_or("").split(':').next().unwrap_or("").to_owned())
+        .filter(|host| host.contains('.') && !public.iter().any(|known| host.ends_with(known)))
+        .collect()
+}

@@ -1,0 +1,145 @@
+//! The beat: says that this incarnation lives, and compares what it holds with what the database says.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+use baton_common::id::Pid;
+use baton_common::store::worker::{BEAT, Load};
+use baton_common::store::writer::{Fence, Fenced, Verb};
+use tokio::time::MissedTickBehavior;
+use tracing::{error, info, warn};
+
+use crate::held::Entry;
+use crate::incarnation::Shared;
+use crate::shim::boottime_ms;
+use crate::thread::Thread;
+use crate::worker::Options;
+
+/// A beat that takes longer than this counts as failed. The next one tries again, long before the lease is over.
+const BEAT_LIMIT: Duration = Duration::from_secs(3);
+
+/// Every so many beats everything held is compared with the database, which costs it a row for each.
+const RECONCILE_EVERY: u64 = 5;
+
+/// Beats until this incarnation is gone.
+pub(crate) async fn run(shared: Arc<Shared>, threads: Arc<Vec<Thread>>, options: Options) {
+    let mut ticks = tokio::time::interval(BEAT);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut reconciliation = Reconciliation::default();
+    let mut named = HashSet::new();
+    let mut is_away = false;
+    for count in 0_u64.. {
+        ticks.tick().await;
+        let load = Load {
+            held: u32::try_from(shared.held.count()).unwrap_or(u32::MAX),
+            blocked: blocked(&threads, &mut named),
+        };
+        let sent_at = boottime_ms();
+        match tokio::time::timeout(BEAT_LIMIT, shared.store.beat(shared.me, &load)).await {
+            Ok(Ok(true)) => shared.lease.renew(sent_at),
+            Ok(Ok(false)) => {
+                shared.gone.cancel();
+                return;
+            }
+            failed => {
+                if !is_away {
+                    let reason = failed.map_or_else(
+                        |_| "no answer".to_owned(),
+                        |answer| match answer {
+                            Ok(_) => String::new(),
+                            Err(error) => error.to_string(),
+                        },
+                    );
+                    warn!(reason, "the database is away; taking no more tasks until it is back");
+                    is_away = true;
+                    shared.communicator.stop_consuming().await;
+                }
+                continue;
+            }
+        }
+        if is_away {
+            is_away = false;
+            info!("the database is back");
+            shared.consume(&options).await;
+        }
+        obey(&shared).await;
+        if count % RECONCILE_EVERY == 0 {
+            reconciliation.run(&shared).await;
+        }
+    }
+}
+
+/// Tells held processes what their rows say, for requests whose message was lost or never sent.
+async fn obey(shared: &Shared) {
+    match shared.store.desired_of(shared.me, None).await {
+        Ok(rows) => {
+            for (pid, desired, urgent) in rows {
+                shared.held.order(pid, desired, urgent);
+            }
+        }
+        Err(error) => warn!(%error, "could not read what is desired; the next beat tries again"),
+    }
+}
+
+/// Names each process that blocks its thread, once in the log and with every beat in the worker's row.
+fn blocked(threads: &[Thread], named: &mut HashSet<Pid>) -> Vec<String> {
+    let blocked: Vec<(Pid, Duration)> = threads.iter().filter_map(Thread::blocked).collect();
+    for (pid, elapsed) in &blocked {
+        if named.insert(*pid) {
+            warn!(%pid, seconds = elapsed.as_secs(), "this process blocks its thread; its neighbours there wait");
+        }
+    }
+    named.retain(|pid| blocked.iter().any(|(other, _)| other == pid));
+    blocked.iter().map(|(pid, elapsed)| format!("{pid} for {}s", elapsed.as_secs())).collect()
+}
+
+/// What did not agree at the last comparison.
+#[derive(Default)]
+struct Reconciliation {
+    missing: HashSet<Fence>,
+    unknown: HashSet<Fence>,
+}
+
+impl Reconciliation {
+    async fn run(&mut self, shared: &Arc<Shared>) {
+        // What is in the table before the question was asked; what was claimed since is not the answer's business.
+        let before: HashMap<Pid, Entry> =
+            shared.held.entries().into_iter().map(|entry| (entry.fence.pid, entry)).collect();
+        let rows = match shared.store.held_by(shared.me).await {
+            Ok(rows) => rows,
+            Err(error) => {
+                warn!(%error, "could not compare what is held with the database; trying again");
+                return;
+            }
+        };
+        let ours: HashSet<Fence> = rows.iter().copied().collect();
+        // One that is missing twice has not just been written away by its own process: its lease is lost.
+        let missing: HashSet<Fence> =
+            before.values().map(|entry| entry.fence).filter(|fence| !ours.contains(fence)).collect();
+        for fence in missing.intersection(&self.missing) {
+            if let Some(entry) = shared.held.get(fence.pid).filter(|entry| entry.fence == *fence) {
+                warn!(pid = %fence.pid, epoch = fence.epoch, "the lease is lost; dropping the process");
+                entry.orders.send_modify(|orders| orders.abandon = true);
+            }
+        }
+        self.missing = missing;
+        let unknown: HashSet<Fence> = ours
+            .into_iter()
+            .filter(|fence| shared.held.get(fence.pid).is_none_or(|entry| entry.fence != *fence))
+            .filter(|fence| !shared.held.is_claiming(fence.pid))
+            .collect();
+        for fence in unknown.intersection(&self.unknown) {
+            error!(pid = %fence.pid, epoch = fence.epoch, "the database says that this worker holds a process that it does not know; giving it back");
+            give_back(shared, *fence).await;
+        }
+        self.unknown = unknown;
+    }
+}
+
+async fn give_back(shared: &Arc<Shared>, fence: Fence) {
+    let fenced = Fenced { fence, verb: Verb::GiveBack, checkpoint: None, attempt: 1, ended: None, outputs: vec![] };
+    if let Ok(Some(written)) = shared.writer.write(fenced).await {
+        shared.tell(fence.pid, written.queue, written.told_at).await;
+    }
+}

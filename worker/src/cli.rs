@@ -1,0 +1,341 @@
+//! The command line of a worker, and the options that every program of Baton shares.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use baton_common::communicator::Broker;
+use baton_common::config::{self, Config};
+use baton_common::store::{self, Location, Store};
+use baton_common::telemetry::{self, LogFormat};
+use baton_common::{duration, store::Error as StoreError};
+use clap::{Args, Parser, ValueEnum};
+use tokio::signal::unix::{SignalKind, signal};
+use tracing::{error, info, warn};
+
+use crate::registry::Registry;
+use crate::shim;
+use crate::worker::{self, Limits, Options, Stop};
+
+/// Slots of a worker that names none. A held process costs memory and, if it runs a program, a share of the machine.
+const SLOTS: u32 = 100;
+
+/// Grace of a worker that names none: service managers send KILL after 30 s and more.
+const GRACE: Duration = Duration::from_secs(25);
+
+/// Pause between two attempts of a worker to reach the database when it starts.
+const CONNECT_PAUSE: Duration = Duration::from_secs(1);
+
+/// Exit codes of Baton's programs, documented in the README.
+pub mod exit {
+    /// It was done.
+    pub const OK: u8 = 0;
+    /// It failed for a reason that has no code of its own.
+    pub const FAILED: u8 = 1;
+    /// The command line, the configuration or a spec is wrong.
+    pub const USAGE: u8 = 2;
+    /// There is no such process, worker or file.
+    pub const NOT_FOUND: u8 = 3;
+    /// It is not allowed: wrong credentials, or a schema that is newer than the program.
+    pub const REFUSED: u8 = 4;
+    /// It does not fit the present state.
+    pub const CONFLICT: u8 = 5;
+    /// `--wait` has waited long enough.
+    pub const WAIT_TIMED_OUT: u8 = 6;
+    /// Broker or database cannot be reached, and nothing was recorded.
+    pub const UNREACHABLE: u8 = 7;
+    /// The process itself failed.
+    pub const PROCESS_FAILED: u8 = 8;
+    /// Some of many failed.
+    pub const SOME_FAILED: u8 = 9;
+}
+
+/// Options of every program.
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Connection")]
+pub struct Connection {
+    /// Configuration file [default: baton.toml, ~/.config/baton/baton.toml, /etc/baton/baton.toml]
+    #[arg(long, global = true, env = "BATON_CONFIG", value_name = "PATH")]
+    pub config: Option<PathBuf>,
+    /// RabbitMQ: amqp://USER:PASSWORD@HOST:PORT/VHOST; several separated by commas
+    #[arg(long, global = true, env = "BATON_BROKER_URL", value_name = "URL", hide_env_values = true)]
+    pub broker_url: Option<String>,
+    /// A file that holds the broker's URL
+    #[arg(long, global = true, env = "BATON_BROKER_URL_FILE", value_name = "PATH")]
+    pub broker_url_file: Option<PathBuf>,
+    /// Database: postgres://USER:PASSWORD@HOST:PORT/NAME, or sqlite:PATH
+    #[arg(long, global = true, env = "BATON_DATABASE_URL", value_name = "URL", hide_env_values = true)]
+    pub database_url: Option<String>,
+    /// A file that holds the database's URL
+    #[arg(long, global = true, env = "BATON_DATABASE_URL_FILE", value_name = "PATH")]
+    pub database_url_file: Option<PathBuf>,
+}
+
+/// Where broker and database are, after flags, environment and file have been merged.
+#[derive(Clone)]
+pub struct Resolved {
+    /// The file's content.
+    pub config: Config,
+    /// The broker's URLs; empty when none is named.
+    pub broker_urls: Vec<String>,
+    /// The database's URL.
+    pub database_url: Option<String>,
+}
+
+impl Connection {
+    /// Merges flags and environment with the configuration file.
+    ///
+    /// # Errors
+    /// The file cannot be read or used.
+    pub fn resolve(&self) -> Result<Resolved, config::Error> {
+        let config = Config::load(self.config.as_deref())?;
+        let broker_urls = match (&self.broker_url, &self.broker_url_file) {
+            (Some(urls), _) => config::split_urls(urls),
+            (None, Some(path)) => config::split_urls(&config::read_secret(path)?),
+            (None, None) => config.broker_urls()?,
+        };
+        let database_url = match (&self.database_url, &self.database_url_file) {
+            (Some(url), _) => Some(url.clone()),
+            (None, Some(path)) => Some(config::read_secret(path)?),
+            (None, None) => config.database_url()?,
+        };
+        Ok(Resolved { config, broker_urls, database_url })
+    }
+}
+
+/// Advances Baton's processes: takes them from RabbitMQ, checkpoints them in the database, gives them back when it stops.
+#[derive(Parser, Debug)]
+#[command(
+    name = "baton-worker",
+    version,
+    after_help = "Examples:
+  baton-worker --broker-url amqp://guest:guest@localhost --database-url postgres://postgres@localhost/baton
+  baton-worker --name gpu-1 --queue gpu --slots 4
+
+TERM lets it drain: it takes nothing more, checkpoints, ends what outlives the grace at no charge, and exits with 0.
+A second TERM does not wait for the grace."
+)]
+struct Command {
+    #[command(flatten)]
+    connection: Connection,
+    /// A label for people [default: the host's name]
+    #[arg(long, env = "BATON_WORKER_NAME")]
+    name: Option<String>,
+    /// A queue to serve; may be repeated [default: default]
+    #[arg(long = "queue", env = "BATON_WORKER_QUEUES", value_delimiter = ',')]
+    queues: Vec<String>,
+    /// How many processes it holds at a time [default: 100]
+    #[arg(long, env = "BATON_WORKER_SLOTS", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    slots: Option<u32>,
+    /// How many threads advance processes [default: as many as there are cores]
+    #[arg(long, env = "BATON_WORKER_THREADS", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    threads: Option<u16>,
+    /// Where sandboxes of local programs are made [default: ./.baton/worker]
+    #[arg(long, env = "BATON_WORKER_ROOT", value_name = "DIR")]
+    root: Option<PathBuf>,
+    /// How long an advance may go on when the worker stops [default: 25s]
+    #[arg(long, env = "BATON_WORKER_GRACE", value_parser = duration::parse, value_name = "DURATION")]
+    grace: Option<Duration>,
+    /// What is logged: error, warn, info, debug, or a list such as baton_worker=debug
+    #[arg(long, env = "BATON_LOG", default_value = "info", value_name = "FILTER")]
+    log: String,
+    /// How it is logged
+    #[arg(long, env = "BATON_LOG_FORMAT", value_enum, default_value = "text")]
+    log_format: Format,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Format {
+    Text,
+    Json,
+}
+
+/// The whole of a worker's program: command line, signals, exit code. Also runs the shim, so call it first in `main`.
+pub fn main(registry: Registry) -> ExitCode {
+    if std::env::args().nth(1).as_deref() == Some(shim::COMMAND) {
+        return shim::main();
+    }
+    let command = Command::parse();
+    let format = match command.log_format {
+        Format::Text => LogFormat::Text,
+        Format::Json => LogFormat::Json,
+    };
+    telemetry::init(&command.log, format);
+    let runtime = match tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(failure) => {
+            error!(%failure, "cannot start");
+            return ExitCode::from(exit::FAILED);
+        }
+    };
+    let code = runtime.block_on(serve(command, registry));
+    // A process that blocks its thread, or work on the blocking pool, does not keep the program.
+    runtime.shutdown_timeout(Duration::from_secs(1));
+    code
+}
+
+async fn serve(command: Command, registry: Registry) -> ExitCode {
+    let stop = Stop::default();
+    let mut signals = match Signals::new() {
+        Ok(signals) => signals,
+        Err(failure) => {
+            error!(%failure, "cannot listen for signals");
+            return ExitCode::from(exit::FAILED);
+        }
+    };
+    let working = async {
+        let options = match options(command, registry).await {
+            Ok(options) => options,
+            Err(code) => return code,
+        };
+        match worker::run(&options, &stop).await {
+            Ok(()) => ExitCode::from(exit::OK),
+            Err(failure) => {
+                error!("{}", chain(&failure));
+                ExitCode::from(exit::FAILED)
+            }
+        }
+    };
+    tokio::pin!(working);
+    let mut received = 0;
+    loop {
+        tokio::select! {
+            code = &mut working => return code,
+            name = signals.next() => {
+                received += 1;
+                if received == 1 {
+                    info!(signal = name, "stopping");
+                    stop.drain();
+                } else {
+                    warn!(signal = name, "stopping at once");
+                    stop.hurry();
+                }
+            }
+        }
+    }
+}
+
+struct Signals {
+    terminate: tokio::signal::unix::Signal,
+    interrupt: tokio::signal::unix::Signal,
+}
+
+impl Signals {
+    fn new() -> std::io::Result<Self> {
+        Ok(Self { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? })
+    }
+
+    async fn next(&mut self) -> &'static str {
+        tokio::select! {
+            _ = self.terminate.recv() => "TERM",
+            _ = self.interrupt.recv() => "INT",
+        }
+    }
+}
+
+async fn options(command: Command, registry: Registry) -> Result<Options, ExitCode> {
+    let refuse = |text: String| {
+        error!("{text}");
+        ExitCode::from(exit::USAGE)
+    };
+    let resolved = command.connection.resolve().map_err(|error| refuse(chain(&error)))?;
+    let url = resolved.database_url.ok_or_else(|| {
+        refuse("no database is named; set BATON_DATABASE_URL, `database.url` in baton.toml, or --database-url".into())
+    })?;
+    if resolved.broker_urls.is_empty() {
+        return Err(refuse(
+            "no broker is named; set BATON_BROKER_URL, `broker.url` in baton.toml, or --broker-url".into(),
+        ));
+    }
+    let location = Location::parse(&url).map_err(|error| refuse(error.to_string()))?;
+    if matches!(location, Location::Sqlite(_)) {
+        return Err(refuse("a fleet needs PostgreSQL; SQLite is for `baton run`".into()));
+    }
+    let file = resolved.config.worker;
+    let host = host_name();
+    let name = command.name.or(file.name).unwrap_or_else(|| host.clone());
+    if !is_plain(&name) {
+        return Err(refuse(format!(
+            "the worker's name `{name}` may have letters, digits, `-`, `_` and `.`, at most 64"
+        )));
+    }
+    let queues =
+        if command.queues.is_empty() { file.queues.unwrap_or_else(|| vec!["default".into()]) } else { command.queues };
+    if let Some(queue) = queues.iter().find(|queue| !is_plain(queue) || queue.contains('.')) {
+        return Err(refuse(format!("the queue's name `{queue}` may have letters, digits, `-` and `_`, at most 64")));
+    }
+    let cores = std::thread::available_parallelism().map_or(1, std::num::NonZeroUsize::get);
+    let defaults = Limits::default();
+    Ok(Options {
+        name,
+        host,
+        queues,
+        slots: command.slots.or(file.slots).unwrap_or(SLOTS),
+        threads: command.threads.map(usize::from).or(file.threads).unwrap_or(cores).max(1),
+        root: command.root.or(file.root).unwrap_or_else(|| PathBuf::from(".baton/worker")),
+        grace: command.grace.or(file.grace).unwrap_or(GRACE),
+        limits: Limits {
+            advances_max: file.advances_max.unwrap_or(defaults.advances_max),
+            idle_advances_max: file.idle_advances_max.unwrap_or(defaults.idle_advances_max),
+        },
+        registry,
+        store: open(location).await?,
+        broker: Broker::Amqp(resolved.broker_urls),
+    })
+}
+
+/// Waits for the database as long as it does not answer; what it refuses needs a person.
+async fn open(location: Location) -> Result<Store, ExitCode> {
+    let mut has_said = false;
+    loop {
+        match Store::open(location.clone()).await {
+            Ok(store) => return Ok(store),
+            Err(failure) if failure.is_transient() => {
+                if !has_said {
+                    warn!("{failure}; trying again until it does");
+                    has_said = true;
+                }
+                tokio::time::sleep(CONNECT_PAUSE).await;
+            }
+            Err(failure) => {
+                error!("{}", chain(&failure));
+                return Err(ExitCode::from(exit_code(&failure)));
+            }
+        }
+    }
+}
+
+/// The exit code of what the database answered.
+pub fn exit_code(error: &StoreError) -> u8 {
+    match error {
+        store::Error::Url => exit::USAGE,
+        store::Error::Unreachable(_) | store::Error::Retry(_) => exit::UNREACHABLE,
+        store::Error::Refused(_) | store::Error::SchemaNewer { .. } => exit::REFUSED,
+        store::Error::Folder { .. }
+        | store::Error::Unreadable(_)
+        | store::Error::NoRow
+        | store::Error::Stopped
+        | store::Error::Database(_) => exit::FAILED,
+    }
+}
+
+/// An error with its causes, in one line.
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(inner) = cause {
+        text.push_str(&format!(": {inner}"));
+        cause = inner.source();
+    }
+    text
+}
+
+/// The host's name.
+pub fn host_name() -> String {
+    rustix::system::uname().nodename().to_string_lossy().into_owned()
+}
+
+fn is_plain(name: &str) -> bool {
+    (1..=64).contains(&name.len())
+        && name.chars().all(|letter| letter.is_ascii_alphanumeric() || matches!(letter, '-' | '_' | '.'))
+}

@@ -1,0 +1,273 @@
+//! What this incarnation holds: for each process the way to tell it something, and what it does right now.
+
+use std::collections::{HashMap, hash_map};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use baton_common::id::Pid;
+use baton_common::message::Status;
+use baton_common::state::Desired;
+use baton_common::store::writer::Fence;
+use tokio::sync::{Notify, watch};
+
+use crate::local::sandbox::Sandbox;
+use crate::process::Since;
+
+/// What a held process has to obey before its next advance, or in the middle of one if it is urgent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Orders {
+    /// What the row said when it was last read.
+    pub(crate) desired: Desired,
+    /// Whether that is wanted at once.
+    pub(crate) urgent: bool,
+    /// Whether the worker stops.
+    pub(crate) drain: Drain,
+    /// The lease is lost: drop everything and write nothing more.
+    pub(crate) abandon: bool,
+}
+
+/// How urgently the worker wants its processes back in the queue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Drain {
+    /// It does not.
+    No,
+    /// Before the next advance.
+    Soon,
+    /// The grace has passed: drop the advance.
+    Now,
+}
+
+/// What a held process does right now, for whoever asks; written on its thread, read on another.
+pub(crate) struct Live {
+    facts: Mutex<Facts>,
+}
+
+struct Facts {
+    stage: Since<&'static str>,
+    advances: u64,
+    last_line: Option<String>,
+    child: Option<u32>,
+    memory_bytes: Option<u64>,
+    sandbox: Option<Sandbox>,
+}
+
+/// One held process.
+#[derive(Clone)]
+pub(crate) struct Entry {
+    pub(crate) fence: Fence,
+    pub(crate) orders: watch::Sender<Orders>,
+    pub(crate) live: Arc<Live>,
+    pub(crate) thread_idx: usize,
+}
+
+/// Everything that is held, and what is just being claimed.
+#[derive(Default)]
+pub(crate) struct Held {
+    table: Mutex<Table>,
+    changed: Notify,
+}
+
+#[derive(Default)]
+struct Table {
+    entries: HashMap<Pid, Entry>,
+    /// Claims under way; `true` when another message for the same process came meanwhile.
+    claiming: HashMap<Pid, bool>,
+    draining: bool,
+}
+
+impl Orders {
+    pub(crate) fn new(desired: Desired, urgent: bool) -> Self {
+        Self { desired, urgent, drain: Drain::No, abandon: false }
+    }
+
+    /// Whether a running advance has to be dropped.
+    pub(crate) fn interrupts(&self) -> bool {
+        self.abandon
+            || self.desired == Desired::Kill
+            || (self.desired == Desired::Pause && self.urgent)
+            || self.drain == Drain::Now
+    }
+}
+
+impl Live {
+    pub(crate) fn new(advances: u64) -> Self {
+        let facts = Facts {
+            stage: Since::now("claimed"),
+            advances,
+            last_line: None,
+            child: None,
+            memory_bytes: None,
+            sandbox: None,
+        };
+        Self { facts: Mutex::new(facts) }
+    }
+
+    pub(crate) fn set_stage(&self, stage: &'static str) {
+        let mut facts = self.lock();
+        if facts.stage.what != stage {
+            facts.stage = Since::now(stage);
+        }
+    }
+
+    pub(crate) fn set_advances(&self, advances: u64) {
+        self.lock().advances = advances;
+    }
+
+    pub(crate) fn set_last_line(&self, line: &str) {
+        self.lock().last_line = Some(line.chars().take(200).collect());
+    }
+
+    pub(crate) fn set_child(&self, child: Option<u32>, memory_bytes: Option<u64>) {
+        let mut facts = self.lock();
+        facts.child = child;
+        facts.memory_bytes = memory_bytes;
+    }
+
+    pub(crate) fn set_sandbox(&self, sandbox: Sandbox) {
+        self.lock().sandbox = Some(sandbox);
+    }
+
+    pub(crate) fn sandbox(&self) -> Option<Sandbox> {
+        self.lock().sandbox.clone()
+    }
+
+    /// The answer to `status`.
+    pub(crate) fn status(&self, worker: &str, epoch: i64) -> Status {
+        let facts = self.lock();
+        Status {
+            stage: facts.stage.what.to_owned(),
+            stage_ms: u64::try_from(facts.stage.since.elapsed().as_millis()).unwrap_or(u64::MAX),
+            advances: facts.advances,
+            worker: worker.to_owned(),
+            epoch,
+            last_line: facts.last_line.clone(),
+            child: facts.child,
+            memory_bytes: facts.memory_bytes,
+            blocked_ms: None,
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Facts> {
+        // Plain data: a panic while it was written leaves nothing half-done that matters.
+        self.facts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Held {
+    /// Says that a claim is under way. `false` when one is already: that one will look once more if it finds nothing, so
+    /// this message is dealt with.
+    pub(crate) fn begin_claim(&self, pid: Pid) -> bool {
+        match self.lock().claiming.entry(pid) {
+            hash_map::Entry::Occupied(mut claim) => {
+                claim.insert(true);
+                false
+            }
+            hash_map::Entry::Vacant(claim) => {
+                claim.insert(false);
+                true
+            }
+        }
+    }
+
+    /// Whether another message came while this claim was under way; asking answers it.
+    pub(crate) fn take_another(&self, pid: Pid) -> bool {
+        self.lock().claiming.get_mut(&pid).is_some_and(std::mem::take)
+    }
+
+    /// Says how the claim ended. A worker that has begun to drain meanwhile tells the process at once.
+    pub(crate) fn end_claim(&self, pid: Pid, entry: Option<Entry>) {
+        let mut table = self.lock();
+        table.claiming.remove(&pid);
+        if let Some(entry) = entry {
+            if table.draining {
+                entry.orders.send_modify(|orders| orders.drain = Drain::Soon);
+            }
+            table.entries.insert(pid, entry);
+        }
+        drop(table);
+        self.changed.notify_waiters();
+    }
+
+    pub(crate) fn get(&self, pid: Pid) -> Option<Entry> {
+        self.lock().entries.get(&pid).cloned()
+    }
+
+    /// Forgets a process, unless it has been claimed anew meanwhile.
+    pub(crate) fn remove(&self, fence: Fence) {
+        let mut table = self.lock();
+        if table.entries.get(&fence.pid).is_some_and(|entry| entry.fence == fence) {
+            table.entries.remove(&fence.pid);
+        }
+        drop(table);
+        self.changed.notify_waiters();
+    }
+
+    /// Waits until this holding has ended, or the limit has passed; says whether it has ended.
+    pub(crate) async fn left(&self, fence: Fence, limit: Duration) -> bool {
+        self.wait(limit, || self.get(fence.pid).is_none_or(|entry| entry.fence != fence)).await
+    }
+
+    /// Waits until nothing is held or being claimed, or the limit has passed; says whether nothing is.
+    pub(crate) async fn emptied(&self, limit: Duration) -> bool {
+        self.wait(limit, || self.count() == 0).await
+    }
+
+    async fn wait(&self, limit: Duration, reached: impl Fn() -> bool) -> bool {
+        let waiting = async {
+            loop {
+                let changed = self.changed.notified();
+                if reached() {
+                    return;
+                }
+                changed.await;
+            }
+        };
+        tokio::time::timeout(limit, waiting).await.is_ok() || reached()
+    }
+
+    pub(crate) fn entries(&self) -> Vec<Entry> {
+        self.lock().entries.values().cloned().collect()
+    }
+
+    /// How many are held or are just being claimed.
+    pub(crate) fn count(&self) -> usize {
+        let table = self.lock();
+        table.entries.len() + table.claiming.len()
+    }
+
+    pub(crate) fn is_claiming(&self, pid: Pid) -> bool {
+        self.lock().claiming.contains_key(&pid)
+    }
+
+    /// What the row of a held process says; ignored if it is held no more.
+    pub(crate) fn order(&self, pid: Pid, desired: Desired, urgent: bool) {
+        if let Some(entry) = self.lock().entries.get(&pid) {
+            entry.orders.send_if_modified(|orders| {
+                let changed = orders.desired != desired || orders.urgent != urgent;
+                orders.desired = desired;
+                orders.urgent = urgent;
+                changed
+            });
+        }
+    }
+
+    pub(crate) fn drain(&self, drain: Drain) {
+        let mut table = self.lock();
+        table.draining = true;
+        for entry in table.entries.values() {
+            entry.orders.send_modify(|orders| orders.drain = drain);
+        }
+    }
+
+    pub(crate) fn abandon_all(&self) -> usize {
+        let table = self.lock();
+        for entry in table.entries.values() {
+            entry.orders.send_modify(|orders| orders.abandon = true);
+        }
+        table.entries.len()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Table> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

@@ -1,0 +1,360 @@
+//! One incarnation of a worker: from its row in the database to its end by a drain, or by being declared gone.
+//!
+//! Everything of an incarnation is made anew for the next one; nothing is shared. The order of its end: stop taking,
+//! checkpoint and give back what is held, settle deliveries, leave the table of workers, close.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use baton_common::communicator::{self, Communicator, Incoming, ReplyTo, Told};
+use baton_common::id::{Incarnation as Id, Pid};
+use baton_common::message::{Event, Reply, Task};
+use baton_common::state::State;
+use baton_common::store::blob::{Checkpoint, Outcome};
+use baton_common::store::submit::ByQueue;
+use baton_common::store::worker::NewWorker;
+use baton_common::store::writer::Writer;
+use baton_common::store::{self, Store};
+use tokio::sync::{Semaphore, mpsc};
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, info, warn};
+
+use crate::held::{Drain, Held};
+use crate::lease::{Lease, TRUST};
+use crate::local::{self, Programs};
+use crate::registry::Registry;
+use crate::shim::boottime_ms;
+use crate::sweeps::Timer;
+use crate::thread::Thread;
+use crate::worker::Options;
+use crate::{beat, control, intake, peers, sweeps};
+
+/// Messages that wait to be published. Each stands for a row that is queued already, so a full channel only slows down
+/// whoever queues more.
+const TELL_LENGTH: usize = 1024;
+
+/// How long the end of the threads is awaited; a process that blocks its thread is left behind after that.
+const THREADS_LIMIT: Duration = Duration::from_secs(2);
+
+/// How long a process may take beyond the grace to end what it runs.
+const CLEAN_UP_LIMIT: Duration = Duration::from_secs(10);
+
+/// What everything in an incarnation works with.
+pub(crate) struct Shared {
+    pub(crate) me: Id,
+    pub(crate) name: String,
+    pub(crate) host: String,
+    pub(crate) root: PathBuf,
+    pub(crate) grace: Duration,
+    pub(crate) limits: Limits,
+    /// The queues it serves, with all their classes.
+    pub(crate) queues: Vec<String>,
+    pub(crate) slots: Arc<Semaphore>,
+    pub(crate) registry: Registry,
+    pub(crate) store: Store,
+    pub(crate) writer: Writer,
+    pub(crate) communicator: Communicator,
+    pub(crate) programs: Programs,
+    pub(crate) held: Held,
+    pub(crate) lease: Lease,
+    pub(crate) timer: Timer,
+    pub(crate) blocking: tokio::runtime::Handle,
+    /// Cancelled to let the worker drain and end.
+    pub(crate) drain: CancellationToken,
+    /// Cancelled when somebody has declared this incarnation gone.
+    pub(crate) gone: CancellationToken,
+    heads: Mutex<HashMap<String, i64>>,
+    tell: mpsc::Sender<(String, Told)>,
+}
+
+/// What ends endless loops.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Advances that a process may make in all.
+    pub advances_max: u64,
+    /// Advances in a row that change neither its state nor its values nor its progress.
+    pub idle_advances_max: u64,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self { advances_max: 1_000_000, idle_advances_max: 1_000 }
+    }
+}
+
+impl Limits {
+    /// Why a process with this checkpoint must not go on.
+    pub(crate) fn broken_by(&self, checkpoint: &Checkpoint) -> Option<String> {
+        if checkpoint.advances >= self.advances_max {
+            return Some(format!("it has made {} advances, and more are not allowed", checkpoint.advances));
+        }
+        (checkpoint.idle_advances >= self.idle_advances_max)
+            .then(|| format!("it has made {} advances in a row without any progress", checkpoint.idle_advances))
+    }
+}
+
+/// How an incarnation ended.
+pub(crate) enum Ended {
+    /// It gave back what it held.
+    Drained,
+    /// Somebody declared it gone.
+    Gone,
+}
+
+impl Shared {
+    /// Publishes the `continue` of a row that has been queued.
+    pub(crate) async fn tell(&self, pid: Pid, queue: String, told_at: i64) {
+        let told = Told { task: Task::Continue { pid, told_at: Some(told_at) }, traceparent: None };
+        // The channel is closed only when the incarnation ends; the head rule of another worker finds the row then.
+        let _ = self.tell.send((queue, told)).await;
+    }
+
+    /// Publishes the messages of rows that a sweep or a request has queued.
+    pub(crate) async fn tell_all(&self, queued: ByQueue) {
+        for (queue, rows) in queued {
+            for row in rows {
+                let task = Task::Continue { pid: row.pid, told_at: Some(row.told_at) };
+                let _ = self.tell.send((queue.clone(), Told { task, traceparent: row.traceparent })).await;
+            }
+        }
+    }
+
+    pub(crate) fn announce(&self, pid: Pid, state: State, exit: Option<i32>) {
+        let at = system_micros();
+        self.communicator.announce(Event { pid, state: state.word().to_owned(), at, by: self.name.clone(), exit });
+    }
+
+    /// Answers whoever waits for the end of a process.
+    pub(crate) async fn answer_end(&self, pid: Pid, state: State, outcome: Option<&Outcome>, to: ReplyTo) {
+        let reply = end_reply(pid, state, outcome);
+        if let Err(error) = self.communicator.reply(&to, &reply).await {
+            warn!(%pid, %error, "whoever waits for the end of this process could not be told");
+        }
+    }
+
+    /// Notes that a task was delivered that was told at this time: what was told long before it has no message any more.
+    pub(crate) fn note_head(&self, queue: &str, told_at: Option<i64>) {
+        let Some(told_at) = told_at else { return };
+        let mut heads = self.heads.lock().unwrap_or_else(PoisonError::into_inner);
+        let head = heads.entry(queue.to_owned()).or_insert(told_at);
+        *head = (*head).max(told_at);
+    }
+
+    /// The largest `told_at` delivered from this queue.
+    pub(crate) fn head(&self, queue: &str) -> Option<i64> {
+        self.heads.lock().unwrap_or_else(PoisonError::into_inner).get(queue).copied()
+    }
+
+    /// Begins to take tasks, or does so again.
+    pub(crate) async fn consume(&self, options: &Options) {
+        self.communicator.consume(options.queues.clone(), Arc::clone(&self.slots)).await;
+        self.communicator.consume_control().await;
+    }
+}
+
+/// The task queues that a queue's name stands for.
+fn classes(queue: &str) -> [String; 3] {
+    [format!("{queue}.high"), queue.to_owned(), format!("{queue}.low")]
+}
+
+/// What `execute` is answered with at the end.
+pub(crate) fn end_reply(pid: Pid, state: State, outcome: Option<&Outcome>) -> Reply {
+    Reply {
+        pid: Some(pid),
+        state: Some(state.word().to_owned()),
+        exit: outcome.and_then(|outcome| outcome.exit),
+        values: outcome.map(|outcome| serde_json::Value::Object(outcome.values.clone())),
+        ..Reply::default()
+    }
+}
+
+/// Runs one incarnation until it is drained or gone. `drain` is cancelled to end it.
+pub(crate) async fn run(options: &Options, drain: CancellationToken, hurry: CancellationToken) -> Result<Ended, Error> {
+    let me = Id::generate();
+    let store = options.store.clone();
+    let sent_at = boottime_ms();
+    store
+        .register(
+            me,
+            &NewWorker {
+                name: options.name.clone(),
+                host: options.host.clone(),
+                os_pid: std::process::id(),
+                version: env!("CARGO_PKG_VERSION").to_owned(),
+                queues: options.queues.clone(),
+                slots: options.slots,
+            },
+        )
+        .await?;
+    let (writer, writing) = Writer::new(&store, me).await?;
+    let (communicator, incoming) = Communicator::start(communicator::Options {
+        broker: options.broker.clone(),
+        name: format!("baton-worker {}", options.name),
+        control_queue: Some(communicator::control_queue(&options.name, me)),
+        heartbeat: None,
+    });
+    let lease = Lease::new(sent_at);
+    let programs = Programs::start(PathBuf::from(local::SELF), lease.renewals(), TRUST)?;
+    let (tell, told) = mpsc::channel(TELL_LENGTH);
+    let threads = (0..options.threads).map(Thread::start).collect::<Result<Vec<_>, _>>().map_err(Error::Thread)?;
+    let shared = Arc::new(Shared {
+        me,
+        name: options.name.clone(),
+        host: options.host.clone(),
+        root: options.root.clone(),
+        grace: options.grace,
+        limits: options.limits,
+        queues: options.queues.iter().flat_map(|queue| classes(queue)).collect(),
+        slots: Arc::new(Semaphore::new(usize::try_from(options.slots).unwrap_or(usize::MAX >> 4))),
+        registry: options.registry.clone(),
+        store,
+        writer,
+        communicator,
+        programs,
+        held: Held::default(),
+        lease,
+        timer: Timer::default(),
+        blocking: tokio::runtime::Handle::current(),
+        drain,
+        gone: CancellationToken::new(),
+        heads: Mutex::default(),
+        tell,
+    });
+    let mut incarnation =
+        Incarnation { shared, threads: Arc::new(threads), tasks: JoinSet::new(), stop: CancellationToken::new() };
+    incarnation.tasks.spawn(writing);
+    incarnation.start(options, incoming, told).await;
+    info!(worker = options.name, incarnation = %me, queues = options.queues.join(","), slots = options.slots, "worker ready");
+    let ended = tokio::select! {
+        () = incarnation.shared.drain.cancelled() => Ended::Drained,
+        () = incarnation.shared.gone.cancelled() => Ended::Gone,
+    };
+    match ended {
+        Ended::Drained => incarnation.drain(&hurry).await,
+        Ended::Gone => incarnation.abandon().await,
+    }
+    Ok(ended)
+}
+
+/// What has to be ended in order.
+struct Incarnation {
+    shared: Arc<Shared>,
+    threads: Arc<Vec<Thread>>,
+    tasks: JoinSet<()>,
+    stop: CancellationToken,
+}
+
+impl Incarnation {
+    async fn start(&mut self, options: &Options, incoming: Incoming, told: mpsc::Receiver<(String, Told)>) {
+        let Incoming { tasks: deliveries, controls } = incoming;
+        let shared = &self.shared;
+        self.tasks.spawn(publish(Arc::clone(shared), told));
+        self.tasks.spawn(intake::run(Arc::clone(shared), Arc::clone(&self.threads), deliveries));
+        self.tasks.spawn(control::run(Arc::clone(shared), Arc::clone(&self.threads), controls));
+        peers::take_up_own(shared).await;
+        let until_stop = |task: futures_util::future::BoxFuture<'static, ()>| {
+            let stop = self.stop.clone();
+            async move {
+                stop.run_until_cancelled(task).await;
+            }
+        };
+        let beat = beat::run(Arc::clone(shared), Arc::clone(&self.threads), options.clone());
+        self.tasks.spawn(until_stop(Box::pin(beat)));
+        self.tasks.spawn(until_stop(Box::pin(sweeps::run(Arc::clone(shared)))));
+        if !shared.store.is_embedded() {
+            self.tasks.spawn(until_stop(Box::pin(peers::run(Arc::clone(shared)))));
+        }
+        shared.consume(options).await;
+    }
+
+    /// Gives back what is held, and ends what outlives the grace.
+    async fn drain(self, hurry: &CancellationToken) {
+        let held = &self.shared.held;
+        info!(held = held.count(), grace_s = self.shared.grace.as_secs(), "draining");
+        self.shared.communicator.stop_consuming().await;
+        held.drain(Drain::Soon);
+        tokio::select! {
+            _ = held.emptied(self.shared.grace) => {}
+            () = hurry.cancelled() => {}
+        }
+        held.drain(Drain::Now);
+        if !held.emptied(self.shared.grace + CLEAN_UP_LIMIT).await {
+            warn!(
+                held = held.count(),
+                "some processes block their thread; they are taken over when this worker is gone"
+            );
+        }
+        self.end().await;
+        info!("drained");
+    }
+
+    /// Drops everything: others have taken it over or will.
+    async fn abandon(self) {
+        let dropped = self.shared.held.abandon_all();
+        warn!(
+            incarnation = %self.shared.me,
+            processes = dropped,
+            "this incarnation was declared gone: it stops its processes and their programs, and writes nothing more for them"
+        );
+        self.shared.communicator.stop_consuming().await;
+        self.end().await;
+    }
+
+    async fn end(mut self) {
+        self.stop.cancel();
+        let emptied = self.shared.held.count() == 0;
+        if emptied && let Err(error) = self.shared.store.leave(self.shared.me).await {
+            debug!(%error, "could not sign off; others find out by the beat");
+        }
+        // Flushes what was announced and told, then ends the channels that the tasks read.
+        self.shared.communicator.shutdown().await;
+        self.tasks.shutdown().await;
+        if let Ok(threads) = Arc::try_unwrap(self.threads) {
+            for thread in threads {
+                if !thread.stop(THREADS_LIMIT).await {
+                    warn!("a process blocks its thread; the thread is left behind");
+                }
+            }
+        }
+    }
+}
+
+/// Publishes what has been queued, in batches of whatever has gathered.
+async fn publish(shared: Arc<Shared>, mut told: mpsc::Receiver<(String, Told)>) {
+    let mut gathered = Vec::new();
+    while told.recv_many(&mut gathered, TELL_LENGTH).await > 0 {
+        let mut by_queue: BTreeMap<String, Vec<Told>> = BTreeMap::new();
+        for (queue, told) in gathered.drain(..) {
+            by_queue.entry(queue).or_default().push(told);
+        }
+        for (queue, tasks) in by_queue {
+            let count = tasks.len();
+            if let Err(error) = shared.communicator.tell(&queue, tasks).await {
+                debug!(queue, count, %error, "not told; the head rule tells them again");
+            }
+        }
+    }
+}
+
+/// Microseconds since 1970 by this host's clock; for events, which nobody decides by.
+fn system_micros() -> i64 {
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    i64::try_from(since.as_micros()).unwrap_or(i64::MAX)
+}
+
+/// Why a worker cannot run.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The database does not answer, or refuses.
+    #[error(transparent)]
+    Store(#[from] store::Error),
+    /// The operating system gives no thread.
+    #[error("cannot start a thread")]
+    Thread(#[source] std::io::Error),
+    /// Local programs cannot be run.
+    #[error("cannot run local programs")]
+    Programs(#[from] local::Error),
+}

@@ -1,0 +1,167 @@
+//! Tasks come in: claim, then acknowledge.
+
+use std::sync::Arc;
+
+use baton_common::communicator::Delivery;
+use baton_common::id::Pid;
+use baton_common::message::{Reply, Task};
+use baton_common::spec;
+use baton_common::store::submit::NewProcess;
+use baton_common::store::writer::{Claim, Claimed};
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinSet;
+use tracing::{debug, warn};
+
+use crate::held::{Entry, Live, Orders};
+use crate::incarnation::{Shared, end_reply};
+use crate::run::Start;
+use crate::thread::Thread;
+
+/// Takes deliveries until the communicator has none any more.
+pub(crate) async fn run(shared: Arc<Shared>, threads: Arc<Vec<Thread>>, mut deliveries: mpsc::Receiver<Delivery>) {
+    // As many as there are slots, since each delivery comes with one.
+    let mut claims = JoinSet::new();
+    loop {
+        tokio::select! {
+            delivery = deliveries.recv() => match delivery {
+                Some(delivery) => {
+                    shared.note_head(&delivery.queue, delivery.task.told_at());
+                    claims.spawn(take(Arc::clone(&shared), Arc::clone(&threads), delivery));
+                }
+                None => break,
+            },
+            Some(claimed) = claims.join_next() => if let Err(failure) = claimed {
+                tracing::error!(%failure, "a claim's task has panicked");
+            },
+        }
+    }
+}
+
+async fn take(shared: Arc<Shared>, threads: Arc<Vec<Thread>>, delivery: Delivery) {
+    let pid = delivery.task.pid();
+    let launch = match launch(&delivery) {
+        Ok(launch) => launch,
+        Err(reason) => {
+            refuse(&shared, delivery, &reason).await;
+            return;
+        }
+    };
+    // A message that somebody waits for is answered, however many copies of it there are.
+    if delivery.reply_to.is_none() && !shared.held.begin_claim(pid) {
+        delivery.settle.ack().await;
+        return;
+    }
+    let claim = loop {
+        match shared.writer.claim(pid, delivery.queue.clone(), launch.clone()).await {
+            Ok(Claim::NotQueued) if shared.held.take_another(pid) => {}
+            claim => break claim,
+        }
+    };
+    match claim {
+        Ok(Claim::Claimed(claimed)) => {
+            answer_launch(&shared, &delivery).await;
+            let Delivery { permit, settle, .. } = delivery;
+            let start = begin(&shared, &threads, claimed, permit);
+            settle.ack().await;
+            if let Some((thread, start)) = start {
+                // The thread ends only with the incarnation.
+                let _ = thread.send(start).await;
+            }
+        }
+        Ok(Claim::NotQueued) => {
+            shared.held.end_claim(pid, None);
+            debug!(%pid, queue = delivery.queue, "nothing to claim; a duplicate or a stale message");
+            answer_launch(&shared, &delivery).await;
+            answer_if_ended(&shared, &delivery).await;
+            delivery.settle.ack().await;
+        }
+        Ok(Claim::Absent) => {
+            shared.held.end_claim(pid, None);
+            refuse(&shared, delivery, "there is no such process in the database").await;
+        }
+        Ok(Claim::OtherSpec) => {
+            shared.held.end_claim(pid, None);
+            refuse(&shared, delivery, "a process with this pid and another spec exists").await;
+        }
+        Err(error) => {
+            shared.held.end_claim(pid, None);
+            warn!(%pid, %error, "not claimed; the message comes again");
+            delivery.settle.give_back().await;
+        }
+    }
+}
+
+/// The process that a launch from outside brings along; `None` for Baton's own messages, whose rows are there.
+fn launch(delivery: &Delivery) -> Result<Option<NewProcess>, String> {
+    let Task::Launch { pid, spec: Some(spec), wait, .. } = &delivery.task else { return Ok(None) };
+    let spec = spec::from_json_value(spec.clone()).map_err(|error| format!("spec: {error}"))?;
+    let reply_to = delivery.reply_to.as_ref().filter(|_| *wait);
+    let reply_to = reply_to.map(baton_common::communicator::ReplyTo::to_bytes);
+    Ok(Some(NewProcess {
+        pid: *pid,
+        spec,
+        created_by: "amqp".into(),
+        traceparent: delivery.traceparent.clone(),
+        reply_to,
+        run_key: None,
+    }))
+}
+
+/// Enters a claimed process into the table and finds it a thread: the one with the fewest, and none that is blocked.
+fn begin(
+    shared: &Arc<Shared>,
+    threads: &[Thread],
+    claimed: Box<Claimed>,
+    permit: tokio::sync::OwnedSemaphorePermit,
+) -> Option<(mpsc::Sender<Start>, Start)> {
+    let mut loads = vec![0_usize; threads.len()];
+    for entry in shared.held.entries() {
+        loads[entry.thread_idx] += 1;
+    }
+    let (thread_idx, thread) =
+        threads.iter().enumerate().min_by_key(|(idx, thread)| (thread.blocked().is_some(), loads[*idx]))?;
+    let (orders_tx, orders) = watch::channel(Orders::new(claimed.desired, claimed.urgent));
+    let advances = match &claimed.checkpoint {
+        Some(Ok(checkpoint)) => checkpoint.advances,
+        Some(Err(_)) | None => 0,
+    };
+    let live = Arc::new(Live::new(advances));
+    let entry = Entry { fence: claimed.fence, orders: orders_tx, live: Arc::clone(&live), thread_idx };
+    shared.held.end_claim(claimed.fence.pid, Some(entry));
+    Some((thread.starts(), Start { claimed, orders, live, shared: Arc::clone(shared), permit }))
+}
+
+async fn answer_launch(shared: &Shared, delivery: &Delivery) {
+    if let (Task::Launch { pid, .. }, Some(to)) = (&delivery.task, &delivery.reply_to) {
+        let reply = Reply { pid: Some(*pid), accepted: Some(true), ..Reply::default() };
+        if let Err(error) = shared.communicator.reply(to, &reply).await {
+            debug!(%pid, %error, "the launch was accepted, but its sender could not be told");
+        }
+    }
+}
+
+/// A launch that waits for a process that has ended already is answered now.
+async fn answer_if_ended(shared: &Shared, delivery: &Delivery) {
+    let Task::Launch { pid, wait: true, .. } = &delivery.task else { return };
+    let Some(to) = &delivery.reply_to else { return };
+    if let Ok(Some(details)) = shared.store.show(*pid).await
+        && details.summary.state.is_final()
+    {
+        let reply = end_reply(*pid, details.summary.state, details.summary.outcome.as_ref());
+        if let Err(error) = shared.communicator.reply(to, &reply).await {
+            debug!(%pid, %error, "whoever waits for the end of this process could not be told");
+        }
+    }
+}
+
+async fn refuse(shared: &Shared, delivery: Delivery, reason: &str) {
+    let pid: Pid = delivery.task.pid();
+    warn!(%pid, queue = delivery.queue, reason, "a task that nobody can use goes to the dead-letter queue");
+    if let Some(to) = &delivery.reply_to {
+        let reply = Reply { pid: Some(pid), accepted: Some(false), error: Some(reason.to_owned()), ..Reply::default() };
+        if let Err(error) = shared.communicator.reply(to, &reply).await {
+            debug!(%pid, %error, "the sender could not be told");
+        }
+    }
+    delivery.settle.dead(reason).await;
+}

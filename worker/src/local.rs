@@ -1,0 +1,219 @@
+//! Local programs: what a worker runs on its own machine, so that nothing of it is ever left behind.
+//!
+//! [`Programs`] owns a thread on which nothing else runs. It starts a shim for each program (see [`crate::shim`]), tells it
+//! of every renewal of the worker's lease, and waits for it; so a process thread that is blocked for a minute, or ends,
+//! costs no program its lease. A [`Running`] program ends when its handle is dropped.
+//!
+//! A service manager must not send TERM to shims (systemd: `KillMode=mixed`): one that dies of it takes its program along at
+//! once, without the grace.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use tokio::sync::{mpsc, oneshot, watch};
+
+use crate::shim::tree;
+use crate::shim::wire::{Ended, Request};
+
+mod keeper;
+pub mod output;
+pub mod sandbox;
+
+use keeper::Outcome;
+use sandbox::Sandbox;
+
+/// The running executable as the shim's, also when its file was replaced or deleted by an upgrade.
+pub const SELF: &str = "/proc/self/exe";
+
+/// Launches that wait for the thread: each takes it a millisecond, and who waits in vain waits in `launch` instead.
+const LAUNCHES_MAX: usize = 16;
+
+/// Requests to one program that wait for the thread: a TERM and a KILL, more make no difference.
+const REQUESTS_MAX: usize = 2;
+
+/// What the worker can do about a local program that could not be run.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The sandbox, or a file of Baton's in it, could not be made. The place is full, missing or not writable.
+    #[error("could not make {path}", path = .path.display())]
+    Sandbox {
+        /// What was to be made.
+        path: PathBuf,
+        /// Why it was not.
+        source: io::Error,
+    },
+    /// The worker could not start a thread or a shim: it has too many processes or open files. Try again later.
+    #[error("could not start a shim")]
+    Shim(#[source] io::Error),
+    /// The shim could not start the program. Nothing was run.
+    #[error("the program was not started: {message}")]
+    NotStarted {
+        /// The shim's reason.
+        message: String,
+    },
+    /// The program has ended, but how could not be recorded in the sandbox. Its output is probably not whole either.
+    #[error("the program's end could not be recorded: {message}")]
+    NotRecorded {
+        /// The shim's reason.
+        message: String,
+    },
+    /// The shim was killed, or did not answer and was. The program has been ended; how far it had come is not known.
+    #[error("the program's shim has vanished")]
+    Vanished,
+    /// [`Programs`] is stopping, or the lease is no longer renewed by anybody.
+    #[error("no more programs are started by this worker")]
+    Stopping,
+}
+
+/// What to run.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Command {
+    /// A program and its arguments, without a shell.
+    Run(Vec<String>),
+    /// The text of a script: run by `/bin/sh`, or by what its first line names after `#!`.
+    Script(String),
+}
+
+/// A program that is to be run in a sandbox. It cannot be printed by accident: its variables may be secrets.
+#[derive(Clone)]
+pub struct Program {
+    /// What to run.
+    pub command: Command,
+    /// Variables that the spec adds to the environment.
+    pub vars: BTreeMap<String, String>,
+    /// What it reads from its standard input; nothing if absent.
+    pub stdin: Option<String>,
+    /// How long it may run.
+    pub time_limit: Option<Duration>,
+    /// How long it has between TERM and KILL.
+    pub grace: Duration,
+    /// Where it runs.
+    pub sandbox: Sandbox,
+}
+
+/// The local programs of one incarnation of a worker. When it is dropped, all of them are killed.
+#[derive(Debug)]
+pub struct Programs {
+    launches: mpsc::Sender<Launch>,
+    stopped: oneshot::Receiver<()>,
+}
+
+/// A program that runs. When this is dropped, the program and everything that it started are killed at once.
+#[derive(Debug)]
+#[must_use = "dropping it kills the program"]
+pub struct Running {
+    pid: u32,
+    shim: u32,
+    requests: mpsc::Sender<Request>,
+    outcome: watch::Receiver<Option<Outcome>>,
+}
+
+/// A program on its way to the thread.
+struct Launch {
+    program: Program,
+    reply: oneshot::Sender<Result<Running, Error>>,
+}
+
+impl Programs {
+    /// Starts the thread. `shim` is an executable that calls [`crate::shim::main`], normally [`SELF`]; `lease` changes at
+    /// each renewal of the worker's lease, which lasts for `lease_limit` after one. If nobody can renew it any more (its
+    /// sender is dropped), all programs are killed.
+    ///
+    /// # Errors
+    /// [`Error::Shim`] if there can be no thread.
+    pub fn start(shim: PathBuf, lease: watch::Receiver<u64>, lease_limit: Duration) -> Result<Self, Error> {
+        let (launches, launches_rx) = mpsc::channel(LAUNCHES_MAX);
+        let (stopped_tx, stopped) = oneshot::channel();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(Error::Shim)?;
+        std::thread::Builder::new()
+            .name("programs".into())
+            .spawn(move || {
+                runtime.block_on(keeper::keep(shim, lease, lease_limit, launches_rx));
+                // Nobody may be waiting for it.
+                let _ = stopped_tx.send(());
+            })
+            .map_err(Error::Shim)?;
+        Ok(Self { launches, stopped })
+    }
+
+    /// Starts a program. It can be called on any runtime and thread.
+    ///
+    /// A program that does not exist is no error: it ends with exit 127, and says so on its standard error.
+    ///
+    /// # Errors
+    /// [`Error::Sandbox`], [`Error::Shim`], [`Error::NotStarted`], [`Error::Vanished`], [`Error::Stopping`]; nothing runs
+    /// then.
+    ///
+    /// # Cancel safety
+    /// If this is dropped, the program is killed or never started.
+    pub async fn launch(&self, program: Program) -> Result<Running, Error> {
+        let (reply, answer) = oneshot::channel();
+        self.launches.send(Launch { program, reply }).await.map_err(|_| Error::Stopping)?;
+        answer.await.map_err(|_| Error::Stopping)?
+    }
+
+    /// Kills all programs and waits until nothing of them is left.
+    pub async fn stop(self) {
+        drop(self.launches);
+        // An error means that the thread has panicked; the shims have seen their pipes close then.
+        let _ = self.stopped.await;
+    }
+}
+
+impl Running {
+    /// The process id of the program.
+    pub fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    /// The resident memory of the program and of all that it started, in bytes; what is shared counts for each. It reads
+    /// two small files in /proc for each process and so may be called on a process thread.
+    pub fn memory_bytes(&self) -> u64 {
+        tree::memory_bytes(self.shim)
+    }
+
+    /// Waits for the end. Nothing of the program is left when it comes back.
+    ///
+    /// # Errors
+    /// [`Error::NotRecorded`] or [`Error::Vanished`]; the program has ended then too.
+    ///
+    /// # Cancel safety
+    /// It may be dropped and called again; it answers also after the end.
+    pub async fn wait(&mut self) -> Result<Ended, Error> {
+        match self.outcome.wait_for(Option::is_some).await.as_deref() {
+            Ok(Some(Outcome::Ended(ended))) => Ok(ended.clone()),
+            Ok(Some(Outcome::Failed(message))) => Err(Error::NotRecorded { message: message.clone() }),
+            Ok(Some(Outcome::Vanished) | None) | Err(_) => Err(Error::Vanished),
+        }
+    }
+
+    /// Sends TERM to the program and to all that it started, after its grace KILL, and waits until nothing of it is left.
+    ///
+    /// # Errors
+    /// As [`Running::wait`].
+    ///
+    /// # Cancel safety
+    /// It may be dropped; the program ends nevertheless.
+    pub async fn terminate(&mut self) -> Result<Ended, Error> {
+        self.ask(Request::Term).await
+    }
+
+    /// Sends KILL to the program and to all that it started, and waits until nothing of it is left.
+    ///
+    /// # Errors
+    /// As [`Running::wait`].
+    ///
+    /// # Cancel safety
+    /// It may be dropped; the program ends nevertheless.
+    pub async fn kill(&mut self) -> Result<Ended, Error> {
+        self.ask(Request::Kill).await
+    }
+
+    async fn ask(&mut self, request: Request) -> Result<Ended, Error> {
+        // It cannot be asked only if it has ended already.
+        let _ = self.requests.send(request).await;
+        self.wait().await
+    }
+}

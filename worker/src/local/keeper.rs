@@ -1,0 +1,304 @@
+//! What runs on the thread of the local programs: one task for each, which owns the shim.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
+
+use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader, Lines};
+use tokio::process::{Child, ChildStdin, ChildStdout};
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinSet;
+use tokio::time::{Instant, sleep, sleep_until, timeout};
+
+use super::sandbox::MARK;
+use super::{Command, Error, Launch, Program, REQUESTS_MAX, Running};
+use crate::shim::course::KILL_LIMIT;
+use crate::shim::wire::{Ended, Order, Report, Request};
+use crate::shim::{self, boottime_ms, tree};
+
+/// How long a shim may take until it says that the program has a process. It is a millisecond's work; a machine that swaps
+/// may need seconds.
+const START_LIMIT: Duration = Duration::from_secs(30);
+
+/// How long a shim may take for one thing that it does at once, such as to read a line, or to exit.
+const ANSWER_LIMIT: Duration = Duration::from_secs(10);
+
+/// Pause between two looks for what a killed shim has left.
+const SWEEP_INTERVAL: Duration = Duration::from_millis(20);
+
+/// The worker's variables that a program sees. All others stay with the worker: they hold its passwords.
+const INHERITED: [&str; 6] = ["PATH", "HOME", "LANG", "TZ", "USER", "TMPDIR"];
+
+/// What a shim has said at its end, or that it said nothing.
+#[derive(Clone, Debug)]
+pub(super) enum Outcome {
+    Ended(Ended),
+    Failed(String),
+    Vanished,
+}
+
+/// The lease as the shims have to know it.
+#[derive(Clone)]
+struct Lease {
+    /// When it was renewed last, on CLOCK_BOOTTIME.
+    leased_at_ms: watch::Receiver<u64>,
+    limit: Duration,
+}
+
+/// A shim at work, and what the worker holds of it.
+struct Shim {
+    child: Child,
+    /// Its end is the shim's sign to kill everything.
+    input: Option<ChildStdin>,
+    reports: Lines<BufReader<ChildStdout>>,
+    /// When a shim that was asked to end its program is stuck.
+    deadline: Option<Instant>,
+}
+
+/// Starts and keeps programs until nobody can launch any more or the lease has no owner; then kills those that are left and
+/// waits for them.
+pub(super) async fn keep(
+    shim: PathBuf,
+    mut beat: watch::Receiver<u64>,
+    lease_limit: Duration,
+    mut launches: mpsc::Receiver<Launch>,
+) {
+    let (leased_at_tx, leased_at_ms) = watch::channel(boottime_ms());
+    let lease = Lease { leased_at_ms, limit: lease_limit };
+    let mut programs = JoinSet::new();
+    loop {
+        tokio::select! {
+            launch = launches.recv() => match launch {
+                Some(launch) => {
+                    programs.spawn(keep_program(shim.clone(), lease.clone(), launch));
+                }
+                None => break,
+            },
+            renewed = beat.changed() => match renewed {
+                Ok(()) => {
+                    leased_at_tx.send_replace(boottime_ms());
+                }
+                Err(_) => break,
+            },
+            // So that the set holds only programs that run.
+            Some(_) = programs.join_next() => {}
+        }
+    }
+    drop(launches);
+    drop(leased_at_tx);
+    while programs.join_next().await.is_some() {}
+}
+
+/// One program from its launch to its end.
+async fn keep_program(exe: PathBuf, lease: Lease, launch: Launch) {
+    let Launch { program, reply } = launch;
+    let mark = program.sandbox.path().to_string_lossy().into_owned();
+    let grace = program.grace;
+    // Nobody may want to know any more; then the handle is dropped here, and the program is killed.
+    match start(&exe, &lease, program).await {
+        Err(error) => {
+            let _ = reply.send(Err(error));
+        }
+        Ok((mut shim, pid)) => {
+            let (requests, requests_rx) = mpsc::channel(REQUESTS_MAX);
+            let (outcome_tx, outcome) = watch::channel(None);
+            let running = Running { pid, shim: shim.child.id().unwrap_or(0), requests, outcome };
+            let _ = reply.send(Ok(running));
+            let outcome = shim.run(lease, requests_rx, grace).await;
+            shim.reap().await;
+            // Its pipes and its process are closed before anybody hears of the end.
+            drop(shim);
+            if matches!(outcome, Outcome::Vanished) {
+                sweep(mark).await;
+            }
+            outcome_tx.send_replace(Some(outcome));
+        }
+    }
+}
+
+/// Starts a shim and gives it its order. Gives back the program's process id as well.
+async fn start(exe: &Path, lease: &Lease, program: Program) -> Result<(Shim, u32), Error> {
+    let mark = program.sandbox.path().to_string_lossy().into_owned();
+    let leased_at_ms = *lease.leased_at_ms.borrow();
+    let lease_ms = whole_ms(lease.limit);
+    // Writing a script may take long on a slow disk, and no renewal may wait for it.
+    let order = tokio::task::spawn_blocking(move || order(program, lease_ms, leased_at_ms)).await;
+    let order = order.map_err(|error| Error::Shim(error.into()))??;
+
+    let mut child = tokio::process::Command::new(exe)
+        .arg0("baton")
+        .arg(shim::COMMAND)
+        .env_clear()
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .kill_on_drop(true)
+        .spawn()
+        .map_err(Error::Shim)?;
+    let input = child.stdin.take();
+    let output = child.stdout.take().expect("its standard output was made a pipe above");
+    let mut shim = Shim { child, input, reports: BufReader::new(output).lines(), deadline: None };
+
+    let mut line = serde_json::to_string(&order).expect("an order is made of text and numbers");
+    line.push('\n');
+    let first = timeout(START_LIMIT, async {
+        shim.say(&line).await;
+        shim.next_report().await
+    });
+    match first.await {
+        Ok(Some(Report::Started { pid })) => Ok((shim, pid)),
+        Ok(Some(Report::Failed { message })) => {
+            shim.reap().await;
+            Err(Error::NotStarted { message })
+        }
+        Ok(Some(Report::Ended(_)) | None) | Err(_) => {
+            shim.kill();
+            shim.reap().await;
+            sweep(mark).await;
+            Err(Error::Vanished)
+        }
+    }
+}
+
+impl Shim {
+    /// Passes on what happens until the shim has said how the program ended, or can say nothing any more.
+    async fn run(&mut self, mut lease: Lease, mut requests: mpsc::Receiver<Request>, grace: Duration) -> Outcome {
+        loop {
+            let deadline = self.deadline;
+            let stuck = async {
+                match deadline {
+                    Some(deadline) => sleep_until(deadline).await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                report = self.next_report() => match report {
+                    Some(Report::Ended(ended)) => return Outcome::Ended(ended),
+                    Some(Report::Failed { message }) => return Outcome::Failed(message),
+                    Some(Report::Started { .. }) => {}
+                    None => {
+                        self.kill();
+                        return Outcome::Vanished;
+                    }
+                },
+                request = requests.recv(), if self.input.is_some() => match request {
+                    Some(request) => {
+                        let limit = if request == Request::Term { grace + KILL_LIMIT } else { KILL_LIMIT };
+                        self.deadline = Some(Instant::now() + limit + ANSWER_LIMIT);
+                        self.say(&request.to_line()).await;
+                    }
+                    None => self.close(),
+                },
+                renewed = lease.leased_at_ms.changed(), if self.input.is_some() => match renewed {
+                    Ok(()) => {
+                        let leased_at_ms = *lease.leased_at_ms.borrow_and_update();
+                        self.say(&Request::Renew { leased_at_ms }.to_line()).await;
+                    }
+                    Err(_) => self.close(),
+                },
+                () = stuck => self.kill(),
+            }
+        }
+    }
+
+    /// The next line, if there is one that can be read. Cancel safe.
+    async fn next_report(&mut self) -> Option<Report> {
+        serde_json::from_str(&self.reports.next_line().await.ok()??).ok()
+    }
+
+    /// A shim that does not read for so long that the pipe is full is stuck, and is killed. One that has ended does not
+    /// read either, and its last words are still to come.
+    async fn say(&mut self, line: &str) {
+        let Some(input) = &mut self.input else { return };
+        if timeout(ANSWER_LIMIT, input.write_all(line.as_bytes())).await.is_err() {
+            self.kill();
+        }
+    }
+
+    /// Closes the pipe: the shim kills everything at once.
+    fn close(&mut self) {
+        self.input = None;
+        self.deadline = Some(Instant::now() + KILL_LIMIT + ANSWER_LIMIT);
+    }
+
+    fn kill(&mut self) {
+        // It fails only if the shim has ended.
+        let _ = self.child.start_kill();
+        self.deadline = None;
+    }
+
+    /// Waits until the shim has ended, and sees to it.
+    async fn reap(&mut self) {
+        self.input = None;
+        if timeout(ANSWER_LIMIT, self.child.wait()).await.is_err() {
+            self.kill();
+            // What hangs in the kernel now is reaped by the runtime when it ends.
+            let _ = timeout(ANSWER_LIMIT, self.child.wait()).await;
+        }
+    }
+}
+
+/// Kills what a shim that was killed itself has left: the program's own children, as the program died with the shim.
+async fn sweep(mark: String) {
+    let deadline = Instant::now() + KILL_LIMIT;
+    while Instant::now() < deadline {
+        let mark = mark.clone();
+        match tokio::task::spawn_blocking(move || tree::kill_marked(MARK, &mark)).await {
+            Ok(n_found) if n_found > 0 => sleep(SWEEP_INTERVAL).await,
+            Ok(_) | Err(_) => return,
+        }
+    }
+}
+
+fn order(program: Program, lease_ms: u64, leased_at_ms: u64) -> Result<Order, Error> {
+    let Program { command, vars, stdin, time_limit, grace, sandbox } = program;
+    let argv = match command {
+        Command::Run(argv) => argv,
+        Command::Script(text) => sandbox.write_script(&text)?,
+    };
+    Ok(Order {
+        argv,
+        env: environment(|name| std::env::var(name).ok(), vars, sandbox.variables()),
+        cwd: sandbox.path().to_owned(),
+        stdin,
+        stdout: sandbox.stdout(),
+        stderr: sandbox.stderr(),
+        done: sandbox.done(),
+        time_limit_ms: time_limit.map(whole_ms),
+        grace_ms: whole_ms(grace),
+        lease_ms,
+        leased_at_ms,
+    })
+}
+
+/// The program's whole environment. Baton's own variables cannot be replaced by the spec's: a program is found by one.
+fn environment(
+    worker: impl Fn(&str) -> Option<String>,
+    vars: BTreeMap<String, String>,
+    own: [(String, String); 3],
+) -> BTreeMap<String, String> {
+    let inherited = INHERITED.iter().filter_map(|&name| Some((name.to_owned(), worker(name)?)));
+    inherited.chain(vars).chain(own).collect()
+}
+
+fn whole_ms(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_program_sees_few_of_the_workers_variables_and_the_specs_go_first() {
+        let worker = |name: &str| Some(format!("worker's {name}"));
+        let vars = BTreeMap::from([("HOME".to_owned(), "/spec".to_owned()), (MARK.to_owned(), "forged".to_owned())]);
+        let own =
+            [("BATON_PID", "1"), ("BATON_TRY", "2"), (MARK, "/sandbox")].map(|(k, v)| (k.to_owned(), v.to_owned()));
+        let environment = environment(worker, vars, own);
+        assert_eq!(environment["PATH"], "worker's PATH");
+        assert_eq!(environment["HOME"], "/spec");
+        assert_eq!(environment[MARK], "/sandbox");
+        assert_eq!(environment.len(), INHERITED.len() + 3);
+    }
+}

@@ -1,0 +1,119 @@
+//! What a program has written so far. Everything here reads files and belongs on a blocking pool.
+
+use std::fs::File;
+use std::io::{self, Read, Seek, SeekFrom};
+use std::path::Path;
+
+/// How much of a stream's beginning is kept with a process's result: enough for a program's banner and its settings.
+pub const HEAD_BYTES: u64 = 32 * 1024;
+/// How much of a stream's end is kept with a process's result: enough for a stack trace or an error message.
+pub const TAIL_BYTES: u64 = 32 * 1024;
+
+/// The most that [`Capture::last_line`] shows: a line of a table or of a progress display.
+const LINE_CHARS_MAX: usize = 200;
+
+/// The beginning and the end of a stream.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Capture {
+    /// The first [`HEAD_BYTES`], or all if there are fewer.
+    pub head: Vec<u8>,
+    /// The last [`TAIL_BYTES`] of what follows the head.
+    pub tail: Vec<u8>,
+    /// How long the stream is.
+    pub total_bytes: u64,
+}
+
+impl Capture {
+    /// Reads a stream as it is now. A file that is absent is empty: its program has not been started.
+    ///
+    /// # Errors
+    /// If the file is there and cannot be read.
+    pub fn read(path: &Path) -> io::Result<Self> {
+        let Some(mut file) = open(path)? else { return Ok(Self::default()) };
+        let total_bytes = file.metadata()?.len();
+        let mut head = Vec::new();
+        file.by_ref().take(HEAD_BYTES.min(total_bytes)).read_to_end(&mut head)?;
+        let tail_at = total_bytes.saturating_sub(TAIL_BYTES).max(HEAD_BYTES.min(total_bytes));
+        file.seek(SeekFrom::Start(tail_at))?;
+        let mut tail = Vec::new();
+        file.take(total_bytes - tail_at).read_to_end(&mut tail)?;
+        Ok(Self { head, tail, total_bytes })
+    }
+
+    /// How many bytes lie between head and tail and are left out.
+    pub fn omitted_bytes(&self) -> u64 {
+        self.total_bytes - self.head.len() as u64 - self.tail.len() as u64
+    }
+
+    /// The last line that is not blank, without spaces around it, at most 200 characters of it. A carriage return starts a
+    /// line too, as programs that show their progress use it.
+    pub fn last_line(&self) -> Option<String> {
+        // Only when nothing is left out is the head's end the line before the tail.
+        let text = if self.omitted_bytes() == 0 { [&*self.head, &*self.tail].concat() } else { self.tail.clone() };
+        let text = String::from_utf8_lossy(&text);
+        let line = text.rsplit(['\n', '\r']).map(str::trim).find(|line| !line.is_empty())?;
+        Some(line.chars().take(LINE_CHARS_MAX).collect())
+    }
+}
+
+/// Reads at most `max_bytes` from an offset on, for following a stream while it grows; empty if there is no more yet.
+///
+/// # Errors
+/// If the file is there and cannot be read.
+pub fn read_from(path: &Path, offset: u64, max_bytes: u64) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    if let Some(mut file) = open(path)? {
+        file.seek(SeekFrom::Start(offset))?;
+        file.take(max_bytes).read_to_end(&mut bytes)?;
+    }
+    Ok(bytes)
+}
+
+fn open(path: &Path) -> io::Result<Option<File>> {
+    match File::open(path) {
+        Ok(file) => Ok(Some(file)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn capture_of(bytes: &[u8]) -> Capture {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), bytes).unwrap();
+        Capture::read(file.path()).unwrap()
+    }
+
+    #[test]
+    fn head_and_tail_never_overlap_and_never_leave_out_more_than_they_say() {
+        for n_bytes in [0, 1, 32 * 1024 - 1, 32 * 1024, 32 * 1024 + 1, 64 * 1024, 64 * 1024 + 1, 200_000] {
+            let bytes: Vec<u8> = (0..n_bytes).map(|idx: usize| u8::try_from(idx % 251).unwrap()).collect();
+            let capture = capture_of(&bytes);
+            assert_eq!(capture.total_bytes, n_bytes as u64);
+            assert!(bytes.starts_with(&capture.head) && bytes.ends_with(&capture.tail), "{n_bytes}");
+            assert_eq!(capture.omitted_bytes(), (n_bytes as u64).saturating_sub(64 * 1024), "{n_bytes}");
+        }
+    }
+
+    #[test]
+    fn the_last_line_is_short_text_whatever_was_written() {
+        assert_eq!(capture_of(b"one\ntwo  \n\n  \n").last_line().as_deref(), Some("two"));
+        assert_eq!(capture_of(b"10 %\r20 %\r").last_line().as_deref(), Some("20 %"));
+        assert_eq!(capture_of(b"a\xff\n").last_line().as_deref(), Some("a\u{fffd}"));
+        assert_eq!(capture_of("é".repeat(300).as_bytes()).last_line(), Some("é".repeat(200)));
+        assert_eq!(capture_of(b"\n").last_line(), None);
+    }
+
+    #[test]
+    fn a_stream_is_followed_by_its_offset() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), "hello world").unwrap();
+        assert_eq!(read_from(file.path(), 0, 5).unwrap(), b"hello");
+        assert_eq!(read_from(file.path(), 6, 100).unwrap(), b"world");
+        assert_eq!(read_from(file.path(), 11, 100).unwrap(), b"");
+        assert_eq!(read_from(Path::new("/nonexistent/stdout"), 0, 100).unwrap(), b"");
+    }
+}

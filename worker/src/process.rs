@@ -1,0 +1,332 @@
+//! Processes in Rust: what an author implements, and what the worker makes of it.
+//!
+//! ```
+//! use baton_worker::process::{Advance, Context, Error, Process};
+//! use futures_util::future::LocalBoxFuture;
+//! use serde::{Deserialize, Serialize};
+//!
+//! /// Counts to three, one durable advance after the other.
+//! #[derive(Serialize, Deserialize)]
+//! struct Three(u32);
+//!
+//! impl Process for Three {
+//!     fn start(_input: &serde_json::Value) -> Result<Self, Error> {
+//!         Ok(Three(0))
+//!     }
+//!
+//!     fn advance<'a>(&'a mut self, context: &'a Context) -> LocalBoxFuture<'a, Result<Advance, Error>> {
+//!         Box::pin(async move {
+//!             self.0 += 1;
+//!             context.log(format!("now at {}", self.0));
+//!             Ok(if self.0 == 3 { Advance::Finished { exit: 0 } } else { Advance::Again })
+//!         })
+//!     }
+//! }
+//! ```
+
+use std::cell::{Cell, RefCell};
+use std::path::Path;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use baton_common::id::Pid;
+use baton_common::spec::{Spec, Work};
+use baton_common::store::blob::{Checkpoint, Outcome, Progress};
+use baton_common::store::writer::{Fence, Fenced, Output, Stream, Verb};
+use futures_util::future::LocalBoxFuture;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+
+use crate::held::Live;
+use crate::incarnation::Shared;
+
+/// Bytes of `log` that are kept of its beginning, and as many of its end.
+const LOG_PART_BYTES: usize = 32 * 1024;
+
+/// A process: its own serialized form is what is kept between two advances, and nothing else is.
+///
+/// It stays on the thread that it was given and need not be `Send`. It must not block that thread: see
+/// [`Context::blocking`].
+pub trait Process: Serialize + DeserializeOwned + 'static {
+    /// Makes a new process from the `with` of its spec.
+    ///
+    /// # Errors
+    /// [`Error::Input`] when the input is not what this kind needs; the process is excepted.
+    fn start(input: &Value) -> Result<Self, Error>;
+
+    /// Does one durable piece of work. What it changed in `self` is committed after it returns; if the worker dies
+    /// before that, the advance is repeated from the last commit.
+    ///
+    /// # Errors
+    /// [`Error::Failed`] is retried as the spec's `retry` says, and then the process is excepted.
+    ///
+    /// # Cancel safety
+    /// It may be dropped at any await: by a kill, by `pause --now`, and when the worker stops.
+    /// [`Process::interrupted`] is called then.
+    fn advance<'a>(&'a mut self, context: &'a Context) -> LocalBoxFuture<'a, Result<Advance, Error>>;
+
+    /// Ends what a dropped advance has left running outside. It has as long as the worker's grace.
+    fn interrupted<'a>(&'a mut self, context: &'a Context, why: Interrupt) -> LocalBoxFuture<'a, ()> {
+        let _ = (context, why);
+        Box::pin(async {})
+    }
+}
+
+/// What comes after an advance.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Advance {
+    /// The next one, at once.
+    Again,
+    /// The next one, not before this time has passed. From a second on, the process occupies nothing meanwhile.
+    After(Duration),
+    /// Nothing: it has come to its end.
+    Finished {
+        /// As a program's: the spec's `ok.exit` says which are good.
+        exit: i32,
+    },
+}
+
+/// Why an advance was dropped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Interrupt {
+    /// The process is to end.
+    Kill,
+    /// The process is to pause; the advance is repeated after `play`.
+    Pause,
+    /// The worker stops; the advance is repeated by another.
+    Drain,
+}
+
+/// Why an advance failed.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The input can never work; not tried again.
+    #[error("wrong input: {0}")]
+    Input(String),
+    /// Something broke; tried again if the spec says so.
+    #[error("{0}")]
+    Failed(String),
+    /// Not the process's fault; it goes back to the queue at no charge.
+    #[error("interrupted: {0}")]
+    Interrupted(String),
+}
+
+impl Error {
+    /// An error with the whole chain of its causes.
+    pub fn failed(error: impl Into<Box<dyn std::error::Error>>) -> Self {
+        let error = error.into();
+        let mut text = error.to_string();
+        let mut cause = error.source();
+        while let Some(inner) = cause {
+            text.push_str(&format!(": {inner}"));
+            cause = inner.source();
+        }
+        Error::Failed(text)
+    }
+}
+
+impl From<std::io::Error> for Error {
+    fn from(error: std::io::Error) -> Self {
+        Error::failed(error)
+    }
+}
+
+/// What a process may use during an advance.
+pub struct Context {
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) fence: Fence,
+    pub(crate) attempt: Cell<i64>,
+    pub(crate) spec: Rc<Spec>,
+    pub(crate) live: Arc<Live>,
+    pub(crate) draft: RefCell<Draft>,
+}
+
+/// What an advance has said so far; committed with its checkpoint, or dropped with it.
+#[derive(Clone, Default)]
+pub(crate) struct Draft {
+    pub(crate) advances: u64,
+    pub(crate) values: serde_json::Map<String, Value>,
+    pub(crate) progress: Option<Progress>,
+    pub(crate) outputs: Vec<Output>,
+    pub(crate) outcome: Outcome,
+    logged: bool,
+    log: Log,
+}
+
+/// The beginning and the end of what was logged under this lease.
+#[derive(Clone, Default)]
+struct Log {
+    head: Vec<u8>,
+    tail: Vec<u8>,
+    total_bytes: u64,
+}
+
+impl Log {
+    fn append(&mut self, line: &str) {
+        self.total_bytes += line.len() as u64;
+        let fits = line.len().min(LOG_PART_BYTES - self.head.len());
+        self.head.extend_from_slice(&line.as_bytes()[..fits]);
+        self.tail.extend_from_slice(&line.as_bytes()[fits..]);
+        if self.tail.len() > LOG_PART_BYTES {
+            self.tail.drain(..self.tail.len() - LOG_PART_BYTES);
+        }
+    }
+
+    fn output(&self) -> Output {
+        Output {
+            stream: Stream::Stdout,
+            head: self.head.clone(),
+            tail: self.tail.clone(),
+            total_bytes: self.total_bytes,
+        }
+    }
+}
+
+impl Draft {
+    /// A draft as the checkpoint left it.
+    pub(crate) fn of(checkpoint: &Checkpoint) -> Self {
+        Draft {
+            advances: checkpoint.advances,
+            values: checkpoint.values.clone(),
+            progress: checkpoint.progress.clone(),
+            ..Draft::default()
+        }
+    }
+
+    /// The draft of the next advance: as the checkpoint left it, with the log of this lease so far.
+    pub(crate) fn of_draft(checkpoint: &Checkpoint, last: &Draft) -> Self {
+        Draft {
+            advances: checkpoint.advances,
+            values: checkpoint.values.clone(),
+            progress: checkpoint.progress.clone(),
+            outputs: Vec::new(),
+            outcome: Outcome::default(),
+            ..last.clone()
+        }
+    }
+
+    /// What goes into the next write: the program's streams, or the log if a line has come since the last write.
+    pub(crate) fn take_outputs(&mut self) -> Vec<Output> {
+        if std::mem::take(&mut self.logged) {
+            self.outputs.push(self.log.output());
+        }
+        std::mem::take(&mut self.outputs)
+    }
+}
+
+impl Context {
+    /// The process's id.
+    pub fn pid(&self) -> Pid {
+        self.fence.pid
+    }
+
+    /// The number of the lease under which this advance runs; it grows with every takeover.
+    pub fn epoch(&self) -> i64 {
+        self.fence.epoch
+    }
+
+    /// The number of the try, from 1.
+    pub fn attempt(&self) -> i64 {
+        self.attempt.get()
+    }
+
+    /// The number of this advance, from 1: one more than are committed.
+    pub fn advance_number(&self) -> u64 {
+        self.draft.borrow().advances + 1
+    }
+
+    /// The worker's name.
+    pub fn worker(&self) -> &str {
+        &self.shared.name
+    }
+
+    /// What the user wrote.
+    pub fn spec(&self) -> &Spec {
+        &self.spec
+    }
+
+    /// The `with` of the spec.
+    pub fn input(&self) -> &Value {
+        match &self.spec.what {
+            Work::Call { with, .. } => with,
+            Work::Run { .. } | Work::Script { .. } => &Value::Null,
+        }
+    }
+
+    /// Waits within the advance. The process stays in memory; to wait for long, return [`Advance::After`].
+    pub async fn sleep(&self, duration: Duration) {
+        tokio::time::sleep(duration).await;
+    }
+
+    /// Sets a value that the process returns. Committed with the advance.
+    pub fn set_value(&self, name: impl Into<String>, value: impl Into<Value>) {
+        self.draft.borrow_mut().values.insert(name.into(), value.into());
+    }
+
+    /// Says how far the process is. Committed with the advance; counts as progress.
+    pub fn set_progress(&self, done: u64, total: Option<u64>) {
+        self.draft.borrow_mut().progress = Some(Progress { done, total });
+    }
+
+    /// Writes a line to the process's log, which `baton logs` shows. Its beginning and end are kept, not all of a long one.
+    pub fn log(&self, line: impl AsRef<str>) {
+        let line = line.as_ref();
+        tracing::debug!(pid = %self.pid(), "{line}");
+        self.live.set_last_line(line);
+        let mut draft = self.draft.borrow_mut();
+        draft.log.append(&format!("{line}\n"));
+        draft.logged = true;
+    }
+
+    /// Runs what blocks (hashing, big files, a library that waits) on the blocking pool.
+    ///
+    /// # Errors
+    /// [`Error::Failed`] when the work panicked.
+    ///
+    /// # Cancel safety
+    /// If this is dropped, the work runs on to its end and its result is lost.
+    pub async fn blocking<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> Result<T, Error> {
+        self.shared.blocking.spawn_blocking(work).await.map_err(|error| Error::failed(error.to_string()))
+    }
+
+    /// Names what the process does now, for `baton status`.
+    pub fn set_stage(&self, stage: &'static str) {
+        self.live.set_stage(stage);
+    }
+
+    /// The folder below which sandboxes are made.
+    pub(crate) fn root(&self) -> &Path {
+        &self.shared.root
+    }
+
+    /// Stores what the program has written so far, in the middle of an advance.
+    pub(crate) async fn keep_outputs(&self, outputs: Vec<Output>) -> Result<(), Error> {
+        let fenced = Fenced {
+            fence: self.fence,
+            verb: Verb::Keep,
+            checkpoint: None,
+            attempt: self.attempt(),
+            ended: None,
+            outputs,
+        };
+        match self.shared.writer.write(fenced).await {
+            Ok(Some(_)) => Ok(()),
+            Ok(None) | Err(_) => Err(Error::Interrupted("the lease was lost".into())),
+        }
+    }
+}
+
+/// How long a thing has been as it is.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Since<T> {
+    pub(crate) what: T,
+    pub(crate) since: Instant,
+}
+
+impl<T> Since<T> {
+    pub(crate) fn now(what: T) -> Self {
+        Self { what, since: Instant::now() }
+    }
+}

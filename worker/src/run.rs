@@ -1,0 +1,466 @@
+//! One held process: advance, checkpoint, and so on until it ends, waits, or has to be let go.
+//!
+//! Between two advances nothing is carried over but the checkpoint, and here everything is obeyed: a kill, a pause, the
+//! worker's drain. In the middle of an advance only what is urgent is.
+
+use std::any::Any;
+use std::cell::{Cell, RefCell};
+use std::hash::{BuildHasher, Hasher, RandomState};
+use std::panic::AssertUnwindSafe;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use baton_common::communicator::ReplyTo;
+use baton_common::id::Pid;
+use baton_common::spec::Spec;
+use baton_common::state::{Desired, Place, State};
+use baton_common::store::blob::{Checkpoint, Outcome};
+use baton_common::store::writer::{Attempt, Claimed, Fence, Fenced, How, Verb, Written};
+use futures_util::FutureExt;
+use tokio::sync::{OwnedSemaphorePermit, watch};
+use tracing::{Instrument, debug, info, warn};
+
+use crate::held::{Drain, Live, Orders};
+use crate::incarnation::Shared;
+use crate::process::{Advance, Context, Draft, Error, Interrupt};
+use crate::registry::AnyProcess;
+
+/// Waits shorter than this are spent in memory, with the lease; longer ones are parked. A parked second costs two
+/// commits and a message, a held one nothing but memory.
+const PARK_FROM: Duration = Duration::from_secs(1);
+
+/// A claimed process on its way to its thread.
+pub(crate) struct Start {
+    pub(crate) claimed: Box<Claimed>,
+    pub(crate) orders: watch::Receiver<Orders>,
+    pub(crate) live: Arc<Live>,
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) permit: OwnedSemaphorePermit,
+}
+
+impl Start {
+    pub(crate) fn pid(&self) -> Pid {
+        self.claimed.fence.pid
+    }
+}
+
+/// Runs a process until it leaves this worker.
+pub(crate) async fn run(start: Start) {
+    let Start { claimed, orders, live, shared, permit } = start;
+    let fence = claimed.fence;
+    let reply_to = claimed.reply_to.clone();
+    let mut run = match Run::restore(&claimed, orders, live, &shared) {
+        Err((mut run, reason)) => {
+            run.end(State::Excepted, Outcome::because(reason), How::Error).await;
+            run
+        }
+        Ok(mut run) => {
+            run.go_on().await;
+            run
+        }
+    };
+    run.leave(reply_to).await;
+    shared.held.remove(fence);
+    drop(permit);
+}
+
+/// A process while it is held.
+struct Run {
+    shared: Arc<Shared>,
+    orders: watch::Receiver<Orders>,
+    context: Rc<Context>,
+    process: Option<Box<dyn AnyProcess>>,
+    checkpoint: Checkpoint,
+    claimed_at: i64,
+    /// What the last write left, once that is no longer `held`; `None` when the lease was lost.
+    left: Option<Written>,
+    outcome: Option<Outcome>,
+}
+
+/// Whether the process is still ours.
+#[derive(PartialEq)]
+enum Hold {
+    Held,
+    Gone,
+}
+
+impl Run {
+    #[expect(clippy::result_large_err, reason = "made once a claim, and both arms are used by value at once")]
+    fn restore(
+        claimed: &Claimed,
+        orders: watch::Receiver<Orders>,
+        live: Arc<Live>,
+        shared: &Arc<Shared>,
+    ) -> Result<Self, (Self, String)> {
+        let spec = match &claimed.spec {
+            Ok(spec) => Ok(spec.clone()),
+            Err(error) => Err(format!("its spec: {error}")),
+        };
+        let checkpoint = match &claimed.checkpoint {
+            None => Ok(None),
+            Some(Ok(checkpoint)) => Ok(Some(checkpoint.clone())),
+            Some(Err(error)) => Err(format!("its checkpoint: {error}")),
+        };
+        let restored = checkpoint.as_ref().ok().cloned().flatten().unwrap_or_default();
+        let nothing = || Spec::new(baton_common::spec::Work::Run { argv: vec!["false".into()] });
+        let context = Context {
+            shared: Arc::clone(shared),
+            fence: claimed.fence,
+            attempt: Cell::new(claimed.attempt),
+            spec: Rc::new(spec.as_ref().ok().cloned().unwrap_or_else(nothing)),
+            live,
+            draft: RefCell::new(Draft::of(&restored)),
+        };
+        let mut run = Run {
+            shared: Arc::clone(shared),
+            orders,
+            context: Rc::new(context),
+            process: None,
+            checkpoint: restored,
+            claimed_at: claimed.claimed_at,
+            left: None,
+            outcome: None,
+        };
+        let made = spec.and_then(|spec| {
+            let state = checkpoint?.map(|checkpoint| checkpoint.state).filter(|state| !state.is_empty());
+            let input = run.context.input().clone();
+            shared.registry.make(&spec, &input, state.as_deref()).map_err(|error| error.to_string())
+        });
+        match made {
+            Ok(process) => {
+                run.process = Some(process);
+                Ok(run)
+            }
+            Err(reason) => Err((run, reason)),
+        }
+    }
+
+    /// The loop of a held process.
+    async fn go_on(&mut self) {
+        loop {
+            if self.obey().await == Hold::Gone {
+                return;
+            }
+            // An advance that begins after the lease's deadline could run twice at once; the next beat decides.
+            let mut orders = self.orders.clone();
+            tokio::select! {
+                () = self.shared.lease.trusted() => {}
+                _ = orders.wait_for(|orders| orders.abandon) => return,
+            }
+            if self.orders.borrow().abandon {
+                return;
+            }
+            let hold = match self.advance().await {
+                Some(Ok(advance)) => self.commit(advance).await,
+                Some(Err(error)) => self.fail(error).await,
+                // Interrupted: what has to be obeyed is found at the top.
+                None => Hold::Held,
+            };
+            if hold == Hold::Gone {
+                return;
+            }
+        }
+    }
+
+    /// Obeys what is desired of the process; called between two advances, and after one was dropped.
+    async fn obey(&mut self) -> Hold {
+        loop {
+            let orders = *self.orders.borrow_and_update();
+            if orders.abandon {
+                return Hold::Gone;
+            }
+            if orders.desired == Desired::Kill {
+                self.end(State::Killed, self.killed().await, How::Killed).await;
+                return Hold::Gone;
+            }
+            if orders.desired == Desired::Pause {
+                if self.write(Verb::Pause, None, Some((How::Paused, None))).await == Hold::Gone {
+                    return Hold::Gone;
+                }
+                // The row has been played meanwhile, and its answer has changed the orders.
+                continue;
+            }
+            if orders.drain != Drain::No {
+                return self.write(Verb::GiveBack, None, Some((How::Drained, None))).await;
+            }
+            return Hold::Held;
+        }
+    }
+
+    /// One advance; `None` when it was dropped because something urgent came.
+    async fn advance(&mut self) -> Option<Result<Advance, Error>> {
+        let context = Rc::clone(&self.context);
+        let draft = Draft::of_draft(&self.checkpoint, &context.draft.borrow());
+        context.draft.replace(draft);
+        context.live.set_stage("advancing");
+        let span = tracing::info_span!(
+            "advance",
+            process.id = %context.pid(),
+            process.kind = context.spec.kind(),
+            epoch = context.epoch(),
+            advance = context.advance_number(),
+        );
+        let process = self.process.as_mut().expect("a process that was restored is there until it ends");
+        let mut orders = self.orders.clone();
+        let advanced = tokio::select! {
+            biased;
+            advanced = AssertUnwindSafe(process.advance(&context)).catch_unwind().instrument(span) => Some(advanced),
+            _ = orders.wait_for(Orders::interrupts) => None,
+        };
+        let orders = *self.orders.borrow();
+        match advanced {
+            Some(Ok(advanced)) => Some(advanced),
+            Some(Err(panic)) => {
+                let text = panic_text(panic.as_ref());
+                warn!(pid = %context.pid(), "the process panicked: {text}");
+                // Its state may be half-changed; only its checkpoint can be trusted.
+                Some(Err(Error::Input(format!("it panicked: {text}"))))
+            }
+            None if orders.abandon => None,
+            None => {
+                let why = if orders.desired == Desired::Kill {
+                    Interrupt::Kill
+                } else if orders.desired == Desired::Pause {
+                    Interrupt::Pause
+                } else {
+                    Interrupt::Drain
+                };
+                let limit = self.shared.grace + Duration::from_secs(5);
+                let mut abandoned = self.orders.clone();
+                tokio::select! {
+                    ended = tokio::time::timeout(limit, process.interrupted(&context, why)) => if ended.is_err() {
+                        warn!(pid = %context.pid(), ?why, "the process did not clean up within {}s", limit.as_secs());
+                    },
+                    _ = abandoned.wait_for(|orders| orders.abandon) => {}
+                }
+                None
+            }
+        }
+    }
+
+    /// Makes an advance durable.
+    async fn commit(&mut self, advance: Advance) -> Hold {
+        let process = self.process.as_ref().expect("a process that was restored is there until it ends");
+        let state = match process.save() {
+            Ok(state) => state,
+            Err(error) => return self.fail(error).await,
+        };
+        let draft = self.context.draft.borrow().clone();
+        let idle = state == self.checkpoint.state
+            && draft.values == self.checkpoint.values
+            && draft.progress == self.checkpoint.progress;
+        // A process that waits between two looks at the world is no loop.
+        let waits = matches!(advance, Advance::After(pause) if pause >= PARK_FROM);
+        let checkpoint = Checkpoint {
+            advances: self.checkpoint.advances + 1,
+            idle_advances: if idle && !waits { self.checkpoint.idle_advances + 1 } else { 0 },
+            values: draft.values,
+            progress: draft.progress,
+            state,
+            ..self.checkpoint.clone()
+        };
+        if let Some(reason) = self.shared.limits.broken_by(&checkpoint)
+            && !matches!(advance, Advance::Finished { .. })
+        {
+            self.end(State::Excepted, Outcome::because(reason), How::Error).await;
+            return Hold::Gone;
+        }
+        match advance {
+            Advance::Again => self.write(Verb::Keep, Some(checkpoint), None).await,
+            Advance::After(pause) if pause < PARK_FROM => {
+                if self.write(Verb::Keep, Some(checkpoint), None).await == Hold::Gone {
+                    return Hold::Gone;
+                }
+                let mut orders = self.orders.clone();
+                let awaited = |orders: &Orders| {
+                    orders.interrupts() || orders.desired != Desired::Run || orders.drain != Drain::No
+                };
+                self.context.live.set_stage("sleeping");
+                // Whoever pauses or drains need not wait for it: a short wait that is cut is a late checkpoint, no error.
+                let _ = tokio::time::timeout(pause, orders.wait_for(awaited)).await;
+                Hold::Held
+            }
+            Advance::After(pause) => {
+                let hold = self.write(Verb::Park { wake_in: pause }, Some(checkpoint), None).await;
+                if hold == Hold::Gone {
+                    self.shared.timer.due_in(pause);
+                }
+                hold
+            }
+            Advance::Finished { exit } => self.finish(exit, checkpoint).await,
+        }
+    }
+
+    /// The process has come to its end by itself: well, or to be tried again, or not well.
+    async fn finish(&mut self, exit: i32, checkpoint: Checkpoint) -> Hold {
+        let spec = Rc::clone(&self.context.spec);
+        let ok = spec.ok_exit.contains(&exit);
+        let outcome = self.context.draft.borrow().outcome.clone();
+        let reason = outcome.reason.clone().or_else(|| (!ok).then(|| format!("exit {exit}")));
+        if !ok && let Some(hold) = self.retry(reason.clone().unwrap_or_default()).await {
+            return hold;
+        }
+        let outcome = Outcome {
+            exit: Some(exit),
+            ok,
+            values: checkpoint.values.clone(),
+            sandbox: self.place(&outcome),
+            ..outcome
+        };
+        self.checkpoint = checkpoint;
+        let how = if ok { How::Ok } else { How::Error };
+        let attempt = Some((how, reason));
+        self.outcome = Some(outcome.clone());
+        self.write(Verb::End { state: State::Finished, outcome }, Some(self.checkpoint.clone()), attempt).await
+    }
+
+    /// An advance has failed.
+    async fn fail(&mut self, error: Error) -> Hold {
+        match error {
+            Error::Interrupted(reason) => {
+                info!(pid = %self.context.pid(), reason, "interrupted; back to the queue at no charge");
+                self.write(Verb::GiveBack, None, Some((How::Drained, Some(reason)))).await
+            }
+            Error::Failed(reason) => {
+                if let Some(hold) = self.retry(reason.clone()).await {
+                    return hold;
+                }
+                self.end(State::Excepted, Outcome::because(reason), How::Error).await;
+                Hold::Gone
+            }
+            Error::Input(reason) => {
+                self.end(State::Excepted, Outcome::because(reason), How::Error).await;
+                Hold::Gone
+            }
+        }
+    }
+
+    /// Parks the process until its next try; `None` when there is none left.
+    async fn retry(&mut self, reason: String) -> Option<Hold> {
+        let retry = self.context.spec.retry.clone();
+        let failures = self.checkpoint.failures + 1;
+        if failures >= retry.max {
+            return None;
+        }
+        let pause = retry.wait.before(failures, random());
+        info!(pid = %self.context.pid(), reason, wait_ms = pause.as_millis(), "failed; it will be tried again");
+        // The checkpoint before the failed advance, with one more failure on it.
+        let checkpoint = Checkpoint { failures, last_error: Some(reason.clone()), ..self.checkpoint.clone() };
+        let attempt = Some((How::Error, Some(reason)));
+        let hold = self.write_as(Verb::Park { wake_in: pause }, Some(checkpoint), attempt, 1).await;
+        self.shared.timer.due_in(pause);
+        Some(hold)
+    }
+
+    async fn killed(&self) -> Outcome {
+        let reason = self.shared.store.killed_because(self.context.pid()).await.ok().flatten();
+        let outcome = self.context.draft.borrow().outcome.clone();
+        Outcome {
+            reason: Some(reason.unwrap_or_else(|| "killed".into())),
+            values: self.checkpoint.values.clone(),
+            sandbox: self.place(&outcome),
+            ..Outcome::default()
+        }
+    }
+
+    fn place(&self, outcome: &Outcome) -> Option<String> {
+        outcome.sandbox.as_ref().map(|path| format!("{}:{path}", self.shared.host))
+    }
+
+    async fn end(&mut self, state: State, outcome: Outcome, how: How) {
+        let attempt = Some((how, outcome.reason.clone()));
+        self.outcome = Some(outcome.clone());
+        self.write(Verb::End { state, outcome }, None, attempt).await;
+    }
+
+    async fn write(
+        &mut self,
+        verb: Verb,
+        checkpoint: Option<Checkpoint>,
+        ended: Option<(How, Option<String>)>,
+    ) -> Hold {
+        self.write_as(verb, checkpoint, ended, 0).await
+    }
+
+    /// Writes under the fence, and takes over what the row says.
+    async fn write_as(
+        &mut self,
+        verb: Verb,
+        checkpoint: Option<Checkpoint>,
+        ended: Option<(How, Option<String>)>,
+        more_tries: i64,
+    ) -> Hold {
+        let fence = self.context.fence;
+        let fenced = Fenced {
+            fence,
+            verb,
+            checkpoint: checkpoint.clone(),
+            attempt: self.context.attempt() + more_tries,
+            ended: ended.map(|(how, reason)| Attempt { started_at: self.claimed_at, how, reason }),
+            outputs: self.context.draft.borrow_mut().take_outputs(),
+        };
+        let mut abandoned = self.orders.clone();
+        let written = tokio::select! {
+            written = self.shared.writer.write(fenced) => written,
+            _ = abandoned.wait_for(|orders| orders.abandon) => return Hold::Gone,
+        };
+        match written {
+            Ok(Some(written)) => {
+                self.context.attempt.set(self.context.attempt() + more_tries);
+                if let Some(checkpoint) = checkpoint {
+                    self.context.live.set_advances(checkpoint.advances);
+                    self.checkpoint = checkpoint;
+                }
+                if written.place == Place::Held {
+                    self.shared.held.order(fence.pid, written.desired, written.urgent);
+                    return Hold::Held;
+                }
+                self.left = Some(written);
+                Hold::Gone
+            }
+            Ok(None) => {
+                warn!(pid = %fence.pid, epoch = fence.epoch, "the lease is lost; dropping the process");
+                self.outcome = None;
+                Hold::Gone
+            }
+            Err(error) => {
+                warn!(pid = %fence.pid, %error, "not written; the reconciling beat gives the process back");
+                self.outcome = None;
+                Hold::Gone
+            }
+        }
+    }
+
+    /// Says what must be said now that the process is no longer held.
+    async fn leave(&mut self, reply_to: Option<Vec<u8>>) {
+        // Whatever it still has (a program's handle) goes before the others are told.
+        self.process = None;
+        let Some(written) = self.left.take() else { return };
+        let Fence { pid, .. } = self.context.fence;
+        debug!(%pid, place = written.place.word(), state = written.state.word(), "left this worker");
+        match written.place {
+            Place::Queued => self.shared.tell(pid, written.queue, written.told_at).await,
+            Place::Ended | Place::Parked | Place::Held => {
+                let exit = self.outcome.as_ref().and_then(|outcome| outcome.exit);
+                self.shared.announce(pid, written.state, exit);
+            }
+        }
+        if written.place == Place::Ended
+            && let Some(reply_to) = reply_to.as_deref().and_then(ReplyTo::from_bytes)
+        {
+            self.shared.answer_end(pid, written.state, self.outcome.as_ref(), reply_to).await;
+        }
+    }
+}
+
+fn panic_text(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
+    text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_else(|| "no text".into())
+}
+
+/// A number in 0..1 to spread retries with; nothing depends on its quality.
+fn random() -> f64 {
+    let bits = RandomState::new().build_hasher().finish() & u64::from(u32::MAX);
+    f64::from(u32::try_from(bits).expect("masked to 32 bits")) / (f64::from(u32::MAX) + 1.0)
+}

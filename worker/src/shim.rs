@@ -1,0 +1,80 @@
+//! The shim: the small process between a worker and one local program, which leaves nothing of the program behind.
+//!
+//! A worker starts its own executable as `<exe> shim`. The shim is the subreaper of everything that the program starts,
+//! so also what forked, called setsid and closed its pipes stays below it. It ends all of it when the program ends, when
+//! it is told to, when its standard input closes (the worker died), or when nobody renews the worker's lease (the worker
+//! is frozen or cut off). If the shim itself is killed, the program goes with it by its parent-death signal, and the
+//! worker ends the rest.
+//!
+//! Here is only plain blocking code, and no runtime: there is one shim for each program.
+
+use std::io::{self, BufRead, Write};
+use std::process::ExitCode;
+
+use rustix::process::{getpid, set_child_subreaper, setsid};
+use rustix::time::{ClockId, clock_gettime};
+
+pub(crate) mod course;
+mod stage;
+mod supervise;
+pub(crate) mod tree;
+pub mod wire;
+
+use wire::{Order, Report};
+
+/// The hidden sub-command of every Baton binary under which [`main`] has to be called.
+pub const COMMAND: &str = "shim";
+
+/// The argument after [`COMMAND`] that names the second stage, which becomes the program.
+const STAGE: &str = "exec";
+
+/// Runs the shim. Call this first in `main`, before any runtime or other thread starts, when the first argument is
+/// [`COMMAND`].
+pub fn main() -> ExitCode {
+    if std::env::args().nth(2).as_deref() == Some(STAGE) {
+        return stage::main();
+    }
+    let mut input = io::BufReader::new(io::stdin());
+    let mut line = String::new();
+    match input.read_line(&mut line) {
+        // The worker died before it had said what to run.
+        Ok(0) => return ExitCode::SUCCESS,
+        Ok(_) => {}
+        Err(error) => return failed(format!("could not read the order: {error}")),
+    }
+    let order: Order = match serde_json::from_str(&line) {
+        Ok(order) => order,
+        Err(error) => return failed(format!("could not read the order: {error}")),
+    };
+    // This fails only for a process that leads its group already, and then the terminal's signals are its own business.
+    let _ = setsid();
+    if let Err(error) = set_child_subreaper(Some(getpid())) {
+        return failed(format!("could not become a subreaper: {error}"));
+    }
+    match supervise::run(&order, input) {
+        Ok(ended) => {
+            report(&Report::Ended(ended));
+            ExitCode::SUCCESS
+        }
+        Err(error) => failed(error.to_string()),
+    }
+}
+
+/// Milliseconds on the clock by which leases are judged: it counts on while the machine is suspended, and nobody can
+/// set it. The worker and its shims read the same clock.
+pub(crate) fn boottime_ms() -> u64 {
+    let now = clock_gettime(ClockId::Boottime);
+    u64::try_from(now.tv_sec).unwrap_or(0) * 1000 + u64::try_from(now.tv_nsec).unwrap_or(0) / 1_000_000
+}
+
+fn failed(message: String) -> ExitCode {
+    report(&Report::Failed { message });
+    ExitCode::FAILURE
+}
+
+/// Tells the worker. Nobody may be there to hear it any more, and that is no error of the shim.
+fn report(report: &Report) {
+    let mut line = serde_json::to_string(report).expect("a report is made of numbers and text");
+    line.push('\n');
+    let _ = io::stdout().lock().write_all(line.as_bytes());
+}

@@ -1,0 +1,201 @@
+//! Starts the program, watches it, and ends it and everything that it left.
+
+use std::fs::File;
+use std::io::{self, BufRead, Read, Write};
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
+use std::thread;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use rustix::process::{WaitOptions, WaitStatus, wait};
+
+use super::course::{Act, Course, Event, Now};
+use super::stage::{Image, memory_file};
+use super::wire::{Ended, EndedBy, Order, Report, Request};
+use super::{COMMAND, STAGE, boottime_ms, report, tree};
+
+/// What the two reading threads may have said without being heard: they wait for the main thread, which only ever waits for
+/// them, so more would change nothing.
+const EVENTS_MAX: usize = 16;
+
+/// Why a shim could not do its work.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Error {
+    #[error("could not write {path}: {source}")]
+    Write { path: String, source: io::Error },
+    #[error("could not start a process in {cwd}: {source}")]
+    Start { cwd: String, source: io::Error },
+    #[error("could not start a thread: {0}")]
+    Thread(io::Error),
+}
+
+/// What a reading thread has seen.
+enum Seen {
+    Asked(Request),
+    WorkerGone,
+    MainEnded(WaitStatus, i64),
+    AllGone,
+}
+
+/// Runs the program to its end and writes `done.json`; nothing is left below this process when it comes back, except what
+/// the result counts as left behind.
+pub(super) fn run(order: &Order, input: impl BufRead + Send + 'static) -> Result<Ended, Error> {
+    let (seen_tx, seen_rx) = sync_channel(EVENTS_MAX);
+    let started = now();
+    let started_at = unix_micros();
+    // The program's parent-death signal follows this thread, which is the last one of the shim.
+    let (main, mut failure) = start(order)?;
+    report(&Report::Started { pid: main });
+    let requests_tx = seen_tx.clone();
+    let threads = thread::Builder::new()
+        .name("requests".into())
+        .spawn(move || read_requests(input, &requests_tx))
+        .and_then(|_| thread::Builder::new().name("reaper".into()).spawn(move || reap(main, &seen_tx)));
+    if let Err(error) = threads {
+        // The program ends by its parent-death signal.
+        return Err(Error::Thread(error));
+    }
+
+    let mut course = Course::new(
+        started,
+        order.time_limit_ms.map(Duration::from_millis),
+        Duration::from_millis(order.grace_ms),
+        order.lease_ms,
+        order.leased_at_ms,
+    );
+    let (result, left_behind) = watch(&mut course, main, &seen_rx);
+
+    let mut not_started = String::new();
+    if result.is_some() {
+        // The other end is closed since the program was executed or ended.
+        let _ = failure.read_to_string(&mut not_started);
+    }
+    let (user_ms, system_ms) = tree::children_times_ms();
+    let ended = Ended {
+        exit: result.and_then(|(status, _)| status.exit_status()),
+        signal: result.and_then(|(status, _)| status.terminating_signal()),
+        ended_by: course.ended_by().unwrap_or(EndedBy::Own),
+        not_started: (!not_started.is_empty()).then_some(not_started),
+        started_at,
+        ended_at: result.map_or_else(unix_micros, |(_, at)| at),
+        user_ms,
+        system_ms,
+        left_behind,
+    };
+    write_done(&order.done, &ended)
+        .map_err(|source| Error::Write { path: order.done.display().to_string(), source })?;
+    Ok(ended)
+}
+
+/// Starts the second stage. Gives back its process id, which will be the program's, and the pipe on which it says why it
+/// could not become the program.
+fn start(order: &Order) -> Result<(u32, io::PipeReader), Error> {
+    let create =
+        |path: &Path| File::create(path).map_err(|source| Error::Write { path: path.display().to_string(), source });
+    create(&order.stdout)?;
+    create(&order.stderr)?;
+    let spawn = || {
+        let image = Image {
+            parent: std::process::id(),
+            argv: order.argv.clone(),
+            env: order.env.clone(),
+            stdin: order.stdin.clone(),
+            stdout: order.stdout.clone(),
+        };
+        let (failure, to_shim) = io::pipe()?;
+        let child = Command::new(crate::local::SELF)
+            .arg0("baton")
+            .args([COMMAND, STAGE])
+            .env_clear()
+            .current_dir(&order.cwd)
+            .stdin(memory_file("image", &serde_json::to_vec(&image)?)?)
+            .stdout(to_shim)
+            .stderr(Stdio::from(File::options().append(true).open(&order.stderr)?))
+            .spawn()?;
+        Ok((child.id(), failure))
+    };
+    spawn().map_err(|source| Error::Start { cwd: order.cwd.display().to_string(), source })
+}
+
+/// Lets time and events pass until nothing is left. Gives back how and when the program ended, if it did, and how many
+/// processes could not be ended.
+fn watch(course: &mut Course, main: u32, seen: &Receiver<Seen>) -> (Option<(WaitStatus, i64)>, u32) {
+    let shim = std::process::id();
+    let mut result = None;
+    let mut n_left = 0;
+    loop {
+        let event = match seen.recv_timeout(course.pause(now())) {
+            Ok(Seen::Asked(request)) => Event::Asked(request),
+            Ok(Seen::WorkerGone) => Event::WorkerGone,
+            Ok(Seen::MainEnded(status, at)) => {
+                result = Some((status, at));
+                Event::MainEnded
+            }
+            Ok(Seen::AllGone) => {
+                n_left = 0;
+                Event::AllGone
+            }
+            Err(RecvTimeoutError::Timeout) => Event::Tick,
+            Err(RecvTimeoutError::Disconnected) => Event::WorkerGone,
+        };
+        match course.on(event, now()) {
+            Act::Nothing => {}
+            Act::Term => tree::terminate(shim, main),
+            Act::Kill => n_left = tree::kill(shim),
+            Act::Finish => return (result, u32::try_from(n_left).unwrap_or(u32::MAX)),
+        }
+    }
+}
+
+fn read_requests(input: impl BufRead, seen: &SyncSender<Seen>) {
+    for line in input.lines() {
+        let Ok(line) = line else { break };
+        if let Some(request) = Request::from_line(&line)
+            && seen.send(Seen::Asked(request)).is_err()
+        {
+            return;
+        }
+    }
+    // Nobody hears it if everything has ended already.
+    let _ = seen.send(Seen::WorkerGone);
+}
+
+/// Waits for every child, also for those that only became the shim's when their parents ended. A process below the shim
+/// always has a living chain of parents up to it, so without a child nothing at all is left.
+fn reap(main: u32, seen: &SyncSender<Seen>) {
+    loop {
+        let said = match wait(WaitOptions::empty()) {
+            Ok(Some((pid, status))) if u32::try_from(pid.as_raw_pid()) == Ok(main) => {
+                seen.send(Seen::MainEnded(status, unix_micros()))
+            }
+            Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
+            Err(_) => {
+                let _ = seen.send(Seen::AllGone);
+                return;
+            }
+        };
+        if said.is_err() {
+            return;
+        }
+    }
+}
+
+/// Writes under another name, then renames: whoever sees `done.json` sees all of it.
+fn write_done(path: &Path, ended: &Ended) -> io::Result<()> {
+    let part = path.with_extension("part");
+    let mut file = File::create(&part)?;
+    file.write_all(&serde_json::to_vec(ended)?)?;
+    file.sync_all()?;
+    std::fs::rename(&part, path)
+}
+
+fn now() -> Now {
+    Now { at: Instant::now(), boottime_ms: boottime_ms() }
+}
+
+fn unix_micros() -> i64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    i64::try_from(since.as_micros()).unwrap_or(i64::MAX)
+}

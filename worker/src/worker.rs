@@ -1,0 +1,84 @@
+//! A worker: one incarnation after the other until it is told to stop.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use baton_common::communicator::Broker;
+use baton_common::store::Store;
+use tokio_util::sync::CancellationToken;
+use tracing::warn;
+
+use crate::incarnation::{self, Ended};
+pub use crate::incarnation::{Error, Limits};
+use crate::registry::Registry;
+
+/// Pause before a worker that could not start an incarnation tries again.
+const RESTART_PAUSE: Duration = Duration::from_secs(1);
+
+/// What a worker is started with.
+#[derive(Clone)]
+pub struct Options {
+    /// Its label.
+    pub name: String,
+    /// The host's name, for people and for what it left behind.
+    pub host: String,
+    /// The queues that it serves.
+    pub queues: Vec<String>,
+    /// How many processes it holds at a time.
+    pub slots: u32,
+    /// How many threads advance them.
+    pub threads: usize,
+    /// Where sandboxes are made.
+    pub root: PathBuf,
+    /// How long an advance may go on when the worker stops, and how long a program has between TERM and KILL.
+    pub grace: Duration,
+    /// What ends endless loops.
+    pub limits: Limits,
+    /// The processes it knows.
+    pub registry: Registry,
+    /// The database.
+    pub store: Store,
+    /// The broker.
+    pub broker: Broker,
+}
+
+/// How to stop a worker. Clones are the same.
+#[derive(Clone, Debug, Default)]
+pub struct Stop {
+    drain: CancellationToken,
+    hurry: CancellationToken,
+}
+
+impl Stop {
+    /// Take nothing more, finish or checkpoint within the grace, give the rest back.
+    pub fn drain(&self) {
+        self.drain.cancel();
+    }
+
+    /// Do not wait for the grace.
+    pub fn hurry(&self) {
+        self.drain.cancel();
+        self.hurry.cancel();
+    }
+}
+
+/// Runs a worker until it is stopped. An incarnation that was declared gone is followed by a new one.
+///
+/// # Errors
+/// The first incarnation could not start. Later ones are tried for ever.
+pub async fn run(options: &Options, stop: &Stop) -> Result<(), Error> {
+    let mut has_run = false;
+    while !stop.drain.is_cancelled() {
+        match incarnation::run(options, stop.drain.clone(), stop.hurry.clone()).await {
+            Ok(Ended::Drained) => return Ok(()),
+            Ok(Ended::Gone) => has_run = true,
+            Err(error) if has_run => {
+                warn!(%error, "could not start anew; trying again");
+                let pause = tokio::time::sleep(RESTART_PAUSE);
+                stop.drain.run_until_cancelled(pause).await;
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
