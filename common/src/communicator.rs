@@ -82,6 +82,8 @@ pub struct Told {
 pub struct Health {
     /// Every connection that this program needs is open.
     pub connected: bool,
+    /// A connection that this program needs could not be opened, or has ended, and is not open again.
+    pub unreachable: bool,
     /// The broker accepts no messages: memory or disk alarm.
     pub blocked: bool,
     /// What went wrong last and has not gone right since, in one line without any password.
@@ -215,6 +217,7 @@ struct Shared {
     orders_tx: mpsc::Sender<Order>,
     events_tx: mpsc::Sender<Event>,
     board: Arc<Board>,
+    in_process: bool,
     stop: CancellationToken,
     thread: Mutex<Option<std::thread::JoinHandle<()>>>,
 }
@@ -275,8 +278,9 @@ impl Communicator {
             board: Arc::clone(&board),
             stop: stop.clone(),
         };
+        let in_process = matches!(options.broker, Broker::InProcess);
         let thread = Mutex::new(Some(thread::start(options, work)));
-        let shared = Shared { jobs_tx, asks_tx, orders_tx, events_tx, board, stop, thread };
+        let shared = Shared { jobs_tx, asks_tx, orders_tx, events_tx, board, in_process, stop, thread };
         (Communicator { shared: Arc::new(shared) }, Incoming { tasks, controls })
     }
 
@@ -389,6 +393,12 @@ impl Communicator {
     /// [`Down`] when the broker gave no answer.
     pub async fn depth(&self, queue: &str) -> Result<u64, Down> {
         self.ask(|done| Ask::Depth { queue: queue.to_owned(), done }).await?
+    }
+
+    /// Whether what is told to a task queue arrives here: it is consumed, and takes messages. What the broker in memory
+    /// is told always arrives.
+    pub fn delivers(&self, queue: &str) -> bool {
+        self.shared.in_process || self.shared.board.delivers(&envelope::task_queue(queue))
     }
 
     /// How the broker is now.

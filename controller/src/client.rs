@@ -70,9 +70,14 @@ impl Client {
             });
             communicator
         });
-        match communicator.wait_connected(BROKER_LIMIT).await {
-            Ok(()) => Ok(Some(communicator)),
-            Err(down) => Err(down.to_string()),
+        let mut health = communicator.watch_health();
+        // The first attempt at every address decides: whoever waits for an operator's command does not wait for a broker.
+        let decided = health.wait_for(|health| health.connected || health.unreachable);
+        let decided = tokio::time::timeout(BROKER_LIMIT, decided).await;
+        match decided.ok().and_then(Result::ok).map(|health| health.clone()) {
+            Some(health) if health.connected => Ok(Some(communicator)),
+            Some(health) => Err(health.last_error.unwrap_or_else(|| "the broker cannot be reached".to_owned())),
+            None => Err(format!("the broker does not answer within {} s", BROKER_LIMIT.as_secs())),
         }
     }
 

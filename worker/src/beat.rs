@@ -14,7 +14,6 @@ use crate::held::Entry;
 use crate::incarnation::Shared;
 use crate::shim::boottime_ms;
 use crate::thread::Thread;
-use crate::worker::Options;
 
 /// A beat that takes longer than this counts as failed. The next one tries again, long before the lease is over.
 const BEAT_LIMIT: Duration = Duration::from_secs(3);
@@ -23,7 +22,7 @@ const BEAT_LIMIT: Duration = Duration::from_secs(3);
 const RECONCILE_EVERY: u64 = 5;
 
 /// Beats until this incarnation is gone.
-pub(crate) async fn run(shared: Arc<Shared>, threads: Arc<Vec<Thread>>, options: Options) {
+pub(crate) async fn run(shared: Arc<Shared>, threads: Arc<Vec<Thread>>) {
     let mut ticks = tokio::time::interval(BEAT);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut reconciliation = Reconciliation::default();
@@ -53,7 +52,7 @@ pub(crate) async fn run(shared: Arc<Shared>, threads: Arc<Vec<Thread>>, options:
                     );
                     warn!(reason, "the database is away; taking no more tasks until it is back");
                     is_away = true;
-                    shared.communicator.stop_consuming().await;
+                    shared.take_nothing().await;
                 }
                 continue;
             }
@@ -61,7 +60,7 @@ pub(crate) async fn run(shared: Arc<Shared>, threads: Arc<Vec<Thread>>, options:
         if is_away {
             is_away = false;
             info!("the database is back");
-            shared.consume(&options).await;
+            shared.take_tasks().await;
         }
         obey(&shared).await;
         if count % RECONCILE_EVERY == 0 {

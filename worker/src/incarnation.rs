@@ -5,6 +5,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -30,7 +31,7 @@ use crate::shim::boottime_ms;
 use crate::sweeps::Timer;
 use crate::thread::Thread;
 use crate::worker::Options;
-use crate::{beat, control, intake, peers, sweeps};
+use crate::{beat, control, direct, intake, peers, sweeps};
 
 /// Messages that wait to be published. Each stands for a row that is queued already, so a full channel only slows down
 /// whoever queues more.
@@ -66,6 +67,7 @@ pub(crate) struct Shared {
     pub(crate) drain: CancellationToken,
     /// Cancelled when somebody has declared this incarnation gone.
     pub(crate) gone: CancellationToken,
+    takes_tasks: AtomicBool,
     heads: Mutex<HashMap<String, i64>>,
     tell: mpsc::Sender<(String, Told)>,
 }
@@ -149,9 +151,21 @@ impl Shared {
     }
 
     /// Begins to take tasks, or does so again.
-    pub(crate) async fn consume(&self, options: &Options) {
-        self.communicator.consume(options.queues.clone(), Arc::clone(&self.slots)).await;
+    pub(crate) async fn take_tasks(&self) {
+        self.communicator.consume(self.queues.clone(), Arc::clone(&self.slots)).await;
         self.communicator.consume_control().await;
+        self.takes_tasks.store(true, Ordering::Release);
+    }
+
+    /// Takes nothing more, neither tasks nor broadcasts that have to be recorded.
+    pub(crate) async fn take_nothing(&self) {
+        self.takes_tasks.store(false, Ordering::Release);
+        self.communicator.stop_consuming().await;
+    }
+
+    /// Whether this worker takes tasks at the moment.
+    pub(crate) fn takes_tasks(&self) -> bool {
+        self.takes_tasks.load(Ordering::Acquire)
     }
 }
 
@@ -220,13 +234,14 @@ pub(crate) async fn run(options: &Options, drain: CancellationToken, hurry: Canc
         blocking: tokio::runtime::Handle::current(),
         drain,
         gone: CancellationToken::new(),
+        takes_tasks: AtomicBool::new(false),
         heads: Mutex::default(),
         tell,
     });
     let mut incarnation =
         Incarnation { shared, threads: Arc::new(threads), tasks: JoinSet::new(), stop: CancellationToken::new() };
     incarnation.tasks.spawn(writing);
-    incarnation.start(options, incoming, told).await;
+    incarnation.start(incoming, told).await;
     info!(worker = options.name, incarnation = %me, queues = options.queues.join(","), slots = options.slots, "worker ready");
     let ended = tokio::select! {
         () = incarnation.shared.drain.cancelled() => Ended::Drained,
@@ -248,7 +263,7 @@ struct Incarnation {
 }
 
 impl Incarnation {
-    async fn start(&mut self, options: &Options, incoming: Incoming, told: mpsc::Receiver<(String, Told)>) {
+    async fn start(&mut self, incoming: Incoming, told: mpsc::Receiver<(String, Told)>) {
         let Incoming { tasks: deliveries, controls } = incoming;
         let shared = &self.shared;
         self.tasks.spawn(publish(Arc::clone(shared), told));
@@ -261,20 +276,22 @@ impl Incarnation {
                 stop.run_until_cancelled(task).await;
             }
         };
-        let beat = beat::run(Arc::clone(shared), Arc::clone(&self.threads), options.clone());
+        let beat = beat::run(Arc::clone(shared), Arc::clone(&self.threads));
         self.tasks.spawn(until_stop(Box::pin(beat)));
         self.tasks.spawn(until_stop(Box::pin(sweeps::run(Arc::clone(shared)))));
         if !shared.store.is_embedded() {
             self.tasks.spawn(until_stop(Box::pin(peers::run(Arc::clone(shared)))));
+            let direct = direct::run(Arc::clone(shared), Arc::clone(&self.threads));
+            self.tasks.spawn(until_stop(Box::pin(direct)));
         }
-        shared.consume(options).await;
+        shared.take_tasks().await;
     }
 
     /// Gives back what is held, and ends what outlives the grace.
     async fn drain(self, hurry: &CancellationToken) {
         let held = &self.shared.held;
         info!(held = held.count(), grace_s = self.shared.grace.as_secs(), "draining");
-        self.shared.communicator.stop_consuming().await;
+        self.shared.take_nothing().await;
         held.drain(Drain::Soon);
         tokio::select! {
             _ = held.emptied(self.shared.grace) => {}
@@ -299,7 +316,7 @@ impl Incarnation {
             processes = dropped,
             "this incarnation was declared gone: it stops its processes and their programs, and writes nothing more for them"
         );
-        self.shared.communicator.stop_consuming().await;
+        self.shared.take_nothing().await;
         self.end().await;
     }
 

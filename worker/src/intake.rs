@@ -8,7 +8,7 @@ use baton_common::message::{Reply, Task};
 use baton_common::spec;
 use baton_common::store::submit::NewProcess;
 use baton_common::store::writer::{Claim, Claimed};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{OwnedSemaphorePermit, mpsc, watch};
 use tokio::task::JoinSet;
 use tracing::{debug, warn};
 
@@ -63,10 +63,7 @@ async fn take(shared: Arc<Shared>, threads: Arc<Vec<Thread>>, delivery: Delivery
             let Delivery { permit, settle, .. } = delivery;
             let start = begin(&shared, &threads, claimed, permit);
             settle.ack().await;
-            if let Some((thread, start)) = start {
-                // The thread ends only with the incarnation.
-                let _ = thread.send(start).await;
-            }
+            start.await;
         }
         Ok(Claim::NotQueued) => {
             shared.held.end_claim(pid, None);
@@ -107,19 +104,20 @@ fn launch(delivery: &Delivery) -> Result<Option<NewProcess>, String> {
     }))
 }
 
-/// Enters a claimed process into the table and finds it a thread: the one with the fewest, and none that is blocked.
-fn begin(
+/// Enters a claimed process into the table and finds it a thread: the one with the fewest, and none that is blocked. What
+/// is returned starts it there.
+pub(crate) fn begin(
     shared: &Arc<Shared>,
     threads: &[Thread],
     claimed: Box<Claimed>,
-    permit: tokio::sync::OwnedSemaphorePermit,
-) -> Option<(mpsc::Sender<Start>, Start)> {
+    permit: OwnedSemaphorePermit,
+) -> impl Future<Output = ()> + use<> {
     let mut loads = vec![0_usize; threads.len()];
     for entry in shared.held.entries() {
         loads[entry.thread_idx] += 1;
     }
-    let (thread_idx, thread) =
-        threads.iter().enumerate().min_by_key(|(idx, thread)| (thread.blocked().is_some(), loads[*idx]))?;
+    let idle = threads.iter().enumerate().min_by_key(|(idx, thread)| (thread.blocked().is_some(), loads[*idx]));
+    let (thread_idx, thread) = idle.expect("a worker has at least one thread");
     let (orders_tx, orders) = watch::channel(Orders::new(claimed.desired, claimed.urgent));
     let advances = match &claimed.checkpoint {
         Some(Ok(checkpoint)) => checkpoint.advances,
@@ -128,7 +126,12 @@ fn begin(
     let live = Arc::new(Live::new(advances));
     let entry = Entry { fence: claimed.fence, orders: orders_tx, live: Arc::clone(&live), thread_idx };
     shared.held.end_claim(claimed.fence.pid, Some(entry));
-    Some((thread.starts(), Start { claimed, orders, live, shared: Arc::clone(shared), permit }))
+    let start = Start { claimed, orders, live, shared: Arc::clone(shared), permit };
+    let starts = thread.starts();
+    async move {
+        // The thread ends only with the incarnation.
+        let _ = starts.send(start).await;
+    }
 }
 
 async fn answer_launch(shared: &Shared, delivery: &Delivery) {

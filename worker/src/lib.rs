@@ -17,6 +17,7 @@
 mod beat;
 pub mod cli;
 mod control;
+mod direct;
 mod held;
 mod incarnation;
 mod intake;

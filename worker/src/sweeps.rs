@@ -174,7 +174,8 @@ async fn tells(shared: &Shared) {
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         ticks.tick().await;
-        for queue in &shared.queues {
+        // A queue that does not deliver would only gather copies.
+        for queue in shared.queues.iter().filter(|queue| shared.communicator.delivers(queue)) {
             // The time is read first: whatever was told two seconds before it should be in the queue by now.
             let Ok(now) = shared.store.now().await else { continue };
             let Ok(depth) = shared.communicator.depth(queue).await else { continue };

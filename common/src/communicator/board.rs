@@ -1,6 +1,6 @@
 //! How the three connections are: written by those who keep them, read by everybody.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -40,6 +40,10 @@ struct State {
     links: [LinkState; 3],
     /// What cannot be declared or consumed, by its name.
     problems: BTreeMap<String, String>,
+    /// The queues that are consumed at the moment.
+    consumed: BTreeSet<String>,
+    /// The task queues whose last publish was not confirmed in time.
+    mute: BTreeSet<String>,
 }
 
 #[derive(Debug, Default)]
@@ -99,6 +103,32 @@ impl Board {
         });
     }
 
+    /// Which queues are consumed at the moment; all others are not.
+    pub(super) fn consumed(&self, queues: BTreeSet<String>) {
+        self.lock().consumed = queues;
+    }
+
+    /// A publish to a queue was not confirmed in time, or was.
+    pub(super) fn mute(&self, queue: &str, is_mute: bool) {
+        let mut state = self.lock();
+        if is_mute {
+            state.mute.insert(queue.to_owned());
+        } else {
+            state.mute.remove(queue);
+        }
+    }
+
+    /// Over a new connection nothing is known of any queue.
+    pub(super) fn unmute(&self) {
+        self.lock().mute.clear();
+    }
+
+    /// Whether what is published to this queue arrives here.
+    pub(super) fn delivers(&self, queue: &str) -> bool {
+        let state = self.lock();
+        state.consumed.contains(queue) && !state.mute.contains(queue)
+    }
+
     /// For how long the connection has been open.
     pub(super) fn up_for(&self, link: Link) -> Option<Duration> {
         self.lock().links[link as usize].up_since.map(|since| since.elapsed())
@@ -142,6 +172,7 @@ impl State {
         let error = self.links.iter().find_map(|link| link.error.clone());
         Health {
             connected: self.links.iter().all(|link| !link.is_needed || link.up_since.is_some()),
+            unreachable: self.links.iter().any(|link| link.is_needed && link.error.is_some()),
             blocked: self.links.iter().any(|link| link.blocked.is_some()),
             last_error: error.or_else(|| self.problems.values().next().cloned()),
         }

@@ -1,5 +1,6 @@
 //! The connection that consumes: takes tasks for free slots by weights, and broadcasts to be recorded.
 
+use std::collections::BTreeSet;
 use std::future::poll_fn;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
@@ -125,6 +126,7 @@ pub(super) async fn run(dial: Arc<Dial>, mut ends: Ends) {
             }
             Err(error) => error.to_string(),
         };
+        dial.board.consumed(BTreeSet::new());
         dial.board.down(Link::Consume, Some(error));
         tokio::select! {
             () = sleep(backoff.pause()) => {}
@@ -164,6 +166,7 @@ async fn session(
     loop {
         intake.hand_over(wanted);
         intake.tend(wanted);
+        intake.show_consumed();
         let is_waiting = intake.sources.iter().any(Source::has_head);
         let wants_slot = intake.is_paused || (is_waiting && intake.permit.is_none());
         let has_slot = is_waiting && intake.permit.is_some() && !ends.tasks_tx.is_closed();
@@ -265,6 +268,8 @@ struct Intake {
     /// A slot that was free before there was room to hand the delivery over.
     permit: Option<OwnedSemaphorePermit>,
     ready_control: Option<ControlRequest>,
+    /// What the board says is consumed.
+    shown: BTreeSet<String>,
     /// Since when deliveries are in hand and no slot is free.
     full_since: Option<Instant>,
     /// It was full for so long that others shall have the work; the first free slot ends it.
@@ -294,6 +299,7 @@ impl Intake {
             looks: FuturesUnordered::new(),
             permit: None,
             ready_control: None,
+            shown: BTreeSet::new(),
             full_since: None,
             is_paused: false,
         }
@@ -330,6 +336,15 @@ impl Intake {
             let queue = source.plan.queue.clone();
             let open = source.open(Arc::clone(&self.connection), Arc::clone(&self.dial.board));
             self.openings.push(Box::pin(async move { (queue, open.await) }));
+        }
+    }
+
+    /// Writes on the board which queues are consumed, if that has changed.
+    fn show_consumed(&mut self) {
+        let live = || self.sources.iter().filter(|source| source.is_live()).map(|source| &source.plan.queue);
+        if live().count() != self.shown.len() || !live().all(|queue| self.shown.contains(queue)) {
+            self.shown = live().cloned().collect();
+            self.dial.board.consumed(self.shown.clone());
         }
     }
 

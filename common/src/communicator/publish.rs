@@ -12,7 +12,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Duration, Instant, sleep, timeout, timeout_at};
 
 use super::board::{Board, Link};
-use super::envelope::{DEAD_QUEUE, EVENT_EXCHANGE, Envelope, TASK_EXCHANGE, bad_queue_name, short};
+use super::envelope::{DEAD_QUEUE, EVENT_EXCHANGE, Envelope, TASK_EXCHANGE, bad_queue_name, short, task_queue};
 use super::link::{ANSWER_LIMIT, Backoff, Dial, close, reason};
 use super::topology::{Item, ensure};
 use super::{Down, TellError};
@@ -137,6 +137,7 @@ async fn session(
     let mut announcing = std::pin::pin!(announce(dial, connection, events).fuse());
     let mut idle: Vec<Channel> = Vec::new();
     let mut running: FuturesUnordered<BoxFuture<'_, Option<Channel>>> = FuturesUnordered::new();
+    dial.board.unmute();
     dial.board.up(Link::Publish);
     loop {
         tokio::select! {
@@ -179,6 +180,10 @@ async fn work(dial: &Dial, connection: &Connection, lane: Option<Channel>, job: 
         }),
         _ = health.wait_for(|health| health.blocked) => Err(blocked(dial)),
     };
+    if let Target::Task(queue) = &target {
+        // A queue without a leader answers nothing, while everything else on the broker does.
+        dial.board.mute(&task_queue(queue), matches!(outcome, Err(TellError::Unknown(_))));
+    }
     let (outcome, channel) = match outcome {
         Ok(channel) => (Ok(()), Some(channel)),
         Err(error) => (Err(error), None),

@@ -101,7 +101,11 @@ impl Source {
             let error = match timeout(3 * ANSWER_LIMIT, open(&connection, &board, &plan, channel.clone())).await {
                 Ok(Ok(opened)) => return Ok(opened),
                 Ok(Err(error)) => error,
-                Err(_) => format!("queue {}: no answer", plan.queue),
+                Err(_) => format!(
+                    "queue {0}: the broker answers, but not for this queue; has it no leader? \
+                     `rabbitmq-diagnostics check_if_node_is_quorum_critical` and `rabbitmq-queues quorum_status {0}` tell",
+                    plan.queue
+                ),
             };
             // Without a connection nothing is known about the queue.
             if connection.status().connected() {

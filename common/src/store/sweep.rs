@@ -115,6 +115,19 @@ impl Store {
         self.tell_rows(TELL_LOST, vec![queue.to_owned().into(), before.into()]).await
     }
 
+    /// The oldest processes of a task queue that have been queued for a second, at most `limit`.
+    ///
+    /// # Errors
+    /// The database does not answer.
+    pub async fn queued_in(&self, queue: &str, limit: usize) -> Result<Vec<Pid>, Error> {
+        let sql = format!(
+            "SELECT id FROM process WHERE place = {{queued}} AND queue = $1 AND told_at < {{now}} - 1000000
+             ORDER BY told_at LIMIT {limit}"
+        );
+        let rows = self.query(&sql, vec![queue.to_owned().into()]).await?;
+        rows.iter().map(|row| Ok(row.try_get::<Uuid>("", "id")?.into())).collect()
+    }
+
     /// Kills what has passed its `timeout`.
     ///
     /// # Errors

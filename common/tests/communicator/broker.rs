@@ -175,6 +175,14 @@ impl OwnBroker {
             );
             sleep(Duration::from_millis(100)).await;
         }
+        // A single node whose quorum queues were cut short sometimes elects no leader for one of them by itself
+        // (rabbitmq/rabbitmq-server#10070), and that queue answers nothing then: this is the operator's remedy.
+        self.control(&[
+            "eval",
+            "[ra:trigger_election(Q) || V <- rabbit_vhost:list_names(), A <- rabbit_amqqueue:list(V),
+              amqqueue:get_type(A) =:= rabbit_quorum_queue, Q <- [amqqueue:get_pid(A)],
+              ra_leaderboard:lookup_leader(element(1, Q)) =:= undefined].",
+        ]);
     }
 
     /// One of the broker's own programs, with the environment they all share.

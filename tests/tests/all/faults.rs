@@ -112,3 +112,49 @@ async fn a_database_that_is_restarted_and_then_killed_costs_only_time() {
     .await;
     busy.check().await;
 }
+
+#[tokio::test]
+async fn a_fleet_without_its_broker_takes_work_and_orders_from_the_database() {
+    let scene = Scene::private().await;
+    let mut worker = scene.worker("w1", &["--slots", "20"]).await;
+    scene.services().kill_broker();
+    let noops = scene.submit("call: baton.noop", 100).await;
+    let counting = "{call: baton.count, with: {advances: 100000, every: 100ms}}";
+    let [paused, killed] = &scene.submit(counting, 2).await[..] else { panic!("two pids") };
+    let state_is = async |pid: &str, state: &str| {
+        eventually(state, Duration::from_secs(5), async || {
+            let now = scene.show(pid).await["state"].clone();
+            if now == state { Ok(()) } else { Err(now) }
+        })
+        .await;
+    };
+    for (verb, pid, state) in [
+        ("pause", paused, "paused"),
+        ("play", paused, "running"),
+        ("pause", paused, "paused"),
+        ("kill", killed, "killed"),
+    ] {
+        state_is(pid, if verb == "play" { "paused" } else { "running" }).await;
+        let output = scene.baton(&[verb, pid, "-o", "json"]).await.ok();
+        assert_eq!(output.json()[0]["nudged"], false, "{}", output.stdout);
+        assert!(output.stderr.contains("warning"), "{}", output.stderr);
+        state_is(pid, state).await;
+    }
+    eventually("the others have finished", Duration::from_secs(20), async || {
+        let n_finished = scene.count("place = 3 AND state = 4").await;
+        if n_finished == noops.len() as u64 { Ok(()) } else { Err(n_finished) }
+    })
+    .await;
+    scene.services().start_broker();
+    scene.submit("call: baton.noop", 10).await;
+    scene.baton(&["play", paused]).await.ok();
+    scene.baton(&["kill", paused, "--wait"]).await.ok();
+    eventually("all have ended", Duration::from_secs(20), async || {
+        let n_ended = scene.count("place = 3").await;
+        if n_ended == 112 { Ok(()) } else { Err(n_ended) }
+    })
+    .await;
+    let repeated = scene.sql("SELECT count(*) FROM process WHERE state = 4 AND epoch <> 1").await;
+    assert_eq!(repeated.trim(), "0", "a process was taken twice");
+    assert!(worker.terminate().await.success());
+}

@@ -1,0 +1,95 @@
+//! Tasks without the broker: what is queued is claimed straight from the database while a queue delivers nothing.
+//!
+//! A broker that is away, under an alarm or without a majority, or a queue that has lost its leader, must not stop the
+//! fleet. The claim is the same, so a message that arrives late finds nothing to claim. Workers ask for the same rows and
+//! all but one come away without them, which costs more than a message; so this is only for when there are none.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+use baton_common::id::Pid;
+use baton_common::store::writer::Claim;
+use tokio::sync::OwnedSemaphorePermit;
+use tokio::task::JoinSet;
+use tokio::time::MissedTickBehavior;
+use tracing::{debug, info, warn};
+
+use crate::incarnation::Shared;
+use crate::intake;
+use crate::thread::Thread;
+
+/// Pause between two looks. A queue that delivers nothing twice in a row is not just being opened.
+const ROUND: Duration = Duration::from_secs(1);
+
+/// Claims under way at once: as many as one commit takes well.
+const CLAIMS_MAX: usize = 256;
+
+/// Looks until it is dropped.
+pub(crate) async fn run(shared: Arc<Shared>, threads: Arc<Vec<Thread>>) {
+    let mut ticks = tokio::time::interval(ROUND);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut silent: HashSet<String> = HashSet::new();
+    let mut named: HashSet<String> = HashSet::new();
+    loop {
+        ticks.tick().await;
+        let now_silent: HashSet<String> = if shared.takes_tasks() {
+            shared.queues.iter().filter(|queue| !shared.communicator.delivers(queue)).cloned().collect()
+        } else {
+            HashSet::new()
+        };
+        for queue in named.difference(&now_silent) {
+            info!(queue, "the broker delivers this queue again");
+        }
+        named.retain(|queue| now_silent.contains(queue));
+        for queue in now_silent.intersection(&silent) {
+            if named.insert(queue.clone()) {
+                warn!(queue, "the broker does not deliver this queue; taking its tasks from the database");
+            }
+            while claim_page(&shared, &threads, queue).await {
+                // There is more: the next page is for the next slot, at the latest in a round.
+                let slot = Arc::clone(&shared.slots).acquire_owned();
+                if tokio::time::timeout(ROUND, slot).await.is_err() {
+                    break;
+                }
+            }
+        }
+        silent = now_silent;
+    }
+}
+
+/// Claims what the free slots can take of one queue, the oldest first; says whether there may be more.
+async fn claim_page(shared: &Arc<Shared>, threads: &Arc<Vec<Thread>>, queue: &str) -> bool {
+    let free = shared.slots.available_permits().min(CLAIMS_MAX);
+    if free == 0 || !shared.takes_tasks() || shared.communicator.delivers(queue) {
+        return false;
+    }
+    let pids = match shared.store.queued_in(queue, free).await {
+        Ok(pids) => pids,
+        Err(error) => {
+            debug!(queue, %error, "could not look for queued processes");
+            return false;
+        }
+    };
+    let is_full = pids.len() == free;
+    let mut claims = JoinSet::new();
+    for pid in pids {
+        let Ok(permit) = Arc::clone(&shared.slots).try_acquire_owned() else { break };
+        if shared.held.begin_claim(pid) {
+            claims.spawn(claim(Arc::clone(shared), Arc::clone(threads), pid, queue.to_owned(), permit));
+        }
+    }
+    claims.join_all().await;
+    is_full
+}
+
+async fn claim(shared: Arc<Shared>, threads: Arc<Vec<Thread>>, pid: Pid, queue: String, permit: OwnedSemaphorePermit) {
+    match shared.writer.claim(pid, queue, None).await {
+        Ok(Claim::Claimed(claimed)) => intake::begin(&shared, &threads, claimed, permit).await,
+        Ok(Claim::NotQueued | Claim::Absent | Claim::OtherSpec) => shared.held.end_claim(pid, None),
+        Err(error) => {
+            shared.held.end_claim(pid, None);
+            debug!(%pid, %error, "not claimed; the next look tries again");
+        }
+    }
+}
