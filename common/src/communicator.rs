@@ -204,6 +204,9 @@ const N_DELIVERIES_MAX: usize = 64;
 /// Control requests that wait for the worker; more wait on the broker.
 const N_CONTROLS_MAX: usize = 64;
 
+/// Answers to one broadcast that wait for the asker: one a worker, and no fleet has more.
+const N_ANSWERS_MAX: usize = 4096;
+
 /// The handle. Clones are the same communicator; when the last one is dropped, it ends without a flush.
 #[derive(Clone, Debug)]
 pub struct Communicator {
@@ -363,13 +366,16 @@ impl Communicator {
         self.shared.board.up_for(Link::Control)
     }
 
-    /// Sends a control message to every worker; it lands in `baton.control` as well.
+    /// Sends a control message to every worker; it lands in `baton.control` as well. The answers come in as workers give
+    /// them, for as long as the receiver is kept; it ends with the connection.
     ///
     /// # Errors
     /// [`Down`]; whether it has arrived is then unknown.
-    pub async fn broadcast(&self, control: Control) -> Result<(), Down> {
+    pub async fn broadcast(&self, control: Control) -> Result<mpsc::Receiver<Reply>, Down> {
         let envelope = Envelope::control(&control);
-        self.ask(|done| Ask::Broadcast { envelope, done }).await?
+        let (replies, answers) = mpsc::channel(N_ANSWERS_MAX);
+        self.ask(|done| Ask::Broadcast { envelope, replies, done }).await??;
+        Ok(answers)
     }
 
     /// Says a change of state to whoever listens. Never waits, and is lost when the broker is away for long.

@@ -16,6 +16,11 @@ pub struct Pid(Uuid);
 #[serde(transparent)]
 pub struct Incarnation(Uuid);
 
+/// The id of a request to many: it is recorded once under it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct RequestId(Uuid);
+
 /// The text is not an id.
 #[derive(Debug, thiserror::Error)]
 #[error("`{text}` is not a process id (a UUID such as 01940000-0000-7000-8000-000000000000)")]
@@ -40,6 +45,20 @@ impl Incarnation {
     pub fn short(self) -> String {
         let text = self.0.simple().to_string();
         text[text.len() - 8..].to_owned()
+    }
+}
+
+impl RequestId {
+    /// A new id.
+    pub fn generate() -> Self {
+        Self(Uuid::now_v7())
+    }
+
+    /// The id under which a message from outside is recorded: its own, or a digest of whatever text its sender has chosen.
+    pub fn of_message(message_id: &str) -> Self {
+        let digest = blake3::hash(message_id.as_bytes());
+        let digested = || Uuid::from_slice(&digest.as_bytes()[..16]).expect("sixteen bytes are a UUID");
+        Self(message_id.parse().unwrap_or_else(|_| digested()))
     }
 }
 
@@ -75,6 +94,7 @@ macro_rules! wrapped_uuid {
 
 wrapped_uuid!(Pid);
 wrapped_uuid!(Incarnation);
+wrapped_uuid!(RequestId);
 
 #[cfg(test)]
 mod tests {
@@ -84,6 +104,15 @@ mod tests {
     fn pids_sort_by_the_time_of_their_making() {
         let pids: Vec<Pid> = (0..1000).map(|_| Pid::generate()).collect();
         assert!(pids.is_sorted());
+    }
+
+    #[test]
+    fn a_message_has_the_same_request_id_each_time() {
+        let id = RequestId::of_message("maintenance of tuesday");
+        assert_eq!(id, RequestId::of_message("maintenance of tuesday"));
+        assert_ne!(id, RequestId::of_message("maintenance of wednesday"));
+        let own = RequestId::generate();
+        assert_eq!(RequestId::of_message(&own.to_string()), own);
     }
 
     #[test]

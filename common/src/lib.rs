@@ -5,6 +5,7 @@ pub mod config;
 pub mod duration;
 pub mod id;
 pub mod message;
+pub mod select;
 pub mod spec;
 pub mod state;
 pub mod store;

@@ -8,7 +8,9 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::id::Pid;
+use crate::id::{Incarnation, Pid};
+use crate::select::Select;
+use crate::state::{Desired, State};
 
 /// The version of the envelope that this program writes, and the newest that it reads.
 pub const VERSION: u32 = 1;
@@ -128,9 +130,16 @@ pub enum Control {
     /// Read what is desired of these processes, and obey. Carries no decision: the row does.
     Obey {
         /// `pause`, `play` or `kill`: what was asked, for the log.
-        verb: crate::state::Desired,
+        verb: Desired,
         /// Which processes.
         select: Select,
+        /// Why, in the operator's words.
+        reason: Option<String>,
+    },
+    /// Read whether the fleet takes work.
+    Fleet {
+        /// `pause` or `play`: what was asked, for the log.
+        verb: Desired,
         /// Why, in the operator's words.
         reason: Option<String>,
     },
@@ -151,23 +160,11 @@ pub enum Control {
     Drain,
 }
 
-/// Which processes a control message is about; an empty selection is all of them.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Select {
-    /// These, if there are any.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub pids: Vec<Pid>,
-    /// Those that bear every one of these labels.
-    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
-    pub labels: BTreeMap<String, String>,
-}
-
 impl Control {
     /// The `type` property and field.
     pub fn word(&self) -> &'static str {
         match self {
-            Control::Obey { verb, .. } => verb.verb(),
+            Control::Obey { verb, .. } | Control::Fleet { verb, .. } => verb.verb(),
             Control::Status(_) => "status",
             Control::Output { .. } => "output",
             Control::Ping => "ping",
@@ -180,6 +177,7 @@ impl Control {
         let base = Wire::new(self.word());
         let wire = match self.clone() {
             Control::Obey { select, reason, .. } => Wire { select: Some(select), reason, ..base },
+            Control::Fleet { reason, .. } => Wire { fleet: Some(true), reason, ..base },
             Control::Status(pid) => Wire { pid: Some(pid), ..base },
             Control::Output { pid, stdout_offset, stderr_offset } => {
                 Wire { pid: Some(pid), stdout_offset: Some(stdout_offset), stderr_offset: Some(stderr_offset), ..base }
@@ -194,15 +192,19 @@ impl Control {
     /// # Errors
     /// The reason why it cannot be used.
     pub fn decode(body: &[u8], encoding: Encoding) -> Result<Self, Error> {
-        use crate::state::Desired;
         let wire = Wire::decode(body, encoding)?;
         let obey = |wire: Wire, verb| {
-            let select = match (wire.select, wire.pid) {
-                (Some(select), None) => select,
-                (None, Some(pid)) => Select { pids: vec![pid], ..Select::default() },
-                (Some(_), Some(_)) => return Err(Error::Both("pid", "select")),
-                (None, None) => return Err(Error::Missing("select")),
+            let select = match (wire.select, wire.pid, wire.fleet) {
+                (None, None, Some(true)) if verb != Desired::Kill => {
+                    return Ok(Control::Fleet { verb, reason: wire.reason });
+                }
+                (Some(select), None, None | Some(false)) => select,
+                (None, Some(pid), None | Some(false)) => Select::one(pid),
+                (Some(_), Some(_), _) => return Err(Error::Both("pid", "select")),
+                (_, _, Some(true)) => return Err(Error::Both("fleet", "pid, select and kill")),
+                (None, None, None | Some(false)) => return Err(Error::Missing("select")),
             };
+            select.check().map_err(Error::Select)?;
             Ok(Control::Obey { verb, select, reason: wire.reason })
         };
         match wire.kind.as_str() {
@@ -240,9 +242,18 @@ pub struct Reply {
     /// What the process returned.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub values: Option<Value>,
-    /// To a control request: what happened (`paused`, `pausing`, `killing`, `not_held`…).
+    /// To a control request: what it has come to.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub outcome: Option<String>,
+    pub outcome: Option<Effect>,
+    /// To a broadcast: what it has come to, by the effect's word, and for how many of the answering worker's processes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub counts: Option<BTreeMap<String, u64>>,
+    /// To a broadcast: the name of the worker that answers.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub worker: Option<String>,
+    /// To a broadcast: its incarnation.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub incarnation: Option<Incarnation>,
     /// To `status`: what the process does right now.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub status: Option<Status>,
@@ -252,6 +263,130 @@ pub struct Reply {
     /// Why nothing was done.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
+}
+
+/// What a control request has come to. On the wire it is its word.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Effect {
+    /// It is paused now.
+    Paused,
+    /// It will be before its next advance; its holder knows.
+    Pausing,
+    /// It was paused before.
+    AlreadyPaused,
+    /// It goes on where it was.
+    Playing,
+    /// Nobody had paused it.
+    AlreadyRunning,
+    /// It has ended by this or an earlier kill.
+    Killed,
+    /// Its holder is ending what it runs.
+    Killing,
+    /// It had come to its end by itself before.
+    Finished,
+    /// It had failed before.
+    Excepted,
+    /// A later request wants something else.
+    Superseded,
+    /// No such process.
+    Absent,
+    /// The worker that was asked does not hold it.
+    NotHeld,
+    /// It has not begun to run anything.
+    NotStarted,
+    /// A ping's answer.
+    Alive,
+    /// The worker gives back what it holds and stops.
+    Draining,
+    /// What was asked of many is written into their rows.
+    Recorded,
+    /// A word of a newer Baton.
+    Unknown,
+}
+
+impl Effect {
+    const ALL: [Effect; 16] = [
+        Effect::Paused,
+        Effect::Pausing,
+        Effect::AlreadyPaused,
+        Effect::Playing,
+        Effect::AlreadyRunning,
+        Effect::Killed,
+        Effect::Killing,
+        Effect::Finished,
+        Effect::Excepted,
+        Effect::Superseded,
+        Effect::Absent,
+        Effect::NotHeld,
+        Effect::NotStarted,
+        Effect::Alive,
+        Effect::Draining,
+        Effect::Recorded,
+    ];
+
+    /// The word on the wire and in tables.
+    pub fn word(self) -> &'static str {
+        match self {
+            Effect::Paused => "paused",
+            Effect::Pausing => "pausing",
+            Effect::AlreadyPaused => "already_paused",
+            Effect::Playing => "playing",
+            Effect::AlreadyRunning => "already_running",
+            Effect::Killed => "killed",
+            Effect::Killing => "killing",
+            Effect::Finished => "finished",
+            Effect::Excepted => "excepted",
+            Effect::Superseded => "superseded",
+            Effect::Absent => "absent",
+            Effect::NotHeld => "not_held",
+            Effect::NotStarted => "not_started",
+            Effect::Alive => "alive",
+            Effect::Draining => "draining",
+            Effect::Recorded => "recorded",
+            Effect::Unknown => "unknown",
+        }
+    }
+
+    /// What a request comes to that its holder has yet to obey.
+    pub fn pending(verb: Desired) -> Self {
+        match verb {
+            Desired::Run => Effect::Playing,
+            Desired::Pause => Effect::Pausing,
+            Desired::Kill => Effect::Killing,
+        }
+    }
+
+    /// What a request comes to that is obeyed.
+    pub fn applied(verb: Desired) -> Self {
+        match verb {
+            Desired::Run => Effect::Playing,
+            Desired::Pause => Effect::Paused,
+            Desired::Kill => Effect::Killed,
+        }
+    }
+
+    /// What a request comes to whose process has ended in this state.
+    pub fn ended(state: State) -> Self {
+        match state {
+            State::Finished => Effect::Finished,
+            State::Excepted => Effect::Excepted,
+            State::Killed => Effect::Killed,
+            State::Created | State::Running | State::Waiting | State::Paused(_) => Effect::Unknown,
+        }
+    }
+}
+
+impl Serialize for Effect {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(self.word())
+    }
+}
+
+impl<'de> Deserialize<'de> for Effect {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let word = String::deserialize(deserializer)?;
+        Ok(Effect::ALL.into_iter().find(|effect| effect.word() == word).unwrap_or(Effect::Unknown))
+    }
 }
 
 /// What a held process does right now.
@@ -369,6 +504,9 @@ pub enum Error {
     /// Two fields exclude each other.
     #[error("`{0}` and `{1}` exclude each other")]
     Both(&'static str, &'static str),
+    /// A selection that nothing can meet.
+    #[error("`select`: {0}")]
+    Select(String),
     /// Larger than any real message.
     #[error("{0} bytes are more than the limit of {SIZE_BYTES_MAX}")]
     TooLarge(usize),
@@ -390,6 +528,8 @@ struct Wire {
     told_at: Option<i64>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     select: Option<Select>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    fleet: Option<bool>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     reason: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -440,7 +580,6 @@ fn decode<'a, T: Deserialize<'a>>(body: &'a [u8], encoding: Encoding) -> Result<
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::state::Desired;
 
     const BOTH: [Encoding; 2] = [Encoding::MessagePack, Encoding::Json];
 
@@ -464,6 +603,7 @@ mod tests {
         let pid = Pid::generate();
         let controls = [
             Control::Obey { verb: Desired::Kill, select: Select::default(), reason: Some("x".into()) },
+            Control::Fleet { verb: Desired::Pause, reason: None },
             Control::Status(pid),
             Control::Output { pid, stdout_offset: 3, stderr_offset: 4 },
             Control::Ping,
@@ -501,6 +641,15 @@ mod tests {
         assert!(Task::decode(&[0x91; 100_000], Encoding::MessagePack).is_err());
         // A map that claims four billion entries.
         assert!(Task::decode(&[0xdf, 0xff, 0xff, 0xff, 0xff], Encoding::MessagePack).is_err());
+    }
+
+    #[test]
+    fn effects_come_back_and_later_ones_are_unknown() {
+        for effect in Effect::ALL {
+            let text = serde_json::to_string(&effect).unwrap();
+            assert_eq!(serde_json::from_str::<Effect>(&text).unwrap(), effect);
+        }
+        assert_eq!(serde_json::from_str::<Effect>("\"teleported\"").unwrap(), Effect::Unknown);
     }
 
     #[test]

@@ -4,14 +4,16 @@
 
 use std::time::Duration;
 
-use baton_common::id::{Incarnation, Pid};
-use baton_common::message::Select;
+use baton_common::id::{Incarnation, Pid, RequestId};
+use baton_common::message::Effect;
+use baton_common::select::Select;
 use baton_common::spec::{self, Format};
 use baton_common::state::{Desired, Event, Live, Place, State};
 use baton_common::store::blob::{Checkpoint, Outcome};
-use baton_common::store::control::{Answer, Controlled, Request};
+use baton_common::store::control::{Answer, Controlled, Request, Settled};
+use baton_common::store::query::Filter;
 use baton_common::store::submit::NewProcess;
-use baton_common::store::worker::{Load, NewWorker};
+use baton_common::store::worker::{Beat, Load, NewWorker};
 use baton_common::store::writer::{Attempt, Claim, Claimed, Fence, Fenced, How, Output, Stream, Verb, Writer, Written};
 use baton_common::store::{Location, Store};
 
@@ -112,7 +114,7 @@ fn worker(name: &str) -> NewWorker {
 }
 
 fn request(verb: Desired) -> Request {
-    Request { verb, urgent: false, by: "ann".into(), reason: None }
+    Request::new(verb, "ann")
 }
 
 fn new_process(yaml: &str) -> NewProcess {
@@ -163,6 +165,12 @@ on_both! {
     a_gone_worker_beats_no_more
     the_head_rule_tells_only_what_is_older
     many_are_controlled_by_labels
+    every_condition_of_a_selection_narrows_it
+    an_event_says_what_a_request_came_to
+    a_request_that_its_holder_did_not_live_to_obey_is_obeyed_when_it_is_freed
+    force_ends_it_under_its_holder_and_leaves_the_attempt
+    a_request_to_many_that_was_cut_off_goes_on_and_undoes_nothing
+    fleet_and_worker_learn_at_the_beat_what_is_wanted
     a_launch_inserts_claims_and_knows_another_spec
     outputs_are_kept_and_replaced
     an_overdue_process_is_killed_with_the_reason
@@ -302,8 +310,9 @@ async fn a_kill_absorbs_and_is_final(scene: Scene) {
 async fn nobody_holds_it_so_control_applies_at_once(scene: Scene) {
     let pid = scene.submit("call: baton.noop").await;
     let paused = scene.recorded(pid, Desired::Pause).await;
-    assert_eq!((paused.place, paused.state, paused.was_so), (Place::Parked, State::Paused(Live::Created), false));
-    assert!(scene.recorded(pid, Desired::Pause).await.was_so);
+    assert_eq!((paused.place, paused.state), (Place::Parked, State::Paused(Live::Created)));
+    assert_eq!(paused.effect, Effect::Paused);
+    assert_eq!(scene.recorded(pid, Desired::Pause).await.effect, Effect::AlreadyPaused);
     assert_eq!(scene.state(pid).await.1, State::Paused(Live::Created));
     let played = scene.recorded(pid, Desired::Run).await;
     assert_eq!((played.place, played.state), (Place::Queued, State::Created));
@@ -344,7 +353,7 @@ async fn five_deaths_without_a_checkpoint_end_it(scene: Scene) {
         assert!(matches!(writer.claim(pid, "default".into(), None).await.unwrap(), Claim::Claimed(_)));
         assert!(scene.store.declare_gone(me, 0).await.unwrap());
         let freed = scene.store.free().await.unwrap();
-        assert_eq!(freed.excepted.len(), usize::from(death == 5));
+        assert_eq!(freed.ended.len(), usize::from(death == 5));
     }
     let details = scene.store.show(pid).await.unwrap().unwrap();
     assert_eq!(details.summary.state, State::Excepted);
@@ -371,12 +380,13 @@ async fn a_suspect_is_claimed_alone(scene: Scene) {
 }
 
 async fn a_gone_worker_beats_no_more(scene: Scene) {
-    assert!(scene.store.beat(scene.me, &Load::default()).await.unwrap());
+    let alive = Beat::Alive { drain: false, is_fleet_paused: false };
+    assert_eq!(scene.store.beat(scene.me, &Load::default()).await.unwrap(), alive);
     let seen = scene.store.peers().await.unwrap();
     assert_eq!((seen.len(), seen[0].beat), (1, 1));
     assert!(!scene.store.declare_gone(scene.me, 0).await.unwrap(), "its beat has moved since");
     assert!(scene.store.declare_gone(scene.me, 1).await.unwrap());
-    assert!(!scene.store.beat(scene.me, &Load::default()).await.unwrap());
+    assert_eq!(scene.store.beat(scene.me, &Load::default()).await.unwrap(), Beat::Gone);
     assert!(scene.store.peers().await.unwrap().is_empty());
 }
 
@@ -401,16 +411,142 @@ async fn many_are_controlled_by_labels(scene: Scene) {
     let mut changed = Vec::new();
     let count = scene
         .store
-        .control_many(&select, &request(Desired::Pause), |page| changed.extend(page.into_iter().map(|row| row.pid)))
+        .control_many(RequestId::generate(), &select, &request(Desired::Pause), |page| {
+            changed.extend(page.into_iter().map(|row| row.pid))
+        })
         .await
         .unwrap();
-    assert_eq!((count, changed), (3, si));
+    assert_eq!((count, changed), (Some(3), si));
     assert_eq!(scene.state(ge).await.1, State::Created);
-    let all = scene.store.control_many(&Select::default(), &request(Desired::Kill), |_| {}).await.unwrap();
-    assert_eq!(all, 4);
-    let id = "chosen by the sender";
-    assert!(scene.store.record_broadcast(id, &request(Desired::Kill)).await.unwrap());
-    assert!(!scene.store.record_broadcast(id, &request(Desired::Kill)).await.unwrap());
+    let id = RequestId::of_message("chosen by the sender");
+    let kill = request(Desired::Kill);
+    assert_eq!(scene.store.control_many(id, &Select::default(), &kill, |_| {}).await.unwrap(), Some(4));
+    assert_eq!(scene.store.control_many(id, &Select::default(), &kill, |_| {}).await.unwrap(), None);
+}
+
+async fn every_condition_of_a_selection_narrows_it(scene: Scene) {
+    let odd = scene.submit("{call: baton.noop, session: night, queue: gpu, labels: {a: b}}").await;
+    let held = scene.submit("call: baton.sleep\nwith: {for: 1s}").await;
+    scene.claimed(held).await;
+    let selects = [
+        (Select::one(odd), vec![odd]),
+        (Select { session: Some("night".into()), ..Select::default() }, vec![odd]),
+        (Select { queue: Some("gpu".into()), ..Select::default() }, vec![odd]),
+        (Select { labels: [("a".to_owned(), "b".to_owned())].into(), ..Select::default() }, vec![odd]),
+        (Select { states: vec!["running".into()], ..Select::default() }, vec![held]),
+        (Select { kind: Some("baton.sleep".into()), ..Select::default() }, vec![held]),
+        (Select { worker: Some("w1".into()), ..Select::default() }, vec![held]),
+        (Select { older_than: Some(Duration::from_secs(60)), ..Select::default() }, vec![]),
+        (Select { older_than: Some(Duration::ZERO), ..Select::default() }, vec![held, odd]),
+    ];
+    for (select, pids) in selects {
+        let listed = scene.store.list(&Filter { select: select.clone(), limit: None }).await.unwrap();
+        assert_eq!(listed.iter().map(|row| row.pid).collect::<Vec<_>>(), pids, "{select:?}");
+        let counts = scene.store.count_selected(&select, Desired::Pause).await.unwrap();
+        assert_eq!(counts.values().sum::<u64>(), pids.len() as u64, "{select:?}");
+    }
+}
+
+/// What the history says of a process: what was asked, and what it came to.
+async fn history(scene: &Scene, pid: Pid) -> Vec<(String, Option<String>)> {
+    let events = scene.store.show(pid).await.unwrap().unwrap().events;
+    events.into_iter().map(|event| (event.what, event.outcome)).collect()
+}
+
+fn was(what: &str, outcome: &str) -> (String, Option<String>) {
+    (what.to_owned(), (!outcome.is_empty()).then(|| outcome.to_owned()))
+}
+
+async fn an_event_says_what_a_request_came_to(scene: Scene) {
+    let pid = scene.submit("call: baton.noop").await;
+    let fence = scene.claimed(pid).await.fence;
+    let paused = scene.recorded(pid, Desired::Pause).await;
+    assert_eq!((paused.effect, scene.store.settled(paused.event).await.unwrap()), (Effect::Pausing, None));
+    scene.recorded(pid, Desired::Run).await;
+    assert_eq!(scene.store.settled(paused.event).await.unwrap(), Some(Settled::Superseded));
+    let paused = scene.recorded(pid, Desired::Pause).await;
+    scene.write(fence, Verb::Pause).await.unwrap();
+    assert_eq!(scene.store.settled(paused.event).await.unwrap(), Some(Settled::Applied));
+    scene.recorded(pid, Desired::Run).await;
+    let fence = scene.claimed(pid).await.fence;
+    let killed = scene.recorded(pid, Desired::Kill).await;
+    scene.write(fence, end(State::Finished)).await.unwrap();
+    assert_eq!(scene.store.settled(killed.event).await.unwrap(), Some(Settled::Ended));
+    let expected = [
+        was("pause", "superseded"),
+        was("play", "applied"),
+        was("pause", "applied"),
+        was("play", "applied"),
+        was("kill", "ended"),
+    ];
+    assert_eq!(history(&scene, pid).await, expected);
+}
+
+async fn a_request_that_its_holder_did_not_live_to_obey_is_obeyed_when_it_is_freed(scene: Scene) {
+    for (verb, state) in [(Desired::Pause, State::Paused(Live::Running)), (Desired::Kill, State::Killed)] {
+        let me = Incarnation::generate();
+        scene.store.register(me, &worker("doomed")).await.unwrap();
+        let pid = scene.submit("call: baton.noop").await;
+        let writer = Scene::writer(&scene.store, me).await;
+        assert!(matches!(writer.claim(pid, "default".into(), None).await.unwrap(), Claim::Claimed(_)));
+        let asked = scene.recorded(pid, verb).await;
+        assert!(scene.store.declare_gone(me, 0).await.unwrap());
+        assert_eq!(scene.store.free().await.unwrap().count(), 1);
+        assert_eq!(scene.state(pid).await.1, state);
+        assert_eq!(scene.store.settled(asked.event).await.unwrap(), Some(Settled::Applied));
+    }
+}
+
+async fn force_ends_it_under_its_holder_and_leaves_the_attempt(scene: Scene) {
+    let pid = scene.submit("call: baton.noop").await;
+    let fence = scene.claimed(pid).await.fence;
+    let asked = scene.recorded(pid, Desired::Kill).await;
+    let forced = Request { force: true, ..request(Desired::Kill) };
+    let Answer::Recorded(row) = scene.store.control(pid, &forced).await.unwrap() else { panic!("not recorded") };
+    assert_eq!((row.place, row.effect, row.owner), (Place::Ended, Effect::Killed, Some(scene.me)));
+    assert!(scene.write(fence, end(State::Finished)).await.is_none(), "the lease is lost");
+    assert_eq!(scene.store.settled(asked.event).await.unwrap(), Some(Settled::Applied));
+    let details = scene.store.show(pid).await.unwrap().unwrap();
+    assert_eq!(details.summary.state, State::Killed);
+    assert_eq!(details.attempts.iter().map(|attempt| attempt.how.as_str()).collect::<Vec<_>>(), ["killed"]);
+}
+
+async fn a_request_to_many_that_was_cut_off_goes_on_and_undoes_nothing(scene: Scene) {
+    let (first, second) = (scene.submit("call: baton.noop").await, scene.submit("call: baton.noop").await);
+    let id = RequestId::generate();
+    let pause = request(Desired::Pause);
+    // The one who records it dies after the first page.
+    let (died_tx, died) = tokio::sync::oneshot::channel();
+    let mut died_tx = Some(died_tx);
+    let select = Select::one(first);
+    let page = |_| died_tx.take().map_or((), |died_tx| died_tx.send(()).unwrap_or(()));
+    tokio::select! {
+        biased;
+        _ = died => {}
+        _ = scene.store.control_many(id, &select, &pause, page) => panic!("it came to its end"),
+    }
+    assert_eq!(scene.state(first).await.1, State::Paused(Live::Created));
+    scene.recorded(first, Desired::Run).await;
+    let mut changed = Vec::new();
+    let page = |page: Vec<Controlled>| changed.extend(page.into_iter().map(|row| row.pid));
+    assert_eq!(scene.store.control_many(id, &Select::default(), &pause, page).await.unwrap(), Some(1));
+    assert_eq!(changed, [second], "what was played since stays so");
+    assert_eq!(scene.state(first).await.1, State::Created);
+}
+
+async fn fleet_and_worker_learn_at_the_beat_what_is_wanted(scene: Scene) {
+    let beat = async || scene.store.beat(scene.me, &Load::default()).await.unwrap();
+    let id = RequestId::generate();
+    assert!(scene.store.control_fleet(id, &request(Desired::Pause)).await.unwrap());
+    assert!(!scene.store.control_fleet(id, &request(Desired::Pause)).await.unwrap(), "once");
+    assert_eq!(scene.store.fleet_pause().await.unwrap().unwrap().by, "ann");
+    assert_eq!(beat().await, Beat::Alive { drain: false, is_fleet_paused: true });
+    scene.store.control_fleet(RequestId::generate(), &request(Desired::Run)).await.unwrap();
+    assert_eq!(scene.store.fleet_pause().await.unwrap(), None);
+    assert!(scene.store.drain("nobody", &request(Desired::Run)).await.unwrap().is_empty());
+    let drained = scene.store.drain("w1", &request(Desired::Run)).await.unwrap();
+    assert_eq!(drained.iter().map(|peer| peer.id).collect::<Vec<_>>(), [scene.me]);
+    assert_eq!(beat().await, Beat::Alive { drain: true, is_fleet_paused: false });
 }
 
 async fn a_launch_inserts_claims_and_knows_another_spec(scene: Scene) {
@@ -447,7 +583,11 @@ async fn an_overdue_process_is_killed_with_the_reason(scene: Scene) {
     assert_eq!(scene.state(waiting).await, (Place::Ended, State::Killed));
     let reason = scene.store.show(waiting).await.unwrap().unwrap().summary.outcome.unwrap().reason.unwrap();
     assert!(reason.contains("`timeout.queue`"), "{reason}");
-    assert_eq!(scene.store.desired_of(scene.me, None).await.unwrap(), [(running, Desired::Kill, false)]);
+    let wishes = scene.store.desired_of(scene.me, false).await.unwrap();
+    assert_eq!(
+        wishes.iter().map(|wish| (wish.fence.pid, wish.desired)).collect::<Vec<_>>(),
+        [(running, Desired::Kill)]
+    );
     assert!(scene.store.end_overdue().await.unwrap().is_empty());
 }
 

@@ -4,6 +4,8 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use baton_common::duration;
+use baton_common::id::Pid;
+use baton_common::select::Select;
 use baton_worker::cli::Connection;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
@@ -92,12 +94,23 @@ The exit code is the process's own. State is kept in .baton/ of the current dire
     /// Stop processes before their next advance
     #[command(after_help = "Examples:
   baton pause PID
-  baton pause PID --now                  end its local program, and repeat that after `play`")]
+  baton pause PID --now                  end its local program, and repeat that after `play`
+  baton pause --all --reason maintenance
+  baton pause --label campaign=si --state running,waiting --dry-run
+  baton pause --fleet                    what is held goes on, nothing new is taken")]
     Pause(PauseArguments),
     /// Let paused processes go on where they were
-    Play(ControlArguments),
+    #[command(after_help = "Examples:
+  baton play PID
+  baton play --session night --wait
+  baton play --fleet                     take work again")]
+    Play(PlayArguments),
     /// End processes
-    Kill(ControlArguments),
+    #[command(after_help = "Examples:
+  baton kill PID --wait
+  baton kill --label campaign=si --yes
+  baton kill PID --force                 end it now, although its worker does not answer")]
+    Kill(KillArguments),
     /// List the workers
     Workers(WorkersArguments),
     /// Check what is reachable, which versions, what is wrong, and how to mend it
@@ -142,9 +155,8 @@ pub(crate) struct SubmitArguments {
 pub(crate) struct ListArguments {
     /// Only these processes; `-` reads ids from standard input
     pub(crate) pids: Vec<String>,
-    /// Only these states, separated by commas
-    #[arg(long, value_delimiter = ',', value_parser = clap::builder::PossibleValuesParser::new(baton_common::state::WORDS))]
-    pub(crate) state: Vec<String>,
+    #[command(flatten)]
+    pub(crate) selection: Selection,
     /// At most so many; 0 is all
     #[arg(short = 'n', long, default_value_t = 50)]
     pub(crate) limit: u32,
@@ -182,21 +194,103 @@ pub(crate) struct PauseArguments {
     /// Do not wait for the end of the advance: end its local program and repeat it after `play`
     #[arg(long)]
     pub(crate) now: bool,
+    /// The fleet takes no more work; what is held goes on
+    #[arg(long, group = "whom")]
+    pub(crate) fleet: bool,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct PlayArguments {
+    #[command(flatten)]
+    pub(crate) control: ControlArguments,
+    /// The fleet takes work again
+    #[arg(long, group = "whom")]
+    pub(crate) fleet: bool,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct KillArguments {
+    #[command(flatten)]
+    pub(crate) control: ControlArguments,
+    /// End it in the database now, without waiting for its worker; that ends what it runs when it hears of it, at the
+    /// latest with its lease
+    #[arg(long)]
+    pub(crate) force: bool,
 }
 
 #[derive(Args, Debug)]
 pub(crate) struct ControlArguments {
+    /// Process ids; `-` reads them from standard input
+    #[arg(group = "whom")]
+    pub(crate) pids: Vec<String>,
+    /// Every process
+    #[arg(long, group = "whom")]
+    pub(crate) all: bool,
     #[command(flatten)]
-    pub(crate) pids: Pids,
+    pub(crate) selection: Selection,
     /// Why; kept in the process's history
     #[arg(long, value_name = "TEXT")]
     pub(crate) reason: Option<String>,
+    /// Only say how many it would be about
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+    /// Ask no question before many are killed
+    #[arg(long)]
+    pub(crate) yes: bool,
     /// Wait until it is applied
     #[arg(long)]
     pub(crate) wait: bool,
     /// How long to wait at most
     #[arg(long, requires = "wait", value_parser = duration::parse, value_name = "DURATION", default_value = "1m")]
     pub(crate) timeout: Duration,
+}
+
+/// Which processes, by what they have in common; every condition that is given must be met.
+#[derive(Args, Debug)]
+#[command(next_help_heading = "Selection")]
+pub(crate) struct Selection {
+    /// Only those that bear this label; may be given several times
+    #[arg(long, value_name = "KEY=VALUE", value_parser = label)]
+    pub(crate) label: Vec<(String, String)>,
+    /// Only those of this session
+    #[arg(long, value_name = "NAME")]
+    pub(crate) session: Option<String>,
+    /// Only those in these states, separated by commas
+    #[arg(long, value_delimiter = ',', value_parser = clap::builder::PossibleValuesParser::new(baton_common::state::WORDS))]
+    pub(crate) state: Vec<String>,
+    /// Only those of this task queue, with its class: `default`, `default.high`
+    #[arg(long, value_name = "QUEUE")]
+    pub(crate) queue: Option<String>,
+    /// Only those that run this: `program`, `baton.count`…
+    #[arg(long, value_name = "KIND")]
+    pub(crate) kind: Option<String>,
+    /// Only those that this worker holds
+    #[arg(long, value_name = "NAME")]
+    pub(crate) worker: Option<String>,
+    /// Only those that were accepted at least so long ago
+    #[arg(long, value_name = "DURATION", value_parser = duration::parse)]
+    pub(crate) older_than: Option<Duration>,
+}
+
+impl Selection {
+    /// As the database reads it, of these processes or of all.
+    pub(crate) fn of(self, pids: Vec<Pid>) -> Select {
+        Select {
+            pids,
+            labels: self.label.into_iter().collect(),
+            session: self.session,
+            states: self.state,
+            queue: self.queue,
+            kind: self.kind,
+            worker: self.worker,
+            older_than: self.older_than,
+        }
+    }
+}
+
+fn label(text: &str) -> Result<(String, String), String> {
+    let (key, value) = text.split_once('=').ok_or_else(|| format!("`{text}` is not KEY=VALUE"))?;
+    Ok((key.to_owned(), value.to_owned()))
 }
 
 #[derive(Args, Debug)]

@@ -5,16 +5,19 @@ use std::path::Path;
 use std::sync::OnceLock;
 use std::time::Duration;
 
-use baton_common::communicator::{self, Broker, Communicator, Told};
+use baton_common::communicator::{self, Broker, Communicator, ReplyTo, Told};
 use baton_common::id::Pid;
-use baton_common::message::Task;
+use baton_common::message::{Event, Reply, Task};
 use baton_common::spec::{self, Format, Spec};
+use baton_common::state::Place;
+use baton_common::store::control::Controlled;
 use baton_common::store::submit::ByQueue;
 use baton_common::store::{Location, Store};
 use baton_worker::cli::{exit, host_name};
 
 use crate::cli::Global;
 use crate::failure::Failure;
+use crate::output;
 
 /// How long a command waits for the broker before it goes on without: what it asks for is recorded already.
 const BROKER_LIMIT: Duration = Duration::from_secs(3);
@@ -78,6 +81,54 @@ impl Client {
             Some(health) if health.connected => Ok(Some(communicator)),
             Some(health) => Err(health.last_error.unwrap_or_else(|| "the broker cannot be reached".to_owned())),
             None => Err(format!("the broker does not answer within {} s", BROKER_LIMIT.as_secs())),
+        }
+    }
+
+    /// The broker, if there is one and it answers; a command whose work is recorded in the database goes on without, and
+    /// says so.
+    pub(crate) async fn broker_or_warning(&self) -> Option<&Communicator> {
+        match self.broker().await {
+            Ok(broker) => broker,
+            Err(reason) => {
+                output::warn(&format!(
+                    "nobody can be told ({reason}); what is asked is recorded, and workers obey at their next beat"
+                ));
+                None
+            }
+        }
+    }
+
+    /// Frees what workers hold that are gone, so that a request finds it in its place even when no worker is left.
+    pub(crate) async fn free_orphans(&self) -> Result<(), Failure> {
+        loop {
+            let freed = self.store.free().await?;
+            if freed.count() == 0 {
+                return Ok(());
+            }
+            if let Err(reason) = self.tell(&freed.queued, false).await {
+                output::warn(&format!("freed processes were not told ({reason}); workers find them"));
+            }
+        }
+    }
+
+    /// Does what follows requests that were applied in the database: tells what is queued now, announces, answers.
+    pub(crate) async fn follow(&self, rows: &[Controlled]) {
+        let mut queued = ByQueue::new();
+        for (queue, told) in rows.iter().filter_map(|row| row.told.clone()) {
+            queued.entry(queue).or_default().push(told);
+        }
+        // Without a broker this was said before, and workers find what is queued.
+        let _ = self.tell(&queued, false).await;
+        let Ok(Some(communicator)) = self.broker().await else { return };
+        let at = chrono::Utc::now().timestamp_micros();
+        for row in rows.iter().filter(|row| row.place != Place::Held) {
+            let state = row.state.word().to_owned();
+            communicator.announce(Event { pid: row.pid, state: state.clone(), at, by: whoami(), exit: None });
+            if let Some(to) = row.reply_to.as_deref().and_then(ReplyTo::from_bytes) {
+                let reply = Reply { pid: Some(row.pid), state: Some(state), ..Reply::default() };
+                // It is only an answer; the row is what counts.
+                let _ = communicator.reply(&to, &reply).await;
+            }
         }
     }
 

@@ -1,5 +1,6 @@
 //! A file for each command.
 
+pub(crate) mod broadcast;
 pub(crate) mod completion;
 pub(crate) mod control;
 pub(crate) mod doctor;

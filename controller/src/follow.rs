@@ -40,7 +40,7 @@ pub(crate) async fn wait_ended(
     loop {
         let mut still = Vec::new();
         for page in pending.chunks(PAGE) {
-            let filter = Filter { pids: page.to_vec(), ..Filter::default() };
+            let filter = Filter::of(page.to_vec());
             let rows = store.list(&filter).await?;
             if let Some(missing) = page.iter().find(|pid| !rows.iter().any(|row| row.pid == **pid)) {
                 return Err(absent(*missing));

@@ -191,6 +191,12 @@ impl Scene {
         text
     }
 
+    /// Publishes a message as the management UI's form does.
+    pub async fn publish_by_form(&self, exchange: &str, form: &str) {
+        let answer = self.manage("POST", &format!("exchanges/{}/{exchange}/publish", self.name), form).await;
+        assert!(answer.contains("\"routed\":true"), "{answer}");
+    }
+
     /// Purges every queue of the virtual host.
     pub async fn purge_all(&self) {
         for queue in self.queues().await {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use baton_common::id::Pid;
-use baton_common::store::worker::{BEAT, Load};
+use baton_common::store::worker::{BEAT, Beat, Load};
 use baton_common::store::writer::{Fence, Fenced, Verb};
 use tokio::time::MissedTickBehavior;
 use tracing::{error, info, warn};
@@ -28,16 +28,37 @@ pub(crate) async fn run(shared: Arc<Shared>, threads: Arc<Vec<Thread>>) {
     let mut reconciliation = Reconciliation::default();
     let mut named = HashSet::new();
     let mut is_away = false;
+    let mut is_fleet_paused = false;
     for count in 0_u64.. {
-        ticks.tick().await;
+        tokio::select! {
+            _ = ticks.tick() => {}
+            () = shared.beat_now.notified() => {}
+        }
         let load = Load {
             held: u32::try_from(shared.held.count()).unwrap_or(u32::MAX),
             blocked: blocked(&threads, &mut named),
         };
         let sent_at = boottime_ms();
         match tokio::time::timeout(BEAT_LIMIT, shared.store.beat(shared.me, &load)).await {
-            Ok(Ok(true)) => shared.lease.renew(sent_at),
-            Ok(Ok(false)) => {
+            Ok(Ok(Beat::Alive { drain, is_fleet_paused: is_paused })) => {
+                shared.lease.renew(sent_at);
+                if drain {
+                    shared.drain.cancel();
+                }
+                if is_paused != is_fleet_paused || is_away {
+                    if is_away {
+                        info!("the database is back");
+                    }
+                    if is_paused {
+                        info!("the fleet is paused: what is held goes on, nothing new is taken");
+                        shared.take_orders_only().await;
+                    } else {
+                        shared.take_tasks().await;
+                    }
+                    (is_away, is_fleet_paused) = (false, is_paused);
+                }
+            }
+            Ok(Ok(Beat::Gone)) => {
                 shared.gone.cancel();
                 return;
             }
@@ -57,11 +78,6 @@ pub(crate) async fn run(shared: Arc<Shared>, threads: Arc<Vec<Thread>>) {
                 continue;
             }
         }
-        if is_away {
-            is_away = false;
-            info!("the database is back");
-            shared.take_tasks().await;
-        }
         obey(&shared).await;
         if count % RECONCILE_EVERY == 0 {
             reconciliation.run(&shared).await;
@@ -71,12 +87,8 @@ pub(crate) async fn run(shared: Arc<Shared>, threads: Arc<Vec<Thread>>) {
 
 /// Tells held processes what their rows say, for requests whose message was lost or never sent.
 async fn obey(shared: &Shared) {
-    match shared.store.desired_of(shared.me, None).await {
-        Ok(rows) => {
-            for (pid, desired, urgent) in rows {
-                shared.held.order(pid, desired, urgent);
-            }
-        }
+    match shared.store.desired_of(shared.me, false).await {
+        Ok(wishes) => wishes.into_iter().for_each(|wish| shared.held.order(wish)),
         Err(error) => warn!(%error, "could not read what is desired; the next beat tries again"),
     }
 }
@@ -117,9 +129,9 @@ impl Reconciliation {
         let missing: HashSet<Fence> =
             before.values().map(|entry| entry.fence).filter(|fence| !ours.contains(fence)).collect();
         for fence in missing.intersection(&self.missing) {
-            if let Some(entry) = shared.held.get(fence.pid).filter(|entry| entry.fence == *fence) {
+            if shared.held.get(fence.pid).is_some_and(|entry| entry.fence == *fence) {
                 warn!(pid = %fence.pid, epoch = fence.epoch, "the lease is lost; dropping the process");
-                entry.orders.send_modify(|orders| orders.abandon = true);
+                shared.held.abandon(*fence);
             }
         }
         self.missing = missing;

@@ -3,15 +3,19 @@
 //! A request carries no decision: Baton's own programs have written it into the row before they send it, and one from
 //! outside is written here first. Then the row is read and the process is told.
 
+use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use baton_common::communicator::ControlRequest;
-use baton_common::id::{Incarnation, Pid};
-use baton_common::message::{Control, OutputChunk, Reply, Select};
+use baton_common::communicator::{ControlRequest, ReplyTo};
+use baton_common::id::{Pid, RequestId};
+use baton_common::message::{Control, Effect, OutputChunk, Reply};
+use baton_common::select::Select;
 use baton_common::state::{Desired, Place};
 use baton_common::store;
 use baton_common::store::control::{Answer, Controlled, Request};
+use baton_common::store::worker::Wish;
+use baton_common::store::writer::Fence;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tracing::{debug, info, warn};
@@ -26,6 +30,9 @@ const REQUESTS_MAX: usize = 64;
 
 /// How long an answer waits for the request to be applied before it says that it will be.
 const APPLY_LIMIT: Duration = Duration::from_millis(50);
+
+/// The same for a broadcast: a worker that holds thousands commits them in a few batches.
+const BROADCAST_LIMIT: Duration = Duration::from_secs(1);
 
 /// Most of a stream that one answer carries.
 const CHUNK_BYTES_MAX: u64 = 256 * 1024;
@@ -44,39 +51,72 @@ pub(crate) async fn run(shared: Arc<Shared>, threads: Arc<Vec<Thread>>, mut requ
 }
 
 async fn handle(shared: Arc<Shared>, threads: Arc<Vec<Thread>>, request: ControlRequest) {
-    let ControlRequest { control, from_broadcast, from_baton, message_id, reply_to, durable } = request;
-    let reply = match control {
-        Control::Obey { verb, select, reason } => {
-            let asked = Request { verb, urgent: false, by: "amqp".into(), reason };
-            if let Some(settle) = durable {
-                match record(&shared, &select, &asked, message_id.as_deref(), from_baton).await {
-                    Ok(()) => settle.ack().await,
-                    Err(Refusal::Unusable(reason)) => settle.dead(&reason).await,
-                    Err(Refusal::Database(error)) => {
-                        warn!(%error, "a broadcast could not be recorded; it comes again");
-                        settle.give_back().await;
-                    }
-                }
-                return;
+    let ControlRequest { control, from_broadcast, from_baton, message_id, user, reply_to, durable } = request;
+    let asked = |verb, reason| Request {
+        login: Some(user.map_or_else(|| "amqp".to_owned(), |user| format!("amqp:{user}"))),
+        reason,
+        ..Request::new(verb, "amqp")
+    };
+    if let Some(settle) = durable {
+        // Baton's own programs have written the rows themselves.
+        let recorded = if from_baton { Ok(None) } else { record(&shared, control, message_id.as_deref(), asked).await };
+        match recorded {
+            Ok(reply) => {
+                settle.ack().await;
+                answer(&shared, reply_to.filter(|_| !from_baton), reply).await;
             }
-            obey(&shared, verb, &select, from_baton || from_broadcast, &asked).await
+            Err(Refusal::Unusable(reason)) => {
+                answer(&shared, reply_to, Some(Reply::refusal(&reason))).await;
+                settle.dead(&reason).await;
+            }
+            Err(Refusal::Database(error)) => {
+                warn!(%error, "a broadcast could not be recorded; it comes again");
+                settle.give_back().await;
+            }
+        }
+        return;
+    }
+    let reply = match control {
+        // From outside, it says nothing yet: whoever takes its durable copy writes it into the rows, and says it again.
+        Control::Obey { .. } | Control::Fleet { .. } if from_broadcast && !from_baton => return,
+        Control::Obey { verb, select, .. } if from_broadcast => obey_broadcast(&shared, verb, &select).await,
+        Control::Obey { verb, select, reason } => match select.pids[..] {
+            [pid] if select == Select::one(pid) => {
+                let asked = (!from_baton).then(|| asked(verb, reason));
+                obey_one(&shared, verb, pid, asked).await
+            }
+            [..] => Reply::refusal("a worker's own queue takes requests to one process; broadcast those to many"),
+        },
+        Control::Fleet { .. } => {
+            // What it says stands in the database, and the beat reads it.
+            shared.beat_now.notify_one();
+            named(&shared, Reply { outcome: Some(Effect::Recorded), ..Reply::default() })
         }
         Control::Status(pid) => status(&shared, &threads, pid),
         Control::Output { pid, stdout_offset, stderr_offset } => {
             written(&shared, pid, stdout_offset, stderr_offset).await
         }
-        Control::Ping => Reply { outcome: Some("alive".into()), ..Reply::default() },
+        Control::Ping => Reply { outcome: Some(Effect::Alive), ..Reply::default() },
         Control::Drain => {
             info!("asked to drain");
             shared.drain.cancel();
-            Reply { outcome: Some("draining".into()), ..Reply::default() }
+            Reply { outcome: Some(Effect::Draining), ..Reply::default() }
         }
     };
-    if let Some(to) = reply_to
+    answer(&shared, reply_to, Some(reply)).await;
+}
+
+async fn answer(shared: &Shared, to: Option<ReplyTo>, reply: Option<Reply>) {
+    if let (Some(to), Some(reply)) = (to, reply)
         && let Err(error) = shared.communicator.reply(&to, &reply).await
     {
         debug!(%error, "the answer to a control request was not sent");
     }
+}
+
+/// An answer to a broadcast says whose it is.
+fn named(shared: &Shared, reply: Reply) -> Reply {
+    Reply { worker: Some(shared.name.clone()), incarnation: Some(shared.me), ..reply }
 }
 
 /// Why a broadcast from outside is not recorded.
@@ -85,38 +125,45 @@ enum Refusal {
     Database(store::Error),
 }
 
-/// Writes a broadcast from outside into the rows, once, whoever takes it.
+/// Writes a broadcast from outside into the rows, once, whoever takes it. A worker that dies meanwhile leaves the message
+/// to another, who goes on where it was.
 async fn record(
     shared: &Shared,
-    select: &Select,
-    asked: &Request,
+    control: Control,
     message_id: Option<&str>,
-    from_baton: bool,
-) -> Result<(), Refusal> {
-    if from_baton {
-        // Its sender has written the rows itself.
-        return Ok(());
-    }
+    asked: impl FnOnce(Desired, Option<String>) -> Request,
+) -> Result<Option<Reply>, Refusal> {
     // A message without an id cannot be told from its copy, so a copy is recorded again; that harms only the history.
-    let unnamed = Incarnation::generate().to_string();
-    let id = message_id.unwrap_or(&unnamed);
-    if !shared.store.record_broadcast(id, asked).await.map_err(Refusal::Database)? {
-        return Ok(());
-    }
-    let mut pages: Vec<Vec<Controlled>> = Vec::new();
-    let recorded = shared.store.control_many(select, asked, |page| pages.push(page)).await;
+    let id = message_id.map_or_else(RequestId::generate, RequestId::of_message);
+    let recorded = match &control {
+        Control::Obey { verb, select, reason } => {
+            let asked = asked(*verb, reason.clone());
+            let mut pages: Vec<Vec<Controlled>> = Vec::new();
+            let recorded = shared.store.control_many(id, select, &asked, |page| pages.push(page)).await;
+            for row in pages.into_iter().flatten() {
+                follow(shared, row).await;
+            }
+            recorded
+        }
+        Control::Fleet { verb, reason } => {
+            let written = shared.store.control_fleet(id, &asked(*verb, reason.clone())).await;
+            written.map(|is_new| is_new.then_some(0))
+        }
+        Control::Status(_) | Control::Output { .. } | Control::Ping | Control::Drain => {
+            return Err(Refusal::Unusable("only `pause`, `play` and `kill` can be broadcast".to_owned()));
+        }
+    };
     let count = recorded.map_err(|error| {
         // What the database does not take now it takes later; a selection that it never takes must not come again.
         if error.is_transient() { Refusal::Database(error) } else { Refusal::Unusable(error.to_string()) }
     })?;
-    info!(verb = asked.verb.verb(), count, "a broadcast from outside is recorded");
-    for row in pages.into_iter().flatten() {
-        follow(shared, row).await;
+    let Some(count) = count else { return Ok(None) };
+    info!(count, %id, "a broadcast from outside is recorded");
+    if let Err(error) = shared.communicator.broadcast(control).await {
+        debug!(%error, "the other workers find out at their next beat");
     }
-    for (pid, desired, urgent) in shared.store.desired_of(shared.me, None).await.map_err(Refusal::Database)? {
-        shared.held.order(pid, desired, urgent);
-    }
-    Ok(())
+    let counts = BTreeMap::from([(Effect::Recorded.word().to_owned(), count)]);
+    Ok(Some(named(shared, Reply { outcome: Some(Effect::Recorded), counts: Some(counts), ..Reply::default() })))
 }
 
 /// Does what follows a request that was applied in the database.
@@ -131,64 +178,88 @@ async fn follow(shared: &Shared, row: Controlled) {
     }
 }
 
-/// Reads the rows and tells the processes.
-async fn obey(shared: &Shared, verb: Desired, select: &Select, is_recorded: bool, asked: &Request) -> Reply {
-    let [pid] = select.pids[..] else {
-        // A broadcast: whatever is desired of what is held here.
-        return match shared.store.desired_of(shared.me, None).await {
-            Ok(rows) => {
-                for (pid, desired, urgent) in &rows {
-                    shared.held.order(*pid, *desired, *urgent);
-                }
-                if verb == Desired::Run {
-                    for entry in
-                        shared.held.entries().iter().filter(|entry| entry.orders.borrow().desired == Desired::Pause)
-                    {
-                        shared.held.order(entry.fence.pid, Desired::Run, false);
-                    }
-                }
-                Reply { outcome: Some("read".into()), ..Reply::default() }
-            }
-            Err(error) => Reply::refusal(error.to_string()),
-        };
+/// Reads the row of everything that is held, and tells every process what its own says.
+pub(crate) async fn reread(shared: &Shared) -> Result<Vec<Wish>, store::Error> {
+    // What is claimed after this was claimed with its row's wish.
+    let before = shared.held.entries();
+    let wishes = shared.store.desired_of(shared.me, true).await?;
+    let ours: HashSet<Fence> = wishes.iter().map(|wish| wish.fence).collect();
+    for wish in &wishes {
+        shared.held.order(*wish);
+    }
+    for entry in before.iter().filter(|entry| !ours.contains(&entry.fence)) {
+        // It has left just now, by its own last write, or somebody has ended it by force.
+        shared.held.abandon(entry.fence);
+    }
+    Ok(wishes)
+}
+
+/// A broadcast to many, which is written into the rows already or will be by whoever takes its copy.
+async fn obey_broadcast(shared: &Shared, verb: Desired, select: &Select) -> Reply {
+    let wishes = match reread(shared).await {
+        Ok(wishes) => wishes,
+        Err(error) => return named(shared, Reply::refusal(error.to_string())),
     };
-    if !is_recorded {
-        match shared.store.control(pid, asked).await {
-            Ok(Answer::Recorded(row)) => follow(shared, row).await,
-            Ok(Answer::Ended(state)) => return outcome(pid, state.word()),
-            Ok(Answer::Dying) => return outcome(pid, "killing"),
-            Ok(Answer::Absent) => return Reply::refusal(format!("there is no process {pid}")),
+    let mut counts = BTreeMap::new();
+    let mut count = |effect: Effect, n: usize| {
+        if n > 0 {
+            counts.insert(effect.word().to_owned(), n as u64);
+        }
+    };
+    if verb == Desired::Run {
+        let n_running = wishes.iter().filter(|wish| wish.desired == Desired::Run).count();
+        count(Effect::Playing, n_running);
+    } else {
+        let wanted: Vec<Fence> = wishes.iter().filter(|wish| wish.desired == verb).map(|wish| wish.fence).collect();
+        let n_pending = shared.held.count_left_behind(&wanted, BROADCAST_LIMIT).await;
+        count(Effect::applied(verb), wanted.len() - n_pending);
+        count(Effect::pending(verb), n_pending);
+    }
+    info!(verb = verb.verb(), ?counts, everything = select.is_all(), "a broadcast is obeyed");
+    named(shared, Reply { counts: Some(counts), ..Reply::default() })
+}
+
+/// A request to one process. `asked` is what has to be written into its row first.
+async fn obey_one(shared: &Shared, verb: Desired, pid: Pid, asked: Option<Request>) -> Reply {
+    if let Some(asked) = asked {
+        match shared.store.control(pid, &asked).await {
+            Ok(Answer::Recorded(row)) => {
+                let (place, effect) = (row.place, row.effect);
+                follow(shared, row).await;
+                if place != Place::Held {
+                    return outcome(pid, effect);
+                }
+            }
+            Ok(Answer::Ended(state)) => return outcome(pid, Effect::ended(state)),
+            Ok(Answer::Dying) => return outcome(pid, Effect::Killing),
+            Ok(Answer::Absent) => {
+                let reply = Reply::refusal(format!("there is no process {pid}"));
+                return Reply { outcome: Some(Effect::Absent), ..reply };
+            }
             Err(error) => return Reply::refusal(error.to_string()),
         }
     }
-    let Some(entry) = shared.held.get(pid) else { return outcome(pid, "not_held") };
-    match shared.store.desired_of(shared.me, Some(pid)).await {
-        Ok(rows) => {
-            for (pid, desired, urgent) in rows {
-                shared.held.order(pid, desired, urgent);
-            }
+    let Some(entry) = shared.held.get(pid) else { return outcome(pid, Effect::NotHeld) };
+    match shared.store.desired_of_one(shared.me, pid).await {
+        Ok(Some(wish)) => shared.held.order(wish),
+        Ok(None) => {
+            shared.held.abandon(entry.fence);
+            return outcome(pid, Effect::NotHeld);
         }
         Err(error) => return Reply::refusal(error.to_string()),
     }
-    let has_left = verb != Desired::Run && shared.held.left(entry.fence, APPLY_LIMIT).await;
-    outcome(
-        pid,
-        match (verb, has_left) {
-            (Desired::Run, _) => "playing",
-            (Desired::Pause, true) => "paused",
-            (Desired::Pause, false) => "pausing",
-            (Desired::Kill, true) => "killed",
-            (Desired::Kill, false) => "killing",
-        },
-    )
+    // A pause waits for the advance, however long that takes; everything else is a matter of a commit.
+    let is_quick = verb == Desired::Kill || entry.orders.borrow().interrupts() || !entry.live.is_advancing();
+    let has_left = verb != Desired::Run && is_quick && shared.held.left(entry.fence, APPLY_LIMIT).await;
+    outcome(pid, if has_left { Effect::applied(verb) } else { Effect::pending(verb) })
 }
 
-fn outcome(pid: Pid, word: &str) -> Reply {
-    Reply { pid: Some(pid), outcome: Some(word.to_owned()), ..Reply::default() }
+fn outcome(pid: Pid, effect: Effect) -> Reply {
+    Reply { pid: Some(pid), outcome: Some(effect), ..Reply::default() }
 }
 
 fn status(shared: &Shared, threads: &[Thread], pid: Pid) -> Reply {
-    let Some(entry) = shared.held.get(pid) else { return outcome(pid, "not_held") };
+    let Some(entry) = shared.held.get(pid) else { return outcome(pid, Effect::NotHeld) };
     let mut status = entry.live.status(&shared.name, entry.fence.epoch);
     let blocked = threads.iter().filter_map(Thread::blocked).find(|(other, _)| *other == pid);
     status.blocked_ms = blocked.map(|(_, elapsed)| u64::try_from(elapsed.as_millis()).unwrap_or(u64::MAX));
@@ -197,8 +268,8 @@ fn status(shared: &Shared, threads: &[Thread], pid: Pid) -> Reply {
 
 /// What a held program has written from these offsets on.
 async fn written(shared: &Shared, pid: Pid, stdout_offset: u64, stderr_offset: u64) -> Reply {
-    let Some(entry) = shared.held.get(pid) else { return outcome(pid, "not_held") };
-    let Some(sandbox) = entry.live.sandbox() else { return outcome(pid, "not_started") };
+    let Some(entry) = shared.held.get(pid) else { return outcome(pid, Effect::NotHeld) };
+    let Some(sandbox) = entry.live.sandbox() else { return outcome(pid, Effect::NotStarted) };
     let read = shared.blocking.spawn_blocking(move || {
         let stdout = output::read_from(&sandbox.stdout(), stdout_offset, CHUNK_BYTES_MAX)?;
         let stderr = output::read_from(&sandbox.stderr(), stderr_offset, CHUNK_BYTES_MAX)?;

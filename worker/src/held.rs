@@ -7,6 +7,7 @@ use std::time::Duration;
 use baton_common::id::Pid;
 use baton_common::message::Status;
 use baton_common::state::Desired;
+use baton_common::store::worker::Wish;
 use baton_common::store::writer::Fence;
 use tokio::sync::{Notify, watch};
 
@@ -51,6 +52,15 @@ struct Facts {
     sandbox: Option<Sandbox>,
 }
 
+/// The stage before the first advance.
+const CLAIMED: &str = "claimed";
+
+/// The stage of a short wait between two advances.
+pub(crate) const SLEEPING: &str = "sleeping";
+
+/// The stage of a fenced write.
+pub(crate) const WRITING: &str = "writing";
+
 /// One held process.
 #[derive(Clone)]
 pub(crate) struct Entry {
@@ -92,7 +102,7 @@ impl Orders {
 impl Live {
     pub(crate) fn new(advances: u64) -> Self {
         let facts = Facts {
-            stage: Since::now("claimed"),
+            stage: Since::now(CLAIMED),
             advances,
             last_line: None,
             child: None,
@@ -129,6 +139,15 @@ impl Live {
 
     pub(crate) fn sandbox(&self) -> Option<Sandbox> {
         self.lock().sandbox.clone()
+    }
+
+    /// Whether an advance is under way, so that a pause has to wait for it.
+    pub(crate) fn is_advancing(&self) -> bool {
+        !matches!(self.lock().stage.what, CLAIMED | SLEEPING | WRITING)
+    }
+
+    fn is_writing(&self) -> bool {
+        self.lock().stage.what == WRITING
     }
 
     /// The answer to `status`.
@@ -207,6 +226,17 @@ impl Held {
         self.wait(limit, || self.get(fence.pid).is_none_or(|entry| entry.fence != fence)).await
     }
 
+    /// Waits until these holdings have ended, or the limit has passed; says how many have not.
+    pub(crate) async fn count_left_behind(&self, fences: &[Fence], limit: Duration) -> usize {
+        let count = || {
+            let table = self.lock();
+            let is_held = |fence: &Fence| table.entries.get(&fence.pid).is_some_and(|entry| entry.fence == *fence);
+            fences.iter().filter(|fence| is_held(fence)).count()
+        };
+        self.wait(limit, || count() == 0).await;
+        count()
+    }
+
     /// Waits until nothing is held or being claimed, or the limit has passed; says whether nothing is.
     pub(crate) async fn emptied(&self, limit: Duration) -> bool {
         self.wait(limit, || self.count() == 0).await
@@ -239,15 +269,25 @@ impl Held {
         self.lock().claiming.contains_key(&pid)
     }
 
-    /// What the row of a held process says; ignored if it is held no more.
-    pub(crate) fn order(&self, pid: Pid, desired: Desired, urgent: bool) {
-        if let Some(entry) = self.lock().entries.get(&pid) {
+    /// What the row of a held process says; ignored if that holding has ended.
+    pub(crate) fn order(&self, wish: Wish) {
+        if let Some(entry) = self.lock().entries.get(&wish.fence.pid).filter(|entry| entry.fence == wish.fence) {
             entry.orders.send_if_modified(|orders| {
-                let changed = orders.desired != desired || orders.urgent != urgent;
-                orders.desired = desired;
-                orders.urgent = urgent;
+                let changed = orders.desired != wish.desired || orders.urgent != wish.urgent;
+                orders.desired = wish.desired;
+                orders.urgent = wish.urgent;
                 changed
             });
+        }
+    }
+
+    /// The row is not held under this fence: the holding stops at once and writes nothing more. If it is writing, that
+    /// may be what has taken the row out of `held`, and the answer to it says so.
+    pub(crate) fn abandon(&self, fence: Fence) {
+        let table = self.lock();
+        let entry = table.entries.get(&fence.pid).filter(|entry| entry.fence == fence);
+        if let Some(entry) = entry.filter(|entry| !entry.live.is_writing()) {
+            entry.orders.send_modify(|orders| orders.abandon = true);
         }
     }
 

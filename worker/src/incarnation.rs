@@ -18,7 +18,7 @@ use baton_common::store::submit::ByQueue;
 use baton_common::store::worker::NewWorker;
 use baton_common::store::writer::Writer;
 use baton_common::store::{self, Store};
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::{Notify, Semaphore, mpsc};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
@@ -67,6 +67,8 @@ pub(crate) struct Shared {
     pub(crate) drain: CancellationToken,
     /// Cancelled when somebody has declared this incarnation gone.
     pub(crate) gone: CancellationToken,
+    /// Notified when a beat has something to learn.
+    pub(crate) beat_now: Notify,
     takes_tasks: AtomicBool,
     heads: Mutex<HashMap<String, i64>>,
     tell: mpsc::Sender<(String, Told)>,
@@ -157,6 +159,13 @@ impl Shared {
         self.takes_tasks.store(true, Ordering::Release);
     }
 
+    /// Takes no tasks, but still broadcasts that have to be recorded.
+    pub(crate) async fn take_orders_only(&self) {
+        self.takes_tasks.store(false, Ordering::Release);
+        self.communicator.consume(vec![], Arc::clone(&self.slots)).await;
+        self.communicator.consume_control().await;
+    }
+
     /// Takes nothing more, neither tasks nor broadcasts that have to be recorded.
     pub(crate) async fn take_nothing(&self) {
         self.takes_tasks.store(false, Ordering::Release);
@@ -234,6 +243,7 @@ pub(crate) async fn run(options: &Options, drain: CancellationToken, hurry: Canc
         blocking: tokio::runtime::Handle::current(),
         drain,
         gone: CancellationToken::new(),
+        beat_now: Notify::new(),
         takes_tasks: AtomicBool::new(false),
         heads: Mutex::default(),
         tell,

@@ -16,12 +16,13 @@ use baton_common::id::Pid;
 use baton_common::spec::Spec;
 use baton_common::state::{Desired, Place, State};
 use baton_common::store::blob::{Checkpoint, Outcome};
+use baton_common::store::worker::Wish;
 use baton_common::store::writer::{Attempt, Claimed, Fence, Fenced, How, Verb, Written};
 use futures_util::FutureExt;
 use tokio::sync::{OwnedSemaphorePermit, watch};
 use tracing::{Instrument, debug, info, warn};
 
-use crate::held::{Drain, Live, Orders};
+use crate::held::{Drain, Live, Orders, SLEEPING, WRITING};
 use crate::incarnation::Shared;
 use crate::process::{Advance, Context, Draft, Error, Interrupt};
 use crate::registry::AnyProcess;
@@ -276,7 +277,7 @@ impl Run {
                 let awaited = |orders: &Orders| {
                     orders.interrupts() || orders.desired != Desired::Run || orders.drain != Drain::No
                 };
-                self.context.live.set_stage("sleeping");
+                self.context.live.set_stage(SLEEPING);
                 // Whoever pauses or drains need not wait for it: a short wait that is cut is a late checkpoint, no error.
                 let _ = tokio::time::timeout(pause, orders.wait_for(awaited)).await;
                 Hold::Held
@@ -400,8 +401,10 @@ impl Run {
             ended: ended.map(|(how, reason)| Attempt { started_at: self.claimed_at, how, reason }),
             outputs: self.context.draft.borrow_mut().take_outputs(),
         };
+        self.context.live.set_stage(WRITING);
         let mut abandoned = self.orders.clone();
         let written = tokio::select! {
+            biased;
             written = self.shared.writer.write(fenced) => written,
             _ = abandoned.wait_for(|orders| orders.abandon) => return Hold::Gone,
         };
@@ -413,7 +416,7 @@ impl Run {
                     self.checkpoint = checkpoint;
                 }
                 if written.place == Place::Held {
-                    self.shared.held.order(fence.pid, written.desired, written.urgent);
+                    self.shared.held.order(Wish { fence, desired: written.desired, urgent: written.urgent });
                     return Hold::Held;
                 }
                 self.left = Some(written);

@@ -137,9 +137,11 @@ pub(crate) async fn free(shared: &Shared) {
         }
         info!(count, "freed processes of dead workers");
         shared.tell_all(freed.queued).await;
-        for (pid, reply_to) in freed.excepted {
-            warn!(%pid, "this process has cost too many workers their life; it is excepted");
-            ended(shared, pid, State::Excepted, reply_to).await;
+        for (pid, state, reply_to) in freed.ended {
+            if state == State::Excepted {
+                warn!(%pid, "this process has cost too many workers their life; it is excepted");
+            }
+            ended(shared, pid, state, reply_to).await;
         }
         for pid in freed.paused {
             shared.announce(pid, State::Paused(baton_common::state::Live::Running), None);

@@ -37,7 +37,7 @@ pub(super) enum Ask {
     Request { queue: String, envelope: Envelope, done: oneshot::Sender<Result<Reply, RequestError>> },
     Ping { queue: String, envelope: Envelope, done: oneshot::Sender<Result<bool, Down>> },
     Reply { to: ReplyTo, body: Vec<u8>, done: oneshot::Sender<Result<(), Down>> },
-    Broadcast { envelope: Envelope, done: oneshot::Sender<Result<(), Down>> },
+    Broadcast { envelope: Envelope, replies: mpsc::Sender<Reply>, done: oneshot::Sender<Result<(), Down>> },
     Depth { queue: String, done: oneshot::Sender<Result<u64, Down>> },
 }
 
@@ -111,12 +111,47 @@ enum Step {
 /// A request that arrived and waits for the worker to take it.
 type Arrived = (ControlRequest, lapin::Acker);
 
+/// Who waits for the answers to a request.
+pub(super) enum Asker {
+    /// One answer, from whoever has this queue.
+    Of { queue: String, done: oneshot::Sender<Result<Reply, RequestError>> },
+    /// One from each worker.
+    OfAll(mpsc::Sender<Reply>),
+}
+
+impl Asker {
+    pub(super) fn has_given_up(&self) -> bool {
+        match self {
+            Asker::Of { done, .. } => done.is_closed(),
+            Asker::OfAll(replies) => replies.is_closed(),
+        }
+    }
+
+    fn fail(self, error: RequestError) {
+        match self {
+            Asker::Of { done, .. } => drop(done.send(Err(error))),
+            // Its channel ends.
+            Asker::OfAll(_) => {}
+        }
+    }
+}
+
+/// Gives an answer to whoever waits for it; an answer to nobody comes after its asker has given up.
+pub(super) fn answer(requests: &mut HashMap<String, Asker>, id: &str, reply: Reply) {
+    if let Some(Asker::OfAll(replies)) = requests.get(id) {
+        // A full channel means that nobody reads it.
+        let _ = replies.try_send(reply);
+    } else if let Some(Asker::Of { done, .. }) = requests.remove(id) {
+        let _ = done.send(Ok(reply));
+    }
+}
+
 struct Session<'a> {
     dial: &'a Dial,
     connection: &'a Connection,
     channel: Channel,
     /// By the request's id, which is also its correlation id.
-    requests: HashMap<String, (String, oneshot::Sender<Result<Reply, RequestError>>)>,
+    requests: HashMap<String, Asker>,
     steps: FuturesUnordered<BoxFuture<'a, Step>>,
     publish_tx: mpsc::Sender<Job>,
 }
@@ -220,14 +255,9 @@ impl<'a> Session<'a> {
         let connection = self.connection;
         match ask {
             Ask::Request { queue, envelope, done } => {
-                if self.requests.len() >= N_REQUESTS_BEFORE_SWEEP {
-                    self.requests.retain(|_, (_, done)| !done.is_closed());
-                }
-                let id = envelope.message_id.clone().expect("control messages have an id");
-                let reply_to = Some(DIRECT_REPLY.to_owned());
-                let envelope = Envelope { reply_to, correlation_id: Some(id.clone()), ..envelope };
+                let (id, envelope) = self.with_answer(envelope);
                 let publish = publish(self.channel.clone(), "", queue.clone(), true, envelope);
-                self.requests.insert(id.clone(), (queue, done));
+                self.requests.insert(id.clone(), Asker::Of { queue, done });
                 let step = async move { Step::Published { request: Some(id), outcome: publish.await } };
                 self.steps.push(step.boxed());
             }
@@ -245,7 +275,9 @@ impl<'a> Session<'a> {
                 };
                 self.publish_and_tell("", to.reply_to, envelope, done);
             }
-            Ask::Broadcast { envelope, done } => {
+            Ask::Broadcast { envelope, replies, done } => {
+                let (id, envelope) = self.with_answer(envelope);
+                self.requests.insert(id, Asker::OfAll(replies));
                 self.publish_and_tell(BROADCAST_EXCHANGE, String::new(), envelope, done);
             }
             Ask::Depth { queue, done } => self.steps.push(
@@ -256,6 +288,17 @@ impl<'a> Session<'a> {
                 .boxed(),
             ),
         }
+    }
+
+    /// The message as one that is answered, and the id by which its answers are known.
+    fn with_answer(&mut self, envelope: Envelope) -> (String, Envelope) {
+        if self.requests.len() >= N_REQUESTS_BEFORE_SWEEP {
+            self.requests.retain(|_, asker| !asker.has_given_up());
+        }
+        let id = envelope.message_id.clone().expect("control messages have an id");
+        let reply_to = Some(DIRECT_REPLY.to_owned());
+        let envelope = Envelope { reply_to, correlation_id: Some(id.clone()), ..envelope };
+        (id, envelope)
     }
 
     fn publish_and_tell(
@@ -280,14 +323,14 @@ impl<'a> Session<'a> {
         match outcome {
             Ok(None) => Ok(()),
             Ok(Some(returned)) => {
-                if let Some((queue, done)) = self.requests.remove(&returned) {
+                if let Some(Asker::Of { queue, done }) = self.requests.remove(&returned) {
                     let _ = done.send(Err(RequestError::Unroutable(queue)));
                 }
                 Ok(())
             }
             Err(error) => {
-                if let Some((_, done)) = request.and_then(|id| self.requests.remove(&id)) {
-                    let _ = done.send(Err(Down(error.clone()).into()));
+                if let Some(asker) = request.and_then(|id| self.requests.remove(&id)) {
+                    asker.fail(Down(error.clone()).into());
                 }
                 // A channel that has failed fails every request on it; a new connection is the plain remedy.
                 if self.channel.status().connected() { Ok(()) } else { Err(error) }
@@ -297,12 +340,10 @@ impl<'a> Session<'a> {
 
     fn on_reply(&mut self, delivery: lapin::message::Delivery) {
         let envelope = Envelope::from_amqp(&delivery.properties, delivery.data);
-        let request = envelope.correlation_id.as_ref().and_then(|id| self.requests.remove(id));
-        // An answer to nobody comes after its asker has given up.
-        let Some((_, done)) = request else { return };
+        let Some(id) = &envelope.correlation_id else { return };
         let reply = Reply::decode(&envelope.body, envelope.encoding())
             .unwrap_or_else(|error| Reply::refusal(format!("the answer cannot be read: {error}")));
-        let _ = done.send(Ok(reply));
+        answer(&mut self.requests, id, reply);
     }
 
     fn on_arrival(&mut self, delivery: lapin::message::Delivery) -> Option<Arrived> {
@@ -354,8 +395,8 @@ impl<'a> Session<'a> {
     }
 
     fn fail_requests(&mut self, error: String) {
-        for (_, (_, done)) in self.requests.drain() {
-            let _ = done.send(Err(Down(error.clone()).into()));
+        for (_, asker) in self.requests.drain() {
+            asker.fail(Down(error.clone()).into());
         }
     }
 }
@@ -371,6 +412,7 @@ pub(super) fn control_request(
         from_broadcast,
         from_baton: envelope.is_own(),
         message_id: envelope.message_id.clone(),
+        user: envelope.user_id.clone(),
         reply_to: envelope.reply_to(),
         durable: None,
     }

@@ -36,6 +36,8 @@ pub struct ControlRequest {
     pub from_baton: bool,
     /// The sender's id of the message.
     pub message_id: Option<String>,
+    /// The sender's login at the broker, if the sender has stated it; the broker lets nobody state another.
+    pub user: Option<String>,
     /// Who waits for an answer.
     pub reply_to: Option<ReplyTo>,
     /// It came from `baton.control`, to this worker alone: settle it once it is recorded.

@@ -36,6 +36,8 @@ pub(super) struct Envelope {
     pub(super) correlation_id: Option<String>,
     pub(super) reply_to: Option<String>,
     pub(super) app_id: Option<String>,
+    /// Whom the broker knows the sender from; it lets nobody state another.
+    pub(super) user_id: Option<String>,
     pub(super) traceparent: Option<String>,
     pub(super) epitaph: Option<Epitaph>,
     pub(super) body: Vec<u8>,
@@ -163,6 +165,7 @@ impl Envelope {
             correlation_id: text(properties.correlation_id()),
             reply_to: text(properties.reply_to()),
             app_id: text(properties.app_id()),
+            user_id: text(properties.user_id()),
             traceparent,
             epitaph: None,
             body,

@@ -4,10 +4,10 @@
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 
-use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
+use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use tokio_util::sync::CancellationToken;
 
-use super::control::{Ask, control_request};
+use super::control::{Ask, Asker, answer, control_request};
 use super::credits::Credits;
 use super::delivery::{Settlement, Ticket, Verdict};
 use super::envelope::{CONTROL_QUEUE, DIRECT_REPLY, Envelope, bad_queue_name};
@@ -47,7 +47,7 @@ struct Memory {
     controls: VecDeque<ControlRequest>,
     /// Broadcasts that wait to be recorded.
     broadcasts: VecDeque<Stored>,
-    requests: HashMap<String, oneshot::Sender<Result<Reply, RequestError>>>,
+    requests: HashMap<String, Asker>,
     permit: Option<OwnedSemaphorePermit>,
 }
 
@@ -214,11 +214,9 @@ impl Memory {
                     let _ = done.send(Err(RequestError::Unroutable(queue)));
                     return;
                 };
-                self.requests.retain(|_, done| !done.is_closed());
-                let reply_to = Some(DIRECT_REPLY.to_owned());
-                let envelope = Envelope { reply_to, correlation_id: Some(id.clone()), ..envelope };
+                let envelope = self.with_answer(&id, envelope);
                 match self.arrive(&envelope, false) {
-                    Ok(()) => drop(self.requests.insert(id, done)),
+                    Ok(()) => drop(self.requests.insert(id, Asker::Of { queue, done })),
                     Err(down) => drop(done.send(Err(down.into()))),
                 }
             }
@@ -228,20 +226,29 @@ impl Memory {
                 let _ = done.send(arrived.map(|()| is_there));
             }
             Ask::Reply { to, body, done } => {
-                if let Some(asker) = to.correlation_id.as_ref().and_then(|id| self.requests.remove(id)) {
+                if let Some(id) = &to.correlation_id {
                     let reply = Reply::decode(&body, to.encoding())
                         .unwrap_or_else(|error| Reply::refusal(format!("the answer cannot be read: {error}")));
-                    let _ = asker.send(Ok(reply));
+                    answer(&mut self.requests, id, reply);
                 }
                 let _ = done.send(Ok(()));
             }
-            Ask::Broadcast { envelope, done } => {
+            Ask::Broadcast { envelope, replies, done } => {
+                let id = envelope.message_id.clone().unwrap_or_default();
+                let envelope = self.with_answer(&id, envelope);
+                self.requests.insert(id, Asker::OfAll(replies));
                 let _ = done.send(self.broadcast(envelope));
             }
             Ask::Depth { queue, done } => {
                 let _ = done.send(Ok(self.depth(&queue) as u64));
             }
         }
+    }
+
+    fn with_answer(&mut self, id: &str, envelope: Envelope) -> Envelope {
+        self.requests.retain(|_, asker| !asker.has_given_up());
+        let reply_to = Some(DIRECT_REPLY.to_owned());
+        Envelope { reply_to, correlation_id: Some(id.to_owned()), ..envelope }
     }
 
     fn owns(&self, queue: &str) -> bool {

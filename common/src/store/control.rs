@@ -1,13 +1,20 @@
 //! Requests of operators. One statement writes what is desired and, if nobody holds the process, applies it.
+//!
+//! Every request leaves an event a process: who asked, when, and what it came to. The outcome is written by the statement
+//! that obeys: here where nobody holds the process, by the holder's fenced write, or by the sweep that frees it.
+
+use std::collections::BTreeMap;
 
 use sea_orm::{ConnectionTrait, DatabaseTransaction, QueryResult, Value};
 use uuid::Uuid;
 
 use super::blob::Outcome;
+use super::dialect::{Batch, Dialect, Kind};
 use super::submit::Told;
-use super::{Error, Store, begin};
-use crate::id::{Incarnation, Pid};
-use crate::message::Select;
+use super::{Error, Store, begin, select};
+use crate::id::{Incarnation, Pid, RequestId};
+use crate::message::Effect;
+use crate::select::Select;
 use crate::state::{Desired, Place, State};
 
 /// Rows that one statement of a request to many changes.
@@ -20,10 +27,22 @@ pub struct Request {
     pub verb: Desired,
     /// At once: `pause --now` ends a local program.
     pub urgent: bool,
-    /// Who asks.
+    /// Without asking the holder: `kill --force` ends the process in the database, and its holder, who loses the lease by
+    /// it, drops it.
+    pub force: bool,
+    /// Who asks, as they say themselves: user and host.
     pub by: String,
+    /// Whom the broker knows it from, for requests that came from outside; `None` is the database's own login.
+    pub login: Option<String>,
     /// Why, in their words.
     pub reason: Option<String>,
+}
+
+impl Request {
+    /// A plain request by somebody who speaks to the database.
+    pub fn new(verb: Desired, by: impl Into<String>) -> Self {
+        Request { verb, urgent: false, force: false, by: by.into(), login: None, reason: None }
+    }
 }
 
 /// What became of a request to one process.
@@ -44,18 +63,29 @@ pub enum Answer {
 pub struct Controlled {
     /// The process.
     pub pid: Pid,
+    /// The request's event, whose outcome says when it is applied.
+    pub event: RequestId,
     /// Where it is now.
     pub place: Place,
     /// Its state now.
     pub state: State,
-    /// Who holds it and must be told to read the row.
+    /// Who holds it, or held it until a `--force`, and must be told to read the row.
     pub owner: Option<Incarnation>,
-    /// Whether it was as desired before.
-    pub was_so: bool,
+    /// What the request has come to.
+    pub effect: Effect,
     /// Its task queue, and the row for its message, if it is queued now and was not before.
     pub told: Option<(String, Told)>,
     /// Whom to tell of the end, if this ended it.
     pub reply_to: Option<Vec<u8>>,
+}
+
+/// A row before a request, locked.
+struct Before {
+    id: Uuid,
+    place: Place,
+    state: State,
+    desired: Desired,
+    owner: Option<Incarnation>,
 }
 
 impl Store {
@@ -65,144 +95,236 @@ impl Store {
     /// Nothing is recorded, or (when the commit's answer was lost) it is: the same call again is safe.
     pub async fn control(&self, pid: Pid, request: &Request) -> Result<Answer, Error> {
         let transaction = begin(&self.db).await?;
-        let id: Value = Uuid::from(pid).into();
-        let sql = "SELECT place, state, before, desired FROM process WHERE id = $1 {for_update}";
-        let row = transaction.query_one_raw(self.dialect.statement(sql, vec![id])).await?;
+        let sql = format!("{BEFORE} WHERE p.id = $1 {{of_p}}");
+        let row = transaction.query_one_raw(self.dialect.statement(&sql, vec![Uuid::from(pid).into()])).await?;
         let Some(row) = row else { return Ok(Answer::Absent) };
-        let before = state(&row)?;
-        if before.is_final() {
-            return Ok(Answer::Ended(before));
+        let before = before(&row)?;
+        if before.state.is_final() {
+            return Ok(Answer::Ended(before.state));
         }
-        if row.try_get::<i16>("", "desired")? == Desired::Kill.code() && request.verb != Desired::Kill {
+        if before.desired == Desired::Kill && request.verb != Desired::Kill {
             return Ok(Answer::Dying);
         }
-        let was_queued = row.try_get::<i16>("", "place")? == Place::Queued.code();
-        let was_so = match request.verb {
-            Desired::Run => {
-                !matches!(before, State::Paused(_)) && row.try_get::<i16>("", "desired")? == Desired::Run.code()
-            }
-            Desired::Pause => matches!(before, State::Paused(_)),
-            Desired::Kill => row.try_get::<i16>("", "desired")? == Desired::Kill.code(),
-        };
-        let values = vec![
-            request.verb.code().into(),
-            request.urgent.into(),
-            Self::kill_outcome(request).into(),
-            Uuid::from(pid).into(),
-        ];
-        let sql = CONTROL.replace("{which}", "id = $4");
-        let rows = transaction.query_all_raw(self.dialect.statement(&sql, values)).await?;
-        let row = rows.first().ok_or(Error::NoRow)?;
-        self.record(&transaction, Some(pid), request).await?;
-        let controlled = controlled(row, was_so, was_queued)?;
+        let controlled = self.apply(&transaction, &[before], request, None).await?.pop().ok_or(Error::NoRow)?;
         transaction.commit().await?;
         Ok(Answer::Recorded(controlled))
     }
 
     /// Asks every process of a selection for something, page by page in the order of ids; those that come after the
-    /// call began are not asked. Calls `page` after each commit.
+    /// request was recorded are not asked. Calls `page` after each commit.
+    ///
+    /// The request is recorded first, under its id. The same id again goes on where the first call was cut off, and asks
+    /// nobody of whom something was asked since; when the first call has come to its end, this does nothing and returns
+    /// `None`.
     ///
     /// # Errors
     /// As [`Store::control`]; pages that are committed stay.
     pub async fn control_many(
         &self,
+        id: RequestId,
         select: &Select,
         request: &Request,
         mut page: impl FnMut(Vec<Controlled>),
-    ) -> Result<u64, Error> {
-        let until = self.now().await?;
+    ) -> Result<Option<u64>, Error> {
+        let target = serde_json::to_string(select).expect("a selection is plain data");
+        let Some(asked_at) = self.record_request(id, request.verb.verb(), Some(target), request).await? else {
+            return Ok(None);
+        };
         let mut count = 0;
         let mut after = Uuid::nil();
         loop {
-            let mut values: Vec<Value> = vec![
-                request.verb.code().into(),
-                request.urgent.into(),
-                Self::kill_outcome(request).into(),
-                after.into(),
-                until.into(),
-                request.verb.code().into(),
-            ];
-            let filter = self.filter(select, &mut values);
-            let pick = format!(
-                "id IN (SELECT p.id FROM process p JOIN spec s ON s.id = p.id
-                        WHERE p.id > $4 AND s.created_at <= $5 AND p.place <> {{ended}} AND p.desired <> $6 {filter}
-                        ORDER BY p.id LIMIT {PAGE_ROWS} {{for_update}})"
+            let mut values: Vec<Value> =
+                vec![after.into(), asked_at.into(), request.verb.code().into(), request.force.into()];
+            let condition = select::condition(select, &mut values);
+            let sql = format!(
+                "{BEFORE} JOIN spec s ON s.id = p.id
+                 WHERE p.id > $1 AND s.created_at <= $2 AND p.place <> {{ended}}
+                   AND (p.desired NOT IN ($3, {{kill}}) OR $4)
+                   AND (p.control = 0
+                        OR NOT EXISTS (SELECT 1 FROM event e WHERE e.pid = p.id AND e.at > $2)) {condition}
+                 ORDER BY p.id LIMIT {PAGE_ROWS} {{of_p}}"
             );
-            let pick = pick.replace("{for_update}", if self.is_embedded() { "" } else { "FOR UPDATE OF p" });
             let transaction = begin(&self.db).await?;
-            let sql = CONTROL.replace("{which}", &pick);
             let rows = transaction.query_all_raw(self.dialect.statement(&sql, values)).await?;
-            let mut changed = Vec::with_capacity(rows.len());
-            for row in &rows {
-                // Only `play` queues a row, and only one that was paused.
-                let controlled = controlled(row, false, request.verb != Desired::Run)?;
-                after = after.max(controlled.pid.into());
-                self.record(&transaction, Some(controlled.pid), request).await?;
-                changed.push(controlled);
-            }
-            changed.sort_by_key(|row| row.pid);
+            let rows = rows.iter().map(before).collect::<Result<Vec<_>, _>>()?;
+            let Some(last) = rows.last() else {
+                let sql = "UPDATE event SET outcome = 'recorded', settled_at = {now} WHERE id = $1";
+                transaction.execute_raw(self.dialect.statement(sql, vec![Uuid::from(id).into()])).await?;
+                transaction.commit().await?;
+                return Ok(Some(count));
+            };
+            after = last.id;
+            let mut changed = self.apply(&transaction, &rows, request, Some(id)).await?;
             transaction.commit().await?;
-            if changed.is_empty() {
-                return Ok(count);
-            }
+            changed.sort_by_key(|row| row.pid);
             count += changed.len() as u64;
             page(changed);
         }
     }
 
-    /// Records a broadcast from outside under its message id, whatever text that is; `false` when somebody has done so
-    /// before.
+    /// How many processes of a selection a request would be about, by the words of their places.
     ///
     /// # Errors
-    /// The database did not take it; the message must not be acknowledged.
-    pub async fn record_broadcast(&self, message_id: &str, request: &Request) -> Result<bool, Error> {
-        let sql = "INSERT INTO event (id, at, what, by_whom, reason) VALUES ($1, {now}, $2, $3, $4)
-                   ON CONFLICT (id) DO NOTHING";
-        let what = format!("broadcast {}", request.verb.verb());
-        let digest = blake3::hash(message_id.as_bytes());
-        let id = Uuid::from_slice(&digest.as_bytes()[..16]).expect("sixteen bytes are a UUID");
-        let values = vec![id.into(), what.into(), request.by.clone().into(), request.reason.clone().into()];
-        Ok(self.execute(sql, values).await? == 1)
+    /// The database does not answer.
+    pub async fn count_selected(&self, select: &Select, verb: Desired) -> Result<BTreeMap<String, u64>, Error> {
+        let mut values: Vec<Value> = vec![verb.code().into()];
+        let condition = select::condition(select, &mut values);
+        let sql = format!(
+            "SELECT p.place, COUNT(*) AS n FROM process p JOIN spec s ON s.id = p.id
+             WHERE p.place <> {{ended}} AND p.desired <> {{kill}} AND p.desired <> $1 {condition} GROUP BY p.place"
+        );
+        let rows = self.query(&sql, values).await?;
+        rows.iter()
+            .map(|row| Ok((place(row)?.word().to_owned(), row.try_get::<i64>("", "n")?.cast_unsigned())))
+            .collect()
     }
 
-    fn filter(&self, select: &Select, values: &mut Vec<Value>) -> String {
-        let mut filter = String::new();
-        if !select.pids.is_empty() {
-            let first = values.len() + 1;
-            values.extend(select.pids.iter().map(|pid| Value::from(Uuid::from(*pid))));
-            let places: Vec<String> = (first..=values.len()).map(|number| format!("${number}")).collect();
-            filter.push_str(&format!(" AND p.id IN ({})", places.join(", ")));
-        }
-        for (key, value) in &select.labels {
-            values.push(key.clone().into());
-            values.push(value.clone().into());
-            let number = values.len();
-            filter.push_str(&format!(" AND (s.labels{{json}} ->> ${}) = ${number}", number - 1));
-        }
-        filter
+    /// How many processes have yet to obey a request to many.
+    ///
+    /// # Errors
+    /// The database does not answer.
+    pub async fn count_pending(&self, request: RequestId) -> Result<u64, Error> {
+        let sql = "SELECT COUNT(*) AS n FROM event WHERE request = $1 AND outcome IS NULL";
+        let rows = self.query(sql, vec![Uuid::from(request).into()]).await?;
+        Ok(rows.first().ok_or(Error::NoRow)?.try_get::<i64>("", "n")?.cast_unsigned())
     }
 
-    fn kill_outcome(request: &Request) -> Vec<u8> {
-        Outcome::because(kill_reason(&request.by, request.reason.as_deref())).to_bytes()
+    /// What a request to one process has come to; `None` while its holder has yet to obey.
+    ///
+    /// # Errors
+    /// The database does not answer.
+    pub async fn settled(&self, event: RequestId) -> Result<Option<Settled>, Error> {
+        let rows = self.query("SELECT outcome FROM event WHERE id = $1", vec![Uuid::from(event).into()]).await?;
+        let outcome: Option<String> = rows.first().ok_or(Error::NoRow)?.try_get("", "outcome")?;
+        Ok(outcome.as_deref().and_then(Settled::from_word))
     }
 
-    async fn record(
+    /// Records a request that is not about one process, once; `None` when the same has been recorded and has come to its
+    /// end. Gives the time of the first record.
+    pub(super) async fn record_request(
         &self,
-        transaction: &DatabaseTransaction,
-        pid: Option<Pid>,
+        id: RequestId,
+        what: &str,
+        target: Option<String>,
         request: &Request,
-    ) -> Result<(), Error> {
-        let sql = "INSERT INTO event (id, pid, at, what, by_whom, reason) VALUES ($1, $2, {now}, $3, $4, $5)";
-        let values = vec![
-            Uuid::now_v7().into(),
-            pid.map(Uuid::from).into(),
-            request.verb.verb().to_owned().into(),
+    ) -> Result<Option<i64>, Error> {
+        let sql = "INSERT INTO event (id, at, what, target, by_whom, login, reason)
+                   VALUES ($1, {now}, $2, $3, $4, COALESCE($5, {login}), $6)
+                   ON CONFLICT (id) DO NOTHING";
+        let values: Vec<Value> = vec![
+            Uuid::from(id).into(),
+            what.to_owned().into(),
+            target.into(),
             request.by.clone().into(),
+            request.login.clone().into(),
             request.reason.clone().into(),
         ];
-        transaction.execute_raw(self.dialect.statement(sql, values)).await?;
-        Ok(())
+        self.execute(sql, values).await?;
+        let rows = self.query("SELECT at, outcome FROM event WHERE id = $1", vec![Uuid::from(id).into()]).await?;
+        let row = rows.first().ok_or(Error::NoRow)?;
+        let is_open = row.try_get::<Option<String>>("", "outcome")?.is_none();
+        Ok(is_open.then(|| row.try_get("", "at")).transpose()?)
     }
+
+    /// Writes a request into locked rows and into their history.
+    async fn apply(
+        &self,
+        transaction: &DatabaseTransaction,
+        rows: &[Before],
+        request: &Request,
+        id: Option<RequestId>,
+    ) -> Result<Vec<Controlled>, Error> {
+        let ids = || Batch::ids(rows.iter().map(|row| row.id));
+        if request.force {
+            let reason = kill_reason(&request.by, request.reason.as_deref());
+            transaction.execute_raw(self.dialect.batch(END_ATTEMPT, vec![reason.into()], ids())).await?;
+        }
+        let values: Vec<Value> =
+            vec![request.verb.code().into(), request.urgent.into(), kill_outcome(request).into(), request.force.into()];
+        let answers = transaction.query_all_raw(self.dialect.batch(CONTROL, values, ids())).await?;
+        let held = rows.iter().filter(|row| row.place == Place::Held).map(|row| row.id).collect::<Vec<_>>();
+        if !held.is_empty() {
+            // What waits for its holder and is not wanted any more.
+            let values = vec![request.verb.verb().to_owned().into()];
+            transaction.execute_raw(self.dialect.batch(SUPERSEDE, values, Batch::ids(held))).await?;
+        }
+        let mut events = Batch::new(&[("b_event", Kind::Uuid), ("b_id", Kind::Uuid), ("b_outcome", Kind::Text)]);
+        let by_id: BTreeMap<Uuid, &Before> = rows.iter().map(|row| (row.id, row)).collect();
+        let mut changed = Vec::with_capacity(answers.len());
+        for answer in &answers {
+            let before =
+                by_id.get(&answer.try_get("", "id")?).ok_or_else(|| Error::Unreadable("a row not asked for".into()))?;
+            let controlled = controlled(answer, before, request)?;
+            let is_pending = controlled.place == Place::Held && request.verb != Desired::Run;
+            let outcome = if is_pending { "" } else { Settled::Applied.word() };
+            events.push(vec![Uuid::from(controlled.event).into(), before.id.into(), outcome.to_owned().into()]);
+            changed.push(controlled);
+        }
+        if !events.is_empty() {
+            let values: Vec<Value> = vec![
+                id.map(Uuid::from).into(),
+                request.verb.verb().to_owned().into(),
+                request.by.clone().into(),
+                request.login.clone().into(),
+                request.reason.clone().into(),
+            ];
+            transaction.execute_raw(self.dialect.batch(INSERT_EVENTS, values, events)).await?;
+        }
+        if request.verb == Desired::Kill {
+            let ended = changed.iter().filter(|row| row.place == Place::Ended);
+            let ended = ended.map(|row| (row.pid, row.state)).collect::<Vec<_>>();
+            settle(transaction, self.dialect, &ended).await?;
+        }
+        Ok(changed)
+    }
+}
+
+/// How a request to a process ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Settled {
+    /// The process obeyed.
+    Applied,
+    /// A later request wanted something else before the process obeyed.
+    Superseded,
+    /// The process came to its end before it obeyed.
+    Ended,
+}
+
+impl Settled {
+    /// The word in the `event` table.
+    pub fn word(self) -> &'static str {
+        match self {
+            Settled::Applied => "applied",
+            Settled::Superseded => "superseded",
+            Settled::Ended => "ended",
+        }
+    }
+
+    fn from_word(word: &str) -> Option<Self> {
+        [Settled::Applied, Settled::Superseded, Settled::Ended].into_iter().find(|settled| settled.word() == word)
+    }
+}
+
+/// Writes down that processes have obeyed, or have ended before they did. `obeyed` are those that are paused or have
+/// ended now and of which something was asked; the statement that changed them is in the same transaction.
+pub(super) async fn settle(
+    transaction: &DatabaseTransaction,
+    dialect: Dialect,
+    obeyed: &[(Pid, State)],
+) -> Result<(), Error> {
+    let mut batch = Batch::new(&[("b_id", Kind::Uuid), ("b_what", Kind::Text), ("b_final", Kind::SmallInt)]);
+    for (pid, state) in obeyed {
+        let what = match state {
+            State::Paused(_) => Desired::Pause.verb(),
+            State::Killed => Desired::Kill.verb(),
+            State::Created | State::Running | State::Waiting | State::Finished | State::Excepted => "",
+        };
+        batch.push(vec![Uuid::from(*pid).into(), what.to_owned().into(), i16::from(state.is_final()).into()]);
+    }
+    if !batch.is_empty() {
+        transaction.execute_raw(dialect.batch(SETTLE, vec![], batch)).await?;
+    }
+    Ok(())
 }
 
 /// What a killed process's outcome says.
@@ -213,42 +335,78 @@ pub(super) fn kill_reason(by: &str, reason: Option<&str>) -> String {
     }
 }
 
-fn state(row: &QueryResult) -> Result<State, Error> {
+fn kill_outcome(request: &Request) -> Vec<u8> {
+    Outcome::because(kill_reason(&request.by, request.reason.as_deref())).to_bytes()
+}
+
+fn place(row: &QueryResult) -> Result<Place, Error> {
+    Place::from_code(row.try_get("", "place")?).ok_or_else(|| Error::Unreadable("no such place".into()))
+}
+
+pub(super) fn state(row: &QueryResult) -> Result<State, Error> {
     State::from_codes(row.try_get("", "state")?, Some(row.try_get("", "before")?))
         .ok_or_else(|| Error::Unreadable("no such state".into()))
 }
 
-fn controlled(row: &QueryResult, was_so: bool, was_queued: bool) -> Result<Controlled, Error> {
-    let pid = Pid::from(row.try_get::<Uuid>("", "id")?);
-    let place = Place::from_code(row.try_get("", "place")?).ok_or_else(|| Error::Unreadable("no such place".into()))?;
-    let told = if place == Place::Queued && !was_queued {
+fn before(row: &QueryResult) -> Result<Before, Error> {
+    Ok(Before {
+        id: row.try_get("", "id")?,
+        place: place(row)?,
+        state: state(row)?,
+        desired: Desired::from_code(row.try_get("", "desired")?)
+            .ok_or_else(|| Error::Unreadable("no such desire".into()))?,
+        owner: row.try_get::<Option<Uuid>>("", "owner")?.map(Incarnation::from),
+    })
+}
+
+fn controlled(row: &QueryResult, before: &Before, request: &Request) -> Result<Controlled, Error> {
+    let pid = Pid::from(before.id);
+    let place = place(row)?;
+    let told = if place == Place::Queued && before.place != Place::Queued {
         let told = Told { pid, told_at: row.try_get("", "told_at")?, traceparent: row.try_get("", "traceparent")? };
         Some((row.try_get("", "queue")?, told))
     } else {
         None
     };
+    let was_paused = matches!(before.state, State::Paused(_));
+    let effect = match request.verb {
+        Desired::Run if before.desired == Desired::Run => Effect::AlreadyRunning,
+        Desired::Pause if was_paused => Effect::AlreadyPaused,
+        verb @ (Desired::Run | Desired::Pause | Desired::Kill) => {
+            if place == Place::Held {
+                Effect::pending(verb)
+            } else {
+                Effect::applied(verb)
+            }
+        }
+    };
     Ok(Controlled {
         pid,
+        event: RequestId::generate(),
         place,
         state: state(row)?,
-        owner: row.try_get::<Option<Uuid>>("", "owner")?.map(Incarnation::from),
-        was_so,
+        owner: before.owner,
+        effect,
         told,
         reply_to: if place == Place::Ended { row.try_get("", "reply_to")? } else { None },
     })
 }
 
+const BEFORE: &str = "SELECT p.id, p.place, p.state, p.before, p.desired, p.owner FROM process p";
+
 // What nobody holds obeys here and now: a kill ends it, a pause parks it, and `play` returns it to where it was
-// (waiting and not woken sleeps on, all else is queued). What is held only learns what is desired.
+// (waiting and not woken sleeps on, all else is queued). What is held only learns what is desired, unless it is forced.
 const CONTROL: &str = "
+    WITH {rows}
     UPDATE process
     SET desired = $1, urgent = $2, control = control + 1,
-        place = CASE WHEN place = {held} THEN place
+        place = CASE WHEN place = {held} AND NOT $4 THEN place
                      WHEN $1 = {kill} THEN {ended}
                      WHEN $1 = {pause} THEN {parked}
                      WHEN state = {paused} AND NOT (before = {waiting} AND NOT woken) THEN {queued}
                      ELSE place END,
-        state = CASE WHEN place = {held} THEN state
+        owner = CASE WHEN $4 THEN NULL ELSE owner END,
+        state = CASE WHEN place = {held} AND NOT $4 THEN state
                      WHEN $1 = {kill} THEN {killed}
                      WHEN $1 = {pause} THEN {paused}
                      WHEN state = {paused} THEN before
@@ -256,10 +414,39 @@ const CONTROL: &str = "
         before = CASE WHEN place <> {held} AND $1 = {pause} AND state <> {paused} THEN state ELSE before END,
         told_at = CASE WHEN $1 = {play} AND state = {paused} AND NOT (before = {waiting} AND NOT woken) THEN {now}
                        ELSE told_at END,
-        changed_at = CASE WHEN place = {held} THEN changed_at ELSE {now} END,
-        ended_at = CASE WHEN place <> {held} AND $1 = {kill} THEN {now} ELSE ended_at END,
-        outcome = CASE WHEN place <> {held} AND $1 = {kill} THEN $3 ELSE outcome END
-    WHERE {which} AND place <> {ended} AND (desired <> {kill} OR $1 = {kill})
-    RETURNING id, place, state, before, owner, queue, told_at,
+        changed_at = CASE WHEN place = {held} AND NOT $4 THEN changed_at ELSE {now} END,
+        ended_at = CASE WHEN (place <> {held} OR $4) AND $1 = {kill} THEN {now} ELSE ended_at END,
+        outcome = CASE WHEN (place <> {held} OR $4) AND $1 = {kill} THEN $3 ELSE outcome END
+    FROM b
+    WHERE id = b_id AND place <> {ended} AND (desired <> {kill} OR $1 = {kill})
+    RETURNING id, place, state, before, queue, told_at,
               (SELECT s.traceparent FROM spec s WHERE s.id = process.id) AS traceparent,
               (SELECT s.reply_to FROM spec s WHERE s.id = process.id) AS reply_to";
+
+// A holder that is not asked cannot write its attempt any more.
+const END_ATTEMPT: &str = "
+    WITH {rows}
+    INSERT INTO attempt (pid, epoch, worker, try, started_at, ended_at, how, reason)
+    SELECT p.id, p.epoch, p.owner, p.try, p.claimed_at, {now}, 'killed', $1
+    FROM process p JOIN b ON p.id = b_id WHERE p.place = {held}
+    ON CONFLICT (pid, epoch) DO NOTHING";
+
+const SUPERSEDE: &str = "
+    WITH {rows}
+    UPDATE event SET outcome = 'superseded', settled_at = {now}
+    FROM b
+    WHERE pid = b_id AND outcome IS NULL AND what <> $1";
+
+const INSERT_EVENTS: &str = "
+    WITH {rows}
+    INSERT INTO event (id, pid, request, at, what, by_whom, login, reason, outcome, settled_at)
+    SELECT b_event, b_id, $1, {now}, $2, $3, COALESCE($4, {login}), $5, NULLIF(b_outcome, ''),
+           CASE WHEN b_outcome = '' THEN NULL ELSE {now} END
+    FROM b";
+
+const SETTLE: &str = "
+    WITH {rows}
+    UPDATE event
+    SET outcome = CASE WHEN what = b_what THEN 'applied' ELSE 'ended' END, settled_at = {now}
+    FROM b
+    WHERE pid = b_id AND outcome IS NULL AND (what = b_what OR b_final = 1)";

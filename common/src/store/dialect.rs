@@ -87,7 +87,7 @@ impl Dialect {
         for desired in [Desired::Run, Desired::Pause, Desired::Kill] {
             sql = sql.replace(&format!("{{{}}}", desired.verb()), &desired.code().to_string());
         }
-        let words: [(&str, &str, &str); 5] = [
+        let words: [(&str, &str, &str); 7] = [
             (
                 "{now}",
                 "(extract(epoch from now()) * 1000000)::bigint",
@@ -96,6 +96,8 @@ impl Dialect {
             ("{for_update}", "FOR UPDATE", ""),
             ("{skip_locked}", "FOR UPDATE SKIP LOCKED", ""),
             ("{of_p_skip_locked}", "FOR UPDATE OF p SKIP LOCKED", ""),
+            ("{of_p}", "FOR UPDATE OF p", ""),
+            ("{login}", "('postgresql:' || session_user)", "'sqlite'"),
             ("{json}", "::jsonb", ""),
         ];
         for (word, postgres, sqlite) in words {

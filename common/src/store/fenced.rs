@@ -9,6 +9,7 @@ use sea_orm::{ConnectionTrait, DatabaseTransaction, QueryResult, Value};
 use uuid::Uuid;
 
 use super::blob::{Checkpoint, Outcome};
+use super::control::settle;
 use super::dialect::{Batch, Dialect, Kind};
 use super::writer::{Attempt, Claimed, Fence, Fenced, Verb, Written};
 use super::{Error, blob};
@@ -125,9 +126,11 @@ pub(super) async fn write(
         return Ok(HashMap::new());
     }
     let rows = transaction.query_all_raw(dialect.batch(&fenced_sql(), vec![], batch)).await?;
+    let mut obeyed = Vec::new();
     let answers = rows
         .iter()
         .map(|row| {
+            let pid = Pid::from(row.try_get::<Uuid>("", "id")?);
             let place = place(row)?;
             let state = State::from_codes(row.try_get("", "state")?, Some(row.try_get("", "before")?))
                 .ok_or_else(|| Error::Unreadable("no such state".into()))?;
@@ -139,13 +142,17 @@ pub(super) async fn write(
                 queue: row.try_get("", "queue")?,
                 told_at: row.try_get("", "told_at")?,
             };
-            Ok((Pid::from(row.try_get::<Uuid>("", "id")?), written))
+            if place != Place::Held && row.try_get::<i64>("", "control")? > 0 {
+                obeyed.push((pid, state));
+            }
+            Ok((pid, written))
         })
         .collect::<Result<HashMap<_, _>, Error>>()?;
     let left = writes
         .iter()
         .filter(|fenced| answers.get(&fenced.fence.pid).is_some_and(|written| written.place != Place::Held));
     insert_attempts(transaction, dialect, me, left).await?;
+    settle(transaction, dialect, &obeyed).await?;
     insert_outputs(transaction, dialect, writes.iter().filter(|fenced| answers.contains_key(&fenced.fence.pid)))
         .await?;
     Ok(answers)
@@ -272,7 +279,7 @@ fn fenced_sql() -> String {
              outcome = CASE WHEN b_verb = {END} THEN b_outcome ELSE NULL END
          FROM b
          WHERE id = b_id AND epoch = b_epoch AND place = {{held}}
-         RETURNING id, place, state, before, desired, urgent, queue, told_at"
+         RETURNING id, place, state, before, desired, urgent, control, queue, told_at"
     )
 }
 

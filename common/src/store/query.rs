@@ -8,21 +8,27 @@ use uuid::Uuid;
 
 use super::blob::{self, Checkpoint, Outcome};
 use super::writer::{Output, Stream};
-use super::{Error, Store};
+use super::{Error, Store, select};
 use crate::communicator::control_queue;
 use crate::id::{Incarnation, Pid};
+use crate::select::Select;
 use crate::spec::Spec;
 use crate::state::{Desired, Place, State};
 
 /// Which processes a list is about.
 #[derive(Clone, Debug, Default)]
 pub struct Filter {
-    /// Words of states; empty is all of them.
-    pub states: Vec<String>,
+    /// The selection.
+    pub select: Select,
     /// At most so many, the newest first; `None` is all.
     pub limit: Option<u32>,
-    /// Only these, if there are any.
-    pub pids: Vec<Pid>,
+}
+
+impl Filter {
+    /// These processes, each once, in no order that matters.
+    pub fn of(pids: Vec<Pid>) -> Self {
+        Filter { select: Select { pids, ..Select::default() }, limit: None }
+    }
 }
 
 /// A process in a list.
@@ -110,10 +116,19 @@ pub struct EventRow {
     pub at: i64,
     /// `pause`, `play` or `kill`.
     pub what: String,
-    /// Who asked.
+    /// Who asked, as they say themselves: user and host.
     pub by: String,
+    /// Whom the database or the broker knows it from.
+    pub login: String,
     /// Why.
     pub reason: Option<String>,
+    /// The request to many that it was part of.
+    pub request: Option<Uuid>,
+    /// `applied`, `superseded` by a later request, or `ended` when the process came to its end before; absent while its
+    /// holder has yet to obey.
+    pub outcome: Option<String>,
+    /// When that was.
+    pub settled_at: Option<i64>,
 }
 
 /// One worker.
@@ -137,6 +152,8 @@ pub struct WorkerRow {
     pub held: i64,
     /// Processes that block their thread.
     pub blocked: Option<String>,
+    /// Whether somebody wants it to give back what it holds and to stop.
+    pub drain: bool,
     /// The number that grows while it lives.
     pub beat: i64,
     /// When it started.
@@ -154,19 +171,9 @@ impl Store {
     /// The database does not answer, or a row cannot be read.
     pub async fn list(&self, filter: &Filter) -> Result<Vec<Summary>, Error> {
         let mut values: Vec<Value> = Vec::new();
-        let mut conditions = String::from("true");
-        if !filter.states.is_empty() {
-            let states = filter.states.iter().map(|word| format!("{{{word}}}")).collect::<Vec<_>>().join(", ");
-            conditions.push_str(&format!(" AND p.state IN ({states})"));
-        }
-        if !filter.pids.is_empty() {
-            let first = values.len() + 1;
-            values.extend(filter.pids.iter().map(|pid| Value::from(Uuid::from(*pid))));
-            let places: Vec<String> = (first..=values.len()).map(|number| format!("${number}")).collect();
-            conditions.push_str(&format!(" AND p.id IN ({})", places.join(", ")));
-        }
+        let condition = select::condition(&filter.select, &mut values);
         let limit = filter.limit.map(|limit| format!("LIMIT {limit}")).unwrap_or_default();
-        let sql = format!("{SUMMARY} WHERE {conditions} ORDER BY p.id DESC {limit}");
+        let sql = format!("{SUMMARY} WHERE true {condition} ORDER BY p.id DESC {limit}");
         self.query(&sql, values).await?.iter().map(summary).collect()
     }
 
@@ -190,15 +197,15 @@ impl Store {
     /// # Errors
     /// The database does not answer, or a row cannot be read.
     pub async fn show(&self, pid: Pid) -> Result<Option<Details>, Error> {
-        let filter = Filter { pids: vec![pid], ..Filter::default() };
-        let Some(summary) = self.list(&filter).await?.into_iter().next() else { return Ok(None) };
+        let Some(summary) = self.list(&Filter::of(vec![pid])).await?.into_iter().next() else { return Ok(None) };
         let id = || vec![Value::from(Uuid::from(pid))];
         let sql = "SELECT s.body, s.created_by, p.checkpoint FROM process p JOIN spec s ON s.id = p.id WHERE p.id = $1";
         let row = self.query(sql, id()).await?.into_iter().next().ok_or(Error::NoRow)?;
         let checkpoint: Option<Vec<u8>> = row.try_get("", "checkpoint")?;
         let attempts = "SELECT a.epoch, a.try, a.started_at, a.ended_at, a.how, a.reason, a.worker, w.name
                         FROM attempt a LEFT JOIN worker w ON w.id = a.worker WHERE a.pid = $1 ORDER BY a.epoch";
-        let events = "SELECT at, what, by_whom, reason FROM event WHERE pid = $1 ORDER BY at, id";
+        let events = "SELECT at, what, by_whom, login, reason, request, outcome, settled_at FROM event
+                      WHERE pid = $1 ORDER BY at, id";
         Ok(Some(Details {
             summary,
             spec: blob::from_bytes(&row.try_get::<Vec<u8>>("", "body")?)?,
@@ -245,7 +252,7 @@ impl Store {
     pub async fn workers(&self, with_gone: bool) -> Result<Vec<WorkerRow>, Error> {
         let which = if with_gone { "true" } else { "w.gone_at IS NULL" };
         let sql = format!(
-            "SELECT w.id, w.name, w.host, w.os_pid, w.version, w.queues, w.slots, w.blocked, w.beat, w.started_at,
+            "SELECT w.id, w.name, w.host, w.os_pid, w.version, w.queues, w.slots, w.blocked, w.drain, w.beat, w.started_at,
                     w.gone_at,
                     (SELECT COUNT(*) FROM process p WHERE p.owner = w.id AND p.place = {{held}}) AS held
              FROM worker w WHERE {which} ORDER BY w.gone_at IS NOT NULL, w.name, w.started_at"
@@ -339,7 +346,11 @@ fn event(row: &QueryResult) -> Result<EventRow, Error> {
         at: row.try_get("", "at")?,
         what: row.try_get("", "what")?,
         by: row.try_get("", "by_whom")?,
+        login: row.try_get("", "login")?,
         reason: row.try_get("", "reason")?,
+        request: row.try_get("", "request")?,
+        outcome: row.try_get("", "outcome")?,
+        settled_at: row.try_get("", "settled_at")?,
     })
 }
 
@@ -357,6 +368,7 @@ fn worker(row: &QueryResult) -> Result<WorkerRow, Error> {
         slots: row.try_get("", "slots")?,
         held: row.try_get("", "held")?,
         blocked: row.try_get("", "blocked")?,
+        drain: row.try_get("", "drain")?,
         beat: row.try_get("", "beat")?,
         started_at: row.try_get("", "started_at")?,
         gone_at: row.try_get("", "gone_at")?,

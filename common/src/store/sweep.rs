@@ -6,12 +6,12 @@ use sea_orm::{ConnectionTrait, QueryResult, Value};
 use uuid::Uuid;
 
 use super::blob::Outcome;
-use super::control::{Answer, Controlled, Request};
+use super::control::{Answer, Controlled, Request, settle, state};
 use super::dialect::{Batch, Kind};
 use super::submit::{ByQueue, Told};
 use super::{Error, Store, begin};
 use crate::id::Pid;
-use crate::state::{Desired, Place};
+use crate::state::{Desired, Place, State};
 
 /// Rows that one sweep changes in one transaction.
 pub const PAGE_ROWS: u32 = 1_000;
@@ -26,14 +26,14 @@ pub struct Freed {
     pub queued: ByQueue,
     /// Parked, since a pause was desired.
     pub paused: Vec<Pid>,
-    /// Excepted, since too many of their holders died; with whom to tell.
-    pub excepted: Vec<(Pid, Option<Vec<u8>>)>,
+    /// Ended: excepted, since too many of their holders died, or killed, since that was desired; with whom to tell.
+    pub ended: Vec<(Pid, State, Option<Vec<u8>>)>,
 }
 
 impl Freed {
     /// How many processes it was about.
     pub fn count(&self) -> usize {
-        self.queued.values().map(Vec::len).sum::<usize>() + self.paused.len() + self.excepted.len()
+        self.queued.values().map(Vec::len).sum::<usize>() + self.paused.len() + self.ended.len()
     }
 }
 
@@ -55,10 +55,19 @@ impl Store {
             ("b_try", Kind::BigInt),
             ("b_started_at", Kind::BigInt),
         ]);
-        let mut ids = Vec::with_capacity(rows.len());
+        let mut frees = Batch::new(&[("b_id", Kind::Uuid), ("b_outcome", Kind::Bytes)]);
+        let excepted = Outcome::because(format!(
+            "its worker died {DEATHS_MAX} times in a row while it ran, without a checkpoint in between"
+        ));
         for row in &rows {
             let id: Uuid = row.try_get("", "id")?;
-            ids.push(id);
+            // Whatever ran there has ended with its worker, so nothing is outside and a kill can be obeyed here.
+            let outcome = if row.try_get::<i16>("", "desired")? == Desired::Kill.code() {
+                Outcome::because(self.killed_because(id.into()).await?.unwrap_or_else(|| "killed".into()))
+            } else {
+                excepted.clone()
+            };
+            frees.push(vec![id.into(), outcome.to_bytes().into()]);
             orphans.push(vec![
                 id.into(),
                 row.try_get::<i64>("", "epoch")?.into(),
@@ -68,18 +77,21 @@ impl Store {
             ]);
         }
         transaction.execute_raw(self.dialect.batch(INSERT_LOST, vec![], orphans)).await?;
-        let outcome = Outcome::because(format!(
-            "its worker died {DEATHS_MAX} times in a row while it ran, without a checkpoint in between"
-        ));
-        let scalars: Vec<Value> = vec![DEATHS_MAX.into(), outcome.to_bytes().into()];
-        let rows = transaction.query_all_raw(self.dialect.batch(FREE, scalars, Batch::ids(ids))).await?;
+        let rows = transaction.query_all_raw(self.dialect.batch(FREE, vec![DEATHS_MAX.into()], frees)).await?;
+        let mut obeyed = Vec::new();
+        for row in &rows {
+            if row.try_get::<i64>("", "control")? > 0 {
+                obeyed.push((Pid::from(row.try_get::<Uuid>("", "id")?), state(row)?));
+            }
+        }
+        settle(&transaction, self.dialect, &obeyed).await?;
         transaction.commit().await?;
         let mut freed = Freed::default();
         for row in &rows {
             let (queue, told) = told(row)?;
             match Place::from_code(row.try_get("", "place")?) {
                 Some(Place::Queued) => freed.queued.entry(queue).or_default().push(told),
-                Some(Place::Ended) => freed.excepted.push((told.pid, row.try_get("", "reply_to")?)),
+                Some(Place::Ended) => freed.ended.push((told.pid, state(row)?, row.try_get("", "reply_to")?)),
                 Some(Place::Parked | Place::Held) | None => freed.paused.push(told.pid),
             }
         }
@@ -140,8 +152,7 @@ impl Store {
         ] {
             for row in self.query(sql, vec![]).await? {
                 let pid = Pid::from(row.try_get::<Uuid>("", "id")?);
-                let request =
-                    Request { verb: Desired::Kill, urgent: false, by: "baton".into(), reason: Some(reason.into()) };
+                let request = Request { reason: Some(reason.into()), ..Request::new(Desired::Kill, "baton") };
                 match self.control(pid, &request).await? {
                     Answer::Recorded(controlled) => ended.push(controlled),
                     Answer::Ended(_) | Answer::Dying | Answer::Absent => {}
@@ -171,7 +182,7 @@ fn told(row: &QueryResult) -> Result<(String, Told), Error> {
 }
 
 const ORPHANS: &str = "
-    SELECT p.id, p.epoch, p.owner, p.try, p.claimed_at
+    SELECT p.id, p.epoch, p.owner, p.try, p.claimed_at, p.desired
     FROM process p JOIN worker w ON w.id = p.owner
     WHERE p.place = {held} AND w.gone_at IS NOT NULL
     ORDER BY p.id LIMIT 1000 {of_p_skip_locked}";
@@ -186,13 +197,18 @@ const FREE: &str = "
     WITH {rows}
     UPDATE process
     SET owner = NULL, deaths = deaths + 1, before = {running}, told_at = {now}, changed_at = {now}, wake_at = NULL,
-        place = CASE WHEN deaths + 1 >= $1 THEN {ended} WHEN desired = {pause} THEN {parked} ELSE {queued} END,
-        state = CASE WHEN deaths + 1 >= $1 THEN {excepted} WHEN desired = {pause} THEN {paused} ELSE {running} END,
-        ended_at = CASE WHEN deaths + 1 >= $1 THEN {now} ELSE NULL END,
-        outcome = CASE WHEN deaths + 1 >= $1 THEN $2 ELSE NULL END
+        place = CASE WHEN deaths + 1 >= $1 OR desired = {kill} THEN {ended}
+                     WHEN desired = {pause} THEN {parked}
+                     ELSE {queued} END,
+        state = CASE WHEN desired = {kill} THEN {killed}
+                     WHEN deaths + 1 >= $1 THEN {excepted}
+                     WHEN desired = {pause} THEN {paused}
+                     ELSE {running} END,
+        ended_at = CASE WHEN deaths + 1 >= $1 OR desired = {kill} THEN {now} ELSE NULL END,
+        outcome = CASE WHEN deaths + 1 >= $1 OR desired = {kill} THEN b_outcome ELSE NULL END
     FROM b
     WHERE id = b_id AND place = {held}
-    RETURNING id, place, queue, told_at,
+    RETURNING id, place, state, before, control, queue, told_at,
               (SELECT s.traceparent FROM spec s WHERE s.id = process.id) AS traceparent,
               (SELECT s.reply_to FROM spec s WHERE s.id = process.id) AS reply_to";
 

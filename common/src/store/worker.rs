@@ -2,11 +2,12 @@
 
 use std::time::Duration;
 
-use sea_orm::Value;
+use sea_orm::{ConnectionTrait, QueryResult, Value};
 use uuid::Uuid;
 
+use super::control::Request;
 use super::writer::Fence;
-use super::{Error, Store};
+use super::{Error, Store, begin};
 use crate::communicator::control_queue;
 use crate::id::{Incarnation, Pid};
 use crate::state::Desired;
@@ -58,6 +59,20 @@ pub struct Load {
     pub blocked: Vec<String>,
 }
 
+/// What a beat learns.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Beat {
+    /// The incarnation lives.
+    Alive {
+        /// Somebody wants it to give back what it holds and to stop.
+        drain: bool,
+        /// The fleet takes no work.
+        is_fleet_paused: bool,
+    },
+    /// Somebody has declared it gone, for ever.
+    Gone,
+}
+
 impl Peer {
     /// The name of its control queue.
     pub fn control_queue(&self) -> String {
@@ -72,8 +87,8 @@ impl Store {
     /// # Errors
     /// The database does not answer.
     pub async fn register(&self, id: Incarnation, worker: &NewWorker) -> Result<(), Error> {
-        let sql = "INSERT INTO worker (id, name, host, os_pid, version, queues, slots, load, beat, started_at)
-                   VALUES ($1, $2, $3, $4, $5, $6, $7, 0, 0, {now})";
+        let sql = "INSERT INTO worker (id, name, host, os_pid, version, queues, slots, load, drain, beat, started_at)
+                   VALUES ($1, $2, $3, $4, $5, $6, $7, 0, false, 0, {now})";
         let values: Vec<Value> = vec![
             Uuid::from(id).into(),
             worker.name.clone().into(),
@@ -91,15 +106,46 @@ impl Store {
         Ok(())
     }
 
-    /// Says that this incarnation lives. `false` means that somebody has declared it gone, for ever.
+    /// Says that this incarnation lives, and learns what is wanted of it.
     ///
     /// # Errors
     /// The database does not answer; the lease runs on until its deadline.
-    pub async fn beat(&self, id: Incarnation, load: &Load) -> Result<bool, Error> {
-        let sql = "UPDATE worker SET beat = beat + 1, load = $2, blocked = $3 WHERE id = $1 AND gone_at IS NULL";
+    pub async fn beat(&self, id: Incarnation, load: &Load) -> Result<Beat, Error> {
+        let sql = "UPDATE worker SET beat = beat + 1, load = $2, blocked = $3 WHERE id = $1 AND gone_at IS NULL
+                   RETURNING drain, (SELECT COUNT(*) FROM fleet WHERE paused_at IS NOT NULL) AS n_paused";
         let blocked = (!load.blocked.is_empty()).then(|| load.blocked.join(", "));
-        let values = vec![Uuid::from(id).into(), i64::from(load.held).into(), blocked.into()];
-        Ok(self.execute(sql, values).await? == 1)
+        let rows = self.query(sql, vec![Uuid::from(id).into(), i64::from(load.held).into(), blocked.into()]).await?;
+        let Some(row) = rows.first() else { return Ok(Beat::Gone) };
+        Ok(Beat::Alive { drain: row.try_get("", "drain")?, is_fleet_paused: row.try_get::<i64>("", "n_paused")? > 0 })
+    }
+
+    /// Asks live workers of a name (or the one incarnation of an id) to give back what they hold and to stop. Gives those
+    /// that are asked; none means that there is no such worker.
+    ///
+    /// # Errors
+    /// The database does not answer.
+    pub async fn drain(&self, name: &str, request: &Request) -> Result<Vec<Peer>, Error> {
+        let transaction = begin(&self.db).await?;
+        let sql = "UPDATE worker SET drain = true
+                   WHERE gone_at IS NULL AND (name = $1 OR id = $2)
+                   RETURNING id, name, host, os_pid, beat";
+        let id = name.parse::<Uuid>().unwrap_or_default();
+        let rows = transaction.query_all_raw(self.dialect.statement(sql, vec![name.to_owned().into(), id.into()]));
+        let peers = rows.await?.iter().map(peer).collect::<Result<Vec<_>, _>>()?;
+        if !peers.is_empty() {
+            let sql = "INSERT INTO event (id, at, what, target, by_whom, login, reason, outcome, settled_at)
+                       VALUES ($1, {now}, 'drain', $2, $3, COALESCE($4, {login}), $5, 'recorded', {now})";
+            let values: Vec<Value> = vec![
+                Uuid::now_v7().into(),
+                name.to_owned().into(),
+                request.by.clone().into(),
+                request.login.clone().into(),
+                request.reason.clone().into(),
+            ];
+            transaction.execute_raw(self.dialect.statement(sql, values)).await?;
+        }
+        transaction.commit().await?;
+        Ok(peers)
     }
 
     /// Every incarnation that nobody has declared gone.
@@ -108,19 +154,7 @@ impl Store {
     /// The database does not answer.
     pub async fn peers(&self) -> Result<Vec<Peer>, Error> {
         let sql = "SELECT id, name, host, os_pid, beat FROM worker WHERE gone_at IS NULL";
-        self.query(sql, vec![])
-            .await?
-            .iter()
-            .map(|row| {
-                Ok(Peer {
-                    id: row.try_get::<Uuid>("", "id")?.into(),
-                    name: row.try_get("", "name")?,
-                    host: row.try_get("", "host")?,
-                    os_pid: u32::try_from(row.try_get::<i64>("", "os_pid")?).unwrap_or(0),
-                    beat: row.try_get("", "beat")?,
-                })
-            })
-            .collect()
+        self.query(sql, vec![]).await?.iter().map(peer).collect()
     }
 
     /// Declares an incarnation gone whose beat still is what was seen. `false` when it lives after all, or is gone
@@ -169,25 +203,55 @@ impl Store {
             .collect()
     }
 
-    /// Those that this incarnation holds and of which something else than going on is desired, or of those `pids` all.
+    /// What is desired of what this incarnation holds: of everything, or only of that which shall not simply go on.
     ///
     /// # Errors
     /// The database does not answer.
-    pub async fn desired_of(&self, id: Incarnation, pid: Option<Pid>) -> Result<Vec<(Pid, Desired, bool)>, Error> {
-        let (which, mut values) = match pid {
-            Some(pid) => ("id = $2", vec![Uuid::from(pid).into()]),
-            None => ("desired <> {play}", vec![]),
-        };
-        values.insert(0, Uuid::from(id).into());
-        let sql = format!("SELECT id, desired, urgent FROM process WHERE owner = $1 AND place = {{held}} AND {which}");
-        self.query(&sql, values)
-            .await?
-            .iter()
-            .map(|row| {
-                let desired = Desired::from_code(row.try_get("", "desired")?)
-                    .ok_or_else(|| Error::Unreadable("no such desire".into()))?;
-                Ok((row.try_get::<Uuid>("", "id")?.into(), desired, row.try_get("", "urgent")?))
-            })
-            .collect()
+    pub async fn desired_of(&self, id: Incarnation, everything: bool) -> Result<Vec<Wish>, Error> {
+        let which = if everything { "true" } else { "desired <> {play}" };
+        let sql = format!("{WISHES} AND owner = $1 AND place = {{held}} AND {which}");
+        self.query(&sql, vec![Uuid::from(id).into()]).await?.iter().map(wish).collect()
     }
+
+    /// What is desired of one process that this incarnation holds; `None` when it does not.
+    ///
+    /// # Errors
+    /// The database does not answer.
+    pub async fn desired_of_one(&self, id: Incarnation, pid: Pid) -> Result<Option<Wish>, Error> {
+        let sql = format!("{WISHES} AND owner = $1 AND place = {{held}} AND id = $2");
+        let rows = self.query(&sql, vec![Uuid::from(id).into(), Uuid::from(pid).into()]).await?;
+        rows.first().map(wish).transpose()
+    }
+}
+
+/// What a row says that its holder has to obey.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Wish {
+    /// The process and the number of its lease.
+    pub fence: Fence,
+    /// What is desired of it.
+    pub desired: Desired,
+    /// Whether that is wanted at once.
+    pub urgent: bool,
+}
+
+const WISHES: &str = "SELECT id, epoch, desired, urgent FROM process WHERE true";
+
+fn wish(row: &QueryResult) -> Result<Wish, Error> {
+    Ok(Wish {
+        fence: Fence { pid: row.try_get::<Uuid>("", "id")?.into(), epoch: row.try_get("", "epoch")? },
+        desired: Desired::from_code(row.try_get("", "desired")?)
+            .ok_or_else(|| Error::Unreadable("no such desire".into()))?,
+        urgent: row.try_get("", "urgent")?,
+    })
+}
+
+fn peer(row: &QueryResult) -> Result<Peer, Error> {
+    Ok(Peer {
+        id: row.try_get::<Uuid>("", "id")?.into(),
+        name: row.try_get("", "name")?,
+        host: row.try_get("", "host")?,
+        os_pid: u32::try_from(row.try_get::<i64>("", "os_pid")?).unwrap_or(0),
+        beat: row.try_get("", "beat")?,
+    })
 }

@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use baton_common::communicator::{Broker, CheckError, RequestError, TellError, Told};
 use baton_common::id::Pid;
-use baton_common::message::{Control, Encoding, Event, Events, Reply, Select, Task};
+use baton_common::message::{Control, Effect, Encoding, Event, Events, Reply, Task};
+use baton_common::select::Select;
 use baton_common::state::Desired;
 use futures_util::StreamExt;
 use lapin::BasicProperties;
@@ -173,11 +174,11 @@ async fn a_request_is_answered_and_an_unreadable_one_is_refused_and_put_aside() 
         let request = receive("a request", &mut incoming.controls).await;
         assert_eq!(request.control, Control::Status(pid));
         assert!(!request.from_broadcast && request.from_baton);
-        let reply = Reply { outcome: Some("not_held".into()), ..Reply::default() };
+        let reply = Reply { outcome: Some(Effect::NotHeld), ..Reply::default() };
         worker.reply(&request.reply_to.unwrap(), &reply).await.unwrap();
     };
     let (answer, ()) = tokio::join!(answer, answering);
-    assert_eq!(answer.unwrap().outcome.as_deref(), Some("not_held"));
+    assert_eq!(answer.unwrap().outcome, Some(Effect::NotHeld));
 
     let stranger = vhost.stranger().await;
     let queue = QueueDeclareOptions { exclusive: true, ..QueueDeclareOptions::default() };
@@ -234,8 +235,21 @@ async fn a_broadcast_from_outside_reaches_every_worker_and_is_recorded_by_one() 
     }
     assert_eq!(n_durable, 1);
     assert!(receive("a broadcast", &mut of_two.controls).await.durable.is_none());
-    two.broadcast(Control::Obey { verb: Desired::Run, select: Select::default(), reason: None }).await.unwrap();
-    assert!(receive("its own broadcast", &mut of_two.controls).await.from_baton);
+    let play = Control::Obey { verb: Desired::Run, select: Select::default(), reason: None };
+    let mut answers = two.broadcast(play).await.unwrap();
+    for (worker, controls) in [(&one, &mut of_one.controls), (&two, &mut of_two.controls)] {
+        let mut request = receive("a broadcast", controls).await;
+        while let Some(durable) = request.durable.take() {
+            durable.ack().await;
+            request = receive("the broadcast itself", controls).await;
+        }
+        assert!(request.from_baton);
+        let reply = Reply { outcome: Some(Effect::Recorded), ..Reply::default() };
+        worker.reply(&request.reply_to.unwrap(), &reply).await.unwrap();
+    }
+    for _ in 0..2 {
+        assert_eq!(receive("an answer", &mut answers).await.outcome, Some(Effect::Recorded));
+    }
     stranger.publish("baton.broadcast", "", "application/json", b"{}").await;
     let dead = stranger.take("baton.dead", 1).await;
     assert_eq!(header(&dead[0], "x-baton-origin"), "baton.control");

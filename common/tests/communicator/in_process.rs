@@ -4,7 +4,8 @@ use std::time::Duration;
 
 use baton_common::communicator::{Broker, RequestError};
 use baton_common::id::Pid;
-use baton_common::message::{Control, Reply, Select};
+use baton_common::message::{Control, Reply};
+use baton_common::select::Select;
 use baton_common::state::Desired;
 
 use crate::{eventually, go_on, many, receive, slots, start, task};

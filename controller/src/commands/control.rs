@@ -2,71 +2,100 @@
 
 use std::time::{Duration, Instant};
 
-use baton_common::communicator::ReplyTo;
-use baton_common::id::Pid;
-use baton_common::message::{Control, Reply, Select};
-use baton_common::state::{Desired, Place, State};
-use baton_common::store::control::{Answer, Controlled, Request};
+use baton_common::communicator::Communicator;
+use baton_common::id::{Pid, RequestId};
+use baton_common::message::{Control, Effect};
+use baton_common::select::Select;
+use baton_common::state::{Desired, State};
+use baton_common::store::control::{Answer, Controlled, Request, Settled};
 use baton_common::store::query::Filter;
 use baton_worker::cli::exit;
+use futures_util::StreamExt;
 use serde_json::{Value, json};
 
-use crate::cli::{ControlArguments, Global, Output, PauseArguments};
+use super::broadcast;
+use crate::cli::{ControlArguments, Global, KillArguments, Output, PauseArguments, PlayArguments};
 use crate::client::{Client, read_pids, whoami};
 use crate::failure::Failure;
 use crate::output;
 
 /// How long the holder may take to answer.
-const HOLDER_LIMIT: Duration = Duration::from_secs(3);
+const HOLDER_LIMIT: Duration = Duration::from_secs(2);
+
+/// Requests under way at once; the database has as many connections as it takes to be busy with them.
+const UNDER_WAY_MAX: usize = 16;
 
 /// Pause between two looks at the row while waiting.
 const LOOK: Duration = Duration::from_millis(50);
 
 pub(crate) async fn pause(global: &Global, arguments: PauseArguments) -> Result<u8, Failure> {
-    run(global, arguments.control, Desired::Pause, arguments.now).await
+    let PauseArguments { control, now, fleet } = arguments;
+    let request = Request { urgent: now, ..Request::new(Desired::Pause, whoami()) };
+    if fleet { broadcast::fleet(global, control, request).await } else { run(global, control, request).await }
 }
 
-pub(crate) async fn play(global: &Global, arguments: ControlArguments) -> Result<u8, Failure> {
-    run(global, arguments, Desired::Run, false).await
+pub(crate) async fn play(global: &Global, arguments: PlayArguments) -> Result<u8, Failure> {
+    let PlayArguments { control, fleet } = arguments;
+    let request = Request::new(Desired::Run, whoami());
+    if fleet { broadcast::fleet(global, control, request).await } else { run(global, control, request).await }
 }
 
-pub(crate) async fn kill(global: &Global, arguments: ControlArguments) -> Result<u8, Failure> {
-    run(global, arguments, Desired::Kill, false).await
+pub(crate) async fn kill(global: &Global, arguments: KillArguments) -> Result<u8, Failure> {
+    let KillArguments { control, force } = arguments;
+    run(global, control, Request { force, ..Request::new(Desired::Kill, whoami()) }).await
 }
 
 /// What became of one request.
 struct Done {
     pid: Pid,
-    outcome: String,
+    effect: Effect,
+    /// By whose later request, if it is superseded.
+    detail: Option<String>,
+    event: Option<RequestId>,
     code: u8,
     nudged: bool,
+    elapsed: Duration,
 }
 
-async fn run(global: &Global, arguments: ControlArguments, verb: Desired, urgent: bool) -> Result<u8, Failure> {
-    let pids = read_pids(&arguments.pids.pids)?;
+async fn run(global: &Global, arguments: ControlArguments, request: Request) -> Result<u8, Failure> {
+    let ControlArguments { pids: texts, all, selection, reason, dry_run, yes, wait, timeout } = arguments;
+    let request = Request { reason, ..request };
+    let pids = read_pids(&texts)?;
+    let conditions = selection.of(vec![]);
+    let wait = wait.then_some(timeout);
+    if texts.is_empty() || !conditions.is_all() || dry_run {
+        if texts.is_empty() && conditions.is_all() && !all {
+            let verb = request.verb.verb();
+            return Err(Failure::usage(format!("which processes? `baton {verb} PID…`, `--all`, or a selection")));
+        }
+        if pids.is_empty() && !texts.is_empty() {
+            // `-` with nothing on standard input means none, not all.
+            return Ok(exit::OK);
+        }
+        let select = Select { pids, ..conditions };
+        return broadcast::many(global, broadcast::Many { select, request, dry_run, yes, wait }).await;
+    }
     let client = Client::open(global).await?;
-    let request = Request { verb, urgent, by: whoami(), reason: arguments.reason };
-    let mut all = Vec::new();
-    for pid in pids {
-        let mut done = ask(&client, pid, &request).await?;
-        if arguments.wait && done.code == exit::OK {
-            wait(&client, &mut done, verb, arguments.timeout).await?;
-        }
-        all.push(done);
-    }
+    let broker = client.broker_or_warning().await;
+    client.free_orphans().await?;
+    let asked = futures_util::stream::iter(pids)
+        .map(|pid| {
+            let (client, request) = (&client, &request);
+            async move {
+                let started = Instant::now();
+                let mut done = ask(client, broker, pid, request).await?;
+                if let Some(limit) = wait {
+                    wait_for(client, &mut done, request.verb, limit).await?;
+                }
+                Ok(Done { elapsed: started.elapsed(), ..done })
+            }
+        })
+        .buffered(UNDER_WAY_MAX)
+        .collect::<Vec<Result<Done, Failure>>>()
+        .await;
     client.close().await;
-    match global.output {
-        Output::Json => {
-            let values = all.iter().map(|done| {
-                json!({"pid": done.pid, "outcome": done.outcome, "ok": done.code == exit::OK, "nudged": done.nudged})
-            });
-            output::print_json(&Value::Array(values.collect()))?;
-        }
-        Output::Ids => all.iter().try_for_each(|done| output::print(&done.pid.to_string()))?,
-        Output::Table => {
-            all.iter().try_for_each(|done| output::print(&format!("{}  {}", done.pid, done.outcome)))?;
-        }
-    }
+    let all = asked.into_iter().collect::<Result<Vec<_>, _>>()?;
+    report(global.output, &all)?;
     let failed: Vec<u8> = all.iter().map(|done| done.code).filter(|code| *code != exit::OK).collect();
     Ok(match failed[..] {
         [] => exit::OK,
@@ -75,109 +104,114 @@ async fn run(global: &Global, arguments: ControlArguments, verb: Desired, urgent
     })
 }
 
-async fn ask(client: &Client, pid: Pid, request: &Request) -> Result<Done, Failure> {
-    let done = |outcome: &str, code, nudged| Done { pid, outcome: outcome.to_owned(), code, nudged };
+fn report(how: Output, all: &[Done]) -> Result<(), Failure> {
+    match how {
+        Output::Json => {
+            let values = all.iter().map(|done| {
+                json!({
+                    "pid": done.pid,
+                    "outcome": done.effect,
+                    "detail": done.detail,
+                    "ok": done.code == exit::OK,
+                    "nudged": done.nudged,
+                    "elapsed_ms": done.elapsed.as_secs_f64() * 1e3,
+                })
+            });
+            output::print_json(&Value::Array(values.collect()))
+        }
+        Output::Ids => all.iter().try_for_each(|done| output::print(&done.pid.to_string())),
+        Output::Table => all.iter().try_for_each(|done| {
+            let detail = done.detail.as_ref().map(|detail| format!("  {detail}")).unwrap_or_default();
+            let word = if done.effect == Effect::Absent { "no such process" } else { done.effect.word() };
+            output::print(&format!("{}  {word}{detail}", done.pid))
+        }),
+    }
+}
+
+async fn ask(client: &Client, broker: Option<&Communicator>, pid: Pid, request: &Request) -> Result<Done, Failure> {
+    let refused = |effect, code| Done {
+        pid,
+        effect,
+        detail: None,
+        event: None,
+        code,
+        nudged: broker.is_some(),
+        elapsed: Duration::ZERO,
+    };
     let row = match client.store.control(pid, request).await? {
         Answer::Recorded(row) => row,
-        Answer::Ended(state) => return Ok(done(state.word(), exit::CONFLICT, true)),
-        Answer::Dying => return Ok(done("killing", exit::CONFLICT, true)),
-        Answer::Absent => return Ok(done("no such process", exit::NOT_FOUND, true)),
+        Answer::Ended(state) => return Ok(refused(Effect::ended(state), exit::CONFLICT)),
+        Answer::Dying => return Ok(refused(Effect::Killing, exit::CONFLICT)),
+        Answer::Absent => return Ok(refused(Effect::Absent, exit::NOT_FOUND)),
     };
-    let (outcome, nudged) = match nudge(client, &row, request).await {
-        Ok(outcome) => (outcome, true),
+    client.follow(std::slice::from_ref(&row)).await;
+    let recorded = Done { effect: row.effect, event: Some(row.event), ..refused(row.effect, exit::OK) };
+    let Some(broker) = broker else { return Ok(recorded) };
+    match nudge(client, broker, &row, request).await {
+        Ok(effect) => Ok(Done { effect, ..recorded }),
         Err(reason) => {
             output::warn(&format!(
-                "recorded, but nobody was told ({reason}); it takes effect at the holder's next beat"
+                "{pid}: recorded, but its holder was not told ({reason}); it obeys at its next beat"
             ));
-            (pending(request.verb).to_owned(), false)
+            Ok(Done { nudged: false, ..recorded })
         }
-    };
-    Ok(done(&outcome, exit::OK, nudged))
+    }
 }
 
-/// Tells whoever has to act on the row; says what happened.
-async fn nudge(client: &Client, row: &Controlled, request: &Request) -> Result<String, String> {
-    if let Some((queue, told)) = &row.told {
-        client.tell(&[(queue.clone(), vec![told.clone()])].into(), false).await?;
-    }
-    let word = match (request.verb, row.was_so) {
-        (Desired::Pause, true) => "already_paused",
-        (Desired::Pause, false) => "paused",
-        (Desired::Run, true) => "already_running",
-        (Desired::Run, false) => "playing",
-        (Desired::Kill, _) => "killed",
-    };
-    let Some(owner) = row.owner else {
-        answer_end(client, row).await;
-        return Ok(word.to_owned());
-    };
+/// Tells the holder to read the row; says what happened.
+async fn nudge(client: &Client, broker: &Communicator, row: &Controlled, request: &Request) -> Result<Effect, String> {
+    let Some(owner) = row.owner else { return Ok(row.effect) };
     let queue = client.store.control_queue_of(owner).await.map_err(|error| error.to_string())?;
     // A holder that has died obeys when it is freed.
-    let Some(queue) = queue else { return Ok(pending(request.verb).to_owned()) };
-    let Some(communicator) = client.broker().await? else { return Ok(pending(request.verb).to_owned()) };
-    let select = Select { pids: vec![row.pid], ..Select::default() };
-    let control = Control::Obey { verb: request.verb, select, reason: request.reason.clone() };
-    let reply = communicator.request(&queue, control, HOLDER_LIMIT).await.map_err(|error| error.to_string())?;
-    match reply.outcome.as_deref() {
+    let Some(queue) = queue else { return Ok(row.effect) };
+    let control = Control::Obey { verb: request.verb, select: Select::one(row.pid), reason: request.reason.clone() };
+    let reply = broker.request(&queue, control, HOLDER_LIMIT).await.map_err(|error| error.to_string())?;
+    match reply.outcome {
+        _ if request.force => Ok(row.effect),
         // It has left its holder just now: what it is, the row says.
-        Some("not_held") | None => {
-            Ok(current(client, row.pid).await.unwrap_or_else(|| pending(request.verb).to_owned()))
+        Some(Effect::NotHeld) | None => {
+            let filter = Filter::of(vec![row.pid]);
+            let row = client.store.list(&filter).await.map_err(|error| error.to_string())?.pop();
+            Ok(row.map_or(Effect::Absent, |row| match row.state {
+                State::Paused(_) => Effect::Paused,
+                State::Finished | State::Excepted | State::Killed => Effect::ended(row.state),
+                State::Created | State::Running | State::Waiting => Effect::pending(request.verb),
+            }))
         }
-        Some(outcome) => Ok(outcome.to_owned()),
+        Some(effect) => Ok(effect),
     }
 }
 
-/// Answers whoever has launched it with `wait` and was waiting for its end.
-async fn answer_end(client: &Client, row: &Controlled) {
-    let reply_to = row.reply_to.as_deref().and_then(ReplyTo::from_bytes);
-    if let (Some(to), Ok(Some(communicator))) = (reply_to, client.broker().await) {
-        let reply = Reply { pid: Some(row.pid), state: Some(row.state.word().to_owned()), ..Reply::default() };
-        // It is only an answer; the row is what counts.
-        let _ = communicator.reply(&to, &reply).await;
-    }
-}
-
-async fn current(client: &Client, pid: Pid) -> Option<String> {
-    let filter = Filter { pids: vec![pid], ..Filter::default() };
-    let summary = client.store.list(&filter).await.ok()?.pop()?;
-    Some(summary.state.word().to_owned())
-}
-
-fn pending(verb: Desired) -> &'static str {
-    match verb {
-        Desired::Run => "playing",
-        Desired::Pause => "pausing",
-        Desired::Kill => "killing",
-    }
-}
-
-/// Waits until the row says that the request is applied.
-async fn wait(client: &Client, done: &mut Done, verb: Desired, limit: Duration) -> Result<(), Failure> {
+/// Waits until the request's own event says what it has come to.
+async fn wait_for(client: &Client, done: &mut Done, verb: Desired, limit: Duration) -> Result<(), Failure> {
+    let Some(event) = done.event else { return Ok(()) };
     let started = Instant::now();
-    let filter = Filter { pids: vec![done.pid], ..Filter::default() };
     loop {
-        let Some(row) = client.store.list(&filter).await?.pop() else { return Ok(()) };
-        let is_applied = match verb {
-            Desired::Run => row.desired == Desired::Run && !matches!(row.state, State::Paused(_)),
-            Desired::Pause => matches!(row.state, State::Paused(_)),
-            Desired::Kill => row.state.is_final(),
-        };
-        if is_applied {
-            if verb != Desired::Run {
-                done.outcome = row.state.word().to_owned();
+        match client.store.settled(event).await? {
+            Some(Settled::Applied) => {
+                if matches!(done.effect, Effect::Pausing | Effect::Killing) {
+                    done.effect = Effect::applied(verb);
+                }
+                return Ok(());
             }
-            return Ok(());
+            Some(Settled::Superseded) => {
+                done.effect = Effect::Superseded;
+                let events = client.store.show(done.pid).await?.map(|details| details.events).unwrap_or_default();
+                done.detail = events.last().map(|last| format!("by {} of {}", last.what, last.by));
+                done.code = exit::CONFLICT;
+                return Ok(());
+            }
+            Some(Settled::Ended) => {
+                let row = client.store.list(&Filter::of(vec![done.pid])).await?.pop();
+                done.effect = row.map_or(Effect::Absent, |row| Effect::ended(row.state));
+                done.code = exit::CONFLICT;
+                return Ok(());
+            }
+            None if started.elapsed() >= limit => {
+                done.code = exit::WAIT_TIMED_OUT;
+                return Ok(());
+            }
+            None => tokio::time::sleep(LOOK).await,
         }
-        let is_superseded = row.desired != verb || (row.place == Place::Ended && verb != Desired::Kill);
-        if is_superseded {
-            done.outcome = if row.place == Place::Ended { row.state.word().into() } else { "superseded".into() };
-            done.code = exit::CONFLICT;
-            return Ok(());
-        }
-        if started.elapsed() >= limit {
-            done.code = exit::WAIT_TIMED_OUT;
-            return Ok(());
-        }
-        tokio::time::sleep(LOOK).await;
     }
 }

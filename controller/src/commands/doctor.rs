@@ -1,6 +1,7 @@
 //! `baton doctor`: what is reachable, which versions, what is wrong, and the remedy.
 
 use baton_common::communicator::{Broker, CheckError};
+use baton_common::select::Select;
 use baton_common::store::query::Filter;
 use baton_common::store::{self, Location, Store};
 use baton_worker::cli::{exit, exit_code};
@@ -127,8 +128,8 @@ async fn broker(urls: &[String]) -> Finding {
 
 async fn workers(store: &Store) -> Result<Finding, Failure> {
     let workers = store.workers(false).await?;
-    let queued =
-        store.list(&Filter { states: vec!["created".into()], limit: Some(1_000), ..Filter::default() }).await?;
+    let select = Select { states: vec!["created".into()], ..Select::default() };
+    let queued = store.list(&Filter { select, limit: Some(1_000) }).await?;
     let is_served = |queue: &str| {
         let name = queue.split('.').next().unwrap_or(queue);
         workers.iter().any(|worker| worker.queues.split(',').any(|served| served == name))

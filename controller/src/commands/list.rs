@@ -16,7 +16,8 @@ pub(crate) async fn run(global: &Global, arguments: ListArguments) -> Result<u8,
         return Ok(exit::OK);
     }
     let client = Client::open(global).await?;
-    let filter = Filter { states: arguments.state, limit: (arguments.limit > 0).then_some(arguments.limit), pids };
+    let limit = (arguments.limit > 0).then_some(arguments.limit);
+    let filter = Filter { select: arguments.selection.of(pids), limit };
     let rows = client.store.list(&filter).await?;
     match global.output {
         Output::Json => output::print_json(&Value::Array(rows.iter().map(output::summary_json).collect()))?,

@@ -35,7 +35,7 @@ pub(crate) async fn run(global: &Global, arguments: LogsArguments) -> Result<u8,
     let client = Client::open(global).await?;
     let mut printed = Printed::default();
     loop {
-        let filter = Filter { pids: vec![pid], ..Filter::default() };
+        let filter = Filter::of(vec![pid]);
         let summary = client.store.list(&filter).await?.pop().ok_or_else(|| absent(pid))?;
         // Live first: when it has ended between the two, the database has all that is kept.
         let has_grown = match live(&client, &summary, &mut printed).await? {

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use baton_common::communicator::Broker;
 use baton_common::id::Pid;
+use baton_common::select::Select;
 use baton_common::spec::Spec;
 use baton_common::state::State;
 use baton_common::store::query::{Details, Filter, Summary};
@@ -153,7 +154,7 @@ async fn find_or_submit(store: &Store, spec: &Spec, new: bool) -> Result<(Pid, b
 async fn queues(store: &Store, spec: &Spec) -> Result<Vec<String>, Failure> {
     let mut queues = BTreeMap::from([(spec.queue.clone(), ())]);
     let states = ["created", "running", "waiting", "paused"].map(str::to_owned).to_vec();
-    for row in store.list(&Filter { states, ..Filter::default() }).await? {
+    for row in store.list(&Filter { select: Select { states, ..Select::default() }, limit: None }).await? {
         let queue = row.queue.split('.').next().unwrap_or(&row.queue).to_owned();
         queues.insert(queue, ());
     }
@@ -166,7 +167,7 @@ async fn follow(store: &Store, pid: Pid, home: &Path, how: Output) -> Result<Sum
     let mut progress: Option<(i64, State)> = None;
     let mut told_at = Instant::now();
     loop {
-        let filter = Filter { pids: vec![pid], ..Filter::default() };
+        let filter = Filter::of(vec![pid]);
         let row = store.list(&filter).await?.pop().ok_or_else(|| absent(pid))?;
         if how == Output::Table {
             shown.print(home, &row)?;

@@ -20,7 +20,7 @@ pub(crate) async fn run(global: &Global, arguments: Pids) -> Result<u8, Failure>
     let client = Client::open(global).await?;
     let mut answers = Vec::new();
     for pid in read_pids(&arguments.pids)? {
-        let filter = Filter { pids: vec![pid], ..Filter::default() };
+        let filter = Filter::of(vec![pid]);
         let summary = client.store.list(&filter).await?.pop().ok_or_else(|| absent(pid))?;
         let live = ask(&client, &summary).await;
         answers.push((summary, live));

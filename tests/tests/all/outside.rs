@@ -173,15 +173,24 @@ async fn a_person_pauses_and_plays_the_fleet_by_a_json_message() {
     };
     becomes(running, 20).await;
     becomes("state = 2", 20).await;
-    let message = json!({"version": 1, "type": "pause", "select": {}, "reason": "maintenance"});
-    amqp.publish_json("baton.broadcast", "", &message).await;
+    // As the form of the management UI sends it, twice by a hasty person.
+    let message = json!({"version": 1, "type": "pause", "select": {}, "reason": "maintenance"}).to_string();
+    let form = json!({
+        "routing_key": "",
+        "payload": message,
+        "payload_encoding": "string",
+        "properties": {"message_id": "maintenance-1", "content_type": "application/json"},
+    });
+    for _ in 0..2 {
+        scene.publish_by_form("baton.broadcast", &form.to_string()).await;
+    }
     becomes("state = 3", 40).await;
     amqp.publish_json("baton.broadcast", "", &json!({"version": 1, "type": "play", "select": {}})).await;
     becomes(running, 20).await;
     becomes("state = 2", 20).await;
     assert_eq!(
         scene.sql("SELECT what, count(*) FROM event WHERE pid IS NULL GROUP BY 1 ORDER BY 1").await.trim(),
-        "broadcast pause|1\nbroadcast play|1"
+        "pause|1\nplay|1"
     );
     amqp.publish_json("baton.broadcast", "", &json!({"version": 1, "type": "kill", "select": {}})).await;
     becomes("state = 6", 40).await;

@@ -78,13 +78,19 @@ const TABLES: &[&str] = &[
         reason text,
         PRIMARY KEY (pid, epoch)
     )",
+    // Requests of operators. One to many has a row of its own, without a pid, and each process's row names it.
     "CREATE TABLE event (
         id {uuid} PRIMARY KEY,
         pid {uuid},
+        request {uuid},
         at bigint NOT NULL,
         what text NOT NULL,
+        target text,
         by_whom text NOT NULL,
-        reason text
+        login text NOT NULL,
+        reason text,
+        outcome text,
+        settled_at bigint
     )",
     "CREATE TABLE output (
         pid {uuid} NOT NULL,
@@ -105,9 +111,18 @@ const TABLES: &[&str] = &[
         slots bigint NOT NULL,
         load bigint NOT NULL,
         blocked text,
+        drain boolean NOT NULL,
         beat bigint NOT NULL,
         started_at bigint NOT NULL,
         gone_at bigint
+    )",
+    // One row at most: whether the fleet takes work, and who said so.
+    "CREATE TABLE fleet (
+        id smallint PRIMARY KEY,
+        paused_at bigint,
+        by_whom text NOT NULL,
+        login text NOT NULL,
+        reason text
     )",
 ];
 
@@ -118,5 +133,6 @@ const INDEXES: &[&str] = &[
     "CREATE INDEX process_queue_deadline ON process (queue_deadline) WHERE place <> 3 AND queue_deadline IS NOT NULL",
     "CREATE INDEX process_total_deadline ON process (total_deadline) WHERE place <> 3 AND total_deadline IS NOT NULL",
     "CREATE INDEX spec_run_key ON spec (run_key) WHERE run_key IS NOT NULL",
-    "CREATE INDEX event_pid ON event (pid)",
+    "CREATE INDEX event_pid ON event (pid) WHERE pid IS NOT NULL",
+    "CREATE INDEX event_request ON event (request) WHERE request IS NOT NULL",
 ];

@@ -1,0 +1,254 @@
+//! Requests to many: one update decides whom it is about, one broadcast follows, and every worker answers.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::{BufRead, IsTerminal};
+use std::time::{Duration, Instant};
+
+use baton_common::communicator::Communicator;
+use baton_common::id::{Incarnation, RequestId};
+use baton_common::message::{Control, Effect, Reply};
+use baton_common::select::Select;
+use baton_common::state::{Desired, Place};
+use baton_common::store::control::{Controlled, Request};
+use baton_common::store::worker::Peer;
+use baton_worker::cli::exit;
+use serde_json::{Value, json};
+
+use crate::cli::{ControlArguments, Global, Output};
+use crate::client::Client;
+use crate::failure::Failure;
+use crate::output;
+
+/// How long the workers may take to answer. They wait a second for what they hold, and only then say what is pending.
+const ANSWERS_LIMIT: Duration = Duration::from_secs(2);
+
+/// Pause between two looks at the events while waiting.
+const LOOK: Duration = Duration::from_millis(100);
+
+/// A request to many.
+pub(crate) struct Many {
+    pub(crate) select: Select,
+    pub(crate) request: Request,
+    pub(crate) dry_run: bool,
+    pub(crate) yes: bool,
+    /// How long to wait until all have obeyed.
+    pub(crate) wait: Option<Duration>,
+}
+
+/// What a request to many has come to.
+#[derive(Default)]
+struct Outcome {
+    /// Applied in the database, since nobody held them.
+    unheld: u64,
+    /// By the holder.
+    held: BTreeMap<Incarnation, u64>,
+    workers: Vec<Peer>,
+    answers: BTreeMap<Incarnation, (Reply, Duration)>,
+    nudged: bool,
+    /// Have yet to obey, after the wait.
+    pending: Option<u64>,
+}
+
+pub(crate) async fn many(global: &Global, many: Many) -> Result<u8, Failure> {
+    let Many { select, request, dry_run, yes, wait } = many;
+    select.check().map_err(Failure::usage)?;
+    let client = Client::open(global).await?;
+    let verb = request.verb.verb();
+    if dry_run || (request.verb == Desired::Kill && !yes) {
+        let counts = client.store.count_selected(&select, request.verb).await?;
+        let total: u64 = counts.values().sum();
+        if dry_run {
+            return dry(global, verb, total, &counts);
+        }
+        confirm(verb, total)?;
+    }
+    let broker = client.broker_or_warning().await;
+    client.free_orphans().await?;
+    let id = RequestId::generate();
+    let mut changed: Vec<Controlled> = Vec::new();
+    client.store.control_many(id, &select, &request, |page| changed.extend(page)).await?;
+    client.follow(&changed).await;
+    let mut outcome = Outcome { workers: client.store.peers().await?, ..Outcome::default() };
+    for row in &changed {
+        match row.owner {
+            Some(owner) if row.place == Place::Held || request.force => *outcome.held.entry(owner).or_default() += 1,
+            Some(_) | None => outcome.unheld += 1,
+        }
+    }
+    let control = Control::Obey { verb: request.verb, select, reason: request.reason.clone() };
+    gather(broker, control, &mut outcome).await;
+    if let Some(limit) = wait {
+        outcome.pending = Some(obeyed(&client, id, limit).await?);
+    }
+    client.close().await;
+    match global.output {
+        Output::Json => output::print_json(&json_of(verb, id, changed.len(), &outcome))?,
+        Output::Ids => changed.iter().try_for_each(|row| output::print(&row.pid.to_string()))?,
+        Output::Table => output::print(&text_of(request.verb, changed.len(), &outcome))?,
+    }
+    Ok(if outcome.pending.is_some_and(|pending| pending > 0) { exit::WAIT_TIMED_OUT } else { exit::OK })
+}
+
+/// Stops or restarts the taking of any work.
+pub(crate) async fn fleet(global: &Global, arguments: ControlArguments, request: Request) -> Result<u8, Failure> {
+    let request = Request { reason: arguments.reason, ..request };
+    let client = Client::open(global).await?;
+    let broker = client.broker_or_warning().await;
+    client.store.control_fleet(RequestId::generate(), &request).await?;
+    let mut outcome = Outcome { workers: client.store.peers().await?, ..Outcome::default() };
+    let control = Control::Fleet { verb: request.verb, reason: request.reason.clone() };
+    gather(broker, control, &mut outcome).await;
+    client.close().await;
+    let is_paused = request.verb == Desired::Pause;
+    let answered = outcome.answers.len();
+    match global.output {
+        Output::Json => output::print_json(&json!({
+            "fleet": if is_paused { "paused" } else { "playing" },
+            "workers": outcome.workers.len(),
+            "answered": answered,
+            "nudged": outcome.nudged,
+        }))?,
+        Output::Ids => {}
+        Output::Table => {
+            let what = if is_paused { "the fleet takes no more work" } else { "the fleet takes work" };
+            let silent = names_of_silent(&outcome);
+            let rest = if silent.is_empty() { String::new() } else { format!("; no answer from {silent}") };
+            output::print(&format!("{what}; {answered} of {} workers know{rest}", outcome.workers.len()))?;
+        }
+    }
+    Ok(exit::OK)
+}
+
+fn dry(global: &Global, verb: &str, total: u64, counts: &BTreeMap<String, u64>) -> Result<u8, Failure> {
+    match global.output {
+        Output::Json => output::print_json(&json!({"verb": verb, "dry_run": true, "selected": total, "by": counts}))?,
+        Output::Ids => {}
+        Output::Table => {
+            let by: Vec<String> = counts.iter().map(|(place, count)| format!("{count} {place}")).collect();
+            let by = if by.is_empty() { String::new() } else { format!(": {}", by.join(", ")) };
+            output::print(&format!("{verb} would be about {total} processes{by}"))?;
+        }
+    }
+    Ok(exit::OK)
+}
+
+/// Asks at the terminal; where there is none, `--yes` has to be said.
+fn confirm(verb: &str, total: u64) -> Result<(), Failure> {
+    if !std::io::stdin().is_terminal() {
+        let error = format!("this would {verb} {total} processes, and nobody can be asked");
+        return Err(Failure::new(exit::REFUSED, error).with_remedy("say `--yes`, or look first with `--dry-run`"));
+    }
+    output::note(&format!("{verb} {total} processes? [y/N]"));
+    let mut answer = String::new();
+    std::io::stdin().lock().read_line(&mut answer)?;
+    if matches!(answer.trim(), "y" | "Y" | "yes") {
+        Ok(())
+    } else {
+        Err(Failure::new(exit::REFUSED, "nothing was done"))
+    }
+}
+
+/// Sends the broadcast and gathers the answers until every live worker has given one.
+async fn gather(broker: Option<&Communicator>, control: Control, outcome: &mut Outcome) {
+    let Some(broker) = broker else { return };
+    let sent = Instant::now();
+    let mut replies = match broker.broadcast(control).await {
+        Ok(replies) => replies,
+        Err(error) => {
+            output::warn(&format!("recorded, but the workers were not told ({error}); they obey at their next beat"));
+            return;
+        }
+    };
+    outcome.nudged = true;
+    let mut silent: BTreeSet<Incarnation> = outcome.workers.iter().map(|worker| worker.id).collect();
+    let deadline = tokio::time::Instant::now() + ANSWERS_LIMIT;
+    while !silent.is_empty()
+        && let Ok(Some(reply)) = tokio::time::timeout_at(deadline, replies.recv()).await
+    {
+        if let Some(id) = reply.incarnation {
+            silent.remove(&id);
+            outcome.answers.insert(id, (reply, sent.elapsed()));
+        }
+    }
+}
+
+/// Waits until every process has obeyed; how many have not, if that takes too long.
+async fn obeyed(client: &Client, id: RequestId, limit: Duration) -> Result<u64, Failure> {
+    let started = Instant::now();
+    loop {
+        let pending = client.store.count_pending(id).await?;
+        if pending == 0 || started.elapsed() >= limit {
+            return Ok(pending);
+        }
+        tokio::time::sleep(LOOK).await;
+    }
+}
+
+fn names_of_silent(outcome: &Outcome) -> String {
+    let silent = outcome.workers.iter().filter(|worker| !outcome.answers.contains_key(&worker.id));
+    silent.map(|worker| worker.name.as_str()).collect::<Vec<_>>().join(", ")
+}
+
+fn json_of(verb: &str, id: RequestId, selected: usize, outcome: &Outcome) -> Value {
+    let workers = outcome.workers.iter().map(|worker| {
+        let answer = outcome.answers.get(&worker.id);
+        json!({
+            "worker": worker.name,
+            "incarnation": worker.id,
+            "asked": outcome.held.get(&worker.id).copied().unwrap_or(0),
+            "answered": answer.is_some(),
+            "counts": answer.and_then(|(reply, _)| reply.counts.as_ref()),
+            "error": answer.and_then(|(reply, _)| reply.error.as_ref()),
+            "elapsed_ms": answer.map(|(_, elapsed)| elapsed.as_secs_f64() * 1e3),
+        })
+    });
+    json!({
+        "verb": verb,
+        "request": id,
+        "selected": selected,
+        "applied_in_database": outcome.unheld,
+        "workers": workers.collect::<Vec<_>>(),
+        "nudged": outcome.nudged,
+        "pending": outcome.pending,
+    })
+}
+
+fn text_of(verb: Desired, selected: usize, outcome: &Outcome) -> String {
+    let mut table = output::table(&["WHO", "ASKED", "DONE", "PENDING", "ANSWER"]);
+    table.add_row([
+        "database".to_owned(),
+        outcome.unheld.to_string(),
+        outcome.unheld.to_string(),
+        "0".into(),
+        "what nobody held".into(),
+    ]);
+    for worker in &outcome.workers {
+        let asked = outcome.held.get(&worker.id).copied().unwrap_or(0);
+        let (done, pending, answer) = match outcome.answers.get(&worker.id) {
+            Some((Reply { error: Some(error), .. }, _)) => (String::new(), asked.to_string(), error.clone()),
+            Some((reply, elapsed)) => {
+                let count = |effect: Effect| {
+                    reply.counts.as_ref().and_then(|counts| counts.get(effect.word())).copied().unwrap_or(0)
+                };
+                let pending = if verb == Desired::Run { 0 } else { count(Effect::pending(verb)).min(asked) };
+                let answer = format!("after {:.0} ms", elapsed.as_secs_f64() * 1e3);
+                ((asked - pending).to_string(), pending.to_string(), answer)
+            }
+            None if outcome.nudged => {
+                let text = format!(
+                    "none within {} s; what it holds obeys at its next beat, or once it is taken over",
+                    ANSWERS_LIMIT.as_secs()
+                );
+                (String::new(), asked.to_string(), text)
+            }
+            None => (String::new(), asked.to_string(), "not told; obeys at its next beat".into()),
+        };
+        table.add_row([worker.name.clone(), asked.to_string(), done, pending, answer]);
+    }
+    let pending = match outcome.pending {
+        Some(0) => "\nall have obeyed".to_owned(),
+        Some(pending) => format!("\n{pending} have not obeyed yet"),
+        None => String::new(),
+    };
+    format!("{}: {selected} processes\n\n{}{pending}", verb.verb(), table.trim_fmt())
+}
