@@ -45,6 +45,9 @@ use crate::incarnation::Shared;
 /// Bytes of `log` that are kept of its beginning, and as many of its end.
 const LOG_PART_BYTES: usize = 32 * 1024;
 
+/// What an interrupted process may take beyond the grace.
+const INTERRUPT_MARGIN: Duration = Duration::from_secs(5);
+
 /// A process: its own serialized form is what is kept between two advances, and nothing else is.
 ///
 /// It stays on the thread that it was given and need not be `Send`. It must not block that thread: see
@@ -67,7 +70,8 @@ pub trait Process: Serialize + DeserializeOwned + 'static {
     /// [`Process::interrupted`] is called then.
     fn advance<'a>(&'a mut self, context: &'a Context) -> LocalBoxFuture<'a, Result<Advance, Error>>;
 
-    /// Ends what a dropped advance has left running outside. It has as long as the worker's grace.
+    /// Ends what a dropped advance has left running outside: the place for what a kill, a pause at once or a drain has to
+    /// undo. It has until [`Context::interrupt_limit`] has passed, and is dropped then.
     fn interrupted<'a>(&'a mut self, context: &'a Context, why: Interrupt) -> LocalBoxFuture<'a, ()> {
         let _ = (context, why);
         Box::pin(async {})
@@ -81,6 +85,9 @@ pub enum Advance {
     Again,
     /// The next one, not before this time has passed. From a second on, the process occupies nothing meanwhile.
     After(Duration),
+    /// The next one, not before this time has passed, which it spends in memory with its lease and its slot: for a process
+    /// whose next advance must begin to the moment, or that is asked by others of its thread.
+    Linger(Duration),
     /// Nothing: it has come to its end.
     Finished {
         /// As a program's: the spec's `ok.exit` says which are good.
@@ -235,6 +242,11 @@ impl Context {
     /// The number of this advance, from 1: one more than are committed.
     pub fn advance_number(&self) -> u64 {
         self.draft.borrow().advances + 1
+    }
+
+    /// How long [`Process::interrupted`] may take: the worker's grace, and a little more for what is killed after it.
+    pub fn interrupt_limit(&self) -> Duration {
+        self.shared.grace + INTERRUPT_MARGIN
     }
 
     /// The worker's name.

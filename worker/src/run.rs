@@ -227,7 +227,7 @@ impl Run {
                 } else {
                     Interrupt::Drain
                 };
-                let limit = self.shared.grace + Duration::from_secs(5);
+                let limit = context.interrupt_limit();
                 let mut abandoned = self.orders.clone();
                 tokio::select! {
                     ended = tokio::time::timeout(limit, process.interrupted(&context, why)) => if ended.is_err() {
@@ -252,7 +252,7 @@ impl Run {
             && draft.values == self.checkpoint.values
             && draft.progress == self.checkpoint.progress;
         // A process that waits between two looks at the world is no loop.
-        let waits = matches!(advance, Advance::After(pause) if pause >= PARK_FROM);
+        let waits = matches!(advance, Advance::After(pause) | Advance::Linger(pause) if pause >= PARK_FROM);
         let checkpoint = Checkpoint {
             advances: self.checkpoint.advances + 1,
             idle_advances: if idle && !waits { self.checkpoint.idle_advances + 1 } else { 0 },
@@ -269,19 +269,8 @@ impl Run {
         }
         match advance {
             Advance::Again => self.write(Verb::Keep, Some(checkpoint), None).await,
-            Advance::After(pause) if pause < PARK_FROM => {
-                if self.write(Verb::Keep, Some(checkpoint), None).await == Hold::Gone {
-                    return Hold::Gone;
-                }
-                let mut orders = self.orders.clone();
-                let awaited = |orders: &Orders| {
-                    orders.interrupts() || orders.desired != Desired::Run || orders.drain != Drain::No
-                };
-                self.context.live.set_stage(SLEEPING);
-                // Whoever pauses or drains need not wait for it: a short wait that is cut is a late checkpoint, no error.
-                let _ = tokio::time::timeout(pause, orders.wait_for(awaited)).await;
-                Hold::Held
-            }
+            Advance::After(pause) if pause < PARK_FROM => self.linger(pause, checkpoint).await,
+            Advance::Linger(pause) => self.linger(pause, checkpoint).await,
             Advance::After(pause) => {
                 let hold = self.write(Verb::Park { wake_in: pause }, Some(checkpoint), None).await;
                 if hold == Hold::Gone {
@@ -291,6 +280,20 @@ impl Run {
             }
             Advance::Finished { exit } => self.finish(exit, checkpoint).await,
         }
+    }
+
+    /// Commits, and waits in memory.
+    async fn linger(&mut self, pause: Duration, checkpoint: Checkpoint) -> Hold {
+        if self.write(Verb::Keep, Some(checkpoint), None).await == Hold::Gone {
+            return Hold::Gone;
+        }
+        let mut orders = self.orders.clone();
+        let awaited =
+            |orders: &Orders| orders.interrupts() || orders.desired != Desired::Run || orders.drain != Drain::No;
+        self.context.live.set_stage(SLEEPING);
+        // Whoever pauses or drains need not wait for it: a wait that is cut is an early advance later, no error.
+        let _ = tokio::time::timeout(pause, orders.wait_for(awaited)).await;
+        Hold::Held
     }
 
     /// The process has come to its end by itself: well, or to be tried again, or not well.

@@ -57,8 +57,8 @@ enum State {
     Live(Channel, Consumer),
 }
 
-/// The outcome of opening: the channel and the consumer, or what is left of the channel.
-pub(super) type Opened = Result<(Channel, Consumer), Option<Channel>>;
+/// The outcome of opening: the channel and its consumer. A channel that could not be used is given up.
+pub(super) type Opened = Option<(Channel, Consumer)>;
 
 impl Source {
     pub(super) fn new(plan: Plan) -> Self {
@@ -98,28 +98,23 @@ impl Source {
         };
         let plan = self.plan.clone();
         async move {
-            let error = match timeout(3 * ANSWER_LIMIT, open(&connection, &board, &plan, channel.clone())).await {
-                Ok(Ok(opened)) => return Ok(opened),
-                Ok(Err(error)) => error,
-                Err(_) => format!(
-                    "queue {0}: the broker answers, but not for this queue; has it no leader? \
-                     `rabbitmq-diagnostics check_if_node_is_quorum_critical` and `rabbitmq-queues quorum_status {0}` tell",
-                    plan.queue
-                ),
+            let error = match open(&connection, &board, &plan, channel).await {
+                Ok(opened) => return Some(opened),
+                Err(error) => error,
             };
             // Without a connection nothing is known about the queue.
             if connection.status().connected() {
                 board.problem(&plan.queue, Some(error));
             }
             sleep(RETRY_PAUSE).await;
-            Err(channel)
+            None
         }
     }
 
     pub(super) fn opened(&mut self, opened: Opened) {
         self.state = match opened {
-            Ok((channel, consumer)) => State::Live(channel, consumer),
-            Err(channel) => State::Idle(channel),
+            Some((channel, consumer)) => State::Live(channel, consumer),
+            None => State::Idle(None),
         };
     }
 
@@ -233,9 +228,19 @@ async fn open(
         channel.basic_qos(plan.prefetch, BasicQosOptions::default()).await?;
         let options = BasicConsumeOptions::default();
         let consumer = channel.basic_consume(short(queue), short(&plan.tag), options, FieldTable::default()).await?;
-        Ok((channel, consumer))
+        Ok::<_, lapin::Error>((channel, consumer))
     };
-    let opened = consume.await.map_err(|error: lapin::Error| format!("queue {queue}: {}", reason(&error)))?;
-    board.problem(queue, None);
-    Ok(opened)
+    // A quorum queue without a leader keeps the channel waiting for half a minute, and goes on doing so when it has found
+    // one; another channel is served at once. The given up one closes when its last handle goes.
+    match timeout(ANSWER_LIMIT, consume).await {
+        Ok(Ok(opened)) => {
+            board.problem(queue, None);
+            Ok(opened)
+        }
+        Ok(Err(error)) => Err(format!("queue {queue}: {}", reason(&error))),
+        Err(_) => Err(format!(
+            "queue {queue}: the broker answers, but not for this queue; has it no leader? \
+             `rabbitmq-queues quorum_status {queue}` says so"
+        )),
+    }
 }

@@ -167,7 +167,7 @@ impl OwnBroker {
             .expect("RabbitMQ is installed");
         self.server = Some(server);
         let deadline = Instant::now() + Duration::from_secs(60);
-        while Connection::connect(&self.url(), ConnectionProperties::default()).await.is_err() {
+        while Broker::check(&[self.url()]).await.is_err() {
             assert!(
                 Instant::now() < deadline,
                 "no broker: {}",
@@ -240,8 +240,14 @@ impl Drop for OwnBroker {
     }
 }
 
+/// A port that nobody listens on and that the system gives to no outgoing connection meanwhile.
 fn free_port() -> u16 {
-    std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+    loop {
+        let dice = u16::try_from(uuid::Uuid::new_v4().as_u128() % 12_000).unwrap();
+        if std::net::TcpListener::bind(("127.0.0.1", 20_000 + dice)).is_ok() {
+            return 20_000 + dice;
+        }
+    }
 }
 
 /// Waits until the queue holds so many messages that are ready and so many that are out.

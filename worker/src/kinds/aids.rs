@@ -52,12 +52,15 @@ impl Process for Sleep {
 }
 
 /// Makes durable advances: `with: {advances: 50, every: 100ms, witness: PATH}`. Each appends a line
-/// `pid advance epoch worker` to the witness, if there is one.
+/// `pid advance epoch worker` to the witness, if there is one. With `stay: true` it keeps its slot between them, however
+/// long `every` is.
 #[derive(Serialize, Deserialize)]
 pub(crate) struct Count {
     advances: u64,
     #[serde(default, with = "duration::text")]
     every: Duration,
+    #[serde(default)]
+    stay: bool,
     #[serde(default)]
     witness: Option<PathBuf>,
     #[serde(default)]
@@ -93,6 +96,8 @@ impl Process for Count {
                 Advance::Finished { exit: 0 }
             } else if self.every.is_zero() {
                 Advance::Again
+            } else if self.stay {
+                Advance::Linger(self.every)
             } else {
                 Advance::After(self.every)
             })
