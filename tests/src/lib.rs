@@ -4,6 +4,8 @@
 //! virtual host, a schema and a folder. Tests that break a service start their own with [`services::Services::private`].
 
 pub mod amqp;
+pub mod history;
+pub mod operator;
 pub mod process;
 pub mod proxy;
 pub mod scene;

@@ -20,6 +20,7 @@ use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tracing::{debug, info, warn};
 
+use crate::held::Entry;
 use crate::incarnation::Shared;
 use crate::local::output;
 use crate::sweeps;
@@ -79,7 +80,7 @@ async fn handle(shared: Arc<Shared>, threads: Arc<Vec<Thread>>, request: Control
     let reply = match control {
         // From outside, it says nothing yet: whoever takes its durable copy writes it into the rows, and says it again.
         Control::Obey { .. } | Control::Fleet { .. } if from_broadcast && !from_baton => return,
-        Control::Obey { verb, select, .. } if from_broadcast => obey_broadcast(&shared, verb, &select).await,
+        Control::Obey { verb, .. } if from_broadcast => obey_broadcast(&shared, verb).await,
         Control::Obey { verb, select, reason } => match select.pids[..] {
             [pid] if select == Select::one(pid) => {
                 let asked = (!from_baton).then(|| asked(verb, reason));
@@ -195,27 +196,23 @@ pub(crate) async fn reread(shared: &Shared) -> Result<Vec<Wish>, store::Error> {
 }
 
 /// A broadcast to many, which is written into the rows already or will be by whoever takes its copy.
-async fn obey_broadcast(shared: &Shared, verb: Desired, select: &Select) -> Reply {
+async fn obey_broadcast(shared: &Shared, verb: Desired) -> Reply {
+    let entries = shared.held.entries();
     let wishes = match reread(shared).await {
         Ok(wishes) => wishes,
         Err(error) => return named(shared, Reply::refusal(error.to_string())),
     };
-    let mut counts = BTreeMap::new();
-    let mut count = |effect: Effect, n: usize| {
-        if n > 0 {
-            counts.insert(effect.word().to_owned(), n as u64);
-        }
-    };
-    if verb == Desired::Run {
-        let n_running = wishes.iter().filter(|wish| wish.desired == Desired::Run).count();
-        count(Effect::Playing, n_running);
-    } else {
-        let wanted: Vec<Fence> = wishes.iter().filter(|wish| wish.desired == verb).map(|wish| wish.fence).collect();
-        let n_pending = shared.held.count_left_behind(&wanted, BROADCAST_LIMIT).await;
-        count(Effect::applied(verb), wanted.len() - n_pending);
-        count(Effect::pending(verb), n_pending);
+    let wanted: HashSet<Fence> = wishes.iter().filter(|wish| wish.desired == verb).map(|wish| wish.fence).collect();
+    let wanted: Vec<Entry> = entries.into_iter().filter(|entry| wanted.contains(&entry.fence)).collect();
+    let mut counts: BTreeMap<String, u64> = BTreeMap::new();
+    if verb != Desired::Run {
+        shared.held.all_left(&wanted, BROADCAST_LIMIT).await;
     }
-    info!(verb = verb.verb(), ?counts, everything = select.is_all(), "a broadcast is obeyed");
+    for entry in &wanted {
+        let effect = if shared.held.holds(entry.fence) { Effect::pending(verb) } else { entry.live.effect(verb) };
+        *counts.entry(effect.word().to_owned()).or_default() += 1;
+    }
+    info!(verb = verb.verb(), ?counts, "a broadcast is obeyed");
     named(shared, Reply { counts: Some(counts), ..Reply::default() })
 }
 
@@ -251,7 +248,7 @@ async fn obey_one(shared: &Shared, verb: Desired, pid: Pid, asked: Option<Reques
     // A pause waits for the advance, however long that takes; everything else is a matter of a commit.
     let is_quick = verb == Desired::Kill || entry.orders.borrow().interrupts() || !entry.live.is_advancing();
     let has_left = verb != Desired::Run && is_quick && shared.held.left(entry.fence, APPLY_LIMIT).await;
-    outcome(pid, if has_left { Effect::applied(verb) } else { Effect::pending(verb) })
+    outcome(pid, if has_left { entry.live.effect(verb) } else { Effect::pending(verb) })
 }
 
 fn outcome(pid: Pid, effect: Effect) -> Reply {

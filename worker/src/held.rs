@@ -5,8 +5,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use baton_common::id::Pid;
-use baton_common::message::Status;
-use baton_common::state::Desired;
+use baton_common::message::{Effect, Status};
+use baton_common::state::{Desired, State};
 use baton_common::store::worker::Wish;
 use baton_common::store::writer::Fence;
 use tokio::sync::{Notify, watch};
@@ -50,6 +50,7 @@ struct Facts {
     child: Option<u32>,
     memory_bytes: Option<u64>,
     sandbox: Option<Sandbox>,
+    left_as: Option<State>,
 }
 
 /// The stage before the first advance.
@@ -108,6 +109,7 @@ impl Live {
             child: None,
             memory_bytes: None,
             sandbox: None,
+            left_as: None,
         };
         Self { facts: Mutex::new(facts) }
     }
@@ -131,6 +133,22 @@ impl Live {
         let mut facts = self.lock();
         facts.child = child;
         facts.memory_bytes = memory_bytes;
+    }
+
+    /// The state in which the row has left this holder, by its own last write.
+    pub(crate) fn set_left_as(&self, state: State) {
+        self.lock().left_as = Some(state);
+    }
+
+    /// What a request has come to, now that the process has left this holder.
+    pub(crate) fn effect(&self, verb: Desired) -> Effect {
+        match self.lock().left_as {
+            Some(State::Paused(_)) => Effect::Paused,
+            Some(state @ (State::Finished | State::Excepted | State::Killed)) => Effect::ended(state),
+            // Back in the queue or asleep, since somebody has played it meanwhile or the worker stops.
+            Some(State::Created | State::Running | State::Waiting) => Effect::pending(verb),
+            None => Effect::NotHeld,
+        }
     }
 
     pub(crate) fn set_sandbox(&self, sandbox: Sandbox) {
@@ -223,18 +241,17 @@ impl Held {
 
     /// Waits until this holding has ended, or the limit has passed; says whether it has ended.
     pub(crate) async fn left(&self, fence: Fence, limit: Duration) -> bool {
-        self.wait(limit, || self.get(fence.pid).is_none_or(|entry| entry.fence != fence)).await
+        self.wait(limit, || !self.holds(fence)).await
     }
 
-    /// Waits until these holdings have ended, or the limit has passed; says how many have not.
-    pub(crate) async fn count_left_behind(&self, fences: &[Fence], limit: Duration) -> usize {
-        let count = || {
-            let table = self.lock();
-            let is_held = |fence: &Fence| table.entries.get(&fence.pid).is_some_and(|entry| entry.fence == *fence);
-            fences.iter().filter(|fence| is_held(fence)).count()
-        };
-        self.wait(limit, || count() == 0).await;
-        count()
+    /// Waits until all of these holdings have ended, or the limit has passed.
+    pub(crate) async fn all_left(&self, entries: &[Entry], limit: Duration) {
+        self.wait(limit, || !entries.iter().any(|entry| self.holds(entry.fence))).await;
+    }
+
+    /// Whether this holding has not ended.
+    pub(crate) fn holds(&self, fence: Fence) -> bool {
+        self.lock().entries.get(&fence.pid).is_some_and(|entry| entry.fence == fence)
     }
 
     /// Waits until nothing is held or being claimed, or the limit has passed; says whether nothing is.

@@ -422,6 +422,7 @@ impl Run {
                     self.shared.held.order(Wish { fence, desired: written.desired, urgent: written.urgent });
                     return Hold::Held;
                 }
+                self.context.live.set_left_as(written.state);
                 self.left = Some(written);
                 Hold::Gone
             }

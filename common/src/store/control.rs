@@ -148,7 +148,7 @@ impl Store {
             let rows = transaction.query_all_raw(self.dialect.statement(&sql, values)).await?;
             let rows = rows.iter().map(before).collect::<Result<Vec<_>, _>>()?;
             let Some(last) = rows.last() else {
-                let sql = "UPDATE event SET outcome = 'recorded', settled_at = {now} WHERE id = $1";
+                let sql = "UPDATE event SET outcome = 'recorded', settled_at = {clock} WHERE id = $1";
                 transaction.execute_raw(self.dialect.statement(sql, vec![Uuid::from(id).into()])).await?;
                 transaction.commit().await?;
                 return Ok(Some(count));
@@ -209,7 +209,7 @@ impl Store {
         request: &Request,
     ) -> Result<Option<i64>, Error> {
         let sql = "INSERT INTO event (id, at, what, target, by_whom, login, reason)
-                   VALUES ($1, {now}, $2, $3, $4, COALESCE($5, {login}), $6)
+                   VALUES ($1, {clock}, $2, $3, $4, COALESCE($5, {login}), $6)
                    ON CONFLICT (id) DO NOTHING";
         let values: Vec<Value> = vec![
             Uuid::from(id).into(),
@@ -414,8 +414,8 @@ const CONTROL: &str = "
         before = CASE WHEN place <> {held} AND $1 = {pause} AND state <> {paused} THEN state ELSE before END,
         told_at = CASE WHEN $1 = {play} AND state = {paused} AND NOT (before = {waiting} AND NOT woken) THEN {now}
                        ELSE told_at END,
-        changed_at = CASE WHEN place = {held} AND NOT $4 THEN changed_at ELSE {now} END,
-        ended_at = CASE WHEN (place <> {held} OR $4) AND $1 = {kill} THEN {now} ELSE ended_at END,
+        changed_at = CASE WHEN place = {held} AND NOT $4 THEN changed_at ELSE {clock} END,
+        ended_at = CASE WHEN (place <> {held} OR $4) AND $1 = {kill} THEN {clock} ELSE ended_at END,
         outcome = CASE WHEN (place <> {held} OR $4) AND $1 = {kill} THEN $3 ELSE outcome END
     FROM b
     WHERE id = b_id AND place <> {ended} AND (desired <> {kill} OR $1 = {kill})
@@ -427,26 +427,26 @@ const CONTROL: &str = "
 const END_ATTEMPT: &str = "
     WITH {rows}
     INSERT INTO attempt (pid, epoch, worker, try, started_at, ended_at, how, reason)
-    SELECT p.id, p.epoch, p.owner, p.try, p.claimed_at, {now}, 'killed', $1
+    SELECT p.id, p.epoch, p.owner, p.try, p.claimed_at, {clock}, 'killed', $1
     FROM process p JOIN b ON p.id = b_id WHERE p.place = {held}
     ON CONFLICT (pid, epoch) DO NOTHING";
 
 const SUPERSEDE: &str = "
     WITH {rows}
-    UPDATE event SET outcome = 'superseded', settled_at = {now}
+    UPDATE event SET outcome = 'superseded', settled_at = {clock}
     FROM b
     WHERE pid = b_id AND outcome IS NULL AND what <> $1";
 
 const INSERT_EVENTS: &str = "
     WITH {rows}
     INSERT INTO event (id, pid, request, at, what, by_whom, login, reason, outcome, settled_at)
-    SELECT b_event, b_id, $1, {now}, $2, $3, COALESCE($4, {login}), $5, NULLIF(b_outcome, ''),
-           CASE WHEN b_outcome = '' THEN NULL ELSE {now} END
+    SELECT b_event, b_id, $1, {clock}, $2, $3, COALESCE($4, {login}), $5, NULLIF(b_outcome, ''),
+           CASE WHEN b_outcome = '' THEN NULL ELSE {clock} END
     FROM b";
 
 const SETTLE: &str = "
     WITH {rows}
     UPDATE event
-    SET outcome = CASE WHEN what = b_what THEN 'applied' ELSE 'ended' END, settled_at = {now}
+    SET outcome = CASE WHEN what = b_what THEN 'applied' ELSE 'ended' END, settled_at = {clock}
     FROM b
     WHERE pid = b_id AND outcome IS NULL AND (what = b_what OR b_final = 1)";

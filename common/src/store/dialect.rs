@@ -87,10 +87,17 @@ impl Dialect {
         for desired in [Desired::Run, Desired::Pause, Desired::Kill] {
             sql = sql.replace(&format!("{{{}}}", desired.verb()), &desired.code().to_string());
         }
-        let words: [(&str, &str, &str); 7] = [
+        let words: [(&str, &str, &str); 8] = [
             (
                 "{now}",
                 "(extract(epoch from now()) * 1000000)::bigint",
+                "CAST(unixepoch('subsec') * 1000000 AS INTEGER)",
+            ),
+            // The time of this very moment, for what history says: a transaction that began first may have waited for a
+            // row until another had committed. No index can be searched by it.
+            (
+                "{clock}",
+                "(extract(epoch from clock_timestamp()) * 1000000)::bigint",
                 "CAST(unixepoch('subsec') * 1000000 AS INTEGER)",
             ),
             ("{for_update}", "FOR UPDATE", ""),

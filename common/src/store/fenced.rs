@@ -231,8 +231,8 @@ fn desired(row: &QueryResult) -> Result<Desired, Error> {
 const CLAIM: &str = "
     WITH {rows}
     UPDATE process
-    SET place = {held}, state = {running}, owner = $1, epoch = epoch + 1, claimed_at = {now}, woken = false,
-        queue_deadline = NULL, wake_at = NULL, changed_at = {now}
+    SET place = {held}, state = {running}, owner = $1, epoch = epoch + 1, claimed_at = {clock}, woken = false,
+        queue_deadline = NULL, wake_at = NULL, changed_at = {clock}
     FROM b
     WHERE id = b_id AND place = {queued} AND queue = b_queue
       AND (deaths < $2
@@ -274,8 +274,8 @@ fn fenced_sql() -> String {
              state = CASE WHEN {paused} THEN {{paused}} WHEN {stays} THEN {{running}} ELSE b_state END,
              before = CASE WHEN {paused} THEN b_state ELSE before END,
              told_at = CASE WHEN b_verb = {GIVE_BACK} AND desired <> {{pause}} THEN {{now}} ELSE told_at END,
-             changed_at = CASE WHEN {stays} THEN changed_at ELSE {{now}} END,
-             ended_at = CASE WHEN b_verb = {END} THEN {{now}} ELSE NULL END,
+             changed_at = CASE WHEN {stays} THEN changed_at ELSE {{clock}} END,
+             ended_at = CASE WHEN b_verb = {END} THEN {{clock}} ELSE NULL END,
              outcome = CASE WHEN b_verb = {END} THEN b_outcome ELSE NULL END
          FROM b
          WHERE id = b_id AND epoch = b_epoch AND place = {{held}}
@@ -286,7 +286,7 @@ fn fenced_sql() -> String {
 const INSERT_ATTEMPT: &str = "
     WITH {rows}
     INSERT INTO attempt (pid, epoch, worker, try, started_at, ended_at, how, reason)
-    SELECT b_id, b_epoch, $1, b_try, b_started_at, {now}, b_how, NULLIF(b_reason, '') FROM b WHERE true
+    SELECT b_id, b_epoch, $1, b_try, b_started_at, {clock}, b_how, NULLIF(b_reason, '') FROM b WHERE true
     ON CONFLICT (pid, epoch) DO NOTHING";
 
 const UPSERT_OUTPUT: &str = "

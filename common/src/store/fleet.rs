@@ -44,7 +44,7 @@ impl Store {
             request.reason.clone().into(),
         ];
         self.execute(sql, values).await?;
-        let sql = "UPDATE event SET outcome = 'applied', settled_at = {now} WHERE id = $1";
+        let sql = "UPDATE event SET outcome = 'applied', settled_at = {clock} WHERE id = $1";
         self.execute(sql, vec![Uuid::from(id).into()]).await?;
         Ok(true)
     }

@@ -190,13 +190,13 @@ const ORPHANS: &str = "
 const INSERT_LOST: &str = "
     WITH {rows}
     INSERT INTO attempt (pid, epoch, worker, try, started_at, ended_at, how, reason)
-    SELECT b_id, b_epoch, b_worker, b_try, b_started_at, {now}, 'lost', 'its worker died' FROM b WHERE true
+    SELECT b_id, b_epoch, b_worker, b_try, b_started_at, {clock}, 'lost', 'its worker died' FROM b WHERE true
     ON CONFLICT (pid, epoch) DO NOTHING";
 
 const FREE: &str = "
     WITH {rows}
     UPDATE process
-    SET owner = NULL, deaths = deaths + 1, before = {running}, told_at = {now}, changed_at = {now}, wake_at = NULL,
+    SET owner = NULL, deaths = deaths + 1, before = {running}, told_at = {now}, changed_at = {clock}, wake_at = NULL,
         place = CASE WHEN deaths + 1 >= $1 OR desired = {kill} THEN {ended}
                      WHEN desired = {pause} THEN {parked}
                      ELSE {queued} END,
@@ -204,7 +204,7 @@ const FREE: &str = "
                      WHEN deaths + 1 >= $1 THEN {excepted}
                      WHEN desired = {pause} THEN {paused}
                      ELSE {running} END,
-        ended_at = CASE WHEN deaths + 1 >= $1 OR desired = {kill} THEN {now} ELSE NULL END,
+        ended_at = CASE WHEN deaths + 1 >= $1 OR desired = {kill} THEN {clock} ELSE NULL END,
         outcome = CASE WHEN deaths + 1 >= $1 OR desired = {kill} THEN b_outcome ELSE NULL END
     FROM b
     WHERE id = b_id AND place = {held}

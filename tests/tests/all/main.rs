@@ -8,5 +8,6 @@ mod faults;
 mod fleet;
 mod network;
 mod outside;
+mod races;
 mod readme;
 mod tree;

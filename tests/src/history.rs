@@ -1,0 +1,327 @@
+//! The history of processes, as the database and their operators tell it, and whether it keeps the promises of control.
+//!
+//! What is checked: a request that was answered as applied stands in the history and is never undone; none is applied
+//! twice or after the end; none is left over; between a pause and the next `play` nothing runs; one lease at a time.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use serde_json::Value;
+
+use crate::scene::Scene;
+
+/// One process, after everything has come to rest.
+#[derive(Clone, Debug, Default)]
+pub struct Process {
+    /// The word of its state.
+    pub state: String,
+    /// The requests about it, in the order in which they were written.
+    pub events: Vec<Event>,
+    /// Its attempts, by epoch.
+    pub attempts: Vec<Attempt>,
+}
+
+/// A request in the history.
+#[derive(Clone, Debug)]
+pub struct Event {
+    /// Its id.
+    pub id: String,
+    /// The request to many that it was part of.
+    pub request: Option<String>,
+    /// `pause`, `play` or `kill`.
+    pub what: String,
+    /// When it was written, in microseconds.
+    pub at: i64,
+    /// `applied`, `superseded` or `ended`.
+    pub outcome: Option<String>,
+    /// When that was.
+    pub settled_at: Option<i64>,
+}
+
+/// One holding that left a row.
+#[derive(Clone, Debug)]
+pub struct Attempt {
+    /// The number of the lease.
+    pub epoch: i64,
+    /// When it was claimed, in microseconds.
+    pub started_at: i64,
+    /// When it ended.
+    pub ended_at: i64,
+    /// How it ended.
+    pub how: String,
+}
+
+/// What an operator was answered.
+#[derive(Clone, Debug)]
+pub struct Answered {
+    /// The request's event.
+    pub event: String,
+    /// The process.
+    pub pid: String,
+    /// The verb.
+    pub what: String,
+    /// Whether the answer said that it is applied.
+    pub applied: bool,
+}
+
+/// Everything that is known.
+#[derive(Clone, Debug, Default)]
+pub struct History {
+    /// By pid.
+    pub processes: BTreeMap<String, Process>,
+    /// What operators were answered.
+    pub answers: Vec<Answered>,
+}
+
+impl History {
+    /// Reads what the database knows.
+    pub async fn read(scene: &Scene, answers: Vec<Answered>) -> Self {
+        let mut history = Self { answers, ..Self::default() };
+        for row in rows(scene, "SELECT id AS pid, state FROM process").await {
+            let words = ["created", "running", "waiting", "paused", "finished", "excepted", "killed"];
+            let code = usize::try_from(row["state"].as_u64().expect("a code")).expect("a small number");
+            let process = Process { state: words[code].to_owned(), ..Process::default() };
+            history.processes.insert(text(&row, "pid"), process);
+        }
+        let sql = "SELECT id, pid, request, what, at, outcome, settled_at FROM event WHERE pid IS NOT NULL
+                   ORDER BY at, id";
+        for row in rows(scene, sql).await {
+            let event = Event {
+                id: text(&row, "id"),
+                request: row["request"].as_str().map(str::to_owned),
+                what: text(&row, "what"),
+                at: number(&row, "at"),
+                outcome: row["outcome"].as_str().map(str::to_owned),
+                settled_at: row["settled_at"].as_i64(),
+            };
+            history.process(&row).events.push(event);
+        }
+        let sql = "SELECT pid, epoch, started_at, ended_at, how FROM attempt ORDER BY pid, epoch";
+        for row in rows(scene, sql).await {
+            let attempt = Attempt {
+                epoch: number(&row, "epoch"),
+                started_at: number(&row, "started_at"),
+                ended_at: number(&row, "ended_at"),
+                how: text(&row, "how"),
+            };
+            history.process(&row).attempts.push(attempt);
+        }
+        history
+    }
+
+    fn process(&mut self, row: &Value) -> &mut Process {
+        self.processes.entry(text(row, "pid")).or_default()
+    }
+
+    /// Everything that breaks a promise, in words; empty when nothing does.
+    pub fn violations(&self) -> Vec<String> {
+        let mut violations = Vec::new();
+        for (pid, process) in &self.processes {
+            process.check(&mut |what| violations.push(format!("{pid}: {what}")));
+        }
+        for answer in &self.answers {
+            let process = self.processes.get(&answer.pid);
+            let event = process.and_then(|process| process.events.iter().find(|event| event.id == answer.event));
+            match event {
+                None => violations.push(format!("{}: {} was answered and is missing", answer.pid, answer.what)),
+                Some(event) if answer.applied && event.outcome.as_deref() != Some("applied") => violations.push(
+                    format!("{}: {} was answered as applied, and is {:?}", answer.pid, answer.what, event.outcome),
+                ),
+                Some(_) => {}
+            }
+        }
+        violations
+    }
+}
+
+impl Process {
+    fn is_ended(&self) -> bool {
+        matches!(self.state.as_str(), "finished" | "excepted" | "killed")
+    }
+
+    fn check(&self, violation: &mut dyn FnMut(String)) {
+        let mut requests = BTreeSet::new();
+        for event in &self.events {
+            if event.outcome.is_none() {
+                violation(format!("lost {}: nobody obeyed it", event.what));
+            }
+            if event.request.as_ref().is_some_and(|request| !requests.insert(request)) {
+                violation(format!("double apply: {} was written twice for one request", event.what));
+            }
+            if event.settled_at.is_some_and(|settled_at| settled_at < event.at) {
+                violation(format!("{} is settled before it was asked", event.what));
+            }
+        }
+        let applied = || self.events.iter().filter(|event| event.outcome.as_deref() == Some("applied"));
+        let kill = applied().filter(|event| event.what == "kill").filter_map(|event| event.settled_at).min();
+        if let Some(killed_at) = kill {
+            if self.state != "killed" {
+                violation(format!("lost kill: it was applied, and the process is {}", self.state));
+            }
+            if applied().any(|event| event.what != "kill" && event.at > killed_at) {
+                violation("applied after the end".to_owned());
+            }
+            if self.attempts.iter().any(|attempt| attempt.started_at > killed_at) {
+                violation("it ran after it was killed".to_owned());
+            }
+        }
+        if kill.is_none() && self.state == "killed" {
+            violation("nobody killed it".to_owned());
+        }
+        self.check_pauses(violation);
+        for pair in self.attempts.windows(2) {
+            if pair[1].started_at < pair[0].ended_at {
+                violation(format!("epochs {} and {} overlap", pair[0].epoch, pair[1].epoch));
+            }
+        }
+    }
+
+    /// From the moment at which a pause is applied to the next `play`, nothing begins and nothing ends by itself.
+    fn check_pauses(&self, violation: &mut dyn FnMut(String)) {
+        for (idx, pause) in self.events.iter().enumerate() {
+            let (Some(paused_at), "pause", Some("applied")) =
+                (pause.settled_at, pause.what.as_str(), pause.outcome.as_deref())
+            else {
+                continue;
+            };
+            // What was written after the pause but before its holder obeyed has superseded it, so the next is later.
+            let next = self.events[idx + 1..].iter().find(|event| event.what != "pause" && event.at >= paused_at);
+            let until = next.map_or(i64::MAX, |event| event.at);
+            for attempt in &self.attempts {
+                if attempt.started_at > paused_at && attempt.started_at < until {
+                    violation(format!("pause undone: epoch {} began while it was paused", attempt.epoch));
+                }
+                let by_itself = matches!(attempt.how.as_str(), "ok" | "error");
+                if by_itself && attempt.ended_at > paused_at && attempt.ended_at < until {
+                    violation(format!("pause undone: epoch {} came to its end while it was paused", attempt.epoch));
+                }
+            }
+            if next.is_none() && self.state != "paused" {
+                violation(format!("pause undone: nobody played it, and it is {}", self.state));
+            }
+        }
+        let last = self.events.iter().rfind(|event| event.outcome.as_deref() == Some("applied"));
+        if self.state == "paused" && last.is_some_and(|event| event.what != "pause") {
+            violation("play undone: it is paused, and nobody asked for that since".to_owned());
+        }
+        if !self.is_ended() && last.is_some_and(|event| event.what == "kill") {
+            violation("kill undone: it lives".to_owned());
+        }
+    }
+}
+
+async fn rows(scene: &Scene, sql: &str) -> Vec<Value> {
+    let text = scene.sql(&format!("SELECT row_to_json(r) FROM ({sql}) r")).await;
+    text.lines().map(|line| serde_json::from_str(line).expect("a row in JSON")).collect()
+}
+
+fn text(row: &Value, name: &str) -> String {
+    row[name].as_str().unwrap_or_else(|| panic!("{name} in {row}")).to_owned()
+}
+
+fn number(row: &Value, name: &str) -> i64 {
+    row[name].as_i64().unwrap_or_else(|| panic!("{name} in {row}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn event(what: &str, at: i64, outcome: &str, settled_at: i64) -> Event {
+        Event {
+            id: format!("{what}{at}"),
+            request: None,
+            what: what.into(),
+            at,
+            outcome: (!outcome.is_empty()).then(|| outcome.into()),
+            settled_at: (!outcome.is_empty()).then_some(settled_at),
+        }
+    }
+
+    fn attempt(epoch: i64, started_at: i64, ended_at: i64, how: &str) -> Attempt {
+        Attempt { epoch, started_at, ended_at, how: how.into() }
+    }
+
+    fn history(state: &str, events: &[Event], attempts: &[Attempt]) -> History {
+        let process = Process { state: state.into(), events: events.to_vec(), attempts: attempts.to_vec() };
+        History { processes: [("p".to_owned(), process)].into(), answers: vec![] }
+    }
+
+    fn says(history: &History, what: &str) {
+        let violations = history.violations();
+        assert!(violations.iter().any(|violation| violation.contains(what)), "{what} is not in {violations:?}");
+    }
+
+    #[test]
+    fn good_histories_pass() {
+        let good = [
+            history("finished", &[], &[attempt(1, 1, 2, "ok")]),
+            history(
+                "finished",
+                &[event("pause", 10, "applied", 12), event("play", 20, "applied", 20)],
+                &[attempt(1, 1, 12, "paused"), attempt(2, 21, 30, "ok")],
+            ),
+            history("killed", &[event("kill", 10, "applied", 15)], &[attempt(1, 1, 15, "killed")]),
+            history("finished", &[event("kill", 10, "ended", 15)], &[attempt(1, 1, 15, "ok")]),
+            history("paused", &[event("pause", 10, "applied", 10)], &[attempt(1, 1, 5, "lost")]),
+            history(
+                "finished",
+                &[event("pause", 10, "superseded", 11), event("play", 11, "applied", 11)],
+                &[attempt(1, 1, 30, "ok")],
+            ),
+        ];
+        for history in good {
+            assert_eq!(history.violations(), Vec::<String>::new());
+        }
+    }
+
+    #[test]
+    fn a_lost_kill_is_seen() {
+        says(&history("finished", &[event("kill", 10, "applied", 15)], &[]), "lost kill");
+        says(&history("running", &[event("kill", 10, "", 0)], &[]), "lost kill");
+        says(&history("killed", &[event("kill", 10, "applied", 15)], &[attempt(2, 16, 20, "lost")]), "ran after");
+    }
+
+    #[test]
+    fn a_pause_undone_by_a_takeover_is_seen() {
+        let paused = event("pause", 10, "applied", 12);
+        let took_over = [attempt(1, 1, 12, "lost"), attempt(2, 14, 20, "drained")];
+        says(&history("paused", std::slice::from_ref(&paused), &took_over), "pause undone");
+        says(&history("running", std::slice::from_ref(&paused), &[]), "nobody played it");
+        says(&history("finished", &[paused], &[attempt(1, 1, 20, "ok")]), "came to its end while");
+    }
+
+    #[test]
+    fn a_play_undone_is_seen() {
+        let events = [event("pause", 10, "applied", 10), event("play", 20, "applied", 20)];
+        says(&history("paused", &events, &[]), "play undone");
+    }
+
+    #[test]
+    fn a_request_applied_twice_is_seen() {
+        let once = Event { request: Some("r".into()), ..event("pause", 10, "applied", 10) };
+        let twice = Event { request: Some("r".into()), ..event("pause", 11, "applied", 11) };
+        says(&history("paused", &[once, twice], &[]), "double apply");
+    }
+
+    #[test]
+    fn a_request_applied_after_the_end_is_seen() {
+        let events = [event("kill", 10, "applied", 15), event("play", 16, "applied", 16)];
+        says(&history("killed", &events, &[]), "applied after the end");
+    }
+
+    #[test]
+    fn an_answer_that_the_history_does_not_know_is_seen() {
+        let mut lying = history("finished", &[event("kill", 10, "ended", 15)], &[]);
+        let answer =
+            |event: &str| Answered { event: event.into(), pid: "p".into(), what: "kill".into(), applied: true };
+        lying.answers = vec![answer("kill10")];
+        says(&lying, "was answered as applied");
+        lying.answers = vec![answer("kill11")];
+        says(&lying, "is missing");
+    }
+
+    #[test]
+    fn two_leases_at_once_are_seen() {
+        says(&history("finished", &[], &[attempt(1, 1, 10, "lost"), attempt(2, 9, 12, "ok")]), "overlap");
+    }
+}

@@ -1,0 +1,236 @@
+//! Requests against everything that a process does at the same moment. Each process is a round; the history is the judge.
+//!
+//! A short form of it runs with all other tests. `BATON_RACE_ROUNDS` is how many processes each race has, and
+//! `BATON_RACE_SEED` repeats the delays of a former run.
+
+use std::time::Duration;
+
+use baton_common::state::Desired;
+use baton_tests::eventually;
+use baton_tests::history::{Answered, History};
+use baton_tests::operator::Operator;
+use baton_tests::process::Worker;
+use baton_tests::scene::Scene;
+use futures_util::StreamExt;
+
+/// Requests under way at once.
+const UNDER_WAY: usize = 48;
+
+/// Numbers to delay with, the same for the same seed.
+#[derive(Clone)]
+struct Dice(u64);
+
+impl Dice {
+    fn new() -> Self {
+        let seed = std::env::var("BATON_RACE_SEED").ok().and_then(|seed| seed.parse().ok());
+        let seed = seed.unwrap_or_else(|| uuid::Uuid::new_v4().as_u64_pair().0);
+        Self(seed)
+    }
+
+    /// The dice of one process.
+    fn of(&self, idx: usize) -> Self {
+        let mut dice = Self(self.0 ^ (idx as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15));
+        dice.next(2);
+        dice
+    }
+
+    /// A number below `end` (Marsaglia's xorshift64).
+    fn next(&mut self, end: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0 % end
+    }
+
+    async fn pause(&mut self, limit_ms: u64) {
+        tokio::time::sleep(Duration::from_micros(self.next(limit_ms * 1000))).await;
+    }
+
+    fn verb(&mut self) -> Desired {
+        [Desired::Run, Desired::Pause, Desired::Pause, Desired::Kill]
+            [usize::try_from(self.next(4)).expect("below four")]
+    }
+}
+
+fn rounds() -> u32 {
+    std::env::var("BATON_RACE_ROUNDS").ok().and_then(|rounds| rounds.parse().ok()).unwrap_or(200)
+}
+
+/// A fleet, its processes, and what its operators were answered.
+struct Race {
+    scene: Scene,
+    operators: [Operator; 2],
+    pids: Vec<String>,
+    dice: Dice,
+}
+
+impl Race {
+    async fn new(spec: &str) -> (Self, Vec<Worker>) {
+        let scene = Scene::new().await;
+        let workers = vec![scene.worker("w1", &["--slots", "60"]).await, scene.worker("w2", &["--slots", "60"]).await];
+        let operators = [Operator::new(&scene, "ann").await, Operator::new(&scene, "bob").await];
+        let pids = scene.submit(spec, rounds()).await;
+        (Self { scene, operators, pids, dice: Dice::new() }, workers)
+    }
+
+    /// Lets every process have its requests, many processes at a time.
+    async fn run(&self, requests: impl AsyncFn(&[Operator; 2], &str, Dice) -> Vec<Option<Answered>>) -> Vec<Answered> {
+        let requests = &requests;
+        let (operators, dice) = (&self.operators, &self.dice);
+        let answered = futures_util::stream::iter(self.pids.iter().enumerate())
+            .map(|(idx, pid)| requests(operators, pid, dice.of(idx)))
+            .buffer_unordered(UNDER_WAY)
+            .collect::<Vec<_>>()
+            .await;
+        answered.into_iter().flatten().flatten().collect()
+    }
+
+    /// Lets go on what is paused, waits for the end of all, and judges; gives how many were killed and how many finished.
+    async fn judge(&self, answers: Vec<Answered>) -> (usize, usize) {
+        eventually("every request is obeyed", Duration::from_secs(60), async || {
+            let rest = self.scene.sql("SELECT count(*) FROM event WHERE outcome IS NULL AND pid IS NOT NULL").await;
+            if rest.trim() == "0" { Ok(()) } else { Err(rest) }
+        })
+        .await;
+        let history = History::read(&self.scene, answers.clone()).await;
+        assert_eq!(history.violations(), Vec::<String>::new(), "before all are played; seed {}", self.dice.0);
+        self.scene.baton(&["play", "--all"]).await.ok();
+        eventually("all have ended", Duration::from_secs(240), async || {
+            let rest =
+                self.scene.sql("SELECT place, state, count(*) FROM process WHERE place <> 3 GROUP BY 1, 2").await;
+            if rest.is_empty() { Ok(()) } else { Err(rest) }
+        })
+        .await;
+        let history = History::read(&self.scene, answers).await;
+        assert_eq!(history.violations(), Vec::<String>::new(), "seed {}", self.dice.0);
+        let count = |state: &str| history.processes.values().filter(|process| process.state == state).count();
+        assert_eq!(count("killed") + count("finished"), self.pids.len());
+        (count("killed"), count("finished"))
+    }
+}
+
+#[tokio::test]
+async fn kill_against_end() {
+    let (race, _workers) = Race::new("{call: baton.count, with: {advances: 3, every: 10ms}}").await;
+    let answers = race
+        .run(async |operators, pid, mut dice| {
+            dice.pause(200).await;
+            vec![operators[0].ask(pid, Desired::Kill).await]
+        })
+        .await;
+    let (killed, finished) = race.judge(answers).await;
+    assert!(killed > 0 && finished > 0, "{killed} killed, {finished} finished: that was no race");
+}
+
+#[tokio::test]
+async fn pause_against_play() {
+    let (race, _workers) = Race::new("{call: baton.count, with: {advances: 20, every: 20ms}}").await;
+    let answers = race
+        .run(async |operators, pid, mut dice| {
+            let mut answers = Vec::new();
+            for verb in [Desired::Pause, Desired::Run, Desired::Pause, Desired::Run, Desired::Pause] {
+                dice.pause(60).await;
+                answers.push(operators[0].ask(pid, verb).await);
+            }
+            answers
+        })
+        .await;
+    let (killed, _) = race.judge(answers).await;
+    assert_eq!(killed, 0);
+}
+
+#[tokio::test]
+async fn pause_against_park_and_wake() {
+    let (race, _workers) = Race::new("{call: baton.count, with: {advances: 4, every: 1s}}").await;
+    let answers = race
+        .run(async |operators, pid, mut dice| {
+            let mut answers = Vec::new();
+            for verb in [Desired::Pause, Desired::Run, Desired::Pause, Desired::Run] {
+                dice.pause(700).await;
+                answers.push(operators[0].ask(pid, verb).await);
+            }
+            answers
+        })
+        .await;
+    let (killed, _) = race.judge(answers).await;
+    assert_eq!(killed, 0);
+}
+
+#[tokio::test]
+async fn two_operators_at_once() {
+    let (race, _workers) = Race::new("{call: baton.count, with: {advances: 10, every: 20ms}}").await;
+    let answers = race
+        .run(async |operators, pid, mut dice| {
+            dice.pause(150).await;
+            let mut answers = Vec::new();
+            for _ in 0..3 {
+                let verbs = [dice.verb(), dice.verb()];
+                let (first, second) = tokio::join!(operators[0].ask(pid, verbs[0]), operators[1].ask(pid, verbs[1]));
+                answers.extend([first, second]);
+            }
+            answers
+        })
+        .await;
+    let (killed, finished) = race.judge(answers).await;
+    assert!(killed > 0 && finished > 0, "{killed} killed, {finished} finished: that was no race");
+}
+
+#[tokio::test]
+async fn requests_against_takeover() {
+    let (race, mut workers) = Race::new("{call: baton.count, with: {advances: 60, every: 50ms}}").await;
+    let mut victim = workers.pop().expect("two workers");
+    let deaths = async {
+        for _ in 0..3 {
+            tokio::time::sleep(Duration::from_millis(1_500)).await;
+            victim.kill();
+            victim = race.scene.worker("w2", &["--slots", "60"]).await;
+        }
+    };
+    let requests = race.run(async |operators, pid, mut dice| {
+        let mut answers = Vec::new();
+        for _ in 0..3 {
+            dice.pause(1_000).await;
+            answers.push(operators[0].ask(pid, dice.verb()).await);
+        }
+        answers
+    });
+    let ((), answers) = tokio::join!(deaths, requests);
+    let (killed, finished) = race.judge(answers).await;
+    assert!(killed > 0 && finished > 0, "{killed} killed, {finished} finished: that was no race");
+}
+
+#[tokio::test]
+async fn broadcasts_while_workers_join_leave_and_freeze() {
+    let (race, mut workers) = Race::new("{call: baton.count, with: {advances: 100, every: 100ms}}").await;
+    let scene = &race.scene;
+    let mut dice = race.dice.clone();
+    let frozen = workers.pop().expect("two workers");
+    let mut guests: Vec<Worker> = Vec::new();
+    for turn in 0..8 {
+        dice.pause(400).await;
+        let verb = if turn % 2 == 0 { "pause" } else { "play" };
+        let arguments = [verb, "--all", "-o", "json"];
+        let broadcast = scene.baton(&arguments);
+        let unrest = async {
+            match turn {
+                0 | 5 => guests.push(scene.worker(&format!("guest{turn}"), &["--slots", "60"]).await),
+                2 => frozen.freeze(),
+                3 => {
+                    eventually("the frozen one is gone", Duration::from_secs(30), async || {
+                        let n_gone = scene.sql("SELECT count(*) FROM worker WHERE name = 'w2' AND gone_at IS NOT NULL");
+                        if n_gone.await.trim() == "1" { Ok(()) } else { Err("not yet") }
+                    })
+                    .await;
+                    frozen.thaw();
+                }
+                4 => assert!(guests.pop().expect("one came before").terminate().await.success()),
+                6 => guests.pop().expect("one came before").kill(),
+                _ => {}
+            }
+        };
+        let (output, ()) = tokio::join!(broadcast, unrest);
+        output.ok();
+    }
+    let (killed, _) = race.judge(vec![]).await;
+    assert_eq!(killed, 0);
+}
