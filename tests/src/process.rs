@@ -149,10 +149,19 @@ fn tail(log: &str) -> String {
 
 /// The processes whose command line contains this text.
 pub fn processes_with(text: &str) -> Vec<u32> {
+    processes_where("cmdline", text)
+}
+
+/// The processes that have this text in their environment: everything that a program of this variable has started.
+pub fn processes_in_environment(text: &str) -> Vec<u32> {
+    processes_where("environ", text)
+}
+
+fn processes_where(file: &str, text: &str) -> Vec<u32> {
     let mut pids = Vec::new();
     for entry in std::fs::read_dir("/proc").expect("Linux").flatten() {
         let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else { continue };
-        let line = std::fs::read(entry.path().join("cmdline")).unwrap_or_default();
+        let line = std::fs::read(entry.path().join(file)).unwrap_or_default();
         // The arguments are separated by NUL.
         let line = String::from_utf8_lossy(&line).replace('\0', " ");
         if line.contains(text) && pid != std::process::id() {

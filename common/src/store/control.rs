@@ -179,14 +179,14 @@ impl Store {
             .collect()
     }
 
-    /// How many processes have yet to obey a request to many.
+    /// The processes that have yet to obey a request to many.
     ///
     /// # Errors
     /// The database does not answer.
-    pub async fn count_pending(&self, request: RequestId) -> Result<u64, Error> {
-        let sql = "SELECT COUNT(*) AS n FROM event WHERE request = $1 AND outcome IS NULL";
+    pub async fn pending(&self, request: RequestId) -> Result<Vec<Pid>, Error> {
+        let sql = "SELECT pid FROM event WHERE request = $1 AND outcome IS NULL AND pid IS NOT NULL";
         let rows = self.query(sql, vec![Uuid::from(request).into()]).await?;
-        Ok(rows.first().ok_or(Error::NoRow)?.try_get::<i64>("", "n")?.cast_unsigned())
+        rows.iter().map(|row| Ok(row.try_get::<Uuid>("", "pid")?.into())).collect()
     }
 
     /// What a request to one process has come to; `None` while its holder has yet to obey.

@@ -208,10 +208,21 @@ impl OwnBroker {
         command
     }
 
-    /// `rabbitmqctl`.
-    pub(crate) fn control(&self, arguments: &[&str]) {
+    /// `rabbitmqctl`; what it says.
+    pub(crate) fn control(&self, arguments: &[&str]) -> String {
         let output = self.command("rabbitmqctl").args(arguments).output().unwrap();
         assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    }
+
+    /// What the broker knows of its queues and consumers, for a test that has failed.
+    pub(crate) fn report(&self) -> String {
+        let queues = ["list_queues", "name", "messages_ready", "messages_unacknowledged", "consumers", "leader"];
+        let channels = ["list_channels", "name", "prefetch_count", "messages_unacknowledged", "messages_unconfirmed"];
+        let name = format!("log/baton-{}@localhost.log", self.port);
+        let log = std::fs::read_to_string(self.path(&name)).unwrap_or_default();
+        let leaders: Vec<&str> = log.lines().filter(|line| line.contains("leader")).collect();
+        format!("{}\n{}\n{}", self.control(&queues), self.control(&channels), leaders.join("\n"))
     }
 
     /// SIGKILL to the server and its helpers, as a power cut would be.

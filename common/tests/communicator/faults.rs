@@ -70,7 +70,9 @@ async fn a_broker_that_is_killed_loses_nothing_that_was_confirmed() {
             break;
         }
         let n_missing = missing(&arrived);
-        let delivery = timeout(LIMIT, incoming.tasks.recv()).await.unwrap_or_else(|_| panic!("{n_missing} missing"));
+        let delivery = timeout(LIMIT, incoming.tasks.recv()).await.unwrap_or_else(|_| {
+            panic!("{n_missing} missing; {:?}\n{}", worker.health(), broker.report());
+        });
         let delivery = delivery.unwrap();
         arrived.insert(delivery.task.pid());
         delivery.settle.ack().await;

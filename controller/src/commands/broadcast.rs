@@ -1,12 +1,12 @@
 //! Requests to many: one update decides whom it is about, one broadcast follows, and every worker answers.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io::{BufRead, IsTerminal};
 use std::time::{Duration, Instant};
 
 use baton_common::communicator::Communicator;
-use baton_common::id::{Incarnation, RequestId};
-use baton_common::message::{Control, Effect, Reply};
+use baton_common::id::{Incarnation, Pid, RequestId};
+use baton_common::message::{Control, Reply};
 use baton_common::select::Select;
 use baton_common::state::{Desired, Place};
 use baton_common::store::control::{Controlled, Request};
@@ -40,13 +40,13 @@ pub(crate) struct Many {
 struct Outcome {
     /// Applied in the database, since nobody held them.
     unheld: u64,
-    /// By the holder.
-    held: BTreeMap<Incarnation, u64>,
+    /// By the holder: how many were asked of it, and how many have yet to obey.
+    held: BTreeMap<Incarnation, (u64, u64)>,
     workers: Vec<Peer>,
     answers: BTreeMap<Incarnation, (Reply, Duration)>,
     nudged: bool,
-    /// Have yet to obey, after the wait.
-    pending: Option<u64>,
+    /// How many have yet to obey.
+    pending: usize,
 }
 
 pub(crate) async fn many(global: &Global, many: Many) -> Result<u8, Failure> {
@@ -71,22 +71,28 @@ pub(crate) async fn many(global: &Global, many: Many) -> Result<u8, Failure> {
     let mut outcome = Outcome { workers: client.store.peers().await?, ..Outcome::default() };
     for row in &changed {
         match row.owner {
-            Some(owner) if row.place == Place::Held || request.force => *outcome.held.entry(owner).or_default() += 1,
+            Some(owner) if row.place == Place::Held || request.force => outcome.held.entry(owner).or_default().0 += 1,
             Some(_) | None => outcome.unheld += 1,
         }
     }
     let control = Control::Obey { verb: request.verb, select, reason: request.reason.clone() };
     gather(broker, control, &mut outcome).await;
     if let Some(limit) = wait {
-        outcome.pending = Some(obeyed(&client, id, limit).await?);
+        obeyed(&client, id, limit).await?;
     }
+    let owners: HashMap<Pid, Incarnation> = changed.iter().filter_map(|row| Some((row.pid, row.owner?))).collect();
+    let pending = client.store.pending(id).await?;
+    for owner in pending.iter().filter_map(|pid| owners.get(pid)) {
+        outcome.held.entry(*owner).or_default().1 += 1;
+    }
+    outcome.pending = pending.len();
     client.close().await;
     match global.output {
         Output::Json => output::print_json(&json_of(verb, id, changed.len(), &outcome))?,
         Output::Ids => changed.iter().try_for_each(|row| output::print(&row.pid.to_string()))?,
-        Output::Table => output::print(&text_of(request.verb, changed.len(), &outcome))?,
+        Output::Table => output::print(&text_of(verb, changed.len(), &outcome))?,
     }
-    Ok(if outcome.pending.is_some_and(|pending| pending > 0) { exit::WAIT_TIMED_OUT } else { exit::OK })
+    Ok(if wait.is_some() && outcome.pending > 0 { exit::WAIT_TIMED_OUT } else { exit::OK })
 }
 
 /// Stops or restarts the taking of any work.
@@ -172,16 +178,13 @@ async fn gather(broker: Option<&Communicator>, control: Control, outcome: &mut O
     }
 }
 
-/// Waits until every process has obeyed; how many have not, if that takes too long.
-async fn obeyed(client: &Client, id: RequestId, limit: Duration) -> Result<u64, Failure> {
+/// Waits until every process has obeyed, or that takes too long.
+async fn obeyed(client: &Client, id: RequestId, limit: Duration) -> Result<(), Failure> {
     let started = Instant::now();
-    loop {
-        let pending = client.store.count_pending(id).await?;
-        if pending == 0 || started.elapsed() >= limit {
-            return Ok(pending);
-        }
+    while !client.store.pending(id).await?.is_empty() && started.elapsed() < limit {
         tokio::time::sleep(LOOK).await;
     }
+    Ok(())
 }
 
 fn names_of_silent(outcome: &Outcome) -> String {
@@ -192,12 +195,14 @@ fn names_of_silent(outcome: &Outcome) -> String {
 fn json_of(verb: &str, id: RequestId, selected: usize, outcome: &Outcome) -> Value {
     let workers = outcome.workers.iter().map(|worker| {
         let answer = outcome.answers.get(&worker.id);
+        let (asked, pending) = outcome.held.get(&worker.id).copied().unwrap_or_default();
         json!({
             "worker": worker.name,
             "incarnation": worker.id,
-            "asked": outcome.held.get(&worker.id).copied().unwrap_or(0),
+            "asked": asked,
+            "done": asked - pending,
+            "pending": pending,
             "answered": answer.is_some(),
-            "counts": answer.and_then(|(reply, _)| reply.counts.as_ref()),
             "error": answer.and_then(|(reply, _)| reply.error.as_ref()),
             "elapsed_ms": answer.map(|(_, elapsed)| elapsed.as_secs_f64() * 1e3),
         })
@@ -213,42 +218,32 @@ fn json_of(verb: &str, id: RequestId, selected: usize, outcome: &Outcome) -> Val
     })
 }
 
-fn text_of(verb: Desired, selected: usize, outcome: &Outcome) -> String {
+fn text_of(verb: &str, selected: usize, outcome: &Outcome) -> String {
     let mut table = output::table(&["WHO", "ASKED", "DONE", "PENDING", "ANSWER"]);
-    table.add_row([
-        "database".to_owned(),
-        outcome.unheld.to_string(),
-        outcome.unheld.to_string(),
-        "0".into(),
-        "what nobody held".into(),
-    ]);
+    let unheld = outcome.unheld.to_string();
+    table.add_row(["database".to_owned(), unheld.clone(), unheld, "0".into(), "what nobody held".into()]);
     for worker in &outcome.workers {
-        let asked = outcome.held.get(&worker.id).copied().unwrap_or(0);
-        let (done, pending, answer) = match outcome.answers.get(&worker.id) {
-            Some((Reply { error: Some(error), .. }, _)) => (String::new(), asked.to_string(), error.clone()),
-            Some((reply, elapsed)) => {
-                let count = |effect: Effect| {
-                    reply.counts.as_ref().and_then(|counts| counts.get(effect.word())).copied().unwrap_or(0)
-                };
-                let pending = if verb == Desired::Run { 0 } else { count(Effect::pending(verb)).min(asked) };
-                let answer = format!("after {:.0} ms", elapsed.as_secs_f64() * 1e3);
-                ((asked - pending).to_string(), pending.to_string(), answer)
-            }
-            None if outcome.nudged => {
-                let text = format!(
-                    "none within {} s; what it holds obeys at its next beat, or once it is taken over",
-                    ANSWERS_LIMIT.as_secs()
-                );
-                (String::new(), asked.to_string(), text)
-            }
-            None => (String::new(), asked.to_string(), "not told; obeys at its next beat".into()),
+        let (asked, pending) = outcome.held.get(&worker.id).copied().unwrap_or_default();
+        let answer = match outcome.answers.get(&worker.id) {
+            Some((Reply { error: Some(error), .. }, _)) => error.clone(),
+            Some((_, elapsed)) => format!("after {:.0} ms", elapsed.as_secs_f64() * 1e3),
+            None if outcome.nudged => format!(
+                "none within {} s; what it holds obeys at its next beat, or once it is taken over",
+                ANSWERS_LIMIT.as_secs()
+            ),
+            None => "not told; obeys at its next beat".into(),
         };
-        table.add_row([worker.name.clone(), asked.to_string(), done, pending, answer]);
+        table.add_row([
+            worker.name.clone(),
+            asked.to_string(),
+            (asked - pending).to_string(),
+            pending.to_string(),
+            answer,
+        ]);
     }
-    let pending = match outcome.pending {
-        Some(0) => "\nall have obeyed".to_owned(),
-        Some(pending) => format!("\n{pending} have not obeyed yet"),
-        None => String::new(),
+    let rest = match outcome.pending {
+        0 => "all have obeyed".to_owned(),
+        pending => format!("{pending} have yet to obey"),
     };
-    format!("{}: {selected} processes\n\n{}{pending}", verb.verb(), table.trim_fmt())
+    format!("{verb}: {selected} processes\n\n{}\n\n{rest}", table.trim_fmt())
 }
