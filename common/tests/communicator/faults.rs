@@ -53,6 +53,7 @@ async fn a_broker_that_is_killed_loses_nothing_that_was_confirmed() {
         while arrived.len() < 500 {
             arrived.insert(arrived_rx.recv().await.unwrap());
         }
+        broker.save_directory();
         broker.kill();
         broker.start_server().await;
         arrived
