@@ -84,6 +84,28 @@ struct Table {
     /// Claims under way; `true` when another message for the same process came meanwhile.
     claiming: HashMap<Pid, bool>,
     draining: bool,
+    /// How many entries each process thread has.
+    loads: Vec<usize>,
+}
+
+impl Table {
+    fn insert(&mut self, entry: Entry) {
+        if self.loads.len() <= entry.thread_idx {
+            self.loads.resize(entry.thread_idx + 1, 0);
+        }
+        self.loads[entry.thread_idx] += 1;
+        if let Some(former) = self.entries.insert(entry.fence.pid, entry) {
+            self.loads[former.thread_idx] -= 1;
+        }
+    }
+
+    fn remove(&mut self, fence: Fence) {
+        if self.entries.get(&fence.pid).is_some_and(|entry| entry.fence == fence)
+            && let Some(entry) = self.entries.remove(&fence.pid)
+        {
+            self.loads[entry.thread_idx] -= 1;
+        }
+    }
 }
 
 impl Orders {
@@ -219,7 +241,7 @@ impl Held {
             if table.draining {
                 entry.orders.send_modify(|orders| orders.drain = Drain::Soon);
             }
-            table.entries.insert(pid, entry);
+            table.insert(entry);
         }
         drop(table);
         self.changed.notify_waiters();
@@ -231,11 +253,7 @@ impl Held {
 
     /// Forgets a process, unless it has been claimed anew meanwhile.
     pub(crate) fn remove(&self, fence: Fence) {
-        let mut table = self.lock();
-        if table.entries.get(&fence.pid).is_some_and(|entry| entry.fence == fence) {
-            table.entries.remove(&fence.pid);
-        }
-        drop(table);
+        self.lock().remove(fence);
         self.changed.notify_waiters();
     }
 
@@ -246,7 +264,22 @@ impl Held {
 
     /// Waits until all of these holdings have ended, or the limit has passed.
     pub(crate) async fn all_left(&self, entries: &[Entry], limit: Duration) {
-        self.wait(limit, || !entries.iter().any(|entry| self.holds(entry.fence))).await;
+        // Asked at every change of thousands: those at the front that have ended are not looked at again.
+        let mut n_left = 0;
+        let reached = || {
+            while entries.get(n_left).is_some_and(|entry| !self.holds(entry.fence)) {
+                n_left += 1;
+            }
+            n_left == entries.len()
+        };
+        self.wait(limit, reached).await;
+    }
+
+    /// How many each process thread has.
+    pub(crate) fn loads(&self, n_threads: usize) -> Vec<usize> {
+        let mut loads = self.lock().loads.clone();
+        loads.resize(n_threads, 0);
+        loads
     }
 
     /// Whether this holding has not ended.
@@ -259,7 +292,7 @@ impl Held {
         self.wait(limit, || self.count() == 0).await
     }
 
-    async fn wait(&self, limit: Duration, reached: impl Fn() -> bool) -> bool {
+    async fn wait(&self, limit: Duration, mut reached: impl FnMut() -> bool) -> bool {
         let waiting = async {
             loop {
                 let changed = self.changed.notified();

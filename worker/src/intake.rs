@@ -112,10 +112,7 @@ pub(crate) fn begin(
     claimed: Box<Claimed>,
     permit: OwnedSemaphorePermit,
 ) -> impl Future<Output = ()> + use<> {
-    let mut loads = vec![0_usize; threads.len()];
-    for entry in shared.held.entries() {
-        loads[entry.thread_idx] += 1;
-    }
+    let loads = shared.held.loads(threads.len());
     let idle = threads.iter().enumerate().min_by_key(|(idx, thread)| (thread.blocked().is_some(), loads[*idx]));
     let (thread_idx, thread) = idle.expect("a worker has at least one thread");
     let (orders_tx, orders) = watch::channel(Orders::new(claimed.desired, claimed.urgent));
