@@ -1,4 +1,4 @@
-//! Identifiers: what a process and a worker's incarnation are called everywhere.
+//! Identifiers: what a process, a worker's incarnation and a dead letter are called everywhere.
 
 use std::fmt;
 use std::str::FromStr;
@@ -16,11 +16,17 @@ pub struct Pid(Uuid);
 #[serde(transparent)]
 pub struct Incarnation(Uuid);
 
+/// A dead letter's id: a UUIDv7 of its burial, or a UUIDv8 made from a digest of a letter that was put there without one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct LetterId(Uuid);
+
 /// The text is not an id.
 #[derive(Debug, thiserror::Error)]
-#[error("`{text}` is not a process id (a UUID such as 01940000-0000-7000-8000-000000000000)")]
+#[error("`{text}` is not a {what} id (a UUID such as 01940000-0000-7000-8000-000000000000)")]
 pub struct ParseError {
     text: String,
+    what: &'static str,
 }
 
 impl Pid {
@@ -43,11 +49,32 @@ impl Incarnation {
     }
 }
 
+impl LetterId {
+    /// A new id for a letter that is buried now.
+    pub fn generate() -> Self {
+        Self(Uuid::now_v7())
+    }
+
+    /// The id of a letter that bears none: equal letters have equal ids.
+    pub fn of_digest(digest: &blake3::Hash) -> Self {
+        let (head, _) = digest.as_bytes().split_first_chunk().expect("a digest has 32 bytes");
+        Self(uuid::Builder::from_custom_bytes(*head).into_uuid())
+    }
+}
+
 impl FromStr for Pid {
     type Err = ParseError;
 
     fn from_str(text: &str) -> Result<Self, ParseError> {
-        text.parse().map(Self).map_err(|_| ParseError { text: text.to_owned() })
+        text.parse().map(Self).map_err(|_| ParseError { text: text.to_owned(), what: "process" })
+    }
+}
+
+impl FromStr for LetterId {
+    type Err = ParseError;
+
+    fn from_str(text: &str) -> Result<Self, ParseError> {
+        text.parse().map(Self).map_err(|_| ParseError { text: text.to_owned(), what: "dead letter's" })
     }
 }
 
@@ -75,6 +102,7 @@ macro_rules! wrapped_uuid {
 
 wrapped_uuid!(Pid);
 wrapped_uuid!(Incarnation);
+wrapped_uuid!(LetterId);
 
 #[cfg(test)]
 mod tests {

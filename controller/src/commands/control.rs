@@ -12,8 +12,8 @@ use baton_worker::cli::exit;
 use serde_json::{Value, json};
 
 use crate::cli::{ControlArguments, Global, Output, PauseArguments};
-use crate::client::{Client, read_pids, whoami};
-use crate::failure::Failure;
+use crate::client::{Client, read_ids, whoami};
+use crate::failure::{Failure, exit_code_of_many};
 use crate::output;
 
 /// How long the holder may take to answer.
@@ -43,7 +43,7 @@ struct Done {
 }
 
 async fn run(global: &Global, arguments: ControlArguments, verb: Desired, urgent: bool) -> Result<u8, Failure> {
-    let pids = read_pids(&arguments.pids.pids)?;
+    let pids = read_ids(&arguments.pids.pids)?;
     let client = Client::open(global).await?;
     let request = Request { verb, urgent, by: whoami(), reason: arguments.reason };
     let mut all = Vec::new();
@@ -67,12 +67,7 @@ async fn run(global: &Global, arguments: ControlArguments, verb: Desired, urgent
             all.iter().try_for_each(|done| output::print(&format!("{}  {}", done.pid, done.outcome)))?;
         }
     }
-    let failed: Vec<u8> = all.iter().map(|done| done.code).filter(|code| *code != exit::OK).collect();
-    Ok(match failed[..] {
-        [] => exit::OK,
-        [code, ..] if failed.len() == all.len() => code,
-        [..] => exit::SOME_FAILED,
-    })
+    Ok(exit_code_of_many(all.iter().map(|done| done.code)))
 }
 
 async fn ask(client: &Client, pid: Pid, request: &Request) -> Result<Done, Failure> {

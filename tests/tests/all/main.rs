@@ -3,6 +3,7 @@
 #![expect(clippy::unwrap_used, reason = "a test fails by it")]
 
 mod bad_input;
+mod dead;
 mod embedded;
 mod faults;
 mod fleet;
