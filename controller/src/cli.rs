@@ -272,6 +272,6 @@ pub(crate) struct DropArguments {
     #[command(flatten)]
     pub(crate) which: WhichLetters,
     /// Do not ask before dropping all
-    #[arg(long, requires = "all")]
+    #[arg(long)]
     pub(crate) yes: bool,
 }

@@ -12,11 +12,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::StreamExt;
+use futures_util::stream::BoxStream;
 use lapin::message::Delivery;
 use lapin::options::{BasicAckOptions, BasicConsumeOptions, BasicGetOptions, BasicPublishOptions, BasicQosOptions};
 use lapin::protocol::{AMQPError, AMQPErrorKind};
 use lapin::types::FieldTable;
-use lapin::{Channel, Connection, Consumer, ErrorKind};
+use lapin::{Channel, Connection, Consumer, ErrorKind, Event};
 use tokio::time::{Instant, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
 
@@ -52,6 +53,7 @@ const SILENCE: Duration = Duration::from_millis(500);
 pub struct DeadLetters {
     dial: Dial,
     connection: Connection,
+    wait: Wait,
     channel: Channel,
     /// A channel for what is replayed, so that a refusal ends no other than that.
     lane: Option<Channel>,
@@ -123,10 +125,21 @@ impl DeadLetters {
         let connection = dial.connect(Link::Publish).await?;
         dial.board.up(Link::Publish);
         ensure(&connection, &dial.board, &[Item::DeadQueue]).await.map_err(Error::Refused)?;
-        let channel = answered(connection.create_channel()).await?;
+        let mut wait = Wait { events: connection.events_listener().boxed() };
+        let channel = wait.answer(connection.create_channel()).await?;
         let prefetch = u16::try_from(PAGE).expect("a page is small");
-        answered(channel.basic_qos(prefetch, BasicQosOptions::default())).await?;
-        Ok(DeadLetters { dial, connection, channel, lane: None, page: None, n_pages: 0, n_total: None, n_left: 0 })
+        wait.answer(channel.basic_qos(prefetch, BasicQosOptions::default())).await?;
+        Ok(DeadLetters {
+            dial,
+            connection,
+            wait,
+            channel,
+            lane: None,
+            page: None,
+            n_pages: 0,
+            n_total: None,
+            n_left: 0,
+        })
     }
 
     /// How many letters there were at the first look.
@@ -211,7 +224,7 @@ impl DeadLetters {
     /// # Errors
     /// [`Error::Lost`]: it is still there.
     pub async fn discard(&mut self, letter: Letter) -> Result<(), Error> {
-        let was_there = answered(letter.acker.ack(BasicAckOptions::default())).await?;
+        let was_there = self.wait.answer(letter.acker.ack(BasicAckOptions::default())).await?;
         if !was_there {
             return Err(Error::Lost("the channel has ended".to_owned()));
         }
@@ -225,9 +238,9 @@ impl DeadLetters {
     ///
     /// # Errors
     /// [`Error::Lost`]: what was replayed or discarded last may still be there.
-    pub async fn close(self) -> Result<(), Error> {
+    pub async fn close(mut self) -> Result<(), Error> {
         drop(self.page);
-        answered(self.channel.close(200, "OK".into())).await?;
+        self.wait.answer(self.channel.close(200, "OK".into())).await?;
         close(&self.connection).await;
         Ok(())
     }
@@ -240,7 +253,7 @@ impl DeadLetters {
         };
         let options = BasicPublishOptions { mandatory: true, ..BasicPublishOptions::default() };
         let publish = lane.basic_publish("".into(), DEAD_QUEUE.into(), options, letter.bytes(), letter.fresh());
-        match answered(async { publish.await?.await }).await {
+        match self.wait.answer(async { publish.await?.await }).await {
             Ok(confirmation) => {
                 let is_there = confirmation.is_ack() && confirmation.take_message().is_none();
                 self.lane = Some(lane);
@@ -253,7 +266,8 @@ impl DeadLetters {
 
     /// One letter at the head, if there is any. The broker says at the same time, and exactly, how many there are.
     async fn get(&mut self) -> Result<Option<Letter>, Error> {
-        let message = answered(self.channel.basic_get(DEAD_QUEUE.into(), BasicGetOptions::default())).await?;
+        let get = self.channel.basic_get(DEAD_QUEUE.into(), BasicGetOptions::default());
+        let message = self.wait.answer(get).await?;
         let Some(message) = message else {
             self.n_total.get_or_insert(0);
             self.n_left = 0;
@@ -277,16 +291,38 @@ impl DeadLetters {
         let tag = short(&format!("baton dead {:08}", self.n_pages));
         let consume =
             self.channel.basic_consume(DEAD_QUEUE.into(), tag, BasicConsumeOptions::default(), FieldTable::default());
-        let consumer = answered(consume).await?;
+        let consumer = self.wait.answer(consume).await?;
         Ok(self.page.insert(Page { consumer, n_out: 0 }))
     }
 }
 
-/// Waits for an answer of the broker, for as long as any may take.
-async fn answered<T>(answer: impl Future<Output = lapin::Result<T>>) -> Result<T, Error> {
-    match timeout(ANSWER_LIMIT, answer).await {
-        Ok(answer) => answer.map_err(|error| failure(&error)),
-        Err(_) => Err(Error::Lost(format!("no answer within {} s", ANSWER_LIMIT.as_secs()))),
+/// Waits for answers, and for the end of the connection: an answer that came in half is never given.
+struct Wait {
+    events: BoxStream<'static, Event>,
+}
+
+impl Wait {
+    async fn answer<T>(&mut self, answer: impl Future<Output = lapin::Result<T>>) -> Result<T, Error> {
+        let events = &mut self.events;
+        let end = async {
+            while let Some(event) = events.next().await {
+                // A refusal ends a channel, and is the answer of whoever asked on that.
+                if let Event::Error(error) = event
+                    && let error @ (Error::Lost(_) | Error::Unreadable) = failure(&error)
+                {
+                    return error;
+                }
+            }
+            std::future::pending().await
+        };
+        tokio::select! {
+            biased;
+            answer = timeout(ANSWER_LIMIT, answer) => match answer {
+                Ok(answer) => answer.map_err(|error| failure(&error)),
+                Err(_) => Err(Error::Lost(format!("no answer within {} s", ANSWER_LIMIT.as_secs()))),
+            },
+            error = end => Err(error),
+        }
     }
 }
 

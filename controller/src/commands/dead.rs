@@ -199,7 +199,7 @@ impl Done {
 /// Asks the person at the terminal.
 fn confirm(n_total: usize) -> Result<bool, Failure> {
     let mut stderr = anstream::stderr();
-    write!(stderr, "Drop {n_total} dead letters for good? [y/N] ")?;
+    write!(stderr, "Drop all dead letters ({n_total}) for good? [y/N] ")?;
     stderr.flush()?;
     let mut answer = String::new();
     std::io::stdin().lock().read_line(&mut answer)?;

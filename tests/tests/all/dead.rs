@@ -166,3 +166,32 @@ async fn letters_are_dropped_by_those_who_mean_it_and_what_is_refused_is_kept() 
     assert_eq!(output(pipe).await.ok().stdout.lines().count(), 1);
     assert_eq!(dead(&scene).await, Vec::<Value>::new());
 }
+
+/// A message id that is not UTF-8, which AMQP's libraries refuse to send as a rule.
+const UNREADABLE: &str = r#"
+import sys, pika
+connection = pika.BlockingConnection(pika.URLParameters(sys.argv[1]))
+connection.channel().basic_publish("", "baton.dead", b"first", pika.BasicProperties(message_id=b"\xff"))
+connection.close()
+"#;
+
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn a_letter_that_cannot_be_read_is_taken_away_by_the_broker_and_costs_no_other() {
+    let scene = Scene::new().await;
+    assert_eq!(dead(&scene).await, Vec::<Value>::new());
+    let mut python = Command::new("/usr/bin/python3");
+    python.arg("-c").arg(UNREADABLE).arg(scene.broker_url());
+    output(python).await.ok();
+    scene.amqp().await.publish("", "baton.dead", b"second", BasicProperties::default()).await;
+    let refused = scene.baton(&["dead", "list"]).await.exits(1);
+    assert!(refused.stderr.contains("not UTF-8") && refused.stderr.contains("management UI"), "{refused:?}");
+    let vhost = scene.queues().await[0]["vhost"].as_str().unwrap().to_owned();
+    let take = r#"{"count": 1, "ackmode": "ack_requeue_false", "encoding": "auto"}"#;
+    eventually("the broker takes it away", Duration::from_secs(20), async || {
+        let taken = scene.manage("POST", &format!("queues/{vhost}/baton.dead/get"), take).await;
+        if taken.contains("first") { Ok(()) } else { Err(taken) }
+    })
+    .await;
+    assert_eq!(dead(&scene).await.len(), 1);
+}
