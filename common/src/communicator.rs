@@ -9,6 +9,7 @@ mod board;
 mod check;
 mod control;
 mod credits;
+pub mod dead;
 mod delivery;
 mod envelope;
 mod intake;

@@ -1,4 +1,4 @@
-//! Identifiers: what a process and a worker's incarnation are called everywhere.
+//! Identifiers: what a process, a worker's incarnation and a dead letter are called everywhere.
 
 use std::fmt;
 use std::str::FromStr;
@@ -21,11 +21,17 @@ pub struct Incarnation(Uuid);
 #[serde(transparent)]
 pub struct RequestId(Uuid);
 
+/// A dead letter's id: a UUIDv7 of its burial, or a UUIDv8 made from a digest of a letter that was put there without one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct LetterId(Uuid);
+
 /// The text is not an id.
 #[derive(Debug, thiserror::Error)]
-#[error("`{text}` is not a process id (a UUID such as 01940000-0000-7000-8000-000000000000)")]
+#[error("`{text}` is not a {what} id (a UUID such as 01940000-0000-7000-8000-000000000000)")]
 pub struct ParseError {
     text: String,
+    what: &'static str,
 }
 
 impl Pid {
@@ -56,17 +62,41 @@ impl RequestId {
 
     /// The id under which a message from outside is recorded: its own, or a digest of whatever text its sender has chosen.
     pub fn of_message(message_id: &str) -> Self {
-        let digest = blake3::hash(message_id.as_bytes());
-        let digested = || Uuid::from_slice(&digest.as_bytes()[..16]).expect("sixteen bytes are a UUID");
-        Self(message_id.parse().unwrap_or_else(|_| digested()))
+        Self(message_id.parse().unwrap_or_else(|_| digested(&blake3::hash(message_id.as_bytes()))))
     }
+}
+
+impl LetterId {
+    /// A new id for a letter that is buried now.
+    pub fn generate() -> Self {
+        Self(Uuid::now_v7())
+    }
+
+    /// The id of a letter that bears none: equal letters have equal ids.
+    pub fn of_digest(digest: &blake3::Hash) -> Self {
+        Self(digested(digest))
+    }
+}
+
+/// A UUIDv8 from the beginning of a digest.
+fn digested(digest: &blake3::Hash) -> Uuid {
+    let (head, _) = digest.as_bytes().split_first_chunk().expect("a digest has 32 bytes");
+    uuid::Builder::from_custom_bytes(*head).into_uuid()
 }
 
 impl FromStr for Pid {
     type Err = ParseError;
 
     fn from_str(text: &str) -> Result<Self, ParseError> {
-        text.parse().map(Self).map_err(|_| ParseError { text: text.to_owned() })
+        text.parse().map(Self).map_err(|_| ParseError { text: text.to_owned(), what: "process" })
+    }
+}
+
+impl FromStr for LetterId {
+    type Err = ParseError;
+
+    fn from_str(text: &str) -> Result<Self, ParseError> {
+        text.parse().map(Self).map_err(|_| ParseError { text: text.to_owned(), what: "dead letter's" })
     }
 }
 
@@ -95,6 +125,7 @@ macro_rules! wrapped_uuid {
 wrapped_uuid!(Pid);
 wrapped_uuid!(Incarnation);
 wrapped_uuid!(RequestId);
+wrapped_uuid!(LetterId);
 
 #[cfg(test)]
 mod tests {

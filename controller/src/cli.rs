@@ -113,6 +113,16 @@ The exit code is the process's own. State is kept in .baton/ of the current dire
     Kill(KillArguments),
     /// List the workers
     Workers(WorkersArguments),
+    /// Look at messages that nobody could use; send them again once the cause is mended, or throw them away
+    #[command(
+        subcommand,
+        after_help = "Examples:
+  baton dead list
+  baton dead show ID
+  baton dead replay --all
+  baton dead list -o ids | baton dead drop -"
+    )]
+    Dead(DeadCommand),
     /// Check what is reachable, which versions, what is wrong, and how to mend it
     Doctor,
     /// Print a completion script
@@ -298,4 +308,64 @@ pub(crate) struct WorkersArguments {
     /// Also those that have stopped or died
     #[arg(long)]
     pub(crate) all: bool,
+}
+
+#[derive(Subcommand, Debug)]
+pub(crate) enum DeadCommand {
+    /// List dead letters, the newest first
+    #[command(after_help = "Examples:
+  baton dead list
+  baton dead list -n 0 -o json           all of them, for a program")]
+    List(DeadListArguments),
+    /// Show everything about dead letters: properties, headers, body
+    #[command(after_help = "Examples:
+  baton dead show 01940000-0000-7000-8000-000000000000
+  baton dead list -n 1 -o ids | baton dead show -")]
+    Show(LetterIds),
+    /// Send dead letters to the queue that they came from
+    #[command(after_help = "Examples:
+  baton dead replay ID
+  baton dead replay --all
+
+Mend the cause first, or they come back with a new id. A process that has run already does not run again.")]
+    Replay(WhichLetters),
+    /// Throw dead letters away for good
+    #[command(after_help = "Examples:
+  baton dead drop ID
+  baton dead drop --all                  asks before it does so
+  baton dead drop --all --yes")]
+    Drop(DropArguments),
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct DeadListArguments {
+    /// At most so many; 0 is all
+    #[arg(short = 'n', long, default_value_t = 50)]
+    pub(crate) limit: usize,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct LetterIds {
+    /// Ids of dead letters; `-` reads them from standard input
+    #[arg(required = true)]
+    pub(crate) ids: Vec<String>,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct WhichLetters {
+    /// Ids of dead letters; `-` reads them from standard input
+    #[arg(required_unless_present = "all", conflicts_with = "all")]
+    pub(crate) ids: Vec<String>,
+    /// All that are there now
+    #[arg(long)]
+    pub(crate) all: bool,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct DropArguments {
+    #[command(flatten)]
+    pub(crate) which: WhichLetters,
+    /// Do not ask before dropping all
+    #[arg(long)]
+    pub(crate) yes: bool,
 }

@@ -2,11 +2,12 @@
 
 use std::io::{BufRead, Read};
 use std::path::Path;
+use std::str::FromStr;
 use std::sync::OnceLock;
 use std::time::Duration;
 
 use baton_common::communicator::{self, Broker, Communicator, ReplyTo, Told};
-use baton_common::id::Pid;
+use baton_common::id::{ParseError, Pid};
 use baton_common::message::{Event, Reply, Task};
 use baton_common::spec::{self, Format, Spec};
 use baton_common::state::Place;
@@ -180,11 +181,11 @@ pub(crate) fn read_spec(path: &Path) -> Result<Spec, Failure> {
     spec::parse(&text, format).map_err(|error| Failure::usage(format!("{}: {error}", path.display())))
 }
 
-/// The process ids of a command line; `-` stands for those on standard input, separated by white space.
-pub(crate) fn read_pids(arguments: &[String]) -> Result<Vec<Pid>, Failure> {
-    let mut pids = Vec::new();
+/// The ids of a command line; `-` stands for those on standard input, separated by white space.
+pub(crate) fn read_ids<Id: FromStr<Err = ParseError>>(arguments: &[String]) -> Result<Vec<Id>, Failure> {
+    let mut ids = Vec::new();
     let mut add = |text: &str| -> Result<(), Failure> {
-        pids.push(text.parse().map_err(|error: baton_common::id::ParseError| Failure::usage(error.to_string()))?);
+        ids.push(text.parse().map_err(|error: ParseError| Failure::usage(error.to_string()))?);
         Ok(())
     };
     for argument in arguments {
@@ -196,7 +197,7 @@ pub(crate) fn read_pids(arguments: &[String]) -> Result<Vec<Pid>, Failure> {
             add(argument)?;
         }
     }
-    Ok(pids)
+    Ok(ids)
 }
 
 /// Who asks, for a process's history.

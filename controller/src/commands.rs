@@ -3,6 +3,7 @@
 pub(crate) mod broadcast;
 pub(crate) mod completion;
 pub(crate) mod control;
+pub(crate) mod dead;
 pub(crate) mod doctor;
 pub(crate) mod list;
 pub(crate) mod logs;

@@ -4,6 +4,7 @@ use std::io::Write;
 use std::process::ExitCode;
 
 use anstyle::{AnsiColor, Style};
+use baton_common::communicator::{CheckError, dead};
 use baton_common::{config, store};
 use baton_worker::cli::{chain, exit, exit_code};
 
@@ -83,5 +84,46 @@ impl From<std::io::Error> for Failure {
             return Self::new(exit::OK, String::new());
         }
         Self::failed(error.to_string())
+    }
+}
+
+impl From<dead::Error> for Failure {
+    fn from(error: dead::Error) -> Self {
+        let (code, remedy) = match &error {
+            dead::Error::Connect(error) => broker_remedy(error),
+            dead::Error::Refused(_) => (exit::REFUSED, "grant the right to the user, or see RabbitMQ's log"),
+            dead::Error::Unreadable => (
+                exit::FAILED,
+                "nothing is lost; take the letter away in RabbitMQ's management UI (Get messages, automatic ack)",
+            ),
+            dead::Error::Lost(_) => (exit::UNREACHABLE, "nothing is lost; do it again when the broker is back"),
+        };
+        Self::new(code, error.to_string()).with_remedy(remedy)
+    }
+}
+
+/// The exit code of a broker that cannot be used, and what to do about it.
+pub(crate) fn broker_remedy(error: &CheckError) -> (u8, &'static str) {
+    match error {
+        CheckError::BadUrl { .. } => (exit::USAGE, "amqp://USER:PASSWORD@HOST:PORT/VHOST, %2f for the vhost \"/\""),
+        CheckError::Unreachable { .. } => (exit::UNREACHABLE, "start RabbitMQ, or correct host and port"),
+        CheckError::Credentials { .. } => {
+            (exit::REFUSED, "correct user and password; guest may log in from its own host only")
+        }
+        CheckError::NoVhost { .. } => {
+            (exit::REFUSED, "rabbitmqctl add_vhost, and rabbitmqctl set_permissions for the user")
+        }
+        CheckError::Refused { .. } => (exit::REFUSED, "see RabbitMQ's log"),
+    }
+}
+
+/// The exit code of a command that did the same for many.
+pub(crate) fn exit_code_of_many(codes: impl ExactSizeIterator<Item = u8>) -> u8 {
+    let n_all = codes.len();
+    let failed: Vec<u8> = codes.filter(|code| *code != exit::OK).collect();
+    match failed[..] {
+        [] => exit::OK,
+        [code, ..] if failed.len() == n_all => code,
+        [..] => exit::SOME_FAILED,
     }
 }

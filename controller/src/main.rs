@@ -45,6 +45,7 @@ async fn dispatch(cli: Cli) -> Result<u8, Failure> {
         Command::Play(arguments) => commands::control::play(&global, arguments).await,
         Command::Kill(arguments) => commands::control::kill(&global, arguments).await,
         Command::Workers(arguments) => commands::workers::run(&global, arguments).await,
+        Command::Dead(command) => Box::pin(commands::dead::run(&global, command)).await,
         Command::Doctor => commands::doctor::run(&global).await,
         Command::Completion { shell } => commands::completion::run(shell),
     }

@@ -144,6 +144,17 @@ pub(crate) fn clock(micros: i64) -> String {
     time.with_timezone(&Local).format("%Y-%m-%d %H:%M:%S%.3f").to_string()
 }
 
+/// The beginning of a text from anywhere, in one line and without what would make a terminal do something.
+pub(crate) fn one_line(text: &str, n_chars_max: usize) -> String {
+    let words =
+        text.split(|letter: char| letter.is_whitespace() || letter.is_control()).filter(|word| !word.is_empty());
+    let line = words.collect::<Vec<_>>().join(" ");
+    match line.char_indices().nth(n_chars_max) {
+        Some((end, _)) => format!("{}…", &line[..end]),
+        None => line,
+    }
+}
+
 /// A duration with a sensible number of digits.
 pub(crate) fn seconds(duration: Duration) -> String {
     format!("{:.1} s", duration.as_secs_f64())
@@ -159,6 +170,12 @@ mod tests {
         {
             assert_eq!(age(seconds * 1_000_000), text);
         }
+    }
+
+    #[test]
+    fn a_text_from_anywhere_fits_into_a_cell() {
+        assert_eq!(one_line("a\n  b\u{1b}[31m\tc", 20), "a b [31m c");
+        assert_eq!(one_line(&"ä".repeat(30), 5), "äääää…");
     }
 
     #[test]

@@ -34,7 +34,7 @@ pub mod exit {
     pub const FAILED: u8 = 1;
     /// The command line, the configuration or a spec is wrong.
     pub const USAGE: u8 = 2;
-    /// There is no such process, worker or file.
+    /// There is no such process, worker, dead letter or file.
     pub const NOT_FOUND: u8 = 3;
     /// It is not allowed: wrong credentials, or a schema that is newer than the program.
     pub const REFUSED: u8 = 4;

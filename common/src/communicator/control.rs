@@ -154,6 +154,8 @@ struct Session<'a> {
     requests: HashMap<String, Asker>,
     steps: FuturesUnordered<BoxFuture<'a, Step>>,
     publish_tx: mpsc::Sender<Job>,
+    /// Where requests come from; empty for a program that is asked nothing.
+    own_queue: String,
 }
 
 async fn session(dial: &Dial, connection: &Connection, ends: &mut Ends) -> Result<(), String> {
@@ -170,7 +172,8 @@ async fn session(dial: &Dial, connection: &Connection, ends: &mut Ends) -> Resul
     };
     let publish_tx = ends.publish_tx.clone();
     let steps = FuturesUnordered::new();
-    let mut session = Session { dial, connection, channel, requests: HashMap::new(), steps, publish_tx };
+    let own_queue = ends.own_queue.clone().unwrap_or_default();
+    let mut session = Session { dial, connection, channel, requests: HashMap::new(), steps, publish_tx, own_queue };
     let mut arrived: Option<Arrived> = None;
     dial.board.up(Link::Control);
     let outcome = loop {
@@ -374,8 +377,9 @@ impl<'a> Session<'a> {
             publish(self.channel.clone(), "", to.reply_to, false, answer)
         });
         let publish_tx = self.publish_tx.clone();
+        let letter = envelope.buried(&error, &self.own_queue);
         let step = async move {
-            if bury(&publish_tx, envelope, error, "control queue").await.is_ok() {
+            if bury(&publish_tx, letter).await.is_ok() {
                 let _ = acker.ack(BasicAckOptions::default()).await;
             }
             match answer {

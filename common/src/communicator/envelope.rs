@@ -1,11 +1,13 @@
 //! A message as it lies in a queue: its body, and the properties that Baton uses; and the names of the queues.
 
+use std::collections::BTreeMap;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use lapin::BasicProperties;
 use lapin::types::{AMQPValue, FieldTable, LongString, ShortString};
 
 use super::ReplyTo;
+use crate::id::LetterId;
 use crate::message::{Control, Encoding, Task};
 
 /// The exchange of tasks; the routing key is the queue's name without its prefix.
@@ -27,6 +29,28 @@ const QUEUE_NAME_BYTES_MAX: usize = 120;
 const APP_ID: &str = "baton";
 const TRACEPARENT: &str = "traceparent";
 
+/// A trace context has 55 bytes; what is far longer is none.
+const TRACEPARENT_BYTES_MAX: usize = 255;
+
+/// Headers of a dead letter, by which people and [`super::dead`] know it.
+pub(super) const DEAD_ID: &str = "x-baton-dead-id";
+/// Why it is there.
+pub(super) const DEAD_REASON: &str = "x-baton-reason";
+/// The queue it came from.
+pub(super) const DEAD_ORIGIN: &str = "x-baton-origin";
+/// When it was buried.
+pub(super) const DEAD_AT: &str = "x-baton-at";
+
+/// Longest reason of a dead letter, and most that it keeps of its sender's own headers. All properties of a message travel
+/// in one frame of 128 KiB at most, and a larger one ends the connection.
+const REASON_BYTES_MAX: usize = 8 * 1024;
+const HEADERS_BYTES_MAX: usize = 32 * 1024;
+
+/// Headers by which a broker would do something else with a message that is published again: send copies elsewhere,
+/// count on, take it for one that goes in circles. Every header that begins with one of the prefixes is of this kind.
+const BROKER_HEADERS: [&str; 6] = ["CC", "BCC", "x-death", "x-opt-deaths", "x-delivery-count", "x-acquired-count"];
+const BROKER_PREFIXES: [&str; 3] = ["x-baton-", "x-first-death-", "x-last-death-"];
+
 /// A message's body and properties.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Envelope {
@@ -39,6 +63,10 @@ pub(super) struct Envelope {
     /// Whom the broker knows the sender from; it lets nobody state another.
     pub(super) user_id: Option<String>,
     pub(super) traceparent: Option<String>,
+    /// When its sender has sent it, in seconds since 1970; for a new message that is now.
+    pub(super) timestamp: Option<u64>,
+    /// Its sender's own headers.
+    pub(super) headers: FieldTable,
     pub(super) epitaph: Option<Epitaph>,
     pub(super) body: Vec<u8>,
 }
@@ -46,8 +74,9 @@ pub(super) struct Envelope {
 /// Why a message lies in `baton.dead`.
 #[derive(Clone, Debug)]
 pub(super) struct Epitaph {
-    pub(super) reason: String,
-    pub(super) origin: String,
+    id: LetterId,
+    reason: String,
+    origin: String,
 }
 
 impl Envelope {
@@ -81,9 +110,15 @@ impl Envelope {
         }
     }
 
-    /// The same message for `baton.dead`.
-    pub(super) fn buried(self, reason: String, origin: &str) -> Self {
-        Envelope { epitaph: Some(Epitaph { reason, origin: origin.to_owned() }), ..self }
+    /// The same message for `baton.dead`. Copies of it are the same letter.
+    pub(super) fn buried(mut self, reason: &str, origin: &str) -> Self {
+        let n_bytes = rmp_serde::to_vec(&self.headers).map_or(usize::MAX, |bytes| bytes.len());
+        if n_bytes > HEADERS_BYTES_MAX {
+            self.headers = FieldTable::default();
+        }
+        let reason = cut(reason, REASON_BYTES_MAX).to_owned();
+        self.epitaph = Some(Epitaph { id: LetterId::generate(), reason, origin: origin.to_owned() });
+        self
     }
 
     /// Sent by a program of Baton.
@@ -120,7 +155,7 @@ impl Envelope {
     /// The properties as AMQP has them.
     pub(super) fn properties(&self, persistent: bool) -> BasicProperties {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
-        let mut headers = FieldTable::default();
+        let mut headers = self.headers.clone();
         let mut header = |name: &str, text: &str| {
             headers.insert(name.into(), AMQPValue::LongString(LongString::from(text.as_bytes())));
         };
@@ -128,13 +163,14 @@ impl Envelope {
             header(TRACEPARENT, traceparent);
         }
         if let Some(epitaph) = &self.epitaph {
-            header("x-baton-reason", &epitaph.reason);
-            header("x-baton-origin", &epitaph.origin);
-            header("x-baton-at", &chrono::Utc::now().to_rfc3339_opts(chrono::SecondsFormat::Millis, true));
+            header(DEAD_ID, &epitaph.id.to_string());
+            header(DEAD_REASON, &epitaph.reason);
+            header(DEAD_ORIGIN, &epitaph.origin);
+            header(DEAD_AT, &chrono::Utc::now().to_rfc3339_opts(chrono::SecondsFormat::Millis, true));
         }
         let mut properties = BasicProperties::default()
             .with_delivery_mode(if persistent { 2 } else { 1 })
-            .with_timestamp(now)
+            .with_timestamp(self.timestamp.unwrap_or(now))
             .with_headers(headers);
         for (text, set) in [
             (&self.kind, BasicProperties::with_type as fn(BasicProperties, ShortString) -> BasicProperties),
@@ -154,8 +190,9 @@ impl Envelope {
     /// From what AMQP delivered.
     pub(super) fn from_amqp(properties: &BasicProperties, body: Vec<u8>) -> Self {
         let text = |value: &Option<ShortString>| value.as_ref().map(|text| text.as_str().to_owned());
-        let traceparent = properties.headers().as_ref().and_then(|headers| match headers.inner().get(TRACEPARENT) {
-            Some(AMQPValue::LongString(text)) => Some(text.to_string()),
+        let headers = properties.headers().as_ref();
+        let traceparent = headers.and_then(|headers| match headers.inner().get(TRACEPARENT) {
+            Some(AMQPValue::LongString(text)) if text.len() <= TRACEPARENT_BYTES_MAX => Some(text.to_string()),
             Some(_) | None => None,
         });
         Envelope {
@@ -167,10 +204,23 @@ impl Envelope {
             app_id: text(properties.app_id()),
             user_id: text(properties.user_id()),
             traceparent,
+            timestamp: *properties.timestamp(),
+            headers: headers.map(own_headers).unwrap_or_default(),
             epitaph: None,
             body,
         }
     }
+}
+
+/// The sender's own ones among a message's headers: those that mean something to Baton or to the broker are left out.
+fn own_headers(headers: &FieldTable) -> FieldTable {
+    let is_own = |name: &str| {
+        name != TRACEPARENT
+            && !BROKER_HEADERS.contains(&name)
+            && !BROKER_PREFIXES.iter().any(|prefix| name.starts_with(prefix))
+    };
+    let own = headers.inner().iter().filter(|(name, _)| is_own(name.as_str()));
+    own.map(|(name, value)| (name.clone(), value.clone())).collect::<BTreeMap<_, _>>().into()
 }
 
 /// The three classes of a queue, high first; a name that is a class itself stands for itself.
@@ -200,8 +250,13 @@ pub(super) fn bad_queue_name(queue: &str) -> Option<String> {
 
 /// As AMQP's short string, which has at most 255 bytes; what is longer is cut.
 pub(super) fn short(text: &str) -> ShortString {
-    let end = (0..=text.len().min(255)).rev().find(|&at| text.is_char_boundary(at)).unwrap_or(0);
-    text[..end].into()
+    cut(text, 255).into()
+}
+
+/// The beginning of a text, cut between two characters.
+fn cut(text: &str, n_bytes_max: usize) -> &str {
+    let end = (0..=text.len().min(n_bytes_max)).rev().find(|&at| text.is_char_boundary(at)).unwrap_or(0);
+    &text[..end]
 }
 
 #[cfg(test)]
@@ -230,6 +285,26 @@ mod tests {
         assert_eq!(arrived.traceparent.as_deref(), Some("00-aa-bb-01"));
         assert!(arrived.is_own());
         assert_eq!(arrived.read_task().unwrap().pid(), pid);
+    }
+
+    #[test]
+    fn a_dead_letter_always_fits_into_a_frame_and_goes_nowhere_else() {
+        let text = |n_bytes: usize| AMQPValue::LongString("x".repeat(n_bytes).into());
+        let headers = |entries: [(&str, AMQPValue); 3]| -> FieldTable {
+            entries.into_iter().map(|(name, value)| (name.into(), value)).collect::<BTreeMap<_, _>>().into()
+        };
+        let arrived = |n_bytes| {
+            let headers = headers([("mine", text(n_bytes)), ("CC", text(1)), ("x-baton-reason", text(1))]);
+            Envelope::from_amqp(&BasicProperties::default().with_headers(headers), Vec::new())
+        };
+        let small = arrived(100).buried(&"ä".repeat(1_000_000), "baton.task.default").properties(true);
+        let small = small.headers().as_ref().unwrap().inner();
+        assert!(small.contains_key("mine") && !small.contains_key("CC"));
+        let reason = small[DEAD_REASON].as_long_string().unwrap();
+        assert!(reason.len() == REASON_BYTES_MAX && reason.to_string().ends_with('ä'));
+        let large = arrived(100_000).buried("too bad", "baton.task.default").properties(true);
+        let large = large.headers().as_ref().unwrap().inner();
+        assert!(!large.contains_key("mine") && large.contains_key(DEAD_ID));
     }
 
     #[test]

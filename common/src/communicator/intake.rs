@@ -456,7 +456,7 @@ impl Intake {
         tracing::warn!(origin, "a message cannot be read and goes to the dead letters: {error}");
         let publish_tx = self.publish_tx.clone();
         self.burials.push(Box::pin(async move {
-            put_aside(&head.acker, head.envelope, error, &origin, &publish_tx).await;
+            put_aside(&head.acker, head.envelope, &error, &origin, &publish_tx).await;
         }));
     }
 }

@@ -51,6 +51,8 @@ pub(super) enum Target {
     Task(String),
     /// `baton.dead`.
     Dead,
+    /// Any other queue, by its name; it is not declared if it is absent.
+    Queue(String),
 }
 
 impl Target {
@@ -58,27 +60,24 @@ impl Target {
         match self {
             Target::Task(queue) => (TASK_EXCHANGE, queue),
             Target::Dead => ("", DEAD_QUEUE),
+            Target::Queue(queue) => ("", queue),
         }
     }
 
-    fn item(&self) -> Item {
+    /// What is declared if nothing takes the messages.
+    fn item(&self) -> Option<Item> {
         match self {
-            Target::Task(queue) => Item::TaskQueue(queue.clone()),
-            Target::Dead => Item::DeadQueue,
+            Target::Task(queue) => Some(Item::TaskQueue(queue.clone())),
+            Target::Dead => Some(Item::DeadQueue),
+            Target::Queue(_) => None,
         }
     }
 }
 
-/// Puts a message into `baton.dead`.
-pub(super) async fn bury(
-    publish_tx: &mpsc::Sender<Job>,
-    envelope: Envelope,
-    reason: String,
-    origin: &str,
-) -> Result<(), TellError> {
+/// Puts a letter into `baton.dead`.
+pub(super) async fn bury(publish_tx: &mpsc::Sender<Job>, letter: Envelope) -> Result<(), TellError> {
     let (done, answer) = oneshot::channel();
-    let messages = vec![envelope.buried(reason, origin)];
-    let job = Job { target: Target::Dead, messages, deadline: Instant::now() + ANSWER_LIMIT, done };
+    let job = Job { target: Target::Dead, messages: vec![letter], deadline: Instant::now() + ANSWER_LIMIT, done };
     publish_tx.send(job).await.map_err(|_| Down("the communicator has ended".to_owned()))?;
     answer.await.unwrap_or_else(|_| Err(TellError::Unknown("the communicator has ended".to_owned())))
 }
@@ -198,7 +197,8 @@ fn blocked(dial: &Dial) -> TellError {
     TellError::Unknown(reason)
 }
 
-async fn job_on_lane(
+/// Publishes until everything is confirmed, on a lane that can be used again afterwards.
+pub(super) async fn job_on_lane(
     dial: &Dial,
     connection: &Connection,
     lane: Option<&Channel>,
@@ -236,10 +236,12 @@ async fn job_on_lane(
             sleep(REFUSED_PAUSE).await;
         } else if was_declared {
             return Err(unroutable("it is declared but takes no messages; is its binding gone?".to_owned()));
-        } else {
+        } else if let Some(item) = target.item() {
             sleep(DELETED_PAUSE).await;
-            ensure(connection, &dial.board, &[target.item()]).await.map_err(unroutable)?;
+            ensure(connection, &dial.board, &[item]).await.map_err(unroutable)?;
             was_declared = true;
+        } else {
+            return Err(unroutable("it does not exist".to_owned()));
         }
         // A return that carries no id of ours says only that something came back: then everything is sent again.
         let is_ours = |id: &Option<String>| rest.iter().any(|message| message.message_id == *id);
@@ -249,7 +251,8 @@ async fn job_on_lane(
     }
 }
 
-async fn open_lane(dial: &Dial, connection: &Connection) -> Result<Channel, Down> {
+/// A channel with confirms, and what is published to declared.
+pub(super) async fn open_lane(dial: &Dial, connection: &Connection) -> Result<Channel, Down> {
     // Here and not once per connection: a lane is opened anew when its exchange was deleted, too.
     let _ = ensure(connection, &dial.board, &[Item::TaskExchange, Item::DeadQueue]).await;
     let open = async {

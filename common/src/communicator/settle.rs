@@ -49,7 +49,7 @@ async fn settle(settlement: Settlement, publish_tx: &mpsc::Sender<Job>) {
     let Ticket::Amqp(acker) = ticket else { return };
     match verdict {
         Verdict::Ack => ack(&acker).await,
-        Verdict::Dead(reason) => put_aside(&acker, envelope, reason, &origin, publish_tx).await,
+        Verdict::Dead(reason) => put_aside(&acker, envelope, &reason, &origin, publish_tx).await,
         Verdict::GiveBack => give_back(&acker).await,
     }
 }
@@ -59,12 +59,13 @@ async fn settle(settlement: Settlement, publish_tx: &mpsc::Sender<Job>) {
 pub(super) async fn put_aside(
     acker: &Acker,
     envelope: Envelope,
-    reason: String,
+    reason: &str,
     origin: &str,
     publish_tx: &mpsc::Sender<Job>,
 ) {
+    let letter = envelope.buried(reason, origin);
     while acker.usable() {
-        match bury(publish_tx, envelope.clone(), reason.clone(), origin).await {
+        match bury(publish_tx, letter.clone()).await {
             Ok(()) => return ack(acker).await,
             Err(error) => tracing::warn!(origin, "a dead letter was not accepted, it is tried again: {error}"),
         }

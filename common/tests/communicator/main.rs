@@ -7,6 +7,7 @@
 
 mod amqp;
 mod broker;
+mod dead;
 mod faults;
 mod in_process;
 

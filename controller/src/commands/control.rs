@@ -15,8 +15,8 @@ use serde_json::{Value, json};
 
 use super::broadcast;
 use crate::cli::{ControlArguments, Global, KillArguments, Output, PauseArguments, PlayArguments};
-use crate::client::{Client, read_pids, whoami};
-use crate::failure::Failure;
+use crate::client::{Client, read_ids, whoami};
+use crate::failure::{Failure, exit_code_of_many};
 use crate::output;
 
 /// How long the holder may take to answer.
@@ -60,7 +60,7 @@ struct Done {
 async fn run(global: &Global, arguments: ControlArguments, request: Request) -> Result<u8, Failure> {
     let ControlArguments { pids: texts, all, selection, reason, dry_run, yes, wait, timeout } = arguments;
     let request = Request { reason, ..request };
-    let pids = read_pids(&texts)?;
+    let pids = read_ids(&texts)?;
     let conditions = selection.of(vec![]);
     let wait = wait.then_some(timeout);
     if texts.is_empty() || !conditions.is_all() || dry_run {
@@ -96,12 +96,7 @@ async fn run(global: &Global, arguments: ControlArguments, request: Request) -> 
     client.close().await;
     let all = asked.into_iter().collect::<Result<Vec<_>, _>>()?;
     report(global.output, &all)?;
-    let failed: Vec<u8> = all.iter().map(|done| done.code).filter(|code| *code != exit::OK).collect();
-    Ok(match failed[..] {
-        [] => exit::OK,
-        [code, ..] if failed.len() == all.len() => code,
-        [..] => exit::SOME_FAILED,
-    })
+    Ok(exit_code_of_many(all.iter().map(|done| done.code)))
 }
 
 fn report(how: Output, all: &[Done]) -> Result<(), Failure> {

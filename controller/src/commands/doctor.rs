@@ -1,6 +1,6 @@
 //! `baton doctor`: what is reachable, which versions, what is wrong, and the remedy.
 
-use baton_common::communicator::{Broker, CheckError};
+use baton_common::communicator::Broker;
 use baton_common::select::Select;
 use baton_common::store::query::Filter;
 use baton_common::store::{self, Location, Store};
@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use crate::cli::{Global, Output};
 use crate::client::DATABASE_FILE;
-use crate::failure::Failure;
+use crate::failure::{Failure, broker_remedy};
 use crate::output;
 
 /// One thing that was looked at.
@@ -108,19 +108,7 @@ async fn broker(urls: &[String]) -> Finding {
             finding("broker", Verdict::Ok, format!("{}{cluster}", info.version), None)
         }
         Err(error) => {
-            let (code, remedy) = match &error {
-                CheckError::BadUrl { .. } => {
-                    (exit::USAGE, "amqp://USER:PASSWORD@HOST:PORT/VHOST, %2f for the vhost \"/\"")
-                }
-                CheckError::Unreachable { .. } => (exit::UNREACHABLE, "start RabbitMQ, or correct host and port"),
-                CheckError::Credentials { .. } => {
-                    (exit::REFUSED, "correct user and password; guest may log in from its own host only")
-                }
-                CheckError::NoVhost { .. } => {
-                    (exit::REFUSED, "rabbitmqctl add_vhost, and rabbitmqctl set_permissions for the user")
-                }
-                CheckError::Refused { .. } => (exit::REFUSED, "see RabbitMQ's log"),
-            };
+            let (code, remedy) = broker_remedy(&error);
             finding("broker", Verdict::Fail(code), error.to_string(), Some(remedy))
         }
     }

@@ -5,12 +5,12 @@ use baton_worker::cli::exit;
 use serde_json::Value;
 
 use crate::cli::{Global, ListArguments, Output};
-use crate::client::{Client, read_pids};
+use crate::client::{Client, read_ids};
 use crate::failure::Failure;
 use crate::output;
 
 pub(crate) async fn run(global: &Global, arguments: ListArguments) -> Result<u8, Failure> {
-    let pids = read_pids(&arguments.pids)?;
+    let pids = read_ids(&arguments.pids)?;
     if pids.is_empty() && !arguments.pids.is_empty() {
         // `-` with nothing on standard input means none, not all.
         return Ok(exit::OK);

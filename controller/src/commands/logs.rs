@@ -10,7 +10,7 @@ use baton_common::store::writer::{Output, Stream};
 use baton_worker::cli::exit;
 
 use crate::cli::{Global, LogsArguments};
-use crate::client::{Client, absent, read_pids};
+use crate::client::{Client, absent, read_ids};
 use crate::failure::Failure;
 
 /// How long a worker may take to answer.
@@ -28,7 +28,7 @@ struct Printed {
 }
 
 pub(crate) async fn run(global: &Global, arguments: LogsArguments) -> Result<u8, Failure> {
-    let pids = read_pids(std::slice::from_ref(&arguments.pid))?;
+    let pids = read_ids(std::slice::from_ref(&arguments.pid))?;
     let &[pid] = pids.as_slice() else {
         return Err(Failure::usage("exactly one process id is needed"));
     };

@@ -5,14 +5,14 @@ use baton_worker::cli::exit;
 use serde_json::{Value, json};
 
 use crate::cli::{Global, Output, Pids};
-use crate::client::{Client, absent, read_pids};
+use crate::client::{Client, absent, read_ids};
 use crate::failure::Failure;
 use crate::output::{self, clock, timestamp};
 
 pub(crate) async fn run(global: &Global, arguments: Pids) -> Result<u8, Failure> {
     let client = Client::open(global).await?;
     let mut all = Vec::new();
-    for pid in read_pids(&arguments.pids)? {
+    for pid in read_ids(&arguments.pids)? {
         all.push(client.store.show(pid).await?.ok_or_else(|| absent(pid))?);
     }
     match global.output {

@@ -9,7 +9,7 @@ use baton_worker::cli::exit;
 use serde_json::{Value, json};
 
 use crate::cli::{Global, Output, Pids};
-use crate::client::{Client, absent, read_pids};
+use crate::client::{Client, absent, read_ids};
 use crate::failure::Failure;
 use crate::output;
 
@@ -19,7 +19,7 @@ const LIMIT: Duration = Duration::from_secs(5);
 pub(crate) async fn run(global: &Global, arguments: Pids) -> Result<u8, Failure> {
     let client = Client::open(global).await?;
     let mut answers = Vec::new();
-    for pid in read_pids(&arguments.pids)? {
+    for pid in read_ids(&arguments.pids)? {
         let filter = Filter::of(vec![pid]);
         let summary = client.store.list(&filter).await?.pop().ok_or_else(|| absent(pid))?;
         let live = ask(&client, &summary).await;

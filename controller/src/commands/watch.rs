@@ -3,12 +3,12 @@
 use serde_json::Value;
 
 use crate::cli::{Global, Output, WatchArguments};
-use crate::client::{Client, read_pids};
+use crate::client::{Client, read_ids};
 use crate::failure::Failure;
 use crate::{follow, output};
 
 pub(crate) async fn run(global: &Global, arguments: WatchArguments) -> Result<u8, Failure> {
-    let pids = read_pids(&arguments.pids.pids)?;
+    let pids = read_ids(&arguments.pids.pids)?;
     let client = Client::open(global).await?;
     let ended = follow::wait_ended(&client.store, &pids, arguments.timeout, |row| {
         if global.output == Output::Table {
