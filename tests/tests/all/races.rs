@@ -111,11 +111,13 @@ impl Race {
 
 #[tokio::test]
 async fn kill_against_end() {
-    let (race, _workers) = Race::new("{call: baton.count, with: {advances: 3, every: 10ms}}").await;
+    let spec = "{call: baton.count, hold: true, with: {advances: 3, every: 10ms}}";
+    let (race, _workers) = Race::new(spec).await;
     let answers = race
         .run(async |operators, pid, mut dice| {
-            dice.pause(200).await;
-            vec![operators[0].ask(pid, Desired::Kill).await]
+            let played = operators[0].ask(pid, Desired::Run).await;
+            dice.pause(100).await;
+            vec![played, operators[0].ask(pid, Desired::Kill).await]
         })
         .await;
     let (killed, finished) = race.judge(answers).await;
