@@ -4,6 +4,8 @@ pub(crate) mod broadcast;
 pub(crate) mod completion;
 pub(crate) mod control;
 pub(crate) mod doctor;
+pub(crate) mod drain;
+pub(crate) mod explain;
 pub(crate) mod list;
 pub(crate) mod logs;
 pub(crate) mod run;
