@@ -70,7 +70,7 @@ pub struct Summary {
     pub wake_at: Option<i64>,
     /// How it ended.
     pub outcome: Option<Outcome>,
-    /// Why its last try failed, if one has.
+    /// Why its last try failed, if it has been tried again.
     pub last_error: Option<String>,
     /// Whether what it waits for is its next try.
     pub waits_for_retry: bool,
@@ -407,21 +407,21 @@ impl Store {
 }
 
 // An error is that of the last attempt that ended with one. The one of the last holding is what a retry waits for, since
-// a holding that ends in an ordinary wait leaves no attempt. Only rows that can have these are looked up.
+// a holding that ends in an ordinary wait leaves no attempt. Each sub-select is one look into an index, and only for rows
+// that can have what it looks for; who has paused a process is one value for the same reason.
 const SUMMARY: &str = "
     SELECT p.id, s.name, s.kind, p.place, p.state, p.before, p.desired, p.queue, p.owner, w.name AS worker, p.epoch,
            p.try, p.seq, s.created_at, p.changed_at, p.ended_at, p.wake_at, p.outcome, {now} AS now,
-           CASE WHEN p.try > 1 OR p.state IN ({finished}, {excepted})
+           CASE WHEN p.try > 1
                 THEN (SELECT a.reason FROM attempt a WHERE a.pid = p.id AND a.how = 'error'
                       ORDER BY a.epoch DESC LIMIT 1) END AS last_error,
            CASE WHEN p.try > 1 AND p.state = {waiting}
                 THEN (SELECT a.how FROM attempt a WHERE a.pid = p.id AND a.epoch = p.epoch) END AS last_how,
-           e.by_whom AS paused_by, e.settled_at AS paused_at, e.reason AS paused_reason
-    FROM process p JOIN spec s ON s.id = p.id LEFT JOIN worker w ON w.id = p.owner
-         LEFT JOIN event e ON e.id = CASE WHEN p.state = {paused}
-                                          THEN (SELECT x.id FROM event x
-                                                WHERE x.pid = p.id AND x.what = 'pause' AND x.outcome = 'applied'
-                                                ORDER BY x.at DESC, x.id DESC LIMIT 1) END";
+           CASE WHEN p.state = {paused}
+                THEN (SELECT CAST({json_array}(e.by_whom, e.settled_at, e.reason) AS text) FROM event e
+                      WHERE e.pid = p.id AND e.what = 'pause' AND e.outcome = 'applied'
+                      ORDER BY e.at DESC, e.id DESC LIMIT 1) END AS paused
+    FROM process p JOIN spec s ON s.id = p.id LEFT JOIN worker w ON w.id = p.owner";
 
 fn summary(row: &QueryResult) -> Result<Summary, Error> {
     let outcome: Option<Vec<u8>> = row.try_get("", "outcome")?;
@@ -453,8 +453,9 @@ fn summary(row: &QueryResult) -> Result<Summary, Error> {
 }
 
 fn paused(row: &QueryResult) -> Result<Option<Paused>, Error> {
-    let Some(by) = row.try_get("", "paused_by")? else { return Ok(None) };
-    Ok(Some(Paused { by, at: row.try_get("", "paused_at")?, reason: row.try_get("", "paused_reason")? }))
+    let Some(text) = row.try_get::<Option<String>>("", "paused")? else { return Ok(None) };
+    let (by, at, reason) = serde_json::from_str(&text).map_err(|error| Error::Unreadable(format!("event: {error}")))?;
+    Ok(Some(Paused { by, at, reason }))
 }
 
 fn attempt(row: &QueryResult) -> Result<AttemptRow, Error> {

@@ -10,3 +10,4 @@ mod network;
 mod outside;
 mod readme;
 mod tree;
+mod why;
