@@ -83,13 +83,13 @@ impl Case<'_> {
     fn held(&self) -> Explanation {
         let summary = self.summary;
         let name = summary.worker.as_deref().unwrap_or("a worker that is forgotten");
-        let since = self.ago(summary.changed_at);
+        let since = span(summary.now - summary.changed_at);
         let facts = self.holder_facts();
         if summary.desired != Desired::Run {
             return self.pending(name);
         }
         if let Some((condition, text, remedy)) = self.takeover() {
-            let text = format!("{name} has held it since {since}; {text}");
+            let text = format!("{name} has held it for {since}; {text}");
             return Explanation { condition, text, remedy, facts };
         }
         if let Ok(Some(Status { blocked_ms: Some(blocked_ms), .. })) = self.answer {
@@ -100,7 +100,7 @@ impl Case<'_> {
             );
             return Explanation::new("blocks_its_thread", text, facts);
         }
-        let text = format!("{name} has held it since {since}: {}{}", self.stage(), self.beside());
+        let text = format!("{name} has held it for {since}: {}{}", self.stage(), self.beside());
         Explanation::new("advancing", text, facts)
     }
 
@@ -178,7 +178,7 @@ impl Case<'_> {
                 let line = status.last_line.as_ref().map(|line| format!(", last line: {line}")).unwrap_or_default();
                 let child = status.child.map(|child| format!(", program {child}")).unwrap_or_default();
                 let stage = span(millis(status.stage_ms));
-                format!("{} for {stage}, {} advances committed{child}{line}", status.stage, status.advances)
+                format!("stage {} for {stage}, {} advances committed{child}{line}", status.stage, status.advances)
             }
             Ok(None) => "its stage is unknown".to_owned(),
             Err(reason) => format!("its stage is unknown ({reason})"),
@@ -263,31 +263,29 @@ impl Case<'_> {
             return self.no_worker("no worker is live".to_owned());
         }
         let serving: Vec<&WorkerRow> = workers.iter().filter(|worker| worker.serves(queue)).collect();
-        let served: BTreeSet<&str> = workers.iter().flat_map(|worker| worker.queues.split(',')).collect();
-        let served: Vec<&str> = served.into_iter().collect();
         if serving.is_empty() {
-            let name = queue_name(queue);
-            let all = served.join(", ");
-            let text = format!("no live worker serves queue `{name}`; the {} that live serve {all}", workers.len());
+            let served: BTreeSet<&str> = workers.iter().flat_map(|worker| worker.queues.split(',')).collect();
+            let served: Vec<&str> = served.into_iter().collect();
+            let (name, all) = (queue_name(queue), served.join(", "));
+            let text = format!("no live worker serves queue `{name}`; live are {}, which serve {all}", workers.len());
             let facts = json!({"queue": queue, "workers": workers.len(), "served": served});
             return Explanation::new("queue_not_served", text, facts).with_remedy(self.start_remedy());
         }
-        let count = serving.len();
         let takers: Vec<&WorkerRow> = serving.iter().copied().filter(|worker| worker.takes_work()).collect();
-        let silent = serving.iter().filter(|worker| worker.silence() >= LEASE).count();
-        let facts = json!({"queue": queue, "workers": count, "silent": silent, "draining": count - silent});
-        if takers.is_empty() && silent > 0 {
-            let text =
-                format!("none of the {count} workers that serve queue `{queue}` has beaten for {} s", LEASE.as_secs());
-            return Explanation::new("workers_silent", text, facts).with_remedy(self.start_remedy());
-        }
         if takers.is_empty() {
-            let text = format!("all {count} workers that serve queue `{queue}` drain and take nothing more");
-            return Explanation::new("workers_drain", text, facts).with_remedy(self.start_remedy());
+            let silent = serving.iter().filter(|worker| worker.silence() >= LEASE).count();
+            let draining = serving.len() - silent;
+            let text = format!(
+                "no worker that serves queue `{queue}` takes work: {draining} drain, {silent} have not beaten for {} s",
+                LEASE.as_secs()
+            );
+            let facts = json!({"queue": queue, "workers": serving.len(), "silent": silent, "draining": draining});
+            let condition = if draining > 0 { "workers_drain" } else { "workers_silent" };
+            return Explanation::new(condition, text, facts).with_remedy(self.start_remedy());
         }
         let held: i64 = takers.iter().map(|worker| worker.held.min(worker.slots)).sum();
         let slots: i64 = takers.iter().map(|worker| worker.slots).sum();
-        let mut facts = json!({
+        let facts = json!({
             "queue": queue,
             "queued_at": timestamp(self.summary.changed_at),
             "before": n_before,
@@ -297,15 +295,13 @@ impl Case<'_> {
             "deaths": self.facts.deaths,
             "broker": self.answer.as_ref().err(),
         });
-        facts["served"] = json!(served);
         let (condition, text) = if held >= slots {
-            let text =
-                format!("all {slots} slots of the {} workers that serve queue `{queue}` are taken", takers.len());
-            ("slots_taken", format!("{text}; {n_before} are queued before it"))
+            let text = format!("all slots for queue `{queue}` are taken, {held} of {slots}; {n_before} are before it");
+            ("slots_taken", text)
         } else {
             let since = span(self.summary.now - self.summary.changed_at);
             let text = format!("it has been queued for {since}, {n_before} before it");
-            ("queued", format!("{text}; {held} of {slots} slots of {} workers are taken", takers.len()))
+            ("queued", format!("{text}; {held} of {slots} slots for queue `{queue}` are taken"))
         };
         Explanation::new(condition, text + &self.remarks(), facts)
     }
@@ -504,7 +500,7 @@ pub(crate) mod tests {
     #[test]
     fn a_request_that_the_holder_has_not_obeyed_comes_before_all_else() {
         let facts = asked(held(worker("w1", "default")), Desired::Pause);
-        let parts = ["pause asked by ann@h 3.0 s ago: maintenance", "w1 holds it", "advancing for 20s", "--now"];
+        let parts = ["pause asked by ann@h 3.0 s ago: maintenance", "w1 holds it", "stage advancing for 20s", "--now"];
         is(&facts, &stage(), "pause_pending", &parts);
         let facts = asked(held(worker("w1", "default")), Desired::Kill);
         is(&facts, &Err("broker away".into()), "kill_pending", &["kill asked by ann@h", "broker away", "kill --force"]);
@@ -575,7 +571,12 @@ pub(crate) mod tests {
             login: "postgresql:ann".into(),
             reason: Some("night".into()),
         });
-        is(&facts, &Ok(None), "fleet_paused", &["by ann@h since 2m00s", "night", "baton play --fleet"]);
+        is(
+            &facts,
+            &Ok(None),
+            "fleet_paused",
+            &["paused by ann@h (postgresql:ann), 2m00s ago: night", "baton play --fleet"],
+        );
     }
 
     #[test]
@@ -583,12 +584,12 @@ pub(crate) mod tests {
         let mut facts = queued();
         facts.details.summary.queue = "gpu.high".into();
         facts.workers.push(worker("w2", "cpu,default"));
-        let parts = ["queue `gpu`", "the 2 that live serve cpu, default", "baton-worker --queue gpu"];
+        let parts = ["queue `gpu`; live are 2, which serve cpu, default", "baton-worker --queue gpu"];
         is(&facts, &Ok(None), "queue_not_served", &parts);
         facts.workers = vec![WorkerRow { drain: true, ..worker("w1", "gpu") }, worker("w2", "default")];
-        is(&facts, &Ok(None), "workers_drain", &["all 1 workers that serve queue `gpu.high` drain"]);
+        is(&facts, &Ok(None), "workers_drain", &["no worker that serves queue `gpu.high` takes work: 1 drain, 0"]);
         facts.workers = vec![silent(worker("w1", "gpu"), 10), worker("w2", "default")];
-        is(&facts, &Ok(None), "workers_silent", &["none of the 1 workers", "has beaten for 10 s"]);
+        is(&facts, &Ok(None), "workers_silent", &["0 drain, 1 have not beaten for 10 s"]);
     }
 
     #[test]
@@ -597,9 +598,14 @@ pub(crate) mod tests {
         let full = |name| WorkerRow { held: 4, ..worker(name, "default") };
         let draining = WorkerRow { drain: true, ..worker("w3", "default") };
         facts.workers = vec![full("w1"), full("w2"), draining, worker("w4", "gpu")];
-        is(&facts, &Ok(None), "slots_taken", &["all 8 slots of the 2 workers", "7 are queued before it"]);
+        is(&facts, &Ok(None), "slots_taken", &["all slots for queue `default` are taken, 8 of 8; 7 are before it"]);
         facts.workers.push(worker("w5", "default"));
-        is(&facts, &Ok(None), "queued", &["queued for 0.3 s, 7 before it; 8 of 12 slots of 3 workers"]);
+        is(
+            &facts,
+            &Ok(None),
+            "queued",
+            &["queued for 0.3 s, 7 before it; 8 of 12 slots for queue `default` are taken"],
+        );
     }
 
     #[test]

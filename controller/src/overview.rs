@@ -46,7 +46,7 @@ impl Overview {
         let queued: i64 = self.backlogs.iter().map(|backlog| backlog.count).sum();
         let oldest = self.backlogs.iter().map(|backlog| backlog.oldest_at).min();
         let waits = oldest.map(|at| format!(", the oldest for {}", age(self.now - at))).unwrap_or_default();
-        Some(format!("{held} of {slots} slots of {count} workers are taken; {queued} queued{waits}"))
+        Some(format!("workers: {count}, with {held} of {slots} slots taken; {queued} queued{waits}"))
     }
 
     /// What an operator should know before anything else: a pause of the fleet, and warnings.
@@ -73,7 +73,7 @@ impl Overview {
 /// Who has paused the fleet, when and why.
 pub(crate) fn pause_text(pause: &FleetPause, now: i64) -> String {
     let reason = because(pause.reason.as_deref());
-    format!("the fleet is paused by {} since {} ({}){reason}", pause.by, age(now - pause.at), pause.login)
+    format!("the fleet is paused by {} ({}), {} ago{reason}", pause.by, pause.login, age(now - pause.at))
 }
 
 #[cfg(test)]
@@ -103,7 +103,7 @@ mod tests {
         let draining = WorkerRow { drain: true, ..worker("w2", "default") };
         let overview = overview(vec![full, draining], "default");
         assert!(
-            overview.load().unwrap().starts_with("4 of 4 slots of 1 workers are taken; 7 queued, the oldest for 1m")
+            overview.load().unwrap().starts_with("workers: 1, with 4 of 4 slots taken; 7 queued, the oldest for 1m")
         );
         assert!(overview.remarks()[0].contains("4 of 4 slots are taken"), "{:?}", overview.remarks());
     }

@@ -41,6 +41,9 @@ pub(crate) async fn run(global: &Global, arguments: DrainArguments) -> Result<u8
     for name in &arguments.names {
         let peers = client.store.drain(name, &request).await?;
         if peers.is_empty() {
+            if global.output == Output::Table {
+                output::print(&format!("{name}  no such live worker"))?;
+            }
             asked.push(Asked::Absent(name.clone()));
         }
         for peer in peers {
@@ -106,16 +109,19 @@ async fn follow(
     let mut said: HashMap<Incarnation, String> = HashMap::new();
     loop {
         let rows = client.store.workers(&ids, true).await?;
-        let has_stopped = rows.iter().all(|row| row.gone_at.is_some());
-        if has_stopped || limit.is_none_or(|limit| started.elapsed() >= limit) {
-            return Ok(rows.into_iter().map(|row| (row.id, row)).collect());
-        }
-        for row in rows.iter().filter(|row| row.gone_at.is_none() && how == Output::Table) {
+        for row in rows.iter().filter(|_| how == Output::Table) {
             let text = text(row);
             if said.get(&row.id) != Some(&text) {
                 output::print(&text)?;
                 said.insert(row.id, text);
             }
+        }
+        let has_stopped = rows.iter().all(|row| row.gone_at.is_some());
+        if has_stopped || limit.is_none_or(|limit| started.elapsed() >= limit) {
+            if let (false, Some(limit)) = (has_stopped, limit) {
+                output::note(&format!("not all have stopped within {}; they go on", output::seconds(limit)));
+            }
+            return Ok(rows.into_iter().map(|row| (row.id, row)).collect());
         }
         tokio::time::sleep(LOOK).await;
     }
@@ -133,13 +139,8 @@ fn report(
             output::print_json(&Value::Array(values.collect()))
         }
         Output::Ids => asked.iter().filter_map(Asked::id).try_for_each(|id| output::print(&id.to_string())),
-        Output::Table => asked.iter().try_for_each(|asked| match asked {
-            Asked::Absent(name) => output::print(&format!("{name}  no such live worker")),
-            Asked::Recorded { peer, .. } => match rows.get(&peer.id) {
-                Some(row) => output::print(&text(row)),
-                None => output::print(&format!("{}  gone", peer.name)),
-            },
-        }),
+        // Was said while it happened.
+        Output::Table => Ok(()),
     }
 }
 

@@ -159,7 +159,7 @@ fn held_text(row: &WorkerRow, held: &[Summary]) -> String {
             format!("  {}", process.pid),
             process.kind.clone(),
             output::status_word(process),
-            span(process.now - process.changed_at),
+            format!("{} ago", span(process.now - process.changed_at)),
             process.name.clone(),
         ]);
     }

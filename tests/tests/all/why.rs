@@ -66,7 +66,7 @@ async fn explain_says_what_is_missing_among_the_workers() {
     let waiting = scene.submit(ENDLESS, 2).await;
     let full = explained_as(&scene, &waiting[1], "slots_taken").await;
     assert_eq!((&full["facts"]["slots"], &full["facts"]["before"]), (&1.into(), &1.into()), "{full}");
-    says(&full, "all 1 slots of the 1 workers that serve queue `default` are taken; 1 are queued before it");
+    says(&full, "all slots for queue `default` are taken, 1 of 1; 1 are before it");
 
     let elsewhere = scene.submit("{call: baton.noop, queue: gpu, priority: high}", 1).await.remove(0);
     let unserved = explained(&scene, &elsewhere).await;
@@ -77,7 +77,7 @@ async fn explain_says_what_is_missing_among_the_workers() {
     says(&unserved, "baton-worker --queue gpu");
     let list = scene.baton(&["list"]).await.ok();
     for part in [
-        "1 of 1 slots of 1 workers are taken; 3 queued, the oldest for",
+        "workers: 1, with 1 of 1 slots taken; 3 queued, the oldest for",
         "warning: 1 of 1 slots are taken",
         "warning: no worker serves queue `gpu.high`, in which 1 wait: baton-worker --queue gpu",
     ] {
