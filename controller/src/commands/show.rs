@@ -117,6 +117,9 @@ fn text_of(details: &Details) -> String {
     lines.join("\n")
 }
 
+/// Times are shown in milliseconds; what is closer is at the same time.
+const SHOWN_US: i64 = 1_000;
+
 /// A request in the timeline: when it was asked, and when it came to what. What was obeyed at once is one line.
 fn told(event: &EventRow) -> Vec<(i64, String)> {
     let many = event.request.map(|request| format!(", request {request}")).unwrap_or_default();
@@ -125,7 +128,7 @@ fn told(event: &EventRow) -> Vec<(i64, String)> {
     let EventRow { outcome: Some(outcome), settled_at: Some(settled_at), .. } = event else {
         return vec![(event.at, format!("{asked}; its holder has yet to obey"))];
     };
-    if *settled_at == event.at {
+    if settled_at - event.at < SHOWN_US {
         return vec![(event.at, format!("{asked}; {outcome}"))];
     }
     let came_to = match Settled::from_word(outcome) {
