@@ -2,13 +2,14 @@
 //!
 //! The database decides and the broker only tells. Every rule of the protocol (claim only what is queued, fence every
 //! write, clear `woken`, apply what is desired when a row leaves its holder) is in the SQL of one file here:
-//! [`submit`], [`writer`] (claims and fenced writes, group-committed), [`control`], [`sweep`], [`worker`]; [`query`]
-//! only reads.
+//! [`submit`], [`writer`] (claims and fenced writes, group-committed), [`control`], [`sweep`], [`worker`]; [`query`] and
+//! [`explain`] only read.
 
 pub mod blob;
 pub mod control;
 mod dialect;
 mod error;
+pub mod explain;
 mod fenced;
 pub mod fleet;
 mod migration;

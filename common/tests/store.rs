@@ -11,7 +11,7 @@ use baton_common::spec::{self, Format};
 use baton_common::state::{Desired, Event, Live, Place, State};
 use baton_common::store::blob::{Checkpoint, Outcome};
 use baton_common::store::control::{Answer, Controlled, Request, Settled};
-use baton_common::store::query::Filter;
+use baton_common::store::query::{Filter, WorkerState};
 use baton_common::store::submit::NewProcess;
 use baton_common::store::worker::{Beat, Load, NewWorker};
 use baton_common::store::writer::{Attempt, Claim, Claimed, Fence, Fenced, How, Output, Stream, Verb, Writer, Written};
@@ -177,6 +177,9 @@ on_both! {
     every_transition_is_one_of_the_state_machine
     two_writers_with_overlapping_rows_do_not_deadlock
     unreadable_checkpoints_are_reported_not_fatal
+    a_list_says_who_paused_it_and_what_a_retry_waits_for
+    facts_say_who_holds_it_and_how_many_are_before_it
+    workers_are_found_by_name_and_by_incarnation
 }
 
 async fn a_process_goes_its_way_from_submit_to_end(scene: Scene) {
@@ -637,4 +640,84 @@ async fn unreadable_checkpoints_are_reported_not_fatal(scene: Scene) {
     scene.write_with(fence, Verb::GiveBack, Some(checkpoint.clone())).await.unwrap();
     let claimed = scene.claimed(pid).await;
     assert_eq!(claimed.checkpoint.unwrap().unwrap(), checkpoint);
+}
+
+async fn a_list_says_who_paused_it_and_what_a_retry_waits_for(scene: Scene) {
+    let summary = async |pid| scene.store.show(pid).await.unwrap().unwrap().summary;
+    let park = |fence, attempt, ended| Fenced {
+        fence,
+        verb: Verb::Park { wake_in: Duration::ZERO },
+        checkpoint: None,
+        attempt,
+        ended,
+        outputs: vec![],
+    };
+    let pid = scene.submit("{call: baton.noop, retry: {max: 3}}").await;
+    let fence = scene.claimed(pid).await.fence;
+    let failed = Attempt { started_at: 1, how: How::Error, reason: Some("exit 1".into()) };
+    scene.writer.write(park(fence, 2, Some(failed))).await.unwrap().unwrap();
+    let retried = summary(pid).await;
+    assert_eq!((retried.last_error.as_deref(), retried.waits_for_retry), (Some("exit 1"), true));
+    // Its next holding ends in an ordinary wait: the error is history.
+    while scene.store.wake_due().await.unwrap().is_empty() {}
+    let fence = scene.claimed(pid).await.fence;
+    scene.writer.write(park(fence, 2, None)).await.unwrap().unwrap();
+    let waits = summary(pid).await;
+    assert_eq!((waits.last_error.as_deref(), waits.waits_for_retry), (Some("exit 1"), false));
+
+    let on_hold = scene.submit("{call: baton.noop, hold: true}").await;
+    assert_eq!(summary(on_hold).await.paused, None);
+    scene.recorded(on_hold, Desired::Run).await;
+    let first = Request { reason: Some("first".into()), ..request(Desired::Pause) };
+    scene.store.control(on_hold, &first).await.unwrap();
+    scene.recorded(on_hold, Desired::Run).await;
+    assert_eq!(summary(on_hold).await.paused, None);
+    let last = Request { by: "bob".into(), reason: Some("last".into()), ..request(Desired::Pause) };
+    scene.store.control(on_hold, &last).await.unwrap();
+    let paused = summary(on_hold).await.paused.unwrap();
+    assert_eq!((paused.by.as_str(), paused.reason.as_deref()), ("bob", Some("last")));
+}
+
+async fn facts_say_who_holds_it_and_how_many_are_before_it(scene: Scene) {
+    assert!(scene.store.facts(Pid::generate()).await.unwrap().is_none());
+    let processes = ["default", "default", "gpu", "default"]
+        .map(|queue| new_process(&format!("{{call: baton.noop, queue: {queue}}}")));
+    let pids = processes.each_ref().map(|process| process.pid);
+    scene.store.submit(&processes).await.unwrap();
+    let facts = async |pid| scene.store.facts(pid).await.unwrap().unwrap();
+    assert_eq!((facts(pids[3]).await.n_before, facts(pids[2]).await.n_before), (2, 0));
+    let backlogs = scene.store.backlogs().await.unwrap();
+    let counts: Vec<(&str, i64)> = backlogs.iter().map(|backlog| (backlog.queue.as_str(), backlog.count)).collect();
+    assert_eq!(counts, [("default", 3), ("gpu", 1)]);
+    scene.claimed(pids[0]).await;
+    assert_eq!(facts(pids[3]).await.n_before, 1);
+    let held = facts(pids[0]).await;
+    assert_eq!((held.n_before, held.holder.unwrap().name.as_str()), (0, "w1"));
+    assert_eq!(scene.store.list_held(scene.me, 5).await.unwrap()[0].pid, pids[0]);
+    scene.store.declare_gone(scene.me, 0).await.unwrap();
+    let orphan = facts(pids[0]).await;
+    assert!(orphan.workers.is_empty() && orphan.holder.unwrap().gone_at.is_some());
+}
+
+async fn workers_are_found_by_name_and_by_incarnation(scene: Scene) {
+    let names = async |wanted: &[String], with_gone| {
+        let rows = scene.store.workers(wanted, with_gone).await.unwrap();
+        rows.into_iter().map(|row| row.name).collect::<Vec<_>>()
+    };
+    let second = Incarnation::generate();
+    scene.store.register(second, &worker("w2")).await.unwrap();
+    if scene.store.is_embedded() {
+        // Whoever registers there is alone.
+        assert_eq!(names(&[], false).await, ["w2"]);
+    }
+    assert_eq!(names(&["w2".into()], false).await, ["w2"]);
+    assert_eq!(names(&[scene.me.to_string()], true).await, ["w1"]);
+    assert!(names(&["w3".into()], true).await.is_empty());
+    let before = scene.store.workers(&["w2".into()], false).await.unwrap().remove(0);
+    scene.store.beat(second, &Load::default()).await.unwrap();
+    let after = scene.store.workers(&["w2".into()], false).await.unwrap().remove(0);
+    assert!(after.beat == before.beat + 1 && after.beat_at >= before.beat_at && after.state() == WorkerState::Live);
+    scene.store.leave(second).await.unwrap();
+    assert!(names(&["w2".into()], false).await.is_empty());
+    assert_eq!(scene.store.workers(&["w2".into()], true).await.unwrap()[0].state(), WorkerState::Gone);
 }

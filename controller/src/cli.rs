@@ -84,6 +84,16 @@ The exit code is the process's own. State is kept in .baton/ of the current dire
     Show(Pids),
     /// Ask the worker that holds a process what it does right now
     Status(Pids),
+    /// Say why a process does not move: the first condition that is not met, with numbers
+    #[command(after_help = "Examples:
+  baton explain PID
+  baton list --state waiting -o ids | baton explain -
+  baton explain PID -o json              `condition` is a word that stays, with its `facts`
+
+Conditions: ended, kill_pending, pause_pending, paused, on_hold, holder_gone, holder_silent, blocks_its_thread,
+advancing, waits_for_retry, waits_for_timer, fleet_paused, no_worker, queue_not_served, workers_drain, workers_silent,
+slots_taken, queued")]
+    Explain(Pids),
     /// Follow processes until they have ended
     #[command(after_help = "Examples:
   baton watch 01940000-0000-7000-8000-000000000000
@@ -112,7 +122,26 @@ The exit code is the process's own. State is kept in .baton/ of the current dire
   baton kill PID --force                 end it now, although its worker does not answer")]
     Kill(KillArguments),
     /// List the workers
+    #[command(after_help = "Examples:
+  baton workers
+  baton workers w1                       also what it holds
+  baton workers --all                    also those that have stopped or died
+  baton workers --watch                  again every second, until Ctrl-C
+  baton workers --watch -o json          a line for each look
+
+States: live; draining (takes nothing more); silent (has missed a beat); gone (has stopped or was declared gone).
+LEASE is how long ago it beat; after 10 s of silence, as another worker sees it, what it holds is taken over.")]
     Workers(WorkersArguments),
+    /// Let workers give back what they hold, and stop
+    #[command(after_help = "Examples:
+  baton drain w1 --reason 'new kernel'
+  baton drain w1 w2 --wait               until they have stopped, showing what they still hold
+  baton drain 01940000-0000-7000-8000-000000000000   one incarnation of several of the same name
+
+It is written into the database first, so it holds even while the broker is down: workers read it at their next beat.
+What a worker holds goes back to the queue before its next advance, or when the worker's grace has passed. A service
+manager that starts the worker again starts one that takes work.")]
+    Drain(DrainArguments),
     /// Look at messages that nobody could use; send them again once the cause is mended, or throw them away
     #[command(
         subcommand,
@@ -305,9 +334,30 @@ fn label(text: &str) -> Result<(String, String), String> {
 
 #[derive(Args, Debug)]
 pub(crate) struct WorkersArguments {
+    /// Only these, by name or incarnation, with what they hold
+    pub(crate) names: Vec<String>,
+    /// Show them again every second, until Ctrl-C
+    #[arg(long)]
+    pub(crate) watch: bool,
     /// Also those that have stopped or died
     #[arg(long)]
     pub(crate) all: bool,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct DrainArguments {
+    /// Workers, by name or incarnation
+    #[arg(required = true, value_name = "WORKER")]
+    pub(crate) names: Vec<String>,
+    /// Why; kept in the fleet's history
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) reason: Option<String>,
+    /// Wait until they have stopped
+    #[arg(long)]
+    pub(crate) wait: bool,
+    /// How long to wait at most
+    #[arg(long, requires = "wait", value_parser = duration::parse, value_name = "DURATION", default_value = "2m")]
+    pub(crate) timeout: Duration,
 }
 
 #[derive(Subcommand, Debug)]

@@ -5,6 +5,8 @@ pub(crate) mod completion;
 pub(crate) mod control;
 pub(crate) mod dead;
 pub(crate) mod doctor;
+pub(crate) mod drain;
+pub(crate) mod explain;
 pub(crate) mod list;
 pub(crate) mod logs;
 pub(crate) mod run;

@@ -3,9 +3,11 @@
 mod cli;
 mod client;
 mod commands;
+mod condition;
 mod failure;
 mod follow;
 mod output;
+mod overview;
 
 use std::process::ExitCode;
 
@@ -39,12 +41,14 @@ async fn dispatch(cli: Cli) -> Result<u8, Failure> {
         Command::List(arguments) => commands::list::run(&global, arguments).await,
         Command::Show(arguments) => commands::show::run(&global, arguments).await,
         Command::Status(arguments) => commands::status::run(&global, arguments).await,
+        Command::Explain(arguments) => commands::explain::run(&global, arguments).await,
         Command::Watch(arguments) => commands::watch::run(&global, arguments).await,
         Command::Logs(arguments) => commands::logs::run(&global, arguments).await,
         Command::Pause(arguments) => commands::control::pause(&global, arguments).await,
         Command::Play(arguments) => commands::control::play(&global, arguments).await,
         Command::Kill(arguments) => commands::control::kill(&global, arguments).await,
         Command::Workers(arguments) => commands::workers::run(&global, arguments).await,
+        Command::Drain(arguments) => commands::drain::run(&global, arguments).await,
         Command::Dead(command) => Box::pin(commands::dead::run(&global, command)).await,
         Command::Doctor => commands::doctor::run(&global).await,
         Command::Completion { shell } => commands::completion::run(shell),

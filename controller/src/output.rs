@@ -33,8 +33,13 @@ pub(crate) fn note(text: &str) {
 
 /// Says that something is not as it should be, although the command has done its work.
 pub(crate) fn warn(text: &str) {
+    note(&warning(text));
+}
+
+/// The same as a line of the result.
+pub(crate) fn warning(text: &str) -> String {
     let yellow = Style::new().bold().fg_color(Some(AnsiColor::Yellow.into()));
-    note(&format!("{yellow}warning{yellow:#}: {text}"));
+    format!("{yellow}warning{yellow:#}: {text}")
 }
 
 /// A table without lines, whose cells are never cut.
@@ -80,17 +85,41 @@ pub(crate) fn status_word(summary: &Summary) -> String {
 
 /// What a person wants to know beside the state.
 pub(crate) fn detail(summary: &Summary) -> String {
-    if let Some(reason) = summary.outcome.as_ref().and_then(|outcome| outcome.reason.clone()) {
-        return reason;
-    }
-    match (summary.wake_at, summary.worker.as_deref()) {
-        (Some(wake_at), _) if summary.state == State::Waiting => {
-            format!("wakes in {}", age(wake_at - summary.now))
+    match summary.place {
+        Place::Ended => {
+            let reason = summary.outcome.as_ref().and_then(|outcome| outcome.reason.clone());
+            reason.or_else(|| summary.last_error.clone()).unwrap_or_default()
         }
-        (_, Some(worker)) => format!("on {worker}"),
-        (_, None) if summary.place == Place::Queued => format!("in queue {}", summary.queue),
-        (_, None) => String::new(),
+        Place::Held => summary.worker.as_ref().map(|worker| format!("on {worker}")).unwrap_or_default(),
+        Place::Queued => format!("in queue {}", summary.queue),
+        Place::Parked => match (summary.state, summary.wake_at) {
+            (State::Paused(_), _) => paused(summary),
+            (_, Some(wake_at)) => waits(summary, wake_at),
+            (_, None) => String::new(),
+        },
     }
+}
+
+fn paused(summary: &Summary) -> String {
+    match &summary.paused {
+        Some(paused) => {
+            format!("paused by {} {} ago{}", paused.by, age(summary.now - paused.at), because(paused.reason.as_deref()))
+        }
+        None => "on hold since it was accepted".into(),
+    }
+}
+
+fn waits(summary: &Summary, wake_at: i64) -> String {
+    let pause = age(wake_at - summary.now);
+    match &summary.last_error {
+        Some(error) if summary.waits_for_retry => format!("try {} in {pause}, after: {error}", summary.attempt),
+        Some(_) | None => format!("wakes in {pause}"),
+    }
+}
+
+/// A reason that somebody gave, as the end of a sentence.
+pub(crate) fn because(reason: Option<&str>) -> String {
+    reason.map(|reason| format!(": {reason}")).unwrap_or_default()
 }
 
 /// A process in JSON.
@@ -119,6 +148,11 @@ pub(crate) fn summary_json(summary: &Summary) -> Value {
         "values": outcome.map(|outcome| &outcome.values),
         "reason": outcome.and_then(|outcome| outcome.reason.as_ref()),
         "sandbox": outcome.and_then(|outcome| outcome.sandbox.as_ref()),
+        "last_error": summary.last_error,
+        "retries": summary.attempt - 1,
+        "paused_by": summary.paused.as_ref().map(|paused| &paused.by),
+        "paused_at": summary.paused.as_ref().map(|paused| timestamp(paused.at)),
+        "paused_reason": summary.paused.as_ref().and_then(|paused| paused.reason.as_ref()),
     })
 }
 
@@ -131,6 +165,11 @@ pub(crate) fn age(micros: i64) -> String {
         3600..86_400 => format!("{}h{:02}m", seconds / 3600, seconds % 3600 / 60),
         _ => format!("{}d{:02}h", seconds / 86_400, seconds % 86_400 / 3600),
     }
+}
+
+/// The same, with a tenth of a second where that is still something.
+pub(crate) fn span(micros: i64) -> String {
+    if micros < 10_000_000 { seconds(Duration::from_micros(micros.max(0).cast_unsigned())) } else { age(micros) }
 }
 
 /// A time for programs: RFC 3339 in UTC, with microseconds.
@@ -176,6 +215,15 @@ mod tests {
     fn a_text_from_anywhere_fits_into_a_cell() {
         assert_eq!(one_line("a\n  b\u{1b}[31m\tc", 20), "a b [31m c");
         assert_eq!(one_line(&"ä".repeat(30), 5), "äääää…");
+    }
+
+    #[test]
+    fn short_spans_have_tenths() {
+        for (milliseconds, text) in
+            [(-5, "0.0 s"), (340, "0.3 s"), (9_999, "10.0 s"), (10_000, "10s"), (61_000, "1m01s")]
+        {
+            assert_eq!(span(milliseconds * 1_000), text);
+        }
     }
 
     #[test]

@@ -123,6 +123,15 @@ impl Scene {
 
     /// Runs a command of the CLI in a folder, with more variables.
     pub async fn baton_in(&self, folder: &Path, variables: &[(&str, &str)], arguments: &[&str]) -> Output {
+        output(self.command_in(folder, variables, arguments)).await
+    }
+
+    /// A command of the CLI that is not started yet.
+    pub fn command(&self, arguments: &[&str]) -> Command {
+        self.command_in(self.folder(), &[], arguments)
+    }
+
+    fn command_in(&self, folder: &Path, variables: &[(&str, &str)], arguments: &[&str]) -> Command {
         let mut command = Command::new(programs().join("baton"));
         clean_environment(&mut command);
         command
@@ -134,7 +143,7 @@ impl Scene {
             .env("USER", "tester")
             .envs(variables.iter().copied())
             .stdin(Stdio::null());
-        output(command).await
+        command
     }
 
     /// Submits a spec and gives back the pids.

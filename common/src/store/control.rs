@@ -300,7 +300,8 @@ impl Settled {
         }
     }
 
-    fn from_word(word: &str) -> Option<Self> {
+    /// What the word stands for; `None` for a word of a later version.
+    pub fn from_word(word: &str) -> Option<Self> {
         [Settled::Applied, Settled::Superseded, Settled::Ended].into_iter().find(|settled| settled.word() == word)
     }
 }

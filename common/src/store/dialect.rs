@@ -87,7 +87,7 @@ impl Dialect {
         for desired in [Desired::Run, Desired::Pause, Desired::Kill] {
             sql = sql.replace(&format!("{{{}}}", desired.verb()), &desired.code().to_string());
         }
-        let words: [(&str, &str, &str); 8] = [
+        let words: [(&str, &str, &str); 9] = [
             (
                 "{now}",
                 "(extract(epoch from now()) * 1000000)::bigint",
@@ -106,6 +106,7 @@ impl Dialect {
             ("{of_p}", "FOR UPDATE OF p", ""),
             ("{login}", "('postgresql:' || session_user)", "'sqlite'"),
             ("{json}", "::jsonb", ""),
+            ("{json_array}", "json_build_array", "json_array"),
         ];
         for (word, postgres, sqlite) in words {
             sql = sql.replace(word, if self == Dialect::Postgres { postgres } else { sqlite });

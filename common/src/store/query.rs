@@ -1,13 +1,15 @@
 //! What people ask of the database. Nothing here changes a row.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use sea_orm::{QueryResult, Value};
 use serde::Serialize;
 use uuid::Uuid;
 
 use super::blob::{self, Checkpoint, Outcome};
-use super::writer::{Output, Stream};
+use super::worker::LEASE;
+use super::writer::{How, Output, Stream};
 use super::{Error, Store, select};
 use crate::communicator::control_queue;
 use crate::id::{Incarnation, Pid};
@@ -68,8 +70,25 @@ pub struct Summary {
     pub wake_at: Option<i64>,
     /// How it ended.
     pub outcome: Option<Outcome>,
+    /// Why its last try failed, if it has been tried again.
+    pub last_error: Option<String>,
+    /// Whether what it waits for is its next try.
+    pub waits_for_retry: bool,
+    /// Who has paused it, if it is paused and somebody has: one that was accepted on hold has nobody.
+    pub paused: Option<Paused>,
     /// The time of the query.
     pub now: i64,
+}
+
+/// Who has paused a process.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Paused {
+    /// Who asked, as they say themselves: user and host.
+    pub by: String,
+    /// When it was applied.
+    pub at: i64,
+    /// Why.
+    pub reason: Option<String>,
 }
 
 /// Everything about one process.
@@ -156,12 +175,82 @@ pub struct WorkerRow {
     pub drain: bool,
     /// The number that grows while it lives.
     pub beat: i64,
+    /// When that number last grew. People read it; who is dead is decided by the number alone.
+    pub beat_at: i64,
     /// When it started.
     pub started_at: i64,
     /// When it stopped or was declared gone.
     pub gone_at: Option<i64>,
     /// The name of its control queue.
     pub control_queue: String,
+    /// The time of the query.
+    #[serde(skip)]
+    pub now: i64,
+}
+
+/// What a worker's row says of it, for people.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WorkerState {
+    /// It beats.
+    Live,
+    /// It beats, takes nothing more, and gives back what it holds.
+    Draining,
+    /// It has missed a beat, and nobody has declared it gone yet.
+    Silent,
+    /// It has stopped, or was declared gone.
+    Gone,
+}
+
+/// A beat that is older than this was missed; they come every second.
+const SILENT_AFTER: Duration = Duration::from_millis(1_500);
+
+impl WorkerState {
+    /// The word for tables.
+    pub fn word(self) -> &'static str {
+        match self {
+            WorkerState::Live => "live",
+            WorkerState::Draining => "draining",
+            WorkerState::Silent => "silent",
+            WorkerState::Gone => "gone",
+        }
+    }
+}
+
+impl WorkerRow {
+    /// How long ago it beat.
+    pub fn silence(&self) -> Duration {
+        Duration::from_micros((self.now - self.beat_at).max(0).cast_unsigned())
+    }
+
+    /// How it is.
+    pub fn state(&self) -> WorkerState {
+        if self.gone_at.is_some() {
+            WorkerState::Gone
+        } else if self.silence() > SILENT_AFTER {
+            WorkerState::Silent
+        } else if self.drain {
+            WorkerState::Draining
+        } else {
+            WorkerState::Live
+        }
+    }
+
+    /// Whether it is expected to take work: nobody drains it, and it has beaten within its lease. A worker that died alone
+    /// has a row that nobody marks.
+    pub fn takes_work(&self) -> bool {
+        self.gone_at.is_none() && !self.drain && self.silence() < LEASE
+    }
+
+    /// Whether it serves a task queue, whose name may have a class.
+    pub fn serves(&self, task_queue: &str) -> bool {
+        let name = queue_name(task_queue);
+        self.queues.split(',').any(|queue| queue == name)
+    }
+}
+
+/// The queue that a task queue's name stands for: `default` for `default.high`.
+pub fn queue_name(task_queue: &str) -> &str {
+    task_queue.split('.').next().unwrap_or(task_queue)
 }
 
 impl Store {
@@ -245,19 +334,40 @@ impl Store {
         Ok(Some((epoch, outputs)))
     }
 
-    /// Workers, live ones first; gone ones only if asked for.
+    /// Workers, live ones first; gone ones only if asked for. `names` are names or incarnations; none means all.
     ///
     /// # Errors
     /// The database does not answer.
-    pub async fn workers(&self, with_gone: bool) -> Result<Vec<WorkerRow>, Error> {
+    pub async fn workers(&self, names: &[String], with_gone: bool) -> Result<Vec<WorkerRow>, Error> {
+        let mut values: Vec<Value> = Vec::new();
+        let mut conditions = Vec::new();
+        for name in names {
+            values.push(name.clone().into());
+            conditions.push(format!("w.name = ${}", values.len()));
+            if let Ok(id) = name.parse::<Uuid>() {
+                values.push(id.into());
+                conditions.push(format!("w.id = ${}", values.len()));
+            }
+        }
+        let named = if names.is_empty() { "true".to_owned() } else { format!("({})", conditions.join(" OR ")) };
         let which = if with_gone { "true" } else { "w.gone_at IS NULL" };
         let sql = format!(
-            "SELECT w.id, w.name, w.host, w.os_pid, w.version, w.queues, w.slots, w.blocked, w.drain, w.beat, w.started_at,
-                    w.gone_at,
+            "SELECT w.id, w.name, w.host, w.os_pid, w.version, w.queues, w.slots, w.blocked, w.drain, w.beat, w.beat_at,
+                    w.started_at, w.gone_at, {{now}} AS now,
                     (SELECT COUNT(*) FROM process p WHERE p.owner = w.id AND p.place = {{held}}) AS held
-             FROM worker w WHERE {which} ORDER BY w.gone_at IS NOT NULL, w.name, w.started_at"
+             FROM worker w WHERE {named} AND {which} ORDER BY w.gone_at IS NOT NULL, w.name, w.started_at"
         );
-        self.query(&sql, vec![]).await?.iter().map(worker).collect()
+        self.query(&sql, values).await?.iter().map(worker).collect()
+    }
+
+    /// What an incarnation holds, the longest held first, at most `limit`.
+    ///
+    /// # Errors
+    /// The database does not answer.
+    pub async fn list_held(&self, owner: Incarnation, limit: u32) -> Result<Vec<Summary>, Error> {
+        let sql =
+            format!("{SUMMARY} WHERE p.owner = $1 AND p.place = {{held}} ORDER BY p.claimed_at, p.id LIMIT {limit}");
+        self.query(&sql, vec![Uuid::from(owner).into()]).await?.iter().map(summary).collect()
     }
 
     /// The name of the control queue of a live incarnation.
@@ -296,9 +406,21 @@ impl Store {
     }
 }
 
+// An error is that of the last attempt that ended with one. The one of the last holding is what a retry waits for, since
+// a holding that ends in an ordinary wait leaves no attempt. Each sub-select is one look into an index, and only for rows
+// that can have what it looks for; who has paused a process is one value for the same reason.
 const SUMMARY: &str = "
     SELECT p.id, s.name, s.kind, p.place, p.state, p.before, p.desired, p.queue, p.owner, w.name AS worker, p.epoch,
-           p.try, p.seq, s.created_at, p.changed_at, p.ended_at, p.wake_at, p.outcome, {now} AS now
+           p.try, p.seq, s.created_at, p.changed_at, p.ended_at, p.wake_at, p.outcome, {now} AS now,
+           CASE WHEN p.try > 1
+                THEN (SELECT a.reason FROM attempt a WHERE a.pid = p.id AND a.how = 'error'
+                      ORDER BY a.epoch DESC LIMIT 1) END AS last_error,
+           CASE WHEN p.try > 1 AND p.state = {waiting}
+                THEN (SELECT a.how FROM attempt a WHERE a.pid = p.id AND a.epoch = p.epoch) END AS last_how,
+           CASE WHEN p.state = {paused}
+                THEN (SELECT CAST({json_array}(e.by_whom, e.settled_at, e.reason) AS text) FROM event e
+                      WHERE e.pid = p.id AND e.what = 'pause' AND e.outcome = 'applied'
+                      ORDER BY e.at DESC, e.id DESC LIMIT 1) END AS paused
     FROM process p JOIN spec s ON s.id = p.id LEFT JOIN worker w ON w.id = p.owner";
 
 fn summary(row: &QueryResult) -> Result<Summary, Error> {
@@ -323,8 +445,17 @@ fn summary(row: &QueryResult) -> Result<Summary, Error> {
         ended_at: row.try_get("", "ended_at")?,
         wake_at: row.try_get("", "wake_at")?,
         outcome: outcome.map(|bytes| Outcome::from_bytes(&bytes)).transpose()?,
+        last_error: row.try_get("", "last_error")?,
+        waits_for_retry: row.try_get::<Option<String>>("", "last_how")?.is_some_and(|how| how == How::Error.word()),
+        paused: paused(row)?,
         now: row.try_get("", "now")?,
     })
+}
+
+fn paused(row: &QueryResult) -> Result<Option<Paused>, Error> {
+    let Some(text) = row.try_get::<Option<String>>("", "paused")? else { return Ok(None) };
+    let (by, at, reason) = serde_json::from_str(&text).map_err(|error| Error::Unreadable(format!("event: {error}")))?;
+    Ok(Some(Paused { by, at, reason }))
 }
 
 fn attempt(row: &QueryResult) -> Result<AttemptRow, Error> {
@@ -370,7 +501,9 @@ fn worker(row: &QueryResult) -> Result<WorkerRow, Error> {
         blocked: row.try_get("", "blocked")?,
         drain: row.try_get("", "drain")?,
         beat: row.try_get("", "beat")?,
+        beat_at: row.try_get("", "beat_at")?,
         started_at: row.try_get("", "started_at")?,
         gone_at: row.try_get("", "gone_at")?,
+        now: row.try_get("", "now")?,
     })
 }

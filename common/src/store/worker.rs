@@ -87,8 +87,9 @@ impl Store {
     /// # Errors
     /// The database does not answer.
     pub async fn register(&self, id: Incarnation, worker: &NewWorker) -> Result<(), Error> {
-        let sql = "INSERT INTO worker (id, name, host, os_pid, version, queues, slots, load, drain, beat, started_at)
-                   VALUES ($1, $2, $3, $4, $5, $6, $7, 0, false, 0, {now})";
+        let sql = "INSERT INTO worker (id, name, host, os_pid, version, queues, slots, load, drain, beat, beat_at,
+                                       started_at)
+                   VALUES ($1, $2, $3, $4, $5, $6, $7, 0, false, 0, {now}, {now})";
         let values: Vec<Value> = vec![
             Uuid::from(id).into(),
             worker.name.clone().into(),
@@ -111,7 +112,8 @@ impl Store {
     /// # Errors
     /// The database does not answer; the lease runs on until its deadline.
     pub async fn beat(&self, id: Incarnation, load: &Load) -> Result<Beat, Error> {
-        let sql = "UPDATE worker SET beat = beat + 1, load = $2, blocked = $3 WHERE id = $1 AND gone_at IS NULL
+        let sql = "UPDATE worker SET beat = beat + 1, beat_at = {now}, load = $2, blocked = $3
+                   WHERE id = $1 AND gone_at IS NULL
                    RETURNING drain, (SELECT COUNT(*) FROM fleet WHERE paused_at IS NOT NULL) AS n_paused";
         let blocked = (!load.blocked.is_empty()).then(|| load.blocked.join(", "));
         let rows = self.query(sql, vec![Uuid::from(id).into(), i64::from(load.held).into(), blocked.into()]).await?;

@@ -1,8 +1,7 @@
 //! `baton doctor`: what is reachable, which versions, what is wrong, and the remedy.
 
 use baton_common::communicator::Broker;
-use baton_common::select::Select;
-use baton_common::store::query::Filter;
+use baton_common::store::query::queue_name;
 use baton_common::store::{self, Location, Store};
 use baton_worker::cli::{exit, exit_code};
 use serde_json::{Value, json};
@@ -11,6 +10,7 @@ use crate::cli::{Global, Output};
 use crate::client::DATABASE_FILE;
 use crate::failure::{Failure, broker_remedy};
 use crate::output;
+use crate::overview::Overview;
 
 /// One thing that was looked at.
 struct Finding {
@@ -115,17 +115,12 @@ async fn broker(urls: &[String]) -> Finding {
 }
 
 async fn workers(store: &Store) -> Result<Finding, Failure> {
-    let workers = store.workers(false).await?;
-    let select = Select { states: vec!["created".into()], ..Select::default() };
-    let queued = store.list(&Filter { select, limit: Some(1_000) }).await?;
-    let is_served = |queue: &str| {
-        let name = queue.split('.').next().unwrap_or(queue);
-        workers.iter().any(|worker| worker.queues.split(',').any(|served| served == name))
-    };
-    if let Some(row) = queued.iter().find(|row| !is_served(&row.queue)) {
-        let text = format!("{} live; none serves queue `{}`, in which processes wait", workers.len(), row.queue);
-        let name = row.queue.split('.').next().unwrap_or(&row.queue);
-        let remedy = format!("baton-worker --queue {name}");
+    let overview = Overview::look(store).await?;
+    let workers = &overview.workers;
+    if let Some(backlog) = overview.unserved().next() {
+        let queue = &backlog.queue;
+        let text = format!("{} live; none takes from queue `{queue}`, in which processes wait", workers.len());
+        let remedy = format!("baton-worker --queue {}", queue_name(queue));
         return Ok(finding("workers", Verdict::Warn, text, Some(&remedy)));
     }
     let blocked = workers.iter().filter_map(|worker| worker.blocked.as_ref()).count();

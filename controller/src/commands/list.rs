@@ -8,6 +8,7 @@ use crate::cli::{Global, ListArguments, Output};
 use crate::client::{Client, read_ids};
 use crate::failure::Failure;
 use crate::output;
+use crate::overview::Overview;
 
 pub(crate) async fn run(global: &Global, arguments: ListArguments) -> Result<u8, Failure> {
     let pids = read_ids(&arguments.pids)?;
@@ -23,7 +24,7 @@ pub(crate) async fn run(global: &Global, arguments: ListArguments) -> Result<u8,
         Output::Json => output::print_json(&Value::Array(rows.iter().map(output::summary_json).collect()))?,
         Output::Ids => rows.iter().try_for_each(|row| output::print(&row.pid.to_string()))?,
         Output::Table => {
-            let mut table = output::table(&["PID", "NAME", "STATE", "AGE", "CHANGED", "TRY", "ADVANCES", "DETAIL"]);
+            let mut table = output::table(&["PID", "NAME", "STATE", "AGE", "CHANGED", "TRIES", "ADVANCES", "DETAIL"]);
             for row in &rows {
                 table.add_row([
                     row.pid.to_string(),
@@ -37,11 +38,20 @@ pub(crate) async fn run(global: &Global, arguments: ListArguments) -> Result<u8,
                 ]);
             }
             output::print(&table.trim_fmt())?;
-            let counts = client.store.count_by_state().await?;
-            let total: i64 = counts.values().sum();
-            let parts: Vec<String> = counts.iter().map(|(word, count)| format!("{count} {word}")).collect();
-            output::print(&format!("\n{total} in all{}{}", if total > 0 { ": " } else { "" }, parts.join(", ")))?;
+            output::print(&format!("\n{}", footer(&client).await?))?;
         }
     }
     Ok(exit::OK)
+}
+
+/// What is beside and behind the rows that are shown.
+async fn footer(client: &Client) -> Result<String, Failure> {
+    let counts = client.store.count_by_state().await?;
+    let total: i64 = counts.values().sum();
+    let parts: Vec<String> = counts.iter().map(|(word, count)| format!("{count} {word}")).collect();
+    let mut lines = vec![format!("{total} in all{}{}", if total > 0 { ": " } else { "" }, parts.join(", "))];
+    let overview = Overview::look(&client.store).await?;
+    lines.extend(overview.load());
+    lines.extend(overview.remarks());
+    Ok(lines.join("\n"))
 }

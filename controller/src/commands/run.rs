@@ -11,7 +11,7 @@ use baton_common::id::Pid;
 use baton_common::select::Select;
 use baton_common::spec::Spec;
 use baton_common::state::State;
-use baton_common::store::query::{Details, Filter, Summary};
+use baton_common::store::query::{Details, Filter, Summary, queue_name};
 use baton_common::store::submit::NewProcess;
 use baton_common::store::{Location, Store};
 use baton_common::telemetry::new_traceparent;
@@ -155,8 +155,7 @@ async fn queues(store: &Store, spec: &Spec) -> Result<Vec<String>, Failure> {
     let mut queues = BTreeMap::from([(spec.queue.clone(), ())]);
     let states = ["created", "running", "waiting", "paused"].map(str::to_owned).to_vec();
     for row in store.list(&Filter { select: Select { states, ..Select::default() }, limit: None }).await? {
-        let queue = row.queue.split('.').next().unwrap_or(&row.queue).to_owned();
-        queues.insert(queue, ());
+        queues.insert(queue_name(&row.queue).to_owned(), ());
     }
     Ok(queues.into_keys().collect())
 }

@@ -1,13 +1,14 @@
 //! `baton show`.
 
-use baton_common::store::query::Details;
+use baton_common::store::control::Settled;
+use baton_common::store::query::{Details, EventRow};
 use baton_worker::cli::exit;
 use serde_json::{Value, json};
 
 use crate::cli::{Global, Output, Pids};
 use crate::client::{Client, absent, read_ids};
 use crate::failure::Failure;
-use crate::output::{self, clock, timestamp};
+use crate::output::{self, because, clock, timestamp};
 
 pub(crate) async fn run(global: &Global, arguments: Pids) -> Result<u8, Failure> {
     let client = Client::open(global).await?;
@@ -47,7 +48,18 @@ fn json_of(details: &Details) -> Value {
     let events: Vec<Value> = details
         .events
         .iter()
-        .map(|event| json!({"at": timestamp(event.at), "what": event.what, "by": event.by, "reason": event.reason}))
+        .map(|event| {
+            json!({
+                "at": timestamp(event.at),
+                "what": event.what,
+                "by": event.by,
+                "login": event.login,
+                "reason": event.reason,
+                "request": event.request,
+                "outcome": event.outcome,
+                "settled_at": event.settled_at.map(timestamp),
+            })
+        })
         .collect();
     let checkpoint = details.checkpoint.as_ref();
     value["created_by"] = json!(details.created_by);
@@ -55,7 +67,6 @@ fn json_of(details: &Details) -> Value {
     value["session"] = json!(details.spec.session);
     value["spec"] = json!(details.spec);
     value["failures"] = json!(checkpoint.map_or(0, |checkpoint| checkpoint.failures));
-    value["last_error"] = json!(checkpoint.and_then(|checkpoint| checkpoint.last_error.as_ref()));
     value["progress"] = json!(checkpoint.and_then(|checkpoint| checkpoint.progress.as_ref()));
     value["attempts"] = Value::Array(attempts);
     value["events"] = Value::Array(events);
@@ -85,7 +96,7 @@ fn text_of(details: &Details) -> String {
     lines.push("  timeline".into());
     let mut timeline = vec![(summary.created_at, format!("accepted from {}", details.created_by))];
     for attempt in &details.attempts {
-        let reason = attempt.reason.as_ref().map(|reason| format!(": {reason}")).unwrap_or_default();
+        let reason = because(attempt.reason.as_deref());
         timeline.push((
             attempt.started_at,
             format!("claimed by {} (epoch {}, try {})", attempt.worker, attempt.epoch, attempt.attempt),
@@ -96,8 +107,7 @@ fn text_of(details: &Details) -> String {
         ));
     }
     for event in &details.events {
-        let reason = event.reason.as_ref().map(|reason| format!(": {reason}")).unwrap_or_default();
-        timeline.push((event.at, format!("{} asked by {}{reason}", event.what, event.by)));
+        timeline.extend(told(event));
     }
     if let Some(ended_at) = summary.ended_at {
         timeline.push((ended_at, summary.state.word().to_owned()));
@@ -105,4 +115,27 @@ fn text_of(details: &Details) -> String {
     timeline.sort_by_key(|(at, _)| *at);
     lines.extend(timeline.into_iter().map(|(at, what)| format!("    {}  {what}", clock(at))));
     lines.join("\n")
+}
+
+/// Times are shown in milliseconds; what is closer is at the same time.
+const SHOWN_US: i64 = 1_000;
+
+/// A request in the timeline: when it was asked, and when it came to what. What was obeyed at once is one line.
+fn told(event: &EventRow) -> Vec<(i64, String)> {
+    let many = event.request.map(|request| format!(", request {request}")).unwrap_or_default();
+    let reason = because(event.reason.as_deref());
+    let asked = format!("{} asked by {} ({}{many}){reason}", event.what, event.by, event.login);
+    let EventRow { outcome: Some(outcome), settled_at: Some(settled_at), .. } = event else {
+        return vec![(event.at, format!("{asked}; its holder has yet to obey"))];
+    };
+    if settled_at - event.at < SHOWN_US {
+        return vec![(event.at, format!("{asked}; {outcome}"))];
+    }
+    let came_to = match Settled::from_word(outcome) {
+        Some(Settled::Applied) => "applied",
+        Some(Settled::Superseded) => "superseded by a later request",
+        Some(Settled::Ended) => "came too late, the process had ended",
+        None => outcome,
+    };
+    vec![(event.at, asked), (*settled_at, format!("{} of {} {came_to}", event.what, event.by))]
 }

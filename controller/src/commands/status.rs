@@ -54,7 +54,7 @@ pub(crate) async fn run(global: &Global, arguments: Pids) -> Result<u8, Failure>
 }
 
 /// What the holder says; `None` when there is none, or when the process has left it meanwhile.
-async fn ask(client: &Client, summary: &Summary) -> Result<Option<Status>, String> {
+pub(crate) async fn ask(client: &Client, summary: &Summary) -> Result<Option<Status>, String> {
     let Some(owner) = summary.owner else { return Ok(None) };
     let queue = client.store.control_queue_of(owner).await.map_err(|error| error.to_string())?;
     let (Some(queue), Some(communicator)) = (queue, client.broker().await?) else { return Ok(None) };

@@ -158,3 +158,33 @@ async fn a_fleet_without_its_broker_takes_work_and_orders_from_the_database() {
     assert_eq!(repeated.trim(), "0", "a process was taken twice");
     assert!(worker.terminate().await.success());
 }
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs services: run tests/run"]
+async fn without_the_broker_a_process_is_explained_and_a_worker_is_drained() {
+    let scene = Scene::private().await;
+    let mut worker = scene.worker("w1", &["--slots", "1"]).await;
+    blocking(|| scene.services().kill_broker()).await;
+    let counting = "{call: baton.count, with: {advances: 100000, every: 100ms}}";
+    let held = scene.submit(counting, 1).await.remove(0);
+    let explained = async |pid: &str, condition: &str| {
+        eventually(condition, Duration::from_secs(20), async || {
+            let now = scene.baton(&["explain", pid, "-o", "json"]).await.ok().json()[0].clone();
+            if now["condition"] == condition { Ok(now) } else { Err(now) }
+        })
+        .await
+    };
+    let held = explained(&held, "advancing").await;
+    assert!(held["facts"]["unanswered"].is_string() && held["text"].as_str().unwrap().contains("w1"), "{held}");
+    let queued = scene.submit(counting, 1).await.remove(0);
+    let full = explained(&queued, "slots_taken").await;
+    assert!(full["text"].as_str().unwrap().contains("workers take it from the database as well"), "{full}");
+
+    let drain = scene.baton(&["drain", "w1", "--wait", "--timeout", "30s", "-o", "json"]).await.ok();
+    assert!(drain.stderr.contains("warning"), "{drain:?}");
+    let drained = drain.json();
+    assert_eq!((&drained[0]["outcome"], &drained[0]["nudged"]), (&"drained".into(), &false.into()), "{drained}");
+    assert!(worker.ended(Duration::from_secs(10)).await.success());
+    let queued = explained(&queued, "no_worker").await;
+    assert_eq!(queued["place"], "queued", "{queued}");
+}

@@ -13,3 +13,4 @@ mod outside;
 mod races;
 mod readme;
 mod tree;
+mod why;

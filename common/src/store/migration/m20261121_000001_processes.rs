@@ -101,6 +101,7 @@ const TABLES: &[&str] = &[
         total_bytes bigint NOT NULL,
         PRIMARY KEY (pid, epoch, stream)
     )",
+    // `beat` is the lease. `beat_at` is when it last grew, which people read and nothing decides by.
     "CREATE TABLE worker (
         id {uuid} PRIMARY KEY,
         name text NOT NULL,
@@ -113,6 +114,7 @@ const TABLES: &[&str] = &[
         blocked text,
         drain boolean NOT NULL,
         beat bigint NOT NULL,
+        beat_at bigint NOT NULL,
         started_at bigint NOT NULL,
         gone_at bigint
     )",

@@ -1,0 +1,88 @@
+//! Why a process does not move: what there is to know about it, gathered by a few statements. Nothing is decided here.
+
+use sea_orm::Value;
+use uuid::Uuid;
+
+use super::fleet::FleetPause;
+use super::query::{Details, WorkerRow};
+use super::{Error, Store};
+use crate::id::Pid;
+
+/// A process, and everything outside it that it may wait for. Gathered one after the other, so a process that moves
+/// meanwhile may show up in two places.
+#[derive(Clone, Debug)]
+pub struct Facts {
+    /// The process itself.
+    pub details: Details,
+    /// How many of its holders have died in a row without a checkpoint.
+    pub deaths: i64,
+    /// How many in its task queue were queued before it; zero unless it is queued.
+    pub n_before: i64,
+    /// The worker that holds it, which may be gone.
+    pub holder: Option<WorkerRow>,
+    /// Every worker that nobody has declared gone.
+    pub workers: Vec<WorkerRow>,
+    /// Who has paused the fleet.
+    pub fleet_pause: Option<FleetPause>,
+}
+
+/// A task queue with processes that wait for a worker.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Backlog {
+    /// The task queue's name, with its class.
+    pub queue: String,
+    /// How many.
+    pub count: i64,
+    /// Since when the first of them has been queued, in microseconds since 1970 by the database's clock.
+    pub oldest_at: i64,
+}
+
+impl Store {
+    /// Everything that may keep a process from moving; `None` when there is no such process.
+    ///
+    /// # Errors
+    /// The database does not answer, or a row cannot be read.
+    pub async fn facts(&self, pid: Pid) -> Result<Option<Facts>, Error> {
+        let Some(details) = self.show(pid).await? else { return Ok(None) };
+        let holder = match details.summary.owner {
+            Some(owner) => self.workers(&[owner.to_string()], true).await?.pop(),
+            None => None,
+        };
+        let id: Vec<Value> = vec![Uuid::from(pid).into()];
+        let row = self.query(PLACE_IN_QUEUE, id).await?.into_iter().next().ok_or(Error::NoRow)?;
+        Ok(Some(Facts {
+            details,
+            deaths: row.try_get("", "deaths")?,
+            n_before: row.try_get("", "n_before")?,
+            holder,
+            workers: self.workers(&[], false).await?,
+            fleet_pause: self.fleet_pause().await?,
+        }))
+    }
+
+    /// The task queues that have queued processes, in the order of their names.
+    ///
+    /// # Errors
+    /// The database does not answer.
+    pub async fn backlogs(&self) -> Result<Vec<Backlog>, Error> {
+        let sql = "SELECT queue, COUNT(*) AS n, MIN(changed_at) AS oldest_at FROM process
+                   WHERE place = {queued} GROUP BY queue ORDER BY queue";
+        let rows = self.query(sql, vec![]).await?;
+        rows.iter()
+            .map(|row| {
+                Ok(Backlog {
+                    queue: row.try_get("", "queue")?,
+                    count: row.try_get("", "n")?,
+                    oldest_at: row.try_get("", "oldest_at")?,
+                })
+            })
+            .collect()
+    }
+}
+
+const PLACE_IN_QUEUE: &str = "
+    SELECT p.deaths,
+           (SELECT COUNT(*) FROM process q
+            WHERE q.place = {queued} AND p.place = {queued} AND q.queue = p.queue AND q.told_at <= p.told_at
+              AND (q.told_at < p.told_at OR q.id < p.id)) AS n_before
+    FROM process p WHERE p.id = $1";

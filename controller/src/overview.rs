@@ -1,0 +1,110 @@
+//! The fleet in a few lines: what its workers can take, what waits for them, and what is wrong with that.
+
+use baton_common::store::Store;
+use baton_common::store::explain::Backlog;
+use baton_common::store::fleet::FleetPause;
+use baton_common::store::query::{WorkerRow, queue_name};
+
+use crate::failure::Failure;
+use crate::output::{age, because, warning};
+
+/// One look at the fleet.
+pub(crate) struct Overview {
+    /// Those that nobody has declared gone.
+    pub(crate) workers: Vec<WorkerRow>,
+    backlogs: Vec<Backlog>,
+    pause: Option<FleetPause>,
+    now: i64,
+    /// A database of `baton run` has no fleet.
+    is_embedded: bool,
+}
+
+impl Overview {
+    pub(crate) async fn look(store: &Store) -> Result<Self, Failure> {
+        Ok(Self {
+            workers: store.workers(&[], false).await?,
+            backlogs: store.backlogs().await?,
+            pause: store.fleet_pause().await?,
+            now: store.now().await?,
+            is_embedded: store.is_embedded(),
+        })
+    }
+
+    /// A task queue with processes in it that no worker takes.
+    pub(crate) fn unserved(&self) -> impl Iterator<Item = &Backlog> {
+        let is_served = |queue: &str| self.workers.iter().any(|worker| worker.takes_work() && worker.serves(queue));
+        self.backlogs.iter().filter(move |backlog| !self.is_embedded && !is_served(&backlog.queue))
+    }
+
+    /// How much of the workers is in use, and what waits for them.
+    pub(crate) fn load(&self) -> Option<String> {
+        if self.is_embedded {
+            return None;
+        }
+        let (held, slots) = self.slots();
+        let count = self.workers.iter().filter(|worker| worker.takes_work()).count();
+        let queued: i64 = self.backlogs.iter().map(|backlog| backlog.count).sum();
+        let oldest = self.backlogs.iter().map(|backlog| backlog.oldest_at).min();
+        let waits = oldest.map(|at| format!(", the oldest for {}", age(self.now - at))).unwrap_or_default();
+        Some(format!("workers: {count}, with {held} of {slots} slots taken; {queued} queued{waits}"))
+    }
+
+    /// What an operator should know before anything else: a pause of the fleet, and warnings.
+    pub(crate) fn remarks(&self) -> Vec<String> {
+        let mut remarks: Vec<String> = self.pause.iter().map(|pause| pause_text(pause, self.now)).collect();
+        let (held, slots) = self.slots();
+        if held * 10 > slots * 9 {
+            remarks.push(warning(&format!("{held} of {slots} slots are taken; start more workers, or give them more")));
+        }
+        for backlog in self.unserved() {
+            let Backlog { queue, count, .. } = backlog;
+            let text = format!("no worker serves queue `{queue}`, in which {count} wait: baton-worker --queue");
+            remarks.push(warning(&format!("{text} {}", queue_name(queue))));
+        }
+        remarks
+    }
+
+    fn slots(&self) -> (i64, i64) {
+        let takers = self.workers.iter().filter(|worker| worker.takes_work());
+        takers.fold((0, 0), |(held, slots), worker| (held + worker.held, slots + worker.slots))
+    }
+}
+
+/// Who has paused the fleet, when and why.
+pub(crate) fn pause_text(pause: &FleetPause, now: i64) -> String {
+    let reason = because(pause.reason.as_deref());
+    format!("the fleet is paused by {} ({}), {} ago{reason}", pause.by, pause.login, age(now - pause.at))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::condition::tests::worker;
+
+    fn overview(workers: Vec<WorkerRow>, queue: &str) -> Overview {
+        let backlog = Backlog { queue: queue.into(), count: 7, oldest_at: -60_000_000 };
+        Overview { workers, backlogs: vec![backlog], pause: None, now: 0, is_embedded: false }
+    }
+
+    #[test]
+    fn a_queue_is_served_by_who_takes_work_from_it() {
+        let draining = WorkerRow { drain: true, ..worker("w1", "gpu") };
+        let dead = WorkerRow { beat_at: -10_000_000, ..worker("w2", "gpu") };
+        let other = worker("w3", "cpu,gpu2");
+        let remarks = overview(vec![draining, dead, other.clone()], "gpu.high").remarks();
+        assert_eq!(remarks.len(), 1, "{remarks:?}");
+        assert!(remarks[0].contains("`gpu.high`, in which 7 wait: baton-worker --queue gpu"), "{remarks:?}");
+        assert!(overview(vec![other, worker("w4", "cpu,gpu")], "gpu.high").remarks().is_empty());
+    }
+
+    #[test]
+    fn slots_are_those_of_workers_that_take_work() {
+        let full = WorkerRow { held: 4, ..worker("w1", "default") };
+        let draining = WorkerRow { drain: true, ..worker("w2", "default") };
+        let overview = overview(vec![full, draining], "default");
+        assert!(
+            overview.load().unwrap().starts_with("workers: 1, with 4 of 4 slots taken; 7 queued, the oldest for 1m")
+        );
+        assert!(overview.remarks()[0].contains("4 of 4 slots are taken"), "{:?}", overview.remarks());
+    }
+}
