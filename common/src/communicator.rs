@@ -205,6 +205,9 @@ const N_DELIVERIES_MAX: usize = 64;
 /// Control requests that wait for the worker; more wait on the broker.
 const N_CONTROLS_MAX: usize = 64;
 
+/// What each message of a batch may take beyond the limit for an answer.
+const CONFIRM_TIME: Duration = Duration::from_millis(5);
+
 /// Answers to one broadcast that wait for the asker: one a worker, and no fleet has more.
 const N_ANSWERS_MAX: usize = 4096;
 
@@ -330,7 +333,9 @@ impl Communicator {
         if let Some(message) = messages.iter().find(|message| message.body.len() > SIZE_BYTES_MAX) {
             return Err(TellError::TooLarge(message.body.len()));
         }
-        let deadline = Instant::now() + ANSWER_LIMIT;
+        // A broker that is busy with others confirms some hundreds a second.
+        let n_messages = u32::try_from(messages.len()).unwrap_or(u32::MAX);
+        let deadline = Instant::now() + ANSWER_LIMIT + CONFIRM_TIME * n_messages;
         let (done, outcome) = oneshot::channel();
         let job = Job { target: Target::Task(queue.to_owned()), messages, deadline, done };
         match timeout_at(deadline, self.shared.jobs_tx.send(job)).await {

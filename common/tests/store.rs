@@ -2,6 +2,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a test fails by it")]
 
+use std::panic::AssertUnwindSafe;
 use std::time::Duration;
 
 use baton_common::id::{Incarnation, Pid, RequestId};
@@ -16,6 +17,7 @@ use baton_common::store::submit::NewProcess;
 use baton_common::store::worker::{Beat, Load, NewWorker};
 use baton_common::store::writer::{Attempt, Claim, Claimed, Fence, Fenced, How, Output, Stream, Verb, Writer, Written};
 use baton_common::store::{Location, Store};
+use futures_util::FutureExt;
 
 /// A database of a test's own, with one registered worker and its writer.
 struct Scene {
@@ -519,15 +521,9 @@ async fn a_request_to_many_that_was_cut_off_goes_on_and_undoes_nothing(scene: Sc
     let id = RequestId::generate();
     let pause = request(Desired::Pause);
     // The one who records it dies after the first page.
-    let (died_tx, died) = tokio::sync::oneshot::channel();
-    let mut died_tx = Some(died_tx);
     let select = Select::one(first);
-    let page = |_| died_tx.take().map_or((), |died_tx| died_tx.send(()).unwrap_or(()));
-    tokio::select! {
-        biased;
-        _ = died => {}
-        _ = scene.store.control_many(id, &select, &pause, page) => panic!("it came to its end"),
-    }
+    let dies = scene.store.control_many(id, &select, &pause, |_| panic!("dies"));
+    assert!(AssertUnwindSafe(dies).catch_unwind().await.is_err());
     assert_eq!(scene.state(first).await.1, State::Paused(Live::Created));
     scene.recorded(first, Desired::Run).await;
     let mut changed = Vec::new();

@@ -175,7 +175,7 @@ async fn work(dial: &Dial, connection: &Connection, lane: Option<Channel>, job: 
     let outcome = tokio::select! {
         biased;
         outcome = publish => outcome.unwrap_or_else(|_| {
-            Err(TellError::Unknown(format!("no confirm within {} s", ANSWER_LIMIT.as_secs())))
+            Err(TellError::Unknown("no confirm in time".to_owned()))
         }),
         _ = health.wait_for(|health| health.blocked) => Err(blocked(dial)),
     };

@@ -17,6 +17,7 @@ async fn becomes(scene: &Scene, condition: &str, count: usize) {
 }
 
 #[tokio::test]
+#[ignore = "needs services: run tests/run"]
 async fn a_broadcast_reaches_what_is_held_queued_and_parked_and_every_worker_answers() {
     let scene = Scene::new().await;
     let _workers = [scene.worker("w1", &["--slots", "40"]).await, scene.worker("w2", &["--slots", "40"]).await];
@@ -65,6 +66,7 @@ async fn a_broadcast_reaches_what_is_held_queued_and_parked_and_every_worker_ans
 }
 
 #[tokio::test]
+#[ignore = "needs services: run tests/run"]
 async fn a_frozen_worker_is_named_and_its_processes_obey_once_they_are_taken_over() {
     let scene = Scene::new().await;
     let frozen = scene.worker("cold", &["--slots", "10"]).await;
@@ -80,6 +82,7 @@ async fn a_frozen_worker_is_named_and_its_processes_obey_once_they_are_taken_ove
 }
 
 #[tokio::test]
+#[ignore = "needs services: run tests/run"]
 async fn the_fleet_takes_nothing_while_it_is_paused_and_says_so() {
     let scene = Scene::new().await;
     let _worker = scene.worker("w1", &[]).await;
@@ -101,6 +104,7 @@ async fn the_fleet_takes_nothing_while_it_is_paused_and_says_so() {
 }
 
 #[tokio::test]
+#[ignore = "needs services: run tests/run"]
 async fn without_any_worker_everything_but_running_works() {
     let scene = Scene::new().await;
     let mut worker = scene.worker("w1", &["--slots", "3"]).await;
@@ -119,6 +123,7 @@ async fn without_any_worker_everything_but_running_works() {
 }
 
 #[tokio::test]
+#[ignore = "needs services: run tests/run"]
 async fn force_ends_what_a_frozen_worker_holds_and_nothing_of_it_is_left() {
     let scene = Scene::new().await;
     let worker = scene.worker("w1", &[]).await;
@@ -144,6 +149,7 @@ async fn force_ends_what_a_frozen_worker_holds_and_nothing_of_it_is_left() {
 }
 
 #[tokio::test]
+#[ignore = "needs services: run tests/run"]
 async fn a_kill_leaves_nothing_not_even_of_what_hides_nor_its_lock() {
     let scene = Scene::new().await;
     let _worker = scene.worker("w1", &[]).await;

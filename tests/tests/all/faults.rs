@@ -114,6 +114,7 @@ async fn a_database_that_is_restarted_and_then_killed_costs_only_time() {
 }
 
 #[tokio::test]
+#[ignore = "needs services: run tests/run"]
 async fn a_fleet_without_its_broker_takes_work_and_orders_from_the_database() {
     let scene = Scene::private().await;
     let mut worker = scene.worker("w1", &["--slots", "20"]).await;

@@ -110,6 +110,7 @@ impl Race {
 }
 
 #[tokio::test]
+#[ignore = "needs services: run tests/run"]
 async fn kill_against_end() {
     let spec = "{call: baton.count, hold: true, with: {advances: 3, every: 10ms}}";
     let (race, _workers) = Race::new(spec).await;
@@ -125,6 +126,7 @@ async fn kill_against_end() {
 }
 
 #[tokio::test]
+#[ignore = "needs services: run tests/run"]
 async fn pause_against_play() {
     let (race, _workers) = Race::new("{call: baton.count, with: {advances: 20, every: 20ms}}").await;
     let answers = race
@@ -142,6 +144,7 @@ async fn pause_against_play() {
 }
 
 #[tokio::test]
+#[ignore = "needs services: run tests/run"]
 async fn pause_against_park_and_wake() {
     let (race, _workers) = Race::new("{call: baton.count, with: {advances: 4, every: 1s}}").await;
     let answers = race
@@ -159,6 +162,7 @@ async fn pause_against_park_and_wake() {
 }
 
 #[tokio::test]
+#[ignore = "needs services: run tests/run"]
 async fn two_operators_at_once() {
     let (race, _workers) = Race::new("{call: baton.count, with: {advances: 10, every: 20ms}}").await;
     let answers = race
@@ -178,6 +182,7 @@ async fn two_operators_at_once() {
 }
 
 #[tokio::test]
+#[ignore = "needs services: run tests/run"]
 async fn requests_against_takeover() {
     let (race, mut workers) = Race::new("{call: baton.count, with: {advances: 60, every: 50ms}}").await;
     let mut victim = workers.pop().expect("two workers");
@@ -202,6 +207,7 @@ async fn requests_against_takeover() {
 }
 
 #[tokio::test]
+#[ignore = "needs services: run tests/run"]
 async fn broadcasts_while_workers_join_leave_and_freeze() {
     let (race, mut workers) = Race::new("{call: baton.count, with: {advances: 100, every: 100ms}}").await;
     let scene = &race.scene;
