@@ -165,6 +165,7 @@ on_both! {
     five_deaths_without_a_checkpoint_end_it
     a_suspect_is_claimed_alone
     a_gone_worker_beats_no_more
+    what_is_given_back_by_someone_who_does_not_know_it_keeps_its_try
     the_head_rule_tells_only_what_is_older
     many_are_controlled_by_labels
     every_condition_of_a_selection_narrows_it
@@ -393,6 +394,17 @@ async fn a_gone_worker_beats_no_more(scene: Scene) {
     assert!(scene.store.declare_gone(scene.me, 1).await.unwrap());
     assert_eq!(scene.store.beat(scene.me, &Load::default()).await.unwrap(), Beat::Gone);
     assert!(scene.store.peers().await.unwrap().is_empty());
+}
+
+async fn what_is_given_back_by_someone_who_does_not_know_it_keeps_its_try(scene: Scene) {
+    let pid = scene.submit("call: baton.noop").await;
+    let give_back = |fence, attempt| {
+        let verb = Verb::GiveBack;
+        scene.writer.write(Fenced { fence, verb, checkpoint: None, attempt, ended: None, outputs: vec![] })
+    };
+    give_back(scene.claimed(pid).await.fence, 3).await.unwrap().unwrap();
+    give_back(scene.claimed(pid).await.fence, 0).await.unwrap().unwrap();
+    assert_eq!(scene.claimed(pid).await.attempt, 3);
 }
 
 async fn the_head_rule_tells_only_what_is_older(scene: Scene) {

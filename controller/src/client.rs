@@ -15,6 +15,7 @@ use baton_common::store::control::Controlled;
 use baton_common::store::submit::ByQueue;
 use baton_common::store::{Location, Store};
 use baton_worker::cli::{exit, host_name};
+use baton_worker::peers::{LOOK_INTERVAL, Watch};
 
 use crate::cli::Global;
 use crate::failure::Failure;
@@ -109,6 +110,24 @@ impl Client {
             if let Err(reason) = self.tell(&freed.queued, false).await {
                 output::warn(&format!("freed processes were not told ({reason}); workers find them"));
             }
+        }
+    }
+
+    /// Waits for something that dead workers may hold up: when no worker is left to notice their death, this does.
+    pub(crate) async fn while_watching<T>(&self, waiting: impl Future<Output = T>) -> T {
+        let watch = async {
+            let mut watch = Watch::default();
+            loop {
+                // A database that does not answer shows up in what is waited for.
+                if watch.look(&self.store).await.is_ok_and(|someone_died| someone_died) {
+                    let _ = self.free_orphans().await;
+                }
+                tokio::time::sleep(LOOK_INTERVAL).await;
+            }
+        };
+        tokio::select! {
+            done = waiting => done,
+            () = watch => unreachable!("it watches for ever"),
         }
     }
 

@@ -149,7 +149,7 @@ impl Reconciliation {
 }
 
 async fn give_back(shared: &Arc<Shared>, fence: Fence) {
-    let fenced = Fenced { fence, verb: Verb::GiveBack, checkpoint: None, attempt: 1, ended: None, outputs: vec![] };
+    let fenced = Fenced { fence, verb: Verb::GiveBack, checkpoint: None, attempt: 0, ended: None, outputs: vec![] };
     if let Ok(Some(written)) = shared.writer.write(fenced).await {
         shared.tell(fence.pid, written.queue, written.told_at).await;
     }

@@ -24,7 +24,7 @@ mod intake;
 mod kinds;
 mod lease;
 pub mod local;
-mod peers;
+pub mod peers;
 pub mod process;
 pub mod registry;
 mod run;

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use baton_common::id::Incarnation;
 use baton_common::store::worker::{LEASE, Peer};
+use baton_common::store::{self, Store};
 use tokio::time::MissedTickBehavior;
 use tracing::{debug, info, warn};
 
@@ -19,7 +20,7 @@ use crate::shim::boottime_ms;
 use crate::sweeps;
 
 /// Pause between two looks at the beats.
-const LOOK_INTERVAL: Duration = Duration::from_millis(500);
+pub const LOOK_INTERVAL: Duration = Duration::from_millis(500);
 
 /// Two looks further apart than this leave a gap in which anything may have happened; all observations begin anew.
 const GAP_MAX_MS: u64 = 2_500;
@@ -89,6 +90,37 @@ fn verdict(seen: Seen, now_ms: u64) -> Verdict {
         Verdict::Suspect
     } else {
         Verdict::Dead
+    }
+}
+
+/// Watches all workers for a program that is none: one that waits for what a dead worker holds, when no other is there to
+/// notice.
+#[derive(Default)]
+pub struct Watch {
+    observations: Observations,
+}
+
+impl Watch {
+    /// Takes a look, which has to be repeated about every half second, and declares gone whose beat has stood still for a
+    /// whole lease; says whether that was somebody.
+    ///
+    /// # Errors
+    /// The database does not answer; what was seen before counts no more.
+    pub async fn look(&mut self, store: &Store) -> Result<bool, store::Error> {
+        let peers = match store.peers().await {
+            Ok(peers) => peers,
+            Err(error) => {
+                self.observations.forget();
+                return Err(error);
+            }
+        };
+        let mut someone_died = false;
+        for (peer, verdict) in self.observations.look(&peers, boottime_ms()) {
+            if verdict == Verdict::Dead {
+                someone_died |= store.declare_gone(peer.id, peer.beat).await?;
+            }
+        }
+        Ok(someone_died)
     }
 }
 

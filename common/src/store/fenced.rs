@@ -263,7 +263,7 @@ fn fenced_sql() -> String {
          SET seq = CASE WHEN length(b_checkpoint) = 0 THEN seq ELSE b_seq END,
              checkpoint = CASE WHEN length(b_checkpoint) = 0 THEN checkpoint ELSE b_checkpoint END,
              deaths = CASE WHEN length(b_checkpoint) = 0 THEN deaths ELSE 0 END,
-             try = b_try,
+             try = CASE WHEN b_try = 0 THEN try ELSE b_try END,
              woken = false,
              wake_at = CASE WHEN b_verb = {PARK} AND NOT {stays} THEN {{now}} + b_wake_at ELSE NULL END,
              place = CASE WHEN {stays} THEN {{held}}

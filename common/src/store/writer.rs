@@ -85,7 +85,7 @@ pub struct Fenced {
     pub verb: Verb,
     /// The new progress; `None` leaves the old one.
     pub checkpoint: Option<Checkpoint>,
-    /// The number of the try, from 1.
+    /// The number of the try, from 1; 0 leaves it as it is.
     pub attempt: i64,
     /// The attempt's row, if this write ends the holding. A holding that ends in an ordinary wait leaves none.
     pub ended: Option<Attempt>,

@@ -78,7 +78,7 @@ pub(crate) async fn many(global: &Global, many: Many) -> Result<u8, Failure> {
     let control = Control::Obey { verb: request.verb, select, reason: request.reason.clone() };
     gather(broker, control, &mut outcome).await;
     if let Some(limit) = wait {
-        obeyed(&client, id, limit).await?;
+        client.while_watching(obeyed(&client, id, limit)).await?;
     }
     let owners: HashMap<Pid, Incarnation> = changed.iter().filter_map(|row| Some((row.pid, row.owner?))).collect();
     let pending = client.store.pending(id).await?;

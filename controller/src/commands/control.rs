@@ -85,7 +85,7 @@ async fn run(global: &Global, arguments: ControlArguments, request: Request) -> 
                 let started = Instant::now();
                 let mut done = ask(client, broker, pid, request).await?;
                 if let Some(limit) = wait {
-                    wait_for(client, &mut done, request.verb, limit).await?;
+                    client.while_watching(wait_for(client, &mut done, request.verb, limit)).await?;
                 }
                 Ok(Done { elapsed: started.elapsed(), ..done })
             }

@@ -124,6 +124,22 @@ async fn without_any_worker_everything_but_running_works() {
 
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
+async fn what_a_dead_worker_holds_obeys_although_no_other_worker_is_there() {
+    let scene = Scene::new().await;
+    let mut worker = scene.worker("w1", &[]).await;
+    let counting = scene.submit("{call: baton.count, with: {advances: 1000000, every: 1h, stay: true}}", 2).await;
+    becomes(&scene, "place = 1", 2).await;
+    worker.kill();
+    let paused = scene.baton(&["pause", &counting[0], "--wait", "-o", "json"]).await.ok().json();
+    assert_eq!(paused[0]["outcome"], "paused");
+    assert_eq!(scene.show(&counting[0]).await["attempts"][0]["how"], "lost");
+    let killed = scene.baton(&["kill", "--all", "--yes", "--wait", "-o", "json"]).await.ok().json();
+    assert_eq!((&killed["selected"], &killed["pending"]), (&2.into(), &0.into()));
+    assert_eq!(scene.count("state = 6").await, 2);
+}
+
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
 async fn force_ends_what_a_frozen_worker_holds_and_nothing_of_it_is_left() {
     let scene = Scene::new().await;
     let worker = scene.worker("w1", &[]).await;
