@@ -15,6 +15,7 @@ mod envelope;
 mod intake;
 mod link;
 mod memory;
+mod poison;
 mod publish;
 mod settle;
 mod source;

@@ -18,7 +18,8 @@ use super::control::control_request;
 use super::credits::{Credits, share_of};
 use super::delivery::{Settlement, Ticket};
 use super::envelope::{CONTROL_QUEUE, TASK_EXCHANGE, classes, task_queue};
-use super::link::{ANSWER_LIMIT, Backoff, Dial, close};
+use super::link::{ANSWER_LIMIT, Backoff, Dial, UNREADABLE, close};
+use super::poison;
 use super::publish::Job;
 use super::settle::put_aside;
 use super::source::{Head, Opened, Plan, Source, look};
@@ -127,6 +128,9 @@ pub(super) async fn run(dial: Arc<Dial>, mut ends: Ends) {
             Err(error) => error.to_string(),
         };
         dial.board.consumed(BTreeSet::new());
+        if error == UNREADABLE {
+            put_aside_unreadable(&dial, &ends, &wanted).await;
+        }
         dial.board.down(Link::Consume, Some(error));
         tokio::select! {
             () = sleep(backoff.pause()) => {}
@@ -135,6 +139,20 @@ pub(super) async fn run(dial: Arc<Dial>, mut ends: Ends) {
         }
     }
     dial.board.down(Link::Consume, None);
+}
+
+/// Takes out of the queues what has ended the connection, or it would end the next one as well.
+async fn put_aside_unreadable(dial: &Dial, ends: &Ends, wanted: &Wanted) {
+    let control = wanted.control.then(|| CONTROL_QUEUE.to_owned());
+    for queue in wanted.queues.iter().map(|queue| task_queue(queue)).chain(control) {
+        for url in &dial.urls {
+            match timeout(ANSWER_LIMIT, poison::put_aside(url, &queue, &ends.publish_tx)).await {
+                Ok(Ok(_)) => break,
+                Ok(Err(error)) => tracing::debug!(queue, %error, "not looked through for unreadable messages"),
+                Err(_) => tracing::debug!(queue, "not looked through for unreadable messages: no answer"),
+            }
+        }
+    }
 }
 
 /// Without a connection an order is only noted; returns when nobody can give one any more.

@@ -29,6 +29,9 @@ const BACKOFF_MAX: Duration = Duration::from_secs(5);
 /// How often a connection is asked whether it still lives, besides what it says itself.
 const WATCHDOG_INTERVAL: Duration = Duration::from_secs(1);
 
+/// Why a connection ended over which something came that cannot be read.
+pub(super) const UNREADABLE: &str = "the broker sent what cannot be read";
+
 /// What the keepers of the three connections have in common.
 pub(super) struct Dial {
     pub(super) urls: Vec<String>,
@@ -86,9 +89,11 @@ impl Dial {
         let mut watchdog = tokio::time::interval(WATCHDOG_INTERVAL);
         loop {
             tokio::select! {
+                biased;
                 event = events.next() => match event {
                     Some(Event::ConnectionBlocked(reason)) => self.board.block(link, Some(reason)),
                     Some(Event::ConnectionUnblocked) => self.board.block(link, None),
+                    Some(Event::Error(error)) if is_unreadable(&error) => return UNREADABLE.to_owned(),
                     Some(Event::Error(error)) if !connection.status().connected() => return reason(&error),
                     Some(_) => {}
                     None => return "connection ended".to_owned(),
@@ -157,6 +162,11 @@ fn masked_text(text: &str) -> String {
         (None, Some(at)) => format!("***{}", &text[at..]),
         (_, None) | (Some(_), Some(_)) => text.to_owned(),
     }
+}
+
+/// Something came that the library cannot read, and it has ended the connection over it.
+fn is_unreadable(error: &lapin::Error) -> bool {
+    matches!(error.kind(), ErrorKind::ParsingError(_))
 }
 
 /// What an error says, in one line.

@@ -49,6 +49,46 @@ async fn a_python_script_launches_a_process_with_one_message() {
     assert_eq!((&show["name"], &show["exit"]), (&"from-python".into(), &0.into()));
 }
 
+const UNREADABLE: &str = r#"
+import sys, pika
+connection = pika.BlockingConnection(pika.URLParameters(sys.argv[1]))
+channel = connection.channel()
+for exchange, key in [("baton.task", "default"), ("baton.task", "default"), ("baton.broadcast", "")]:
+    channel.basic_publish(exchange, key, b"{}", pika.BasicProperties(message_id=b"\xff\xfe", delivery_mode=2))
+connection.close()
+"#;
+
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn messages_whose_texts_are_not_utf8_go_to_the_dead_letters_and_stop_nobody() {
+    let scene = Scene::new().await;
+    let mut workers = [scene.worker("w1", &[]).await, scene.worker("w2", &[]).await];
+    scene.submit("call: baton.noop", 1).await;
+    let script = scene.spec("unreadable.py", UNREADABLE);
+    let mut command = Command::new("/usr/bin/python3");
+    command.arg(&script).arg(scene.broker_url());
+    output(command).await.ok();
+    scene.submit("call: baton.noop", 50).await;
+    eventually("all have finished", Duration::from_secs(30), async || {
+        let n_finished = scene.count("state = 4").await;
+        if n_finished == 51 { Ok(()) } else { Err(n_finished) }
+    })
+    .await;
+    let amqp = scene.amqp().await;
+    eventually("each is put aside, once", Duration::from_secs(30), async || {
+        let depths = (amqp.depth("baton.dead").await, amqp.depth("baton.task.default").await);
+        if depths == (3, 0) { Ok(()) } else { Err(depths) }
+    })
+    .await;
+    let letters = scene.baton(&["dead", "list", "-o", "json"]).await.ok().json();
+    for letter in letters.as_array().unwrap() {
+        assert!(letter["reason"].as_str().unwrap().contains("not UTF-8"), "{letters}");
+    }
+    for worker in &mut workers {
+        assert!(worker.terminate().await.success());
+    }
+}
+
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
 async fn execute_is_answered_when_accepted_and_when_ended() {
