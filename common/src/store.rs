@@ -47,8 +47,18 @@ const IDLE_TRANSACTION_TIMEOUT_MS: &str = "5000";
 /// How long SQLite waits for another process's transaction.
 const SQLITE_BUSY_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Connections for everything but the writer, which has one of its own: sweeps, control, queries.
+/// Connections for everything but the lanes of the writer, which have one each: sweeps, control, queries.
 const CONNECTIONS_MAX: u32 = 4;
+
+/// How a lane's statements are planned: over the rows of the batch, in their order, each found by the key. Which plan is
+/// right never depends on how large a table is, so it is not left to its statistics: those of a table that has grown
+/// within minutes are wrong, and a plan that reads the whole table costs more than all the rest.
+const LANE_PLANS: [(&str, &str); 4] = [
+    ("plan_cache_mode", "force_generic_plan"),
+    ("enable_seqscan", "off"),
+    ("enable_hashjoin", "off"),
+    ("enable_mergejoin", "off"),
+];
 
 /// Key of the advisory lock under which migrations run, so that programs that start together do not migrate twice.
 const MIGRATION_LOCK: i64 = 0x0062_6174_6f6e;
@@ -101,7 +111,7 @@ impl Store {
             Location::Postgres(_) => Dialect::Postgres,
             Location::Sqlite(_) => Dialect::Sqlite,
         };
-        let db = connect(&location, CONNECTIONS_MAX).await?;
+        let db = connect(&location, Use::Pool).await?;
         let store = Self { location, db, dialect };
         store.migrate().await?;
         Ok(store)
@@ -171,13 +181,23 @@ impl Store {
     }
 }
 
-async fn connect(location: &Location, connections_max: u32) -> Result<DatabaseConnection, Error> {
+/// What connections are for.
+#[derive(Clone, Copy, PartialEq)]
+enum Use {
+    /// Everything but the hot path.
+    Pool,
+    /// One lane of the writer.
+    Lane,
+}
+
+async fn connect(location: &Location, purpose: Use) -> Result<DatabaseConnection, Error> {
     let mut options = match location {
         Location::Postgres(url) => {
             let mut options = ConnectOptions::new(url);
             options.statement_timeout(STATEMENT_TIMEOUT);
-            options.map_sqlx_postgres_opts(|options| {
-                options.options([("idle_in_transaction_session_timeout", IDLE_TRANSACTION_TIMEOUT_MS)])
+            options.map_sqlx_postgres_opts(move |options| {
+                let options = options.options([("idle_in_transaction_session_timeout", IDLE_TRANSACTION_TIMEOUT_MS)]);
+                if purpose == Use::Lane { options.options(LANE_PLANS) } else { options }
             });
             options
         }
@@ -193,7 +213,7 @@ async fn connect(location: &Location, connections_max: u32) -> Result<DatabaseCo
         }
     };
     options
-        .max_connections(connections_max)
+        .max_connections(if purpose == Use::Lane { 1 } else { CONNECTIONS_MAX })
         .connect_timeout(ACQUIRE_TIMEOUT)
         .acquire_timeout(ACQUIRE_TIMEOUT)
         .test_before_acquire_if_idle_for(Duration::from_secs(30))

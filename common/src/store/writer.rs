@@ -1,7 +1,9 @@
-//! The group commit: one task through which every claim, checkpoint and end goes.
+//! The group commit: two lanes through which every claim, checkpoint and end goes.
 //!
-//! It sends what has gathered while the last commit was under way, in one transaction. Nothing waits for a timer: an
-//! idle system answers after one commit, and a busy one makes few.
+//! A lane sends what has gathered while its last commit was under way, in one transaction. Nothing waits for a timer: an
+//! idle system answers after one commit, and a busy one makes few. Claims have a lane of their own, so that one commit is
+//! prepared while the other is being written to the disk. Each transaction goes through its rows once and in the order
+//! of their ids, so two that overlap wait for each other and do not deadlock.
 
 use std::collections::{HashMap, HashSet};
 use std::time::Duration;
@@ -14,7 +16,7 @@ use uuid::Uuid;
 use super::blob::{Checkpoint, Outcome};
 use super::dialect::{Batch, Dialect};
 use super::submit::NewProcess;
-use super::{Error, Store, begin, connect, fenced, submit};
+use super::{Error, Store, Use, begin, connect, fenced, submit};
 use crate::id::{Incarnation, Pid};
 use crate::spec::Spec;
 use crate::state::{Desired, Place, State};
@@ -22,8 +24,8 @@ use crate::state::{Desired, Place, State};
 /// Rows in one transaction. More does not make a row cheaper, and everybody in the batch waits for all of it.
 const BATCH_ROWS_MAX: usize = 256;
 
-/// Writes that may wait for the writer: two batches. Whoever comes later waits at the channel, which is the back
-/// pressure that a slow database needs.
+/// Requests that may wait for a lane: two batches. Whoever comes later waits at the channel, which is the back pressure
+/// that a slow database needs.
 const QUEUE_LENGTH: usize = 2 * BATCH_ROWS_MAX;
 
 /// Pause before a batch is sent again to a database that does not answer.
@@ -207,7 +209,8 @@ pub struct Written {
 /// The way to the writer. Cheap to clone; the writer ends when the last one is gone.
 #[derive(Clone)]
 pub struct Writer {
-    requests: mpsc::Sender<Request>,
+    claims: mpsc::Sender<Request>,
+    writes: mpsc::Sender<Request>,
 }
 
 enum Request {
@@ -221,10 +224,27 @@ impl Writer {
     /// # Errors
     /// The database does not answer.
     pub async fn new(store: &Store, me: Incarnation) -> Result<(Self, impl Future<Output = ()> + Send + use<>), Error> {
-        let db = connect(&store.location, 1).await?;
-        let (requests, receiver) = mpsc::channel(QUEUE_LENGTH);
-        let task = Task { db, dialect: store.dialect, me };
-        Ok((Self { requests }, task.run(receiver)))
+        let lane = async || {
+            let db = connect(&store.location, Use::Lane).await?;
+            let (requests, receiver) = mpsc::channel(QUEUE_LENGTH);
+            let lane = Lane { db, dialect: store.dialect, me };
+            Ok::<_, Error>((requests, lane.run(receiver)))
+        };
+        let (writes, writing) = lane().await?;
+        // SQLite has one writer at a time.
+        let (claims, claiming) = if store.is_embedded() {
+            (writes.clone(), None)
+        } else {
+            lane().await.map(|(requests, run)| (requests, Some(run)))?
+        };
+        let run = async move {
+            tokio::join!(writing, async {
+                if let Some(claiming) = claiming {
+                    claiming.await
+                }
+            });
+        };
+        Ok((Self { claims, writes }, run))
     }
 
     /// Takes the lease of a process, inserting it first if a launch from outside brings it.
@@ -239,7 +259,7 @@ impl Writer {
     pub async fn claim(&self, pid: Pid, queue: String, launch: Option<NewProcess>) -> Result<Claim, Error> {
         let (answer, receiver) = oneshot::channel();
         let request = Request::Claim { pid, queue, launch: launch.map(Box::new), answer };
-        self.requests.send(request).await.map_err(|_| Error::Stopped)?;
+        self.claims.send(request).await.map_err(|_| Error::Stopped)?;
         receiver.await.map_err(|_| Error::Stopped)
     }
 
@@ -252,18 +272,18 @@ impl Writer {
     pub async fn write(&self, fenced: Fenced) -> Result<Option<Written>, Error> {
         let (answer, receiver) = oneshot::channel();
         let request = Request::Write { fenced: Box::new(fenced), answer };
-        self.requests.send(request).await.map_err(|_| Error::Stopped)?;
+        self.writes.send(request).await.map_err(|_| Error::Stopped)?;
         receiver.await.map_err(|_| Error::Stopped)
     }
 }
 
-struct Task {
+struct Lane {
     db: DatabaseConnection,
     dialect: Dialect,
     me: Incarnation,
 }
 
-impl Task {
+impl Lane {
     async fn run(self, mut receiver: mpsc::Receiver<Request>) {
         let mut gathered = Vec::with_capacity(BATCH_ROWS_MAX);
         // Of one pid a batch takes one request; the second of two waits here for the next batch.
@@ -284,6 +304,7 @@ impl Task {
             for request in gathered.drain(..) {
                 if seen.insert(request.pid()) { batch.push(request) } else { waiting.push(request) }
             }
+            batch.sort_unstable_by_key(|request| Uuid::from(request.pid()));
             self.commit_for_sure(batch).await;
         }
     }
@@ -329,7 +350,6 @@ impl Task {
         }
         let transaction = begin(&self.db).await?;
         submit::insert(&transaction, self.dialect, &launches).await?;
-        fenced::lock(&transaction, self.dialect, batch.iter().map(|request| request.pid().into()).collect()).await?;
         let claimed = fenced::claim(&transaction, self.dialect, self.me, &claims).await?;
         let missed = claims.iter().map(|(pid, _)| *pid).filter(|pid| !claimed.contains_key(pid)).collect::<Vec<_>>();
         let digests = self.digests(&transaction, missed).await?;
