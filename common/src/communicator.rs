@@ -5,6 +5,7 @@
 //! or a broker in memory; callers cannot tell which. An absent broker is no error at the start: the thread connects in
 //! the background for ever, and what cannot wait is answered with [`Down`].
 
+pub mod bare;
 mod board;
 mod check;
 mod control;
@@ -13,8 +14,10 @@ pub mod dead;
 mod delivery;
 mod envelope;
 mod intake;
+mod ledger;
 mod link;
 mod memory;
+mod meter;
 mod poison;
 mod publish;
 mod settle;
@@ -35,7 +38,7 @@ use self::envelope::Envelope;
 use self::intake::Order;
 use self::link::ANSWER_LIMIT;
 use self::publish::{Job, Target};
-use crate::message::{Control, Event, Reply, SIZE_BYTES_MAX, Task};
+use crate::message::{Control, Event, Reply, SIZE_BYTES_MAX, Task, Traffic};
 
 pub use self::delivery::{ControlRequest, Delivery, ReplyTo, Settle};
 
@@ -412,6 +415,11 @@ impl Communicator {
     /// is told always arrives.
     pub fn delivers(&self, queue: &str) -> bool {
         self.shared.in_process || self.shared.board.delivers(&envelope::task_queue(queue))
+    }
+
+    /// What has gone over the connections since the start. The broker in memory counts nothing.
+    pub fn traffic(&self) -> Traffic {
+        self.shared.board.meter.read()
     }
 
     /// How the broker is now.

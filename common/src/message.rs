@@ -260,9 +260,29 @@ pub struct Reply {
     /// To `output`: what the process has written.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub output: Option<OutputChunk>,
+    /// To `ping`: what has gone over the worker's connections.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub traffic: Option<Traffic>,
     /// Why nothing was done.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
+}
+
+/// What has gone over a program's connections to the broker since it started.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Traffic {
+    /// Tasks that were published and confirmed.
+    pub told: u64,
+    /// The bodies of these, in bytes.
+    pub told_bytes: u64,
+    /// Tasks that arrived.
+    pub delivered: u64,
+    /// Frames that acknowledged them; one can stand for many.
+    pub ack_frames: u64,
+    /// Messages about changes of state; one can stand for many changes.
+    pub event_messages: u64,
+    /// Answers to launches and requests.
+    pub replies: u64,
 }
 
 /// What a control request has come to. On the wire it is its word.

@@ -5,6 +5,7 @@
 //! [`submit`], [`writer`] (claims and fenced writes, group-committed), [`control`], [`sweep`], [`worker`]; [`query`] and
 //! [`explain`] only read.
 
+pub mod bare;
 pub mod blob;
 pub mod control;
 mod dialect;
@@ -12,6 +13,7 @@ mod error;
 pub mod explain;
 mod fenced;
 pub mod fleet;
+pub mod measure;
 mod migration;
 pub mod query;
 mod select;

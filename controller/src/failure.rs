@@ -4,7 +4,7 @@ use std::io::Write;
 use std::process::ExitCode;
 
 use anstyle::{AnsiColor, Style};
-use baton_common::communicator::{CheckError, dead};
+use baton_common::communicator::{CheckError, Down, dead};
 use baton_common::{config, store};
 use baton_worker::cli::{chain, exit, exit_code};
 
@@ -29,9 +29,19 @@ impl Failure {
         Self::new(exit::USAGE, message)
     }
 
+    /// The broker cannot be reached.
+    pub(crate) fn unreachable(reason: String) -> Self {
+        Self::new(exit::UNREACHABLE, reason).with_remedy("is RabbitMQ running? `baton doctor` checks")
+    }
+
     pub(crate) fn with_remedy(mut self, remedy: impl Into<String>) -> Self {
         self.remedy = Some(remedy.into());
         self
+    }
+
+    /// What went wrong, without the remedy.
+    pub(crate) fn text(&self) -> &str {
+        &self.message
     }
 
     /// Writes it to standard error.
@@ -98,6 +108,19 @@ impl From<dead::Error> for Failure {
             ),
             dead::Error::Lost(_) => (exit::UNREACHABLE, "nothing is lost; do it again when the broker is back"),
         };
+        Self::new(code, error.to_string()).with_remedy(remedy)
+    }
+}
+
+impl From<Down> for Failure {
+    fn from(error: Down) -> Self {
+        Self::unreachable(error.to_string())
+    }
+}
+
+impl From<CheckError> for Failure {
+    fn from(error: CheckError) -> Self {
+        let (code, remedy) = broker_remedy(&error);
         Self::new(code, error.to_string()).with_remedy(remedy)
     }
 }

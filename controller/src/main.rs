@@ -1,5 +1,6 @@
 //! `baton`: runs, submits, watches and controls processes.
 
+mod bench;
 mod cli;
 mod client;
 mod commands;
@@ -8,6 +9,7 @@ mod failure;
 mod follow;
 mod output;
 mod overview;
+mod submission;
 
 use std::process::ExitCode;
 
@@ -50,6 +52,7 @@ async fn dispatch(cli: Cli) -> Result<u8, Failure> {
         Command::Workers(arguments) => commands::workers::run(&global, arguments).await,
         Command::Drain(arguments) => commands::drain::run(&global, arguments).await,
         Command::Dead(command) => Box::pin(commands::dead::run(&global, command)).await,
+        Command::Bench(command) => Box::pin(bench::run(&global, command)).await,
         Command::Doctor => commands::doctor::run(&global).await,
         Command::Completion { shell } => commands::completion::run(shell),
     }

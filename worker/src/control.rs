@@ -97,7 +97,9 @@ async fn handle(shared: Arc<Shared>, threads: Arc<Vec<Thread>>, request: Control
         Control::Output { pid, stdout_offset, stderr_offset } => {
             written(&shared, pid, stdout_offset, stderr_offset).await
         }
-        Control::Ping => Reply { outcome: Some(Effect::Alive), ..Reply::default() },
+        Control::Ping => {
+            Reply { outcome: Some(Effect::Alive), traffic: Some(shared.communicator.traffic()), ..Reply::default() }
+        }
         Control::Drain => {
             info!("asked to drain");
             shared.drain.cancel();

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
 
+use super::meter::Meter;
 use super::{Down, Health};
 
 /// One of the three connections. Acknowledgements have one of their own, since a broker under an alarm stops reading
@@ -31,6 +32,7 @@ impl Link {
 /// The board that all of this is written on.
 #[derive(Debug)]
 pub(super) struct Board {
+    pub(super) meter: Meter,
     state: Mutex<State>,
     health_tx: watch::Sender<Health>,
 }
@@ -56,7 +58,7 @@ struct LinkState {
 
 impl Board {
     pub(super) fn new() -> Self {
-        Board { state: Mutex::default(), health_tx: watch::Sender::new(Health::default()) }
+        Board { meter: Meter::default(), state: Mutex::default(), health_tx: watch::Sender::new(Health::default()) }
     }
 
     /// This program cannot do without that connection.

@@ -272,6 +272,7 @@ impl<'a> Session<'a> {
                 .boxed(),
             ),
             Ask::Reply { to, body, done } => {
+                self.dial.board.meter.reply();
                 let envelope = Envelope {
                     correlation_id: to.correlation_id.clone(),
                     ..Envelope::new("reply", to.encoding(), body)

@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
 
 use super::envelope::Envelope;
+use super::ledger::Receipt;
 use crate::message::{Control, Encoding, Task};
 
 /// A task that arrived, together with the slot it was taken for.
@@ -87,7 +88,7 @@ pub(super) struct Settlement {
 /// What the broker knows the message by.
 #[derive(Clone, Debug)]
 pub(super) enum Ticket {
-    Amqp(lapin::Acker),
+    Amqp(Receipt),
     Memory(u64),
 }
 

@@ -27,9 +27,10 @@ use super::topology::Item;
 use super::{ControlRequest, Delivery, Settle};
 use crate::message::Task;
 
-/// Deliveries of a queue of normal priority that are not acknowledged yet: no more than the worker has slots. A worker
-/// acknowledges after a commit, so this bounds the claims in one commit; more would only keep tasks from others.
-const PREFETCH_MAX: usize = 64;
+/// Deliveries of a queue of normal priority that are not acknowledged yet: no more than the worker has free slots. A
+/// worker acknowledges after a commit, so this bounds the claims in one commit; beyond some hundreds nothing is gained, and
+/// more would only keep tasks from others.
+const PREFETCH_MAX: usize = 250;
 
 /// Broadcasts to record, each one statement.
 const PREFETCH_CONTROL: u16 = 16;
@@ -63,12 +64,17 @@ pub(super) struct Wanted {
     pub(super) queues: Vec<String>,
     pub(super) slots: Option<Arc<Semaphore>>,
     pub(super) control: bool,
-    prefetch: u16,
 }
 
 impl Wanted {
     fn is_nothing(&self) -> bool {
         self.queues.is_empty() && !self.control
+    }
+
+    /// How many deliveries of a queue of normal priority there is room for now.
+    fn room(&self) -> u16 {
+        let free = self.slots.as_ref().map_or(0, |slots| slots.available_permits());
+        u16::try_from(free.clamp(1, PREFETCH_MAX)).expect("some hundreds at most")
     }
 
     pub(super) fn apply(&mut self, order: Order) -> Option<oneshot::Sender<()>> {
@@ -77,7 +83,6 @@ impl Wanted {
                 let mut names: Vec<String> = queues.iter().flat_map(|queue| classes(queue)).collect();
                 names.sort_unstable();
                 names.dedup();
-                self.prefetch = u16::try_from(slots.available_permits().clamp(1, PREFETCH_MAX)).expect("64 at most");
                 self.queues = names;
                 self.slots = Some(slots);
                 None
@@ -209,8 +214,8 @@ async fn session(
                 true
             }
             Some(seen) = intake.looks.next() => {
-                intake.looked(&seen);
-                true
+                intake.looked(&seen, wanted);
+                intake.calm(wanted).await
             }
             () = poll_fn(|cx| poll_sources(&mut intake.sources, cx)) => true,
             _ = poll_fn(|cx| intake.control.poll_head(cx)), if intake.ready_control.is_none() => {
@@ -331,7 +336,7 @@ impl Intake {
                 queue: task_queue(queue),
                 items: vec![Item::TaskExchange, Item::TaskQueue(queue.clone())],
                 tag: format!("{} {queue}", self.dial.name),
-                prefetch: share_of(queue, wanted.prefetch),
+                prefetch: share_of(queue, wanted.room()),
             };
             let source = match known.iter().position(|source| source.plan.queue == plan.queue) {
                 Some(idx) => known.swap_remove(idx).with_plan(plan),
@@ -351,6 +356,9 @@ impl Intake {
         let control = wanted.control.then_some(&mut self.control);
         let sources = self.sources.iter_mut().filter(|_| !self.is_paused);
         for source in sources.chain(control).filter(|source| source.is_idle()) {
+            if let Some(name) = source.task_queue() {
+                source.plan.prefetch = share_of(name, wanted.room());
+            }
             let queue = source.plan.queue.clone();
             let open = source.open(Arc::clone(&self.connection), Arc::clone(&self.dial.board));
             self.openings.push(Box::pin(async move { (queue, open.await) }));
@@ -376,12 +384,15 @@ impl Intake {
         }
     }
 
-    fn looked(&mut self, seen: &[(String, u32)]) {
+    fn looked(&mut self, seen: &[(String, u32)], wanted: &Wanted) {
         for (queue, n_ready) in seen {
             let control = self.ready_control.is_none().then_some(&mut self.control);
             let mut sources = self.sources.iter_mut().chain(control);
             if let Some(source) = sources.find(|source| source.plan.queue == *queue) {
                 source.end_if_stalled(*n_ready);
+                // It was opened when few slots were free, and now many are.
+                let room = source.task_queue().map_or(0, |name| share_of(name, wanted.room()));
+                source.is_narrow = *n_ready > 0 && room >= source.plan.prefetch.saturating_mul(2);
             }
         }
     }
@@ -396,7 +407,7 @@ impl Intake {
     /// Cancels what is open and shall not be, and gives back what it had in hand. False when the broker does not answer.
     async fn calm(&mut self, wanted: &Wanted) -> bool {
         let is_paused = self.is_paused;
-        let sources = self.sources.iter_mut().filter(|_| is_paused);
+        let sources = self.sources.iter_mut().filter(|source| is_paused || source.is_narrow);
         let control = (!wanted.control).then_some(&mut self.control);
         if !wanted.control
             && let Some(settle) = self.ready_control.take().and_then(|request| request.durable)
@@ -433,6 +444,7 @@ impl Intake {
             let Some(idx) = self.credits.pick(|idx| self.sources[idx].has_head()) else { return };
             let source = &mut self.sources[idx];
             let head = source.take_head().expect("only what has a head is picked");
+            self.dial.board.meter.delivered();
             let origin = source.plan.queue.clone();
             match head.envelope.read_task() {
                 Ok(task) => room.send(self.delivery(task, origin, head, permit)),
@@ -445,7 +457,7 @@ impl Intake {
     }
 
     fn delivery(&self, task: Task, origin: String, head: Head, permit: OwnedSemaphorePermit) -> Delivery {
-        let Head { redelivered, envelope, acker } = head;
+        let Head { redelivered, envelope, receipt } = head;
         Delivery {
             task,
             queue: origin.strip_prefix(TASK_EXCHANGE).map_or("", |rest| rest.trim_start_matches('.')).to_owned(),
@@ -453,7 +465,7 @@ impl Intake {
             reply_to: envelope.reply_to(),
             traceparent: envelope.traceparent.clone(),
             permit,
-            settle: Settle::new(Ticket::Amqp(acker), envelope, origin, &self.settle_tx),
+            settle: Settle::new(Ticket::Amqp(receipt), envelope, origin, &self.settle_tx),
         }
     }
 
@@ -462,7 +474,7 @@ impl Intake {
         match head.envelope.read_control() {
             Ok(control) => {
                 let request = control_request(control, true, &head.envelope);
-                let ticket = Ticket::Amqp(head.acker);
+                let ticket = Ticket::Amqp(head.receipt);
                 let settle = Settle::new(ticket, head.envelope, CONTROL_QUEUE.to_owned(), &self.settle_tx);
                 self.ready_control = Some(ControlRequest { durable: Some(settle), ..request });
             }
@@ -474,7 +486,7 @@ impl Intake {
         tracing::warn!(origin, "a message cannot be read and goes to the dead letters: {error}");
         let publish_tx = self.publish_tx.clone();
         self.burials.push(Box::pin(async move {
-            put_aside(&head.acker, head.envelope, &error, &origin, &publish_tx).await;
+            put_aside(head.receipt, head.envelope, &error, &origin, &publish_tx).await;
         }));
     }
 }

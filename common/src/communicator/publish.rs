@@ -226,7 +226,7 @@ pub(super) async fn job_on_lane(
     let mut rest: Vec<&Envelope> = messages.iter().collect();
     let mut was_declared = false;
     loop {
-        let Answer { returned, refused } = publish_all(&channel, target, &rest).await?;
+        let Answer { returned, refused } = publish_all(dial, &channel, target, &rest).await?;
         if returned.is_empty() && refused.is_empty() {
             return Ok(channel);
         }
@@ -274,7 +274,12 @@ struct Answer {
 ///
 /// lapin may attach a returned message to the wrong confirm, but never to one of a later window: a return precedes its
 /// own confirm. So the ids are gathered over the whole window, and only then anything is decided.
-async fn publish_all(channel: &Channel, target: &Target, messages: &[&Envelope]) -> Result<Answer, TellError> {
+async fn publish_all(
+    dial: &Dial,
+    channel: &Channel,
+    target: &Target,
+    messages: &[&Envelope],
+) -> Result<Answer, TellError> {
     let (exchange, key) = target.address();
     let options = BasicPublishOptions { mandatory: true, ..BasicPublishOptions::default() };
     let mut answer = Answer::default();
@@ -295,6 +300,9 @@ async fn publish_all(channel: &Channel, target: &Target, messages: &[&Envelope])
             None => break,
             Some(Err(error)) => return Err(TellError::Unknown(reason(&error))),
             Some(Ok((message, confirmation))) => {
+                if let Target::Task(_) = target {
+                    dial.board.meter.told(message.body.len());
+                }
                 if confirmation.is_nack() {
                     answer.refused.insert(message.message_id.clone());
                 }
@@ -367,5 +375,6 @@ async fn announce_state(
     let confirm =
         channel.basic_publish(short(EVENT_EXCHANGE), key, options, &envelope.body, envelope.properties(false)).await?;
     confirm.await?;
+    dial.board.meter.event_message();
     Ok(channel)
 }

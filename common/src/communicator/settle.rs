@@ -1,16 +1,18 @@
 //! Settles deliveries on behalf of workers: acknowledges, puts aside, gives back.
 
+use std::sync::Arc;
+
 use futures_util::StreamExt;
 use futures_util::future::BoxFuture;
 use futures_util::stream::FuturesUnordered;
-use lapin::Acker;
-use lapin::options::{BasicAckOptions, BasicNackOptions};
 use tokio::sync::mpsc;
 use tokio::time::{Duration, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
+use super::board::Board;
 use super::delivery::{Settlement, Ticket, Verdict};
 use super::envelope::Envelope;
+use super::ledger::{Ledger, Receipt};
 use super::link::ANSWER_LIMIT;
 use super::publish::{Job, bury};
 
@@ -24,61 +26,79 @@ const N_UNDER_WAY_MAX: usize = 1024;
 pub(super) async fn run(
     mut settlements: mpsc::Receiver<Settlement>,
     publish_tx: mpsc::Sender<Job>,
+    board: &Board,
     stop: CancellationToken,
 ) {
     let mut running: FuturesUnordered<BoxFuture<'_, ()>> = FuturesUnordered::new();
+    let mut gathered = Vec::new();
     loop {
         tokio::select! {
-            settlement = settlements.recv(), if running.len() < N_UNDER_WAY_MAX => match settlement {
-                Some(settlement) => running.push(Box::pin(settle(settlement, &publish_tx))),
-                None => break,
+            n_gathered = settlements.recv_many(&mut gathered, N_UNDER_WAY_MAX), if running.len() < N_UNDER_WAY_MAX => {
+                if n_gathered == 0 {
+                    break;
+                }
+                // A commit brings many at once, from another thread: those that are on their way come along.
+                tokio::task::yield_now().await;
+                while let Ok(settlement) = settlements.try_recv() {
+                    gathered.push(settlement);
+                }
+                settle(&mut gathered, &publish_tx, board, &running);
             },
             Some(()) = running.next() => {}
             () = stop.cancelled() => break,
         }
     }
     while let Ok(settlement) = settlements.try_recv() {
-        running.push(Box::pin(settle(settlement, &publish_tx)));
+        gathered.push(settlement);
     }
+    settle(&mut gathered, &publish_tx, board, &running);
     // What cannot be settled now comes again to another worker.
     let _ = timeout(ANSWER_LIMIT, async { while running.next().await.is_some() {} }).await;
 }
 
-async fn settle(settlement: Settlement, publish_tx: &mpsc::Sender<Job>) {
-    let Settlement { ticket, envelope, origin, verdict } = settlement;
-    let Ticket::Amqp(acker) = ticket else { return };
-    match verdict {
-        Verdict::Ack => ack(&acker).await,
-        Verdict::Dead(reason) => put_aside(&acker, envelope, &reason, &origin, publish_tx).await,
-        Verdict::GiveBack => give_back(&acker).await,
+/// Begins to settle all of these.
+fn settle<'a>(
+    gathered: &mut Vec<Settlement>,
+    publish_tx: &'a mpsc::Sender<Job>,
+    board: &'a Board,
+    running: &FuturesUnordered<BoxFuture<'a, ()>>,
+) {
+    let mut ledgers: Vec<Arc<Ledger>> = Vec::new();
+    for Settlement { ticket, envelope, origin, verdict } in gathered.drain(..) {
+        let Ticket::Amqp(receipt) = ticket else { continue };
+        match verdict {
+            Verdict::Ack => {
+                let ledger = receipt.done();
+                if !ledgers.iter().any(|known| Arc::ptr_eq(known, ledger)) {
+                    ledgers.push(Arc::clone(ledger));
+                }
+            }
+            Verdict::Dead(reason) => {
+                running.push(Box::pin(async move { put_aside(receipt, envelope, &reason, &origin, publish_tx).await }));
+            }
+            Verdict::GiveBack => running.push(Box::pin(receipt.give_back())),
+        }
+    }
+    for ledger in ledgers {
+        running.push(Box::pin(async move { board.meter.ack_frames(ledger.acknowledge_done().await) }));
     }
 }
 
 /// Publishes to `baton.dead`, then acknowledges. While that fails the message stays unacknowledged and takes up its
 /// part of the prefetch, so a flood of garbage stops coming in; it is not requeued, as it would be back at once.
 pub(super) async fn put_aside(
-    acker: &Acker,
+    receipt: Receipt,
     envelope: Envelope,
     reason: &str,
     origin: &str,
     publish_tx: &mpsc::Sender<Job>,
 ) {
     let letter = envelope.buried(reason, origin);
-    while acker.usable() {
+    while receipt.is_usable() {
         match bury(publish_tx, letter.clone()).await {
-            Ok(()) => return ack(acker).await,
+            Ok(()) => return receipt.ack().await,
             Err(error) => tracing::warn!(origin, "a dead letter was not accepted, it is tried again: {error}"),
         }
         sleep(BURY_PAUSE).await;
     }
-}
-
-/// A delivery of a channel that has ended is someone else's by now, so a failure here means nothing.
-async fn ack(acker: &Acker) {
-    let _ = timeout(ANSWER_LIMIT, acker.ack(BasicAckOptions::default())).await;
-}
-
-pub(super) async fn give_back(acker: &Acker) {
-    let options = BasicNackOptions { requeue: true, ..BasicNackOptions::default() };
-    let _ = timeout(ANSWER_LIMIT, acker.nack(options)).await;
 }

@@ -12,8 +12,8 @@ use tokio::time::{sleep, timeout};
 
 use super::board::Board;
 use super::envelope::{Envelope, bad_queue_name, short};
+use super::ledger::{Ledger, Receipt};
 use super::link::{ANSWER_LIMIT, reason};
-use super::settle::give_back;
 use super::topology::{Item, ensure};
 
 /// Pause before a queue that could not be consumed is tried again: someone has to put it right first.
@@ -35,9 +35,9 @@ pub(super) struct Source {
     pub(super) plan: Plan,
     state: State,
     head: Option<Head>,
-    /// Deliveries of the present channel that may not be settled yet; never more than the prefetch by much.
-    out: Vec<lapin::Acker>,
     n_arrived: u64,
+    /// It may have more deliveries than it asks for, if it is opened anew.
+    pub(super) is_narrow: bool,
     /// What had arrived when messages were last seen waiting although more could be delivered.
     n_arrived_at_look: Option<u64>,
 }
@@ -46,28 +46,42 @@ pub(super) struct Source {
 pub(super) struct Head {
     pub(super) redelivered: bool,
     pub(super) envelope: Envelope,
-    pub(super) acker: lapin::Acker,
+    pub(super) receipt: Receipt,
 }
 
 enum State {
     /// Not consumed. The channel stays open for the settlements that are still to come.
-    Idle(Option<Channel>),
+    Idle(Option<Line>),
     /// Somebody opens it at the moment.
     Opening,
-    Live(Channel, Consumer),
+    Live(Line, Consumer),
+}
+
+/// A channel and what it has delivered.
+pub(super) struct Line {
+    channel: Channel,
+    ledger: Arc<Ledger>,
 }
 
 /// The outcome of opening: the channel and its consumer. A channel that could not be used is given up.
-pub(super) type Opened = Option<(Channel, Consumer)>;
+pub(super) type Opened = Option<(Line, Consumer)>;
 
 impl Source {
     pub(super) fn new(plan: Plan) -> Self {
-        Source { plan, state: State::Idle(None), head: None, out: Vec::new(), n_arrived: 0, n_arrived_at_look: None }
+        Source { plan, state: State::Idle(None), head: None, n_arrived: 0, is_narrow: false, n_arrived_at_look: None }
     }
 
     /// The same, to be opened by another plan the next time.
     pub(super) fn with_plan(self, plan: Plan) -> Self {
         Source { plan, ..self }
+    }
+
+    /// The task queue's name without its prefix, if it is one.
+    pub(super) fn task_queue(&self) -> Option<&str> {
+        match self.plan.items.last() {
+            Some(Item::TaskQueue(name)) => Some(name),
+            Some(_) | None => None,
+        }
     }
 
     pub(super) fn is_idle(&self) -> bool {
@@ -92,13 +106,13 @@ impl Source {
         connection: Arc<Connection>,
         board: Arc<Board>,
     ) -> impl Future<Output = Opened> + Send + use<> {
-        let channel = match std::mem::replace(&mut self.state, State::Opening) {
-            State::Idle(channel) => channel,
+        let line = match std::mem::replace(&mut self.state, State::Opening) {
+            State::Idle(line) => line,
             State::Opening | State::Live(..) => None,
         };
         let plan = self.plan.clone();
         async move {
-            let error = match open(&connection, &board, &plan, channel).await {
+            let error = match open(&connection, &board, &plan, line).await {
                 Ok(opened) => return Some(opened),
                 Err(error) => error,
             };
@@ -113,27 +127,24 @@ impl Source {
 
     pub(super) fn opened(&mut self, opened: Opened) {
         self.state = match opened {
-            Some((channel, consumer)) => State::Live(channel, consumer),
+            Some((line, consumer)) => State::Live(line, consumer),
             None => State::Idle(None),
         };
     }
 
     /// Ready once the head is there (true), or once the consumer has ended (false) and the source is idle.
     pub(super) fn poll_head(&mut self, cx: &mut Context<'_>) -> Poll<bool> {
-        let State::Live(_, consumer) = &mut self.state else { return Poll::Pending };
+        let State::Live(line, consumer) = &mut self.state else { return Poll::Pending };
         if self.head.is_some() {
             return Poll::Pending;
         }
         match consumer.poll_next_unpin(cx) {
             Poll::Pending => Poll::Pending,
             Poll::Ready(Some(Ok(delivery))) => {
-                let lapin::message::Delivery { properties, data, redelivered, acker, .. } = delivery;
+                let lapin::message::Delivery { delivery_tag, properties, data, redelivered, acker, .. } = delivery;
                 self.n_arrived += 1;
-                if self.out.len() >= usize::from(self.plan.prefetch) {
-                    self.out.retain(lapin::Acker::usable);
-                }
-                self.out.push(acker.clone());
-                self.head = Some(Head { redelivered, envelope: Envelope::from_amqp(&properties, data), acker });
+                let receipt = line.ledger.enter(delivery_tag, acker);
+                self.head = Some(Head { redelivered, envelope: Envelope::from_amqp(&properties, data), receipt });
                 Poll::Ready(true)
             }
             Poll::Ready(ended) => {
@@ -154,9 +165,11 @@ impl Source {
     /// RabbitMQ moves the consumers of a quorum queue that was deleted and declared again to the new one by itself,
     /// says nothing, and delivers nothing to them any more.
     pub(super) fn end_if_stalled(&mut self, n_ready: u32) {
-        self.out.retain(lapin::Acker::usable);
-        let can_have_more = self.out.len() < usize::from(self.plan.prefetch) && self.head.is_none();
-        if !self.is_live() || n_ready == 0 || !can_have_more {
+        let has_room = match &self.state {
+            State::Live(line, _) => line.ledger.len() < usize::from(self.plan.prefetch) && self.head.is_none(),
+            State::Idle(_) | State::Opening => false,
+        };
+        if n_ready == 0 || !has_room {
             self.n_arrived_at_look = None;
             return;
         }
@@ -171,22 +184,23 @@ impl Source {
 
     /// Cancels the consumer and gives back what nobody has taken yet.
     pub(super) async fn pause(&mut self) {
+        self.is_narrow = false;
         let state = std::mem::replace(&mut self.state, State::Idle(None));
-        let State::Live(channel, mut consumer) = state else {
+        let State::Live(line, mut consumer) = state else {
             self.state = state;
             return;
         };
-        let cancel = channel.basic_cancel(consumer.tag(), BasicCancelOptions::default());
+        let cancel = line.channel.basic_cancel(consumer.tag(), BasicCancelOptions::default());
         let is_cancelled = matches!(timeout(ANSWER_LIMIT, cancel).await, Ok(Ok(())));
         if let Some(head) = self.head.take() {
-            give_back(&head.acker).await;
+            head.receipt.give_back().await;
         }
         if is_cancelled {
             // After the broker's answer nothing more comes, so the end of the stream is near.
             while let Ok(Some(Ok(delivery))) = timeout(ANSWER_LIMIT, consumer.next()).await {
-                give_back(&delivery.acker).await;
+                line.ledger.enter(delivery.delivery_tag, delivery.acker).give_back().await;
             }
-            self.state = State::Idle(Some(channel));
+            self.state = State::Idle(Some(line));
         }
     }
 }
@@ -211,8 +225,8 @@ async fn open(
     connection: &Connection,
     board: &Board,
     plan: &Plan,
-    channel: Option<Channel>,
-) -> Result<(Channel, Consumer), String> {
+    line: Option<Line>,
+) -> Result<(Line, Consumer), String> {
     let queue = &plan.queue;
     if let Some(Item::TaskQueue(name)) = plan.items.last()
         && let Some(reason) = bad_queue_name(name)
@@ -221,14 +235,15 @@ async fn open(
     }
     ensure(connection, board, &plan.items).await?;
     let consume = async {
-        let channel = match channel {
-            Some(channel) if channel.status().connected() => channel,
-            Some(_) | None => connection.create_channel().await?,
+        let line = match line {
+            Some(line) if line.channel.status().connected() => line,
+            Some(_) | None => Line { channel: connection.create_channel().await?, ledger: Arc::default() },
         };
+        let channel = &line.channel;
         channel.basic_qos(plan.prefetch, BasicQosOptions::default()).await?;
         let options = BasicConsumeOptions::default();
         let consumer = channel.basic_consume(short(queue), short(&plan.tag), options, FieldTable::default()).await?;
-        Ok::<_, lapin::Error>((channel, consumer))
+        Ok::<_, lapin::Error>((line, consumer))
     };
     // A quorum queue without a leader keeps the channel waiting for half a minute, and goes on doing so when it has found
     // one; another channel is served at once. The given up one closes when its last handle goes.

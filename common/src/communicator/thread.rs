@@ -70,7 +70,7 @@ async fn run_amqp(options: Options, urls: Vec<String>, work: Work) {
     let Work { jobs, jobs_tx, asks, orders, events, settlements, settle_tx, tasks_tx, controls_tx, board, stop } = work;
     let close = CancellationToken::new();
     let Options { name, control_queue: own_queue, heartbeat, broker: _ } = options;
-    let dial = Arc::new(Dial { urls, name, heartbeat, board, close: close.clone() });
+    let dial = Arc::new(Dial { urls, name, heartbeat, board: Arc::clone(&board), close: close.clone() });
     let control = control::Ends { own_queue, asks, controls_tx: controls_tx.clone(), publish_tx: jobs_tx.clone() };
     let intake = intake::Ends { orders, tasks_tx, controls_tx, settle_tx, publish_tx: jobs_tx.clone() };
     let mut connections = JoinSet::new();
@@ -79,7 +79,7 @@ async fn run_amqp(options: Options, urls: Vec<String>, work: Work) {
     connections.spawn(intake::run(dial, intake));
     // The order of the end: settle what was asked, which needs the connections; then publish and answer what was asked;
     // then close.
-    settle::run(settlements, jobs_tx, stop).await;
+    settle::run(settlements, jobs_tx, &board, stop).await;
     close.cancel();
     while let Some(ended) = connections.join_next().await {
         if let Err(error) = ended {

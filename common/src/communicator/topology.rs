@@ -126,7 +126,7 @@ async fn exchange(channel: &Channel, name: &str, kind: ExchangeKind) -> lapin::R
     channel.exchange_declare(short(name), kind, options, FieldTable::default()).await
 }
 
-async fn quorum_queue(channel: &Channel, name: &str) -> lapin::Result<()> {
+pub(super) async fn quorum_queue(channel: &Channel, name: &str) -> lapin::Result<()> {
     let mut arguments = FieldTable::default();
     arguments.insert("x-queue-type".into(), AMQPValue::LongString("quorum".into()));
     let options = QueueDeclareOptions { durable: true, ..QueueDeclareOptions::default() };

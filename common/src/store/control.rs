@@ -309,7 +309,7 @@ impl Settled {
 /// Writes down that processes have obeyed, or have ended before they did. `obeyed` are those that are paused or have
 /// ended now and of which something was asked; the statement that changed them is in the same transaction.
 pub(super) async fn settle(
-    transaction: &DatabaseTransaction,
+    connection: &impl ConnectionTrait,
     dialect: Dialect,
     obeyed: &[(Pid, State)],
 ) -> Result<(), Error> {
@@ -323,7 +323,7 @@ pub(super) async fn settle(
         batch.push(vec![Uuid::from(*pid).into(), what.to_owned().into(), i16::from(state.is_final()).into()]);
     }
     if !batch.is_empty() {
-        transaction.execute_raw(dialect.batch(SETTLE, vec![], batch)).await?;
+        connection.execute_raw(dialect.batch(SETTLE, vec![], batch)).await?;
     }
     Ok(())
 }

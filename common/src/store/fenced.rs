@@ -5,11 +5,11 @@
 
 use std::collections::HashMap;
 
-use sea_orm::{ConnectionTrait, DatabaseTransaction, QueryResult, Value};
+use sea_orm::{ConnectionTrait, QueryResult, Value};
 use uuid::Uuid;
 
 use super::blob::{Checkpoint, Outcome};
-use super::control::settle;
+use super::control::{settle, state};
 use super::dialect::{Batch, Dialect, Kind};
 use super::writer::{Attempt, Claimed, Fence, Fenced, Verb, Written};
 use super::{Error, blob};
@@ -23,7 +23,7 @@ const SUSPECT_DEATHS: i64 = 2;
 
 /// Takes the leases of those that are queued in the queue that their message came from, and of nothing else.
 pub(super) async fn claim(
-    transaction: &DatabaseTransaction,
+    connection: &impl ConnectionTrait,
     dialect: Dialect,
     me: Incarnation,
     claims: &[(Pid, String)],
@@ -36,30 +36,17 @@ pub(super) async fn claim(
         return Ok(HashMap::new());
     }
     let scalars: Vec<Value> = vec![Uuid::from(me).into(), SUSPECT_DEATHS.into()];
-    let rows = transaction.query_all_raw(dialect.batch(CLAIM, scalars, batch)).await?;
-    if rows.is_empty() {
-        return Ok(HashMap::new());
-    }
-    let ids = rows.iter().map(|row| row.try_get("", "id")).collect::<Result<Vec<Uuid>, _>>()?;
-    let specs = transaction.query_all_raw(dialect.batch(SPECS, vec![], Batch::ids(ids))).await?;
-    let mut specs: HashMap<Uuid, QueryResult> = specs
-        .into_iter()
-        .map(|row| Ok((row.try_get::<Uuid>("", "id")?, row)))
-        .collect::<Result<_, sea_orm::DbErr>>()?;
-    rows.iter()
-        .map(|row| {
-            let id: Uuid = row.try_get("", "id")?;
-            let spec = specs.remove(&id).ok_or_else(|| Error::Unreadable(format!("process {id} has no spec")))?;
-            Ok((Pid::from(id), claimed(row, &spec)?))
-        })
-        .collect()
+    let rows = connection.query_all_raw(dialect.batch(CLAIM, scalars, batch)).await?;
+    rows.iter().map(|row| claimed(row).map(|claimed| (claimed.fence.pid, claimed))).collect()
 }
 
-fn claimed(row: &QueryResult, spec: &QueryResult) -> Result<Claimed, Error> {
+fn claimed(row: &QueryResult) -> Result<Claimed, Error> {
+    let id: Uuid = row.try_get("", "id")?;
     let checkpoint: Option<Vec<u8>> = row.try_get("", "checkpoint")?;
-    let body: Vec<u8> = spec.try_get("", "body")?;
+    let body: Option<Vec<u8>> = row.try_get("", "body")?;
+    let body = body.ok_or_else(|| Error::Unreadable(format!("process {id} has no spec")))?;
     Ok(Claimed {
-        fence: Fence { pid: row.try_get::<Uuid>("", "id")?.into(), epoch: row.try_get("", "epoch")? },
+        fence: Fence { pid: id.into(), epoch: row.try_get("", "epoch")? },
         claimed_at: row.try_get("", "claimed_at")?,
         attempt: row.try_get("", "try")?,
         deaths: row.try_get("", "deaths")?,
@@ -67,18 +54,87 @@ fn claimed(row: &QueryResult, spec: &QueryResult) -> Result<Claimed, Error> {
         urgent: row.try_get("", "urgent")?,
         checkpoint: checkpoint.map(|bytes| Checkpoint::from_bytes(&bytes)),
         spec: blob::from_bytes::<Spec>(&body),
-        traceparent: spec.try_get("", "traceparent")?,
-        reply_to: spec.try_get("", "reply_to")?,
+        traceparent: row.try_get("", "traceparent")?,
+        reply_to: row.try_get("", "reply_to")?,
     })
 }
 
-/// Applies one fenced write a process; a pid that is not among the answers has lost its lease.
+/// Applies one fenced write a process, with everything that follows from it, in the transaction that `connection` is; a
+/// pid that is not among the answers has lost its lease.
 pub(super) async fn write(
-    transaction: &DatabaseTransaction,
+    connection: &impl ConnectionTrait,
     dialect: Dialect,
     me: Incarnation,
-    writes: &[Fenced],
+    writes: &[&Fenced],
 ) -> Result<HashMap<Pid, Written>, Error> {
+    if writes.is_empty() {
+        return Ok(HashMap::new());
+    }
+    let sql = format!("WITH {{rows}} {}", fenced_sql(""));
+    let rows = connection.query_all_raw(dialect.batch(&sql, vec![], batch_of(writes))).await?;
+    let answers = rows.iter().map(written).collect::<Result<HashMap<_, _>, Error>>()?;
+    let mut obeyed = Vec::new();
+    for row in &rows {
+        if place(row)? != Place::Held && row.try_get::<i64>("", "control")? > 0 {
+            obeyed.push((Pid::from(row.try_get::<Uuid>("", "id")?), state(row)?));
+        }
+    }
+    let left = writes.iter().filter(|fenced| {
+        fenced.ended.is_some() && answers.get(&fenced.fence.pid).is_some_and(|written| written.place != Place::Held)
+    });
+    let left: Vec<&Fenced> = left.copied().collect();
+    if !left.is_empty() {
+        let sql = format!("WITH {{rows}} {INSERT_ATTEMPT} FROM b WHERE true {ONCE}");
+        connection.execute_raw(dialect.batch(&sql, vec![Uuid::from(me).into()], batch_of(&left))).await?;
+    }
+    settle(connection, dialect, &obeyed).await?;
+    insert_outputs(
+        connection,
+        dialect,
+        writes.iter().copied().filter(|fenced| answers.contains_key(&fenced.fence.pid)),
+    )
+    .await?;
+    Ok(answers)
+}
+
+/// The same in one statement, for PostgreSQL: only of rows of which nobody has ever asked anything, so that nothing has
+/// to be settled, and without outputs. A pid that is not among the answers has to go through [`write`].
+///
+/// What was asked while this statement waited for the row would not be seen by a part of it that settles: all its parts
+/// look at the tables as they were when it began, and only the row itself is read again.
+pub(super) async fn write_alone(
+    connection: &impl ConnectionTrait,
+    me: Incarnation,
+    writes: &[&Fenced],
+) -> Result<HashMap<Pid, Written>, Error> {
+    if writes.is_empty() {
+        return Ok(HashMap::new());
+    }
+    let dialect = Dialect::Postgres;
+    let update = fenced_sql("AND control = 0");
+    let sql = format!(
+        "WITH {{rows}},
+         w AS ({update}, b_id, b_epoch, b_try, b_started_at, b_how, b_reason),
+         a AS ({INSERT_ATTEMPT} FROM w WHERE b_how <> '' AND place <> {{held}} {ONCE})
+         SELECT id, place, state, before, desired, urgent, control, queue, told_at FROM w"
+    );
+    let rows = connection.query_all_raw(dialect.batch(&sql, vec![Uuid::from(me).into()], batch_of(writes))).await?;
+    rows.iter().map(written).collect()
+}
+
+fn written(row: &QueryResult) -> Result<(Pid, Written), Error> {
+    let written = Written {
+        place: place(row)?,
+        state: state(row)?,
+        desired: desired(row)?,
+        urgent: row.try_get("", "urgent")?,
+        queue: row.try_get("", "queue")?,
+        told_at: row.try_get("", "told_at")?,
+    };
+    Ok((Pid::from(row.try_get::<Uuid>("", "id")?), written))
+}
+
+fn batch_of(writes: &[&Fenced]) -> Batch {
     let mut batch = Batch::new(&[
         ("b_id", Kind::Uuid),
         ("b_epoch", Kind::BigInt),
@@ -89,6 +145,9 @@ pub(super) async fn write(
         ("b_try", Kind::BigInt),
         ("b_state", Kind::SmallInt),
         ("b_outcome", Kind::Bytes),
+        ("b_started_at", Kind::BigInt),
+        ("b_how", Kind::Text),
+        ("b_reason", Kind::Text),
     ]);
     for fenced in writes {
         let (verb, wake_us, state, outcome) = match &fenced.verb {
@@ -101,6 +160,10 @@ pub(super) async fn write(
             Verb::GiveBack => (GIVE_BACK, 0, State::Running, None),
             Verb::End { state, outcome } => (END, 0, *state, Some(outcome)),
         };
+        let (started_at, how, reason) = match &fenced.ended {
+            Some(Attempt { started_at, how, reason }) => (*started_at, how.word(), reason.clone().unwrap_or_default()),
+            None => (0, "", String::new()),
+        };
         batch.push(vec![
             Uuid::from(fenced.fence.pid).into(),
             fenced.fence.epoch.into(),
@@ -111,77 +174,16 @@ pub(super) async fn write(
             fenced.attempt.into(),
             state.code().into(),
             outcome.map(Outcome::to_bytes).unwrap_or_default().into(),
+            started_at.into(),
+            how.to_owned().into(),
+            reason.into(),
         ]);
     }
-    if batch.is_empty() {
-        return Ok(HashMap::new());
-    }
-    let rows = transaction.query_all_raw(dialect.batch(&fenced_sql(), vec![], batch)).await?;
-    let mut obeyed = Vec::new();
-    let answers = rows
-        .iter()
-        .map(|row| {
-            let pid = Pid::from(row.try_get::<Uuid>("", "id")?);
-            let place = place(row)?;
-            let state = State::from_codes(row.try_get("", "state")?, Some(row.try_get("", "before")?))
-                .ok_or_else(|| Error::Unreadable("no such state".into()))?;
-            let written = Written {
-                place,
-                state,
-                desired: desired(row)?,
-                urgent: row.try_get("", "urgent")?,
-                queue: row.try_get("", "queue")?,
-                told_at: row.try_get("", "told_at")?,
-            };
-            if place != Place::Held && row.try_get::<i64>("", "control")? > 0 {
-                obeyed.push((pid, state));
-            }
-            Ok((pid, written))
-        })
-        .collect::<Result<HashMap<_, _>, Error>>()?;
-    let left = writes
-        .iter()
-        .filter(|fenced| answers.get(&fenced.fence.pid).is_some_and(|written| written.place != Place::Held));
-    insert_attempts(transaction, dialect, me, left).await?;
-    settle(transaction, dialect, &obeyed).await?;
-    insert_outputs(transaction, dialect, writes.iter().filter(|fenced| answers.contains_key(&fenced.fence.pid)))
-        .await?;
-    Ok(answers)
-}
-
-async fn insert_attempts(
-    transaction: &DatabaseTransaction,
-    dialect: Dialect,
-    me: Incarnation,
-    writes: impl Iterator<Item = &Fenced>,
-) -> Result<(), Error> {
-    let mut batch = Batch::new(&[
-        ("b_id", Kind::Uuid),
-        ("b_epoch", Kind::BigInt),
-        ("b_try", Kind::BigInt),
-        ("b_started_at", Kind::BigInt),
-        ("b_how", Kind::Text),
-        ("b_reason", Kind::Text),
-    ]);
-    for fenced in writes {
-        let Some(Attempt { started_at, how, reason }) = &fenced.ended else { continue };
-        batch.push(vec![
-            Uuid::from(fenced.fence.pid).into(),
-            fenced.fence.epoch.into(),
-            fenced.attempt.into(),
-            (*started_at).into(),
-            how.word().to_owned().into(),
-            reason.clone().unwrap_or_default().into(),
-        ]);
-    }
-    if !batch.is_empty() {
-        transaction.execute_raw(dialect.batch(INSERT_ATTEMPT, vec![Uuid::from(me).into()], batch)).await?;
-    }
-    Ok(())
+    batch
 }
 
 async fn insert_outputs(
-    transaction: &DatabaseTransaction,
+    connection: &impl ConnectionTrait,
     dialect: Dialect,
     writes: impl Iterator<Item = &Fenced>,
 ) -> Result<(), Error> {
@@ -206,7 +208,7 @@ async fn insert_outputs(
         }
     }
     if !batch.is_empty() {
-        transaction.execute_raw(dialect.batch(UPSERT_OUTPUT, vec![], batch)).await?;
+        connection.execute_raw(dialect.batch(UPSERT_OUTPUT, vec![], batch)).await?;
     }
     Ok(())
 }
@@ -232,9 +234,10 @@ const CLAIM: &str = "
            OR (NOT EXISTS (SELECT 1 FROM process h WHERE h.owner = $1 AND h.place = {held} AND h.deaths >= $2)
                AND b_id = (SELECT s.id FROM process s JOIN b ON s.id = b_id
                            WHERE s.place = {queued} AND s.deaths >= $2 ORDER BY s.id LIMIT 1)))
-    RETURNING id, epoch, claimed_at, checkpoint, desired, urgent, try, deaths";
-
-const SPECS: &str = "WITH {rows} SELECT id, body, traceparent, reply_to FROM spec WHERE id IN (SELECT b_id FROM b)";
+    RETURNING id, epoch, claimed_at, checkpoint, desired, urgent, try, deaths,
+              (SELECT s.body FROM spec s WHERE s.id = process.id) AS body,
+              (SELECT s.traceparent FROM spec s WHERE s.id = process.id) AS traceparent,
+              (SELECT s.reply_to FROM spec s WHERE s.id = process.id) AS reply_to";
 
 const KEEP: i16 = 0;
 const PARK: i16 = 1;
@@ -242,8 +245,8 @@ const PAUSE: i16 = 2;
 const GIVE_BACK: i16 = 3;
 const END: i16 = 4;
 
-/// One statement for every fenced write. `place` is decided first; owner, state and the rest follow from it.
-fn fenced_sql() -> String {
+/// One statement for every fenced write, under one more condition. `place` is decided first; owner, state and the rest follow from it.
+fn fenced_sql(and: &str) -> String {
     // A wake-up that arrived while the process was on its way to park is seen here, under the row's lock; so is a kill.
     let stays = format!(
         "(b_verb = {KEEP} OR (b_verb = {PARK} AND (woken OR desired = {{kill}})) OR (b_verb = {PAUSE} AND desired <> {{pause}}))"
@@ -251,8 +254,7 @@ fn fenced_sql() -> String {
     // Every way out of `held` but the end obeys a pause.
     let paused = format!("(NOT {stays} AND b_verb <> {END} AND desired = {{pause}})");
     format!(
-        "WITH {{rows}}
-         UPDATE process
+        "UPDATE process
          SET seq = CASE WHEN length(b_checkpoint) = 0 THEN seq ELSE b_seq END,
              checkpoint = CASE WHEN length(b_checkpoint) = 0 THEN checkpoint ELSE b_checkpoint END,
              deaths = CASE WHEN length(b_checkpoint) = 0 THEN deaths ELSE 0 END,
@@ -271,16 +273,16 @@ fn fenced_sql() -> String {
              ended_at = CASE WHEN b_verb = {END} THEN {{clock}} ELSE NULL END,
              outcome = CASE WHEN b_verb = {END} THEN b_outcome ELSE NULL END
          FROM b
-         WHERE id = b_id AND epoch = b_epoch AND place + 0 = {{held}}
+         WHERE id = b_id AND epoch = b_epoch AND place + 0 = {{held}} {and}
          RETURNING id, place, state, before, desired, urgent, control, queue, told_at"
     )
 }
 
 const INSERT_ATTEMPT: &str = "
-    WITH {rows}
     INSERT INTO attempt (pid, epoch, worker, try, started_at, ended_at, how, reason)
-    SELECT b_id, b_epoch, $1, b_try, b_started_at, {clock}, b_how, NULLIF(b_reason, '') FROM b WHERE true
-    ON CONFLICT (pid, epoch) DO NOTHING";
+    SELECT b_id, b_epoch, $1, b_try, b_started_at, {clock}, b_how, NULLIF(b_reason, '')";
+
+const ONCE: &str = "ON CONFLICT (pid, epoch) DO NOTHING";
 
 const UPSERT_OUTPUT: &str = "
     WITH {rows}

@@ -312,13 +312,24 @@ impl Lane {
     /// Sends the batch until the database has answered it. One that the database refuses for good is halved until the
     /// request is alone that cannot be written; only that one goes without an answer.
     async fn commit_for_sure(&self, batch: Vec<Request>) {
-        let mut parts = vec![batch];
-        while let Some(part) = parts.pop() {
-            match self.commit(&part).await {
-                Ok(answers) => answers.send(part),
+        let mut parts = vec![(batch, self.dialect == Dialect::Postgres)];
+        while let Some((mut part, is_first)) = parts.pop() {
+            let committed = if is_first { self.commit_alone(&part).await } else { self.commit(&part).await };
+            match committed {
+                Ok(mut answers) if is_first => {
+                    let rest = answers.send_known(part);
+                    if !rest.is_empty() {
+                        parts.push((rest, false));
+                    }
+                }
+                Ok(mut answers) => {
+                    for request in answers.send_known(part) {
+                        answers.send_missing(request);
+                    }
+                }
                 Err(error) if error.is_transient() => {
                     warn!(%error, rows = part.len(), "the database does not take a batch; sending it again");
-                    parts.push(part);
+                    parts.push((part, is_first));
                     tokio::time::sleep(RETRY_PAUSE).await;
                 }
                 Err(error) if part.len() == 1 => {
@@ -326,28 +337,28 @@ impl Lane {
                 }
                 Err(error) => {
                     debug!(%error, rows = part.len(), "splitting a batch that the database refuses");
-                    let mut part = part;
                     let rest = part.split_off(part.len() / 2);
-                    parts.push(rest);
-                    parts.push(part);
+                    parts.push((rest, is_first));
+                    parts.push((part, is_first));
                 }
             }
         }
     }
 
+    /// The ordinary case, in which one statement is all that is needed. It is its own transaction, which saves three ways
+    /// to the server and back. What has no answer then goes through [`Lane::commit`].
+    async fn commit_alone(&self, batch: &[Request]) -> Result<Answers, Error> {
+        let Parts { claims, launches, writes } = Parts::of(batch);
+        let is_launched = |pid: &Pid| launches.iter().any(|launch| launch.pid == *pid);
+        let claims = claims.into_iter().filter(|(pid, _)| !is_launched(pid)).collect::<Vec<_>>();
+        let writes = writes.into_iter().filter(|write| write.outputs.is_empty()).collect::<Vec<_>>();
+        let claimed = fenced::claim(&self.db, self.dialect, self.me, &claims).await?;
+        let written = fenced::write_alone(&self.db, self.me, &writes).await?;
+        Ok(Answers { claimed, digests: HashMap::new(), written })
+    }
+
     async fn commit(&self, batch: &[Request]) -> Result<Answers, Error> {
-        let mut claims = Vec::new();
-        let mut launches = Vec::new();
-        let mut writes = Vec::new();
-        for request in batch {
-            match request {
-                Request::Claim { pid, queue, launch, .. } => {
-                    claims.push((*pid, queue.clone()));
-                    launches.extend(launch.as_deref().cloned());
-                }
-                Request::Write { fenced, .. } => writes.push(fenced.as_ref().clone()),
-            }
-        }
+        let Parts { claims, launches, writes } = Parts::of(batch);
         let transaction = begin(&self.db).await?;
         submit::insert(&transaction, self.dialect, &launches).await?;
         let claimed = fenced::claim(&transaction, self.dialect, self.me, &claims).await?;
@@ -381,27 +392,68 @@ struct Answers {
 }
 
 impl Answers {
-    fn send(mut self, batch: Vec<Request>) {
+    /// Answers those that were claimed or written, and gives back the others.
+    fn send_known(&mut self, batch: Vec<Request>) -> Vec<Request> {
+        let mut rest = Vec::new();
         // Whoever asked may have gone meanwhile; a claim that nobody received is given back by the reconciling beat.
         for request in batch {
+            let pid = request.pid();
             match request {
-                Request::Claim { pid, launch, answer, .. } => {
-                    let other = |digest: &Vec<u8>| {
-                        launch.as_ref().is_some_and(|launch| launch.spec.digest().as_slice() != digest.as_slice())
-                    };
-                    let claim = match (self.claimed.remove(&pid), self.digests.get(&pid)) {
-                        (Some(claimed), _) => Claim::Claimed(Box::new(claimed)),
-                        (None, Some(digest)) if other(digest) => Claim::OtherSpec,
-                        (None, Some(_)) => Claim::NotQueued,
-                        (None, None) => Claim::Absent,
-                    };
-                    let _ = answer.send(claim);
+                Request::Claim { answer, .. } if self.claimed.contains_key(&pid) => {
+                    let claimed = self.claimed.remove(&pid).map(Box::new);
+                    let _ = claimed.map(|claimed| answer.send(Claim::Claimed(claimed)));
                 }
-                Request::Write { fenced, answer } => {
-                    let _ = answer.send(self.written.remove(&fenced.fence.pid));
+                Request::Write { answer, .. } if self.written.contains_key(&pid) => {
+                    let _ = answer.send(self.written.remove(&pid));
                 }
+                Request::Claim { .. } | Request::Write { .. } => rest.push(request),
             }
         }
+        rest
+    }
+
+    /// Says why a claim found nothing, or that a lease is lost.
+    fn send_missing(&self, request: Request) {
+        match request {
+            Request::Claim { pid, launch, answer, .. } => {
+                let other = |digest: &Vec<u8>| {
+                    launch.is_some_and(|launch| launch.spec.digest().as_slice() != digest.as_slice())
+                };
+                let claim = match self.digests.get(&pid) {
+                    Some(digest) if other(digest) => Claim::OtherSpec,
+                    Some(_) => Claim::NotQueued,
+                    None => Claim::Absent,
+                };
+                let _ = answer.send(claim);
+            }
+            Request::Write { answer, .. } => {
+                let _ = answer.send(None);
+            }
+        }
+    }
+}
+
+/// A batch by what has to be done.
+#[derive(Default)]
+struct Parts<'a> {
+    claims: Vec<(Pid, String)>,
+    launches: Vec<NewProcess>,
+    writes: Vec<&'a Fenced>,
+}
+
+impl<'a> Parts<'a> {
+    fn of(batch: &'a [Request]) -> Self {
+        let mut parts = Parts::default();
+        for request in batch {
+            match request {
+                Request::Claim { pid, queue, launch, .. } => {
+                    parts.claims.push((*pid, queue.clone()));
+                    parts.launches.extend(launch.as_deref().cloned());
+                }
+                Request::Write { fenced, .. } => parts.writes.push(fenced),
+            }
+        }
+        parts
     }
 }
 

@@ -46,9 +46,9 @@ pub(crate) async fn kill(global: &Global, arguments: KillArguments) -> Result<u8
 }
 
 /// What became of one request.
-struct Done {
+pub(crate) struct Done {
     pid: Pid,
-    effect: Effect,
+    pub(crate) effect: Effect,
     /// By whose later request, if it is superseded.
     detail: Option<String>,
     event: Option<RequestId>,
@@ -123,7 +123,12 @@ fn report(how: Output, all: &[Done]) -> Result<(), Failure> {
     }
 }
 
-async fn ask(client: &Client, broker: Option<&Communicator>, pid: Pid, request: &Request) -> Result<Done, Failure> {
+pub(crate) async fn ask(
+    client: &Client,
+    broker: Option<&Communicator>,
+    pid: Pid,
+    request: &Request,
+) -> Result<Done, Failure> {
     let refused = |effect, code| Done {
         pid,
         effect,

@@ -11,11 +11,8 @@ use serde_json::json;
 use crate::cli::{Global, Output, SubmitArguments};
 use crate::client::{Client, read_spec, whoami};
 use crate::failure::Failure;
+use crate::submission::submit;
 use crate::{follow, output};
-
-/// Processes that are committed and then published together. The rows of one big commit would look lost before the last
-/// of them is published: the head rule has two seconds' patience with an empty queue.
-const PAGE: u32 = 1_000;
 
 pub(crate) async fn run(global: &Global, arguments: SubmitArguments) -> Result<u8, Failure> {
     let spec = read_spec(&arguments.file)?;
@@ -31,41 +28,37 @@ pub(crate) async fn run(global: &Global, arguments: SubmitArguments) -> Result<u
     }
     let client = Client::open(global).await?;
     let by = whoami();
-    let mut pids = Vec::new();
-    let mut told = Ok(());
-    let mut rest = arguments.count;
-    while rest > 0 {
-        let processes: Vec<NewProcess> = (0..rest.min(PAGE))
-            .map(|_| NewProcess {
-                pid: Pid::generate(),
-                spec: spec.clone(),
-                created_by: by.clone(),
-                traceparent: Some(new_traceparent()),
-                reply_to: None,
-                run_key: None,
-            })
-            .collect();
-        let accepted = match client.store.submit(&processes).await {
-            Ok(accepted) => accepted,
-            Err(error) if pids.is_empty() => return Err(error.into()),
-            Err(error) => {
-                print(global, &pids, &told)?;
-                return Err(Failure::new(
-                    exit::SOME_FAILED,
-                    format!("{} of {} are recorded; then: {error}", pids.len(), arguments.count),
-                ));
-            }
-        };
-        rest -= u32::try_from(processes.len()).expect("a page");
-        pids.extend(processes.iter().map(|process| process.pid));
-        if told.is_ok() {
-            told = client.tell(&accepted.queued, true).await;
+    let make = || NewProcess {
+        pid: Pid::generate(),
+        spec: spec.clone(),
+        created_by: by.clone(),
+        traceparent: Some(new_traceparent()),
+        reply_to: None,
+        run_key: None,
+    };
+    let mut pids: Vec<Pid> = Vec::new();
+    let submitted = submit(
+        &client.store,
+        arguments.count,
+        make,
+        async |queued| client.tell(queued, true).await,
+        |page| pids.extend(page.iter().map(|process| process.pid)),
+    );
+    let told = match submitted.await {
+        Ok(told) => told,
+        Err(failure) if pids.is_empty() => return Err(failure),
+        Err(failure) => {
+            print(global, &pids, true)?;
+            return Err(Failure::new(
+                exit::SOME_FAILED,
+                format!("{} of {} are recorded; then: {}", pids.len(), arguments.count, failure.text()),
+            ));
         }
-    }
+    };
     if let Err(reason) = &told {
         output::warn(&format!("recorded, but not announced ({reason}); workers find it when the broker is back"));
     }
-    print(global, &pids, &told)?;
+    print(global, &pids, told.is_ok())?;
     let code = if arguments.wait {
         let ended = follow::wait_ended(&client.store, &pids, arguments.timeout, |_| {}).await?;
         if global.output == Output::Table {
@@ -79,9 +72,9 @@ pub(crate) async fn run(global: &Global, arguments: SubmitArguments) -> Result<u
     Ok(code)
 }
 
-fn print(global: &Global, pids: &[Pid], told: &Result<(), String>) -> Result<(), Failure> {
+fn print(global: &Global, pids: &[Pid], is_told: bool) -> Result<(), Failure> {
     match global.output {
-        Output::Json => output::print_json(&json!({"pids": pids, "nudged": told.is_ok()})),
+        Output::Json => output::print_json(&json!({"pids": pids, "nudged": is_told})),
         Output::Table | Output::Ids => pids.iter().try_for_each(|pid| output::print(&pid.to_string())),
     }
 }

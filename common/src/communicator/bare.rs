@@ -1,0 +1,201 @@
+//! A broker with nothing behind it: the messages of tasks on a queue of the same kind, published, delivered and
+//! acknowledged in plain loops. What Baton's own rates are compared with.
+
+use futures_util::stream::FuturesUnordered;
+use futures_util::{FutureExt, StreamExt};
+use lapin::options::{
+    BasicAckOptions, BasicConsumeOptions, BasicPublishOptions, BasicQosOptions, ConfirmSelectOptions,
+    QueueDeleteOptions,
+};
+use lapin::types::FieldTable;
+use lapin::{Acker, Channel, Connection, Consumer};
+use tokio::time::timeout;
+
+use super::envelope::{Envelope, classes, short, task_queue};
+use super::link::{ANSWER_LIMIT, open, reason};
+use super::topology::quorum_queue;
+use super::{CheckError, Down, Told};
+use crate::id::Pid;
+
+/// A queue of its own, which goes with [`BareQueue::delete`].
+pub struct BareQueue {
+    url: String,
+    name: String,
+    connection: Connection,
+}
+
+/// Publishes to a [`BareQueue`].
+pub struct BarePublisher {
+    channel: Channel,
+    queue: String,
+    n_unconfirmed_max: usize,
+    _connection: Connection,
+}
+
+/// Takes from a [`BareQueue`].
+pub struct BareConsumer {
+    consumer: Consumer,
+    last: Option<Acker>,
+    _connection: Connection,
+}
+
+impl BareQueue {
+    /// Declares the queue on the first broker that answers.
+    ///
+    /// # Errors
+    /// See [`CheckError`].
+    pub async fn declare(urls: &[String], name: &str) -> Result<Self, CheckError> {
+        let mut last = CheckError::BadUrl { url: String::new(), reason: "no URL is configured".to_owned() };
+        for url in urls {
+            let connection = match open(url, "baton bench", None).await {
+                Ok(connection) => connection,
+                Err(error) => {
+                    last = error;
+                    continue;
+                }
+            };
+            let declare = async {
+                let channel = connection.create_channel().await?;
+                quorum_queue(&channel, name).await
+            };
+            return match timeout(ANSWER_LIMIT, declare).await {
+                Ok(Ok(())) => Ok(Self { url: url.clone(), name: name.to_owned(), connection }),
+                Ok(Err(error)) => Err(CheckError::Refused { url: String::new(), reason: reason(&error) }),
+                Err(_) => Err(CheckError::Refused { url: String::new(), reason: "no answer".to_owned() }),
+            };
+        }
+        Err(last)
+    }
+
+    /// A publisher on a connection of its own, which waits for confirms when so many messages are unconfirmed.
+    ///
+    /// # Errors
+    /// The broker does not take it.
+    pub async fn publisher(&self, n_unconfirmed_max: usize) -> Result<BarePublisher, Down> {
+        let connection = self.connect().await?;
+        let channel = answer(async {
+            let channel = connection.create_channel().await?;
+            channel.confirm_select(ConfirmSelectOptions::default()).await?;
+            Ok(channel)
+        })
+        .await?;
+        Ok(BarePublisher { channel, queue: self.name.clone(), n_unconfirmed_max, _connection: connection })
+    }
+
+    /// A consumer on a connection of its own, with so many deliveries that are not acknowledged yet.
+    ///
+    /// # Errors
+    /// The broker does not take it.
+    pub async fn consumer(&self, prefetch: u16) -> Result<BareConsumer, Down> {
+        let connection = self.connect().await?;
+        let consumer = answer(async {
+            let channel = connection.create_channel().await?;
+            channel.basic_qos(prefetch, BasicQosOptions::default()).await?;
+            let options = BasicConsumeOptions::default();
+            channel.basic_consume(short(&self.name), short("bench"), options, FieldTable::default()).await
+        })
+        .await?;
+        Ok(BareConsumer { consumer, last: None, _connection: connection })
+    }
+
+    /// Removes the queue.
+    ///
+    /// # Errors
+    /// The broker does not answer; the queue is left behind.
+    pub async fn delete(self) -> Result<(), Down> {
+        answer(async {
+            let channel = self.connection.create_channel().await?;
+            channel.queue_delete(short(&self.name), QueueDeleteOptions::default()).await
+        })
+        .await
+        .map(drop)
+    }
+
+    async fn connect(&self) -> Result<Connection, Down> {
+        open(&self.url, "baton bench", None).await.map_err(|error| Down(error.to_string()))
+    }
+}
+
+impl BarePublisher {
+    /// Publishes all, persistent, and waits until the last is confirmed.
+    ///
+    /// # Errors
+    /// The broker refuses one, or is gone.
+    pub async fn publish(&self, tasks: impl IntoIterator<Item = Told>) -> Result<(), Down> {
+        let mut unconfirmed = FuturesUnordered::new();
+        for told in tasks {
+            if unconfirmed.len() >= self.n_unconfirmed_max {
+                unconfirmed.next().await.unwrap_or(Ok(()))?;
+            }
+            let envelope = Envelope::task(&told.task, told.traceparent);
+            let properties = envelope.properties(true);
+            let options = BasicPublishOptions::default();
+            let publish =
+                self.channel.basic_publish("".into(), short(&self.queue), options, &envelope.body, properties);
+            let confirm = publish.await.map_err(|error| Down(reason(&error)))?;
+            unconfirmed.push(async move {
+                let confirmation = confirm.await.map_err(|error| Down(reason(&error)))?;
+                if confirmation.is_nack() { Err(Down("the broker refuses a message".to_owned())) } else { Ok(()) }
+            });
+        }
+        while let Some(confirmed) = unconfirmed.next().await {
+            confirmed?;
+        }
+        Ok(())
+    }
+}
+
+impl BareConsumer {
+    /// Waits for a delivery, and takes what has arrived, at most `max`.
+    ///
+    /// # Errors
+    /// The consumer was cancelled, or a message is none of Baton's.
+    pub async fn take(&mut self, max: usize) -> Result<Vec<Pid>, Down> {
+        let mut taken = Vec::new();
+        while taken.len() < max {
+            let next = if taken.is_empty() {
+                self.consumer.next().await
+            } else {
+                self.consumer.next().now_or_never().flatten()
+            };
+            let Some(delivery) = next else { break };
+            let delivery = delivery.map_err(|error| Down(reason(&error)))?;
+            let task = Envelope::from_amqp(&delivery.properties, delivery.data).read_task().map_err(Down)?;
+            taken.push(task.pid());
+            self.last = Some(delivery.acker);
+        }
+        if taken.is_empty() { Err(Down("the consumer has ended".to_owned())) } else { Ok(taken) }
+    }
+
+    /// Acknowledges everything that was taken, in one frame.
+    ///
+    /// # Errors
+    /// The channel is gone.
+    pub async fn acknowledge(&mut self) -> Result<(), Down> {
+        let Some(last) = self.last.take() else { return Ok(()) };
+        last.ack(BasicAckOptions { multiple: true }).await.map(drop).map_err(|error| Down(reason(&error)))
+    }
+}
+
+async fn answer<T>(asked: impl Future<Output = lapin::Result<T>>) -> Result<T, Down> {
+    match timeout(ANSWER_LIMIT, asked).await {
+        Ok(Ok(answer)) => Ok(answer),
+        Ok(Err(error)) => Err(Down(reason(&error))),
+        Err(_) => Err(Down(format!("no answer within {} s", ANSWER_LIMIT.as_secs()))),
+    }
+}
+
+/// Removes a task queue with all its classes, whatever lies in it.
+///
+/// # Errors
+/// The broker does not answer; some of them may be left.
+pub async fn remove_task_queues(urls: &[String], queue: &str) -> Result<(), CheckError> {
+    for class in classes(queue) {
+        BareQueue::declare(urls, &task_queue(&class))
+            .await?
+            .delete()
+            .await
+            .map_err(|down| CheckError::Refused { url: String::new(), reason: down.0 })?;
+    }
+    Ok(())
+}

@@ -1,0 +1,102 @@
+//! The database with nothing around it: the same tables, indexes and statements in a schema of their own, driven by
+//! plain loops. What Baton's own rates are compared with.
+
+use sea_orm::{ConnectionTrait, DatabaseConnection};
+
+use super::blob::{Checkpoint, Outcome};
+use super::writer::{Attempt, Claimed, Fence, Fenced, How, Verb};
+use super::{Error, Location, Store, Use, begin, connect, fenced};
+use crate::id::{Incarnation, Pid};
+use crate::state::State;
+
+/// A schema of its own, which goes with [`BareTables::remove`].
+pub struct BareTables {
+    outer: Store,
+    inner: Store,
+    schema: String,
+}
+
+/// One connection to it.
+pub struct BareLane {
+    db: DatabaseConnection,
+    store: Store,
+    me: Incarnation,
+}
+
+impl BareTables {
+    /// Makes the schema in the database of `store`, which must be PostgreSQL.
+    ///
+    /// # Errors
+    /// The database does not answer, or its user may not make schemas.
+    pub async fn create(store: &Store, schema: &str) -> Result<Self, Error> {
+        let Location::Postgres(url) = &store.location else { return Err(Error::Url) };
+        store.db.execute_unprepared(&format!("CREATE SCHEMA {schema}")).await?;
+        let separator = if url.contains('?') { '&' } else { '?' };
+        let location = Location::Postgres(format!("{url}{separator}options=-c%20search_path%3D{schema}"));
+        let inner = Store::open(location).await?;
+        Ok(Self { outer: store.clone(), inner, schema: schema.to_owned() })
+    }
+
+    /// The tables, for accepting processes.
+    pub fn store(&self) -> &Store {
+        &self.inner
+    }
+
+    /// A connection like one of a worker's lanes.
+    ///
+    /// # Errors
+    /// The database does not answer.
+    pub async fn lane(&self) -> Result<BareLane, Error> {
+        let db = connect(&self.inner.location, Use::Lane).await?;
+        Ok(BareLane { db, store: self.inner.clone(), me: Incarnation::generate() })
+    }
+
+    /// Removes the schema.
+    ///
+    /// # Errors
+    /// The database does not answer; the schema is left behind.
+    pub async fn remove(self) -> Result<(), Error> {
+        self.outer.db.execute_unprepared(&format!("DROP SCHEMA {} CASCADE", self.schema)).await?;
+        Ok(())
+    }
+}
+
+impl BareLane {
+    /// Claims some and ends others, in one commit.
+    ///
+    /// # Errors
+    /// The database does not answer.
+    pub async fn turn(&self, mut claims: Vec<Pid>, ends: &[Claimed]) -> Result<Vec<Claimed>, Error> {
+        claims.sort_unstable();
+        let queued = claims.into_iter().map(|pid| (pid, "default".to_owned())).collect::<Vec<_>>();
+        let mut writes = ends.iter().map(end).collect::<Vec<_>>();
+        writes.sort_unstable_by_key(|write| write.fence.pid);
+        let transaction = begin(&self.db).await?;
+        let claimed = fenced::claim(&transaction, self.store.dialect, self.me, &queued).await?;
+        fenced::write_alone(&transaction, self.me, &writes.iter().collect::<Vec<_>>()).await?;
+        transaction.commit().await?;
+        Ok(claimed.into_values().collect())
+    }
+
+    /// Writes a checkpoint of each, in one statement and one commit; says how many rows it has changed.
+    ///
+    /// # Errors
+    /// The database does not answer.
+    pub async fn checkpoint(&self, fences: &[Fence], advances: u64) -> Result<usize, Error> {
+        let checkpoint = Checkpoint { advances, state: vec![0x2a; 16], ..Checkpoint::default() };
+        let writes = fences.iter().map(|fence| fenced_write(*fence, Verb::Keep, Some(checkpoint.clone()), None));
+        let writes = writes.collect::<Vec<_>>();
+        Ok(fenced::write_alone(&self.db, self.me, &writes.iter().collect::<Vec<_>>()).await?.len())
+    }
+}
+
+fn end(claimed: &Claimed) -> Fenced {
+    let outcome = Outcome { exit: Some(0), ok: true, ..Outcome::default() };
+    let attempt = Attempt { started_at: claimed.claimed_at, how: How::Ok, reason: None };
+    let checkpoint = Checkpoint { advances: 1, ..Checkpoint::default() };
+    fenced_write(claimed.fence, Verb::End { state: State::Finished, outcome }, Some(checkpoint), Some(attempt))
+}
+
+fn fenced_write(fence: Fence, verb: Verb, checkpoint: Option<Checkpoint>, ended: Option<Attempt>) -> Fenced {
+    Fenced { fence, verb, checkpoint, attempt: 1, ended, outputs: vec![] }
+}

@@ -1,0 +1,126 @@
+//! What the database says of its own work, for benchmarks.
+
+use sea_orm::Value;
+
+use super::dialect::Dialect;
+use super::{Error, Store};
+use crate::id::Pid;
+
+/// Counters of PostgreSQL that only grow.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Meters {
+    /// Transactions of the whole server that have written something, which is what costs a flush to the disk.
+    pub commits: u64,
+    /// Bytes of its write-ahead log.
+    pub wal_bytes: u64,
+    /// Rows of this database that were inserted, changed or removed, as far as the server's statistics know: a
+    /// connection reports when it ends, and now and then before.
+    pub rows: u64,
+}
+
+/// How a set of processes has come out.
+#[derive(Clone, Debug, Default)]
+pub struct Sums {
+    /// Those that have ended with a success, in their first holding, and have its row.
+    pub good: u64,
+    /// From the first acceptance to the last end, in microseconds.
+    pub span_us: i64,
+    /// From each one's acceptance to its end, in microseconds, in ascending order.
+    pub lives_us: Vec<i64>,
+}
+
+impl Store {
+    /// The counters now.
+    ///
+    /// # Errors
+    /// The database does not answer, or is not PostgreSQL.
+    pub async fn meters(&self) -> Result<Meters, Error> {
+        if self.dialect == Dialect::Sqlite {
+            return Err(Error::Url);
+        }
+        let sql = "SELECT pg_snapshot_xmax(pg_current_snapshot())::text::bigint AS commits,
+                          (pg_current_wal_insert_lsn() - '0/0'::pg_lsn)::bigint AS wal_bytes,
+                          (SELECT tup_inserted + tup_updated + tup_deleted FROM pg_stat_database
+                           WHERE datname = current_database()) AS n_rows";
+        let row = self.query(sql, vec![]).await?.into_iter().next().ok_or(Error::NoRow)?;
+        let number = |name: &str| Ok::<_, Error>(row.try_get::<i64>("", name)?.cast_unsigned());
+        Ok(Meters { commits: number("commits")?, wal_bytes: number("wal_bytes")?, rows: number("n_rows")? })
+    }
+
+    /// Whether a task queue has anything that has not ended.
+    ///
+    /// # Errors
+    /// The database does not answer.
+    pub async fn is_busy(&self, queue: &str) -> Result<bool, Error> {
+        let sql = "SELECT EXISTS (SELECT 1 FROM process WHERE place = {queued} AND queue = $1)
+                       OR EXISTS (SELECT 1 FROM process WHERE place = {held} AND queue = $1) AS busy";
+        let row = self.query(sql, vec![queue.to_owned().into()]).await?.into_iter().next().ok_or(Error::NoRow)?;
+        Ok(row.try_get("", "busy")?)
+    }
+
+    /// Whether one process has ended.
+    ///
+    /// # Errors
+    /// The database does not answer.
+    pub async fn has_ended(&self, pid: Pid) -> Result<bool, Error> {
+        let sql = "SELECT place = {ended} AS ended FROM process WHERE id = $1";
+        let rows = self.query(sql, vec![uuid::Uuid::from(pid).into()]).await?;
+        Ok(rows.first().map(|row| row.try_get("", "ended")).transpose()?.unwrap_or(false))
+    }
+
+    /// How many of the processes of a session are held, or have ended.
+    ///
+    /// # Errors
+    /// The database does not answer.
+    pub async fn count_in(&self, session: &str, place: crate::state::Place) -> Result<u64, Error> {
+        let sql =
+            "SELECT COUNT(*) AS n FROM process p JOIN spec s ON s.id = p.id WHERE s.session = $1 AND p.place = $2";
+        let values: Vec<Value> = vec![session.to_owned().into(), place.code().into()];
+        let row = self.query(sql, values).await?.into_iter().next().ok_or(Error::NoRow)?;
+        Ok(row.try_get::<i64>("", "n")?.cast_unsigned())
+    }
+
+    /// How the processes of a session have come out.
+    ///
+    /// # Errors
+    /// The database does not answer.
+    pub async fn sums(&self, session: &str) -> Result<Sums, Error> {
+        let sql = "SELECT s.created_at, p.ended_at,
+                          p.place = {ended} AND p.state = {finished} AND p.epoch = 1
+                          AND EXISTS (SELECT 1 FROM attempt a WHERE a.pid = p.id AND a.epoch = 1 AND a.how = 'ok') AS good
+                   FROM process p JOIN spec s ON s.id = p.id WHERE s.session = $1";
+        let mut sums = Sums::default();
+        let (mut first, mut last) = (i64::MAX, i64::MIN);
+        for row in self.query(sql, vec![session.to_owned().into()]).await? {
+            sums.good += u64::from(row.try_get::<bool>("", "good")?);
+            let created_at: i64 = row.try_get("", "created_at")?;
+            first = first.min(created_at);
+            if let Some(ended_at) = row.try_get::<Option<i64>>("", "ended_at")? {
+                last = last.max(ended_at);
+                sums.lives_us.push(ended_at - created_at);
+            }
+        }
+        sums.lives_us.sort_unstable();
+        sums.span_us = last.saturating_sub(first).max(0);
+        Ok(sums)
+    }
+
+    /// Removes every process of a session that nobody holds.
+    ///
+    /// # Errors
+    /// The database does not answer.
+    pub async fn erase_session(&self, session: &str) -> Result<(), Error> {
+        for (table, key) in [("attempt", "pid"), ("event", "pid"), ("output", "pid"), ("process", "id"), ("spec", "id")]
+        {
+            let sql = format!("DELETE FROM {table} WHERE {key} IN (SELECT s.id FROM spec s WHERE s.session = $1)");
+            self.execute(&sql, vec![session.to_owned().into()]).await?;
+        }
+        Ok(())
+    }
+
+    /// Ends this store's connections, by which the server's statistics learn what they have done.
+    pub async fn close(self) {
+        // What cannot be closed is closed by the server when the program ends.
+        let _ = self.db.close().await;
+    }
+}

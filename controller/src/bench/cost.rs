@@ -1,0 +1,104 @@
+//! What a run has cost: counters before and after it.
+
+use baton_common::message::Traffic;
+use baton_common::store::measure::Meters;
+use serde::Serialize;
+
+use super::Bench;
+use super::cpu::{Program, Seconds};
+use super::fleet::Fleet;
+use crate::failure::Failure;
+
+/// Counters at one moment.
+pub(super) struct Reading {
+    meters: Meters,
+    client: Traffic,
+    workers: Option<Traffic>,
+    cpu: Seconds,
+}
+
+/// What each process has cost on average. A count that cannot be had is absent.
+#[derive(Debug, Default, Serialize)]
+pub(super) struct PerProcess {
+    /// Transactions that have written something, of the whole server.
+    commits: f64,
+    /// Bytes of the write-ahead log, of the whole server.
+    wal_bytes: f64,
+    /// Rows inserted, changed and removed in this database; only with workers of the run's own, whose end makes the
+    /// server count to the last row.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) rows: Option<f64>,
+    /// Task messages, each published persistent and confirmed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    confirms: Option<f64>,
+    /// The bodies of these.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    message_bytes: Option<f64>,
+    /// Frames that acknowledged them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    ack_frames: Option<f64>,
+    /// Messages about changes of state.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    event_messages: Option<f64>,
+}
+
+/// What a run has cost.
+pub(super) struct Cost {
+    pub(super) per_process: PerProcess,
+    pub(super) cpu: Seconds,
+}
+
+impl Reading {
+    pub(super) async fn take(bench: &Bench, fleet: &Fleet) -> Result<Self, Failure> {
+        let workers = fleet.os_pids();
+        let worker_seconds = workers.iter().map(|pid| Program::process(*pid).seconds()).sum::<Option<f64>>();
+        let server = |url: Option<&String>, port, name| Program::server(url?, port, name)?.seconds();
+        let cpu = Seconds::from([
+            ("client", Program::own().seconds()),
+            ("workers", worker_seconds.filter(|_| workers.len() == fleet.len())),
+            ("broker", server(bench.broker_urls.first(), 5672, "beam.smp")),
+            ("database", server(Some(&bench.database_url), 5432, "postgres")),
+        ]);
+        Ok(Self {
+            meters: bench.store.meters().await?,
+            client: bench.communicator.traffic(),
+            workers: fleet.traffic(bench).await,
+            cpu,
+        })
+    }
+
+    /// The cost of everything between `self` and `after`, in which `count` processes have run.
+    pub(super) fn until(&self, after: &Reading, count: u64) -> Cost {
+        let each = |before: u64, after: u64| ratio(after.saturating_sub(before), count);
+        let workers = self.workers.zip(after.workers);
+        let sent = |of: fn(&Traffic) -> u64| {
+            workers.map(|(before, now)| each(of(&self.client) + of(&before), of(&after.client) + of(&now)))
+        };
+        let cpu = after.cpu.iter().map(|(name, seconds)| {
+            let before = self.cpu.get(name).copied().flatten();
+            (*name, seconds.zip(before).map(|(after, before)| super::rounded(after - before)))
+        });
+        Cost {
+            per_process: PerProcess {
+                commits: each(self.meters.commits, after.meters.commits),
+                wal_bytes: each(self.meters.wal_bytes, after.meters.wal_bytes),
+                rows: None,
+                confirms: sent(|traffic| traffic.told),
+                message_bytes: sent(|traffic| traffic.told_bytes),
+                ack_frames: sent(|traffic| traffic.ack_frames),
+                event_messages: sent(|traffic| traffic.event_messages),
+            },
+            cpu: cpu.collect(),
+        }
+    }
+
+    /// Rows for each of `count` processes between `self` and `after`.
+    pub(super) fn rows_until(&self, after: &Meters, count: u64) -> f64 {
+        ratio(after.rows.saturating_sub(self.meters.rows), count)
+    }
+}
+
+#[expect(clippy::cast_precision_loss, reason = "counts are far below 2^52")]
+fn ratio(part: u64, count: u64) -> f64 {
+    super::rounded(part as f64 / count.max(1) as f64)
+}

@@ -1,0 +1,311 @@
+//! What broker and database can do at best, here and now: plain loops over the same messages and the same rows.
+
+use std::collections::HashMap;
+use std::convert::Infallible;
+use std::time::{Duration, Instant};
+
+use baton_common::communicator::Told;
+use baton_common::communicator::bare::{BareConsumer, BarePublisher, BareQueue};
+use baton_common::id::Pid;
+use baton_common::message::Task;
+use baton_common::store::bare::{BareLane, BareTables};
+use baton_common::store::submit::NewProcess;
+use baton_common::store::writer::{Claimed, Fence};
+use baton_common::telemetry::new_traceparent;
+use serde::Serialize;
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinSet;
+
+use super::{Bench, median_ms, per_second, rounded};
+use crate::failure::Failure;
+use crate::output;
+
+/// Publishers and windows that are tried, each with as many consumers.
+const MESSAGE_POINTS: [(usize, usize); 4] = [(1, 500), (1, 2_000), (2, 500), (2, 2_000)];
+
+/// Connections and batches that are tried.
+const ROW_POINTS: [(usize, usize); 6] = [(1, 256), (1, 1_024), (2, 256), (2, 1_024), (4, 64), (4, 256)];
+
+/// Consumers, each with a connection to the database, and batches that are tried with messages and rows together.
+const COMBINED_POINTS: [(usize, usize); 3] = [(1, 256), (2, 128), (2, 256)];
+
+/// Processes that are accepted and published together.
+const PAGE: usize = 1_000;
+
+/// Rows that are held while updates are measured.
+const HELD_ROWS: usize = 8_192;
+
+/// The limits.
+#[derive(Clone, Debug, Serialize)]
+pub(super) struct Limits {
+    /// Messages a second that are published, confirmed, delivered and acknowledged.
+    pub(super) messages_per_s: f64,
+    /// By how many publishers and consumers, and with which window.
+    messages_by: String,
+    /// Rows a second that fenced updates change, each batch one commit.
+    pub(super) rows_per_s: f64,
+    /// By how many connections, and in which batches.
+    rows_by: String,
+    /// Commits a second of one row each, one after the other.
+    commits_per_s: f64,
+    /// Median of one such commit, in milliseconds.
+    pub(super) commit_ms: f64,
+    /// Median of one message's publish and confirm, one after the other, in milliseconds.
+    pub(super) confirm_ms: f64,
+    /// Processes a second of messages and rows together.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) combined_per_s: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    combined_by: Option<String>,
+}
+
+/// Measures all; each point for so long. `combined` is how many processes go through at each of its points.
+pub(super) async fn measure(bench: &Bench, each: Duration, combined: Option<u32>) -> Result<Limits, Failure> {
+    output::note("measuring the limits of broker and database");
+    let tables = BareTables::create(&bench.store, &format!("baton_bench_{}", bench.id)).await?;
+    let measured = async {
+        let (confirm_ms, messages) = messages(bench, each).await?;
+        let (commits, rows) = rows(&tables, each).await?;
+        let combined = match combined {
+            Some(count) => Some(best(combined_points(bench, &tables, count).await?)),
+            None => None,
+        };
+        let (combined_per_s, combined_by) = combined.unzip();
+        let (messages_per_s, messages_by) = best(messages);
+        let (rows_per_s, rows_by) = best(rows);
+        Ok(Limits {
+            messages_per_s,
+            messages_by,
+            rows_per_s,
+            rows_by,
+            commits_per_s: per_second(commits.len() as u64, commits.iter().sum()),
+            commit_ms: median_ms(commits),
+            confirm_ms,
+            combined_per_s,
+            combined_by,
+        })
+    }
+    .await;
+    tables.remove().await?;
+    measured
+}
+
+fn best(points: Vec<(f64, String)>) -> (f64, String) {
+    points.into_iter().max_by(|one, other| one.0.total_cmp(&other.0)).unwrap_or_default()
+}
+
+/// A launch as Baton publishes it.
+fn launch() -> Told {
+    let task = Task::Launch { pid: Pid::generate(), spec: None, wait: false, told_at: Some(1_000_000_000_000_000) };
+    Told { task, traceparent: Some(new_traceparent()) }
+}
+
+/// The median of a confirm in milliseconds, and the rates of the points.
+async fn messages(bench: &Bench, each: Duration) -> Result<(f64, Vec<(f64, String)>), Failure> {
+    let mut points = Vec::new();
+    for (lanes, window) in MESSAGE_POINTS {
+        let queue = bench.bare_queue().await?;
+        let rate = message_rate(&queue, lanes, window, each).await;
+        queue.delete().await?;
+        points.push((rate?, format!("{lanes} × window {window}")));
+    }
+    let queue = bench.bare_queue().await?;
+    let publisher = queue.publisher(1).await?;
+    let mut confirms = Vec::new();
+    let started = Instant::now();
+    while started.elapsed() < each {
+        let one = Instant::now();
+        publisher.publish([launch()]).await?;
+        confirms.push(one.elapsed());
+    }
+    queue.delete().await?;
+    Ok((median_ms(confirms), points))
+}
+
+async fn message_rate(queue: &BareQueue, lanes: usize, window: usize, each: Duration) -> Result<f64, Failure> {
+    let mut publishing = JoinSet::new();
+    let mut consuming = JoinSet::new();
+    let (taken_tx, mut taken) = watch::channel(0);
+    let started = Instant::now();
+    for _ in 0..lanes {
+        let publisher = queue.publisher(window).await?;
+        let mut consumer = queue.consumer(u16::try_from(window).unwrap_or(u16::MAX)).await?;
+        let taken_tx = taken_tx.clone();
+        publishing.spawn(async move {
+            let mut count = 0_u64;
+            let due = std::iter::from_fn(|| {
+                count += 1;
+                (started.elapsed() < each).then(launch)
+            });
+            publisher.publish(due).await.map(|()| count - 1)
+        });
+        consuming.spawn(async move {
+            loop {
+                let count = consumer.take(window / 2).await?.len() as u64;
+                consumer.acknowledge().await?;
+                taken_tx.send_modify(|taken| *taken += count);
+            }
+        });
+    }
+    let mut published = 0;
+    while let Some(count) = publishing.join_next().await {
+        published += count.map_err(|failure| Failure::failed(failure.to_string()))??;
+    }
+    all_reached(&mut taken, published, &mut consuming).await?;
+    Ok(rounded(per_second(published, started.elapsed())))
+}
+
+/// The times of single commits, and the rates of the points.
+async fn rows(tables: &BareTables, each: Duration) -> Result<(Vec<Duration>, Vec<(f64, String)>), Failure> {
+    let first = tables.lane().await?;
+    let fences = hold(tables, &first).await?;
+    let mut commits = Vec::new();
+    let started = Instant::now();
+    while started.elapsed() < each {
+        let one = Instant::now();
+        first.checkpoint(&fences[..1], 1).await?;
+        commits.push(one.elapsed());
+    }
+    let mut points = Vec::new();
+    for (lanes, batch) in ROW_POINTS {
+        let mut updating = JoinSet::new();
+        let started = Instant::now();
+        for part in fences.chunks(fences.len() / lanes) {
+            let (lane, part) = (tables.lane().await?, part.to_vec());
+            updating.spawn(async move {
+                let mut changed = 0_u64;
+                for batch in part.chunks(batch).cycle() {
+                    if started.elapsed() >= each {
+                        break;
+                    }
+                    changed += lane.checkpoint(batch, changed).await? as u64;
+                }
+                Ok::<_, Failure>(changed)
+            });
+        }
+        let mut changed = 0;
+        while let Some(count) = updating.join_next().await {
+            changed += count.map_err(|failure| Failure::failed(failure.to_string()))??;
+        }
+        points.push((rounded(per_second(changed, started.elapsed())), format!("{lanes} × batch {batch}")));
+    }
+    Ok((commits, points))
+}
+
+/// Holds some rows.
+async fn hold(tables: &BareTables, lane: &BareLane) -> Result<Vec<Fence>, Failure> {
+    let mut fences = Vec::new();
+    while fences.len() < HELD_ROWS {
+        let pids = accept(tables, PAGE.min(HELD_ROWS - fences.len())).await?.into_iter().map(|told| told.task.pid());
+        let claimed = lane.turn(pids.collect(), &[]).await?;
+        fences.extend(claimed.into_iter().map(|claimed| claimed.fence));
+    }
+    Ok(fences)
+}
+
+/// Commits new processes and gives their messages.
+async fn accept(tables: &BareTables, count: usize) -> Result<Vec<Told>, Failure> {
+    let processes: Vec<NewProcess> = (0..count).map(|_| super::noop("default", "bench")).collect();
+    let accepted = tables.store().submit(&processes).await?;
+    let told = accepted.queued.into_values().flatten().map(|row| {
+        let task = Task::Launch { pid: row.pid, spec: None, wait: false, told_at: Some(row.told_at) };
+        Told { task, traceparent: row.traceparent }
+    });
+    Ok(told.collect())
+}
+
+/// The rates of processes whose messages and rows go through together: accepted and published in pages; claimed and
+/// acknowledged in batches; ended, with the row of the attempt, together with the claims of the next batch.
+async fn combined_points(bench: &Bench, tables: &BareTables, count: u32) -> Result<Vec<(f64, String)>, Failure> {
+    let mut points = Vec::new();
+    for (lanes, batch) in COMBINED_POINTS {
+        let queue = bench.bare_queue().await?;
+        let rate = combined_rate(&queue, tables, lanes, batch, count).await;
+        queue.delete().await?;
+        points.push((rate?, format!("{lanes} × batch {batch}")));
+    }
+    Ok(points)
+}
+
+async fn combined_rate(
+    queue: &BareQueue,
+    tables: &BareTables,
+    lanes: usize,
+    batch: usize,
+    count: u32,
+) -> Result<f64, Failure> {
+    let publisher = queue.publisher(PAGE).await?;
+    let (ended_tx, mut ended) = watch::channel(0);
+    let mut working = JoinSet::new();
+    for _ in 0..lanes {
+        let (consumer, lane) =
+            (queue.consumer(u16::try_from(2 * batch).unwrap_or(u16::MAX)).await?, tables.lane().await?);
+        working.spawn(work(consumer, lane, batch, ended_tx.clone()));
+    }
+    let started = Instant::now();
+    let launching = launch_all(tables, &publisher, count as usize);
+    let finishing = all_reached(&mut ended, u64::from(count), &mut working);
+    tokio::try_join!(launching, finishing)?;
+    Ok(rounded(per_second(u64::from(count), started.elapsed())))
+}
+
+/// Waits until a count is reached, or one of those who count fails.
+async fn all_reached(
+    count: &mut watch::Receiver<u64>,
+    goal: u64,
+    counting: &mut JoinSet<Result<Infallible, Failure>>,
+) -> Result<(), Failure> {
+    tokio::select! {
+        // Those who count keep the other end.
+        _ = count.wait_for(|count| *count >= goal) => Ok(()),
+        Some(failed) = counting.join_next() => match failed {
+            Ok(Ok(never)) => match never {},
+            Ok(Err(failure)) => Err(failure),
+            Err(failure) => Err(Failure::failed(failure.to_string())),
+        },
+    }
+}
+
+/// The next page is committed while the last is being published.
+async fn launch_all(tables: &BareTables, publisher: &BarePublisher, count: usize) -> Result<(), Failure> {
+    let (pages_tx, mut pages) = mpsc::channel::<Vec<Told>>(1);
+    let accepting = async {
+        let mut rest = count;
+        while rest > 0 {
+            let page = accept(tables, rest.min(PAGE)).await?;
+            rest -= page.len();
+            let _ = pages_tx.send(page).await;
+        }
+        drop(pages_tx);
+        Ok::<_, Failure>(())
+    };
+    let publishing = async {
+        while let Some(page) = pages.recv().await {
+            publisher.publish(page).await?;
+        }
+        Ok(())
+    };
+    tokio::try_join!(accepting, publishing).map(drop)
+}
+
+async fn work(
+    mut consumer: BareConsumer,
+    lane: BareLane,
+    batch: usize,
+    ended: watch::Sender<u64>,
+) -> Result<Infallible, Failure> {
+    let mut held: HashMap<Pid, Claimed> = HashMap::new();
+    loop {
+        // With something in hand it does not wait for more.
+        let taken = if held.is_empty() {
+            consumer.take(batch).await?
+        } else {
+            tokio::time::timeout(Duration::ZERO, consumer.take(batch)).await.unwrap_or(Ok(Vec::new()))?
+        };
+        let ends: Vec<Claimed> = held.drain().map(|(_, claimed)| claimed).collect();
+        let claimed = lane.turn(taken, &ends).await?;
+        consumer.acknowledge().await?;
+        held = claimed.into_iter().map(|claimed| (claimed.fence.pid, claimed)).collect();
+        ended.send_modify(|ended| *ended += ends.len() as u64);
+    }
+}

@@ -1,0 +1,85 @@
+//! Requests of operators among many live processes: to one by RPC, and to all by a broadcast.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use baton_common::id::{Pid, RequestId};
+use baton_common::message::{Control, Effect};
+use baton_common::select::Select;
+use baton_common::state::{Desired, Place};
+use baton_common::store::control::Request;
+
+use super::fleet::Fleet;
+use super::{Bench, Report, Times, per_second, rounded};
+use crate::cli::ControlBenchArguments;
+use crate::client::whoami;
+use crate::commands::control::ask;
+use crate::failure::Failure;
+use crate::output;
+
+/// How often it is looked at whether all have obeyed.
+const LOOK: Duration = Duration::from_millis(10);
+
+/// How long they may take.
+const OBEY_LIMIT: Duration = Duration::from_secs(120);
+
+pub(super) async fn run(bench: &Bench, arguments: &ControlBenchArguments) -> Result<Report, Failure> {
+    let fleet = Fleet::gather(bench, &arguments.fleet.holding(arguments.count, 1).map_err(Failure::usage)?).await?;
+    output::note(&format!("{} live processes, {} workers", arguments.count, fleet.len()));
+    let pids = bench.hold(arguments.count).await?;
+    let mut times = BTreeMap::new();
+    let started = Instant::now();
+    for (verb, name) in [(Desired::Pause, "rpc_pause"), (Desired::Run, "rpc_play")] {
+        times.insert(name, Times::of(one_by_one(bench, &pids, arguments.requests, verb).await?));
+    }
+    let elapsed = started.elapsed();
+    bench.until(Place::Held, arguments.count, OBEY_LIMIT, LOOK).await?;
+    for (verb, name, place) in
+        [(Desired::Pause, "broadcast_pause", Place::Parked), (Desired::Run, "broadcast_play", Place::Held)]
+    {
+        let started = Instant::now();
+        to_all(bench, verb).await?;
+        bench.until(place, arguments.count, OBEY_LIMIT, LOOK).await?;
+        times.insert(name, Times::of(vec![started.elapsed()]));
+    }
+    let report = Report {
+        bench: "control",
+        of: "live processes",
+        count: u64::from(arguments.count),
+        workers: fleet.len(),
+        seconds: rounded(elapsed.as_secs_f64()),
+        rate_per_s: per_second(u64::from(2 * arguments.requests), elapsed),
+        times_ms: times,
+        ..Report::default()
+    };
+    fleet.stop().await?;
+    Ok(report)
+}
+
+/// Each time is from the request to the answer that says what it has come to.
+async fn one_by_one(bench: &Bench, pids: &[Pid], requests: u32, verb: Desired) -> Result<Vec<Duration>, Failure> {
+    let request = Request::new(verb, whoami());
+    let mut times = Vec::new();
+    for pid in pids.iter().take(requests as usize) {
+        let started = Instant::now();
+        let done = ask(&bench.client, Some(&bench.communicator), *pid, &request).await?;
+        times.push(started.elapsed());
+        if !matches!(done.effect, Effect::Paused | Effect::Playing) {
+            return Err(Failure::failed(format!("{pid} was to {}, and is: {}", verb.verb(), done.effect.word())));
+        }
+    }
+    Ok(times)
+}
+
+async fn to_all(bench: &Bench, verb: Desired) -> Result<(), Failure> {
+    let select = Select { session: Some(bench.session()), ..Select::default() };
+    let request = Request::new(verb, whoami());
+    let mut changed = Vec::new();
+    let id = RequestId::generate();
+    bench.store.control_many(id, &select, &request, |page| changed.extend(page)).await?;
+    let control = Control::Obey { verb, select, reason: None };
+    let answers = bench.communicator.broadcast(control).await?;
+    bench.client.follow(&changed).await;
+    drop(answers);
+    Ok(())
+}
