@@ -113,6 +113,11 @@ impl Orders {
         Self { desired, urgent, drain: Drain::No, abandon: false }
     }
 
+    /// Whether there is anything to obey before the next advance.
+    pub(crate) fn are_any(&self) -> bool {
+        self.abandon || self.desired != Desired::Run || self.drain != Drain::No
+    }
+
     /// Whether a running advance has to be dropped.
     pub(crate) fn interrupts(&self) -> bool {
         self.abandon

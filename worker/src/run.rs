@@ -48,12 +48,13 @@ impl Start {
 
 /// Runs a process until it leaves this worker.
 pub(crate) async fn run(start: Start) {
-    let Start { claimed, orders, live, shared, permit } = start;
+    let Start { mut claimed, orders, live, shared, permit } = start;
     let fence = claimed.fence;
-    let reply_to = claimed.reply_to.clone();
-    let mut run = match Run::restore(&claimed, orders, live, &shared) {
+    let reply_to = claimed.reply_to.take();
+    // What is not needed between two advances is boxed while it is: thousands of processes may do nothing but wait.
+    let mut run = match Run::restore(claimed, orders, live, &shared) {
         Err((mut run, reason)) => {
-            run.end(State::Excepted, Outcome::because(reason), How::Error).await;
+            Box::pin(run.end(State::Excepted, Outcome::because(reason), How::Error)).await;
             run
         }
         Ok(mut run) => {
@@ -61,7 +62,7 @@ pub(crate) async fn run(start: Start) {
             run
         }
     };
-    run.leave(reply_to).await;
+    Box::pin(run.leave(reply_to)).await;
     shared.held.remove(fence);
     drop(permit);
 }
@@ -86,30 +87,43 @@ enum Hold {
     Gone,
 }
 
+/// What comes after an advance.
+enum Next {
+    /// Another one.
+    Advance,
+    /// Another one after this time, in which the process stays here.
+    Linger(Duration),
+    /// Nothing: the process is not ours any more.
+    Leave,
+}
+
+impl From<Hold> for Next {
+    fn from(hold: Hold) -> Self {
+        match hold {
+            Hold::Held => Next::Advance,
+            Hold::Gone => Next::Leave,
+        }
+    }
+}
+
 impl Run {
     #[expect(clippy::result_large_err, reason = "made once a claim, and both arms are used by value at once")]
     fn restore(
-        claimed: &Claimed,
+        claimed: Box<Claimed>,
         orders: watch::Receiver<Orders>,
         live: Arc<Live>,
         shared: &Arc<Shared>,
     ) -> Result<Self, (Self, String)> {
-        let spec = match &claimed.spec {
-            Ok(spec) => Ok(spec.clone()),
-            Err(error) => Err(format!("its spec: {error}")),
-        };
-        let checkpoint = match &claimed.checkpoint {
-            None => Ok(None),
-            Some(Ok(checkpoint)) => Ok(Some(checkpoint.clone())),
-            Some(Err(error)) => Err(format!("its checkpoint: {error}")),
-        };
+        let Claimed { fence, claimed_at, attempt, checkpoint, spec, .. } = *claimed;
+        let spec = spec.map(Rc::new).map_err(|error| format!("its spec: {error}"));
+        let checkpoint = checkpoint.transpose().map_err(|error| format!("its checkpoint: {error}"));
         let restored = checkpoint.as_ref().ok().cloned().flatten().unwrap_or_default();
-        let nothing = || Spec::new(baton_common::spec::Work::Run { argv: vec!["false".into()] });
+        let nothing = || Rc::new(Spec::new(baton_common::spec::Work::Run { argv: vec!["false".into()] }));
         let context = Context {
             shared: Arc::clone(shared),
-            fence: claimed.fence,
-            attempt: Cell::new(claimed.attempt),
-            spec: Rc::new(spec.as_ref().ok().cloned().unwrap_or_else(nothing)),
+            fence,
+            attempt: Cell::new(attempt),
+            spec: spec.as_ref().map_or_else(|_| nothing(), Rc::clone),
             live,
             draft: RefCell::new(Draft::of(&restored)),
         };
@@ -119,7 +133,7 @@ impl Run {
             context: Rc::new(context),
             process: None,
             checkpoint: restored,
-            claimed_at: claimed.claimed_at,
+            claimed_at,
             left: None,
             outcome: None,
         };
@@ -140,7 +154,7 @@ impl Run {
     /// The loop of a held process.
     async fn go_on(&mut self) {
         loop {
-            if self.obey().await == Hold::Gone {
+            if self.orders.borrow().are_any() && Box::pin(self.obey()).await == Hold::Gone {
                 return;
             }
             // An advance that begins after the lease's deadline could run twice at once; the next beat decides.
@@ -152,14 +166,16 @@ impl Run {
             if self.orders.borrow().abandon {
                 return;
             }
-            let hold = match self.advance().await {
-                Some(Ok(advance)) => self.commit(advance).await,
-                Some(Err(error)) => self.fail(error).await,
+            let next = match Box::pin(self.advance()).await {
+                Some(Ok(advance)) => Box::pin(self.commit(advance)).await,
+                Some(Err(error)) => Box::pin(self.fail(error)).await.into(),
                 // Interrupted: what has to be obeyed is found at the top.
-                None => Hold::Held,
+                None => Next::Advance,
             };
-            if hold == Hold::Gone {
-                return;
+            match next {
+                Next::Advance => {}
+                Next::Linger(pause) => self.linger(pause).await,
+                Next::Leave => return,
             }
         }
     }
@@ -241,11 +257,11 @@ impl Run {
     }
 
     /// Makes an advance durable.
-    async fn commit(&mut self, advance: Advance) -> Hold {
+    async fn commit(&mut self, advance: Advance) -> Next {
         let process = self.process.as_ref().expect("a process that was restored is there until it ends");
         let state = match process.save() {
             Ok(state) => state,
-            Err(error) => return self.fail(error).await,
+            Err(error) => return self.fail(error).await.into(),
         };
         let draft = self.context.draft.borrow().clone();
         let idle = state == self.checkpoint.state
@@ -265,35 +281,32 @@ impl Run {
             && !matches!(advance, Advance::Finished { .. })
         {
             self.end(State::Excepted, Outcome::because(reason), How::Error).await;
-            return Hold::Gone;
+            return Next::Leave;
         }
         match advance {
-            Advance::Again => self.write(Verb::Keep, Some(checkpoint), None).await,
-            Advance::After(pause) if pause < PARK_FROM => self.linger(pause, checkpoint).await,
-            Advance::Linger(pause) => self.linger(pause, checkpoint).await,
-            Advance::After(pause) => {
+            Advance::Again => self.write(Verb::Keep, Some(checkpoint), None).await.into(),
+            Advance::After(pause) if pause >= PARK_FROM => {
                 let hold = self.write(Verb::Park { wake_in: pause }, Some(checkpoint), None).await;
                 if hold == Hold::Gone {
                     self.shared.timer.due_in(pause);
                 }
-                hold
+                hold.into()
             }
-            Advance::Finished { exit } => self.finish(exit, checkpoint).await,
+            Advance::After(pause) | Advance::Linger(pause) => {
+                match self.write(Verb::Keep, Some(checkpoint), None).await {
+                    Hold::Held => Next::Linger(pause),
+                    Hold::Gone => Next::Leave,
+                }
+            }
+            Advance::Finished { exit } => self.finish(exit, checkpoint).await.into(),
         }
     }
 
-    /// Commits, and waits in memory.
-    async fn linger(&mut self, pause: Duration, checkpoint: Checkpoint) -> Hold {
-        if self.write(Verb::Keep, Some(checkpoint), None).await == Hold::Gone {
-            return Hold::Gone;
-        }
-        let mut orders = self.orders.clone();
-        let awaited =
-            |orders: &Orders| orders.interrupts() || orders.desired != Desired::Run || orders.drain != Drain::No;
+    /// Waits in memory.
+    async fn linger(&mut self, pause: Duration) {
         self.context.live.set_stage(SLEEPING);
         // Whoever pauses or drains need not wait for it: a wait that is cut is an early advance later, no error.
-        let _ = tokio::time::timeout(pause, orders.wait_for(awaited)).await;
-        Hold::Held
+        let _ = tokio::time::timeout(pause, self.orders.wait_for(Orders::are_any)).await;
     }
 
     /// The process has come to its end by itself: well, or to be tried again, or not well.

@@ -33,6 +33,10 @@ const REFUSED_PAUSE: Duration = Duration::from_millis(100);
 /// and then get nothing.
 const DELETED_PAUSE: Duration = Duration::from_millis(250);
 
+/// Pause between two messages about state changes, in which the next ones gather. Whoever only looks does not see it, and
+/// a busy worker costs the broker some hundred messages a second and not thousands.
+const EVENT_PAUSE: Duration = Duration::from_millis(10);
+
 /// State changes in one message: some 100 bytes each, so a message stays far below the limit.
 const N_EVENTS_MAX: usize = 512;
 
@@ -346,6 +350,8 @@ async fn announce(dial: &Dial, connection: &Connection, events: &mut mpsc::Recei
                     Err(_) => None,
                 };
         }
+        // Not when it ends: then the rest is said at once.
+        let _ = timeout(EVENT_PAUSE, dial.close.cancelled()).await;
     }
 }
 

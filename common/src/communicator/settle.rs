@@ -6,7 +6,7 @@ use futures_util::StreamExt;
 use futures_util::future::BoxFuture;
 use futures_util::stream::FuturesUnordered;
 use tokio::sync::mpsc;
-use tokio::time::{Duration, sleep, timeout};
+use tokio::time::{Duration, Instant, sleep, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::board::Board;
@@ -22,6 +22,12 @@ const BURY_PAUSE: Duration = Duration::from_secs(1);
 /// Settlements under way at once. Each only writes a frame; more wait in the channel.
 const N_UNDER_WAY_MAX: usize = 1024;
 
+/// How long acknowledgements wait for others of the same channel. Nobody waits for one, except the broker for room to
+/// deliver more, and so they do not wait when there are many. Each frame is an entry in the log of a quorum queue; without
+/// this pause a busy broker answers each small acknowledgement with as few deliveries, which are claimed and acknowledged
+/// as few again.
+const ACK_PAUSE: Duration = Duration::from_millis(3);
+
 /// Settles until told to stop, and then what had been asked before.
 pub(super) async fn run(
     mut settlements: mpsc::Receiver<Settlement>,
@@ -31,56 +37,80 @@ pub(super) async fn run(
 ) {
     let mut running: FuturesUnordered<BoxFuture<'_, ()>> = FuturesUnordered::new();
     let mut gathered = Vec::new();
+    let mut waiting = Waiting::default();
     loop {
         tokio::select! {
             n_gathered = settlements.recv_many(&mut gathered, N_UNDER_WAY_MAX), if running.len() < N_UNDER_WAY_MAX => {
                 if n_gathered == 0 {
                     break;
                 }
-                // A commit brings many at once, from another thread: those that are on their way come along.
-                tokio::task::yield_now().await;
-                while let Ok(settlement) = settlements.try_recv() {
-                    gathered.push(settlement);
-                }
-                settle(&mut gathered, &publish_tx, board, &running);
+                waiting.settle(&mut gathered, &publish_tx, board, &running);
             },
             Some(()) = running.next() => {}
+            () = until(waiting.due) => waiting.acknowledge(board, &running),
             () = stop.cancelled() => break,
         }
     }
     while let Ok(settlement) = settlements.try_recv() {
         gathered.push(settlement);
     }
-    settle(&mut gathered, &publish_tx, board, &running);
+    waiting.settle(&mut gathered, &publish_tx, board, &running);
+    waiting.acknowledge(board, &running);
     // What cannot be settled now comes again to another worker.
     let _ = timeout(ANSWER_LIMIT, async { while running.next().await.is_some() {} }).await;
 }
 
-/// Begins to settle all of these.
-fn settle<'a>(
-    gathered: &mut Vec<Settlement>,
-    publish_tx: &'a mpsc::Sender<Job>,
-    board: &'a Board,
-    running: &FuturesUnordered<BoxFuture<'a, ()>>,
-) {
-    let mut ledgers: Vec<Arc<Ledger>> = Vec::new();
-    for Settlement { ticket, envelope, origin, verdict } in gathered.drain(..) {
-        let Ticket::Amqp(receipt) = ticket else { continue };
-        match verdict {
-            Verdict::Ack => {
-                let ledger = receipt.done();
-                if !ledgers.iter().any(|known| Arc::ptr_eq(known, ledger)) {
-                    ledgers.push(Arc::clone(ledger));
+async fn until(moment: Option<Instant>) {
+    match moment {
+        Some(moment) => sleep_until(moment).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Channels on which something is done with and not acknowledged.
+#[derive(Default)]
+struct Waiting {
+    ledgers: Vec<Arc<Ledger>>,
+    due: Option<Instant>,
+}
+
+impl Waiting {
+    /// Begins to settle all of these; acknowledgements may wait for others.
+    fn settle<'a>(
+        &mut self,
+        gathered: &mut Vec<Settlement>,
+        publish_tx: &'a mpsc::Sender<Job>,
+        board: &'a Board,
+        running: &FuturesUnordered<BoxFuture<'a, ()>>,
+    ) {
+        let mut are_many = false;
+        for Settlement { ticket, envelope, origin, verdict } in gathered.drain(..) {
+            let Ticket::Amqp(receipt) = ticket else { continue };
+            match verdict {
+                Verdict::Ack => {
+                    let (ledger, is_many) = receipt.done();
+                    are_many |= is_many;
+                    if !self.ledgers.iter().any(|known| Arc::ptr_eq(known, ledger)) {
+                        self.ledgers.push(Arc::clone(ledger));
+                        self.due.get_or_insert_with(|| Instant::now() + ACK_PAUSE);
+                    }
                 }
+                Verdict::Dead(reason) => running.push(Box::pin(async move {
+                    put_aside(receipt, envelope, &reason, &origin, publish_tx).await;
+                })),
+                Verdict::GiveBack => running.push(Box::pin(receipt.give_back())),
             }
-            Verdict::Dead(reason) => {
-                running.push(Box::pin(async move { put_aside(receipt, envelope, &reason, &origin, publish_tx).await }));
-            }
-            Verdict::GiveBack => running.push(Box::pin(receipt.give_back())),
+        }
+        if are_many {
+            self.acknowledge(board, running);
         }
     }
-    for ledger in ledgers {
-        running.push(Box::pin(async move { board.meter.ack_frames(ledger.acknowledge_done().await) }));
+
+    fn acknowledge<'a>(&mut self, board: &'a Board, running: &FuturesUnordered<BoxFuture<'a, ()>>) {
+        self.due = None;
+        for ledger in self.ledgers.drain(..) {
+            running.push(Box::pin(async move { board.meter.ack_frames(ledger.acknowledge_done().await) }));
+        }
     }
 }
 

@@ -237,7 +237,9 @@ async fn open(
     let consume = async {
         let line = match line {
             Some(line) if line.channel.status().connected() => line,
-            Some(_) | None => Line { channel: connection.create_channel().await?, ledger: Arc::default() },
+            Some(_) | None => {
+                Line { channel: connection.create_channel().await?, ledger: Arc::new(Ledger::new(plan.prefetch)) }
+            }
         };
         let channel = &line.channel;
         channel.basic_qos(plan.prefetch, BasicQosOptions::default()).await?;

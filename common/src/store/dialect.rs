@@ -4,6 +4,9 @@
 //! `{for_update}` a row lock. Rows go in as one parameter a column: `unnest` on PostgreSQL (one text whatever the number
 //! of rows), `VALUES` on SQLite.
 
+use std::collections::HashMap;
+use std::sync::{LazyLock, PoisonError, RwLock};
+
 use sea_orm::sea_query::ArrayType;
 use sea_orm::{DatabaseBackend, Statement, Value};
 use uuid::Uuid;
@@ -48,30 +51,57 @@ impl Dialect {
 
     /// `template` over the rows of `batch`, which it reads as the table `b` in its first common table expression
     /// (`WITH {rows} …`). `scalars` are `$1`, `$2`…
-    pub(crate) fn batch(self, template: &str, mut scalars: Vec<Value>, batch: Batch) -> Statement {
-        let names = batch.columns.iter().map(|(name, _)| *name).collect::<Vec<_>>().join(", ");
-        let first = scalars.len() + 1;
+    pub(crate) fn batch(self, template: &str, scalars: Vec<Value>, batch: Batch) -> Statement {
+        let sql = self.batch_text(template, batch.columns, scalars.len() + 1, batch.rows.len());
+        self.bound(sql, scalars, batch)
+    }
+
+    /// The same for a template of the hot path, whose text for PostgreSQL does not depend on the rows and is kept.
+    pub(crate) fn hot_batch(self, template: &'static str, scalars: Vec<Value>, batch: Batch) -> Statement {
+        let text = || self.batch_text(template, batch.columns, scalars.len() + 1, batch.rows.len());
+        let sql = match self {
+            Dialect::Postgres => kept_text(template, text),
+            Dialect::Sqlite => text(),
+        };
+        self.bound(sql, scalars, batch)
+    }
+
+    fn bound(self, sql: String, mut scalars: Vec<Value>, batch: Batch) -> Statement {
+        let n_rows = batch.rows.len();
+        match self {
+            Dialect::Postgres => {
+                let mut columns = batch.columns.iter().map(|_| Vec::with_capacity(n_rows)).collect::<Vec<_>>();
+                for (column, value) in batch.rows.into_iter().flat_map(|row| row.into_iter().enumerate()) {
+                    columns[column].push(value);
+                }
+                let arrays = batch.columns.iter().zip(columns);
+                scalars
+                    .extend(arrays.map(|((_, kind), column)| Value::Array(kind.array_type(), Some(Box::new(column)))));
+            }
+            Dialect::Sqlite => scalars.extend(batch.rows.into_iter().flatten()),
+        }
+        Statement::from_sql_and_values(self.backend(), sql, scalars)
+    }
+
+    /// The text of a statement over rows, whose first parameter has the number `first`.
+    fn batch_text(self, template: &str, columns: &[(&str, Kind)], first: usize, n_rows: usize) -> String {
+        let join = |parts: &mut dyn Iterator<Item = String>| parts.collect::<Vec<_>>().join(", ");
+        let width = columns.len();
         let source = match self {
             Dialect::Postgres => {
-                let arrays = batch.columns.iter().enumerate().map(|(idx, (_, kind))| {
-                    let column = batch.rows.iter().map(|row| row[idx].clone()).collect();
-                    scalars.push(Value::Array(kind.array_type(), Some(Box::new(column))));
-                    format!("${}::{}[]", first + idx, kind.postgres())
-                });
-                format!("SELECT * FROM unnest({})", arrays.collect::<Vec<_>>().join(", "))
+                let arrays = columns.iter().enumerate();
+                let arrays =
+                    join(&mut arrays.map(|(idx, (_, kind))| format!("${}::{}[]", first + idx, kind.postgres())));
+                format!("SELECT * FROM unnest({arrays})")
             }
             Dialect::Sqlite => {
-                let width = batch.columns.len();
-                let rows = batch.rows.into_iter().enumerate().map(|(row_idx, row)| {
-                    scalars.extend(row);
-                    let places = (0..width).map(|idx| format!("${}", first + row_idx * width + idx));
-                    format!("({})", places.collect::<Vec<_>>().join(", "))
-                });
-                format!("VALUES {}", rows.collect::<Vec<_>>().join(", "))
+                let row =
+                    |row_idx: usize| join(&mut (0..width).map(|idx| format!("${}", first + row_idx * width + idx)));
+                format!("VALUES {}", join(&mut (0..n_rows).map(|row_idx| format!("({})", row(row_idx)))))
             }
         };
-        let template = template.replace("{rows}", &format!("b({names}) AS ({source})"));
-        self.statement(&template, scalars)
+        let names = join(&mut columns.iter().map(|(name, _)| (*name).to_owned()));
+        self.render(&template.replace("{rows}", &format!("b({names}) AS ({source})")))
     }
 
     fn render(self, template: &str) -> String {
@@ -114,6 +144,17 @@ impl Dialect {
         debug_assert!(!sql.contains('{'), "a word that no dialect knows: {sql}");
         sql
     }
+}
+
+/// What a template has been made into before, or is now.
+fn kept_text(template: &'static str, make: impl FnOnce() -> String) -> String {
+    static TEXTS: LazyLock<RwLock<HashMap<&'static str, String>>> = LazyLock::new(RwLock::default);
+    if let Some(text) = TEXTS.read().unwrap_or_else(PoisonError::into_inner).get(template) {
+        return text.clone();
+    }
+    let text = make();
+    TEXTS.write().unwrap_or_else(PoisonError::into_inner).insert(template, text.clone());
+    text
 }
 
 impl Batch {

@@ -4,6 +4,7 @@
 //! row out of `held`; so no row means one thing only: the lease was lost.
 
 use std::collections::HashMap;
+use std::sync::LazyLock;
 
 use sea_orm::{ConnectionTrait, QueryResult, Value};
 use uuid::Uuid;
@@ -36,7 +37,7 @@ pub(super) async fn claim(
         return Ok(HashMap::new());
     }
     let scalars: Vec<Value> = vec![Uuid::from(me).into(), SUSPECT_DEATHS.into()];
-    let rows = connection.query_all_raw(dialect.batch(CLAIM, scalars, batch)).await?;
+    let rows = connection.query_all_raw(dialect.hot_batch(CLAIM, scalars, batch)).await?;
     rows.iter().map(|row| claimed(row).map(|claimed| (claimed.fence.pid, claimed))).collect()
 }
 
@@ -70,8 +71,7 @@ pub(super) async fn write(
     if writes.is_empty() {
         return Ok(HashMap::new());
     }
-    let sql = format!("WITH {{rows}} {}", fenced_sql(""));
-    let rows = connection.query_all_raw(dialect.batch(&sql, vec![], batch_of(writes))).await?;
+    let rows = connection.query_all_raw(dialect.hot_batch(&WRITE, vec![], batch_of(writes))).await?;
     let answers = rows.iter().map(written).collect::<Result<HashMap<_, _>, Error>>()?;
     let mut obeyed = Vec::new();
     for row in &rows {
@@ -84,8 +84,9 @@ pub(super) async fn write(
     });
     let left: Vec<&Fenced> = left.copied().collect();
     if !left.is_empty() {
-        let sql = format!("WITH {{rows}} {INSERT_ATTEMPT} FROM b WHERE true {ONCE}");
-        connection.execute_raw(dialect.batch(&sql, vec![Uuid::from(me).into()], batch_of(&left))).await?;
+        connection
+            .execute_raw(dialect.hot_batch(&INSERT_ATTEMPTS, vec![Uuid::from(me).into()], batch_of(&left)))
+            .await?;
     }
     settle(connection, dialect, &obeyed).await?;
     insert_outputs(
@@ -111,14 +112,9 @@ pub(super) async fn write_alone(
         return Ok(HashMap::new());
     }
     let dialect = Dialect::Postgres;
-    let update = fenced_sql("AND control = 0");
-    let sql = format!(
-        "WITH {{rows}},
-         w AS ({update}, b_id, b_epoch, b_try, b_started_at, b_how, b_reason),
-         a AS ({INSERT_ATTEMPT} FROM w WHERE b_how <> '' AND place <> {{held}} {ONCE})
-         SELECT id, place, state, before, desired, urgent, control, queue, told_at FROM w"
-    );
-    let rows = connection.query_all_raw(dialect.batch(&sql, vec![Uuid::from(me).into()], batch_of(writes))).await?;
+    let rows = connection
+        .query_all_raw(dialect.hot_batch(&WRITE_ALONE, vec![Uuid::from(me).into()], batch_of(writes)))
+        .await?;
     rows.iter().map(written).collect()
 }
 
@@ -208,7 +204,7 @@ async fn insert_outputs(
         }
     }
     if !batch.is_empty() {
-        connection.execute_raw(dialect.batch(UPSERT_OUTPUT, vec![], batch)).await?;
+        connection.execute_raw(dialect.hot_batch(UPSERT_OUTPUT, vec![], batch)).await?;
     }
     Ok(())
 }
@@ -277,6 +273,21 @@ fn fenced_sql(and: &str) -> String {
          RETURNING id, place, state, before, desired, urgent, control, queue, told_at"
     )
 }
+
+static WRITE: LazyLock<String> = LazyLock::new(|| format!("WITH {{rows}} {}", fenced_sql("")));
+
+static WRITE_ALONE: LazyLock<String> = LazyLock::new(|| {
+    let update = fenced_sql("AND control = 0");
+    format!(
+        "WITH {{rows}},
+         w AS ({update}, b_id, b_epoch, b_try, b_started_at, b_how, b_reason),
+         a AS ({INSERT_ATTEMPT} FROM w WHERE b_how <> '' AND place <> {{held}} {ONCE})
+         SELECT id, place, state, before, desired, urgent, control, queue, told_at FROM w"
+    )
+});
+
+static INSERT_ATTEMPTS: LazyLock<String> =
+    LazyLock::new(|| format!("WITH {{rows}} {INSERT_ATTEMPT} FROM b WHERE true {ONCE}"));
 
 const INSERT_ATTEMPT: &str = "
     INSERT INTO attempt (pid, epoch, worker, try, started_at, ended_at, how, reason)
