@@ -202,16 +202,13 @@ impl Draft {
         }
     }
 
-    /// The draft of the next advance: as the checkpoint left it, with the log of this lease so far.
-    pub(crate) fn of_draft(checkpoint: &Checkpoint, last: &Draft) -> Self {
-        Draft {
-            advances: checkpoint.advances,
-            values: checkpoint.values.clone(),
-            progress: checkpoint.progress.clone(),
-            outputs: Vec::new(),
-            outcome: Outcome::default(),
-            ..last.clone()
-        }
+    /// Begins the draft of the next advance: as the checkpoint left it, with the log of this lease so far.
+    pub(crate) fn renew(&mut self, checkpoint: &Checkpoint) {
+        self.advances = checkpoint.advances;
+        self.values.clone_from(&checkpoint.values);
+        self.progress.clone_from(&checkpoint.progress);
+        self.outputs.clear();
+        self.outcome = Outcome::default();
     }
 
     /// What goes into the next write: the program's streams, or the log if a line has come since the last write.

@@ -26,6 +26,7 @@ use crate::held::{Drain, Live, Orders, SLEEPING, WRITING};
 use crate::incarnation::Shared;
 use crate::process::{Advance, Context, Draft, Error, Interrupt};
 use crate::registry::AnyProcess;
+use crate::shim::boottime_ms;
 
 /// Waits shorter than this are spent in memory, with the lease; longer ones are parked. A parked second costs two
 /// commits and a message, a held one nothing but memory.
@@ -52,16 +53,11 @@ pub(crate) async fn run(start: Start) {
     let fence = claimed.fence;
     let reply_to = claimed.reply_to.take();
     // What is not needed between two advances is boxed while it is: thousands of processes may do nothing but wait.
-    let mut run = match Run::restore(claimed, orders, live, &shared) {
-        Err((mut run, reason)) => {
-            Box::pin(run.end(State::Excepted, Outcome::because(reason), How::Error)).await;
-            run
-        }
-        Ok(mut run) => {
-            run.go_on().await;
-            run
-        }
-    };
+    let (mut run, made) = Run::restore(claimed, orders, live, &shared);
+    match made {
+        Ok(()) => run.go_on().await,
+        Err(reason) => Box::pin(run.end(State::Excepted, Outcome::because(reason), How::Error)).await,
+    }
     Box::pin(run.leave(reply_to)).await;
     shared.held.remove(fence);
     drop(permit);
@@ -107,13 +103,13 @@ impl From<Hold> for Next {
 }
 
 impl Run {
-    #[expect(clippy::result_large_err, reason = "made once a claim, and both arms are used by value at once")]
+    /// Makes the process anew, or says why that cannot be done.
     fn restore(
         claimed: Box<Claimed>,
         orders: watch::Receiver<Orders>,
         live: Arc<Live>,
         shared: &Arc<Shared>,
-    ) -> Result<Self, (Self, String)> {
+    ) -> (Box<Self>, Result<(), String>) {
         let Claimed { fence, claimed_at, attempt, checkpoint, spec, .. } = *claimed;
         let spec = spec.map(Rc::new).map_err(|error| format!("its spec: {error}"));
         let checkpoint = checkpoint.transpose().map_err(|error| format!("its checkpoint: {error}"));
@@ -127,7 +123,7 @@ impl Run {
             live,
             draft: RefCell::new(Draft::of(&restored)),
         };
-        let mut run = Run {
+        let mut run = Box::new(Run {
             shared: Arc::clone(shared),
             orders,
             context: Rc::new(context),
@@ -136,19 +132,14 @@ impl Run {
             claimed_at,
             left: None,
             outcome: None,
-        };
+        });
         let made = spec.and_then(|spec| {
             let state = checkpoint?.map(|checkpoint| checkpoint.state).filter(|state| !state.is_empty());
             let input = run.context.input().clone();
             shared.registry.make(&spec, &input, state.as_deref()).map_err(|error| error.to_string())
         });
-        match made {
-            Ok(process) => {
-                run.process = Some(process);
-                Ok(run)
-            }
-            Err(reason) => Err((run, reason)),
-        }
+        let made = made.map(|process| run.process = Some(process));
+        (run, made)
     }
 
     /// The loop of a held process.
@@ -157,11 +148,8 @@ impl Run {
             if self.orders.borrow().are_any() && Box::pin(self.obey()).await == Hold::Gone {
                 return;
             }
-            // An advance that begins after the lease's deadline could run twice at once; the next beat decides.
-            let mut orders = self.orders.clone();
-            tokio::select! {
-                () = self.shared.lease.trusted() => {}
-                _ = orders.wait_for(|orders| orders.abandon) => return,
+            if !self.shared.lease.is_trusted(boottime_ms()) {
+                Box::pin(self.wait_for_trust()).await;
             }
             if self.orders.borrow().abandon {
                 return;
@@ -177,6 +165,15 @@ impl Run {
                 Next::Linger(pause) => self.linger(pause).await,
                 Next::Leave => return,
             }
+        }
+    }
+
+    /// An advance that begins after the lease's deadline could run twice at once; the next beat decides.
+    async fn wait_for_trust(&self) {
+        let mut orders = self.orders.clone();
+        tokio::select! {
+            () = self.shared.lease.trusted() => {}
+            _ = orders.wait_for(|orders| orders.abandon) => {}
         }
     }
 
@@ -208,8 +205,7 @@ impl Run {
     /// One advance; `None` when it was dropped because something urgent came.
     async fn advance(&mut self) -> Option<Result<Advance, Error>> {
         let context = Rc::clone(&self.context);
-        let draft = Draft::of_draft(&self.checkpoint, &context.draft.borrow());
-        context.draft.replace(draft);
+        context.draft.borrow_mut().renew(&self.checkpoint);
         context.live.set_stage("advancing");
         let span = tracing::info_span!(
             "advance",
@@ -263,17 +259,19 @@ impl Run {
             Ok(state) => state,
             Err(error) => return self.fail(error).await.into(),
         };
-        let draft = self.context.draft.borrow().clone();
-        let idle = state == self.checkpoint.state
-            && draft.values == self.checkpoint.values
-            && draft.progress == self.checkpoint.progress;
+        let (values, progress) = {
+            let mut draft = self.context.draft.borrow_mut();
+            (std::mem::take(&mut draft.values), draft.progress.take())
+        };
+        let idle =
+            state == self.checkpoint.state && values == self.checkpoint.values && progress == self.checkpoint.progress;
         // A process that waits between two looks at the world is no loop.
         let waits = matches!(advance, Advance::After(pause) | Advance::Linger(pause) if pause >= PARK_FROM);
         let checkpoint = Checkpoint {
             advances: self.checkpoint.advances + 1,
             idle_advances: if idle && !waits { self.checkpoint.idle_advances + 1 } else { 0 },
-            values: draft.values,
-            progress: draft.progress,
+            values,
+            progress,
             state,
             ..self.checkpoint.clone()
         };
