@@ -2,8 +2,8 @@
 //!
 //! The database decides and the broker only tells. Every rule of the protocol (claim only what is queued, fence every
 //! write, clear `woken`, apply what is desired when a row leaves its holder) is in the SQL of one file here:
-//! [`submit`], [`writer`] (claims and fenced writes, group-committed), [`control`], [`sweep`], [`worker`]; [`query`] and
-//! [`explain`] only read.
+//! [`submit`], [`writer`] (claims and fenced writes, group-committed), [`control`], [`sweep`], [`worker`], [`prune`];
+//! [`query`] and [`explain`] only read.
 
 pub mod blob;
 pub mod control;
@@ -13,6 +13,7 @@ pub mod explain;
 mod fenced;
 pub mod fleet;
 mod migration;
+pub mod prune;
 pub mod query;
 mod select;
 pub mod submit;

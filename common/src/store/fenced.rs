@@ -285,8 +285,10 @@ fn fenced_sql() -> String {
 
 const INSERT_ATTEMPT: &str = "
     WITH {rows}
-    INSERT INTO attempt (pid, epoch, worker, try, started_at, ended_at, how, reason)
-    SELECT b_id, b_epoch, $1, b_try, b_started_at, {clock}, b_how, NULLIF(b_reason, '') FROM b WHERE true
+    INSERT INTO attempt (pid, epoch, worker, worker_name, try, started_at, ended_at, how, reason)
+    SELECT b_id, b_epoch, $1, (SELECT name FROM worker WHERE id = $1), b_try, b_started_at, {clock}, b_how,
+           NULLIF(b_reason, '')
+    FROM b WHERE true
     ON CONFLICT (pid, epoch) DO NOTHING";
 
 const UPSERT_OUTPUT: &str = "

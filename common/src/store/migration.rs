@@ -3,6 +3,7 @@
 use sea_orm_migration::prelude::*;
 
 mod m20261121_000001_processes;
+mod m20261121_000002_selections;
 
 /// Every migration, oldest first.
 pub(crate) struct Migrator;
@@ -10,6 +11,6 @@ pub(crate) struct Migrator;
 #[async_trait::async_trait]
 impl MigratorTrait for Migrator {
     fn migrations() -> Vec<Box<dyn MigrationTrait>> {
-        vec![Box::new(m20261121_000001_processes::Migration)]
+        vec![Box::new(m20261121_000001_processes::Migration), Box::new(m20261121_000002_selections::Migration)]
     }
 }

@@ -105,6 +105,7 @@ pub(super) async fn insert(
         ("b_traceparent", Kind::Text),
         ("b_reply_to", Kind::Bytes),
         ("b_run_key", Kind::Bytes),
+        ("b_queue", Kind::Text),
     ]);
     for process in processes {
         let spec = &process.spec;
@@ -139,18 +140,42 @@ pub(super) async fn insert(
             process.traceparent.clone().unwrap_or_default().into(),
             process.reply_to.clone().unwrap_or_default().into(),
             process.run_key.clone().unwrap_or_default().into(),
+            spec.task_queue().into(),
         ]);
     }
     let rows = connection.query_all_raw(dialect.batch(INSERT_HOT, vec![], hot)).await?;
     connection.execute_raw(dialect.batch(INSERT_COLD, vec![], cold)).await?;
-    rows.iter()
+    let inserted: HashMap<Pid, (Place, i64)> = rows
+        .iter()
         .map(|row| {
             let place =
                 Place::from_code(row.try_get("", "place")?).ok_or_else(|| Error::Unreadable("no such place".into()))?;
             Ok((row.try_get::<Uuid>("", "id")?.into(), (place, row.try_get("", "told_at")?)))
         })
-        .collect()
+        .collect::<Result<_, Error>>()?;
+    // Another spec under a pid that is there must not leave its labels.
+    let new = processes.iter().filter(|process| inserted.contains_key(&process.pid));
+    let labels = new.flat_map(|process| process.spec.labels.iter().map(|label| (process.pid, label)));
+    for page in labels.collect::<Vec<_>>().chunks(LABELS_MAX) {
+        let mut batch = Batch::new(LABEL);
+        for (pid, (key, value)) in page {
+            batch.push(vec![key.as_str().into(), value.as_str().into(), Uuid::from(*pid).into()]);
+        }
+        connection.execute_raw(dialect.batch(INSERT_LABELS, vec![], batch)).await?;
+    }
+    Ok(inserted)
 }
+
+/// Labels in one statement: SQLite takes 32,766 parameters, and a label has three.
+pub(super) const LABELS_MAX: usize = 10_000;
+
+/// A row of `label`.
+pub(super) const LABEL: &[(&str, Kind)] = &[("b_key", Kind::Text), ("b_value", Kind::Text), ("b_id", Kind::Uuid)];
+
+const INSERT_LABELS: &str = "
+    WITH {rows}
+    INSERT INTO label (key, value, id) SELECT b_key, b_value, b_id FROM b WHERE true
+    ON CONFLICT (key, value, id) DO NOTHING";
 
 // `WHERE true` keeps SQLite from reading ON CONFLICT as a join condition. Zero and the empty string stand for null,
 // which a batch cannot carry.
@@ -167,9 +192,9 @@ const INSERT_HOT: &str = "
 const INSERT_COLD: &str = "
     WITH {rows}
     INSERT INTO spec (id, name, kind, body, digest, labels, session, created_by, created_at, traceparent, reply_to,
-                      run_key)
+                      run_key, queue)
     SELECT b_id, b_name, b_kind, b_body, b_digest, b_labels, NULLIF(b_session, ''), b_created_by, {now},
            NULLIF(b_traceparent, ''), CASE WHEN length(b_reply_to) = 0 THEN NULL ELSE b_reply_to END,
-           CASE WHEN length(b_run_key) = 0 THEN NULL ELSE b_run_key END
+           CASE WHEN length(b_run_key) = 0 THEN NULL ELSE b_run_key END, b_queue
     FROM b WHERE true
     ON CONFLICT (id) DO NOTHING";

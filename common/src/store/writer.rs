@@ -14,7 +14,7 @@ use uuid::Uuid;
 use super::blob::{Checkpoint, Outcome};
 use super::dialect::{Batch, Dialect};
 use super::submit::NewProcess;
-use super::{Error, Store, begin, connect, fenced, submit};
+use super::{Error, Store, begin, connect, fenced, prune, submit};
 use crate::id::{Incarnation, Pid};
 use crate::spec::Spec;
 use crate::state::{Desired, Place, State};
@@ -74,6 +74,8 @@ pub enum Claim {
     Absent,
     /// A launch whose pid belongs to a process with another spec.
     OtherSpec,
+    /// A launch that is older than what is kept: its process may have run and been pruned.
+    Pruned,
 }
 
 /// A write of the holder.
@@ -328,14 +330,15 @@ impl Task {
             }
         }
         let transaction = begin(&self.db).await?;
-        submit::insert(&transaction, self.dialect, &launches).await?;
+        let inserted = submit::insert(&transaction, self.dialect, &launches).await?;
+        let pruned = prune::take_back_pruned(&transaction, self.dialect, inserted.into_keys()).await?;
         fenced::lock(&transaction, self.dialect, batch.iter().map(|request| request.pid().into()).collect()).await?;
         let claimed = fenced::claim(&transaction, self.dialect, self.me, &claims).await?;
         let missed = claims.iter().map(|(pid, _)| *pid).filter(|pid| !claimed.contains_key(pid)).collect::<Vec<_>>();
         let digests = self.digests(&transaction, missed).await?;
         let written = fenced::write(&transaction, self.dialect, self.me, &writes).await?;
         transaction.commit().await?;
-        Ok(Answers { claimed, digests, written })
+        Ok(Answers { claimed, digests, pruned, written })
     }
 
     /// The digests of the specs of those that were not claimed: they tell "not queued" from "absent" and from "another".
@@ -357,6 +360,7 @@ impl Task {
 struct Answers {
     claimed: HashMap<Pid, Claimed>,
     digests: HashMap<Pid, Vec<u8>>,
+    pruned: HashSet<Pid>,
     written: HashMap<Pid, Written>,
 }
 
@@ -373,6 +377,7 @@ impl Answers {
                         (Some(claimed), _) => Claim::Claimed(Box::new(claimed)),
                         (None, Some(digest)) if other(digest) => Claim::OtherSpec,
                         (None, Some(_)) => Claim::NotQueued,
+                        (None, None) if self.pruned.contains(&pid) => Claim::Pruned,
                         (None, None) => Claim::Absent,
                     };
                     let _ = answer.send(claim);
