@@ -374,13 +374,7 @@ impl Facts {
 impl Selection {
     /// As the database reads it, of these processes or of all.
     pub(crate) fn of(self, pids: Vec<Pid>) -> Select {
-        Select {
-            pids,
-            states: self.state,
-            worker: self.worker,
-            older_than: self.older_than,
-            ..self.facts.select()
-        }
+        Select { pids, states: self.state, worker: self.worker, older_than: self.older_than, ..self.facts.select() }
     }
 }
 

@@ -120,12 +120,7 @@ impl Store {
     ///
     /// # Errors
     /// As [`Store::control`].
-    pub async fn control_many(
-        &self,
-        id: RequestId,
-        select: &Select,
-        request: &Request,
-    ) -> Result<Option<Many>, Error> {
+    pub async fn control_many(&self, id: RequestId, select: &Select, request: &Request) -> Result<Option<Many>, Error> {
         let target = serde_json::to_string(select).expect("a selection is plain data");
         let Some(asked_at) = self.record_request(id, request.verb.verb(), Some(target), request).await? else {
             return Ok(None);

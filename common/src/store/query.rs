@@ -8,8 +8,8 @@ use serde::Serialize;
 use uuid::Uuid;
 
 use super::blob::{self, Checkpoint, Outcome};
-use super::worker::LEASE;
 use super::select::{Order, Walk};
+use super::worker::LEASE;
 use super::writer::{How, Output, Stream};
 use super::{Error, Store};
 use crate::communicator::control_queue;

@@ -52,7 +52,14 @@ impl Walk {
             }
             pids
         });
-        Self { select: Select { pids: vec![], ..select.clone() }, order, pids, after, only_live: false, is_at_end: false }
+        Self {
+            select: Select { pids: vec![], ..select.clone() },
+            order,
+            pids,
+            after,
+            only_live: false,
+            is_at_end: false,
+        }
     }
 
     /// The same walk past what has ended.
@@ -164,13 +171,15 @@ impl Walk {
                 }
             }
         }
-        let joined: String =
-            tables[1..].iter().map(|(table, alias)| format!(" JOIN {table} {alias} ON {alias}.id = {base}.id")).collect();
+        let joined: String = tables[1..]
+            .iter()
+            .map(|(table, alias)| format!(" JOIN {table} {alias} ON {alias}.id = {base}.id"))
+            .collect();
         let (created_at, sorted, merged) = if by_time {
             let sorted = format!("s.created_at {direction}, s.id {direction}");
             ("s.created_at", sorted, format!("created_at {direction}, id {direction}"))
         } else {
-            ("0", format!("{base}.id {direction}"), format!("id {direction}"))
+            ("CAST(0 AS bigint)", format!("{base}.id {direction}"), format!("id {direction}"))
         };
         let branch = |state: &str| {
             format!(
@@ -181,7 +190,8 @@ impl Walk {
         };
         let states: BTreeSet<&String> = select.states.iter().collect();
         // Their words are those of the templates; anything else was refused before. Each state is an ordered walk of its own.
-        let mut branches: Vec<String> = states.iter().map(|word| branch(&format!(" AND p.state = {{{word}}}"))).collect();
+        let mut branches: Vec<String> =
+            states.iter().map(|word| branch(&format!(" AND p.state = {{{word}}}"))).collect();
         match branches.len() {
             0 => branch(""),
             1 => branches.remove(0),

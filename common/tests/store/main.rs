@@ -66,7 +66,14 @@ impl Scene {
     async fn rows_of(&self, pid: Pid) -> i64 {
         let hex = Uuid::from(pid).simple();
         let id = if self.store.is_embedded() { format!("x'{hex}'") } else { format!("'{hex}'") };
-        let tables = [("process", "id"), ("spec", "id"), ("label", "id"), ("attempt", "pid"), ("event", "pid"), ("output", "pid")];
+        let tables = [
+            ("process", "id"),
+            ("spec", "id"),
+            ("label", "id"),
+            ("attempt", "pid"),
+            ("event", "pid"),
+            ("output", "pid"),
+        ];
         let counts = tables.map(|(table, column)| format!("(SELECT COUNT(*) FROM {table} WHERE {column} = {id})"));
         let rows = self.sql(&format!("SELECT {} AS n", counts.join(" + "))).await;
         rows[0].try_get("", "n").unwrap()

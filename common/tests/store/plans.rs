@@ -4,6 +4,7 @@
 
 use std::time::Duration;
 
+use baton_common::id::Incarnation;
 use baton_common::select::Select;
 use baton_common::store::query::{Cursor, Filter};
 use baton_common::store::worker::Load;
@@ -60,7 +61,9 @@ fn calls() -> Vec<Call<'static>> {
         list("older than all but one in thirty", older(86_400)),
         list("older than all", older(40 * 86_400)),
     ];
-    for states in ["created", "running", "waiting", "paused", "finished", "excepted", "killed", "running,excepted,killed"] {
+    for states in
+        ["created", "running", "waiting", "paused", "finished", "excepted", "killed", "running,excepted,killed"]
+    {
         let select = Select { states: states.split(',').map(str::to_owned).collect(), ..all() };
         calls.push(list(states, select.clone()));
         calls.push(list(&format!("{states} with a label"), Select { states: select.states, ..label("rare", "yes") }));
@@ -70,16 +73,22 @@ fn calls() -> Vec<Call<'static>> {
     sweep("wake_due", Box::new(async |store: &Store| assert!(store.wake_due().await.unwrap().is_empty())));
     sweep("next_wake_us", Box::new(async |store: &Store| assert!(store.next_wake_us().await.unwrap().is_some())));
     sweep("tell_lost", Box::new(async |store: &Store| drop(store.tell_lost("default", 0).await.unwrap())));
-    sweep("queued_in", Box::new(async |store: &Store| {
-        assert_eq!(store.queued_in("default", 200).await.unwrap().len(), 200);
-    }));
+    sweep(
+        "queued_in",
+        Box::new(async |store: &Store| {
+            assert_eq!(store.queued_in("default", 200).await.unwrap().len(), 200);
+        }),
+    );
     sweep("end_overdue", Box::new(async |store: &Store| assert!(store.end_overdue().await.unwrap().is_empty())));
     sweep("forget_gone", Box::new(async |store: &Store| store.forget_gone().await.unwrap()));
-    sweep("beat, held_by, desired_of", Box::new(async |store: &Store| {
-        let me = store.peers().await.unwrap().remove(0).id;
-        store.beat(me, &Load::default()).await.unwrap();
-        assert_eq!(store.held_by(me).await.unwrap().len(), store.desired_of(me, true).await.unwrap().len());
-    }));
+    sweep(
+        "beat, held_by, desired_of",
+        Box::new(async |store: &Store| {
+            let me = store.peers().await.unwrap().remove(0).id;
+            store.beat(me, &Load::default()).await.unwrap();
+            assert_eq!(store.held_by(me).await.unwrap().len(), store.desired_of(me, true).await.unwrap().len());
+        }),
+    );
     sweep("workers", Box::new(async |store: &Store| assert_eq!(store.workers(&[], false).await.unwrap()[0].held, 50)));
     calls
 }
@@ -101,20 +110,31 @@ async fn lists_and_sweeps_read_no_table_from_end_to_end() {
         );
         psql(&url, &["-c", &scans]).await
     };
-    let mut before = scans("").await;
+    let calls = calls();
+    let (all, each) = (vec![&calls[..]], calls.chunks(1).collect::<Vec<_>>());
     let mut found = Vec::new();
-    for (n, (what, call)) in calls().iter().enumerate() {
-        let name = format!("{schema}-{n}");
-        let store = Store::open(Location::parse(&format!("{url}&application_name={name}")).unwrap()).await.unwrap();
-        call.call(&store).await;
-        drop(store);
-        let after = scans(&name).await;
-        if after != before {
-            found.push(format!("{what}:\n{before}{after}"));
+    // All at once, and one by one only to find out which it was.
+    for groups in [all, each] {
+        found.clear();
+        for group in groups {
+            let before = scans("nobody").await;
+            let name = Incarnation::generate().to_string();
+            let store = Store::open(Location::parse(&format!("{url}&application_name={name}")).unwrap()).await.unwrap();
+            for (_, call) in group {
+                call.call(&store).await;
+            }
+            drop(store);
+            let after = scans(&name).await;
+            if after != before {
+                let whats: Vec<&str> = group.iter().map(|(what, _)| what.as_str()).collect();
+                found.push(format!("{}:\n{before}to\n{after}", whats.join(", ")));
+            }
         }
-        before = after;
+        if found.is_empty() {
+            return;
+        }
     }
-    assert!(found.is_empty(), "{}", found.join("\n"));
+    panic!("{}", found.join("\n"));
 }
 
 #[tokio::test]

@@ -83,9 +83,13 @@ async fn a_pruning_takes_all_pages_and_a_second_one_finds_nothing(scene: Scene) 
     for page in processes.chunks(1_000) {
         scene.store.submit(page).await.unwrap();
     }
-    let (live, doomed): (Vec<_>, Vec<_>) = processes.iter().map(|process| process.pid).enumerate().partition(|(n, _)| n % 1_000 == 0);
+    let (live, doomed): (Vec<_>, Vec<_>) =
+        processes.iter().map(|process| process.pid).enumerate().partition(|(n, _)| n % 1_000 == 0);
     let select = Select { pids: doomed.iter().map(|(_, pid)| *pid).collect(), ..Select::default() };
-    assert_eq!(scene.ask_many(baton_common::id::RequestId::generate(), &select, Desired::Kill).await.unwrap().len(), 4_195);
+    assert_eq!(
+        scene.ask_many(baton_common::id::RequestId::generate(), &select, Desired::Kill).await.unwrap().len(),
+        4_195
+    );
     let mut interrupted = scene.store.prune(&Select::default(), Duration::ZERO).await.unwrap();
     let first = interrupted.next().await.unwrap().unwrap();
     assert!(first > 0 && first < 4_195, "{first}");
