@@ -64,4 +64,4 @@ SELECT pg_temp.uuid_v7(at, k), id, NULL, at, 'pause', NULL, 'ann@host', 'postgre
 FROM r WHERE part = 1 AND k % 2 = 0;
 
 DROP TABLE r;
-VACUUM ANALYZE;
+VACUUM ANALYZE process, spec, label, attempt, output, event, worker;

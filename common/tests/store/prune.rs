@@ -79,7 +79,7 @@ async fn only_what_has_ended_is_pruned_with_all_that_belongs_to_it(scene: Scene)
 
 async fn a_pruning_takes_all_pages_and_a_second_one_finds_nothing(scene: Scene) {
     // More than two pages, with some in between that live.
-    let processes: Vec<NewProcess> = (0..4_200).map(|_| new_process("{call: baton.noop, labels: {a: b}}")).collect();
+    let processes: Vec<NewProcess> = (0..2_600).map(|_| new_process("{call: baton.noop, labels: {a: b}}")).collect();
     for page in processes.chunks(1_000) {
         scene.store.submit(page).await.unwrap();
     }
@@ -88,13 +88,13 @@ async fn a_pruning_takes_all_pages_and_a_second_one_finds_nothing(scene: Scene) 
     let select = Select { pids: doomed.iter().map(|(_, pid)| *pid).collect(), ..Select::default() };
     assert_eq!(
         scene.ask_many(baton_common::id::RequestId::generate(), &select, Desired::Kill).await.unwrap().len(),
-        4_195
+        2_597
     );
     let mut interrupted = scene.store.prune(&Select::default(), Duration::ZERO).await.unwrap();
     let first = interrupted.next().await.unwrap().unwrap();
-    assert!(first > 0 && first < 4_195, "{first}");
+    assert!(first > 0 && first < 2_597, "{first}");
     drop(interrupted);
-    assert_eq!(prune(&scene, &Select::default(), Duration::ZERO).await, 4_195 - first);
+    assert_eq!(prune(&scene, &Select::default(), Duration::ZERO).await, 2_597 - first);
     assert_eq!(prune(&scene, &Select::default(), Duration::ZERO).await, 0);
     let listed = scene.store.list(&Filter { select: Select::default(), after: None, limit: 5_000 }).await.unwrap();
     let mut left: Vec<Pid> = listed.iter().map(|row| row.pid).collect();
