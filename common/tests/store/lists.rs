@@ -68,7 +68,7 @@ async fn every_row_is_in_exactly_one_page_with_each_filter(scene: Scene) {
     };
     let paused = |n: usize| n % 8 == 5;
     let killed = |n: usize| n % 8 == 3;
-    let waiting = |n: usize| n % 16 == 0;
+    let waiting = |n: usize| n.is_multiple_of(16);
     let running = |n: usize| n % 16 == 8;
     let created = |n: usize| !paused(n) && !killed(n) && !waiting(n) && !running(n);
     let all = Select::default();

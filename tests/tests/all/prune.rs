@@ -86,7 +86,10 @@ async fn what_has_ended_is_pruned_and_its_launch_does_not_run_again() {
     })
     .await;
     assert_eq!(letter["pid"], pid.as_str());
-    assert!(letter["reason"].as_str().unwrap().contains("launched longer ago than ended processes are kept"), "{letter}");
+    assert!(
+        letter["reason"].as_str().unwrap().contains("launched longer ago than ended processes are kept"),
+        "{letter}"
+    );
     scene.baton(&["show", &pid]).await.exits(3);
     assert_eq!(std::fs::read_to_string(&witness).unwrap().lines().count(), 1);
 
