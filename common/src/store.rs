@@ -178,7 +178,8 @@ async fn connect(location: &Location, connections_max: u32) -> Result<DatabaseCo
             let mut options = ConnectOptions::new(url);
             options.statement_timeout(STATEMENT_TIMEOUT);
             options.map_sqlx_postgres_opts(|options| {
-                options.options([("idle_in_transaction_session_timeout", IDLE_TRANSACTION_TIMEOUT_MS)])
+                // Compiling a statement takes longer than any of Baton's statements runs.
+                options.options([("idle_in_transaction_session_timeout", IDLE_TRANSACTION_TIMEOUT_MS), ("jit", "off")])
             });
             options
         }

@@ -39,9 +39,13 @@ SELECT id, (ARRAY[3, 2, 0, 1])[part + 1],
        CASE WHEN part = 0 THEN decode('0183a465786974cd0000a66f6bc3a6726561736f6ec0', 'hex') END
 FROM r;
 
+-- The body is `run: [echo, hello]` as Baton writes it.
 -- Every process bears `campaign` = si, a thousand share each `batch`, and three bear `rare`.
 INSERT INTO spec (id, name, kind, body, digest, labels, session, created_by, created_at, traceparent, queue)
-SELECT id, 'job-' || k % 1000, CASE WHEN k % 3 < 2 THEN 'program' ELSE 'baton.count' END, decode(repeat('ef', 200), 'hex'),
+SELECT id, 'job-' || k % 1000, CASE WHEN k % 3 < 2 THEN 'program' ELSE 'baton.count' END, decode('018aa46e616d65a36a6f62a47768617481a372756e81a46172677692a46563686fa568656c6c6fa47661727380a76f6b' ||
+         '5f657869749100a5726574727982a36d617801a47761697484a56669727374a23173a6666163746f72cb400000000000' ||
+         '0000a36d6178a331306da66a6974746572cb3fc999999999999aa66c6162656c7380a87072696f72697479a66e6f726d' ||
+         '616ca57175657565a764656661756c74a4686f6c64c2a774696d656f757480', 'hex'),
        decode(md5(k::text) || md5(k::text), 'hex'),
        '{"batch":"' || k / 1000 || '","campaign":"si"' || CASE WHEN k % :n = 5 AND part < 3 THEN ',"rare":"yes"' ELSE '' END || '}',
        CASE WHEN k % :n = 5 AND part < 3 THEN 'rare' WHEN k % 2 = 0 THEN 'night' WHEN k % 10 = 1 THEN 's' || k / 500 END,

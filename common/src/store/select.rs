@@ -38,7 +38,7 @@ pub(super) struct Walk {
 impl Walk {
     /// A walk that begins behind `after`, or at the beginning.
     pub(super) fn new(select: &Select, order: Order, after: Option<Cursor>) -> Self {
-        let pids = (!select.pids.is_empty()).then(|| {
+        let pids: Option<Vec<Pid>> = (!select.pids.is_empty()).then(|| {
             // Sorted, and each once.
             let pids: BTreeSet<Pid> = select.pids.iter().copied().collect();
             let is_left = |pid: &Pid| match (after, order) {
@@ -52,14 +52,8 @@ impl Walk {
             }
             pids
         });
-        Self {
-            select: Select { pids: vec![], ..select.clone() },
-            order,
-            pids,
-            after,
-            only_live: false,
-            is_at_end: false,
-        }
+        let is_at_end = pids.as_ref().is_some_and(Vec::is_empty);
+        Self { select: Select { pids: vec![], ..select.clone() }, order, pids, after, only_live: false, is_at_end }
     }
 
     /// The same walk past what has ended.

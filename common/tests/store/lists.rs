@@ -169,6 +169,7 @@ async fn explicit_processes_are_paged_and_narrowed(scene: Scene) {
     };
     assert_eq!(list(&[], None, 5_000).await, pids);
     assert_eq!(list(&[], Some(last), 10).await, pids[1..11]);
+    assert_eq!(list(&[], pids.last().copied(), 10).await, []);
     // The only one is in the last of the chunks that are asked for.
     assert_eq!(list(&["paused"], None, 10).await, pids[1_499..]);
     let select = Select { pids: asked.clone(), ..Select::default() };

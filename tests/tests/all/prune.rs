@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 #[ignore = "needs services: run tests/run"]
 async fn a_list_goes_on_where_its_hint_says_and_prints_everything_if_asked() {
     let scene = Scene::new().await;
-    let submitted = scene.submit("{call: baton.noop, hold: true, session: it's night}", 2_100).await;
+    let submitted = scene.submit("{call: baton.noop, hold: true, labels: {note: it's night}}", 2_100).await;
     let newest: Vec<&str> = submitted.iter().rev().map(String::as_str).collect();
     let ids = scene.baton(&["list", "-n", "0", "-o", "ids"]).await.ok();
     assert_eq!((ids.stdout.lines().collect::<Vec<_>>(), ids.stderr.as_str()), (newest.clone(), ""));
@@ -27,10 +27,10 @@ async fn a_list_goes_on_where_its_hint_says_and_prints_everything_if_asked() {
     assert!(table.stdout.contains("2100 in all: 2100 paused"), "{}", table.stdout);
     assert_eq!(table.stderr, "");
 
-    let first = scene.baton(&["list", "--session", "it's night", "-n", "10"]).await.ok();
+    let first = scene.baton(&["list", "--label", "note=it's night", "-n", "10"]).await.ok();
     let hint = first.stderr.trim().strip_prefix("there are more: ").expect("a hint").to_owned();
-    assert_eq!(hint, format!(r"baton list --session 'it'\''s night' -n 10 --after {}", newest[9]));
-    let second = scene.baton(&["list", "--session", "it's night", "-n", "10", "--after", newest[9]]).await.ok();
+    assert_eq!(hint, format!(r"baton list --label 'note=it'\''s night' -n 10 --after {}", newest[9]));
+    let second = scene.baton(&["list", "--label", "note=it's night", "-n", "10", "--after", newest[9]]).await.ok();
     let lines = second.stdout.lines().filter(|line| line.contains("baton.noop"));
     assert!(lines.zip(&newest[10..20]).all(|(line, pid)| line.contains(pid)), "{}", second.stdout);
     let json = scene.baton(&["list", "-n", "10", "-o", "json"]).await.ok();
@@ -46,6 +46,8 @@ async fn what_has_ended_is_pruned_and_its_launch_does_not_run_again() {
     let _worker = scene.worker("w1", &[]).await;
     let amqp = scene.amqp().await;
     let live = scene.submit("{call: baton.noop, hold: true}", 1).await.remove(0);
+    // The exchange is there once somebody has submitted something that is told.
+    let other = scene.submit("call: baton.noop", 1).await.remove(0);
     let launch = |spec: Value| {
         let pid = Pid::generate().to_string();
         let message = json!({"version": 1, "type": "launch", "pid": pid, "spec": spec});
@@ -60,13 +62,14 @@ async fn what_has_ended_is_pruned_and_its_launch_does_not_run_again() {
         })
         .await;
     };
+    ends(&other).await;
     amqp.publish_json("baton.task", "default", &message).await;
     ends(&pid).await;
 
     let dry = scene.baton(&["prune", "--older-than", "1h", "--dry-run"]).await.ok().stdout;
     assert_eq!(dry, "prune would be about 0 processes\n");
     let dry = scene.baton(&["prune", "--older-than", "1ms", "--dry-run", "-o", "json"]).await.ok().json();
-    assert_eq!(dry, json!({"dry_run": true, "selected": 1, "by": {"finished": 1}}));
+    assert_eq!(dry, json!({"dry_run": true, "selected": 2, "by": {"finished": 2}}));
     let refused = scene.baton(&["prune", "--older-than", "1ms"]).await.exits(4);
     assert!(refused.stderr.contains("--yes"), "{refused:?}");
     scene.baton(&["prune", "--yes"]).await.exits(2);
@@ -74,7 +77,7 @@ async fn what_has_ended_is_pruned_and_its_launch_does_not_run_again() {
     let killed = scene.baton(&["prune", "--older-than", "1ms", "--state", "killed", "--yes"]).await.ok().stdout;
     assert_eq!(killed, "0 processes are pruned\n");
     scene.baton(&["show", &pid]).await.ok();
-    assert_eq!(scene.baton(&["prune", "--older-than", "1ms", "--yes", "-o", "json"]).await.ok().json()["pruned"], 1);
+    assert_eq!(scene.baton(&["prune", "--older-than", "1ms", "--yes", "-o", "json"]).await.ok().json()["pruned"], 2);
     scene.baton(&["show", &pid]).await.exits(3);
     scene.baton(&["show", &live]).await.ok();
 
