@@ -125,7 +125,7 @@ impl Store {
         let Some(asked_at) = self.record_request(id, request.verb.verb(), Some(target), request).await? else {
             return Ok(None);
         };
-        let walk = Walk::new(select, Order::OldestFirst, None).only_live();
+        let walk = Walk::new(select, Order::OldestFirst, None).past_ended();
         let (store, select, request) = (self.clone(), select.clone(), request.clone());
         Ok(Some(Many { store, id, select, request, asked_at, walk }))
     }

@@ -31,7 +31,6 @@ pub(super) struct Walk {
     /// Explicit ids that are still to come, the next ones last.
     pids: Option<Vec<Pid>>,
     after: Option<Cursor>,
-    only_live: bool,
     is_at_end: bool,
 }
 
@@ -53,12 +52,16 @@ impl Walk {
             pids
         });
         let is_at_end = pids.as_ref().is_some_and(Vec::is_empty);
-        Self { select: Select { pids: vec![], ..select.clone() }, order, pids, after, only_live: false, is_at_end }
+        Self { select: Select { pids: vec![], ..select.clone() }, order, pids, after, is_at_end }
     }
 
-    /// The same walk past what has ended.
-    pub(super) fn only_live(self) -> Self {
-        Self { only_live: true, ..self }
+    /// The same walk past what has ended, where nothing narrower leads to what is asked for. A selection by facts still
+    /// meets what has ended; to look at each such row here would make its first page as long as all of them.
+    pub(super) fn past_ended(mut self) -> Self {
+        if self.pids.is_none() && self.select.is_all() {
+            self.select.states = ["created", "running", "waiting", "paused"].map(str::to_owned).to_vec();
+        }
+        self
     }
 
     /// The statement for the next page, which gives at most `limit` rows and may give none; `None` at the end.
@@ -122,10 +125,7 @@ impl Walk {
     /// A page's ids with the times of their acceptance, of the processes of table `b` or of all.
     fn page_sql(&self, of_pids: bool, limit: u32, values: &mut Vec<Value>) -> String {
         let select = &self.select;
-        let mut of_process = process_condition(select, values);
-        if self.only_live {
-            of_process.push_str(" AND p.place <> {ended}");
-        }
+        let of_process = process_condition(select, values);
         let of_spec = spec_condition(select, values);
         // What is newer than an age would be walked through one by one in the order of ids.
         let by_time = !of_pids && is_by_time(select);

@@ -74,7 +74,7 @@ fn commands(url: &str) -> Result<(), Failure> {
         let text = format!("list -n 50 {list}");
         time_command(url, &text)?;
     }
-    let some = baton(url, &["list", "-n", "50", "--session", "night", "-o", "ids"])?;
+    let some = baton(url, &["list", "-n", "50", "--state", "created", "-o", "ids"])?;
     let some: Vec<&str> = some.lines().collect();
     let explicit: Vec<&str> = ["list"].into_iter().chain(some.iter().copied()).collect();
     time("list of 50 pids", || baton(url, &explicit).map(drop))?;
