@@ -39,6 +39,15 @@ impl Pid {
     pub fn generate() -> Self {
         Self(Uuid::now_v7())
     }
+
+    /// When it was made, in microseconds since 1970 by its maker's clock; `None` for an id that is no UUIDv7.
+    pub fn made_at(self) -> Option<i64> {
+        if self.0.get_version_num() != 7 {
+            return None;
+        }
+        let (seconds, nanos) = self.0.get_timestamp()?.to_unix();
+        i64::try_from(seconds).ok()?.checked_mul(1_000_000)?.checked_add(i64::from(nanos / 1_000))
+    }
 }
 
 impl Incarnation {

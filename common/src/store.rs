@@ -2,8 +2,8 @@
 //!
 //! The database decides and the broker only tells. Every rule of the protocol (claim only what is queued, fence every
 //! write, clear `woken`, apply what is desired when a row leaves its holder) is in the SQL of one file here:
-//! [`submit`], [`writer`] (claims and fenced writes, group-committed), [`control`], [`sweep`], [`worker`]; [`query`] and
-//! [`explain`] only read.
+//! [`submit`], [`writer`] (claims and fenced writes, group-committed), [`control`], [`sweep`], [`worker`], [`prune`];
+//! [`query`] and [`explain`] only read.
 
 pub mod bare;
 pub mod blob;
@@ -15,6 +15,7 @@ mod fenced;
 pub mod fleet;
 pub mod measure;
 mod migration;
+pub mod prune;
 pub mod query;
 mod select;
 pub mod submit;
@@ -198,7 +199,9 @@ async fn connect(location: &Location, purpose: Use) -> Result<DatabaseConnection
             let mut options = ConnectOptions::new(url);
             options.statement_timeout(STATEMENT_TIMEOUT);
             options.map_sqlx_postgres_opts(move |options| {
-                let options = options.options([("idle_in_transaction_session_timeout", IDLE_TRANSACTION_TIMEOUT_MS)]);
+                // Compiling a statement takes longer than any of Baton's statements runs.
+                let settings = [("idle_in_transaction_session_timeout", IDLE_TRANSACTION_TIMEOUT_MS), ("jit", "off")];
+                let options = options.options(settings);
                 if purpose == Use::Lane { options.options(LANE_PLANS) } else { options }
             });
             options

@@ -9,6 +9,7 @@ mod recover;
 mod requests;
 
 use std::collections::BTreeMap;
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use baton_common::communicator::Communicator;
@@ -49,6 +50,8 @@ struct Bench {
     communicator: Communicator,
     database_url: String,
     broker_urls: Vec<String>,
+    /// Everything that it has submitted.
+    submitted: Mutex<Vec<Pid>>,
 }
 
 /// What a benchmark has found. Times are in milliseconds, rates in things a second.
@@ -135,7 +138,16 @@ impl Bench {
             Some(fleet) if fleet.workers == 0 => fleet.queue.clone(),
             Some(_) | None => format!("bench-{id}"),
         };
-        Ok(Self { id, queue, client, store, communicator, database_url, broker_urls: resolved.broker_urls })
+        Ok(Self {
+            id,
+            queue,
+            client,
+            store,
+            communicator,
+            database_url,
+            broker_urls: resolved.broker_urls,
+            submitted: Mutex::default(),
+        })
     }
 
     /// The session of this run's processes.
@@ -155,8 +167,19 @@ impl Bench {
 
     /// Gives processes to the fleet as `baton submit` does.
     async fn submit(&self, store: &Store, count: u32, make: impl Fn() -> NewProcess) -> Result<(), Failure> {
-        let told = submit(store, count, make, async |queued| self.client.tell(queued, true).await, |_| {}).await?;
-        told.map_err(Failure::unreachable)
+        let told = submit(
+            store,
+            count,
+            make,
+            async |queued| self.client.tell(queued, true).await,
+            |page| {
+                self.submitted
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .extend(page.iter().map(|process| process.pid));
+            },
+        );
+        told.await?.map_err(Failure::unreachable)
     }
 
     /// Has so many processes held, each between two advances for ever.
@@ -193,7 +216,12 @@ impl Bench {
 
     /// Removes what the run has made: its processes, and the queues if they were its own.
     async fn clean_up(self) -> Result<(), Failure> {
-        self.store.erase_session(&self.session()).await?;
+        let pids = self.submitted.into_inner().unwrap_or_else(PoisonError::into_inner);
+        if self.store.erase(&pids).await? < pids.len() as u64 {
+            // Its workers have stopped, so nobody holds what is left.
+            requests::kill(&self.store, &pids).await?;
+            self.store.erase(&pids).await?;
+        }
         if self.queue == format!("bench-{}", self.id) {
             bare::remove_task_queues(&self.broker_urls, &self.queue).await?;
         }

@@ -78,7 +78,12 @@ The exit code is the process's own. State is kept in .baton/ of the current dire
     #[command(after_help = "Examples:
   baton list
   baton list --state running,waiting -n 100
-  baton list --state paused -o ids | baton play -")]
+  baton list --label campaign=si --after PID   the page that comes after this process
+  baton list -n 0 -o json                all of them, for a program, however many there are
+  baton list --state paused -o ids | baton play -
+
+The order is that of the ids, which begin with the time of their making; with --older-than it is that of acceptance.
+Below the table stands what there is in all; from 10000 on that is not counted any further.")]
     List(ListArguments),
     /// Show everything about a process: what happened when, attempts and workers, its results
     Show(Pids),
@@ -142,6 +147,19 @@ It is written into the database first, so it holds even while the broker is down
 What a worker holds goes back to the queue before its next advance, or when the worker's grace has passed. A service
 manager that starts the worker again starts one that takes work.")]
     Drain(DrainArguments),
+    /// Remove processes that ended long ago, with their attempts, outputs and history, while the fleet works
+    #[command(after_help = "Examples:
+  baton prune --older-than 30d --dry-run
+  baton prune --older-than 30d --yes     the line for cron: `0 3 * * * baton prune --older-than 30d --yes`
+  baton prune --older-than 7d --state finished --label campaign=si
+
+What has not ended is never touched. Whatever is removed is removed for good, a page at a time; after an interruption,
+run it again.
+
+A launch that came from outside and is sent again after its process was pruned must not run it again. So the time is kept
+up to which something was pruned: from then on a launch whose pid, a UUIDv7, was made before that, and whose process is
+not there, goes to the dead letters. Choose a duration that is longer than any launch waits in a queue.")]
+    Prune(PruneArguments),
     /// Look at messages that nobody could use; send them again once the cause is mended, or throw them away
     #[command(
         subcommand,
@@ -213,6 +231,27 @@ pub(crate) struct ListArguments {
     /// At most so many; 0 is all
     #[arg(short = 'n', long, default_value_t = 50)]
     pub(crate) limit: u32,
+    /// Only those that come after this process in the list: the next page
+    #[arg(long, value_name = "PID")]
+    pub(crate) after: Option<Pid>,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct PruneArguments {
+    /// Only those that ended at least so long ago
+    #[arg(long, value_name = "DURATION", value_parser = duration::parse)]
+    pub(crate) older_than: Duration,
+    #[command(flatten)]
+    pub(crate) facts: Facts,
+    /// Only those that ended so, separated by commas
+    #[arg(long, help_heading = "Selection", value_delimiter = ',', value_parser = ["finished", "excepted", "killed"])]
+    pub(crate) state: Vec<String>,
+    /// Only say how many it would be about
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+    /// Ask no question before they are removed
+    #[arg(long)]
+    pub(crate) yes: bool,
 }
 
 #[derive(Args, Debug)]
@@ -302,21 +341,11 @@ pub(crate) struct ControlArguments {
 #[derive(Args, Debug)]
 #[command(next_help_heading = "Selection")]
 pub(crate) struct Selection {
-    /// Only those that bear this label; may be given several times
-    #[arg(long, value_name = "KEY=VALUE", value_parser = label)]
-    pub(crate) label: Vec<(String, String)>,
-    /// Only those of this session
-    #[arg(long, value_name = "NAME")]
-    pub(crate) session: Option<String>,
+    #[command(flatten)]
+    pub(crate) facts: Facts,
     /// Only those in these states, separated by commas
     #[arg(long, value_delimiter = ',', value_parser = clap::builder::PossibleValuesParser::new(baton_common::state::WORDS))]
     pub(crate) state: Vec<String>,
-    /// Only those of this task queue, with its class: `default`, `default.high`
-    #[arg(long, value_name = "QUEUE")]
-    pub(crate) queue: Option<String>,
-    /// Only those that run this: `program`, `baton.count`…
-    #[arg(long, value_name = "KIND")]
-    pub(crate) kind: Option<String>,
     /// Only those that this worker holds
     #[arg(long, value_name = "NAME")]
     pub(crate) worker: Option<String>,
@@ -325,19 +354,41 @@ pub(crate) struct Selection {
     pub(crate) older_than: Option<Duration>,
 }
 
+/// What was said of a process when it was accepted, and never changes.
+#[derive(Args, Debug)]
+#[command(next_help_heading = "Selection")]
+pub(crate) struct Facts {
+    /// Only those that bear this label; may be given several times
+    #[arg(long, value_name = "KEY=VALUE", value_parser = label)]
+    pub(crate) label: Vec<(String, String)>,
+    /// Only those of this session
+    #[arg(long, value_name = "NAME")]
+    pub(crate) session: Option<String>,
+    /// Only those of this task queue, with its class: `default`, `default.high`
+    #[arg(long, value_name = "QUEUE")]
+    pub(crate) queue: Option<String>,
+    /// Only those that run this: `program`, `baton.count`…
+    #[arg(long, value_name = "KIND")]
+    pub(crate) kind: Option<String>,
+}
+
+impl Facts {
+    /// As the database reads it.
+    pub(crate) fn select(self) -> Select {
+        Select {
+            labels: self.label.into_iter().collect(),
+            session: self.session,
+            queue: self.queue,
+            kind: self.kind,
+            ..Select::default()
+        }
+    }
+}
+
 impl Selection {
     /// As the database reads it, of these processes or of all.
     pub(crate) fn of(self, pids: Vec<Pid>) -> Select {
-        Select {
-            pids,
-            labels: self.label.into_iter().collect(),
-            session: self.session,
-            states: self.state,
-            queue: self.queue,
-            kind: self.kind,
-            worker: self.worker,
-            older_than: self.older_than,
-        }
+        Select { pids, states: self.state, worker: self.worker, older_than: self.older_than, ..self.facts.select() }
     }
 }
 

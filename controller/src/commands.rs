@@ -9,6 +9,7 @@ pub(crate) mod drain;
 pub(crate) mod explain;
 pub(crate) mod list;
 pub(crate) mod logs;
+pub(crate) mod prune;
 pub(crate) mod run;
 pub(crate) mod show;
 pub(crate) mod status;

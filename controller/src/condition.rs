@@ -9,7 +9,7 @@ use baton_common::store::query::{EventRow, Summary, WorkerRow, WorkerState, queu
 use baton_common::store::worker::LEASE;
 use serde_json::{Value, json};
 
-use crate::output::{because, span, timestamp};
+use crate::output::{because, count, span, timestamp};
 use crate::overview::pause_text;
 
 /// What the broker brought: what the holder says of the process, if there is one and it knows it, or why nobody could be
@@ -296,11 +296,12 @@ impl Case<'_> {
             "broker": self.answer.as_ref().err(),
         });
         let (condition, text) = if held >= slots {
-            let text = format!("all slots for queue `{queue}` are taken, {held} of {slots}; {n_before} are before it");
+            let before = count(*n_before);
+            let text = format!("all slots for queue `{queue}` are taken, {held} of {slots}; {before} are before it");
             ("slots_taken", text)
         } else {
             let since = span(self.summary.now - self.summary.changed_at);
-            let text = format!("it has been queued for {since}, {n_before} before it");
+            let text = format!("it has been queued for {since}, {} before it", count(*n_before));
             ("queued", format!("{text}; {held} of {slots} slots for queue `{queue}` are taken"))
         };
         Explanation::new(condition, text + &self.remarks(), facts)

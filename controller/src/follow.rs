@@ -1,5 +1,6 @@
 //! Waiting for processes, with progress on the terminal.
 
+use std::collections::HashMap;
 use std::io::IsTerminal;
 use std::time::{Duration, Instant};
 
@@ -18,10 +19,21 @@ use crate::output;
 const LOOK_MIN: Duration = Duration::from_millis(20);
 const LOOK_MAX: Duration = Duration::from_millis(500);
 
+/// What is remembered of a process between two looks: its state, its advances and its try.
+type Seen = (State, i64, i64);
+
 /// Processes that one query asks for.
 const PAGE: usize = 1_000;
 
-/// Waits until all have ended; gives them back as they are then. `say` is called for each change of one.
+/// How many have ended, and how many of them not well.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Tally {
+    n_ended: usize,
+    n_failed: usize,
+}
+
+/// Waits until all have ended. `say` is called for each change of one, the last time when it has ended; nothing else is
+/// kept of what has ended.
 ///
 /// # Errors
 /// [`exit::NOT_FOUND`] when one is absent, [`exit::WAIT_TIMED_OUT`] after the limit.
@@ -30,39 +42,38 @@ pub(crate) async fn wait_ended(
     pids: &[Pid],
     limit: Option<Duration>,
     mut say: impl FnMut(&Summary),
-) -> Result<Vec<Summary>, Failure> {
+) -> Result<Tally, Failure> {
     let started = Instant::now();
-    let mut pending = pids.to_vec();
-    let mut ended = Vec::with_capacity(pids.len());
-    let mut words = std::collections::HashMap::new();
+    let mut pending: Vec<(Pid, Option<Seen>)> = pids.iter().map(|pid| (*pid, None)).collect();
+    let mut tally = Tally::default();
     let mut pause = LOOK_MIN;
     let bar = bar(pids.len());
     loop {
         let mut still = Vec::new();
         for page in pending.chunks(PAGE) {
-            let filter = Filter::of(page.to_vec());
+            let filter = Filter::of(page.iter().map(|(pid, _)| *pid).collect());
             let rows = store.list(&filter).await?;
-            if let Some(missing) = page.iter().find(|pid| !rows.iter().any(|row| row.pid == **pid)) {
-                return Err(absent(*missing));
-            }
-            for row in rows {
-                let word = (row.state, row.advances, row.attempt);
-                if words.insert(row.pid, word) != Some(word) {
-                    bar.suspend(|| say(&row));
+            let rows: HashMap<Pid, &Summary> = rows.iter().map(|row| (row.pid, row)).collect();
+            for (pid, seen) in page {
+                let row = rows.get(pid).ok_or_else(|| absent(*pid))?;
+                let now = Some((row.state, row.advances, row.attempt));
+                if *seen != now {
+                    bar.suspend(|| say(row));
                     pause = LOOK_MIN;
                 }
                 if row.state.is_final() {
                     bar.inc(1);
-                    ended.push(row);
+                    tally.n_ended += 1;
+                    tally.n_failed += usize::from(!is_ok(row));
                 } else {
-                    still.push(row.pid);
+                    still.push((*pid, now));
                 }
             }
         }
         pending = still;
         if pending.is_empty() {
             bar.finish_and_clear();
-            return Ok(ended);
+            return Ok(tally);
         }
         if limit.is_some_and(|limit| started.elapsed() >= limit) {
             bar.finish_and_clear();
@@ -83,13 +94,14 @@ pub(crate) async fn wait_ended(
     }
 }
 
-/// The exit code for processes that have ended.
-pub(crate) fn exit_code(ended: &[Summary]) -> u8 {
-    let failed = ended.iter().filter(|summary| !is_ok(summary)).count();
-    match failed {
-        0 => exit::OK,
-        _ if failed == ended.len() => exit::PROCESS_FAILED,
-        _ => exit::SOME_FAILED,
+impl Tally {
+    /// The exit code for processes that have ended so.
+    pub(crate) fn exit_code(self) -> u8 {
+        match self.n_failed {
+            0 => exit::OK,
+            n_failed if n_failed == self.n_ended => exit::PROCESS_FAILED,
+            _ => exit::SOME_FAILED,
+        }
     }
 }
 

@@ -51,6 +51,7 @@ async fn dispatch(cli: Cli) -> Result<u8, Failure> {
         Command::Kill(arguments) => commands::control::kill(&global, arguments).await,
         Command::Workers(arguments) => commands::workers::run(&global, arguments).await,
         Command::Drain(arguments) => commands::drain::run(&global, arguments).await,
+        Command::Prune(arguments) => commands::prune::run(&global, arguments).await,
         Command::Dead(command) => Box::pin(commands::dead::run(&global, command)).await,
         Command::Bench(command) => Box::pin(bench::run(&global, command)).await,
         Command::Doctor => commands::doctor::run(&global).await,

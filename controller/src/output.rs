@@ -1,11 +1,12 @@
 //! How results are printed: tables for people, JSON for programs, ids for other commands.
 
-use std::io::Write;
+use std::io::{BufRead, IsTerminal, Write};
 use std::time::Duration;
 
 use anstyle::{AnsiColor, Style};
 use baton_common::state::{Desired, Place, State};
-use baton_common::store::query::Summary;
+use baton_common::store::query::{COUNT_MAX, Summary};
+use baton_worker::cli::exit;
 use chrono::{DateTime, Local, SecondsFormat, Utc};
 use comfy_table::{ContentArrangement, Table, presets};
 use serde_json::{Value, json};
@@ -18,6 +19,19 @@ pub(crate) fn print(text: &str) -> Result<(), Failure> {
     writeln!(stdout, "{text}")?;
     stdout.flush()?;
     Ok(())
+}
+
+/// Prints a part of a line, or lines whose end is still to come.
+pub(crate) fn print_part(text: &str) -> Result<(), Failure> {
+    let mut stdout = anstream::stdout();
+    write!(stdout, "{text}")?;
+    stdout.flush()?;
+    Ok(())
+}
+
+/// A count for people, which may have stopped at [`COUNT_MAX`].
+pub(crate) fn count(n: i64) -> String {
+    if n < COUNT_MAX { n.to_string() } else { format!("{n}+") }
 }
 
 /// Prints a value as indented JSON.
@@ -42,13 +56,33 @@ pub(crate) fn warning(text: &str) -> String {
     format!("{yellow}warning{yellow:#}: {text}")
 }
 
+/// Asks at the terminal; where there is none, `--yes` has to be said.
+pub(crate) fn confirm(verb: &str, total: u64) -> Result<(), Failure> {
+    if !std::io::stdin().is_terminal() {
+        let error = format!("this would {verb} {total} processes, and nobody can be asked");
+        return Err(Failure::new(exit::REFUSED, error).with_remedy("say `--yes`, or look first with `--dry-run`"));
+    }
+    note(&format!("{verb} {total} processes? [y/N]"));
+    let mut answer = String::new();
+    std::io::stdin().lock().read_line(&mut answer)?;
+    if matches!(answer.trim(), "y" | "Y" | "yes") {
+        Ok(())
+    } else {
+        Err(Failure::new(exit::REFUSED, "nothing was done"))
+    }
+}
+
 /// A table without lines, whose cells are never cut.
 pub(crate) fn table(header: &[&str]) -> Table {
-    let mut table = Table::new();
+    let mut table = headless_table();
+    table.set_header(header.to_vec());
     table
-        .load_style(presets::NOTHING)
-        .set_content_arrangement(ContentArrangement::Disabled)
-        .set_header(header.to_vec());
+}
+
+/// The same for what follows a table that has been printed already.
+pub(crate) fn headless_table() -> Table {
+    let mut table = Table::new();
+    table.load_style(presets::NOTHING).set_content_arrangement(ContentArrangement::Disabled);
     table
 }
 

@@ -3,10 +3,10 @@
 use baton_common::store::Store;
 use baton_common::store::explain::Backlog;
 use baton_common::store::fleet::FleetPause;
-use baton_common::store::query::{WorkerRow, queue_name};
+use baton_common::store::query::{COUNT_MAX, WorkerRow, queue_name};
 
 use crate::failure::Failure;
-use crate::output::{age, because, warning};
+use crate::output::{self, age, because, warning};
 
 /// One look at the fleet.
 pub(crate) struct Overview {
@@ -43,7 +43,8 @@ impl Overview {
         }
         let (held, slots) = self.slots();
         let count = self.workers.iter().filter(|worker| worker.takes_work()).count();
-        let queued: i64 = self.backlogs.iter().map(|backlog| backlog.count).sum();
+        let counts = self.backlogs.iter().map(|backlog| backlog.count);
+        let queued = total(counts);
         let oldest = self.backlogs.iter().map(|backlog| backlog.oldest_at).min();
         let waits = oldest.map(|at| format!(", the oldest for {}", age(self.now - at))).unwrap_or_default();
         Some(format!("workers: {count}, with {held} of {slots} slots taken; {queued} queued{waits}"))
@@ -58,6 +59,7 @@ impl Overview {
         }
         for backlog in self.unserved() {
             let Backlog { queue, count, .. } = backlog;
+            let count = output::count(*count);
             let text = format!("no worker serves queue `{queue}`, in which {count} wait: baton-worker --queue");
             remarks.push(warning(&format!("{text} {}", queue_name(queue))));
         }
@@ -68,6 +70,12 @@ impl Overview {
         let takers = self.workers.iter().filter(|worker| worker.takes_work());
         takers.fold((0, 0), |(held, slots), worker| (held + worker.held, slots + worker.slots))
     }
+}
+
+/// The sum of counts, each of which may have stopped at [`COUNT_MAX`].
+pub(crate) fn total(counts: impl Iterator<Item = i64> + Clone) -> String {
+    let is_exact = counts.clone().all(|count| count < COUNT_MAX);
+    format!("{}{}", counts.sum::<i64>(), if is_exact { "" } else { "+" })
 }
 
 /// Who has paused the fleet, when and why.

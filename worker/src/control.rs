@@ -141,12 +141,7 @@ async fn record(
     let recorded = match &control {
         Control::Obey { verb, select, reason } => {
             let asked = asked(*verb, reason.clone());
-            let mut pages: Vec<Vec<Controlled>> = Vec::new();
-            let recorded = shared.store.control_many(id, select, &asked, |page| pages.push(page)).await;
-            for row in pages.into_iter().flatten() {
-                follow(shared, row).await;
-            }
-            recorded
+            record_many(shared, id, select, &asked).await
         }
         Control::Fleet { verb, reason } => {
             let written = shared.store.control_fleet(id, &asked(*verb, reason.clone())).await;
@@ -167,6 +162,24 @@ async fn record(
     }
     let counts = BTreeMap::from([(Effect::Recorded.word().to_owned(), count)]);
     Ok(Some(named(shared, Reply { outcome: Some(Effect::Recorded), counts: Some(counts), ..Reply::default() })))
+}
+
+/// Asks every process of a selection; gives their number, or `None` when all have been asked before.
+async fn record_many(
+    shared: &Shared,
+    id: RequestId,
+    select: &Select,
+    asked: &Request,
+) -> Result<Option<u64>, store::Error> {
+    let Some(mut many) = shared.store.control_many(id, select, asked).await? else { return Ok(None) };
+    let mut count = 0;
+    while let Some(page) = many.next().await? {
+        count += page.len() as u64;
+        for row in page {
+            follow(shared, row).await;
+        }
+    }
+    Ok(Some(count))
 }
 
 /// Does what follows a request that was applied in the database.

@@ -86,7 +86,7 @@ async fn claim_page(shared: &Arc<Shared>, threads: &Arc<Vec<Thread>>, queue: &st
 async fn claim(shared: Arc<Shared>, threads: Arc<Vec<Thread>>, pid: Pid, queue: String, permit: OwnedSemaphorePermit) {
     match shared.writer.claim(pid, queue, None).await {
         Ok(Claim::Claimed(claimed)) => intake::begin(&shared, &threads, claimed, permit).await,
-        Ok(Claim::NotQueued | Claim::Absent | Claim::OtherSpec) => shared.held.end_claim(pid, None),
+        Ok(Claim::NotQueued | Claim::Absent | Claim::OtherSpec | Claim::Pruned) => shared.held.end_claim(pid, None),
         Err(error) => {
             shared.held.end_claim(pid, None);
             debug!(%pid, %error, "not claimed; the next look tries again");

@@ -76,6 +76,12 @@ async fn take(shared: Arc<Shared>, threads: Arc<Vec<Thread>>, delivery: Delivery
             shared.held.end_claim(pid, None);
             refuse(&shared, delivery, "there is no such process in the database").await;
         }
+        Ok(Claim::Pruned) => {
+            shared.held.end_claim(pid, None);
+            let reason = "it was launched longer ago than ended processes are kept (`baton prune`), so it may have run \
+                          already; to run it, launch it under a new pid";
+            refuse(&shared, delivery, reason).await;
+        }
         Ok(Claim::OtherSpec) => {
             shared.held.end_claim(pid, None);
             refuse(&shared, delivery, "a process with this pid and another spec exists").await;

@@ -38,6 +38,14 @@ const PREFETCH_CONTROL: u16 = 16;
 /// How long a worker without a free slot keeps what it has in hand before others shall have it.
 const FULL_LIMIT: Duration = Duration::from_secs(1);
 
+/// How long a worker that was full gathers free slots. Taken one by one as they become free, short tasks would be claimed
+/// one by one, each with a commit; a backlog does not notice the pause, and without one nobody is full.
+const GATHER_PAUSE: Duration = Duration::from_millis(2);
+
+/// It does not gather more than this part of its slots, nor more than so many.
+const GATHER_SHARE: usize = 8;
+const GATHER_MAX: usize = 32;
+
 /// How often it is looked at whether messages wait that a consumer should have had. Twice in a row makes a new one;
 /// three small requests per worker and interval cost the broker nothing.
 const LOOK_INTERVAL: Duration = Duration::from_secs(5);
@@ -63,6 +71,8 @@ pub(super) struct Ends {
 pub(super) struct Wanted {
     pub(super) queues: Vec<String>,
     pub(super) slots: Option<Arc<Semaphore>>,
+    /// The most of them that were seen free.
+    n_slots: usize,
     pub(super) control: bool,
 }
 
@@ -77,6 +87,12 @@ impl Wanted {
         u16::try_from(free.clamp(1, PREFETCH_MAX)).expect("some hundreds at most")
     }
 
+    /// Whether fewer slots are free than a worker gathers that was full.
+    fn is_gathering(&self) -> bool {
+        let free = self.slots.as_ref().map_or(0, |slots| slots.available_permits());
+        free + 1 < (self.n_slots / GATHER_SHARE).min(GATHER_MAX)
+    }
+
     pub(super) fn apply(&mut self, order: Order) -> Option<oneshot::Sender<()>> {
         match order {
             Order::Consume { queues, slots } => {
@@ -84,6 +100,7 @@ impl Wanted {
                 names.sort_unstable();
                 names.dedup();
                 self.queues = names;
+                self.n_slots = slots.available_permits().max(self.n_slots);
                 self.slots = Some(slots);
                 None
             }
@@ -192,7 +209,8 @@ async fn session(
         intake.show_consumed();
         let is_waiting = intake.sources.iter().any(Source::has_head);
         let wants_slot = intake.is_paused || (is_waiting && intake.permit.is_none());
-        let has_slot = is_waiting && intake.permit.is_some() && !ends.tasks_tx.is_closed();
+        let is_gathering = intake.gather_until.is_some();
+        let has_slot = is_waiting && intake.permit.is_some() && !is_gathering && !ends.tasks_tx.is_closed();
         let full_until = intake.full_since.map(|since| since + FULL_LIMIT);
         let is_calm = tokio::select! {
             error = &mut ended => return Some(error),
@@ -226,6 +244,13 @@ async fn session(
                 // After a pause there is nothing in hand to use it for.
                 intake.permit = (!intake.is_paused).then_some(permit);
                 intake.is_paused = false;
+                if wanted.is_gathering() {
+                    intake.gather_until = Some(Instant::now() + GATHER_PAUSE);
+                }
+                true
+            }
+            () = until(intake.gather_until), if intake.gather_until.is_some() => {
+                intake.gather_until = None;
                 true
             }
             _ = ends.tasks_tx.reserve(), if has_slot => true,
@@ -293,6 +318,8 @@ struct Intake {
     ready_control: Option<ControlRequest>,
     /// What the board says is consumed.
     shown: BTreeSet<String>,
+    /// It was full, and lets more slots become free before it takes anything.
+    gather_until: Option<Instant>,
     /// Since when deliveries are in hand and no slot is free.
     full_since: Option<Instant>,
     /// It was full for so long that others shall have the work; the first free slot ends it.
@@ -323,6 +350,7 @@ impl Intake {
             permit: None,
             ready_control: None,
             shown: BTreeSet::new(),
+            gather_until: None,
             full_since: None,
             is_paused: false,
         }
@@ -422,6 +450,10 @@ impl Intake {
     /// decided only when one can go.
     fn hand_over(&mut self, wanted: &Wanted) {
         let mut no_waker = Context::from_waker(Waker::noop());
+        if self.gather_until.is_some() && wanted.is_gathering() {
+            return;
+        }
+        self.gather_until = None;
         loop {
             // Only a look; the caller waits with a waker.
             let _ = poll_sources(&mut self.sources, &mut no_waker);

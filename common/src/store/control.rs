@@ -10,8 +10,9 @@ use uuid::Uuid;
 
 use super::blob::Outcome;
 use super::dialect::{Batch, Dialect, Kind};
+use super::select::{self, Order, Walk};
 use super::submit::Told;
-use super::{Error, Store, begin, select};
+use super::{Error, Store, begin};
 use crate::id::{Incarnation, Pid, RequestId};
 use crate::message::Effect;
 use crate::select::Select;
@@ -110,56 +111,23 @@ impl Store {
         Ok(Answer::Recorded(controlled))
     }
 
-    /// Asks every process of a selection for something, page by page in the order of ids; those that come after the
-    /// request was recorded are not asked. Calls `page` after each commit.
+    /// Begins to ask every process of a selection for something; those that come after the request was recorded are not
+    /// asked. [`Many::next`] does it page by page.
     ///
     /// The request is recorded first, under its id. The same id again goes on where the first call was cut off, and asks
     /// nobody of whom something was asked since; when the first call has come to its end, this does nothing and returns
     /// `None`.
     ///
     /// # Errors
-    /// As [`Store::control`]; pages that are committed stay.
-    pub async fn control_many(
-        &self,
-        id: RequestId,
-        select: &Select,
-        request: &Request,
-        mut page: impl FnMut(Vec<Controlled>),
-    ) -> Result<Option<u64>, Error> {
+    /// As [`Store::control`].
+    pub async fn control_many(&self, id: RequestId, select: &Select, request: &Request) -> Result<Option<Many>, Error> {
         let target = serde_json::to_string(select).expect("a selection is plain data");
         let Some(asked_at) = self.record_request(id, request.verb.verb(), Some(target), request).await? else {
             return Ok(None);
         };
-        let mut count = 0;
-        let mut after = Uuid::nil();
-        loop {
-            let mut values: Vec<Value> =
-                vec![after.into(), asked_at.into(), request.verb.code().into(), request.force.into()];
-            let condition = select::condition(select, &mut values);
-            let sql = format!(
-                "{BEFORE} JOIN spec s ON s.id = p.id
-                 WHERE p.id > $1 AND s.created_at <= $2 AND p.place <> {{ended}}
-                   AND (p.desired NOT IN ($3, {{kill}}) OR $4)
-                   AND (p.control = 0
-                        OR NOT EXISTS (SELECT 1 FROM event e WHERE e.pid = p.id AND e.at > $2)) {condition}
-                 ORDER BY p.id LIMIT {PAGE_ROWS} {{of_p}}"
-            );
-            let transaction = begin(&self.db).await?;
-            let rows = transaction.query_all_raw(self.dialect.statement(&sql, values)).await?;
-            let rows = rows.iter().map(before).collect::<Result<Vec<_>, _>>()?;
-            let Some(last) = rows.last() else {
-                let sql = "UPDATE event SET outcome = 'recorded', settled_at = {clock} WHERE id = $1";
-                transaction.execute_raw(self.dialect.statement(sql, vec![Uuid::from(id).into()])).await?;
-                transaction.commit().await?;
-                return Ok(Some(count));
-            };
-            after = last.id;
-            let mut changed = self.apply(&transaction, &rows, request, Some(id)).await?;
-            transaction.commit().await?;
-            changed.sort_by_key(|row| row.pid);
-            count += changed.len() as u64;
-            page(changed);
-        }
+        let walk = Walk::new(select, Order::OldestFirst, None).past_ended();
+        let (store, select, request) = (self.clone(), select.clone(), request.clone());
+        Ok(Some(Many { store, id, select, request, asked_at, walk }))
     }
 
     /// How many processes of a selection a request would be about, by the words of their places.
@@ -167,15 +135,13 @@ impl Store {
     /// # Errors
     /// The database does not answer.
     pub async fn count_selected(&self, select: &Select, verb: Desired) -> Result<BTreeMap<String, u64>, Error> {
-        let mut values: Vec<Value> = vec![verb.code().into()];
-        let condition = select::condition(select, &mut values);
-        let sql = format!(
-            "SELECT p.place, COUNT(*) AS n FROM process p JOIN spec s ON s.id = p.id
-             WHERE p.place <> {{ended}} AND p.desired <> {{kill}} AND p.desired <> $1 {condition} GROUP BY p.place"
-        );
-        let rows = self.query(&sql, values).await?;
-        rows.iter()
-            .map(|row| Ok((place(row)?.word().to_owned(), row.try_get::<i64>("", "n")?.cast_unsigned())))
+        let condition = "p.place <> {ended} AND p.desired <> {kill} AND p.desired <> $1";
+        let rows = select::count(self, select, "place", condition, vec![verb.code().into()]).await?;
+        rows.into_iter()
+            .map(|(code, count)| {
+                let place = Place::from_code(code).ok_or_else(|| Error::Unreadable("no such place".into()))?;
+                Ok((place.word().to_owned(), count))
+            })
             .collect()
     }
 
@@ -276,6 +242,55 @@ impl Store {
             settle(transaction, self.dialect, &ended).await?;
         }
         Ok(changed)
+    }
+}
+
+/// A request to many that is under way.
+pub struct Many {
+    store: Store,
+    id: RequestId,
+    select: Select,
+    request: Request,
+    asked_at: i64,
+    walk: Walk,
+}
+
+impl Many {
+    /// Asks the next page of processes, and gives those that were asked, in the order of their ids; `None` when all have
+    /// been asked.
+    ///
+    /// # Errors
+    /// As [`Store::control`]; pages that are committed stay.
+    pub async fn next(&mut self) -> Result<Option<Vec<Controlled>>, Error> {
+        let Store { db, dialect, .. } = &self.store;
+        while let Some(ids) = self.walk.next_ids(db, *dialect, PAGE_ROWS).await? {
+            let mut values: Vec<Value> =
+                vec![self.asked_at.into(), self.request.verb.code().into(), self.request.force.into()];
+            let condition = select::condition(&self.select, &mut values);
+            // What has moved meanwhile is judged anew, under its lock.
+            let sql = format!(
+                "WITH {{rows}}
+                 {BEFORE} JOIN spec s ON s.id = p.id
+                 WHERE p.id IN (SELECT b_id FROM b) AND s.created_at <= $1 AND p.place <> {{ended}}
+                   AND (p.desired NOT IN ($2, {{kill}}) OR $3)
+                   AND (p.control = 0
+                        OR NOT EXISTS (SELECT 1 FROM event e WHERE e.pid = p.id AND e.at > $1)) {condition}
+                 ORDER BY p.id {{of_p}}"
+            );
+            let transaction = begin(db).await?;
+            let rows = transaction.query_all_raw(dialect.batch(&sql, values, Batch::ids(ids))).await?;
+            let rows = rows.iter().map(before).collect::<Result<Vec<_>, _>>()?;
+            if rows.is_empty() {
+                continue;
+            }
+            let mut changed = self.store.apply(&transaction, &rows, &self.request, Some(self.id)).await?;
+            transaction.commit().await?;
+            changed.sort_by_key(|row| row.pid);
+            return Ok(Some(changed));
+        }
+        let sql = "UPDATE event SET outcome = 'recorded', settled_at = {clock} WHERE id = $1";
+        self.store.execute(sql, vec![Uuid::from(self.id).into()]).await?;
+        Ok(None)
     }
 }
 
@@ -427,8 +442,8 @@ const CONTROL: &str = "
 // A holder that is not asked cannot write its attempt any more.
 const END_ATTEMPT: &str = "
     WITH {rows}
-    INSERT INTO attempt (pid, epoch, worker, try, started_at, ended_at, how, reason)
-    SELECT p.id, p.epoch, p.owner, p.try, p.claimed_at, {clock}, 'killed', $1
+    INSERT INTO attempt (pid, epoch, worker, worker_name, try, started_at, ended_at, how, reason)
+    SELECT p.id, p.epoch, p.owner, (SELECT name FROM worker WHERE id = p.owner), p.try, p.claimed_at, {clock}, 'killed', $1
     FROM process p JOIN b ON p.id = b_id WHERE p.place = {held}
     ON CONFLICT (pid, epoch) DO NOTHING";
 

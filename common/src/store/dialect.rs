@@ -31,6 +31,7 @@ pub(crate) enum Kind {
 }
 
 /// Rows that go into one statement as its table `b`.
+#[derive(Clone)]
 pub(crate) struct Batch {
     columns: &'static [(&'static str, Kind)],
     rows: Vec<Vec<Value>>,

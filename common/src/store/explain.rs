@@ -4,7 +4,7 @@ use sea_orm::Value;
 use uuid::Uuid;
 
 use super::fleet::FleetPause;
-use super::query::{Details, WorkerRow};
+use super::query::{COUNT_MAX, Details, WorkerRow};
 use super::{Error, Store};
 use crate::id::Pid;
 
@@ -16,7 +16,7 @@ pub struct Facts {
     pub details: Details,
     /// How many of its holders have died in a row without a checkpoint.
     pub deaths: i64,
-    /// How many in its task queue were queued before it; zero unless it is queued.
+    /// How many in its task queue were queued before it; up to [`COUNT_MAX`]; zero unless it is queued.
     pub n_before: i64,
     /// The worker that holds it, which may be gone.
     pub holder: Option<WorkerRow>,
@@ -31,9 +31,9 @@ pub struct Facts {
 pub struct Backlog {
     /// The task queue's name, with its class.
     pub queue: String,
-    /// How many.
+    /// How many, up to [`COUNT_MAX`].
     pub count: i64,
-    /// Since when the first of them has been queued, in microseconds since 1970 by the database's clock.
+    /// Since when the first of those that were told first has been queued, in microseconds since 1970 by the database's clock.
     pub oldest_at: i64,
 }
 
@@ -49,7 +49,7 @@ impl Store {
             None => None,
         };
         let id: Vec<Value> = vec![Uuid::from(pid).into()];
-        let row = self.query(PLACE_IN_QUEUE, id).await?.into_iter().next().ok_or(Error::NoRow)?;
+        let row = self.query(&place_in_queue_sql(), id).await?.into_iter().next().ok_or(Error::NoRow)?;
         Ok(Some(Facts {
             details,
             deaths: row.try_get("", "deaths")?,
@@ -65,9 +65,7 @@ impl Store {
     /// # Errors
     /// The database does not answer.
     pub async fn backlogs(&self) -> Result<Vec<Backlog>, Error> {
-        let sql = "SELECT queue, COUNT(*) AS n, MIN(changed_at) AS oldest_at FROM process
-                   WHERE place = {queued} GROUP BY queue ORDER BY queue";
-        let rows = self.query(sql, vec![]).await?;
+        let rows = self.query(&backlogs_sql(), vec![]).await?;
         rows.iter()
             .map(|row| {
                 Ok(Backlog {
@@ -80,9 +78,36 @@ impl Store {
     }
 }
 
-const PLACE_IN_QUEUE: &str = "
-    SELECT p.deaths,
-           (SELECT COUNT(*) FROM process q
-            WHERE q.place = {queued} AND p.place = {queued} AND q.queue = p.queue AND q.told_at <= p.told_at
-              AND (q.told_at < p.told_at OR q.id < p.id)) AS n_before
-    FROM process p WHERE p.id = $1";
+/// Rows of a queue among which the oldest is looked for.
+const OLDEST_ROWS: u32 = 1_000;
+
+/// One step from queue to queue through the index of what is queued, and bounded walks from there.
+fn backlogs_sql() -> String {
+    format!(
+        "WITH RECURSIVE backlog(queue) AS (
+             SELECT MIN(queue) FROM process WHERE place = {{queued}}
+             UNION ALL
+             SELECT (SELECT MIN(p.queue) FROM process p WHERE p.place = {{queued}} AND p.queue > backlog.queue)
+             FROM backlog WHERE backlog.queue IS NOT NULL
+         )
+         SELECT backlog.queue,
+                (SELECT COUNT(*) FROM (SELECT 1 FROM process p WHERE p.place = {{queued}} AND p.queue = backlog.queue
+                                       LIMIT {COUNT_MAX}) AS c) AS n,
+                (SELECT MIN(c.changed_at)
+                 FROM (SELECT p.changed_at FROM process p WHERE p.place = {{queued}} AND p.queue = backlog.queue
+                       ORDER BY p.told_at LIMIT {OLDEST_ROWS}) AS c) AS oldest_at
+         FROM backlog WHERE backlog.queue IS NOT NULL ORDER BY backlog.queue"
+    )
+}
+
+fn place_in_queue_sql() -> String {
+    format!(
+        "SELECT p.deaths,
+                (SELECT COUNT(*) FROM (
+                     SELECT 1 FROM process q
+                     WHERE q.place = {{queued}} AND p.place = {{queued}} AND q.queue = p.queue AND q.told_at <= p.told_at
+                       AND (q.told_at < p.told_at OR q.id < p.id)
+                     LIMIT {COUNT_MAX}) AS c) AS n_before
+         FROM process p WHERE p.id = $1"
+    )
+}

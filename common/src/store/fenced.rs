@@ -290,8 +290,9 @@ static INSERT_ATTEMPTS: LazyLock<String> =
     LazyLock::new(|| format!("WITH {{rows}} {INSERT_ATTEMPT} FROM b WHERE true {ONCE}"));
 
 const INSERT_ATTEMPT: &str = "
-    INSERT INTO attempt (pid, epoch, worker, try, started_at, ended_at, how, reason)
-    SELECT b_id, b_epoch, $1, b_try, b_started_at, {clock}, b_how, NULLIF(b_reason, '')";
+    INSERT INTO attempt (pid, epoch, worker, worker_name, try, started_at, ended_at, how, reason)
+    SELECT b_id, b_epoch, $1, (SELECT name FROM worker WHERE id = $1), b_try, b_started_at, {clock}, b_how,
+           NULLIF(b_reason, '')";
 
 const ONCE: &str = "ON CONFLICT (pid, epoch) DO NOTHING";
 

@@ -105,19 +105,6 @@ impl Store {
         Ok(sums)
     }
 
-    /// Removes every process of a session that nobody holds.
-    ///
-    /// # Errors
-    /// The database does not answer.
-    pub async fn erase_session(&self, session: &str) -> Result<(), Error> {
-        for (table, key) in [("attempt", "pid"), ("event", "pid"), ("output", "pid"), ("process", "id"), ("spec", "id")]
-        {
-            let sql = format!("DELETE FROM {table} WHERE {key} IN (SELECT s.id FROM spec s WHERE s.session = $1)");
-            self.execute(&sql, vec![session.to_owned().into()]).await?;
-        }
-        Ok(())
-    }
-
     /// Ends this store's connections, by which the server's statistics learn what they have done.
     pub async fn close(self) {
         // What cannot be closed is closed by the server when the program ends.

@@ -3,33 +3,55 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use sea_orm::{QueryResult, Value};
+use sea_orm::{ConnectionTrait, QueryResult, Value};
 use serde::Serialize;
 use uuid::Uuid;
 
 use super::blob::{self, Checkpoint, Outcome};
+use super::select::{Order, Walk};
 use super::worker::LEASE;
 use super::writer::{How, Output, Stream};
-use super::{Error, Store, select};
+use super::{Error, Store};
 use crate::communicator::control_queue;
 use crate::id::{Incarnation, Pid};
 use crate::select::Select;
 use crate::spec::Spec;
-use crate::state::{Desired, Place, State};
+use crate::state::{self, Desired, Place, State};
 
 /// Which processes a list is about.
 #[derive(Clone, Debug, Default)]
 pub struct Filter {
     /// The selection.
     pub select: Select,
-    /// At most so many, the newest first; `None` is all.
-    pub limit: Option<u32>,
+    /// Those that come after this one in the list's order.
+    pub after: Option<Cursor>,
+    /// At most so many, the newest first.
+    pub limit: u32,
 }
+
+/// A place in a list: lists are in the order of ids, the newest first, or in that of acceptance where a selection asks for
+/// an age.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Cursor {
+    /// The process.
+    pub pid: Pid,
+    /// When it was accepted, in microseconds since 1970 by the database's clock.
+    pub created_at: i64,
+}
+
+/// A list that is read page by page. A process that is there all the time is in exactly one page.
+pub struct Listing {
+    walk: Walk,
+}
+
+/// Counts for people go no further: this number means that there are at least so many.
+pub const COUNT_MAX: i64 = 10_000;
 
 impl Filter {
     /// These processes, each once, in no order that matters.
     pub fn of(pids: Vec<Pid>) -> Self {
-        Filter { select: Select { pids, ..Select::default() }, limit: None }
+        let limit = u32::try_from(pids.len()).unwrap_or(u32::MAX);
+        Filter { select: Select { pids, ..Select::default() }, after: None, limit }
     }
 }
 
@@ -253,32 +275,83 @@ pub fn queue_name(task_queue: &str) -> &str {
     task_queue.split('.').next().unwrap_or(task_queue)
 }
 
+impl Listing {
+    /// The processes of a selection that come after a place in it, or all.
+    pub fn new(select: &Select, after: Option<Cursor>) -> Self {
+        Self { walk: Walk::new(select, Order::NewestFirst, after) }
+    }
+
+    /// The next page of at most `limit` processes; empty at the end, and only there.
+    ///
+    /// # Errors
+    /// The database does not answer, or a row cannot be read.
+    pub async fn next(&mut self, store: &Store, limit: u32) -> Result<Vec<Summary>, Error> {
+        let template =
+            format!("WITH {{page}} {SUMMARY} JOIN page ON page.id = p.id ORDER BY page.created_at DESC, p.id DESC");
+        while let Some(statement) = self.walk.next(store.dialect, &template, limit) {
+            let rows = store.db.query_all_raw(statement).await?;
+            let rows = rows.iter().map(summary).collect::<Result<Vec<_>, _>>()?;
+            let last = rows.last().map(|row| Cursor { pid: row.pid, created_at: row.created_at });
+            self.walk.walked(rows.len(), last, limit);
+            if !rows.is_empty() {
+                return Ok(rows);
+            }
+        }
+        Ok(vec![])
+    }
+}
+
 impl Store {
     /// Lists processes, newest first.
     ///
     /// # Errors
     /// The database does not answer, or a row cannot be read.
     pub async fn list(&self, filter: &Filter) -> Result<Vec<Summary>, Error> {
-        let mut values: Vec<Value> = Vec::new();
-        let condition = select::condition(&filter.select, &mut values);
-        let limit = filter.limit.map(|limit| format!("LIMIT {limit}")).unwrap_or_default();
-        let sql = format!("{SUMMARY} WHERE true {condition} ORDER BY p.id DESC {limit}");
-        self.query(&sql, values).await?.iter().map(summary).collect()
+        let mut listing = Listing::new(&filter.select, filter.after);
+        let mut rows = Vec::new();
+        loop {
+            let n_missing = filter.limit - u32::try_from(rows.len()).unwrap_or(filter.limit);
+            let page = if n_missing > 0 { listing.next(self, n_missing).await? } else { vec![] };
+            if page.is_empty() {
+                return Ok(rows);
+            }
+            rows.extend(page);
+        }
     }
 
-    /// How many processes there are by the word of their state.
+    /// Where a process is in lists; `None` when there is no such process.
+    ///
+    /// # Errors
+    /// The database does not answer.
+    pub async fn cursor(&self, pid: Pid) -> Result<Option<Cursor>, Error> {
+        let rows = self.query("SELECT created_at FROM spec WHERE id = $1", vec![Uuid::from(pid).into()]).await?;
+        rows.first().map(|row| Ok(Cursor { pid, created_at: row.try_get("", "created_at")? })).transpose()
+    }
+
+    /// How many processes there are by the word of their state, each counted up to [`COUNT_MAX`].
     ///
     /// # Errors
     /// The database does not answer.
     pub async fn count_by_state(&self) -> Result<BTreeMap<String, i64>, Error> {
-        let mut counts = BTreeMap::new();
-        for row in self.query("SELECT state, COUNT(*) AS n FROM process GROUP BY state", vec![]).await? {
-            // Where a paused process came from does not matter here; any number of a live state will do.
-            let state = State::from_codes(row.try_get("", "state")?, Some(State::Created.code()))
-                .ok_or_else(|| Error::Unreadable("no such state".into()))?;
-            counts.insert(state.word().to_owned(), row.try_get("", "n")?);
-        }
-        Ok(counts)
+        let of = |word: &&str| {
+            format!(
+                "SELECT '{word}' AS word, COUNT(*) AS n
+                 FROM (SELECT 1 FROM process WHERE state = {{{word}}} LIMIT {COUNT_MAX}) AS c"
+            )
+        };
+        let sql = state::WORDS.iter().map(of).collect::<Vec<_>>().join(" UNION ALL ");
+        let rows = self.query(&sql, vec![]).await?;
+        let counts = rows.iter().map(|row| Ok((row.try_get("", "word")?, row.try_get("", "n")?)));
+        counts.filter(|count| count.as_ref().map_or(true, |(_, n)| *n > 0)).collect()
+    }
+
+    /// The task queues of everything that has not ended.
+    ///
+    /// # Errors
+    /// The database does not answer.
+    pub async fn queues_in_use(&self) -> Result<Vec<String>, Error> {
+        let rows = self.query("SELECT DISTINCT queue FROM process WHERE place <> {ended}", vec![]).await?;
+        rows.iter().map(|row| Ok(row.try_get("", "queue")?)).collect()
     }
 
     /// Everything about one process; `None` when there is no such process.
@@ -291,8 +364,8 @@ impl Store {
         let sql = "SELECT s.body, s.created_by, p.checkpoint FROM process p JOIN spec s ON s.id = p.id WHERE p.id = $1";
         let row = self.query(sql, id()).await?.into_iter().next().ok_or(Error::NoRow)?;
         let checkpoint: Option<Vec<u8>> = row.try_get("", "checkpoint")?;
-        let attempts = "SELECT a.epoch, a.try, a.started_at, a.ended_at, a.how, a.reason, a.worker, w.name
-                        FROM attempt a LEFT JOIN worker w ON w.id = a.worker WHERE a.pid = $1 ORDER BY a.epoch";
+        let attempts = "SELECT epoch, try, started_at, ended_at, how, reason, worker, worker_name FROM attempt
+                        WHERE pid = $1 ORDER BY epoch";
         let events = "SELECT at, what, by_whom, login, reason, request, outcome, settled_at FROM event
                       WHERE pid = $1 ORDER BY at, id";
         Ok(Some(Details {
@@ -460,7 +533,7 @@ fn paused(row: &QueryResult) -> Result<Option<Paused>, Error> {
 
 fn attempt(row: &QueryResult) -> Result<AttemptRow, Error> {
     let worker: Uuid = row.try_get("", "worker")?;
-    let name: Option<String> = row.try_get("", "name")?;
+    let name: Option<String> = row.try_get("", "worker_name")?;
     Ok(AttemptRow {
         epoch: row.try_get("", "epoch")?,
         attempt: row.try_get("", "try")?,

@@ -1,44 +1,280 @@
-//! A selection as a condition of SQL.
+//! A selection as SQL: a condition on rows that are there, and pages of ids in an order that an index has.
+//!
+//! A page reads only the tables that its conditions are about. Each condition has an index that ends in the id, so the
+//! first of a page are found at once, whether a million rows meet it or none.
 
-use sea_orm::Value;
+use std::collections::{BTreeMap, BTreeSet};
+
+use sea_orm::{ConnectionTrait, Statement, Value};
 use uuid::Uuid;
 
+use super::dialect::{Batch, Dialect};
+use super::query::Cursor;
+use super::{Error, Store};
+use crate::id::Pid;
 use crate::select::Select;
 
-/// The condition on `process p JOIN spec s`, as ` AND …`; its values are added to `values`.
+/// Explicit ids that one statement asks for.
+const PIDS_MAX: usize = 1_000;
+
+/// Which way a selection is paged through.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Order {
+    NewestFirst,
+    OldestFirst,
+}
+
+/// A walk through a selection, page by page.
+pub(super) struct Walk {
+    select: Select,
+    order: Order,
+    /// Explicit ids that are still to come, the next ones last.
+    pids: Option<Vec<Pid>>,
+    after: Option<Cursor>,
+    is_at_end: bool,
+}
+
+impl Walk {
+    /// A walk that begins behind `after`, or at the beginning.
+    pub(super) fn new(select: &Select, order: Order, after: Option<Cursor>) -> Self {
+        let pids: Option<Vec<Pid>> = (!select.pids.is_empty()).then(|| {
+            // Sorted, and each once.
+            let pids: BTreeSet<Pid> = select.pids.iter().copied().collect();
+            let is_left = |pid: &Pid| match (after, order) {
+                (None, Order::NewestFirst | Order::OldestFirst) => true,
+                (Some(after), Order::NewestFirst) => *pid < after.pid,
+                (Some(after), Order::OldestFirst) => *pid > after.pid,
+            };
+            let mut pids: Vec<Pid> = pids.into_iter().filter(is_left).collect();
+            if order == Order::OldestFirst {
+                pids.reverse();
+            }
+            pids
+        });
+        let is_at_end = pids.as_ref().is_some_and(Vec::is_empty);
+        Self { select: Select { pids: vec![], ..select.clone() }, order, pids, after, is_at_end }
+    }
+
+    /// The same walk past what has ended, where nothing narrower leads to what is asked for. A selection by facts still
+    /// meets what has ended; to look at each such row here would make its first page as long as all of them.
+    pub(super) fn past_ended(mut self) -> Self {
+        if self.pids.is_none() && self.select.is_all() {
+            self.select.states = ["created", "running", "waiting", "paused"].map(str::to_owned).to_vec();
+        }
+        self
+    }
+
+    /// The statement for the next page, which gives at most `limit` rows and may give none; `None` at the end.
+    /// `template` begins with `WITH {page}`, a table with the columns `id` and `created_at`.
+    pub(super) fn next(&mut self, dialect: Dialect, template: &str, limit: u32) -> Option<Statement> {
+        if self.is_at_end {
+            return None;
+        }
+        let mut values: Vec<Value> = Vec::new();
+        let of_pids = self.pids.is_some();
+        let sql = self.page_sql(of_pids, limit, &mut values);
+        let Some(pids) = &mut self.pids else {
+            let page = format!("page AS MATERIALIZED ({sql})");
+            return Some(dialect.statement(&template.replace("{page}", &page), values));
+        };
+        let n_left = pids.len().saturating_sub(PIDS_MAX.min(limit as usize));
+        let chunk = pids.split_off(n_left);
+        self.is_at_end = n_left == 0;
+        let batch = Batch::ids(chunk.into_iter().map(Uuid::from));
+        let page = format!("{{rows}}, page AS MATERIALIZED ({sql})");
+        Some(dialect.batch(&template.replace("{page}", &page), values, batch))
+    }
+
+    /// Says what the page had, so that the next one begins behind it.
+    pub(super) fn walked(&mut self, n_rows: usize, last: Option<Cursor>, limit: u32) {
+        if self.pids.is_none() {
+            self.is_at_end = n_rows < limit as usize;
+            self.after = last.or(self.after);
+        }
+    }
+
+    /// The ids of the next page that has any, in the order of the walk; `None` at the end.
+    pub(super) async fn next_ids(
+        &mut self,
+        connection: &impl ConnectionTrait,
+        dialect: Dialect,
+        limit: u32,
+    ) -> Result<Option<Vec<Uuid>>, Error> {
+        let by = match (is_by_time(&self.select), self.order) {
+            (false, Order::NewestFirst) => "id DESC",
+            (false, Order::OldestFirst) => "id",
+            (true, Order::NewestFirst) => "created_at DESC, id DESC",
+            (true, Order::OldestFirst) => "created_at, id",
+        };
+        let template = format!("WITH {{page}} SELECT id, created_at FROM page ORDER BY {by}");
+        while let Some(statement) = self.next(dialect, &template, limit) {
+            let rows = connection.query_all_raw(statement).await?;
+            let ids = rows.iter().map(|row| row.try_get("", "id")).collect::<Result<Vec<Uuid>, _>>()?;
+            let last = rows.last().map(|row| {
+                let pid = row.try_get::<Uuid>("", "id")?.into();
+                Ok::<_, Error>(Cursor { pid, created_at: row.try_get("", "created_at")? })
+            });
+            self.walked(rows.len(), last.transpose()?, limit);
+            if !ids.is_empty() {
+                return Ok(Some(ids));
+            }
+        }
+        Ok(None)
+    }
+
+    /// A page's ids with the times of their acceptance, of the processes of table `b` or of all.
+    fn page_sql(&self, of_pids: bool, limit: u32, values: &mut Vec<Value>) -> String {
+        let select = &self.select;
+        let of_process = process_condition(select, values);
+        let of_spec = spec_condition(select, values);
+        // What is newer than an age would be walked through one by one in the order of ids.
+        let by_time = !of_pids && is_by_time(select);
+        let mut tables = Vec::new();
+        if !of_process.is_empty() || !select.states.is_empty() || of_pids {
+            tables.push(("process".to_owned(), "p".to_owned()));
+        }
+        if !of_spec.is_empty() {
+            tables.push(("spec".to_owned(), "s".to_owned()));
+        }
+        let mut condition = format!("{of_process}{of_spec}");
+        for (n, (key, value)) in select.labels.iter().enumerate() {
+            condition.push_str(&label_condition(&format!("l{n}"), key, value, values));
+            tables.push(("label".to_owned(), format!("l{n}")));
+        }
+        if tables.is_empty() {
+            tables.push(("process".to_owned(), "p".to_owned()));
+        }
+        if of_pids {
+            condition.push_str(" AND p.id IN (SELECT b_id FROM b)");
+        }
+        let (direction, past) = match self.order {
+            Order::NewestFirst => ("DESC", "<"),
+            Order::OldestFirst => ("ASC", ">"),
+        };
+        let base = &tables[0].1;
+        if let Some(after) = self.after.filter(|_| !of_pids) {
+            values.push(Uuid::from(after.pid).into());
+            let id = values.len();
+            if by_time {
+                values.push(after.created_at.into());
+                condition.push_str(&format!(" AND (s.created_at, s.id) {past} (${}, ${id})", values.len()));
+            } else {
+                // Of each table, since the planner carries only equalities from one to the other.
+                for (_, alias) in &tables {
+                    condition.push_str(&format!(" AND {alias}.id {past} ${id}"));
+                }
+            }
+        }
+        let joined: String = tables[1..]
+            .iter()
+            .map(|(table, alias)| format!(" JOIN {table} {alias} ON {alias}.id = {base}.id"))
+            .collect();
+        let (created_at, sorted, merged) = if by_time {
+            let sorted = format!("s.created_at {direction}, s.id {direction}");
+            ("s.created_at", sorted, format!("created_at {direction}, id {direction}"))
+        } else {
+            ("CAST(0 AS bigint)", format!("{base}.id {direction}"), format!("id {direction}"))
+        };
+        let branch = |state: &str| {
+            format!(
+                "SELECT {base}.id, {created_at} AS created_at FROM {} {base}{joined} WHERE true{state}{condition}
+                 ORDER BY {sorted} LIMIT {limit}",
+                tables[0].0
+            )
+        };
+        let states: BTreeSet<&String> = select.states.iter().collect();
+        // Their words are those of the templates; anything else was refused before. Each state is an ordered walk of its own.
+        let mut branches: Vec<String> =
+            states.iter().map(|word| branch(&format!(" AND p.state = {{{word}}}"))).collect();
+        match branches.len() {
+            0 => branch(""),
+            1 => branches.remove(0),
+            _ => {
+                let parts = branches.iter().enumerate().map(|(n, sql)| format!("SELECT * FROM ({sql}) AS b{n}"));
+                format!("{} ORDER BY {merged} LIMIT {limit}", parts.collect::<Vec<_>>().join(" UNION ALL "))
+            }
+        }
+    }
+}
+
+/// Whether pages of a selection are in the order of acceptance and not of ids.
+fn is_by_time(select: &Select) -> bool {
+    select.older_than.is_some() && select.pids.is_empty()
+}
+
+/// The condition on rows of `process p JOIN spec s`, but for the selection's ids, as ` AND …`; its values are added to
+/// `values`.
 pub(super) fn condition(select: &Select, values: &mut Vec<Value>) -> String {
-    let mut condition = String::new();
-    let mut number = |value: Value| {
-        values.push(value);
-        values.len()
-    };
-    if !select.pids.is_empty() {
-        let ids = select.pids.iter().map(|pid| format!("${}", number(Uuid::from(*pid).into()))).collect::<Vec<_>>();
-        condition.push_str(&format!(" AND p.id IN ({})", ids.join(", ")));
-    }
-    for (key, value) in &select.labels {
-        let (key, value) = (number(key.clone().into()), number(value.clone().into()));
-        condition.push_str(&format!(" AND (s.labels{{json}} ->> ${key}) = ${value}"));
-    }
+    let mut condition = process_condition(select, values);
+    condition.push_str(&spec_condition(select, values));
     if !select.states.is_empty() {
-        // Their words are those of the templates; anything else was refused before.
         let states = select.states.iter().map(|word| format!("{{{word}}}")).collect::<Vec<_>>();
         condition.push_str(&format!(" AND p.state IN ({})", states.join(", ")));
     }
-    for (column, wanted) in [("s.session", &select.session), ("p.queue", &select.queue), ("s.kind", &select.kind)] {
-        if let Some(wanted) = wanted {
-            condition.push_str(&format!(" AND {column} = ${}", number(wanted.clone().into())));
-        }
-    }
-    if let Some(worker) = &select.worker {
-        let name = number(worker.clone().into());
-        condition.push_str(&format!(
-            " AND p.place = {{held}} AND p.owner IN (SELECT h.id FROM worker h WHERE h.name = ${name})"
-        ));
-    }
-    if let Some(age) = select.older_than {
-        let micros = i64::try_from(age.as_micros()).unwrap_or(i64::MAX / 2);
-        condition.push_str(&format!(" AND s.created_at <= {{now}} - ${}", number(micros.into())));
+    for (key, value) in &select.labels {
+        let label = label_condition("l", key, value, values);
+        condition.push_str(&format!(" AND EXISTS (SELECT 1 FROM label l WHERE l.id = p.id{label})"));
     }
     condition
+}
+
+fn process_condition(select: &Select, values: &mut Vec<Value>) -> String {
+    let Some(worker) = &select.worker else { return String::new() };
+    values.push(worker.clone().into());
+    let name = values.len();
+    format!(" AND p.place = {{held}} AND p.owner IN (SELECT h.id FROM worker h WHERE h.name = ${name})")
+}
+
+fn spec_condition(select: &Select, values: &mut Vec<Value>) -> String {
+    let mut condition = String::new();
+    for (column, wanted) in [("session", &select.session), ("queue", &select.queue), ("kind", &select.kind)] {
+        if let Some(wanted) = wanted {
+            values.push(wanted.clone().into());
+            condition.push_str(&format!(" AND s.{column} = ${}", values.len()));
+        }
+    }
+    if let Some(age) = select.older_than {
+        values.push(i64::try_from(age.as_micros()).unwrap_or(i64::MAX / 2).into());
+        condition.push_str(&format!(" AND s.created_at <= {{now}} - ${}", values.len()));
+    }
+    condition
+}
+
+fn label_condition(alias: &str, key: &str, value: &str, values: &mut Vec<Value>) -> String {
+    values.extend([key.into(), value.into()]);
+    format!(" AND {alias}.key = ${} AND {alias}.value = ${}", values.len() - 1, values.len())
+}
+
+/// How many rows of `process p` are in a selection and meet a condition, by the code in one of their columns. `values`
+/// are the condition's.
+pub(super) async fn count(
+    store: &Store,
+    select: &Select,
+    column: &str,
+    also: &str,
+    mut values: Vec<Value>,
+) -> Result<BTreeMap<i16, u64>, Error> {
+    let condition = condition(select, &mut values);
+    let spec = if spec_condition(select, &mut vec![]).is_empty() { "" } else { " JOIN spec s ON s.id = p.id" };
+    let rest = format!("FROM process p{spec} WHERE {also} {condition}");
+    let statements: Vec<Statement> = if select.pids.is_empty() {
+        let sql = format!("SELECT p.{column} AS code, COUNT(*) AS n {rest} GROUP BY p.{column}");
+        vec![store.dialect.statement(&sql, values)]
+    } else {
+        let pids: BTreeSet<Pid> = select.pids.iter().copied().collect();
+        let pids: Vec<Uuid> = pids.into_iter().map(Uuid::from).collect();
+        let sql = format!(
+            "WITH {{rows}} SELECT p.{column} AS code, COUNT(*) AS n {rest} AND p.id IN (SELECT b_id FROM b)
+             GROUP BY p.{column}"
+        );
+        let of = |chunk: &[Uuid]| store.dialect.batch(&sql, values.clone(), Batch::ids(chunk.iter().copied()));
+        pids.chunks(PIDS_MAX).map(of).collect()
+    };
+    let mut counts = BTreeMap::new();
+    for statement in statements {
+        for row in store.db.query_all_raw(statement).await? {
+            *counts.entry(row.try_get("", "code")?).or_default() += row.try_get::<i64>("", "n")?.cast_unsigned();
+        }
+    }
+    Ok(counts)
 }

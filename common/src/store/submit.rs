@@ -1,6 +1,7 @@
 //! Accepting processes. What is committed here is never lost.
 
 use std::collections::{BTreeMap, HashMap};
+use std::sync::LazyLock;
 
 use sea_orm::{ConnectionTrait, Value};
 use uuid::Uuid;
@@ -57,9 +58,16 @@ impl Store {
     /// # Errors
     /// Nothing is accepted, or (when the commit's answer was lost) all of it: the same call again is safe.
     pub async fn submit(&self, processes: &[NewProcess]) -> Result<Accepted, Error> {
-        let transaction = begin(&self.db).await?;
-        let inserted = insert(&transaction, self.dialect, processes).await?;
-        transaction.commit().await?;
+        let inserted = match self.dialect {
+            // One statement, which is its own transaction.
+            Dialect::Postgres => insert(&self.db, self.dialect, processes).await?,
+            Dialect::Sqlite => {
+                let transaction = begin(&self.db).await?;
+                let inserted = insert(&transaction, self.dialect, processes).await?;
+                transaction.commit().await?;
+                inserted
+            }
+        };
         let mut accepted = Accepted::default();
         for process in processes {
             match inserted.get(&process.pid) {
@@ -84,7 +92,7 @@ pub(super) async fn insert(
     if processes.is_empty() {
         return Ok(HashMap::new());
     }
-    let mut hot = Batch::new(&[
+    let mut batch = Batch::new(&[
         ("b_id", Kind::Uuid),
         ("b_place", Kind::SmallInt),
         ("b_state", Kind::SmallInt),
@@ -92,9 +100,6 @@ pub(super) async fn insert(
         ("b_queue", Kind::Text),
         ("b_queue_us", Kind::BigInt),
         ("b_total_us", Kind::BigInt),
-    ]);
-    let mut cold = Batch::new(&[
-        ("b_id", Kind::Uuid),
         ("b_name", Kind::Text),
         ("b_kind", Kind::Text),
         ("b_body", Kind::Bytes),
@@ -113,22 +118,18 @@ pub(super) async fn insert(
         } else {
             (Place::Queued, State::Created, Desired::Run)
         };
-        let id: Value = Uuid::from(process.pid).into();
         let micros = |limit: Option<std::time::Duration>| -> Value {
             i64::try_from(limit.unwrap_or_default().as_micros()).unwrap_or(i64::MAX).into()
         };
-        hot.push(vec![
-            id.clone(),
+        let labels = serde_json::to_string(&spec.labels).expect("a map of strings is JSON");
+        batch.push(vec![
+            Uuid::from(process.pid).into(),
             place.code().into(),
             state.code().into(),
             desired.code().into(),
             spec.task_queue().into(),
             micros(spec.timeout.queue),
             micros(spec.timeout.total),
-        ]);
-        let labels = serde_json::to_string(&spec.labels).expect("a map of strings is JSON");
-        cold.push(vec![
-            id,
             spec.effective_name().to_owned().into(),
             spec.kind().to_owned().into(),
             blob::to_bytes(spec).into(),
@@ -141,21 +142,66 @@ pub(super) async fn insert(
             process.run_key.clone().unwrap_or_default().into(),
         ]);
     }
-    let rows = connection.query_all_raw(dialect.batch(INSERT_HOT, vec![], hot)).await?;
-    connection.execute_raw(dialect.batch(INSERT_COLD, vec![], cold)).await?;
-    rows.iter()
+    let rows = match dialect {
+        Dialect::Postgres => connection.query_all_raw(dialect.hot_batch(&INSERT_ALL, vec![], batch)).await?,
+        Dialect::Sqlite => {
+            let hot = format!("WITH {{rows}} {INSERT_HOT}");
+            let rows = connection.query_all_raw(dialect.batch(&hot, vec![], batch.clone())).await?;
+            let cold = format!("WITH {{rows}} {INSERT_COLD}");
+            connection.execute_raw(dialect.batch(&cold, vec![], batch)).await?;
+            rows
+        }
+    };
+    let inserted: HashMap<Pid, (Place, i64)> = rows
+        .iter()
         .map(|row| {
             let place =
                 Place::from_code(row.try_get("", "place")?).ok_or_else(|| Error::Unreadable("no such place".into()))?;
             Ok((row.try_get::<Uuid>("", "id")?.into(), (place, row.try_get("", "told_at")?)))
         })
-        .collect()
+        .collect::<Result<_, Error>>()?;
+    if dialect == Dialect::Postgres {
+        return Ok(inserted);
+    }
+    // Another spec under a pid that is there must not leave its labels.
+    let new = processes.iter().filter(|process| inserted.contains_key(&process.pid));
+    let labels = new.flat_map(|process| process.spec.labels.iter().map(|label| (process.pid, label)));
+    for page in labels.collect::<Vec<_>>().chunks(LABELS_MAX) {
+        let mut batch = Batch::new(LABEL);
+        for (pid, (key, value)) in page {
+            batch.push(vec![key.as_str().into(), value.as_str().into(), Uuid::from(*pid).into()]);
+        }
+        connection.execute_raw(dialect.batch(INSERT_LABELS, vec![], batch)).await?;
+    }
+    Ok(inserted)
 }
+
+/// Labels in one statement: SQLite takes 32,766 parameters, and a label has three.
+pub(super) const LABELS_MAX: usize = 10_000;
+
+/// A row of `label`.
+pub(super) const LABEL: &[(&str, Kind)] = &[("b_key", Kind::Text), ("b_value", Kind::Text), ("b_id", Kind::Uuid)];
+
+const INSERT_LABELS: &str = "
+    WITH {rows}
+    INSERT INTO label (key, value, id) SELECT b_key, b_value, b_id FROM b WHERE true
+    ON CONFLICT (key, value, id) DO NOTHING";
+
+static INSERT_ALL: LazyLock<String> = LazyLock::new(|| {
+    format!(
+        "WITH {{rows}},
+         p AS ({INSERT_HOT}),
+         s AS ({INSERT_COLD}),
+         l AS (INSERT INTO label (key, value, id)
+               SELECT e.key, e.value, p.id FROM b JOIN p ON p.id = b_id, json_each_text(b_labels::json) e
+               WHERE length(b_labels) > 2)
+         SELECT id, place, told_at FROM p"
+    )
+});
 
 // `WHERE true` keeps SQLite from reading ON CONFLICT as a join condition. Zero and the empty string stand for null,
 // which a batch cannot carry.
 const INSERT_HOT: &str = "
-    WITH {rows}
     INSERT INTO process (id, place, state, before, epoch, seq, desired, urgent, control, woken, queue, told_at, try,
                          deaths, queue_deadline, total_deadline, changed_at)
     SELECT b_id, b_place, b_state, {created}, 0, 0, b_desired, false, 0, false, b_queue, {now}, 1,
@@ -165,11 +211,10 @@ const INSERT_HOT: &str = "
     RETURNING id, place, told_at";
 
 const INSERT_COLD: &str = "
-    WITH {rows}
     INSERT INTO spec (id, name, kind, body, digest, labels, session, created_by, created_at, traceparent, reply_to,
-                      run_key)
+                      run_key, queue)
     SELECT b_id, b_name, b_kind, b_body, b_digest, b_labels, NULLIF(b_session, ''), b_created_by, {now},
            NULLIF(b_traceparent, ''), CASE WHEN length(b_reply_to) = 0 THEN NULL ELSE b_reply_to END,
-           CASE WHEN length(b_run_key) = 0 THEN NULL ELSE b_run_key END
+           CASE WHEN length(b_run_key) = 0 THEN NULL ELSE b_run_key END, b_queue
     FROM b WHERE true
     ON CONFLICT (id) DO NOTHING";

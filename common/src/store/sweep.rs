@@ -189,8 +189,10 @@ const ORPHANS: &str = "
 
 const INSERT_LOST: &str = "
     WITH {rows}
-    INSERT INTO attempt (pid, epoch, worker, try, started_at, ended_at, how, reason)
-    SELECT b_id, b_epoch, b_worker, b_try, b_started_at, {clock}, 'lost', 'its worker died' FROM b WHERE true
+    INSERT INTO attempt (pid, epoch, worker, worker_name, try, started_at, ended_at, how, reason)
+    SELECT b_id, b_epoch, b_worker, (SELECT name FROM worker WHERE id = b_worker), b_try, b_started_at, {clock}, 'lost',
+           'its worker died'
+    FROM b WHERE true
     ON CONFLICT (pid, epoch) DO NOTHING";
 
 const FREE: &str = "

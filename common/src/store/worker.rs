@@ -179,15 +179,14 @@ impl Store {
         Ok(())
     }
 
-    /// Removes the rows of workers that have been gone for a day and that no process names.
+    /// Removes the rows of workers that have been gone for a day and hold nothing. Attempts have their names.
     ///
     /// # Errors
     /// The database does not answer.
     pub async fn forget_gone(&self) -> Result<(), Error> {
         let sql = "DELETE FROM worker
                    WHERE gone_at < {now} - 86400000000
-                     AND NOT EXISTS (SELECT 1 FROM process p WHERE p.owner = worker.id AND p.place = {held})
-                     AND NOT EXISTS (SELECT 1 FROM attempt a WHERE a.worker = worker.id)";
+                     AND NOT EXISTS (SELECT 1 FROM process p WHERE p.owner = worker.id AND p.place = {held})";
         self.execute(sql, vec![]).await?;
         Ok(())
     }

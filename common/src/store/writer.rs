@@ -16,7 +16,7 @@ use uuid::Uuid;
 use super::blob::{Checkpoint, Outcome};
 use super::dialect::{Batch, Dialect};
 use super::submit::NewProcess;
-use super::{Error, Store, Use, begin, connect, fenced, submit};
+use super::{Error, Store, Use, begin, connect, fenced, prune, submit};
 use crate::id::{Incarnation, Pid};
 use crate::spec::Spec;
 use crate::state::{Desired, Place, State};
@@ -76,6 +76,8 @@ pub enum Claim {
     Absent,
     /// A launch whose pid belongs to a process with another spec.
     OtherSpec,
+    /// A launch that is older than what is kept: its process may have run and been pruned.
+    Pruned,
 }
 
 /// A write of the holder.
@@ -354,19 +356,20 @@ impl Lane {
         let writes = writes.into_iter().filter(|write| write.outputs.is_empty()).collect::<Vec<_>>();
         let claimed = fenced::claim(&self.db, self.dialect, self.me, &claims).await?;
         let written = fenced::write_alone(&self.db, self.me, &writes).await?;
-        Ok(Answers { claimed, digests: HashMap::new(), written })
+        Ok(Answers { claimed, written, ..Answers::default() })
     }
 
     async fn commit(&self, batch: &[Request]) -> Result<Answers, Error> {
         let Parts { claims, launches, writes } = Parts::of(batch);
         let transaction = begin(&self.db).await?;
-        submit::insert(&transaction, self.dialect, &launches).await?;
+        let inserted = submit::insert(&transaction, self.dialect, &launches).await?;
+        let pruned = prune::take_back_pruned(&transaction, self.dialect, inserted.into_keys()).await?;
         let claimed = fenced::claim(&transaction, self.dialect, self.me, &claims).await?;
         let missed = claims.iter().map(|(pid, _)| *pid).filter(|pid| !claimed.contains_key(pid)).collect::<Vec<_>>();
         let digests = self.digests(&transaction, missed).await?;
         let written = fenced::write(&transaction, self.dialect, self.me, &writes).await?;
         transaction.commit().await?;
-        Ok(Answers { claimed, digests, written })
+        Ok(Answers { claimed, digests, pruned, written })
     }
 
     /// The digests of the specs of those that were not claimed: they tell "not queued" from "absent" and from "another".
@@ -385,9 +388,11 @@ impl Lane {
     }
 }
 
+#[derive(Default)]
 struct Answers {
     claimed: HashMap<Pid, Claimed>,
     digests: HashMap<Pid, Vec<u8>>,
+    pruned: HashSet<Pid>,
     written: HashMap<Pid, Written>,
 }
 
@@ -422,6 +427,7 @@ impl Answers {
                 let claim = match self.digests.get(&pid) {
                     Some(digest) if other(digest) => Claim::OtherSpec,
                     Some(_) => Claim::NotQueued,
+                    None if self.pruned.contains(&pid) => Claim::Pruned,
                     None => Claim::Absent,
                 };
                 let _ = answer.send(claim);

@@ -7,6 +7,7 @@ use baton_common::id::{Pid, RequestId};
 use baton_common::message::{Control, Effect};
 use baton_common::select::Select;
 use baton_common::state::{Desired, Place};
+use baton_common::store::Store;
 use baton_common::store::control::Request;
 
 use super::fleet::Fleet;
@@ -56,6 +57,16 @@ pub(super) async fn run(bench: &Bench, arguments: &ControlBenchArguments) -> Res
     Ok(report)
 }
 
+/// Ends what nobody holds.
+pub(super) async fn kill(store: &Store, pids: &[Pid]) -> Result<(), Failure> {
+    let select = Select { pids: pids.to_vec(), ..Select::default() };
+    let request = Request::new(Desired::Kill, whoami());
+    if let Some(mut many) = store.control_many(RequestId::generate(), &select, &request).await? {
+        while many.next().await?.is_some() {}
+    }
+    Ok(())
+}
+
 /// Each time is from the request to the answer that says what it has come to.
 async fn one_by_one(bench: &Bench, pids: &[Pid], requests: u32, verb: Desired) -> Result<Vec<Duration>, Failure> {
     let request = Request::new(verb, whoami());
@@ -74,12 +85,12 @@ async fn one_by_one(bench: &Bench, pids: &[Pid], requests: u32, verb: Desired) -
 async fn to_all(bench: &Bench, verb: Desired) -> Result<(), Failure> {
     let select = Select { session: Some(bench.session()), ..Select::default() };
     let request = Request::new(verb, whoami());
-    let mut changed = Vec::new();
-    let id = RequestId::generate();
-    bench.store.control_many(id, &select, &request, |page| changed.extend(page)).await?;
-    let control = Control::Obey { verb, select, reason: None };
-    let answers = bench.communicator.broadcast(control).await?;
-    bench.client.follow(&changed).await;
-    drop(answers);
+    if let Some(mut many) = bench.store.control_many(RequestId::generate(), &select, &request).await? {
+        while let Some(page) = many.next().await? {
+            bench.client.follow(&page).await;
+        }
+    }
+    // Nobody waits for the answers; the rows say when it is done.
+    bench.communicator.broadcast(Control::Obey { verb, select, reason: None }).await?;
     Ok(())
 }

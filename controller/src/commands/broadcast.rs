@@ -1,7 +1,6 @@
 //! Requests to many: one update decides whom it is about, one broadcast follows, and every worker answers.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::io::{BufRead, IsTerminal};
 use std::time::{Duration, Instant};
 
 use baton_common::communicator::Communicator;
@@ -9,7 +8,7 @@ use baton_common::id::{Incarnation, Pid, RequestId};
 use baton_common::message::{Control, Reply};
 use baton_common::select::Select;
 use baton_common::state::{Desired, Place};
-use baton_common::store::control::{Controlled, Request};
+use baton_common::store::control::Request;
 use baton_common::store::worker::Peer;
 use baton_worker::cli::exit;
 use serde_json::{Value, json};
@@ -60,27 +59,39 @@ pub(crate) async fn many(global: &Global, many: Many) -> Result<u8, Failure> {
         if dry_run {
             return dry(global, verb, total, &counts);
         }
-        confirm(verb, total)?;
+        output::confirm(verb, total)?;
     }
     let broker = client.broker_or_warning().await;
     client.free_orphans().await?;
     let id = RequestId::generate();
-    let mut changed: Vec<Controlled> = Vec::new();
-    client.store.control_many(id, &select, &request, |page| changed.extend(page)).await?;
-    client.follow(&changed).await;
-    let mut outcome = Outcome { workers: client.store.peers().await?, ..Outcome::default() };
-    for row in &changed {
-        match row.owner {
-            Some(owner) if row.place == Place::Held || request.force => outcome.held.entry(owner).or_default().0 += 1,
-            Some(_) | None => outcome.unheld += 1,
+    let mut outcome = Outcome::default();
+    // Of what is held only: as many as the fleet has slots.
+    let mut owners: HashMap<Pid, Incarnation> = HashMap::new();
+    let mut n_changed = 0;
+    if let Some(mut many) = client.store.control_many(id, &select, &request).await? {
+        while let Some(page) = many.next().await? {
+            client.follow(&page).await;
+            n_changed += page.len();
+            for row in &page {
+                match row.owner {
+                    Some(owner) if row.place == Place::Held || request.force => {
+                        outcome.held.entry(owner).or_default().0 += 1;
+                        owners.insert(row.pid, owner);
+                    }
+                    Some(_) | None => outcome.unheld += 1,
+                }
+            }
+            if global.output == Output::Ids {
+                page.iter().try_for_each(|row| output::print(&row.pid.to_string()))?;
+            }
         }
     }
+    outcome.workers = client.store.peers().await?;
     let control = Control::Obey { verb: request.verb, select, reason: request.reason.clone() };
     gather(broker, control, &mut outcome).await;
     if let Some(limit) = wait {
         client.while_watching(obeyed(&client, id, limit)).await?;
     }
-    let owners: HashMap<Pid, Incarnation> = changed.iter().filter_map(|row| Some((row.pid, row.owner?))).collect();
     let pending = client.store.pending(id).await?;
     for owner in pending.iter().filter_map(|pid| owners.get(pid)) {
         outcome.held.entry(*owner).or_default().1 += 1;
@@ -88,9 +99,9 @@ pub(crate) async fn many(global: &Global, many: Many) -> Result<u8, Failure> {
     outcome.pending = pending.len();
     client.close().await;
     match global.output {
-        Output::Json => output::print_json(&json_of(verb, id, changed.len(), &outcome))?,
-        Output::Ids => changed.iter().try_for_each(|row| output::print(&row.pid.to_string()))?,
-        Output::Table => output::print(&text_of(verb, changed.len(), &outcome))?,
+        Output::Json => output::print_json(&json_of(verb, id, n_changed, &outcome))?,
+        Output::Ids => {}
+        Output::Table => output::print(&text_of(verb, n_changed, &outcome))?,
     }
     Ok(if wait.is_some() && outcome.pending > 0 { exit::WAIT_TIMED_OUT } else { exit::OK })
 }
@@ -136,22 +147,6 @@ fn dry(global: &Global, verb: &str, total: u64, counts: &BTreeMap<String, u64>) 
         }
     }
     Ok(exit::OK)
-}
-
-/// Asks at the terminal; where there is none, `--yes` has to be said.
-fn confirm(verb: &str, total: u64) -> Result<(), Failure> {
-    if !std::io::stdin().is_terminal() {
-        let error = format!("this would {verb} {total} processes, and nobody can be asked");
-        return Err(Failure::new(exit::REFUSED, error).with_remedy("say `--yes`, or look first with `--dry-run`"));
-    }
-    output::note(&format!("{verb} {total} processes? [y/N]"));
-    let mut answer = String::new();
-    std::io::stdin().lock().read_line(&mut answer)?;
-    if matches!(answer.trim(), "y" | "Y" | "yes") {
-        Ok(())
-    } else {
-        Err(Failure::new(exit::REFUSED, "nothing was done"))
-    }
 }
 
 /// Sends the broadcast and gathers the answers until every live worker has given one.

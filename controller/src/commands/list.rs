@@ -1,14 +1,19 @@
-//! `baton list`.
+//! `baton list`: read and printed page by page, however many there are.
 
-use baton_common::store::query::Filter;
+use baton_common::id::Pid;
+use baton_common::select::Select;
+use baton_common::store::query::{Cursor, Listing, Summary};
 use baton_worker::cli::exit;
-use serde_json::Value;
+use comfy_table::{ColumnConstraint, Width};
 
 use crate::cli::{Global, ListArguments, Output};
-use crate::client::{Client, read_ids};
+use crate::client::{Client, absent, read_ids};
 use crate::failure::Failure;
 use crate::output;
-use crate::overview::Overview;
+use crate::overview::{Overview, total};
+
+/// Rows that are read and printed together.
+const PAGE: u32 = 2_000;
 
 pub(crate) async fn run(global: &Global, arguments: ListArguments) -> Result<u8, Failure> {
     let pids = read_ids(&arguments.pids)?;
@@ -17,41 +22,161 @@ pub(crate) async fn run(global: &Global, arguments: ListArguments) -> Result<u8,
         return Ok(exit::OK);
     }
     let client = Client::open(global).await?;
-    let limit = (arguments.limit > 0).then_some(arguments.limit);
-    let filter = Filter { select: arguments.selection.of(pids), limit };
-    let rows = client.store.list(&filter).await?;
-    match global.output {
-        Output::Json => output::print_json(&Value::Array(rows.iter().map(output::summary_json).collect()))?,
-        Output::Ids => rows.iter().try_for_each(|row| output::print(&row.pid.to_string()))?,
-        Output::Table => {
-            let mut table = output::table(&["PID", "NAME", "STATE", "AGE", "CHANGED", "TRIES", "ADVANCES", "DETAIL"]);
-            for row in &rows {
-                table.add_row([
-                    row.pid.to_string(),
-                    row.name.clone(),
-                    output::state_text(row),
-                    output::age(row.now - row.created_at),
-                    format!("{} ago", output::age(row.now - row.changed_at)),
-                    row.attempt.to_string(),
-                    row.advances.to_string(),
-                    output::detail(row),
-                ]);
-            }
-            output::print(&table.trim_fmt())?;
-            output::print(&format!("\n{}", footer(&client).await?))?;
+    let select = arguments.selection.of(pids);
+    let after = match arguments.after {
+        Some(pid) => Some(cursor(&client, &select, pid).await?),
+        None => None,
+    };
+    let mut listing = Listing::new(&select, after);
+    let mut printer = Printer::new(global.output);
+    let mut n_left = if arguments.limit > 0 { arguments.limit } else { u32::MAX };
+    let mut last = None;
+    while n_left > 0 {
+        let rows = listing.next(&client.store, n_left.min(PAGE)).await?;
+        let Some(row) = rows.last() else { break };
+        last = Some(row.pid);
+        n_left -= u32::try_from(rows.len()).expect("a page");
+        printer.page(&rows)?;
+    }
+    printer.end()?;
+    if global.output == Output::Table {
+        output::print(&format!("\n{}", footer(&client).await?))?;
+        if n_left == 0
+            && let Some(last) = last
+            && !listing.next(&client.store, 1).await?.is_empty()
+        {
+            output::note(&format!("there are more: {}", next_command(std::env::args().skip(1), last)));
         }
     }
     Ok(exit::OK)
 }
 
+/// Where a page begins. Only in the order of acceptance must the process before it still be there.
+async fn cursor(client: &Client, select: &Select, pid: Pid) -> Result<Cursor, Failure> {
+    match client.store.cursor(pid).await? {
+        Some(cursor) => Ok(cursor),
+        None if select.older_than.is_some() => Err(absent(pid)),
+        None => Ok(Cursor { pid, created_at: 0 }),
+    }
+}
+
+/// The command for the next page: this one, after its last process.
+fn next_command(arguments: impl Iterator<Item = String>, last: Pid) -> String {
+    let mut words = vec!["baton".to_owned()];
+    let mut arguments = arguments;
+    while let Some(word) = arguments.next() {
+        if word == "--after" {
+            arguments.next();
+        } else if word.contains("://") && word.contains('@') {
+            // A password is repeated to nobody.
+            words.push("URL".into());
+        } else if !word.starts_with("--after=") {
+            words.push(quoted(word));
+        }
+    }
+    words.extend(["--after".to_owned(), last.to_string()]);
+    words.join(" ")
+}
+
+/// A word as a shell reads it.
+fn quoted(word: String) -> String {
+    let is_plain = |c: char| c.is_ascii_alphanumeric() || "_-=,./:@%+".contains(c);
+    if !word.is_empty() && word.chars().all(is_plain) { word } else { format!("'{}'", word.replace('\'', r"'\''")) }
+}
+
+/// Prints pages as one table, one JSON document, or one list of ids.
+struct Printer {
+    how: Output,
+    n_pages: usize,
+    /// The columns of the pages before, so that those of the next are not narrower.
+    widths: Vec<u16>,
+}
+
+impl Printer {
+    fn new(how: Output) -> Self {
+        Self { how, n_pages: 0, widths: Vec::new() }
+    }
+
+    fn page(&mut self, rows: &[Summary]) -> Result<(), Failure> {
+        match self.how {
+            Output::Json => {
+                let values = rows.iter().map(|row| {
+                    let text = serde_json::to_string_pretty(&output::summary_json(row)).expect("a JSON value is JSON");
+                    format!("  {}", text.replace('\n', "\n  "))
+                });
+                let begin = if self.n_pages == 0 { "[\n" } else { ",\n" };
+                output::print_part(&format!("{begin}{}", values.collect::<Vec<_>>().join(",\n")))?;
+            }
+            Output::Ids => {
+                let lines: String = rows.iter().map(|row| format!("{}\n", row.pid)).collect();
+                output::print_part(&lines)?;
+            }
+            Output::Table => self.table(rows)?,
+        }
+        self.n_pages += 1;
+        Ok(())
+    }
+
+    fn table(&mut self, rows: &[Summary]) -> Result<(), Failure> {
+        let header = ["PID", "NAME", "STATE", "AGE", "CHANGED", "TRIES", "ADVANCES", "DETAIL"];
+        let mut table = if self.n_pages == 0 { output::table(&header) } else { output::headless_table() };
+        for row in rows {
+            table.add_row([
+                row.pid.to_string(),
+                row.name.clone(),
+                output::state_text(row),
+                output::age(row.now - row.created_at),
+                format!("{} ago", output::age(row.now - row.changed_at)),
+                row.attempt.to_string(),
+                row.advances.to_string(),
+                output::detail(row),
+            ]);
+        }
+        self.widths.resize(header.len(), 0);
+        for (width, content) in self.widths.iter_mut().zip(table.column_max_content_widths()) {
+            *width = content.max(*width);
+        }
+        for (column, width) in table.column_iter_mut().zip(&self.widths) {
+            let width = width.saturating_add(column.padding_width());
+            column.set_constraint(ColumnConstraint::LowerBoundary(Width::Fixed(width)));
+        }
+        output::print(&table.trim_fmt())
+    }
+
+    /// Prints what is still missing.
+    fn end(&mut self) -> Result<(), Failure> {
+        match self.how {
+            Output::Json => output::print(if self.n_pages == 0 { "[]" } else { "\n]" }),
+            Output::Table if self.n_pages == 0 => self.table(&[]),
+            Output::Table | Output::Ids => Ok(()),
+        }
+    }
+}
+
 /// What is beside and behind the rows that are shown.
 async fn footer(client: &Client) -> Result<String, Failure> {
     let counts = client.store.count_by_state().await?;
-    let total: i64 = counts.values().sum();
-    let parts: Vec<String> = counts.iter().map(|(word, count)| format!("{count} {word}")).collect();
-    let mut lines = vec![format!("{total} in all{}{}", if total > 0 { ": " } else { "" }, parts.join(", "))];
+    let parts: Vec<String> = counts.iter().map(|(word, n)| format!("{} {word}", output::count(*n))).collect();
+    let colon = if counts.is_empty() { "" } else { ": " };
+    let mut lines = vec![format!("{} in all{colon}{}", total(counts.values().copied()), parts.join(", "))];
     let overview = Overview::look(&client.store).await?;
     lines.extend(overview.load());
     lines.extend(overview.remarks());
     Ok(lines.join("\n"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_next_page_is_one_command_away() {
+        let last: Pid = "01940000-0000-7000-8000-000000000000".parse().unwrap();
+        let command = |words: &[&str]| next_command(words.iter().map(|word| (*word).to_owned()), last);
+        assert_eq!(command(&["list"]), format!("baton list --after {last}"));
+        let first = ["list", "--label", "campaign=si 2", "--after", "x", "--after=y", "-n", "7"];
+        assert_eq!(command(&first), format!("baton list --label 'campaign=si 2' -n 7 --after {last}"));
+        let secret = ["list", "--database", "postgres://u:s3cret@h/d", "--session", "it's"];
+        assert_eq!(command(&secret), format!(r"baton list --database URL --session 'it'\''s' --after {last}"));
+    }
 }

@@ -1,6 +1,6 @@
 //! `baton run`: a fleet of one in this program, with its state in a folder.
 
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 use std::fs::{File, TryLockError};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
@@ -8,7 +8,6 @@ use std::time::{Duration, Instant};
 
 use baton_common::communicator::Broker;
 use baton_common::id::Pid;
-use baton_common::select::Select;
 use baton_common::spec::Spec;
 use baton_common::state::State;
 use baton_common::store::query::{Details, Filter, Summary, queue_name};
@@ -152,12 +151,9 @@ async fn find_or_submit(store: &Store, spec: &Spec, new: bool) -> Result<(Pid, b
 
 /// The queues of everything unfinished in this home.
 async fn queues(store: &Store, spec: &Spec) -> Result<Vec<String>, Failure> {
-    let mut queues = BTreeMap::from([(spec.queue.clone(), ())]);
-    let states = ["created", "running", "waiting", "paused"].map(str::to_owned).to_vec();
-    for row in store.list(&Filter { select: Select { states, ..Select::default() }, limit: None }).await? {
-        queues.insert(queue_name(&row.queue).to_owned(), ());
-    }
-    Ok(queues.into_keys().collect())
+    let mut queues = BTreeSet::from([spec.queue.clone()]);
+    queues.extend(store.queues_in_use().await?.iter().map(|queue| queue_name(queue).to_owned()));
+    Ok(queues.into_iter().collect())
 }
 
 /// Prints what the program writes and how far it is, until the process has ended.

@@ -1,6 +1,6 @@
 //! `baton submit`: durable when it says so, whether or not the broker can be reached.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 
 use baton_common::id::Pid;
 use baton_common::store::submit::NewProcess;
@@ -60,11 +60,18 @@ pub(crate) async fn run(global: &Global, arguments: SubmitArguments) -> Result<u
     }
     print(global, &pids, told.is_ok())?;
     let code = if arguments.wait {
-        let ended = follow::wait_ended(&client.store, &pids, arguments.timeout, |_| {}).await?;
+        let mut counts: BTreeMap<String, usize> = BTreeMap::new();
+        let tally = follow::wait_ended(&client.store, &pids, arguments.timeout, |row| {
+            if row.state.is_final() {
+                *counts.entry(output::status_word(row)).or_default() += 1;
+            }
+        });
+        let tally = tally.await?;
         if global.output == Output::Table {
-            summarize(&ended);
+            let parts: Vec<String> = counts.into_iter().map(|(word, count)| format!("{count} {word}")).collect();
+            output::note(&parts.join(", "));
         }
-        follow::exit_code(&ended)
+        tally.exit_code()
     } else {
         exit::OK
     };
@@ -77,14 +84,4 @@ fn print(global: &Global, pids: &[Pid], is_told: bool) -> Result<(), Failure> {
         Output::Json => output::print_json(&json!({"pids": pids, "nudged": is_told})),
         Output::Table | Output::Ids => pids.iter().try_for_each(|pid| output::print(&pid.to_string())),
     }
-}
-
-fn summarize(ended: &[baton_common::store::query::Summary]) {
-    let mut counts: HashMap<String, usize> = HashMap::new();
-    for summary in ended {
-        *counts.entry(output::status_word(summary)).or_default() += 1;
-    }
-    let mut parts: Vec<String> = counts.into_iter().map(|(word, count)| format!("{count} {word}")).collect();
-    parts.sort();
-    output::note(&parts.join(", "));
 }

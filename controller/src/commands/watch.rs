@@ -10,7 +10,11 @@ use crate::{follow, output};
 pub(crate) async fn run(global: &Global, arguments: WatchArguments) -> Result<u8, Failure> {
     let pids = read_ids(&arguments.pids.pids)?;
     let client = Client::open(global).await?;
-    let ended = follow::wait_ended(&client.store, &pids, arguments.timeout, |row| {
+    let mut ended = Vec::new();
+    let tally = follow::wait_ended(&client.store, &pids, arguments.timeout, |row| {
+        if row.state.is_final() && global.output != Output::Table {
+            ended.push(row.clone());
+        }
         if global.output == Output::Table {
             let line = format!(
                 "{}  {}  {}  advance {}  {}",
@@ -30,5 +34,5 @@ pub(crate) async fn run(global: &Global, arguments: WatchArguments) -> Result<u8
         Output::Ids => ended.iter().try_for_each(|row| output::print(&row.pid.to_string()))?,
         Output::Table => {}
     }
-    Ok(follow::exit_code(&ended))
+    Ok(tally.exit_code())
 }

@@ -10,6 +10,7 @@ mod faults;
 mod fleet;
 mod network;
 mod outside;
+mod prune;
 mod races;
 mod readme;
 mod tree;

@@ -2,7 +2,6 @@
 
 #![expect(clippy::unwrap_used, reason = "a test fails by it")]
 
-use std::panic::AssertUnwindSafe;
 use std::time::Duration;
 
 use baton_common::id::{Incarnation, Pid, RequestId};
@@ -17,41 +16,67 @@ use baton_common::store::submit::NewProcess;
 use baton_common::store::worker::{Beat, Load, NewWorker};
 use baton_common::store::writer::{Attempt, Claim, Claimed, Fence, Fenced, How, Output, Stream, Verb, Writer, Written};
 use baton_common::store::{Location, Store};
-use futures_util::FutureExt;
+use sea_orm::{ConnectionTrait, Database, QueryResult, Statement};
+use uuid::Uuid;
 
 /// A database of a test's own, with one registered worker and its writer.
 struct Scene {
     store: Store,
     me: Incarnation,
     writer: Writer,
+    url: String,
     _folder: tempfile::TempDir,
 }
 
 impl Scene {
-    async fn new(location: Location, folder: tempfile::TempDir) -> Self {
-        let store = Store::open(location).await.unwrap();
+    async fn new(url: String, folder: tempfile::TempDir) -> Self {
+        let store = Store::open(Location::parse(&url).unwrap()).await.unwrap();
         let me = Incarnation::generate();
         store.register(me, &worker("w1")).await.unwrap();
         let writer = Scene::writer(&store, me).await;
-        Self { store, me, writer, _folder: folder }
+        Self { store, me, writer, url, _folder: folder }
     }
 
     async fn sqlite() -> Self {
         let folder = tempfile::tempdir().unwrap();
-        Self::new(Location::Sqlite(folder.path().join("baton.db")), folder).await
+        Self::new(format!("sqlite:{}", folder.path().join("baton.db").display()), folder).await
     }
 
     async fn postgres() -> Self {
+        Self::new(Self::schema().await.0, tempfile::tempdir().unwrap()).await
+    }
+
+    /// A new schema: its URL and its name.
+    async fn schema() -> (String, String) {
         let url = std::env::var("BATON_TEST_DATABASE").expect("tests/run names a database");
         let schema = format!("t{}", Incarnation::generate().to_string().replace('-', ""));
-        let admin = tokio::process::Command::new("psql")
-            .args([&url, "-qc", &format!("CREATE SCHEMA {schema}")])
-            .status()
-            .await
-            .unwrap();
-        assert!(admin.success());
-        let location = Location::parse(&format!("{url}?options=-csearch_path%3D{schema}")).unwrap();
-        Self::new(location, tempfile::tempdir().unwrap()).await
+        psql(&url, &["-c", &format!("CREATE SCHEMA {schema}")]).await;
+        (format!("{url}?options=-csearch_path%3D{schema}"), schema)
+    }
+
+    /// Runs SQL beside the store.
+    async fn sql(&self, sql: &str) -> Vec<QueryResult> {
+        let db = Database::connect(self.url.replacen("sqlite:", "sqlite://", 1)).await.unwrap();
+        let rows = db.query_all_raw(Statement::from_string(db.get_database_backend(), sql)).await.unwrap();
+        db.close().await.unwrap();
+        rows
+    }
+
+    /// How many rows of any table are about a process.
+    async fn rows_of(&self, pid: Pid) -> i64 {
+        let hex = Uuid::from(pid).simple();
+        let id = if self.store.is_embedded() { format!("x'{hex}'") } else { format!("'{hex}'") };
+        let tables = [
+            ("process", "id"),
+            ("spec", "id"),
+            ("label", "id"),
+            ("attempt", "pid"),
+            ("event", "pid"),
+            ("output", "pid"),
+        ];
+        let counts = tables.map(|(table, column)| format!("(SELECT COUNT(*) FROM {table} WHERE {column} = {id})"));
+        let rows = self.sql(&format!("SELECT {} AS n", counts.join(" + "))).await;
+        rows[0].try_get("", "n").unwrap()
     }
 
     async fn writer(store: &Store, me: Incarnation) -> Writer {
@@ -98,10 +123,27 @@ impl Scene {
         controlled
     }
 
+    /// Asks a whole selection, and gives those that were asked; `None` when that has been done before.
+    async fn ask_many(&self, id: RequestId, select: &Select, verb: Desired) -> Option<Vec<Pid>> {
+        let mut many = self.store.control_many(id, select, &request(verb)).await.unwrap()?;
+        let mut asked = Vec::new();
+        while let Some(page) = many.next().await.unwrap() {
+            asked.extend(page.into_iter().map(|row| row.pid));
+        }
+        Some(asked)
+    }
+
     async fn state(&self, pid: Pid) -> (Place, State) {
         let summary = self.store.show(pid).await.unwrap().unwrap().summary;
         (summary.place, summary.state)
     }
+}
+
+/// What psql prints, unaligned and without headers.
+async fn psql(url: &str, arguments: &[&str]) -> String {
+    let output = tokio::process::Command::new("psql").args([url, "-qtA"]).args(arguments).output().await.unwrap();
+    assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
 fn worker(name: &str) -> NewWorker {
@@ -138,15 +180,19 @@ fn end(state: State) -> Verb {
 macro_rules! on_both {
     ($($name:ident)*) => {
         mod sqlite {
-            $(#[tokio::test] async fn $name() { super::$name(super::Scene::sqlite().await).await; })*
+            $(#[tokio::test] async fn $name() { super::$name(crate::Scene::sqlite().await).await; })*
         }
         mod postgres {
             $(#[tokio::test]
             #[ignore = "needs services: run tests/run"]
-            async fn $name() { super::$name(super::Scene::postgres().await).await; })*
+            async fn $name() { super::$name(crate::Scene::postgres().await).await; })*
         }
     };
 }
+
+mod lists;
+mod plans;
+mod prune;
 
 on_both! {
     a_process_goes_its_way_from_submit_to_end
@@ -425,20 +471,12 @@ async fn many_are_controlled_by_labels(scene: Scene) {
     }
     let ge = scene.submit("{call: baton.noop, labels: {campaign: ge}}").await;
     let select = Select { labels: [("campaign".to_owned(), "si".to_owned())].into(), ..Select::default() };
-    let mut changed = Vec::new();
-    let count = scene
-        .store
-        .control_many(RequestId::generate(), &select, &request(Desired::Pause), |page| {
-            changed.extend(page.into_iter().map(|row| row.pid))
-        })
-        .await
-        .unwrap();
-    assert_eq!((count, changed), (Some(3), si));
+    let asked = scene.ask_many(RequestId::generate(), &select, Desired::Pause).await;
+    assert_eq!(asked, Some(si));
     assert_eq!(scene.state(ge).await.1, State::Created);
     let id = RequestId::of_message("chosen by the sender");
-    let kill = request(Desired::Kill);
-    assert_eq!(scene.store.control_many(id, &Select::default(), &kill, |_| {}).await.unwrap(), Some(4));
-    assert_eq!(scene.store.control_many(id, &Select::default(), &kill, |_| {}).await.unwrap(), None);
+    assert_eq!(scene.ask_many(id, &Select::default(), Desired::Kill).await.unwrap().len(), 4);
+    assert_eq!(scene.ask_many(id, &Select::default(), Desired::Kill).await, None);
 }
 
 async fn every_condition_of_a_selection_narrows_it(scene: Scene) {
@@ -457,7 +495,7 @@ async fn every_condition_of_a_selection_narrows_it(scene: Scene) {
         (Select { older_than: Some(Duration::ZERO), ..Select::default() }, vec![held, odd]),
     ];
     for (select, pids) in selects {
-        let listed = scene.store.list(&Filter { select: select.clone(), limit: None }).await.unwrap();
+        let listed = scene.store.list(&Filter { select: select.clone(), after: None, limit: 10 }).await.unwrap();
         assert_eq!(listed.iter().map(|row| row.pid).collect::<Vec<_>>(), pids, "{select:?}");
         let counts = scene.store.count_selected(&select, Desired::Pause).await.unwrap();
         assert_eq!(counts.values().sum::<u64>(), pids.len() as u64, "{select:?}");
@@ -533,15 +571,13 @@ async fn a_request_to_many_that_was_cut_off_goes_on_and_undoes_nothing(scene: Sc
     let id = RequestId::generate();
     let pause = request(Desired::Pause);
     // The one who records it dies after the first page.
-    let select = Select::one(first);
-    let dies = scene.store.control_many(id, &select, &pause, |_| panic!("dies"));
-    assert!(AssertUnwindSafe(dies).catch_unwind().await.is_err());
+    let mut dies = scene.store.control_many(id, &Select::one(first), &pause).await.unwrap().unwrap();
+    assert_eq!(dies.next().await.unwrap().unwrap().len(), 1);
+    drop(dies);
     assert_eq!(scene.state(first).await.1, State::Paused(Live::Created));
     scene.recorded(first, Desired::Run).await;
-    let mut changed = Vec::new();
-    let page = |page: Vec<Controlled>| changed.extend(page.into_iter().map(|row| row.pid));
-    assert_eq!(scene.store.control_many(id, &Select::default(), &pause, page).await.unwrap(), Some(1));
-    assert_eq!(changed, [second], "what was played since stays so");
+    let asked = scene.ask_many(id, &Select::default(), Desired::Pause).await;
+    assert_eq!(asked, Some(vec![second]), "what was played since stays so");
     assert_eq!(scene.state(first).await.1, State::Created);
 }
 

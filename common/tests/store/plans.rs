@@ -1,0 +1,152 @@
+//! Statements that run again and again, or that a person waits for, read no table from its beginning to its end.
+//!
+//! Every method is called on a connection of its own, and PostgreSQL's own counts say afterwards what was scanned.
+
+use std::time::Duration;
+
+use baton_common::id::Incarnation;
+use baton_common::select::Select;
+use baton_common::store::query::{Cursor, Filter};
+use baton_common::store::worker::Load;
+use baton_common::store::{Location, Store};
+
+use crate::{Scene, psql};
+
+/// Rows in each place. With fewer, reading all of them is cheap enough to be right.
+const ROWS: u32 = 20_000;
+
+/// What is called, under a name for its failure.
+type Call<'a> = (String, Box<dyn AsyncCall + 'a>);
+
+trait AsyncCall {
+    fn call<'a>(&'a self, store: &'a Store) -> futures_util::future::LocalBoxFuture<'a, ()>;
+}
+
+impl<F: AsyncFn(&Store)> AsyncCall for F {
+    fn call<'a>(&'a self, store: &'a Store) -> futures_util::future::LocalBoxFuture<'a, ()> {
+        Box::pin(self(store))
+    }
+}
+
+fn list(name: &str, select: Select) -> Call<'static> {
+    let call = async move |store: &Store| {
+        let filter = Filter { select: select.clone(), after: None, limit: 50 };
+        let page = store.list(&filter).await.unwrap();
+        if let Some(last) = page.last() {
+            let after = Some(Cursor { pid: last.pid, created_at: last.created_at });
+            store.list(&Filter { after, ..filter }).await.unwrap();
+        }
+    };
+    (format!("list {name}"), Box::new(call))
+}
+
+fn calls() -> Vec<Call<'static>> {
+    let all = Select::default;
+    let label = |key: &str, value: &str| Select { labels: [(key.to_owned(), value.to_owned())].into(), ..all() };
+    let older = |seconds| Select { older_than: Some(Duration::from_secs(seconds)), ..all() };
+    let mut calls = vec![
+        list("all", all()),
+        list("a session of half of them", Select { session: Some("night".into()), ..all() }),
+        list("a session of three", Select { session: Some("rare".into()), ..all() }),
+        list("a session of none", Select { session: Some("nix".into()), ..all() }),
+        list("a label of all", label("campaign", "si")),
+        list("a label of three", label("rare", "yes")),
+        list("a label of none", label("campaign", "nix")),
+        list("a queue", Select { queue: Some("gpu".into()), ..all() }),
+        list("an empty queue", Select { queue: Some("nix".into()), ..all() }),
+        list("a kind", Select { kind: Some("program".into()), ..all() }),
+        list("no kind", Select { kind: Some("nix".into()), ..all() }),
+        list("a worker", Select { worker: Some("w3".into()), ..all() }),
+        list("no worker", Select { worker: Some("nix".into()), ..all() }),
+        list("older than all but one in thirty", older(86_400)),
+        list("older than all", older(40 * 86_400)),
+    ];
+    for states in
+        ["created", "running", "waiting", "paused", "finished", "excepted", "killed", "running,excepted,killed"]
+    {
+        let select = Select { states: states.split(',').map(str::to_owned).collect(), ..all() };
+        calls.push(list(states, select.clone()));
+        calls.push(list(&format!("{states} with a label"), Select { states: select.states, ..label("rare", "yes") }));
+    }
+    let mut sweep = |name: &str, call: Box<dyn AsyncCall>| calls.push((name.to_owned(), call));
+    sweep("free", Box::new(async |store: &Store| drop(store.free().await.unwrap())));
+    sweep("wake_due", Box::new(async |store: &Store| assert!(store.wake_due().await.unwrap().is_empty())));
+    sweep("next_wake_us", Box::new(async |store: &Store| assert!(store.next_wake_us().await.unwrap().is_some())));
+    sweep("tell_lost", Box::new(async |store: &Store| drop(store.tell_lost("default", 0).await.unwrap())));
+    sweep(
+        "queued_in",
+        Box::new(async |store: &Store| {
+            assert_eq!(store.queued_in("default", 200).await.unwrap().len(), 200);
+        }),
+    );
+    sweep("end_overdue", Box::new(async |store: &Store| assert!(store.end_overdue().await.unwrap().is_empty())));
+    sweep("forget_gone", Box::new(async |store: &Store| store.forget_gone().await.unwrap()));
+    sweep(
+        "beat, held_by, desired_of",
+        Box::new(async |store: &Store| {
+            let me = store.peers().await.unwrap().remove(0).id;
+            store.beat(me, &Load::default()).await.unwrap();
+            assert_eq!(store.held_by(me).await.unwrap().len(), store.desired_of(me, true).await.unwrap().len());
+        }),
+    );
+    sweep("workers", Box::new(async |store: &Store| assert_eq!(store.workers(&[], false).await.unwrap()[0].held, 50)));
+    calls
+}
+
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn lists_and_sweeps_read_no_table_from_end_to_end() {
+    let (url, schema) = Scene::schema().await;
+    Store::open(Location::parse(&url).unwrap()).await.unwrap();
+    let fill = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/bench/fill.sql");
+    psql(&url, &["-v", &format!("n={ROWS}"), "-f", fill]).await;
+    let scans = async |name: &str| {
+        // A session's counts are certain once it is gone.
+        let sessions = format!("SELECT COUNT(*) FROM pg_stat_activity WHERE application_name = '{name}'");
+        while psql(&url, &["-c", &sessions]).await.trim() != "0" {}
+        let scans = format!(
+            "SELECT relname, seq_scan FROM pg_stat_user_tables WHERE schemaname = '{schema}'
+             AND relname IN ('process', 'spec', 'attempt', 'label', 'event') ORDER BY relname"
+        );
+        psql(&url, &["-c", &scans]).await
+    };
+    let calls = calls();
+    let (all, each) = (vec![&calls[..]], calls.chunks(1).collect::<Vec<_>>());
+    let mut found = Vec::new();
+    // All at once, and one by one only to find out which it was.
+    for groups in [all, each] {
+        found.clear();
+        for group in groups {
+            let before = scans("nobody").await;
+            let name = Incarnation::generate().to_string();
+            let store = Store::open(Location::parse(&format!("{url}&application_name={name}")).unwrap()).await.unwrap();
+            for (_, call) in group {
+                call.call(&store).await;
+            }
+            drop(store);
+            let after = scans(&name).await;
+            if after != before {
+                let whats: Vec<&str> = group.iter().map(|(what, _)| what.as_str()).collect();
+                found.push(format!("{}:\n{before}to\n{after}", whats.join(", ")));
+            }
+        }
+        if found.is_empty() {
+            return;
+        }
+    }
+    panic!("{}", found.join("\n"));
+}
+
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn a_checkpoint_writes_no_index() {
+    let (url, schema) = Scene::schema().await;
+    Store::open(Location::parse(&url).unwrap()).await.unwrap();
+    // PostgreSQL writes no index entry for a row in which no column of an index has changed, neither as its key nor in its
+    // condition, if its page has space.
+    let sql = format!(
+        "SELECT indexdef FROM pg_indexes WHERE schemaname = '{schema}' AND tablename = 'process'
+         AND indexdef ~ '\\m(seq|checkpoint|woken|claimed_at|changed_at|deaths|try)\\M'"
+    );
+    assert_eq!(psql(&url, &["-c", &sql]).await, "");
+}
