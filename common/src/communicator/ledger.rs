@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use lapin::Acker;
 use lapin::options::{BasicAckOptions, BasicNackOptions};
-use tokio::time::timeout;
+use tokio::time::{Duration, Instant, timeout};
 
 use super::link::ANSWER_LIMIT;
 
@@ -17,6 +17,9 @@ use super::link::ANSWER_LIMIT;
 pub(super) struct Ledger {
     /// So many that are done with and not acknowledged hold up the next ones.
     many: usize,
+    /// Whoever acknowledges has it: a frame that overtakes another one names deliveries that the broker knows no more, and
+    /// it closes the channel over that.
+    turn: tokio::sync::Mutex<()>,
     book: Mutex<Book>,
 }
 
@@ -29,8 +32,11 @@ struct Book {
 #[derive(Debug)]
 struct Entry {
     acker: Acker,
-    is_done: bool,
+    done_at: Option<Instant>,
 }
+
+/// How long a delivery that is done with waits for those before it.
+const LAG_MAX: Duration = Duration::from_millis(100);
 
 /// One delivery in its ledger.
 #[derive(Clone, Debug)]
@@ -43,12 +49,12 @@ pub(super) struct Receipt {
 impl Ledger {
     /// Of a channel that has so many deliveries at most.
     pub(super) fn new(prefetch: u16) -> Self {
-        Self { many: usize::from(prefetch / 4).max(1), book: Mutex::default() }
+        Self { many: usize::from(prefetch / 4).max(1), turn: tokio::sync::Mutex::default(), book: Mutex::default() }
     }
 
     /// Enters a delivery.
     pub(super) fn enter(self: &Arc<Self>, tag: u64, acker: Acker) -> Receipt {
-        self.lock().open.insert(tag, Entry { acker: acker.clone(), is_done: false });
+        self.lock().open.insert(tag, Entry { acker: acker.clone(), done_at: None });
         Receipt { ledger: Arc::clone(self), tag, acker }
     }
 
@@ -57,28 +63,31 @@ impl Ledger {
         self.lock().open.len()
     }
 
-    /// Acknowledges everything that is done with: a beginning of it in one frame, the others one by one. Says how many
-    /// frames that took.
-    pub(super) async fn acknowledge_done(&self) -> u64 {
-        let (beginning, others) = {
+    /// Acknowledges what is done with: a beginning of it in one frame, and one by one what has waited for a gap to close
+    /// for too long. Says how many frames that took, and whether anything is done with that waits.
+    pub(super) async fn acknowledge_done(&self) -> (u64, bool) {
+        let _turn = self.turn.lock().await;
+        let (beginning, late, is_any_left) = {
             let mut book = self.lock();
             book.n_done = 0;
             let open = &mut book.open;
-            let first_open = open.iter().find(|(_, entry)| !entry.is_done).map_or(u64::MAX, |(tag, _)| *tag);
+            let first_open = open.iter().find(|(_, entry)| entry.done_at.is_none()).map_or(u64::MAX, |(tag, _)| *tag);
             let rest = open.split_off(&first_open);
             let beginning = std::mem::replace(open, rest).pop_last().map(|(_, entry)| entry.acker);
-            (beginning, open.extract_if(.., |_, entry| entry.is_done).map(|(_, entry)| entry.acker).collect::<Vec<_>>())
+            let is_late = |entry: &Entry| entry.done_at.is_some_and(|at| at.elapsed() > LAG_MAX);
+            let late = open.extract_if(.., |_, entry| is_late(entry)).map(|(_, entry)| entry.acker).collect::<Vec<_>>();
+            (beginning, late, open.values().any(|entry| entry.done_at.is_some()))
         };
         let mut n_frames = 0;
         if let Some(acker) = beginning {
             ack(&acker, true).await;
             n_frames += 1;
         }
-        for acker in others {
+        for acker in late {
             ack(&acker, false).await;
             n_frames += 1;
         }
-        n_frames
+        (n_frames, is_any_left)
     }
 
     fn lock(&self) -> MutexGuard<'_, Book> {
@@ -92,7 +101,7 @@ impl Receipt {
     pub(super) fn done(&self) -> (&Arc<Ledger>, bool) {
         let mut book = self.ledger.lock();
         if let Some(entry) = book.open.get_mut(&self.tag) {
-            entry.is_done = true;
+            entry.done_at = Some(Instant::now());
             book.n_done += 1;
         }
         (&self.ledger, book.n_done >= self.ledger.many)

@@ -304,9 +304,6 @@ async fn publish_all(
             None => break,
             Some(Err(error)) => return Err(TellError::Unknown(reason(&error))),
             Some(Ok((message, confirmation))) => {
-                if let Target::Task(_) = target {
-                    dial.board.meter.told(message.body.len());
-                }
                 if confirmation.is_nack() {
                     answer.refused.insert(message.message_id.clone());
                 }
@@ -316,6 +313,11 @@ async fn publish_all(
                 }
             }
         }
+    }
+    if let Target::Task(_) = target {
+        let is_told = |id| !answer.returned.contains(id) && !answer.refused.contains(id);
+        let told = messages.iter().filter(|message| is_told(&message.message_id));
+        told.for_each(|message| dial.board.meter.told(message.body.len()));
     }
     Ok(answer)
 }

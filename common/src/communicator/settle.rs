@@ -35,7 +35,7 @@ pub(super) async fn run(
     board: &Board,
     stop: CancellationToken,
 ) {
-    let mut running: FuturesUnordered<BoxFuture<'_, ()>> = FuturesUnordered::new();
+    let mut running: FuturesUnordered<BoxFuture<'_, Option<Arc<Ledger>>>> = FuturesUnordered::new();
     let mut gathered = Vec::new();
     let mut waiting = Waiting::default();
     loop {
@@ -46,7 +46,9 @@ pub(super) async fn run(
                 }
                 waiting.settle(&mut gathered, &publish_tx, board, &running);
             },
-            Some(()) = running.next() => {}
+            Some(unfinished) = running.next() => if let Some(ledger) = unfinished {
+                waiting.add(&ledger);
+            },
             () = until(waiting.due) => waiting.acknowledge(board, &running),
             () = stop.cancelled() => break,
         }
@@ -75,13 +77,21 @@ struct Waiting {
 }
 
 impl Waiting {
+    /// Something of this channel is done with.
+    fn add(&mut self, ledger: &Arc<Ledger>) {
+        if !self.ledgers.iter().any(|known| Arc::ptr_eq(known, ledger)) {
+            self.ledgers.push(Arc::clone(ledger));
+            self.due.get_or_insert_with(|| Instant::now() + ACK_PAUSE);
+        }
+    }
+
     /// Begins to settle all of these; acknowledgements may wait for others.
     fn settle<'a>(
         &mut self,
         gathered: &mut Vec<Settlement>,
         publish_tx: &'a mpsc::Sender<Job>,
         board: &'a Board,
-        running: &FuturesUnordered<BoxFuture<'a, ()>>,
+        running: &FuturesUnordered<BoxFuture<'a, Option<Arc<Ledger>>>>,
     ) {
         let mut are_many = false;
         for Settlement { ticket, envelope, origin, verdict } in gathered.drain(..) {
@@ -90,15 +100,16 @@ impl Waiting {
                 Verdict::Ack => {
                     let (ledger, is_many) = receipt.done();
                     are_many |= is_many;
-                    if !self.ledgers.iter().any(|known| Arc::ptr_eq(known, ledger)) {
-                        self.ledgers.push(Arc::clone(ledger));
-                        self.due.get_or_insert_with(|| Instant::now() + ACK_PAUSE);
-                    }
+                    self.add(ledger);
                 }
                 Verdict::Dead(reason) => running.push(Box::pin(async move {
                     put_aside(receipt, envelope, &reason, &origin, publish_tx).await;
+                    None
                 })),
-                Verdict::GiveBack => running.push(Box::pin(receipt.give_back())),
+                Verdict::GiveBack => running.push(Box::pin(async move {
+                    receipt.give_back().await;
+                    None
+                })),
             }
         }
         if are_many {
@@ -106,10 +117,14 @@ impl Waiting {
         }
     }
 
-    fn acknowledge<'a>(&mut self, board: &'a Board, running: &FuturesUnordered<BoxFuture<'a, ()>>) {
+    fn acknowledge<'a>(&mut self, board: &'a Board, running: &FuturesUnordered<BoxFuture<'a, Option<Arc<Ledger>>>>) {
         self.due = None;
         for ledger in self.ledgers.drain(..) {
-            running.push(Box::pin(async move { board.meter.ack_frames(ledger.acknowledge_done().await) }));
+            running.push(Box::pin(async move {
+                let (n_frames, is_any_left) = ledger.acknowledge_done().await;
+                board.meter.ack_frames(n_frames);
+                is_any_left.then_some(ledger)
+            }));
         }
     }
 }

@@ -59,6 +59,38 @@ async fn many_tasks_are_told_at_once_and_counted() {
 
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
+async fn thousands_are_settled_in_any_order_and_each_comes_once() {
+    const COUNT: usize = 20_000;
+    let vhost = Vhost::new();
+    let (communicator, mut incoming) = start(&vhost.broker(), "w1", None).await;
+    communicator.tell("default", many(COUNT).1).await.unwrap();
+    communicator.consume(vec!["default".into()], slots(500)).await;
+    let mut pids = HashSet::new();
+    let mut settling = tokio::task::JoinSet::new();
+    while pids.len() < COUNT {
+        let delivery = task(&mut incoming).await;
+        assert!(!delivery.redelivered, "a channel has closed");
+        let n_turns = delivery.task.pid().to_string().bytes().last().unwrap() % 16;
+        assert!(pids.insert(delivery.task.pid()));
+        settling.spawn(async move {
+            // Each lets a different number of others go first.
+            for _ in 0..n_turns {
+                tokio::task::yield_now().await;
+            }
+            delivery.settle.ack().await;
+        });
+        while settling.try_join_next().is_some() {}
+    }
+    settling.join_all().await;
+    counts(&vhost, "baton.task.default", 0, 0).await;
+    let traffic = communicator.traffic();
+    assert_eq!((traffic.told, traffic.delivered), (COUNT as u64, COUNT as u64));
+    assert!(traffic.ack_frames < COUNT as u64 / 4, "{} frames have acknowledged {COUNT}", traffic.ack_frames);
+    communicator.shutdown().await;
+}
+
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
 async fn an_absent_queue_is_declared_and_every_concurrent_tell_arrives() {
     let vhost = Vhost::new();
     let (communicator, mut incoming) = start(&vhost.broker(), "cli", None).await;
