@@ -211,6 +211,11 @@ impl Draft {
         self.outcome = Outcome::default();
     }
 
+    /// Whether anything goes into the next write.
+    pub(crate) fn has_outputs(&self) -> bool {
+        self.logged || !self.outputs.is_empty()
+    }
+
     /// What goes into the next write: the program's streams, or the log if a line has come since the last write.
     pub(crate) fn take_outputs(&mut self) -> Vec<Output> {
         if std::mem::take(&mut self.logged) {

@@ -15,6 +15,7 @@ use baton_common::communicator::ReplyTo;
 use baton_common::id::Pid;
 use baton_common::spec::Spec;
 use baton_common::state::{Desired, Place, State};
+use baton_common::store::Error as StoreError;
 use baton_common::store::blob::{Checkpoint, Outcome};
 use baton_common::store::worker::Wish;
 use baton_common::store::writer::{Attempt, Claimed, Fence, Fenced, How, Verb, Written};
@@ -282,7 +283,7 @@ impl Run {
             return Next::Leave;
         }
         match advance {
-            Advance::Again => self.write(Verb::Keep, Some(checkpoint), None).await.into(),
+            Advance::Again => self.keep(checkpoint).await.into(),
             Advance::After(pause) if pause >= PARK_FROM => {
                 let hold = self.write(Verb::Park { wake_in: pause }, Some(checkpoint), None).await;
                 if hold == Hold::Gone {
@@ -290,12 +291,10 @@ impl Run {
                 }
                 hold.into()
             }
-            Advance::After(pause) | Advance::Linger(pause) => {
-                match self.write(Verb::Keep, Some(checkpoint), None).await {
-                    Hold::Held => Next::Linger(pause),
-                    Hold::Gone => Next::Leave,
-                }
-            }
+            Advance::After(pause) | Advance::Linger(pause) => match self.keep(checkpoint).await {
+                Hold::Held => Next::Linger(pause),
+                Hold::Gone => Next::Leave,
+            },
             Advance::Finished { exit } => self.finish(exit, checkpoint).await.into(),
         }
     }
@@ -389,6 +388,22 @@ impl Run {
         self.write(Verb::End { state, outcome }, None, attempt).await;
     }
 
+    /// Writes a checkpoint after which the process goes on.
+    async fn keep(&mut self, checkpoint: Checkpoint) -> Hold {
+        if self.context.draft.borrow().has_outputs() {
+            return self.write(Verb::Keep, Some(checkpoint), None).await;
+        }
+        self.context.live.set_stage(WRITING);
+        let fence = self.context.fence;
+        let write = self.shared.writer.checkpoint(fence, checkpoint.clone());
+        let written = tokio::select! {
+            biased;
+            written = write => written,
+            _ = self.orders.wait_for(|orders| orders.abandon) => return Hold::Gone,
+        };
+        self.take_over(written, Some(checkpoint))
+    }
+
     async fn write(
         &mut self,
         verb: Verb,
@@ -422,9 +437,17 @@ impl Run {
             written = self.shared.writer.write(fenced) => written,
             _ = abandoned.wait_for(|orders| orders.abandon) => return Hold::Gone,
         };
+        if matches!(written, Ok(Some(_))) {
+            self.context.attempt.set(self.context.attempt() + more_tries);
+        }
+        self.take_over(written, checkpoint)
+    }
+
+    /// Takes over what the row says after a write.
+    fn take_over(&mut self, written: Result<Option<Written>, StoreError>, checkpoint: Option<Checkpoint>) -> Hold {
+        let fence = self.context.fence;
         match written {
             Ok(Some(written)) => {
-                self.context.attempt.set(self.context.attempt() + more_tries);
                 if let Some(checkpoint) = checkpoint {
                     self.context.live.set_advances(checkpoint.advances);
                     self.checkpoint = checkpoint;

@@ -1,6 +1,8 @@
 //! The database with nothing around it: the same tables, indexes and statements in a schema of their own, driven by
 //! plain loops. What Baton's own rates are compared with.
 
+use std::collections::HashMap;
+
 use sea_orm::{ConnectionTrait, DatabaseConnection};
 
 use super::blob::{Checkpoint, Outcome};
@@ -71,10 +73,20 @@ impl BareLane {
         let queued = claims.into_iter().map(|pid| (pid, "default".to_owned())).collect::<Vec<_>>();
         let mut writes = ends.iter().map(end).collect::<Vec<_>>();
         writes.sort_unstable_by_key(|write| write.fence.pid);
-        let transaction = begin(&self.db).await?;
-        let claimed = fenced::claim(&transaction, self.store.dialect, self.me, &queued).await?;
-        fenced::write_alone(&transaction, self.me, &writes.iter().collect::<Vec<_>>()).await?;
-        transaction.commit().await?;
+        let writes = writes.iter().collect::<Vec<_>>();
+        // One statement is its own transaction.
+        let claimed = if writes.is_empty() {
+            fenced::claim(&self.db, self.store.dialect, self.me, &queued).await?
+        } else if queued.is_empty() {
+            fenced::write_alone(&self.db, self.me, &writes).await?;
+            HashMap::new()
+        } else {
+            let transaction = begin(&self.db).await?;
+            let claimed = fenced::claim(&transaction, self.store.dialect, self.me, &queued).await?;
+            fenced::write_alone(&transaction, self.me, &writes).await?;
+            transaction.commit().await?;
+            claimed
+        };
         Ok(claimed.into_values().collect())
     }
 
@@ -84,19 +96,19 @@ impl BareLane {
     /// The database does not answer.
     pub async fn checkpoint(&self, fences: &[Fence], advances: u64) -> Result<usize, Error> {
         let checkpoint = Checkpoint { advances, state: vec![0x2a; 16], ..Checkpoint::default() };
-        let writes = fences.iter().map(|fence| fenced_write(*fence, Verb::Keep, Some(checkpoint.clone()), None));
-        let writes = writes.collect::<Vec<_>>();
-        Ok(fenced::write_alone(&self.db, self.me, &writes.iter().collect::<Vec<_>>()).await?.len())
+        let checkpoints = fences.iter().map(|fence| (*fence, &checkpoint)).collect::<Vec<_>>();
+        Ok(fenced::checkpoint(&self.db, self.store.dialect, &checkpoints).await?.len())
     }
 }
 
 fn end(claimed: &Claimed) -> Fenced {
     let outcome = Outcome { exit: Some(0), ok: true, ..Outcome::default() };
-    let attempt = Attempt { started_at: claimed.claimed_at, how: How::Ok, reason: None };
-    let checkpoint = Checkpoint { advances: 1, ..Checkpoint::default() };
-    fenced_write(claimed.fence, Verb::End { state: State::Finished, outcome }, Some(checkpoint), Some(attempt))
-}
-
-fn fenced_write(fence: Fence, verb: Verb, checkpoint: Option<Checkpoint>, ended: Option<Attempt>) -> Fenced {
-    Fenced { fence, verb, checkpoint, attempt: 1, ended, outputs: vec![] }
+    Fenced {
+        fence: claimed.fence,
+        verb: Verb::End { state: State::Finished, outcome },
+        checkpoint: Some(Checkpoint { advances: 1, ..Checkpoint::default() }),
+        attempt: 1,
+        ended: Some(Attempt { started_at: claimed.claimed_at, how: How::Ok, reason: None }),
+        outputs: vec![],
+    }
 }

@@ -118,6 +118,46 @@ pub(super) async fn write_alone(
     rows.iter().map(written).collect()
 }
 
+/// Checkpoints only, after which each process goes on: by far the most frequent write, and the least that there is to do.
+/// Nothing that was asked is obeyed by it, so nothing has to be settled; the answers say what is desired.
+pub(super) async fn checkpoint(
+    connection: &impl ConnectionTrait,
+    dialect: Dialect,
+    checkpoints: &[(Fence, &Checkpoint)],
+) -> Result<HashMap<Pid, Written>, Error> {
+    if checkpoints.is_empty() {
+        return Ok(HashMap::new());
+    }
+    let mut batch = Batch::new(&[
+        ("b_id", Kind::Uuid),
+        ("b_epoch", Kind::BigInt),
+        ("b_checkpoint", Kind::Bytes),
+        ("b_seq", Kind::BigInt),
+    ]);
+    for (fence, checkpoint) in checkpoints {
+        batch.push(vec![
+            Uuid::from(fence.pid).into(),
+            fence.epoch.into(),
+            checkpoint.to_bytes().into(),
+            checkpoint.advances.cast_signed().into(),
+        ]);
+    }
+    let rows = connection.query_all_raw(dialect.hot_batch(CHECKPOINT, vec![], batch)).await?;
+    rows.iter()
+        .map(|row| {
+            let written = Written {
+                place: Place::Held,
+                state: State::Running,
+                desired: desired(row)?,
+                urgent: row.try_get("", "urgent")?,
+                queue: String::new(),
+                told_at: 0,
+            };
+            Ok((Pid::from(row.try_get::<Uuid>("", "id")?), written))
+        })
+        .collect()
+}
+
 fn written(row: &QueryResult) -> Result<(Pid, Written), Error> {
     let written = Written {
         place: place(row)?,
@@ -234,6 +274,14 @@ const CLAIM: &str = "
               (SELECT s.body FROM spec s WHERE s.id = process.id) AS body,
               (SELECT s.traceparent FROM spec s WHERE s.id = process.id) AS traceparent,
               (SELECT s.reply_to FROM spec s WHERE s.id = process.id) AS reply_to";
+
+const CHECKPOINT: &str = "
+    WITH {rows}
+    UPDATE process
+    SET seq = b_seq, checkpoint = b_checkpoint, deaths = 0, woken = false
+    FROM b
+    WHERE id = b_id AND epoch = b_epoch AND place + 0 = {held}
+    RETURNING id, desired, urgent";
 
 const KEEP: i16 = 0;
 const PARK: i16 = 1;

@@ -1,13 +1,14 @@
-//! The group commit: two lanes through which every claim, checkpoint and end goes.
+//! The group commit: three lanes through which every claim, every checkpoint and every departure of a process goes.
 //!
 //! A lane sends what has gathered while its last commit was under way, in one transaction. Nothing waits for a timer: an
-//! idle system answers after one commit, and a busy one makes few. Claims have a lane of their own, so that one commit is
-//! prepared while the other is being written to the disk. Each transaction goes through its rows once and in the order
-//! of their ids, so two that overlap wait for each other and do not deadlock.
+//! idle system answers after one commit, and a busy one makes few. One lane prepares its commit while another's is being
+//! written to the disk. Each transaction goes through its rows once and in the order of their ids, so two that overlap
+//! wait for each other and do not deadlock.
 
 use std::collections::{HashMap, HashSet};
 use std::time::Duration;
 
+use futures_util::FutureExt;
 use sea_orm::{ConnectionTrait, DatabaseConnection};
 use tokio::sync::{mpsc, oneshot};
 use tracing::{debug, warn};
@@ -212,12 +213,27 @@ pub struct Written {
 #[derive(Clone)]
 pub struct Writer {
     claims: mpsc::Sender<Request>,
-    writes: mpsc::Sender<Request>,
+    checkpoints: mpsc::Sender<Request>,
+    departures: mpsc::Sender<Request>,
 }
 
 enum Request {
-    Claim { pid: Pid, queue: String, launch: Option<Box<NewProcess>>, answer: oneshot::Sender<Claim> },
-    Write { fenced: Box<Fenced>, answer: oneshot::Sender<Option<Written>> },
+    Claim {
+        pid: Pid,
+        queue: String,
+        launch: Option<Box<NewProcess>>,
+        answer: oneshot::Sender<Claim>,
+    },
+    /// Progress, after which the process goes on under the same lease.
+    Checkpoint {
+        fence: Fence,
+        checkpoint: Box<Checkpoint>,
+        answer: oneshot::Sender<Option<Written>>,
+    },
+    Write {
+        fenced: Box<Fenced>,
+        answer: oneshot::Sender<Option<Written>>,
+    },
 }
 
 impl Writer {
@@ -232,21 +248,16 @@ impl Writer {
             let lane = Lane { db, dialect: store.dialect, me };
             Ok::<_, Error>((requests, lane.run(receiver)))
         };
-        let (writes, writing) = lane().await?;
-        // SQLite has one writer at a time.
-        let (claims, claiming) = if store.is_embedded() {
-            (writes.clone(), None)
-        } else {
-            lane().await.map(|(requests, run)| (requests, Some(run)))?
-        };
-        let run = async move {
-            tokio::join!(writing, async {
-                if let Some(claiming) = claiming {
-                    claiming.await
-                }
-            });
-        };
-        Ok((Self { claims, writes }, run))
+        let (claims, claiming) = lane().await?;
+        if store.is_embedded() {
+            // SQLite has one writer at a time.
+            let (checkpoints, departures) = (claims.clone(), claims.clone());
+            return Ok((Self { claims, checkpoints, departures }, claiming.left_future()));
+        }
+        let (checkpoints, checkpointing) = lane().await?;
+        let (departures, departing) = lane().await?;
+        let run = async move { tokio::join!(claiming, checkpointing, departing) }.map(drop);
+        Ok((Self { claims, checkpoints, departures }, run.right_future()))
     }
 
     /// Takes the lease of a process, inserting it first if a launch from outside brings it.
@@ -265,6 +276,18 @@ impl Writer {
         receiver.await.map_err(|_| Error::Stopped)
     }
 
+    /// Writes progress, after which the process goes on under the same lease; `None` and errors are as for
+    /// [`Writer::write`].
+    ///
+    /// # Errors
+    /// As [`Writer::write`].
+    pub async fn checkpoint(&self, fence: Fence, checkpoint: Checkpoint) -> Result<Option<Written>, Error> {
+        let (answer, receiver) = oneshot::channel();
+        let request = Request::Checkpoint { fence, checkpoint: Box::new(checkpoint), answer };
+        self.checkpoints.send(request).await.map_err(|_| Error::Stopped)?;
+        receiver.await.map_err(|_| Error::Stopped)
+    }
+
     /// Writes; `None` means that the lease is lost: stop at once and write nothing more.
     ///
     /// While the database is away this waits.
@@ -274,7 +297,7 @@ impl Writer {
     pub async fn write(&self, fenced: Fenced) -> Result<Option<Written>, Error> {
         let (answer, receiver) = oneshot::channel();
         let request = Request::Write { fenced: Box::new(fenced), answer };
-        self.writes.send(request).await.map_err(|_| Error::Stopped)?;
+        self.departures.send(request).await.map_err(|_| Error::Stopped)?;
         receiver.await.map_err(|_| Error::Stopped)
     }
 }
@@ -350,24 +373,26 @@ impl Lane {
     /// The ordinary case, in which one statement is all that is needed. It is its own transaction, which saves three ways
     /// to the server and back. What has no answer then goes through [`Lane::commit`].
     async fn commit_alone(&self, batch: &[Request]) -> Result<Answers, Error> {
-        let Parts { claims, launches, writes } = Parts::of(batch);
+        let Parts { claims, launches, checkpoints, writes } = Parts::of(batch);
         let is_launched = |pid: &Pid| launches.iter().any(|launch| launch.pid == *pid);
         let claims = claims.into_iter().filter(|(pid, _)| !is_launched(pid)).collect::<Vec<_>>();
         let writes = writes.into_iter().filter(|write| write.outputs.is_empty()).collect::<Vec<_>>();
         let claimed = fenced::claim(&self.db, self.dialect, self.me, &claims).await?;
-        let written = fenced::write_alone(&self.db, self.me, &writes).await?;
+        let mut written = fenced::checkpoint(&self.db, self.dialect, &checkpoints).await?;
+        written.extend(fenced::write_alone(&self.db, self.me, &writes).await?);
         Ok(Answers { claimed, written, ..Answers::default() })
     }
 
     async fn commit(&self, batch: &[Request]) -> Result<Answers, Error> {
-        let Parts { claims, launches, writes } = Parts::of(batch);
+        let Parts { claims, launches, checkpoints, writes } = Parts::of(batch);
         let transaction = begin(&self.db).await?;
         let inserted = submit::insert(&transaction, self.dialect, &launches).await?;
         let pruned = prune::take_back_pruned(&transaction, self.dialect, inserted.into_keys()).await?;
         let claimed = fenced::claim(&transaction, self.dialect, self.me, &claims).await?;
         let missed = claims.iter().map(|(pid, _)| *pid).filter(|pid| !claimed.contains_key(pid)).collect::<Vec<_>>();
         let digests = self.digests(&transaction, missed).await?;
-        let written = fenced::write(&transaction, self.dialect, self.me, &writes).await?;
+        let mut written = fenced::checkpoint(&transaction, self.dialect, &checkpoints).await?;
+        written.extend(fenced::write(&transaction, self.dialect, self.me, &writes).await?);
         transaction.commit().await?;
         Ok(Answers { claimed, digests, pruned, written })
     }
@@ -408,10 +433,12 @@ impl Answers {
                     let claimed = self.claimed.remove(&pid).map(Box::new);
                     let _ = claimed.map(|claimed| answer.send(Claim::Claimed(claimed)));
                 }
-                Request::Write { answer, .. } if self.written.contains_key(&pid) => {
+                Request::Checkpoint { answer, .. } | Request::Write { answer, .. }
+                    if self.written.contains_key(&pid) =>
+                {
                     let _ = answer.send(self.written.remove(&pid));
                 }
-                Request::Claim { .. } | Request::Write { .. } => rest.push(request),
+                Request::Claim { .. } | Request::Checkpoint { .. } | Request::Write { .. } => rest.push(request),
             }
         }
         rest
@@ -432,7 +459,7 @@ impl Answers {
                 };
                 let _ = answer.send(claim);
             }
-            Request::Write { answer, .. } => {
+            Request::Checkpoint { answer, .. } | Request::Write { answer, .. } => {
                 let _ = answer.send(None);
             }
         }
@@ -444,6 +471,7 @@ impl Answers {
 struct Parts<'a> {
     claims: Vec<(Pid, String)>,
     launches: Vec<NewProcess>,
+    checkpoints: Vec<(Fence, &'a Checkpoint)>,
     writes: Vec<&'a Fenced>,
 }
 
@@ -456,6 +484,7 @@ impl<'a> Parts<'a> {
                     parts.claims.push((*pid, queue.clone()));
                     parts.launches.extend(launch.as_deref().cloned());
                 }
+                Request::Checkpoint { fence, checkpoint, .. } => parts.checkpoints.push((*fence, checkpoint)),
                 Request::Write { fenced, .. } => parts.writes.push(fenced),
             }
         }
@@ -467,6 +496,7 @@ impl Request {
     fn pid(&self) -> Pid {
         match self {
             Request::Claim { pid, .. } => *pid,
+            Request::Checkpoint { fence, .. } => fence.pid,
             Request::Write { fenced, .. } => fenced.fence.pid,
         }
     }

@@ -49,7 +49,12 @@ pub(super) struct Limits {
     /// Commits a second of one row each, one after the other.
     commits_per_s: f64,
     /// Median of one such commit, in milliseconds.
-    pub(super) commit_ms: f64,
+    commit_ms: f64,
+    /// Medians of the three commits of a process of one advance, alone: it is accepted, claimed, and ended with the row of
+    /// its attempt.
+    pub(super) accept_ms: f64,
+    pub(super) claim_ms: f64,
+    pub(super) end_ms: f64,
     /// Median of one message's publish and confirm, one after the other, in milliseconds.
     pub(super) confirm_ms: f64,
     /// Processes a second of messages and rows together.
@@ -66,6 +71,7 @@ pub(super) async fn measure(bench: &Bench, each: Duration, combined: Option<u32>
     let measured = async {
         let (confirm_ms, messages) = messages(bench, each).await?;
         let (commits, rows) = rows(&tables, each).await?;
+        let [accept_ms, claim_ms, end_ms] = path(&tables, each).await?;
         let combined = match combined {
             Some(count) => Some(best(combined_points(bench, &tables, count).await?)),
             None => None,
@@ -80,6 +86,9 @@ pub(super) async fn measure(bench: &Bench, each: Duration, combined: Option<u32>
             rows_by,
             commits_per_s: per_second(commits.len() as u64, commits.iter().sum()),
             commit_ms: median_ms(commits),
+            accept_ms,
+            claim_ms,
+            end_ms,
             confirm_ms,
             combined_per_s,
             combined_by,
@@ -190,6 +199,25 @@ async fn rows(tables: &BareTables, each: Duration) -> Result<(Vec<Duration>, Vec
         points.push((rounded(per_second(changed, started.elapsed())), format!("{lanes} × batch {batch}")));
     }
     Ok((commits, points))
+}
+
+/// Medians of the commits on the path of one process, one process after the other.
+async fn path(tables: &BareTables, each: Duration) -> Result<[f64; 3], Failure> {
+    let lane = tables.lane().await?;
+    let mut times: [Vec<Duration>; 3] = Default::default();
+    let started = Instant::now();
+    while started.elapsed() < each {
+        let accepting = Instant::now();
+        let pids = accept(tables, 1).await?.into_iter().map(|told| told.task.pid()).collect();
+        let claiming = Instant::now();
+        let claimed = lane.turn(pids, &[]).await?;
+        let ending = Instant::now();
+        lane.turn(vec![], &claimed).await?;
+        for (times, time) in times.iter_mut().zip([claiming - accepting, ending - claiming, ending.elapsed()]) {
+            times.push(time);
+        }
+    }
+    Ok(times.map(median_ms))
 }
 
 /// Holds some rows.
