@@ -62,8 +62,9 @@ async fn take(shared: Arc<Shared>, threads: Arc<Vec<Thread>>, delivery: Delivery
             answer_launch(&shared, &delivery).await;
             let Delivery { permit, settle, .. } = delivery;
             let start = begin(&shared, &threads, claimed, permit);
-            settle.ack().await;
+            // The process first: nobody waits for the broker to hear of it.
             start.await;
+            settle.ack().await;
         }
         Ok(Claim::NotQueued) => {
             shared.held.end_claim(pid, None);

@@ -25,8 +25,10 @@ pub struct Sums {
     pub good: u64,
     /// From the first acceptance to the last end, in microseconds.
     pub span_us: i64,
-    /// From each one's acceptance to its end, in microseconds, in ascending order.
-    pub lives_us: Vec<i64>,
+    /// From each one's acceptance to its claim, in microseconds.
+    pub waits_us: Vec<i64>,
+    /// From each one's claim to its end, in microseconds.
+    pub works_us: Vec<i64>,
 }
 
 impl Store {
@@ -85,22 +87,20 @@ impl Store {
     /// # Errors
     /// The database does not answer.
     pub async fn sums(&self, session: &str) -> Result<Sums, Error> {
-        let sql = "SELECT s.created_at, p.ended_at,
-                          p.place = {ended} AND p.state = {finished} AND p.epoch = 1
-                          AND EXISTS (SELECT 1 FROM attempt a WHERE a.pid = p.id AND a.epoch = 1 AND a.how = 'ok') AS good
-                   FROM process p JOIN spec s ON s.id = p.id WHERE s.session = $1";
+        let sql = "SELECT s.created_at, a.started_at, p.ended_at
+                   FROM process p JOIN spec s ON s.id = p.id JOIN attempt a ON a.pid = p.id
+                   WHERE s.session = $1 AND p.place = {ended} AND p.state = {finished} AND p.epoch = 1
+                     AND a.epoch = 1 AND a.how = 'ok'";
         let mut sums = Sums::default();
         let (mut first, mut last) = (i64::MAX, i64::MIN);
         for row in self.query(sql, vec![session.to_owned().into()]).await? {
-            sums.good += u64::from(row.try_get::<bool>("", "good")?);
-            let created_at: i64 = row.try_get("", "created_at")?;
-            first = first.min(created_at);
-            if let Some(ended_at) = row.try_get::<Option<i64>>("", "ended_at")? {
-                last = last.max(ended_at);
-                sums.lives_us.push(ended_at - created_at);
-            }
+            let time = |name: &str| row.try_get::<i64>("", name);
+            let (created_at, claimed_at, ended_at) = (time("created_at")?, time("started_at")?, time("ended_at")?);
+            sums.good += 1;
+            (first, last) = (first.min(created_at), last.max(ended_at));
+            sums.waits_us.push(claimed_at - created_at);
+            sums.works_us.push(ended_at - claimed_at);
         }
-        sums.lives_us.sort_unstable();
         sums.span_us = last.saturating_sub(first).max(0);
         Ok(sums)
     }
