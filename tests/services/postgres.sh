@@ -45,7 +45,7 @@ start() {
   [ -s "$dir/data/PG_VERSION" ] || create
   # The socket goes into the directory: the packaged default may be missing or not writable.
   if ! unprivileged "$bin/pg_ctl" start -s -w -t 60 -D "$dir/data" -l "$dir/server.log" -o "-p $port -k '$dir' \
-      -c listen_addresses=127.0.0.1 -c fsync=on -c synchronous_commit=on -c max_connections=300"; then
+      -c listen_addresses=127.0.0.1 -c fsync=on -c synchronous_commit=on -c max_connections=300 -c shared_preload_libraries=pg_stat_statements"; then
     tail -n 15 "$dir/server.log" >&2
     exit 1
   fi

@@ -261,7 +261,7 @@ async fn obey_one(shared: &Shared, verb: Desired, pid: Pid, asked: Option<Reques
         Err(error) => return Reply::refusal(error.to_string()),
     }
     // A pause waits for the advance, however long that takes; everything else is a matter of a commit.
-    let is_quick = verb == Desired::Kill || entry.orders.borrow().interrupts() || !entry.live.is_advancing();
+    let is_quick = verb == Desired::Kill || entry.live.orders().interrupts() || !entry.live.is_advancing();
     let has_left = verb != Desired::Run && is_quick && shared.held.left(entry.fence, APPLY_LIMIT).await;
     outcome(pid, if has_left { entry.live.effect(verb) } else { Effect::pending(verb) })
 }

@@ -9,7 +9,7 @@ use baton_common::message::{Effect, Status};
 use baton_common::state::{Desired, State};
 use baton_common::store::worker::Wish;
 use baton_common::store::writer::Fence;
-use tokio::sync::{Notify, watch};
+use tokio::sync::Notify;
 
 use crate::local::sandbox::Sandbox;
 use crate::process::Since;
@@ -38,9 +38,12 @@ pub(crate) enum Drain {
     Now,
 }
 
-/// What a held process does right now, for whoever asks; written on its thread, read on another.
+/// What a held process does right now, written on its thread and read on another; and what it has to obey, the other way
+/// round.
 pub(crate) struct Live {
     facts: Mutex<Facts>,
+    orders: Mutex<Orders>,
+    ordered: Notify,
 }
 
 struct Facts {
@@ -66,7 +69,6 @@ pub(crate) const WRITING: &str = "writing";
 #[derive(Clone)]
 pub(crate) struct Entry {
     pub(crate) fence: Fence,
-    pub(crate) orders: watch::Sender<Orders>,
     pub(crate) live: Arc<Live>,
     pub(crate) thread_idx: usize,
 }
@@ -128,7 +130,7 @@ impl Orders {
 }
 
 impl Live {
-    pub(crate) fn new(advances: u64) -> Self {
+    pub(crate) fn new(advances: u64, orders: Orders) -> Self {
         let facts = Facts {
             stage: Since::now(CLAIMED),
             advances,
@@ -138,7 +140,37 @@ impl Live {
             sandbox: None,
             left_as: None,
         };
-        Self { facts: Mutex::new(facts) }
+        Self { facts: Mutex::new(facts), orders: Mutex::new(orders), ordered: Notify::new() }
+    }
+
+    /// What has to be obeyed now.
+    pub(crate) fn orders(&self) -> Orders {
+        *self.lock_orders()
+    }
+
+    /// Waits until the orders are such.
+    pub(crate) async fn until(&self, are_such: impl Fn(&Orders) -> bool) {
+        loop {
+            // What is ordered between the look and the wait is not missed.
+            let ordered = self.ordered.notified();
+            if are_such(&self.orders()) {
+                return;
+            }
+            ordered.await;
+        }
+    }
+
+    fn order(&self, change: impl FnOnce(&mut Orders)) {
+        let mut orders = self.lock_orders();
+        let before = *orders;
+        change(&mut orders);
+        if *orders != before {
+            self.ordered.notify_waiters();
+        }
+    }
+
+    fn lock_orders(&self) -> MutexGuard<'_, Orders> {
+        self.orders.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(crate) fn set_stage(&self, stage: &'static str) {
@@ -244,7 +276,7 @@ impl Held {
         table.claiming.remove(&pid);
         if let Some(entry) = entry {
             if table.draining {
-                entry.orders.send_modify(|orders| orders.drain = Drain::Soon);
+                entry.live.order(|orders| orders.drain = Drain::Soon);
             }
             table.insert(entry);
         }
@@ -327,11 +359,9 @@ impl Held {
     /// What the row of a held process says; ignored if that holding has ended.
     pub(crate) fn order(&self, wish: Wish) {
         if let Some(entry) = self.lock().entries.get(&wish.fence.pid).filter(|entry| entry.fence == wish.fence) {
-            entry.orders.send_if_modified(|orders| {
-                let changed = orders.desired != wish.desired || orders.urgent != wish.urgent;
+            entry.live.order(|orders| {
                 orders.desired = wish.desired;
                 orders.urgent = wish.urgent;
-                changed
             });
         }
     }
@@ -342,7 +372,7 @@ impl Held {
         let table = self.lock();
         let entry = table.entries.get(&fence.pid).filter(|entry| entry.fence == fence);
         if let Some(entry) = entry.filter(|entry| !entry.live.is_writing()) {
-            entry.orders.send_modify(|orders| orders.abandon = true);
+            entry.live.order(|orders| orders.abandon = true);
         }
     }
 
@@ -350,14 +380,14 @@ impl Held {
         let mut table = self.lock();
         table.draining = true;
         for entry in table.entries.values() {
-            entry.orders.send_modify(|orders| orders.drain = drain);
+            entry.live.order(|orders| orders.drain = drain);
         }
     }
 
     pub(crate) fn abandon_all(&self) -> usize {
         let table = self.lock();
         for entry in table.entries.values() {
-            entry.orders.send_modify(|orders| orders.abandon = true);
+            entry.live.order(|orders| orders.abandon = true);
         }
         table.entries.len()
     }

@@ -8,7 +8,7 @@ use baton_common::message::{Reply, Task};
 use baton_common::spec;
 use baton_common::store::submit::NewProcess;
 use baton_common::store::writer::{Claim, Claimed};
-use tokio::sync::{OwnedSemaphorePermit, mpsc, watch};
+use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use tokio::task::JoinSet;
 use tracing::{debug, warn};
 
@@ -122,15 +122,14 @@ pub(crate) fn begin(
     let loads = shared.held.loads(threads.len());
     let idle = threads.iter().enumerate().min_by_key(|(idx, thread)| (thread.blocked().is_some(), loads[*idx]));
     let (thread_idx, thread) = idle.expect("a worker has at least one thread");
-    let (orders_tx, orders) = watch::channel(Orders::new(claimed.desired, claimed.urgent));
     let advances = match &claimed.checkpoint {
         Some(Ok(checkpoint)) => checkpoint.advances,
         Some(Err(_)) | None => 0,
     };
-    let live = Arc::new(Live::new(advances));
-    let entry = Entry { fence: claimed.fence, orders: orders_tx, live: Arc::clone(&live), thread_idx };
+    let live = Arc::new(Live::new(advances, Orders::new(claimed.desired, claimed.urgent)));
+    let entry = Entry { fence: claimed.fence, live: Arc::clone(&live), thread_idx };
     shared.held.end_claim(claimed.fence.pid, Some(entry));
-    let start = Start { claimed, orders, live, shared: Arc::clone(shared), permit };
+    let start = Start { claimed, live, shared: Arc::clone(shared), permit };
     let starts = thread.starts();
     async move {
         // The thread ends only with the incarnation.

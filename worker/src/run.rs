@@ -20,7 +20,7 @@ use baton_common::store::blob::{Checkpoint, Outcome};
 use baton_common::store::worker::Wish;
 use baton_common::store::writer::{Attempt, Claimed, Fence, Fenced, How, Verb, Written};
 use futures_util::FutureExt;
-use tokio::sync::{OwnedSemaphorePermit, watch};
+use tokio::sync::OwnedSemaphorePermit;
 use tracing::{Instrument, debug, info, warn};
 
 use crate::held::{Drain, Live, Orders, SLEEPING, WRITING};
@@ -36,7 +36,6 @@ const PARK_FROM: Duration = Duration::from_secs(1);
 /// A claimed process on its way to its thread.
 pub(crate) struct Start {
     pub(crate) claimed: Box<Claimed>,
-    pub(crate) orders: watch::Receiver<Orders>,
     pub(crate) live: Arc<Live>,
     pub(crate) shared: Arc<Shared>,
     pub(crate) permit: OwnedSemaphorePermit,
@@ -50,11 +49,11 @@ impl Start {
 
 /// Runs a process until it leaves this worker.
 pub(crate) async fn run(start: Start) {
-    let Start { mut claimed, orders, live, shared, permit } = start;
+    let Start { mut claimed, live, shared, permit } = start;
     let fence = claimed.fence;
     let reply_to = claimed.reply_to.take();
     // What is not needed between two advances is boxed while it is: thousands of processes may do nothing but wait.
-    let (mut run, made) = Run::restore(claimed, orders, live, &shared);
+    let (mut run, made) = Run::restore(claimed, live, &shared);
     match made {
         Ok(()) => run.go_on().await,
         Err(reason) => Box::pin(run.end(State::Excepted, Outcome::because(reason), How::Error)).await,
@@ -67,7 +66,6 @@ pub(crate) async fn run(start: Start) {
 /// A process while it is held.
 struct Run {
     shared: Arc<Shared>,
-    orders: watch::Receiver<Orders>,
     context: Rc<Context>,
     process: Option<Box<dyn AnyProcess>>,
     checkpoint: Checkpoint,
@@ -105,12 +103,7 @@ impl From<Hold> for Next {
 
 impl Run {
     /// Makes the process anew, or says why that cannot be done.
-    fn restore(
-        claimed: Box<Claimed>,
-        orders: watch::Receiver<Orders>,
-        live: Arc<Live>,
-        shared: &Arc<Shared>,
-    ) -> (Box<Self>, Result<(), String>) {
+    fn restore(claimed: Box<Claimed>, live: Arc<Live>, shared: &Arc<Shared>) -> (Box<Self>, Result<(), String>) {
         let Claimed { fence, claimed_at, attempt, checkpoint, spec, .. } = *claimed;
         let spec = spec.map(Rc::new).map_err(|error| format!("its spec: {error}"));
         let checkpoint = checkpoint.transpose().map_err(|error| format!("its checkpoint: {error}"));
@@ -126,7 +119,6 @@ impl Run {
         };
         let mut run = Box::new(Run {
             shared: Arc::clone(shared),
-            orders,
             context: Rc::new(context),
             process: None,
             checkpoint: restored,
@@ -146,13 +138,13 @@ impl Run {
     /// The loop of a held process.
     async fn go_on(&mut self) {
         loop {
-            if self.orders.borrow().are_any() && Box::pin(self.obey()).await == Hold::Gone {
+            if self.context.live.orders().are_any() && Box::pin(self.obey()).await == Hold::Gone {
                 return;
             }
             if !self.shared.lease.is_trusted(boottime_ms()) {
                 Box::pin(self.wait_for_trust()).await;
             }
-            if self.orders.borrow().abandon {
+            if self.context.live.orders().abandon {
                 return;
             }
             let next = match Box::pin(self.advance()).await {
@@ -171,17 +163,16 @@ impl Run {
 
     /// An advance that begins after the lease's deadline could run twice at once; the next beat decides.
     async fn wait_for_trust(&self) {
-        let mut orders = self.orders.clone();
         tokio::select! {
             () = self.shared.lease.trusted() => {}
-            _ = orders.wait_for(|orders| orders.abandon) => {}
+            () = self.context.live.until(|orders| orders.abandon) => {}
         }
     }
 
     /// Obeys what is desired of the process; called between two advances, and after one was dropped.
     async fn obey(&mut self) -> Hold {
         loop {
-            let orders = *self.orders.borrow_and_update();
+            let orders = self.context.live.orders();
             if orders.abandon {
                 return Hold::Gone;
             }
@@ -216,13 +207,12 @@ impl Run {
             advance = context.advance_number(),
         );
         let process = self.process.as_mut().expect("a process that was restored is there until it ends");
-        let mut orders = self.orders.clone();
         let advanced = tokio::select! {
             biased;
             advanced = AssertUnwindSafe(process.advance(&context)).catch_unwind().instrument(span) => Some(advanced),
-            _ = orders.wait_for(Orders::interrupts) => None,
+            () = context.live.until(Orders::interrupts) => None,
         };
-        let orders = *self.orders.borrow();
+        let orders = self.context.live.orders();
         match advanced {
             Some(Ok(advanced)) => Some(advanced),
             Some(Err(panic)) => {
@@ -241,12 +231,11 @@ impl Run {
                     Interrupt::Drain
                 };
                 let limit = context.interrupt_limit();
-                let mut abandoned = self.orders.clone();
                 tokio::select! {
                     ended = tokio::time::timeout(limit, process.interrupted(&context, why)) => if ended.is_err() {
                         warn!(pid = %context.pid(), ?why, "the process did not clean up within {}s", limit.as_secs());
                     },
-                    _ = abandoned.wait_for(|orders| orders.abandon) => {}
+                    () = context.live.until(|orders| orders.abandon) => {}
                 }
                 None
             }
@@ -302,8 +291,13 @@ impl Run {
     /// Waits in memory.
     async fn linger(&mut self, pause: Duration) {
         self.context.live.set_stage(SLEEPING);
+        // Thousands may wait for hours, and a map of values takes more room than all else that is kept of them.
+        let packed = (pause >= PARK_FROM).then(|| std::mem::take(&mut self.checkpoint).to_bytes().into_boxed_slice());
         // Whoever pauses or drains need not wait for it: a wait that is cut is an early advance later, no error.
-        let _ = tokio::time::timeout(pause, self.orders.wait_for(Orders::are_any)).await;
+        let _ = tokio::time::timeout(pause, self.context.live.until(Orders::are_any)).await;
+        if let Some(bytes) = packed {
+            self.checkpoint = Checkpoint::from_bytes(&bytes).expect("this program has just written it");
+        }
     }
 
     /// The process has come to its end by itself: well, or to be tried again, or not well.
@@ -399,7 +393,7 @@ impl Run {
         let written = tokio::select! {
             biased;
             written = write => written,
-            _ = self.orders.wait_for(|orders| orders.abandon) => return Hold::Gone,
+            () = self.context.live.until(|orders| orders.abandon) => return Hold::Gone,
         };
         self.take_over(written, Some(checkpoint))
     }
@@ -431,11 +425,10 @@ impl Run {
             outputs: self.context.draft.borrow_mut().take_outputs(),
         };
         self.context.live.set_stage(WRITING);
-        let mut abandoned = self.orders.clone();
         let written = tokio::select! {
             biased;
             written = self.shared.writer.write(fenced) => written,
-            _ = abandoned.wait_for(|orders| orders.abandon) => return Hold::Gone,
+            () = self.context.live.until(|orders| orders.abandon) => return Hold::Gone,
         };
         if matches!(written, Ok(Some(_))) {
             self.context.attempt.set(self.context.attempt() + more_tries);

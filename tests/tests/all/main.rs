@@ -4,6 +4,7 @@
 
 mod bad_input;
 mod control;
+mod cost;
 mod dead;
 mod embedded;
 mod faults;
