@@ -141,12 +141,13 @@ impl Fleet {
         Some(sum)
     }
 
-    /// Kills one of its own at once, as a crash would; gives its incarnation.
-    pub(super) fn crash_first(&mut self) -> Result<Incarnation, Failure> {
-        let own = self.own.first_mut().ok_or_else(|| Failure::usage("this needs workers of its own: --workers 2"))?;
-        let row = self.rows.iter().find(|row| row.name == own.name).map(|row| row.id);
-        own.child.start_kill()?;
-        row.ok_or_else(|| Failure::failed("its row is not there"))
+    /// Kills that one of its own which holds the most, at once, as a crash would; gives its incarnation and how many it held.
+    pub(super) async fn crash_busiest(&mut self, bench: &Bench) -> Result<(Incarnation, i64), Failure> {
+        let rows = bench.serving().await?;
+        let busiest = rows.iter().max_by_key(|row| row.held).ok_or_else(|| Failure::failed("no worker is left"))?;
+        let own = self.own.iter_mut().find(|own| own.name == busiest.name);
+        own.ok_or_else(|| Failure::failed(format!("{} is not one of its own", busiest.name)))?.child.start_kill()?;
+        Ok((busiest.id, busiest.held))
     }
 
     /// Lets its own workers drain and end.

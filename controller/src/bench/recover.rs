@@ -21,21 +21,18 @@ pub(super) async fn run(bench: &Bench, arguments: &RecoverArguments) -> Result<R
     let mut fleet = Fleet::gather(bench, &arguments.fleet.holding(arguments.count, 2).map_err(Failure::usage)?).await?;
     bench.hold(arguments.count).await?;
     let died = Instant::now();
-    let dead = fleet.crash_first()?.to_string();
+    let (dead, orphans) = fleet.crash_busiest(bench).await?;
+    let dead = dead.to_string();
     let held = async || {
         Ok::<_, Failure>(
             bench.store.workers(std::slice::from_ref(&dead), true).await?.first().map_or(0, |row| row.held),
         )
     };
-    let orphans = held().await?;
     output::note(&format!(
         "{} live processes, {} workers; one that holds {orphans} is killed",
         arguments.count,
         fleet.len()
     ));
-    if orphans == 0 {
-        return Err(Failure::failed("the worker that was killed held nothing; use more processes"));
-    }
     while held().await? > 0 {
         if died.elapsed() > RECOVERY_LIMIT {
             return Err(Failure::failed(format!("not freed within {} s", RECOVERY_LIMIT.as_secs())));

@@ -89,6 +89,9 @@ async fn a_launch_that_is_replayed_again_and_again_runs_once() {
     let with = json!({"advances": 3, "every": "200ms", "witness": witness});
     let launch = json!({"version": 1, "type": "launch", "pid": pid, "spec": {"call": "baton.count", "with": with}});
     let bury = async || amqp.publish("", "baton.dead", launch.to_string().as_bytes(), from("baton.task.default")).await;
+    // Whoever looks declares the queue; a worker that has just started may not have done so yet, and the broker confirms
+    // what goes to no queue.
+    assert_eq!(dead(&scene).await, Vec::<Value>::new());
     // Two copies: what a crash between publishing and acknowledging leaves. They are one letter.
     bury().await;
     bury().await;
