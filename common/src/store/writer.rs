@@ -8,9 +8,9 @@
 use std::collections::{HashMap, HashSet};
 use std::time::Duration;
 
+use futures_util::FutureExt;
 use sea_orm::{ConnectionTrait, DatabaseConnection};
 use tokio::sync::{mpsc, oneshot};
-use tokio::task::JoinSet;
 use tracing::{debug, warn};
 use uuid::Uuid;
 
@@ -249,21 +249,15 @@ impl Writer {
             Ok::<_, Error>((requests, lane.run(receiver)))
         };
         let (claims, claiming) = lane().await?;
-        let mut running = vec![claiming];
-        let (checkpoints, departures) = if store.is_embedded() {
+        if store.is_embedded() {
             // SQLite has one writer at a time.
-            (claims.clone(), claims.clone())
-        } else {
-            let (checkpoints, checkpointing) = lane().await?;
-            let (departures, departing) = lane().await?;
-            running.extend([checkpointing, departing]);
-            (checkpoints, departures)
-        };
-        // A task for each, so that one builds its statement while another reads its answers.
-        let run = async move {
-            running.into_iter().collect::<JoinSet<()>>().join_all().await;
-        };
-        Ok((Self { claims, checkpoints, departures }, run))
+            let (checkpoints, departures) = (claims.clone(), claims.clone());
+            return Ok((Self { claims, checkpoints, departures }, claiming.left_future()));
+        }
+        let (checkpoints, checkpointing) = lane().await?;
+        let (departures, departing) = lane().await?;
+        let run = async move { tokio::join!(claiming, checkpointing, departing) }.map(drop);
+        Ok((Self { claims, checkpoints, departures }, run.right_future()))
     }
 
     /// Takes the lease of a process, inserting it first if a launch from outside brings it.
