@@ -222,7 +222,7 @@ impl Bench {
     async fn clean_up(self) -> Result<(), Failure> {
         let pids = self.submitted.into_inner().unwrap_or_else(PoisonError::into_inner);
         if self.store.erase(&pids).await? < pids.len() as u64 {
-            // Its workers have stopped, so nobody holds what is left.
+            // Its workers have stopped, or were killed if it failed: nobody has to be asked.
             requests::kill(&self.store, &pids).await?;
             self.store.erase(&pids).await?;
         }

@@ -58,8 +58,18 @@ pub(super) async fn run(
     }
     waiting.settle(&mut gathered, &publish_tx, board, &running);
     waiting.acknowledge(board, &running);
+    let rest = async {
+        while let Some(unfinished) = running.next().await {
+            // What was just given back may have been the gap before it.
+            if let Some(ledger) = unfinished {
+                waiting.add(&ledger);
+                sleep(ACK_PAUSE).await;
+                waiting.acknowledge(board, &running);
+            }
+        }
+    };
     // What cannot be settled now comes again to another worker.
-    let _ = timeout(ANSWER_LIMIT, async { while running.next().await.is_some() {} }).await;
+    let _ = timeout(ANSWER_LIMIT, rest).await;
 }
 
 async fn until(moment: Option<Instant>) {
