@@ -52,6 +52,9 @@ CONF
   fi
 }
 
+# A port that is open may still refuse: the management plugin listens before it can answer.
+answers() { curl -sf -o "$dir/overview" -u guest:guest "http://127.0.0.1:$1/api/overview"; }
+
 start() {
   running "$dir/group.pid" && return
   settle_port "$dir" "${1:-}" 4 >/dev/null
@@ -66,7 +69,7 @@ start() {
   setsid "$bin/rabbitmq-server" </dev/null >"$dir/log/server.out" 2>&1 &
   echo $! >"$dir/group.pid"
   local tries=1200
-  until listening "$port" && listening $((port + 1)); do
+  until listening "$port" && answers $((port + 1)); do
     if ! running "$dir/group.pid" || [ $((tries -= 1)) -lt 0 ]; then
       echo "rabbitmq.sh: no RabbitMQ on port $port:" >&2
       tail -n 30 "$dir/log/server.out" >&2

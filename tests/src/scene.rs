@@ -8,6 +8,7 @@ use serde_json::Value;
 use tokio::process::Command;
 
 use crate::amqp::Amqp;
+use crate::eventually;
 use crate::process::{Worker, clean_environment};
 use crate::services::{Services, folder, programs};
 
@@ -219,6 +220,16 @@ impl Scene {
     /// The queues of the virtual host, as the management API sees them.
     pub async fn queues(&self) -> Vec<Value> {
         serde_json::from_str(&self.manage("GET", &format!("queues/{}", self.name), "").await).expect("a list")
+    }
+
+    /// Waits until a task queue has as many consumers: a worker is ready before it consumes.
+    pub async fn consumed_by(&self, queue: &str, workers: u64) {
+        eventually("all workers consume", Duration::from_secs(20), async || {
+            let queues = self.queues().await;
+            let queue = queues.iter().find(|known| known["name"] == queue).map(|queue| queue["consumers"].clone());
+            if queue.as_ref().and_then(Value::as_u64) == Some(workers) { Ok(()) } else { Err(queue) }
+        })
+        .await;
     }
 
     /// What a queue has seen since it was declared; up to a second late, so wait for it.

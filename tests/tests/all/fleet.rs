@@ -53,8 +53,9 @@ async fn a_submitted_process_is_run_by_a_worker_and_leaves_its_history() {
 async fn a_killed_worker_loses_nothing_and_no_committed_advance_is_repeated() {
     let scene = Scene::new().await;
     let witness = scene.path("witness");
-    let mut first = scene.worker("w1", &["--slots", "150"]).await;
+    let mut first = scene.worker("w1", &["--slots", "200"]).await;
     let _second = scene.worker("w2", &["--slots", "200"]).await;
+    scene.consumed_by("baton.task.default", 2).await;
     let pids = scene.submit(&count_spec(50, "200ms", &witness), 200).await;
     eventually("both workers are in the middle", Duration::from_secs(30), async || {
         let now = Witness::read(&witness);
