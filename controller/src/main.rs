@@ -22,6 +22,7 @@ fn main() -> ExitCode {
         return baton_worker::shim::main();
     }
     let cli = Cli::parse();
+    let _failpoints = baton_common::failpoint::init();
     baton_common::telemetry::init(&cli.log, baton_common::telemetry::LogFormat::Text);
     let runtime = match tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build() {
         Ok(runtime) => runtime,

@@ -1,13 +1,16 @@
-//! The history of processes, as the database and their operators tell it, and whether it keeps the promises of control.
+//! The history of processes, as the database, their operators and their witness tell it, and whether it keeps the promises.
 //!
-//! What is checked: a request that was answered as applied stands in the history and is never undone; none is applied
-//! twice or after the end; none is left over; between a pause and the next `play` nothing runs; one lease at a time.
+//! What is checked here: a request that was answered as applied stands in the history and is never undone; none is applied
+//! twice or after the end; none is left over; between a pause and the next `play` nothing runs; one lease at a time; what
+//! was accepted is there. Where a [`journal`] was kept, each step of each process is checked as well.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::Value;
 
+use crate::journal::{self, Version};
 use crate::scene::Scene;
+use crate::witness;
 
 /// One process, after everything has come to rest.
 #[derive(Clone, Debug, Default)]
@@ -18,6 +21,10 @@ pub struct Process {
     pub events: Vec<Event>,
     /// Its attempts, by epoch.
     pub attempts: Vec<Attempt>,
+    /// Every version of its row, if a journal was kept.
+    pub versions: Vec<Version>,
+    /// The advances that its witness saw: advance, epoch, name of the worker.
+    pub seen: Vec<(i64, i64, String)>,
 }
 
 /// A request in the history.
@@ -42,6 +49,8 @@ pub struct Event {
 pub struct Attempt {
     /// The number of the lease.
     pub epoch: i64,
+    /// The incarnation that held it.
+    pub worker: String,
     /// When it was claimed, in microseconds.
     pub started_at: i64,
     /// When it ended.
@@ -70,12 +79,19 @@ pub struct History {
     pub processes: BTreeMap<String, Process>,
     /// What operators were answered.
     pub answers: Vec<Answered>,
+    /// The names of the incarnations.
+    pub workers: BTreeMap<String, String>,
+    /// What was accepted, as the client was told.
+    pub accepted: Vec<String>,
 }
 
 impl History {
-    /// Reads what the database knows.
+    /// Reads what the database knows, and what the witness file of the scene says.
     pub async fn read(scene: &Scene, answers: Vec<Answered>) -> Self {
         let mut history = Self { answers, ..Self::default() };
+        for row in rows(scene, "SELECT id, name FROM worker").await {
+            history.workers.insert(text(&row, "id"), text(&row, "name"));
+        }
         for row in rows(scene, "SELECT id AS pid, state FROM process").await {
             let words = ["created", "running", "waiting", "paused", "finished", "excepted", "killed"];
             let code = usize::try_from(row["state"].as_u64().expect("a code")).expect("a small number");
@@ -95,17 +111,45 @@ impl History {
             };
             history.process(&row).events.push(event);
         }
-        let sql = "SELECT pid, epoch, started_at, ended_at, how FROM attempt ORDER BY pid, epoch";
+        let sql = "SELECT pid, epoch, worker, started_at, ended_at, how FROM attempt ORDER BY pid, epoch";
         for row in rows(scene, sql).await {
             let attempt = Attempt {
                 epoch: number(&row, "epoch"),
+                worker: text(&row, "worker"),
                 started_at: number(&row, "started_at"),
                 ended_at: number(&row, "ended_at"),
                 how: text(&row, "how"),
             };
             history.process(&row).attempts.push(attempt);
         }
+        for (pid, versions) in journal::read(scene).await {
+            history.processes.entry(pid).or_default().versions = versions;
+        }
+        for (pid, advance, epoch, worker) in witness::lines(&scene.path("witness")) {
+            history.processes.entry(pid).or_default().seen.push((advance, epoch, worker));
+        }
         history
+    }
+
+    /// The same, and these were accepted.
+    #[must_use]
+    pub fn accepting(mut self, pids: &[String]) -> Self {
+        self.accepted.extend_from_slice(pids);
+        self
+    }
+
+    /// Fails unless every promise was kept.
+    ///
+    /// # Panics
+    /// With everything that breaks one.
+    pub fn check(&self) {
+        let violations = self.violations();
+        assert!(
+            violations.is_empty(),
+            "{} violations, among them {:#?}",
+            violations.len(),
+            &violations[..violations.len().min(20)]
+        );
     }
 
     fn process(&mut self, row: &Value) -> &mut Process {
@@ -116,7 +160,15 @@ impl History {
     pub fn violations(&self) -> Vec<String> {
         let mut violations = Vec::new();
         for (pid, process) in &self.processes {
-            process.check(&mut |what| violations.push(format!("{pid}: {what}")));
+            let mut violation = |what| violations.push(format!("{pid}: {what}"));
+            process.check(&mut violation);
+            if !process.versions.is_empty() {
+                let Process { versions, attempts, seen, events, .. } = process;
+                journal::check(versions, attempts, seen, &self.workers, !events.is_empty(), &mut violation);
+            }
+        }
+        for pid in self.accepted.iter().filter(|pid| !self.processes.contains_key(*pid)) {
+            violations.push(format!("{pid}: I1: it was accepted and is lost"));
         }
         for answer in &self.answers {
             let process = self.processes.get(&answer.pid);
@@ -209,16 +261,16 @@ impl Process {
     }
 }
 
-async fn rows(scene: &Scene, sql: &str) -> Vec<Value> {
+pub(crate) async fn rows(scene: &Scene, sql: &str) -> Vec<Value> {
     let text = scene.sql(&format!("SELECT row_to_json(r) FROM ({sql}) r")).await;
     text.lines().map(|line| serde_json::from_str(line).expect("a row in JSON")).collect()
 }
 
-fn text(row: &Value, name: &str) -> String {
+pub(crate) fn text(row: &Value, name: &str) -> String {
     row[name].as_str().unwrap_or_else(|| panic!("{name} in {row}")).to_owned()
 }
 
-fn number(row: &Value, name: &str) -> i64 {
+pub(crate) fn number(row: &Value, name: &str) -> i64 {
     row[name].as_i64().unwrap_or_else(|| panic!("{name} in {row}"))
 }
 
@@ -238,12 +290,13 @@ mod tests {
     }
 
     fn attempt(epoch: i64, started_at: i64, ended_at: i64, how: &str) -> Attempt {
-        Attempt { epoch, started_at, ended_at, how: how.into() }
+        Attempt { epoch, worker: "a".into(), started_at, ended_at, how: how.into() }
     }
 
     fn history(state: &str, events: &[Event], attempts: &[Attempt]) -> History {
-        let process = Process { state: state.into(), events: events.to_vec(), attempts: attempts.to_vec() };
-        History { processes: [("p".to_owned(), process)].into(), answers: vec![] }
+        let (events, attempts) = (events.to_vec(), attempts.to_vec());
+        let process = Process { state: state.into(), events, attempts, ..Process::default() };
+        History { processes: [("p".to_owned(), process)].into(), ..History::default() }
     }
 
     fn says(history: &History, what: &str) {
@@ -318,6 +371,11 @@ mod tests {
         says(&lying, "was answered as applied");
         lying.answers = vec![answer("kill11")];
         says(&lying, "is missing");
+    }
+
+    #[test]
+    fn what_was_accepted_and_is_not_there_is_seen() {
+        says(&history("finished", &[], &[]).accepting(&["q".to_owned()]), "I1: it was accepted and is lost");
     }
 
     #[test]

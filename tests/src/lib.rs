@@ -5,6 +5,7 @@
 
 pub mod amqp;
 pub mod history;
+pub mod journal;
 pub mod operator;
 pub mod process;
 pub mod proxy;

@@ -29,7 +29,13 @@ fn clean(command: &mut Command) {
 }
 
 impl Worker {
-    pub(crate) fn start(scene: &Scene, program: &Path, name: &str, arguments: &[&str]) -> Self {
+    pub(crate) fn start(
+        scene: &Scene,
+        program: &Path,
+        variables: &[(&str, &str)],
+        name: &str,
+        arguments: &[&str],
+    ) -> Self {
         let folder = scene.path(&format!("worker-{name}"));
         for part in ["root", "home", "tmp"] {
             std::fs::create_dir_all(folder.join(part)).expect("own folder");
@@ -48,6 +54,7 @@ impl Worker {
             .env("HOME", folder.join("home"))
             .env("TMPDIR", folder.join("tmp"))
             .env("RUST_BACKTRACE", "1")
+            .envs(variables.iter().copied())
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(file)

@@ -112,9 +112,14 @@ impl Scene {
 
     /// Starts a worker that is another program, and waits until it is ready.
     pub async fn worker_of(&self, program: &str, name: &str, arguments: &[&str]) -> Worker {
-        let worker = Worker::start(self, &programs().join(program), name, arguments);
+        let worker = Worker::start(self, &programs().join(program), &[], name, arguments);
         worker.ready().await;
         worker
+    }
+
+    /// Starts a worker with more variables, which need not let it become ready.
+    pub fn worker_with(&self, variables: &[(&str, &str)], name: &str, arguments: &[&str]) -> Worker {
+        Worker::start(self, &programs().join("baton-worker"), variables, name, arguments)
     }
 
     /// Runs a command of the CLI.

@@ -15,11 +15,9 @@ impl Witness {
     /// When a line is not whole: lines of several workers must not mix.
     pub fn read(path: &Path) -> Self {
         let mut runs: BTreeMap<(String, u64), Vec<(u64, String)>> = BTreeMap::new();
-        for line in std::fs::read_to_string(path).unwrap_or_default().lines() {
-            let fields: Vec<&str> = line.split(' ').collect();
-            let [pid, advance, epoch, worker] = fields[..] else { panic!("not a whole line: {line:?}") };
-            let number = |text: &str| text.parse().unwrap_or_else(|_| panic!("not a number in {line:?}"));
-            runs.entry((pid.into(), number(advance))).or_default().push((number(epoch), worker.into()));
+        for (pid, advance, epoch, worker) in lines(path) {
+            let number = |number: i64| u64::try_from(number).expect("not negative");
+            runs.entry((pid, number(advance))).or_default().push((number(epoch), worker));
         }
         Self { runs }
     }
@@ -59,6 +57,21 @@ impl Witness {
     pub fn lines(&self) -> usize {
         self.runs.values().map(Vec::len).sum()
     }
+}
+
+/// The lines of the file, none if there is none: pid, advance, epoch, name of the worker.
+///
+/// # Panics
+/// When a line is not whole.
+pub(crate) fn lines(path: &Path) -> Vec<(String, i64, i64, String)> {
+    let text = std::fs::read_to_string(path).unwrap_or_default();
+    let line = |line: &str| {
+        let fields: Vec<&str> = line.split(' ').collect();
+        let [pid, advance, epoch, worker] = fields[..] else { panic!("not a whole line: {line:?}") };
+        let number = |text: &str| text.parse().unwrap_or_else(|_| panic!("not a number in {line:?}"));
+        (pid.to_owned(), number(advance), number(epoch), worker.to_owned())
+    };
+    text.lines().map(line).collect()
 }
 
 #[cfg(test)]

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use baton_common::communicator::Broker;
 use baton_common::config::{self, Config};
+use baton_common::failpoint;
 use baton_common::store::{self, Location, Store};
 use baton_common::telemetry::{self, LogFormat};
 use baton_common::{duration, store::Error as StoreError};
@@ -156,6 +157,7 @@ pub fn main(registry: Registry) -> ExitCode {
         return shim::main();
     }
     let command = Command::parse();
+    let _failpoints = failpoint::init();
     let format = match command.log_format {
         Format::Text => LogFormat::Text,
         Format::Json => LogFormat::Json,

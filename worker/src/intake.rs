@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use baton_common::border;
 use baton_common::communicator::Delivery;
 use baton_common::id::Pid;
 use baton_common::message::{Reply, Task};
@@ -38,6 +39,9 @@ pub(crate) async fn run(shared: Arc<Shared>, threads: Arc<Vec<Thread>>, mut deli
 }
 
 async fn take(shared: Arc<Shared>, threads: Arc<Vec<Thread>>, delivery: Delivery) {
+    #[cfg(feature = "without-ack-after-commit")]
+    delivery.settle.ack_early().await;
+    border!("task-taken");
     let pid = delivery.task.pid();
     let launch = match launch(&delivery) {
         Ok(launch) => launch,
@@ -60,6 +64,7 @@ async fn take(shared: Arc<Shared>, threads: Arc<Vec<Thread>>, delivery: Delivery
     match claim {
         Ok(Claim::Claimed(claimed)) => {
             answer_launch(&shared, &delivery).await;
+            border!("launch-answered");
             let Delivery { permit, settle, .. } = delivery;
             let start = begin(&shared, &threads, claimed, permit);
             // The process first: nobody waits for the broker to hear of it.

@@ -11,6 +11,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
+use baton_common::border;
 use baton_common::communicator::ReplyTo;
 use baton_common::id::Pid;
 use baton_common::spec::Spec;
@@ -244,6 +245,7 @@ impl Run {
 
     /// Makes an advance durable.
     async fn commit(&mut self, advance: Advance) -> Next {
+        border!("advance-made");
         let process = self.process.as_ref().expect("a process that was restored is there until it ends");
         let state = match process.save() {
             Ok(state) => state,

@@ -3,6 +3,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use baton_common::border;
 use baton_common::communicator::ReplyTo;
 use baton_common::id::Pid;
 use baton_common::state::{Place, State};
@@ -86,6 +87,9 @@ async fn timers(shared: &Shared) {
             match shared.store.wake_due().await {
                 Ok(woken) => {
                     let count: usize = woken.values().map(Vec::len).sum();
+                    if count > 0 {
+                        border!("wake-committed");
+                    }
                     shared.tell_all(woken).await;
                     if count < PAGE_ROWS as usize {
                         break;
@@ -135,6 +139,7 @@ pub(crate) async fn free(shared: &Shared) {
         if count == 0 {
             return;
         }
+        border!("free-committed");
         info!(count, "freed processes of dead workers");
         shared.tell_all(freed.queued).await;
         for (pid, state, reply_to) in freed.ended {

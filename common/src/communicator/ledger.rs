@@ -11,6 +11,7 @@ use lapin::options::{BasicAckOptions, BasicNackOptions};
 use tokio::time::{Duration, Instant, timeout};
 
 use super::link::ANSWER_LIMIT;
+use crate::border;
 
 /// The deliveries of one channel.
 #[derive(Debug)]
@@ -129,4 +130,5 @@ impl Receipt {
 /// A delivery of a channel that has ended is someone else's by now, so a failure here means nothing.
 async fn ack(acker: &Acker, multiple: bool) {
     let _ = timeout(ANSWER_LIMIT, acker.ack(BasicAckOptions { multiple })).await;
+    border!("acknowledged");
 }

@@ -16,6 +16,7 @@ use super::envelope::{DEAD_QUEUE, EVENT_EXCHANGE, Envelope, TASK_EXCHANGE, bad_q
 use super::link::{ANSWER_LIMIT, Backoff, Dial, close, reason};
 use super::topology::{Item, ensure};
 use super::{Down, TellError};
+use crate::border;
 use crate::message::{Encoding, Event, Events, VERSION};
 
 /// Jobs that publish at the same time, each on a channel of its own, so that a returned message can only belong to the
@@ -285,7 +286,9 @@ async fn publish_all(
     messages: &[&Envelope],
 ) -> Result<Answer, TellError> {
     let (exchange, key) = target.address();
-    let options = BasicPublishOptions { mandatory: true, ..BasicPublishOptions::default() };
+    // Without it the broker confirms what it throws away.
+    let mandatory = !cfg!(feature = "without-mandatory");
+    let options = BasicPublishOptions { mandatory, ..BasicPublishOptions::default() };
     let mut answer = Answer::default();
     let mut rest = messages.iter();
     let mut unconfirmed = FuturesUnordered::new();
@@ -297,7 +300,10 @@ async fn publish_all(
                 let properties = message.properties(true);
                 let confirm =
                     channel.basic_publish(short(exchange), short(key), options, &message.body, properties).await?;
-                Ok::<_, lapin::Error>((message, confirm.await?))
+                border!("publish-sent");
+                let confirmation = confirm.await?;
+                border!("publish-confirmed");
+                Ok::<_, lapin::Error>((message, confirmation))
             });
         }
         match unconfirmed.next().await {

@@ -15,6 +15,7 @@ use super::envelope::Envelope;
 use super::ledger::{Ledger, Receipt};
 use super::link::ANSWER_LIMIT;
 use super::publish::{Job, bury};
+use crate::border;
 
 /// Pause before a dead letter is tried again.
 const BURY_PAUSE: Duration = Duration::from_secs(1);
@@ -151,7 +152,10 @@ pub(super) async fn put_aside(
     let letter = envelope.buried(reason, origin);
     while receipt.is_usable() {
         match bury(publish_tx, letter.clone()).await {
-            Ok(()) => return receipt.ack().await,
+            Ok(()) => {
+                border!("letter-published");
+                return receipt.ack().await;
+            }
             Err(error) => tracing::warn!(origin, "a dead letter was not accepted, it is tried again: {error}"),
         }
         sleep(BURY_PAUSE).await;

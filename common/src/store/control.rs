@@ -13,6 +13,7 @@ use super::dialect::{Batch, Dialect, Kind};
 use super::select::{self, Order, Walk};
 use super::submit::Told;
 use super::{Error, Store, begin};
+use crate::border;
 use crate::id::{Incarnation, Pid, RequestId};
 use crate::message::Effect;
 use crate::select::Select;
@@ -108,6 +109,7 @@ impl Store {
         }
         let controlled = self.apply(&transaction, &[before], request, None).await?.pop().ok_or(Error::NoRow)?;
         transaction.commit().await?;
+        border!("request-committed");
         Ok(Answer::Recorded(controlled))
     }
 
@@ -285,6 +287,7 @@ impl Many {
             }
             let mut changed = self.store.apply(&transaction, &rows, &self.request, Some(self.id)).await?;
             transaction.commit().await?;
+            border!("request-committed");
             changed.sort_by_key(|row| row.pid);
             return Ok(Some(changed));
         }

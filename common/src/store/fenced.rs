@@ -118,6 +118,21 @@ pub(super) async fn write_alone(
     rows.iter().map(written).collect()
 }
 
+/// What the row says, if this write has ended its process: asked when a commit was left without its answer and sent again
+/// to no effect. Nobody else writes this very outcome under this epoch.
+pub(super) async fn own_end(
+    connection: &impl ConnectionTrait,
+    dialect: Dialect,
+    fenced: &Fenced,
+) -> Result<Option<Written>, Error> {
+    let Verb::End { outcome, .. } = &fenced.verb else { return Ok(None) };
+    let sql = "SELECT id, place, state, before, desired, urgent, queue, told_at FROM process
+               WHERE id = $1 AND epoch = $2 AND place = {ended} AND outcome = $3";
+    let values = vec![Uuid::from(fenced.fence.pid).into(), fenced.fence.epoch.into(), outcome.to_bytes().into()];
+    let row = connection.query_one_raw(dialect.statement(sql, values)).await?;
+    Ok(row.as_ref().map(written).transpose()?.map(|(_, written)| written))
+}
+
 /// Checkpoints only, after which each process goes on: by far the most frequent write, and the least that there is to do.
 /// Nothing that was asked is obeyed by it, so nothing has to be settled; the answers say what is desired.
 pub(super) async fn checkpoint(
@@ -142,7 +157,7 @@ pub(super) async fn checkpoint(
             checkpoint.advances.cast_signed().into(),
         ]);
     }
-    let rows = connection.query_all_raw(dialect.hot_batch(CHECKPOINT, vec![], batch)).await?;
+    let rows = connection.query_all_raw(dialect.hot_batch(&CHECKPOINT, vec![], batch)).await?;
     rows.iter()
         .map(|row| {
             let written = Written {
@@ -275,13 +290,30 @@ const CLAIM: &str = "
               (SELECT s.traceparent FROM spec s WHERE s.id = process.id) AS traceparent,
               (SELECT s.reply_to FROM spec s WHERE s.id = process.id) AS reply_to";
 
-const CHECKPOINT: &str = "
+static CHECKPOINT: LazyLock<String> = LazyLock::new(|| CHECKPOINT_SQL.replace("{fence}", FENCE));
+
+const CHECKPOINT_SQL: &str = "
     WITH {rows}
     UPDATE process
     SET seq = b_seq, checkpoint = b_checkpoint, deaths = 0, woken = false
     FROM b
-    WHERE id = b_id AND epoch = b_epoch AND place + 0 = {held}
+    WHERE id = b_id AND {fence}
     RETURNING id, desired, urgent";
+
+/// What every write of a holder asks of the row.
+const FENCE: &str = if cfg!(feature = "without-epoch") {
+    "place + 0 = {held}"
+} else if cfg!(feature = "without-held") {
+    "epoch = b_epoch"
+} else {
+    "epoch = b_epoch AND place + 0 = {held}"
+};
+
+/// Whether a wake-up came while the process was on its way to park.
+const WOKEN: &str = if cfg!(feature = "without-woken") { "false" } else { "woken" };
+
+/// Whether a pause is desired of a process that leaves its holder.
+const PAUSE_DESIRED: &str = if cfg!(feature = "without-desired") { "false" } else { "desired = {pause}" };
 
 const KEEP: i16 = 0;
 const PARK: i16 = 1;
@@ -293,10 +325,10 @@ const END: i16 = 4;
 fn fenced_sql(and: &str) -> String {
     // A wake-up that arrived while the process was on its way to park is seen here, under the row's lock; so is a kill.
     let stays = format!(
-        "(b_verb = {KEEP} OR (b_verb = {PARK} AND (woken OR desired = {{kill}})) OR (b_verb = {PAUSE} AND desired <> {{pause}}))"
+        "(b_verb = {KEEP} OR (b_verb = {PARK} AND ({WOKEN} OR desired = {{kill}})) OR (b_verb = {PAUSE} AND desired <> {{pause}}))"
     );
     // Every way out of `held` but the end obeys a pause.
-    let paused = format!("(NOT {stays} AND b_verb <> {END} AND desired = {{pause}})");
+    let paused = format!("(NOT {stays} AND b_verb <> {END} AND {PAUSE_DESIRED})");
     format!(
         "UPDATE process
          SET seq = CASE WHEN length(b_checkpoint) = 0 THEN seq ELSE b_seq END,
@@ -317,7 +349,7 @@ fn fenced_sql(and: &str) -> String {
              ended_at = CASE WHEN b_verb = {END} THEN {{clock}} ELSE NULL END,
              outcome = CASE WHEN b_verb = {END} THEN b_outcome ELSE NULL END
          FROM b
-         WHERE id = b_id AND epoch = b_epoch AND place + 0 = {{held}} {and}
+         WHERE id = b_id AND {FENCE} {and}
          RETURNING id, place, state, before, desired, urgent, control, queue, told_at"
     )
 }

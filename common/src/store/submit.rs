@@ -8,6 +8,7 @@ use uuid::Uuid;
 
 use super::dialect::{Batch, Dialect, Kind};
 use super::{Error, Store, begin, blob};
+use crate::border;
 use crate::id::Pid;
 use crate::spec::Spec;
 use crate::state::{Desired, Live, Place, State};
@@ -58,6 +59,7 @@ impl Store {
     /// # Errors
     /// Nothing is accepted, or (when the commit's answer was lost) all of it: the same call again is safe.
     pub async fn submit(&self, processes: &[NewProcess]) -> Result<Accepted, Error> {
+        border!("submit-begun");
         let inserted = match self.dialect {
             // One statement, which is its own transaction.
             Dialect::Postgres => insert(&self.db, self.dialect, processes).await?,
@@ -68,6 +70,7 @@ impl Store {
                 inserted
             }
         };
+        border!("submit-committed");
         let mut accepted = Accepted::default();
         for process in processes {
             match inserted.get(&process.pid) {

@@ -124,6 +124,9 @@ impl Store {
     /// # Errors
     /// Nothing is marked; the next sweep tries again.
     pub async fn tell_lost(&self, queue: &str, before: i64) -> Result<ByQueue, Error> {
+        if cfg!(feature = "without-head-rule") {
+            return Ok(ByQueue::new());
+        }
         self.tell_rows(TELL_LOST, vec![queue.to_owned().into(), before.into()]).await
     }
 

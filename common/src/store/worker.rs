@@ -50,6 +50,17 @@ pub struct Peer {
     pub beat: i64,
 }
 
+/// A process that an incarnation holds, as the database has it.
+#[derive(Clone, Copy, Debug)]
+pub struct Lease {
+    /// The process, and the number of the lease.
+    pub fence: Fence,
+    /// When it was claimed, in database time.
+    pub claimed_at: i64,
+    /// The number of the try that it is in.
+    pub attempt: i64,
+}
+
 /// What a beat says of the worker's load.
 #[derive(Clone, Debug, Default)]
 pub struct Load {
@@ -195,12 +206,15 @@ impl Store {
     ///
     /// # Errors
     /// The database does not answer.
-    pub async fn held_by(&self, id: Incarnation) -> Result<Vec<Fence>, Error> {
-        let sql = "SELECT id, epoch FROM process WHERE owner = $1 AND place = {held}";
+    pub async fn held_by(&self, id: Incarnation) -> Result<Vec<Lease>, Error> {
+        let sql = "SELECT id, epoch, claimed_at, try FROM process WHERE owner = $1 AND place = {held}";
         self.query(sql, vec![Uuid::from(id).into()])
             .await?
             .iter()
-            .map(|row| Ok(Fence { pid: row.try_get::<Uuid>("", "id")?.into(), epoch: row.try_get("", "epoch")? }))
+            .map(|row| {
+                let fence = Fence { pid: row.try_get::<Uuid>("", "id")?.into(), epoch: row.try_get("", "epoch")? };
+                Ok(Lease { fence, claimed_at: row.try_get("", "claimed_at")?, attempt: row.try_get("", "try")? })
+            })
             .collect()
     }
 

@@ -6,6 +6,8 @@
 //! wait for each other and do not deadlock.
 
 use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use futures_util::FutureExt;
@@ -18,6 +20,8 @@ use super::blob::{Checkpoint, Outcome};
 use super::dialect::{Batch, Dialect};
 use super::submit::NewProcess;
 use super::{Error, Store, Use, begin, connect, fenced, prune, submit};
+use crate::border;
+use crate::failpoint::fail_point;
 use crate::id::{Incarnation, Pid};
 use crate::spec::Spec;
 use crate::state::{Desired, Place, State};
@@ -215,6 +219,7 @@ pub struct Writer {
     claims: mpsc::Sender<Request>,
     checkpoints: mpsc::Sender<Request>,
     departures: mpsc::Sender<Request>,
+    unsure: Arc<AtomicBool>,
 }
 
 enum Request {
@@ -242,22 +247,29 @@ impl Writer {
     /// # Errors
     /// The database does not answer.
     pub async fn new(store: &Store, me: Incarnation) -> Result<(Self, impl Future<Output = ()> + Send + use<>), Error> {
+        let unsure = Arc::new(AtomicBool::new(false));
         let lane = async || {
             let db = connect(&store.location, Use::Lane).await?;
             let (requests, receiver) = mpsc::channel(QUEUE_LENGTH);
-            let lane = Lane { db, dialect: store.dialect, me };
+            let lane = Lane { db, dialect: store.dialect, me, unsure: Arc::clone(&unsure) };
             Ok::<_, Error>((requests, lane.run(receiver)))
         };
         let (claims, claiming) = lane().await?;
         if store.is_embedded() {
             // SQLite has one writer at a time.
             let (checkpoints, departures) = (claims.clone(), claims.clone());
-            return Ok((Self { claims, checkpoints, departures }, claiming.left_future()));
+            return Ok((Self { claims, checkpoints, departures, unsure }, claiming.left_future()));
         }
         let (checkpoints, checkpointing) = lane().await?;
         let (departures, departing) = lane().await?;
         let run = async move { tokio::join!(claiming, checkpointing, departing) }.map(drop);
-        Ok((Self { claims, checkpoints, departures }, run.right_future()))
+        Ok((Self { claims, checkpoints, departures, unsure }, run.right_future()))
+    }
+
+    /// Whether, since this was last asked, the database has left a commit without its answer: then it may say that this
+    /// worker holds what the worker does not know.
+    pub fn take_unsure(&self) -> bool {
+        self.unsure.swap(false, Ordering::AcqRel)
     }
 
     /// Takes the lease of a process, inserting it first if a launch from outside brings it.
@@ -306,6 +318,7 @@ struct Lane {
     db: DatabaseConnection,
     dialect: Dialect,
     me: Incarnation,
+    unsure: Arc<AtomicBool>,
 }
 
 impl Lane {
@@ -338,9 +351,9 @@ impl Lane {
     /// request is alone that cannot be written; only that one goes without an answer.
     async fn commit_for_sure(&self, batch: Vec<Request>) {
         let mut parts = vec![(batch, self.dialect == Dialect::Postgres)];
+        let mut is_repeated = false;
         while let Some((mut part, is_first)) = parts.pop() {
-            let committed = if is_first { self.commit_alone(&part).await } else { self.commit(&part).await };
-            match committed {
+            match self.attempt(&part, is_first).await {
                 Ok(mut answers) if is_first => {
                     let rest = answers.send_known(part);
                     if !rest.is_empty() {
@@ -348,12 +361,19 @@ impl Lane {
                     }
                 }
                 Ok(mut answers) => {
-                    for request in answers.send_known(part) {
+                    let rest = answers.send_known(part);
+                    // What has ended by a commit whose answer was lost looks like a lost lease.
+                    if is_repeated {
+                        answers.written.extend(self.own_ends(&rest).await);
+                    }
+                    for request in answers.send_known(rest) {
                         answers.send_missing(request);
                     }
                 }
                 Err(error) if error.is_transient() => {
                     warn!(%error, rows = part.len(), "the database does not take a batch; sending it again");
+                    is_repeated = true;
+                    self.unsure.store(true, Ordering::Release);
                     parts.push((part, is_first));
                     tokio::time::sleep(RETRY_PAUSE).await;
                 }
@@ -368,6 +388,25 @@ impl Lane {
                 }
             }
         }
+    }
+
+    async fn attempt(&self, batch: &[Request], is_first: bool) -> Result<Answers, Error> {
+        let answers = if is_first { self.commit_alone(batch).await? } else { self.commit(batch).await? };
+        border!(batch.first().map_or("", Request::border));
+        fail_point!("commit-unanswered", |_| Err(Error::Unreachable("its answer was lost".into())));
+        Ok(answers)
+    }
+
+    /// The requests among these that have ended their process, with the very outcome that they ask for.
+    async fn own_ends(&self, batch: &[Request]) -> HashMap<Pid, Written> {
+        let mut own = HashMap::new();
+        for request in batch {
+            let Request::Write { fenced, .. } = request else { continue };
+            if let Ok(Some(written)) = fenced::own_end(&self.db, self.dialect, fenced).await {
+                own.insert(fenced.fence.pid, written);
+            }
+        }
+        own
     }
 
     /// The ordinary case, in which one statement is all that is needed. It is its own transaction, which saves three ways
@@ -493,6 +532,16 @@ impl<'a> Parts<'a> {
 }
 
 impl Request {
+    /// The border at which its commit stands.
+    #[cfg(feature = "failpoints")]
+    fn border(&self) -> &'static str {
+        match self {
+            Request::Claim { .. } => "claim-committed",
+            Request::Checkpoint { .. } => "checkpoint-committed",
+            Request::Write { .. } => "departure-committed",
+        }
+    }
+
     fn pid(&self) -> Pid {
         match self {
             Request::Claim { pid, .. } => *pid,

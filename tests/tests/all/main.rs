@@ -5,6 +5,7 @@
 mod bad_input;
 mod control;
 mod cost;
+mod crashes;
 mod dead;
 mod embedded;
 mod faults;

@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::time::Duration;
 
+use baton_common::border;
 use baton_common::spec::Work;
 use baton_common::store::writer::{Output, Stream};
 use futures_util::future::LocalBoxFuture;
@@ -77,6 +78,7 @@ impl Program {
         };
         let running = context.shared.programs.launch(program).await.map_err(refused)?;
         let running = self.running.insert(running);
+        border!("program-started");
 
         context.set_stage("monitor");
         context.live.set_child(Some(running.pid()), None);
@@ -86,6 +88,7 @@ impl Program {
 
         context.set_stage("stage-out");
         let ended = ended?;
+        border!("program-ended");
         let (outputs, last_line) = context.blocking(move || capture(&sandbox)).await?;
         if let Some(line) = last_line {
             context.live.set_last_line(&line);
