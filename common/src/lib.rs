@@ -5,6 +5,7 @@
     any(
         feature = "without-epoch",
         feature = "without-held",
+        feature = "without-sequence",
         feature = "without-woken",
         feature = "without-desired",
         feature = "without-mandatory",

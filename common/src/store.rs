@@ -27,8 +27,9 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use sea_orm::sqlx::sqlite::{SqliteJournalMode, SqliteSynchronous};
+use sea_orm::sqlx::{self, Connection};
 use sea_orm::{
-    ConnectOptions, ConnectionTrait, Database, DatabaseConnection, DatabaseTransaction, QueryResult,
+    ConnectOptions, ConnectionTrait, Database, DatabaseConnection, DatabaseTransaction, DbErr, QueryResult, RuntimeErr,
     SqliteTransactionMode, TransactionOptions, TransactionTrait, Value,
 };
 use sea_orm_migration::MigratorTrait;
@@ -223,7 +224,18 @@ async fn connect(location: &Location, purpose: Use) -> Result<DatabaseConnection
         .acquire_timeout(ACQUIRE_TIMEOUT)
         .test_before_acquire_if_idle_for(Duration::from_secs(30))
         .sqlx_logging(false);
-    Ok(Database::connect(options).await?)
+    match Database::connect(options).await {
+        Ok(db) => Ok(db),
+        // The pool says only that it got no connection in time; one connection by itself says why.
+        Err(error) => Err(refusal(location).await.unwrap_or_else(|| error.into())),
+    }
+}
+
+/// Why PostgreSQL gives no connection, if it says so.
+async fn refusal(location: &Location) -> Option<Error> {
+    let Location::Postgres(url) = location else { return None };
+    let connecting = tokio::time::timeout(ACQUIRE_TIMEOUT, sqlx::PgConnection::connect(url)).await.ok()?;
+    connecting.err().map(|error| DbErr::Conn(RuntimeErr::SqlxError(error.into())).into())
 }
 
 /// Begins a transaction that, on SQLite, is the writing one from its start: one that only becomes it later is refused

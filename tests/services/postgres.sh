@@ -5,6 +5,10 @@
 #   postgres.sh stop DIR           clean stop
 #   postgres.sh kill DIR           SIGKILL to the server and all its backends; `start` recovers what was committed
 #   postgres.sh restart DIR        clean stop, start
+#   postgres.sh save DIR           clean stop, keeps a copy of its data, start
+#   postgres.sh restore DIR        SIGKILL, start with the copy
+#   postgres.sh disk DIR MB        before the first start: its data go to a disk in memory of this size (needs root); `kill`
+#                                  takes it away
 #   postgres.sh env DIR            its address as a shell assignment
 set -euo pipefail
 . "$(dirname "$0")/lib.sh"
@@ -69,10 +73,25 @@ kill_server() {
   rm -f "$pid_file" "$dir"/.s.PGSQL.*
 }
 
+make_disk() { # MB
+  mkdir "$dir/disk"
+  mount -t tmpfs -o "size=${1}m" tmpfs "$dir/disk"
+  # The server makes its own folder there, and the link leads to it.
+  mkdir -m 700 "$dir/disk/data"
+  chown -R postgres "$dir/disk"
+  ln -s disk/data "$dir/data"
+}
+
 case $verb in
   start) start "${3:-}" ;;
+  save) stop fast; rm -rf "$dir/saved"; cp -a "$dir/data" "$dir/saved"; start ;;
+  restore) kill_server; rm -rf "$dir/data"; mv "$dir/saved" "$dir/data"; start ;;
+  disk) make_disk "${3:?megabytes}" ;;
   stop) stop fast ;;
-  kill) kill_server ;;
+  kill)
+    kill_server
+    if mountpoint -q "$dir/disk"; then umount -l "$dir/disk"; fi
+    ;;
   restart) stop fast; start ;;
   env) echo "BATON_TEST_DATABASE=postgres://baton@127.0.0.1:$(cat "$dir/port")/baton" ;;
   *) echo "postgres.sh: unknown verb $verb" >&2; exit 2 ;;

@@ -98,9 +98,14 @@ impl Worker {
         self.signal(Signal::CONT);
     }
 
+    /// SIGTERM.
+    pub fn ask_to_end(&self) {
+        self.signal(Signal::TERM);
+    }
+
     /// SIGTERM, and the exit that follows.
     pub async fn terminate(&mut self) -> ExitStatus {
-        self.signal(Signal::TERM);
+        self.ask_to_end();
         self.ended(Duration::from_secs(60)).await
     }
 

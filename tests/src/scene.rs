@@ -58,6 +58,12 @@ impl Scene {
         Self::on(services).await
     }
 
+    /// A scene on services of its own, whose database has a disk of so many megabytes.
+    pub async fn on_small_disk(megabytes: u32) -> Self {
+        let services = tokio::task::spawn_blocking(move || Services::on_small_disk(megabytes)).await.expect("no panic");
+        Self::on(services).await
+    }
+
     async fn on(services: Services) -> Self {
         let id = uuid::Uuid::now_v7().simple().to_string();
         let scene = Self { services, name: format!("t{id}"), folder: folder("baton-test-") };
@@ -210,6 +216,17 @@ impl Scene {
     pub async fn publish_by_form(&self, exchange: &str, form: &str) {
         let answer = self.manage("POST", &format!("exchanges/{}/{exchange}/publish", self.name), form).await;
         assert!(answer.contains("\"routed\":true"), "{answer}");
+    }
+
+    /// Deletes a queue of the virtual host with what is in it.
+    pub async fn delete_queue(&self, queue: &str) {
+        self.manage("DELETE", &format!("queues/{}/{queue}", self.name), "").await;
+    }
+
+    /// Sets a policy on all task queues.
+    pub async fn policy(&self, definition: &str) {
+        let policy = format!(r#"{{"pattern": "^baton\\.task\\.", "definition": {definition}, "apply-to": "queues"}}"#);
+        self.manage("PUT", &format!("policies/{}/of-the-test", self.name), &policy).await;
     }
 
     /// Purges every queue of the virtual host.

@@ -31,10 +31,22 @@ impl Services {
 
     /// Services of the caller's own, stopped when this is dropped.
     pub fn private() -> Self {
+        Self::begin(&[])
+    }
+
+    /// The same, and the database is on a disk of so many megabytes.
+    pub fn on_small_disk(megabytes: u32) -> Self {
+        Self::begin(&["disk", &megabytes.to_string()])
+    }
+
+    fn begin(disk: &[&str]) -> Self {
         let folder = folder("baton-services-");
         let mut services =
             Self { amqp: String::new(), management: String::new(), database: String::new(), private: Some(folder) };
         services.broker("start");
+        if !disk.is_empty() {
+            services.script("postgres", disk);
+        }
         services.postgres("start");
         for (name, value) in services.variables() {
             match name.as_str() {
@@ -65,6 +77,33 @@ impl Services {
     /// Kills RabbitMQ and starts it without anything it had stored; virtual hosts included.
     pub fn restart_broker_empty(&self) {
         self.broker("restart-empty");
+    }
+
+    /// Runs `rabbitmqctl` on it.
+    pub fn control_broker(&self, arguments: &[&str]) {
+        self.script("rabbitmq", &[&["ctl"], arguments].concat());
+    }
+
+    /// Keeps a copy of everything that the database has; it is stopped for that.
+    pub fn save_database(&self) {
+        self.postgres("save");
+    }
+
+    /// Kills the database and starts it with the copy.
+    pub fn restore_database(&self) {
+        self.postgres("restore");
+    }
+
+    /// Fills the small disk on which the database is, and says with which file.
+    pub fn fill_disk(&self) -> PathBuf {
+        let folder = self.private.as_ref().expect("only private services can be broken").path();
+        let filler = folder.join("postgres/disk/filler");
+        let file = std::fs::File::create(&filler).expect("the disk is there");
+        let zeros = vec![0; 1 << 20];
+        for len in [1 << 20, 1 << 12] {
+            while std::io::Write::write_all(&mut &file, &zeros[..len]).is_ok() {}
+        }
+        filler
     }
 
     /// Kills PostgreSQL with SIGKILL.

@@ -4,7 +4,9 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use baton_common::id::Pid;
+use baton_common::id::{Pid, RequestId};
+use baton_common::state::Desired;
+use baton_common::store::control::Request;
 use baton_common::store::worker::{BEAT, Beat, Lease, Load};
 use baton_common::store::writer::{Attempt, Fence, Fenced, How, Verb};
 use tokio::time::MissedTickBehavior;
@@ -17,6 +19,9 @@ use crate::thread::Thread;
 
 /// A beat that takes longer than this counts as failed. The next one tries again, long before the lease is over.
 const BEAT_LIMIT: Duration = Duration::from_secs(3);
+
+/// For how long after its last beat a worker's row must be there.
+const ROW_KEPT: Duration = Duration::from_secs(12 * 3600);
 
 /// Every so many beats everything held is compared with the database, which costs it a row for each.
 const RECONCILE_EVERY: u64 = 5;
@@ -31,6 +36,7 @@ pub(crate) async fn run(shared: Arc<Shared>, threads: Arc<Vec<Thread>>) {
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut reconciliation = Reconciliation::default();
     let mut named = HashSet::new();
+    let mut last_beat = 0;
     let mut until_sure = 0_u32;
     let mut is_away = false;
     let mut is_fleet_paused = false;
@@ -45,7 +51,17 @@ pub(crate) async fn run(shared: Arc<Shared>, threads: Arc<Vec<Thread>>) {
         };
         let sent_at = boottime_ms();
         match tokio::time::timeout(BEAT_LIMIT, shared.store.beat(shared.me, &load)).await {
-            Ok(Ok(Beat::Alive { drain, is_fleet_paused: is_paused })) => {
+            Ok(Ok(Beat::Alive { beat, .. })) if beat <= last_beat => {
+                refuse_the_past(&shared, &format!("its beat was {last_beat} and is {beat}")).await;
+                return;
+            }
+            // Rows of workers are kept for a day after their end.
+            Ok(Ok(Beat::Unknown)) if last_beat > 0 && shared.lease.age(sent_at) < ROW_KEPT => {
+                refuse_the_past(&shared, &format!("its beat was {last_beat}, and its row is missing")).await;
+                return;
+            }
+            Ok(Ok(Beat::Alive { beat, drain, is_fleet_paused: is_paused })) => {
+                last_beat = beat;
                 shared.lease.renew(sent_at);
                 if drain {
                     shared.drain.cancel();
@@ -63,7 +79,7 @@ pub(crate) async fn run(shared: Arc<Shared>, threads: Arc<Vec<Thread>>) {
                     (is_away, is_fleet_paused) = (false, is_paused);
                 }
             }
-            Ok(Ok(Beat::Gone)) => {
+            Ok(Ok(Beat::Gone | Beat::Unknown)) => {
                 shared.gone.cancel();
                 return;
             }
@@ -92,6 +108,28 @@ pub(crate) async fn run(shared: Arc<Shared>, threads: Arc<Vec<Thread>>) {
             reconciliation.run(&shared).await;
         }
     }
+}
+
+/// What this worker has seen committed is not there any more: the database was restored from an older copy, or a standby
+/// that had not received everything has taken its place. What was recorded in between, by anybody, is lost, and processes
+/// would do again what they have done. So the fleet is paused, which outlives every worker, until a person has decided.
+async fn refuse_the_past(shared: &Shared, evidence: &str) {
+    error!(evidence, "the database has gone back in time; pausing the fleet and dropping everything that is held");
+    let reason = format!(
+        "the database has gone back in time (as worker {} saw it: {evidence}): what was recorded in between is lost, and \
+         processes would go on from where they were before. If that is as it should be, say so with `baton play --fleet`",
+        shared.name
+    );
+    let request = Request { reason: Some(reason), ..Request::new(Desired::Pause, "baton") };
+    let id = RequestId::generate();
+    while let Err(failure) = shared.store.control_fleet(id, &request).await {
+        warn!(%failure, "could not pause the fleet; trying again");
+        tokio::time::sleep(BEAT).await;
+    }
+    if let Err(failure) = shared.store.leave(shared.me).await {
+        warn!(%failure, "could not sign off; others find out by the beat");
+    }
+    shared.gone.cancel();
 }
 
 /// Tells held processes what their rows say, for requests whose message was lost or never sent.

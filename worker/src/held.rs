@@ -34,8 +34,10 @@ pub(crate) enum Drain {
     No,
     /// Before the next advance.
     Soon,
-    /// The grace has passed: drop the advance.
+    /// The grace has passed: drop the advance, and give it time to end what it runs.
     Now,
+    /// Somebody is in a hurry: do not even wait for that.
+    AtOnce,
 }
 
 /// What a held process does right now, written on its thread and read on another; and what it has to obey, the other way
@@ -125,7 +127,7 @@ impl Orders {
         self.abandon
             || self.desired == Desired::Kill
             || (self.desired == Desired::Pause && self.urgent)
-            || self.drain == Drain::Now
+            || self.drain >= Drain::Now
     }
 }
 

@@ -308,7 +308,14 @@ impl Incarnation {
             () = hurry.cancelled() => {}
         }
         held.drain(Drain::Now);
-        if !held.emptied(self.shared.grace + CLEAN_UP_LIMIT).await {
+        let is_emptied = tokio::select! {
+            is_emptied = held.emptied(self.shared.grace + CLEAN_UP_LIMIT) => is_emptied,
+            () = hurry.cancelled() => {
+                held.drain(Drain::AtOnce);
+                held.emptied(CLEAN_UP_LIMIT).await
+            }
+        };
+        if !is_emptied {
             warn!(
                 held = held.count(),
                 "some processes block their thread; they are taken over when this worker is gone"

@@ -36,10 +36,14 @@ impl Lease {
         self.renewals.subscribe()
     }
 
+    /// How long ago the last beat was sent that has been committed.
+    pub(crate) fn age(&self, now_ms: u64) -> Duration {
+        Duration::from_millis(now_ms.saturating_sub(self.renewed_at_ms.load(Ordering::Acquire)))
+    }
+
     /// Whether this worker may act now.
     pub(crate) fn is_trusted(&self, now_ms: u64) -> bool {
-        let age = now_ms.saturating_sub(self.renewed_at_ms.load(Ordering::Acquire));
-        u128::from(age) < TRUST.as_millis()
+        self.age(now_ms) < TRUST
     }
 
     /// Waits until this worker may act. A passed deadline does not mean that the lease is lost, only that the next beat

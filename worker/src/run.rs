@@ -236,7 +236,7 @@ impl Run {
                     ended = tokio::time::timeout(limit, process.interrupted(&context, why)) => if ended.is_err() {
                         warn!(pid = %context.pid(), ?why, "the process did not clean up within {}s", limit.as_secs());
                     },
-                    () = context.live.until(|orders| orders.abandon) => {}
+                    () = context.live.until(|orders| orders.abandon || orders.drain == Drain::AtOnce) => {}
                 }
                 None
             }

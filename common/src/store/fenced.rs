@@ -290,15 +290,20 @@ const CLAIM: &str = "
               (SELECT s.traceparent FROM spec s WHERE s.id = process.id) AS traceparent,
               (SELECT s.reply_to FROM spec s WHERE s.id = process.id) AS reply_to";
 
-static CHECKPOINT: LazyLock<String> = LazyLock::new(|| CHECKPOINT_SQL.replace("{fence}", FENCE));
+static CHECKPOINT: LazyLock<String> =
+    LazyLock::new(|| CHECKPOINT_SQL.replace("{fence}", FENCE).replace("{follows}", FOLLOWS));
 
 const CHECKPOINT_SQL: &str = "
     WITH {rows}
     UPDATE process
     SET seq = b_seq, checkpoint = b_checkpoint, deaths = 0, woken = false
     FROM b
-    WHERE id = b_id AND {fence}
+    WHERE id = b_id AND {fence} AND {follows}
     RETURNING id, desired, urgent";
+
+/// A checkpoint follows the one before it, or is the same once more: one whose predecessor is not there (the database was
+/// restored from a copy, say) would hide that something is missing.
+const FOLLOWS: &str = if cfg!(feature = "without-sequence") { "true" } else { "seq IN (b_seq - 1, b_seq)" };
 
 /// What every write of a holder asks of the row.
 const FENCE: &str = if cfg!(feature = "without-epoch") {
@@ -349,7 +354,7 @@ fn fenced_sql(and: &str) -> String {
              ended_at = CASE WHEN b_verb = {END} THEN {{clock}} ELSE NULL END,
              outcome = CASE WHEN b_verb = {END} THEN b_outcome ELSE NULL END
          FROM b
-         WHERE id = b_id AND {FENCE} {and}
+         WHERE id = b_id AND {FENCE} AND (length(b_checkpoint) = 0 OR {FOLLOWS}) {and}
          RETURNING id, place, state, before, desired, urgent, control, queue, told_at"
     )
 }

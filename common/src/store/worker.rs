@@ -75,6 +75,8 @@ pub struct Load {
 pub enum Beat {
     /// The incarnation lives.
     Alive {
+        /// The number of this beat. One that is not larger than all before it says that the database has gone back.
+        beat: i64,
         /// Somebody wants it to give back what it holds and to stop.
         drain: bool,
         /// The fleet takes no work.
@@ -82,6 +84,8 @@ pub enum Beat {
     },
     /// Somebody has declared it gone, for ever.
     Gone,
+    /// The database does not know it.
+    Unknown,
 }
 
 impl Peer {
@@ -125,11 +129,19 @@ impl Store {
     pub async fn beat(&self, id: Incarnation, load: &Load) -> Result<Beat, Error> {
         let sql = "UPDATE worker SET beat = beat + 1, beat_at = {now}, load = $2, blocked = $3
                    WHERE id = $1 AND gone_at IS NULL
-                   RETURNING drain, (SELECT COUNT(*) FROM fleet WHERE paused_at IS NOT NULL) AS n_paused";
+                   RETURNING beat, drain, (SELECT COUNT(*) FROM fleet WHERE paused_at IS NOT NULL) AS n_paused";
         let blocked = (!load.blocked.is_empty()).then(|| load.blocked.join(", "));
         let rows = self.query(sql, vec![Uuid::from(id).into(), i64::from(load.held).into(), blocked.into()]).await?;
-        let Some(row) = rows.first() else { return Ok(Beat::Gone) };
-        Ok(Beat::Alive { drain: row.try_get("", "drain")?, is_fleet_paused: row.try_get::<i64>("", "n_paused")? > 0 })
+        let Some(row) = rows.first() else {
+            let rows = self.query("SELECT 1 AS n FROM worker WHERE id = $1", vec![Uuid::from(id).into()]).await?;
+            return Ok(if rows.is_empty() { Beat::Unknown } else { Beat::Gone });
+        };
+        let beat = row.try_get("", "beat")?;
+        Ok(Beat::Alive {
+            beat,
+            drain: row.try_get("", "drain")?,
+            is_fleet_paused: row.try_get::<i64>("", "n_paused")? > 0,
+        })
     }
 
     /// Asks live workers of a name (or the one incarnation of an id) to give back what they hold and to stop. Gives those

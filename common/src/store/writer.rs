@@ -393,7 +393,9 @@ impl Lane {
     async fn attempt(&self, batch: &[Request], is_first: bool) -> Result<Answers, Error> {
         let answers = if is_first { self.commit_alone(batch).await? } else { self.commit(batch).await? };
         border!(batch.first().map_or("", Request::border));
-        fail_point!("commit-unanswered", |_| Err(Error::Unreachable("its answer was lost".into())));
+        fail_point!(batch.first().map_or("", Request::unanswered), |_| {
+            Err(Error::Unreachable("its answer was lost".into()))
+        });
         Ok(answers)
     }
 
@@ -539,6 +541,16 @@ impl Request {
             Request::Claim { .. } => "claim-committed",
             Request::Checkpoint { .. } => "checkpoint-committed",
             Request::Write { .. } => "departure-committed",
+        }
+    }
+
+    /// The failpoint at which the answer to its commit is lost.
+    #[cfg(feature = "failpoints")]
+    fn unanswered(&self) -> &'static str {
+        match self {
+            Request::Claim { .. } => "claim-unanswered",
+            Request::Checkpoint { .. } => "checkpoint-unanswered",
+            Request::Write { .. } => "departure-unanswered",
         }
     }
 

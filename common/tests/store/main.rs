@@ -202,6 +202,7 @@ on_both! {
     a_write_after_the_sweep_freed_the_row_changes_nothing
     parking_wakes_by_time
     a_wake_while_it_parks_is_seen
+    a_checkpoint_whose_predecessor_is_not_there_changes_nothing
     leaving_held_obeys_a_pause
     a_pausing_write_asks_the_row
     a_kill_absorbs_and_is_final
@@ -317,6 +318,27 @@ async fn a_wake_while_it_parks_is_seen(scene: Scene) {
     scene.recorded(pid, Desired::Kill).await;
     let written = scene.write(fence, Verb::Park { wake_in: Duration::from_secs(3600) }).await.unwrap();
     assert_eq!((written.place, written.desired), (Place::Held, Desired::Kill));
+
+    let pid = scene.submit("call: baton.noop").await;
+    let fence = scene.claimed(pid).await.fence;
+    scene.sql("UPDATE process SET woken = true WHERE desired = 0").await;
+    let written = scene.write(fence, Verb::Park { wake_in: Duration::from_secs(3600) }).await.unwrap();
+    assert_eq!((written.place, written.state), (Place::Held, State::Running), "it must look at what it was woken for");
+    let checkpoint = Some(Checkpoint { advances: 2, ..Checkpoint::default() });
+    let written = scene.write_with(fence, Verb::Park { wake_in: Duration::from_secs(3600) }, checkpoint).await.unwrap();
+    assert_eq!((written.place, written.state), (Place::Parked, State::Waiting), "it was woken once");
+}
+
+async fn a_checkpoint_whose_predecessor_is_not_there_changes_nothing(scene: Scene) {
+    let pid = scene.submit("call: baton.noop").await;
+    let fence = scene.claimed(pid).await.fence;
+    let at = |advances: u64| Checkpoint { advances, ..Checkpoint::default() };
+    assert!(scene.writer.checkpoint(fence, at(1)).await.unwrap().is_some());
+    assert!(scene.writer.checkpoint(fence, at(1)).await.unwrap().is_some(), "sent again after a lost answer");
+    assert!(scene.writer.checkpoint(fence, at(3)).await.unwrap().is_none());
+    assert!(scene.write_with(fence, Verb::GiveBack, Some(at(3))).await.is_none());
+    assert!(scene.write_with(fence, end(State::Finished), Some(at(0))).await.is_none());
+    assert!(scene.write_with(fence, end(State::Finished), Some(at(2))).await.is_some());
 }
 
 async fn leaving_held_obeys_a_pause(scene: Scene) {
@@ -432,7 +454,7 @@ async fn a_suspect_is_claimed_alone(scene: Scene) {
 }
 
 async fn a_gone_worker_beats_no_more(scene: Scene) {
-    let alive = Beat::Alive { drain: false, is_fleet_paused: false };
+    let alive = Beat::Alive { beat: 1, drain: false, is_fleet_paused: false };
     assert_eq!(scene.store.beat(scene.me, &Load::default()).await.unwrap(), alive);
     let seen = scene.store.peers().await.unwrap();
     assert_eq!((seen.len(), seen[0].beat), (1, 1));
@@ -587,13 +609,13 @@ async fn fleet_and_worker_learn_at_the_beat_what_is_wanted(scene: Scene) {
     assert!(scene.store.control_fleet(id, &request(Desired::Pause)).await.unwrap());
     assert!(!scene.store.control_fleet(id, &request(Desired::Pause)).await.unwrap(), "once");
     assert_eq!(scene.store.fleet_pause().await.unwrap().unwrap().by, "ann");
-    assert_eq!(beat().await, Beat::Alive { drain: false, is_fleet_paused: true });
+    assert_eq!(beat().await, Beat::Alive { beat: 1, drain: false, is_fleet_paused: true });
     scene.store.control_fleet(RequestId::generate(), &request(Desired::Run)).await.unwrap();
     assert_eq!(scene.store.fleet_pause().await.unwrap(), None);
     assert!(scene.store.drain("nobody", &request(Desired::Run)).await.unwrap().is_empty());
     let drained = scene.store.drain("w1", &request(Desired::Run)).await.unwrap();
     assert_eq!(drained.iter().map(|peer| peer.id).collect::<Vec<_>>(), [scene.me]);
-    assert_eq!(beat().await, Beat::Alive { drain: true, is_fleet_paused: false });
+    assert_eq!(beat().await, Beat::Alive { beat: 2, drain: true, is_fleet_paused: false });
 }
 
 async fn a_launch_inserts_claims_and_knows_another_spec(scene: Scene) {
@@ -680,7 +702,7 @@ async fn two_writers_with_overlapping_rows_do_not_deadlock(scene: Scene) {
 async fn unreadable_checkpoints_are_reported_not_fatal(scene: Scene) {
     let pid = scene.submit("call: baton.noop").await;
     let fence = scene.claimed(pid).await.fence;
-    let checkpoint = Checkpoint { state: vec![1, 2, 3], advances: 7, ..Checkpoint::default() };
+    let checkpoint = Checkpoint { state: vec![1, 2, 3], advances: 1, ..Checkpoint::default() };
     scene.write_with(fence, Verb::GiveBack, Some(checkpoint.clone())).await.unwrap();
     let claimed = scene.claimed(pid).await;
     assert_eq!(claimed.checkpoint.unwrap().unwrap(), checkpoint);

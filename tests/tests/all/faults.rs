@@ -1,71 +1,11 @@
 //! Services that die, come back, come back empty: it costs time and nothing else. Each test has its own services.
 
-use std::collections::BTreeSet;
 use std::time::Duration;
 
 use baton_tests::eventually;
-use baton_tests::process::Worker;
 use baton_tests::scene::Scene;
-use baton_tests::witness::Witness;
 
-const PROCESSES: u32 = 500;
-const ADVANCES: u64 = 40;
-
-/// Two workers in the middle of their work.
-struct Busy {
-    scene: Scene,
-    workers: Vec<Worker>,
-    pids: Vec<String>,
-}
-
-impl Busy {
-    async fn new() -> Self {
-        let scene = Scene::private().await;
-        let workers =
-            vec![scene.worker("w1", &["--slots", "150"]).await, scene.worker("w2", &["--slots", "150"]).await];
-        let witness = scene.path("witness");
-        let spec = format!(
-            "{{call: baton.count, with: {{advances: {ADVANCES}, every: 100ms, witness: {}}}}}",
-            witness.display()
-        );
-        let pids = scene.submit(&spec, PROCESSES).await;
-        let busy = Self { scene, workers, pids };
-        busy.has_advanced(1_000).await;
-        busy
-    }
-
-    async fn has_advanced(&self, lines: usize) {
-        eventually("it is in the middle", Duration::from_secs(60), async || {
-            let now = self.witness().lines();
-            if now >= lines { Ok(()) } else { Err(now) }
-        })
-        .await;
-    }
-
-    fn witness(&self) -> Witness {
-        Witness::read(&self.scene.path("witness"))
-    }
-
-    /// All finish, each under one lease, and no worker was started again.
-    async fn check(mut self) {
-        eventually("all have finished", Duration::from_secs(120), async || {
-            let rest = self.scene.sql("SELECT place, state, count(*) FROM process GROUP BY 1, 2").await;
-            if rest.trim() == format!("3|4|{PROCESSES}") { Ok(()) } else { Err(rest) }
-        })
-        .await;
-        self.witness().check(&self.pids, ADVANCES, &BTreeSet::new());
-        let attempts = self.scene.sql("SELECT how, count(*), max(epoch) FROM attempt GROUP BY 1").await;
-        assert_eq!(attempts.trim(), format!("ok|{PROCESSES}|1"), "a process has changed hands");
-        for worker in &mut self.workers {
-            assert!(!worker.log().contains("declared gone"), "{}", worker.log());
-            assert_eq!(worker.terminate().await.code(), Some(0));
-        }
-    }
-}
-
-async fn blocking(work: impl FnOnce() + Send) {
-    tokio::task::block_in_place(work);
-}
+use crate::busy::{Busy, blocking};
 
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs services: run tests/run"]

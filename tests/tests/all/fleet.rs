@@ -4,6 +4,8 @@ use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use baton_tests::eventually;
+use baton_tests::history::History;
+use baton_tests::journal;
 use baton_tests::process::processes_with;
 use baton_tests::scene::Scene;
 use baton_tests::witness::Witness;
@@ -52,6 +54,7 @@ async fn a_submitted_process_is_run_by_a_worker_and_leaves_its_history() {
 #[ignore = "needs services: run tests/run"]
 async fn a_killed_worker_loses_nothing_and_no_committed_advance_is_repeated() {
     let scene = Scene::new().await;
+    journal::keep(&scene).await;
     let witness = scene.path("witness");
     let mut first = scene.worker("w1", &["--slots", "200"]).await;
     let _second = scene.worker("w2", &["--slots", "200"]).await;
@@ -76,6 +79,7 @@ async fn a_killed_worker_loses_nothing_and_no_committed_advance_is_repeated() {
     let taken_over_in = killed_at.elapsed();
     count_becomes(&scene, "state = 4", 200, 90).await;
     Witness::read(&witness).check(&pids, 50, &lost);
+    History::read(&scene, vec![]).await.accepting(&pids).check();
     let how = how_attempts_ended(&scene).await;
     assert!(how.contains("lost|"), "{how}");
     // The limit is the slow verdict's; the fast one needs two to three seconds.
@@ -86,6 +90,7 @@ async fn a_killed_worker_loses_nothing_and_no_committed_advance_is_repeated() {
 #[ignore = "needs services: run tests/run"]
 async fn a_frozen_worker_writes_nothing_more_ends_its_programs_and_goes_on_as_a_new_one() {
     let scene = Scene::new().await;
+    journal::keep(&scene).await;
     let witness = scene.path("witness");
     let frozen = scene.worker("frozen", &[]).await;
     let mut pids = scene.submit(&count_spec(200, "100ms", &witness), 10).await;
@@ -135,6 +140,7 @@ async fn a_frozen_worker_writes_nothing_more_ends_its_programs_and_goes_on_as_a_
     scene.baton(&["kill", "--wait", &program[0]]).await.ok();
     assert!(processes_with("sleep 1733").is_empty());
     count_becomes(&scene, "state = 4", 310, 90).await;
+    History::read(&scene, vec![]).await.accepting(&pids).check();
     assert!(lines_of_frozen(" ") > all, "it takes no work any more");
 }
 
@@ -142,6 +148,7 @@ async fn a_frozen_worker_writes_nothing_more_ends_its_programs_and_goes_on_as_a_
 #[ignore = "needs services: run tests/run"]
 async fn a_drained_worker_gives_everything_back_at_no_charge() {
     let scene = Scene::new().await;
+    journal::keep(&scene).await;
     let witness = scene.path("witness");
     let mut first = scene.worker("w1", &["--grace", "1s"]).await;
     let pids = scene.submit(&count_spec(60, "100ms", &witness), 20).await;
@@ -157,6 +164,7 @@ async fn a_drained_worker_gives_everything_back_at_no_charge() {
     assert_eq!(scene.count("owner IN (SELECT id FROM worker WHERE name = 'w1')").await, 0);
     count_becomes(&scene, "state = 4", 20, 60).await;
     Witness::read(&witness).check(&pids, 60, &BTreeSet::new());
+    History::read(&scene, vec![]).await.accepting(&pids).check();
     let how = how_attempts_ended(&scene).await;
     assert_eq!(how.lines().collect::<Vec<_>>(), ["drained|21", "ok|20"], "no death, no charge");
     scene.baton(&["list", "--state", "running", "-o", "json"]).await.ok();

@@ -3,6 +3,7 @@
 #![expect(clippy::unwrap_used, reason = "a test fails by it")]
 
 mod bad_input;
+mod busy;
 mod control;
 mod cost;
 mod crashes;
@@ -11,6 +12,7 @@ mod embedded;
 mod faults;
 mod fleet;
 mod network;
+mod outages;
 mod outside;
 mod prune;
 mod races;

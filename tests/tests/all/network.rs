@@ -5,6 +5,8 @@ use std::path::Path;
 use std::time::Duration;
 
 use baton_tests::eventually;
+use baton_tests::history::History;
+use baton_tests::journal;
 use baton_tests::proxy::{Fault, Proxy};
 use baton_tests::scene::Scene;
 use baton_tests::witness::Witness;
@@ -20,6 +22,7 @@ struct Counting {
 
 impl Counting {
     async fn new(scene: Scene) -> Self {
+        journal::keep(&scene).await;
         let witness = scene.path("witness");
         let spec = format!(
             "{{call: baton.count, with: {{advances: {ADVANCES}, every: 100ms, witness: {}}}}}",
@@ -51,6 +54,7 @@ impl Counting {
             if rest == format!("3|4|{PROCESSES}") { Ok(()) } else { Err(rest) }
         })
         .await;
+        History::read(&self.scene, vec![]).await.accepting(&self.pids).check();
     }
 
     async fn places(&self) -> String {

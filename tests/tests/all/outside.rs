@@ -3,6 +3,8 @@
 use std::time::Duration;
 
 use baton_tests::eventually;
+use baton_tests::history::History;
+use baton_tests::journal;
 use baton_tests::scene::{Scene, output};
 use lapin::BasicProperties;
 use serde_json::json;
@@ -108,6 +110,7 @@ async fn execute_is_answered_when_accepted_and_when_ended() {
 #[ignore = "needs services: run tests/run"]
 async fn a_hundred_copies_of_a_launch_and_of_a_continue_are_one_attempt() {
     let scene = Scene::new().await;
+    journal::keep(&scene).await;
     let mut workers = Vec::new();
     for name in ["w1", "w2", "w3", "w4"] {
         workers.push(scene.worker(name, &[]).await);
@@ -133,6 +136,44 @@ async fn a_hundred_copies_of_a_launch_and_of_a_continue_are_one_attempt() {
     assert_eq!(scene.show(&pid).await["attempts"].as_array().unwrap().len(), 1);
     assert_eq!(std::fs::read_to_string(&witness).unwrap().lines().count(), 3);
     assert_eq!(amqp.depth("baton.dead").await, 0);
+    History::read(&scene, vec![]).await.accepting(&[pid]).check();
+}
+
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn a_launch_is_acknowledged_only_once_it_is_in_the_database() {
+    let scene = Scene::new().await;
+    journal::keep(&scene).await;
+    let mut worker = scene.worker("w1", &[]).await;
+    let lock = "BEGIN; LOCK TABLE spec IN SHARE ROW EXCLUSIVE MODE; SELECT pg_sleep(3600)";
+    let mut locking =
+        Command::new("psql").args([&scene.database_url(), "-c", lock]).kill_on_drop(true).spawn().unwrap();
+    let locks = async |which: &str| {
+        let held = "SELECT count(*) FROM pg_locks l JOIN pg_class c ON c.oid = l.relation
+                    JOIN pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname = current_schema AND c.relname = 'spec'";
+        scene.sql(&format!("{held} AND {which}")).await.trim() != "0"
+    };
+    eventually("nobody can insert", Duration::from_secs(20), async || {
+        if locks("mode = 'ShareRowExclusiveLock' AND granted").await { Ok(()) } else { Err("not locked") }
+    })
+    .await;
+    let pid = new_pid();
+    let launch = json!({"version": 1, "type": "launch", "pid": pid, "spec": {"call": "baton.noop"}});
+    scene.amqp().await.publish_json("baton.task", "default", &launch).await;
+    eventually("the worker waits for the database", Duration::from_secs(20), async || {
+        if locks("NOT granted").await { Ok(()) } else { Err("nobody waits") }
+    })
+    .await;
+    worker.kill();
+    locking.kill().await.unwrap();
+    let ended = scene.sql(
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query LIKE '%pg_sleep(3600)%'
+                           AND pid <> pg_backend_pid()",
+    );
+    ended.await;
+    let _next = scene.worker("w2", &[]).await;
+    ends(&scene, &pid, "finished").await;
+    History::read(&scene, vec![]).await.accepting(&[pid]).check();
 }
 
 #[tokio::test]

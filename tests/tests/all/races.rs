@@ -8,6 +8,7 @@ use std::time::Duration;
 use baton_common::state::Desired;
 use baton_tests::eventually;
 use baton_tests::history::{Answered, History};
+use baton_tests::journal;
 use baton_tests::operator::Operator;
 use baton_tests::process::Worker;
 use baton_tests::scene::Scene;
@@ -67,6 +68,7 @@ struct Race {
 impl Race {
     async fn new(spec: &str) -> (Self, Vec<Worker>) {
         let scene = Scene::new().await;
+        journal::keep(&scene).await;
         let workers = vec![scene.worker("w1", &["--slots", "60"]).await, scene.worker("w2", &["--slots", "60"]).await];
         let operators = [Operator::new(&scene, "ann").await, Operator::new(&scene, "bob").await];
         let pids = scene.submit(spec, rounds()).await;
@@ -102,6 +104,7 @@ impl Race {
         })
         .await;
         let history = History::read(&self.scene, answers).await;
+        let history = history.accepting(&self.pids);
         assert_eq!(history.violations(), Vec::<String>::new(), "seed {}", self.dice.0);
         let count = |state: &str| history.processes.values().filter(|process| process.state == state).count();
         assert_eq!(count("killed") + count("finished"), self.pids.len());
