@@ -7,8 +7,8 @@
 #   postgres.sh restart DIR        clean stop, start
 #   postgres.sh save DIR           clean stop, keeps a copy of its data, start
 #   postgres.sh restore DIR        SIGKILL, start with the copy
-#   postgres.sh disk DIR MB        before the first start: its data go to a disk in memory of this size (needs root); `kill`
-#                                  takes it away
+#   postgres.sh disk DIR MB        before the first start: its data go to a disk in memory of this size (needs root)
+#   postgres.sh end DIR            SIGKILL, and takes that disk away
 #   postgres.sh env DIR            its address as a shell assignment
 set -euo pipefail
 . "$(dirname "$0")/lib.sh"
@@ -46,10 +46,13 @@ start() {
   running_server && return
   [ "$(id -u)" = 0 ] && chown postgres "$dir"
   port=$(settle_port "$dir" "${1:-}" 1)
+  # On a small disk its log stays small.
+  local disk=
+  if [ -d "$dir/disk" ]; then disk='-c max_wal_size=64MB -c min_wal_size=32MB'; fi
   [ -s "$dir/data/PG_VERSION" ] || create
   # The socket goes into the directory: the packaged default may be missing or not writable.
   if ! unprivileged "$bin/pg_ctl" start -s -w -t 60 -D "$dir/data" -l "$dir/server.log" -o "-p $port -k '$dir' \
-      -c listen_addresses=127.0.0.1 -c fsync=on -c synchronous_commit=on -c max_connections=300 -c shared_preload_libraries=pg_stat_statements"; then
+      -c listen_addresses=127.0.0.1 -c fsync=on -c synchronous_commit=on -c max_connections=300 $disk -c shared_preload_libraries=pg_stat_statements"; then
     tail -n 15 "$dir/server.log" >&2
     exit 1
   fi
@@ -88,7 +91,8 @@ case $verb in
   restore) kill_server; rm -rf "$dir/data"; mv "$dir/saved" "$dir/data"; start ;;
   disk) make_disk "${3:?megabytes}" ;;
   stop) stop fast ;;
-  kill)
+  kill) kill_server ;;
+  end)
     kill_server
     if mountpoint -q "$dir/disk"; then umount -l "$dir/disk"; fi
     ;;

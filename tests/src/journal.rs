@@ -31,6 +31,8 @@ pub struct Version {
     pub place: i64,
     /// The code of its state.
     pub state: i64,
+    /// The code of the state to which it returns from a pause.
+    pub before: i64,
     /// The number of its last lease.
     pub epoch: i64,
     /// Who holds it.
@@ -51,15 +53,15 @@ pub struct Version {
 
 /// The trigger and its table, in the schema that the search path names.
 const KEEP: &str = "
-    CREATE TABLE journal (n bigserial PRIMARY KEY, pid uuid NOT NULL, deleted boolean NOT NULL, place bigint, state bigint,
+    CREATE TABLE journal (n bigserial PRIMARY KEY, pid uuid NOT NULL, deleted boolean NOT NULL, place bigint, state bigint, before bigint,
         epoch bigint, owner uuid, seq bigint, checkpoint text, outcome text, desired bigint, woken boolean, is_timed boolean);
     CREATE FUNCTION keep_journal() RETURNS trigger LANGUAGE plpgsql AS $$
     BEGIN
         IF TG_OP = 'DELETE' THEN
             INSERT INTO journal (pid, deleted) VALUES (OLD.id, true);
         ELSE
-            INSERT INTO journal (pid, deleted, place, state, epoch, owner, seq, checkpoint, outcome, desired, woken, is_timed)
-            VALUES (NEW.id, false, NEW.place, NEW.state, NEW.epoch, NEW.owner, NEW.seq, md5(NEW.checkpoint),
+            INSERT INTO journal (pid, deleted, place, state, before, epoch, owner, seq, checkpoint, outcome, desired, woken, is_timed)
+            VALUES (NEW.id, false, NEW.place, NEW.state, NEW.before, NEW.epoch, NEW.owner, NEW.seq, md5(NEW.checkpoint),
                     md5(NEW.outcome), NEW.desired, NEW.woken, NEW.wake_at IS NOT NULL);
         END IF;
         RETURN NULL;
@@ -96,6 +98,7 @@ fn version(row: &Value) -> Version {
         deleted: false,
         place: number(row, "place"),
         state: number(row, "state"),
+        before: number(row, "before"),
         epoch: number(row, "epoch"),
         owner: word("owner"),
         seq: number(row, "seq"),
@@ -143,9 +146,12 @@ pub(crate) fn check(
     let how = |epoch: i64| attempts.iter().find(|attempt| attempt.epoch == epoch).map(|attempt| attempt.how.as_str());
     for (epoch, holding) in &holdings {
         // An ordinary wait ends a holding without leaving an attempt.
-        let waits = holding.left.is_none_or(|left| left.place == PARKED && left.state == WAITING);
-        if !waits && how(*epoch).is_none() {
-            violation(format!("I8: the holding of epoch {epoch} has left no attempt"));
+        let waits = |left: &Version| left.state == WAITING || (left.state == PAUSED && left.before == WAITING);
+        if let Some(left) = holding.left
+            && !(left.place == PARKED && waits(left))
+            && how(*epoch).is_none()
+        {
+            violation(format!("I8: the holding of epoch {epoch} has left no attempt, but {left:?}"));
         }
         if !seen.is_empty() {
             for advance in &holding.recorded {

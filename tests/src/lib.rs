@@ -4,6 +4,7 @@
 //! virtual host, a schema and a folder. Tests that break a service start their own with [`services::Services::private`].
 
 pub mod amqp;
+pub mod dice;
 pub mod history;
 pub mod journal;
 pub mod operator;

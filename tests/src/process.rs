@@ -115,6 +115,11 @@ impl Worker {
         eventually("the worker ends", limit, async || child.try_wait().expect("own child").ok_or("it runs")).await
     }
 
+    /// Whether it has ended.
+    pub fn has_ended(&mut self) -> bool {
+        self.child.try_wait().expect("own child").is_some()
+    }
+
     /// Its process id.
     pub fn os_pid(&self) -> u32 {
         self.child.id()

@@ -150,12 +150,12 @@ impl Drop for Services {
     fn drop(&mut self) {
         if self.private.is_some() && !std::thread::panicking() {
             self.broker("kill");
-            self.postgres("kill");
+            self.postgres("end");
         } else if let Some(folder) = &self.private {
             // After a failure the scripts' own checks must not hide it.
-            for service in ["rabbitmq", "postgres"] {
+            for (service, verb) in [("rabbitmq", "kill"), ("postgres", "end")] {
                 let script = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("services/{service}.sh"));
-                let _ = Command::new(script).arg("kill").arg(folder.path().join(service)).status();
+                let _ = Command::new(script).arg(verb).arg(folder.path().join(service)).status();
             }
         }
     }

@@ -6,6 +6,7 @@
 use std::time::Duration;
 
 use baton_common::state::Desired;
+use baton_tests::dice::Dice;
 use baton_tests::eventually;
 use baton_tests::history::{Answered, History};
 use baton_tests::journal;
@@ -17,40 +18,24 @@ use futures_util::StreamExt;
 /// Requests under way at once.
 const UNDER_WAY: usize = 48;
 
-/// Numbers to delay with, the same for the same seed.
-#[derive(Clone)]
-struct Dice(u64);
+/// Delays and verbs that the dice decide.
+trait Throw {
+    async fn pause(&mut self, limit_ms: u64);
+    fn verb(&mut self) -> Desired;
+}
 
-impl Dice {
-    fn new() -> Self {
-        let seed = std::env::var("BATON_RACE_SEED").ok().and_then(|seed| seed.parse().ok());
-        let seed = seed.unwrap_or_else(|| uuid::Uuid::new_v4().as_u64_pair().0);
-        Self(seed)
-    }
-
-    /// The dice of one process.
-    fn of(&self, idx: usize) -> Self {
-        let mut dice = Self(self.0 ^ (idx as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15));
-        dice.next(2);
-        dice
-    }
-
-    /// A number below `end` (Marsaglia's xorshift64).
-    fn next(&mut self, end: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 % end
-    }
-
+impl Throw for Dice {
     async fn pause(&mut self, limit_ms: u64) {
         tokio::time::sleep(Duration::from_micros(self.next(limit_ms * 1000))).await;
     }
 
     fn verb(&mut self) -> Desired {
-        [Desired::Run, Desired::Pause, Desired::Pause, Desired::Kill]
-            [usize::try_from(self.next(4)).expect("below four")]
+        *self.pick(&[Desired::Run, Desired::Pause, Desired::Pause, Desired::Kill])
     }
+}
+
+fn seed() -> u64 {
+    std::env::var("BATON_RACE_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or_else(Dice::seed)
 }
 
 fn rounds() -> u32 {
@@ -62,6 +47,7 @@ struct Race {
     scene: Scene,
     operators: [Operator; 2],
     pids: Vec<String>,
+    seed: u64,
     dice: Dice,
 }
 
@@ -72,7 +58,8 @@ impl Race {
         let workers = vec![scene.worker("w1", &["--slots", "60"]).await, scene.worker("w2", &["--slots", "60"]).await];
         let operators = [Operator::new(&scene, "ann").await, Operator::new(&scene, "bob").await];
         let pids = scene.submit(spec, rounds()).await;
-        (Self { scene, operators, pids, dice: Dice::new() }, workers)
+        let seed = seed();
+        (Self { scene, operators, pids, seed, dice: Dice::seeded(seed) }, workers)
     }
 
     /// Lets every process have its requests, many processes at a time.
@@ -95,7 +82,7 @@ impl Race {
         })
         .await;
         let history = History::read(&self.scene, answers.clone()).await;
-        assert_eq!(history.violations(), Vec::<String>::new(), "before all are played; seed {}", self.dice.0);
+        assert_eq!(history.violations(), Vec::<String>::new(), "before all are played; seed {}", self.seed);
         self.scene.baton(&["play", "--all"]).await.ok();
         eventually("all have ended", Duration::from_secs(240), async || {
             let rest =
@@ -105,7 +92,7 @@ impl Race {
         .await;
         let history = History::read(&self.scene, answers).await;
         let history = history.accepting(&self.pids);
-        assert_eq!(history.violations(), Vec::<String>::new(), "seed {}", self.dice.0);
+        assert_eq!(history.violations(), Vec::<String>::new(), "seed {}", self.seed);
         let count = |state: &str| history.processes.values().filter(|process| process.state == state).count();
         assert_eq!(count("killed") + count("finished"), self.pids.len());
         (count("killed"), count("finished"))
