@@ -110,6 +110,44 @@ async fn killed_in_the_middle_of_a_count_it_goes_on_where_it_was() {
     assert_ne!(again.stdout.trim(), pid);
 }
 
+/// As if by SIGKILL at each border of a commit, then as if its answer were lost. `fault` is what happens at the second pass.
+#[tokio::test]
+async fn it_crashes_at_each_border_of_a_commit_and_goes_on_where_it_was() {
+    for border in ["submit-committed", "claim-committed", "advance-made", "checkpoint-committed", "departure-committed"]
+    {
+        let home = Home::new();
+        let witness = home.path("witness");
+        let spec = home.spec(&format!(
+            "{{call: baton.count, with: {{advances: 4, every: 20ms, witness: {}}}}}",
+            witness.display()
+        ));
+        let first =
+            home.command(&["run", &spec]).env("FAILPOINTS", format!("{border}=1*return")).output().await.unwrap();
+        assert_eq!(first.status.code(), None, "{border}: it has not crashed: {first:?}");
+        let list = home.baton(&["list", "-o", "ids"]).await.ok().stdout;
+        assert_eq!(list.lines().count(), 1, "{border}: {list}");
+        // A process whose end was committed has ended, and the same file is a new one.
+        home.baton(&["run", &spec]).await.ok();
+        let ids = home.baton(&["list", "-o", "ids", "-n", "0"]).await.ok().stdout;
+        let pids: Vec<String> = ids.lines().map(str::to_owned).collect();
+        let cut_off = pids.iter().cloned().collect();
+        Witness::read(&witness).check(&pids, 4, &cut_off);
+        for pid in &pids {
+            let show = home.baton(&["show", pid, "-o", "json"]).await.ok().json();
+            assert_eq!(
+                (&show[0]["state"], &show[0]["values"]["advances"]),
+                (&"finished".into(), &4.into()),
+                "{border}: {show}"
+            );
+        }
+        let check =
+            "import sqlite3, sys; print(sqlite3.connect(sys.argv[1]).execute('PRAGMA integrity_check').fetchone()[0])";
+        let checked =
+            Command::new("/usr/bin/python3").args(["-c", check]).arg(home.path(".baton/baton.db")).output().await;
+        assert_eq!(checked.unwrap().stdout, b"ok\n", "{border}");
+    }
+}
+
 #[tokio::test]
 async fn a_second_run_in_the_same_home_is_refused_by_name_and_control_works_beside_it() {
     let home = Home::new();
