@@ -3,8 +3,11 @@
 pub mod communicator;
 pub mod config;
 pub mod duration;
+#[cfg(test)]
+mod fuzz;
 pub mod id;
 pub mod message;
+mod message_pack;
 pub mod select;
 pub mod spec;
 pub mod state;
