@@ -163,7 +163,7 @@ impl Row {
     /// An operator, or the holder of its parent, asks for something. What is held only learns what is desired. `outside`
     /// says whether something of it lives outside the database, so that a worker has to end it.
     pub fn control(&mut self, verb: Desired, outside: bool, rules: Rules) {
-        if self.place == Place::Ended || self.desired == Desired::Kill {
+        if self.place == Place::Ended || (self.desired == Desired::Kill && verb != Desired::Kill) {
             return;
         }
         self.desired = verb;
