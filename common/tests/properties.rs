@@ -1,7 +1,5 @@
 //! What must hold for every value: of the state machine, and of everything that is written and read again.
 
-#![expect(clippy::unwrap_used, reason = "a test fails by it")]
-
 use std::collections::BTreeMap;
 use std::time::Duration;
 
