@@ -72,7 +72,7 @@ pub struct Worker {
     pub hands: [Option<Hand>; 2],
     /// It has claimed although it is gone. It may once, before its beat tells it; for ever would be without end.
     pub claimed_late: bool,
-    /// It has ended the child and still has to wake the parent; never so while [`crate::Rule::WakeWithTheEnd`] holds.
+    /// It has ended the child and still has to wake the parent; never so while [`crate::rule::Rule::WakeWithTheEnd`] holds.
     pub owes_wake: bool,
 }
 
