@@ -11,8 +11,8 @@ use crate::rule::Rule;
 use crate::state::{Alive, CHILD, Delivery, FIRST, Hand, State, Step, Worker, bit};
 use crate::{Baton, property, work};
 
-/// So many claims or tries are never reached, which [`property::WITHIN_BOUNDS`] says; names are bits of a byte.
-const NUMBER_MAX: u8 = 6;
+/// So many claims or tries are never reached, which [`property::WITHIN_BOUNDS`] says; names are bits of 16.
+const NUMBER_MAX: u8 = 15;
 
 impl Model for Baton {
     type State = State;
@@ -370,9 +370,9 @@ fn actions_of_life(state: &State, worker: usize, actions: &mut Vec<Action>) {
 /// What happens at the far end; all but faults.
 fn actions_of_site(state: &State, actions: &mut Vec<Action>) {
     let site = &state.site;
-    for number in 0..8 {
+    for number in 0..=NUMBER_MAX {
         let mut push = |kind| actions.push(Action { number, ..Action::of(kind) });
-        let has = |set: u8| set & bit(number) != 0;
+        let has = |set: u16| set & bit(number) != 0;
         if has(site.flying) {
             push(Kind::Land);
         }
@@ -418,7 +418,7 @@ fn faults(state: &State, actions: &mut Vec<Action>) {
     if state.messages != [false; 2] {
         actions.push(Action::of(Kind::Purge));
     }
-    for number in 0..8 {
+    for number in 0..=NUMBER_MAX {
         if state.site.flying & bit(number) != 0 {
             actions.push(Action { number, ..Action::of(Kind::LoseSubmission) });
         }

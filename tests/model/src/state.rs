@@ -129,23 +129,23 @@ pub enum Step {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Site {
     /// Submissions on their way.
-    pub flying: u8,
+    pub flying: u16,
     /// Names that are taken.
-    pub locked: u8,
+    pub locked: u16,
     /// Names under which a job was made.
-    pub made: u8,
+    pub made: u16,
     /// Those whose job has ended.
-    pub ended: u8,
+    pub ended: u16,
     /// Those whose end the watcher has reported.
-    pub reported: u8,
+    pub reported: u16,
     /// Jobs that were made, of whatever name.
     pub n_made: u8,
     /// Names that were recorded as intents before.
-    pub intended: u8,
+    pub intended: u16,
 }
 
 /// The bit of a name.
-pub fn bit(name: u8) -> u8 {
+pub fn bit(name: u8) -> u16 {
     1 << name
 }
 
