@@ -13,13 +13,17 @@ mod credits;
 pub mod dead;
 mod delivery;
 mod envelope;
+mod guard;
 mod intake;
 mod ledger;
 mod link;
 mod memory;
 mod meter;
+mod nesting;
 mod poison;
 mod publish;
+#[cfg(test)]
+mod script;
 mod settle;
 mod source;
 mod thread;

@@ -19,8 +19,11 @@ pub mod communicator;
 pub mod config;
 pub mod duration;
 pub mod failpoint;
+#[cfg(test)]
+mod fuzz;
 pub mod id;
 pub mod message;
+mod message_pack;
 pub mod select;
 pub mod spec;
 pub mod state;

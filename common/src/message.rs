@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::id::{Incarnation, Pid};
+use crate::message_pack;
 use crate::select::Select;
 use crate::state::{Desired, State};
 
@@ -590,7 +591,7 @@ fn decode<'a, T: Deserialize<'a>>(body: &'a [u8], encoding: Encoding) -> Result<
         return Err(Error::TooLarge(body.len()));
     }
     match encoding {
-        Encoding::MessagePack => rmp_serde::from_slice(body)
+        Encoding::MessagePack => message_pack::read(body)
             .map_err(|error| Error::Malformed { encoding: "MessagePack", reason: error.to_string() }),
         Encoding::Json => serde_json::from_slice(body)
             .map_err(|error| Error::Malformed { encoding: "JSON", reason: error.to_string() }),
@@ -659,6 +660,11 @@ mod tests {
         let deep = "[".repeat(100_000);
         assert!(Task::decode(deep.as_bytes(), Encoding::Json).is_err());
         assert!(Task::decode(&[0x91; 100_000], Encoding::MessagePack).is_err());
+        let pid = rmp_serde::to_vec(&Pid::generate()).unwrap();
+        let launch =
+            |spec: &[u8]| [b"\x84\xa7version\x01\xa4type\xa6launch\xa3pid", &pid[..], b"\xa4spec", spec].concat();
+        assert!(Task::decode(&launch(&[&[0x91; 100][..], &[0xc0]].concat()), Encoding::MessagePack).is_ok());
+        assert!(Task::decode(&launch(&[&[0x91; 1_000][..], &[0xc0]].concat()), Encoding::MessagePack).is_err());
         // A map that claims four billion entries.
         assert!(Task::decode(&[0xdf, 0xff, 0xff, 0xff, 0xff], Encoding::MessagePack).is_err());
     }

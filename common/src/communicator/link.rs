@@ -3,7 +3,6 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use async_rs::TokioRuntime;
 use futures_util::{Stream, StreamExt};
 use lapin::protocol::{AMQPErrorKind, AMQPSoftError};
 use lapin::uri::{AMQPScheme, AMQPUri};
@@ -13,6 +12,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::CheckError;
 use super::board::{Board, Link};
+use super::guard;
 
 /// Longest wait for any one answer of the broker. A loaded quorum queue answers within a second or two.
 pub(super) const ANSWER_LIMIT: Duration = Duration::from_secs(10);
@@ -115,9 +115,8 @@ pub(super) async fn open(url: &str, name: &str, heartbeat: Option<Duration>) -> 
         uri.query.heartbeat = Some(u16::try_from(seconds).unwrap_or(u16::MAX));
     }
     let properties = ConnectionProperties::default().with_connection_name(name.into());
-    let runtime = TokioRuntime::tokio_with_handle(tokio::runtime::Handle::current());
     let masked = masked(&uri);
-    match timeout(ANSWER_LIMIT, Connection::connect_uri_with_runtime(uri.clone(), properties, runtime)).await {
+    match timeout(ANSWER_LIMIT, guard::connect(uri.clone(), properties)).await {
         Ok(Ok(connection)) => Ok(connection),
         Ok(Err(error)) => Err(classify(&uri, masked, &error)),
         Err(_) => Err(CheckError::Unreachable {

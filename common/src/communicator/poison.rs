@@ -1,7 +1,8 @@
 //! Takes out of a queue what the AMQP library cannot read.
 //!
 //! A short text of a message (its id, its type…) shall be UTF-8, and RabbitMQ does not look. The library ends its whole
-//! connection over one that is not, and the message would be the first of the next connection, for ever. So it is fetched
+//! connection over one that is not, as [`super::guard`] makes it do over headers that are nested too deeply, and the message
+//! would be the first of the next connection, for ever. So it is fetched
 //! here over a plain connection, frame by frame, put aside like everything that nobody can use, and acknowledged. What was
 //! fetched besides goes back to its place when the connection closes.
 
@@ -15,6 +16,7 @@ use tokio::sync::mpsc;
 
 use super::envelope::Envelope;
 use super::link::parse;
+use super::nesting::is_too_deep;
 use super::publish::{Job, bury};
 use crate::message::SIZE_BYTES_MAX;
 
@@ -58,9 +60,12 @@ pub(super) async fn put_aside(url: &str, queue: &str, publish_tx: &mpsc::Sender<
     for _ in 0..LOOK_MAX {
         let Some(fetched) = plain.get(queue).await? else { break };
         if !fetched.is_readable {
-            tracing::warn!(queue, "a message whose texts are not UTF-8 goes to the dead letters");
+            tracing::warn!(queue, "a message that cannot be read goes to the dead letters");
             let letter = Envelope { body: fetched.body, ..Envelope::default() };
-            let letter = letter.buried("a text among its properties, or its routing key, is not UTF-8", queue);
+            let letter = letter.buried(
+                "a text among its properties, or its routing key, is not UTF-8, or its headers are nested too deeply",
+                queue,
+            );
             bury(publish_tx, letter).await.map_err(io::Error::other)?;
             plain.ack(fetched.tag).await?;
             n_found += 1;
@@ -139,7 +144,7 @@ impl Plain {
         let mut rest = &header[..];
         let [_, _, _, _] = take(&mut rest)?;
         let n_bytes = usize::try_from(u64::from_be_bytes(take(&mut rest)?)).unwrap_or(usize::MAX);
-        let is_readable = is_route_readable && parse_properties(rest).is_ok();
+        let is_readable = is_route_readable && !is_too_deep(rest) && parse_properties(rest).is_ok();
         let mut body = Vec::new();
         let mut n_read = 0;
         while n_read < n_bytes {
@@ -250,4 +255,48 @@ fn put_long(buffer: &mut Vec<u8>, bytes: &[u8]) -> io::Result<()> {
     buffer.extend(u32::try_from(bytes.len()).map_err(io::Error::other)?.to_be_bytes());
     buffer.extend(bytes);
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use futures_util::FutureExt;
+
+    use super::super::script::Script;
+    use super::*;
+    use crate::fuzz;
+
+    /// Takes messages until there is none, or what came is no AMQP; says which of them could be read.
+    fn fetched(bytes: Vec<u8>) -> Vec<bool> {
+        let mut plain = Plain { stream: Box::new(Script(bytes)) };
+        let read = async {
+            let mut readable = Vec::new();
+            while let Ok(Some(fetched)) = plain.get("queue").await {
+                assert!(fetched.body.len() <= SIZE_BYTES_MAX);
+                readable.push(fetched.is_readable);
+            }
+            let _ = plain.close().await;
+            readable
+        };
+        read.now_or_never().expect("everything is there")
+    }
+
+    #[test]
+    fn any_bytes_as_what_a_broker_says() {
+        fuzz::run("poison", |input| drop(fetched(input.to_vec())));
+    }
+
+    #[test]
+    fn what_is_not_utf8_or_nested_too_deeply_is_unreadable() {
+        let seed = |name: &str| {
+            let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fuzz/poison");
+            std::fs::read(std::path::Path::new(folder).join(name)).unwrap()
+        };
+        assert_eq!(fetched(seed("good")), [true]);
+        assert_eq!(fetched(seed("type-not-utf8")), [false]);
+        assert_eq!(fetched(seed("route-not-utf8")), [false, false]);
+        assert_eq!(fetched(seed("deep")), [false]);
+        assert_eq!(fetched(seed("two-gigabytes-of-headers")), [false]);
+        assert!(fetched(seed("two-gigabyte-frame")).is_empty());
+        assert!(fetched(seed("body-of-18-exabytes")).is_empty());
+    }
 }

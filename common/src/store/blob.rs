@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::Error;
+use crate::message_pack;
 
 /// The version byte that this program writes, and the newest that it reads.
 const VERSION: u8 = 1;
@@ -112,8 +113,9 @@ pub(crate) fn to_bytes<T: Serialize>(value: &T) -> Vec<u8> {
 
 pub(crate) fn from_bytes<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Error> {
     match bytes.split_first() {
-        Some((&VERSION, body)) => rmp_serde::from_slice(body)
-            .map_err(|error| Error::Unreadable(format!("not what version 1 writes: {error}"))),
+        Some((&VERSION, body)) => {
+            message_pack::read(body).map_err(|error| Error::Unreadable(format!("not what version 1 writes: {error}")))
+        }
         Some((version, _)) => {
             Err(Error::Unreadable(format!("version {version} is newer than this program reads ({VERSION})")))
         }

@@ -214,9 +214,12 @@ fn shown_time(seconds: u64) -> Value {
 
 #[cfg(test)]
 mod tests {
+    use lapin::protocol::basic::parse_properties;
     use serde_json::json;
 
     use super::*;
+    use crate::communicator::nesting::is_too_deep;
+    use crate::fuzz;
     use crate::id::Pid;
     use crate::message::Task;
 
@@ -296,6 +299,25 @@ mod tests {
         assert_eq!(letter.headers()["latin"], "0xe4");
         assert_eq!(letter.headers()["nan"], Value::Null);
         assert_eq!(letter.properties()["timestamp"], json!(u64::MAX));
+    }
+
+    fn read(input: &[u8]) {
+        if is_too_deep(input) {
+            return;
+        }
+        let Ok((body, properties)) = parse_properties(input) else { return };
+        let read = letter(properties, body);
+        let fresh = letter(read.fresh(), body);
+        assert_eq!((fresh.id, fresh.n_returns()), (read.id, 0));
+        assert!(serde_json::to_vec(&(read.headers(), read.properties())).is_ok());
+        let _ = (read.body(), read.kind(), read.about());
+        let buried = read.envelope.clone().buried("reason", "origin").properties(true);
+        assert_eq!(letter(buried, body).reason.as_deref(), Some("reason"));
+    }
+
+    #[test]
+    fn any_bytes_as_the_properties_and_the_body_of_a_letter() {
+        fuzz::run("letter", read);
     }
 
     #[test]
