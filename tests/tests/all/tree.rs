@@ -100,6 +100,22 @@ fn nothing_names_a_developers_machine() {
     assert!(offences.is_empty(), "a path or host of a developer's machine:\n{}", offences.join("\n"));
 }
 
+/// Names in the documents that have words joined by `_` are those of tests, statements and files.
+#[test]
+fn every_test_that_the_documents_name_is_there() {
+    let sources: Vec<(String, String)> = texts().into_iter().filter(|(path, _)| path.ends_with(".rs")).collect();
+    let is_there = |name: &str| sources.iter().any(|(_, text)| text.contains(name));
+    let mut missing = Vec::new();
+    for document in ["ARCHITECTURE.md", "tests/FAULTS.md"] {
+        let text = std::fs::read_to_string(root().join(document)).unwrap();
+        let names = text.split('`').skip(1).step_by(2);
+        let is_test =
+            |name: &&str| name.matches('_').count() >= 2 && name.chars().all(|c| c == '_' || c.is_ascii_lowercase());
+        missing.extend(names.filter(is_test).filter(|name| !is_there(name)).map(|name| format!("{document}: {name}")));
+    }
+    assert!(missing.is_empty(), "{missing:#?}");
+}
+
 /// Every text file of the repository, with its path from the root.
 fn texts() -> Vec<(String, String)> {
     let mut files = Vec::new();
