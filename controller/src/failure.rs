@@ -137,6 +137,7 @@ pub(crate) fn broker_remedy(error: &CheckError) -> (u8, &'static str) {
             (exit::REFUSED, "rabbitmqctl add_vhost, and rabbitmqctl set_permissions for the user")
         }
         CheckError::Refused { .. } => (exit::REFUSED, "see RabbitMQ's log"),
+        CheckError::All(_) => (exit::UNREACHABLE, "`baton doctor` checks each of them"),
     }
 }
 

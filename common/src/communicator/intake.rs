@@ -22,7 +22,7 @@ use super::link::{ANSWER_LIMIT, Backoff, Dial, UNREADABLE, close};
 use super::poison;
 use super::publish::Job;
 use super::settle::put_aside;
-use super::source::{Head, Opened, Plan, Source, look};
+use super::source::{Head, NotOpened, Opened, Plan, Seen, Source, look};
 use super::topology::Item;
 use super::{ControlRequest, Delivery, Settle};
 use crate::message::Task;
@@ -49,6 +49,9 @@ const GATHER_MAX: usize = 32;
 /// How often it is looked at whether messages wait that a consumer should have had. Twice in a row makes a new one;
 /// three small requests per worker and interval cost the broker nothing.
 const LOOK_INTERVAL: Duration = Duration::from_secs(5);
+
+/// Why a connection is given up that is cut off from the leaders of its queues.
+const USELESS: &str = "the host delivers none of the queues; trying another";
 
 /// What the intake can be told.
 pub(super) enum Order {
@@ -143,14 +146,14 @@ pub(super) async fn run(dial: Arc<Dial>, mut ends: Ends) {
                 close(&connection).await;
                 backoff.lasted(since);
                 match outcome {
-                    Some(error) => error,
+                    Some(error) => dial.ended(Link::Consume, error),
                     None => break,
                 }
             }
             Err(error) => error.to_string(),
         };
         dial.board.consumed(BTreeSet::new());
-        if error == UNREADABLE {
+        if error.ends_with(UNREADABLE) {
             put_aside_unreadable(&dial, &ends, &wanted).await;
         }
         dial.board.down(Link::Consume, Some(error));
@@ -223,7 +226,11 @@ async fn session(
                 is_calm
             }
             Some((queue, opened)) = intake.openings.next() => {
+                let is_silent = matches!(opened, Err(NotOpened::Silent));
                 intake.opened(&queue, opened);
+                if is_silent && intake.is_useless() {
+                    return Some(USELESS.to_owned());
+                }
                 intake.calm(wanted).await
             }
             Some(()) = intake.burials.next() => true,
@@ -232,7 +239,9 @@ async fn session(
                 true
             }
             Some(seen) = intake.looks.next() => {
-                intake.looked(&seen, wanted);
+                if intake.looked(&seen, wanted) && intake.is_useless() {
+                    return Some(USELESS.to_owned());
+                }
                 intake.calm(wanted).await
             }
             () = poll_fn(|cx| poll_sources(&mut intake.sources, cx)) => true,
@@ -312,7 +321,7 @@ struct Intake {
     openings: FuturesUnordered<BoxFuture<'static, (String, Opened)>>,
     burials: FuturesUnordered<BoxFuture<'static, ()>>,
     /// At most one.
-    looks: FuturesUnordered<BoxFuture<'static, Vec<(String, u32)>>>,
+    looks: FuturesUnordered<BoxFuture<'static, Vec<Seen>>>,
     /// A slot that was free before there was room to hand the delivery over.
     permit: Option<OwnedSemaphorePermit>,
     ready_control: Option<ControlRequest>,
@@ -412,17 +421,25 @@ impl Intake {
         }
     }
 
-    fn looked(&mut self, seen: &[(String, u32)], wanted: &Wanted) {
-        for (queue, n_ready) in seen {
+    /// Says whether any consumer gets nothing and was given up.
+    fn looked(&mut self, seen: &[Seen], wanted: &Wanted) -> bool {
+        let mut is_any_stalled = false;
+        for seen in seen {
             let control = self.ready_control.is_none().then_some(&mut self.control);
             let mut sources = self.sources.iter_mut().chain(control);
-            if let Some(source) = sources.find(|source| source.plan.queue == *queue) {
-                source.end_if_stalled(*n_ready);
+            if let Some(source) = sources.find(|source| source.plan.queue == seen.queue) {
+                is_any_stalled |= source.end_if_stalled(seen);
                 // It was opened when few slots were free, and now many are.
                 let room = source.task_queue().map_or(0, |name| share_of(name, wanted.room()));
-                source.is_narrow = *n_ready > 0 && room >= source.plan.prefetch.saturating_mul(2);
+                source.is_narrow = seen.n_ready > 0 && room >= source.plan.prefetch.saturating_mul(2);
             }
         }
+        is_any_stalled
+    }
+
+    /// Whether no task queue is consumed, while another host may have some to consume.
+    fn is_useless(&self) -> bool {
+        self.dial.has_others() && !self.sources.iter().any(Source::is_live)
     }
 
     fn opened(&mut self, queue: &str, opened: Opened) {

@@ -3,6 +3,7 @@
 #![expect(clippy::unwrap_used, reason = "a test fails by it")]
 
 mod bad_input;
+mod cluster;
 mod control;
 mod cost;
 mod dead;
