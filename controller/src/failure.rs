@@ -72,6 +72,7 @@ impl From<store::Error> for Failure {
             | store::Error::Folder { .. }
             | store::Error::Retry(_)
             | store::Error::SchemaNewer { .. }
+            | store::Error::Newer { .. }
             | store::Error::Unreadable(_)
             | store::Error::NoRow
             | store::Error::Stopped

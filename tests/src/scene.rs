@@ -138,13 +138,22 @@ impl Scene {
         output(self.command_in(folder, variables, arguments)).await
     }
 
+    /// Runs a command of a CLI that is another program.
+    pub async fn baton_of(&self, program: &Path, arguments: &[&str]) -> Output {
+        output(self.command_of(program, self.folder(), &[], arguments)).await
+    }
+
     /// A command of the CLI that is not started yet.
     pub fn command(&self, arguments: &[&str]) -> Command {
         self.command_in(self.folder(), &[], arguments)
     }
 
     fn command_in(&self, folder: &Path, variables: &[(&str, &str)], arguments: &[&str]) -> Command {
-        let mut command = Command::new(programs().join("baton"));
+        self.command_of(Path::new("baton"), folder, variables, arguments)
+    }
+
+    fn command_of(&self, program: &Path, folder: &Path, variables: &[(&str, &str)], arguments: &[&str]) -> Command {
+        let mut command = Command::new(programs().join(program));
         clean_environment(&mut command);
         command
             .args(arguments)

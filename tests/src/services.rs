@@ -162,6 +162,14 @@ pub(crate) fn folder(prefix: &str) -> tempfile::TempDir {
     folder.tempdir_in(parent).expect("a folder can be made")
 }
 
+/// The folder of the same programs as the next version, which `tests/run` builds.
+///
+/// # Panics
+/// When there is none.
+pub fn programs_of_next_version() -> PathBuf {
+    PathBuf::from(std::env::var_os("BATON_TEST_NEXT_DIR").expect("BATON_TEST_NEXT_DIR is not set; run tests/run"))
+}
+
 /// The folder of the programs under test.
 pub fn programs() -> PathBuf {
     match std::env::var_os("BATON_TEST_BIN_DIR") {

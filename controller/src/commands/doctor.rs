@@ -83,7 +83,7 @@ fn database_failure(error: &store::Error) -> Finding {
         store::Error::Url => "postgres://USER:PASSWORD@HOST:PORT/NAME, or sqlite:PATH",
         store::Error::Unreachable(_) | store::Error::Retry(_) => "start it, or correct host and port",
         store::Error::Refused(_) => "correct user, password or database name, or grant the right",
-        store::Error::SchemaNewer { .. } => "install the newer Baton on this machine",
+        store::Error::SchemaNewer { .. } | store::Error::Newer { .. } => "install the newer Baton on this machine",
         store::Error::Folder { .. } => "make the folder, or name another home with --home",
         store::Error::Unreadable(_) | store::Error::NoRow | store::Error::Stopped | store::Error::Database(_) => {
             "see the database's own log"

@@ -16,4 +16,5 @@ mod prune;
 mod races;
 mod readme;
 mod tree;
+mod versions;
 mod why;
