@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use baton_tests::eventually;
 use baton_tests::history::History;
+use baton_tests::process::Worker;
 use baton_tests::scene::Scene;
 use baton_tests::services::programs_of_next_version;
 use baton_tests::witness::Witness;
@@ -103,7 +104,7 @@ async fn both_command_lines_understand(scene: &Scene, pid: &str) {
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
 async fn a_fleet_is_upgraded_worker_by_worker_under_load() {
-    const ADVANCES: u64 = 12;
+    const ADVANCES: u64 = 16;
     let scene = Scene::new().await;
     let witness = scene.path("witness").display().to_string();
     let counting = |every: &str| {
@@ -130,20 +131,20 @@ async fn a_fleet_is_upgraded_worker_by_worker_under_load() {
     scene.baton_of(&next("baton"), &["play", &new_pids[0]]).await.ok();
 
     let program = next("baton-worker").display().to_string();
-    let mut new = Vec::new();
-    let mut n_met = 0;
-    for mut worker in old.drain(..) {
-        new.push(scene.worker_of(&program, &worker.name.replace("old", "new"), slots).await);
+    let mut new = vec![scene.worker_of(&program, "new1", slots).await];
+    eventually("an old worker meets what a new one has advanced", Duration::from_secs(20), async || {
+        let logs: Vec<String> = old.iter().map(Worker::log).collect();
+        if logs.iter().any(|log| log.contains("its checkpoint: version 2 is newer")) { Ok(()) } else { Err(logs) }
+    })
+    .await;
+    assert!(old[0].terminate().await.success(), "{}", old[0].log());
+    // One that is started again finds a schema that is newer than itself.
+    old[0] = scene.worker("old1", slots).await;
+    pids.extend(scene.submit(&counting("300ms"), 10).await);
+    for (worker, name) in old.iter_mut().zip(["new2", "new3", "new4"]) {
+        new.push(scene.worker_of(&program, name, slots).await);
         assert!(worker.terminate().await.success(), "{}", worker.log());
-        n_met += worker.log().matches("its checkpoint: version 2 is newer").count();
-        if worker.name == "old1" {
-            // One that is started again finds a schema that is newer than itself.
-            let mut again = scene.worker("old1", slots).await;
-            pids.extend(scene.submit(&counting("300ms"), 10).await);
-            assert!(again.terminate().await.success(), "{}", again.log());
-        }
     }
-    assert!(n_met > 0, "no old worker has met a process that a new one had advanced");
     pids.extend(new_pids);
     count_becomes(&scene, "place = 3 AND state = 4", pids.len() as u64, Duration::from_secs(60)).await;
     both_command_lines_understand(&scene, &pids[0]).await;
