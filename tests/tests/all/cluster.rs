@@ -79,6 +79,8 @@ async fn a_killed_leader_and_a_node_that_is_cut_off_cost_only_time() {
     let late = ["--broker-url", &urls[cut_off - 1], "submit", &late, "--count", "20"];
     let ((), submitted) = tokio::join!(moved, scene.baton(&late));
     submitted.ok();
+    let moved = workers.iter().filter(|worker| worker.log().contains("trying another")).count();
+    assert!(moved > 0, "nobody was at the node that was cut off");
 
     let all = format!("3|4|{}", PROCESSES + 20);
     eventually("all have finished", Duration::from_secs(60), async || {
