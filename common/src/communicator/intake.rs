@@ -50,8 +50,10 @@ const GATHER_MAX: usize = 32;
 /// three small requests per worker and interval cost the broker nothing.
 const LOOK_INTERVAL: Duration = Duration::from_secs(5);
 
-/// Why a connection is given up that is cut off from the leaders of its queues.
-const USELESS: &str = "the host delivers none of the queues; trying another";
+/// How long a connection is kept although the host has no leader for a queue, from the second such in a row on. A host that
+/// is cut off is left at once; a queue that has no leader anywhere shall not make the others come and go for ever.
+const PATIENCE_MIN: Duration = Duration::from_secs(30);
+const PATIENCE_MAX: Duration = Duration::from_secs(600);
 
 /// What the intake can be told.
 pub(super) enum Order {
@@ -123,6 +125,7 @@ impl Wanted {
 pub(super) async fn run(dial: Arc<Dial>, mut ends: Ends) {
     let mut wanted = Wanted::default();
     let mut backoff = Backoff::new();
+    let mut patience = Duration::ZERO;
     while wanted.is_nothing() {
         tokio::select! {
             order = ends.orders.recv() => match order {
@@ -142,7 +145,7 @@ pub(super) async fn run(dial: Arc<Dial>, mut ends: Ends) {
             Ok(connection) => {
                 let since = Instant::now();
                 let connection = Arc::new(connection);
-                let outcome = session(&dial, &connection, &mut ends, &mut wanted).await;
+                let outcome = session(&dial, &connection, &mut ends, &mut wanted, &mut patience).await;
                 close(&connection).await;
                 backoff.lasted(since);
                 match outcome {
@@ -199,7 +202,9 @@ async fn session(
     connection: &Arc<Connection>,
     ends: &mut Ends,
     wanted: &mut Wanted,
+    patience: &mut Duration,
 ) -> Option<String> {
+    let since = Instant::now();
     let mut ended = std::pin::pin!(dial.watch(Link::Consume, connection, connection.events_listener()));
     let mut intake = Intake::new(dial, connection, ends);
     intake.want(wanted);
@@ -228,8 +233,12 @@ async fn session(
             Some((queue, opened)) = intake.openings.next() => {
                 let is_silent = matches!(opened, Err(NotOpened::Silent));
                 intake.opened(&queue, opened);
-                if is_silent && intake.is_useless() {
-                    return Some(USELESS.to_owned());
+                if is_silent && dial.has_others() && since.elapsed() >= *patience {
+                    *patience = (*patience * 2).clamp(PATIENCE_MIN, PATIENCE_MAX);
+                    return Some(format!("the host answers, but not for queue {queue}; trying another"));
+                }
+                if intake.sources.iter().all(Source::is_live) {
+                    *patience = Duration::ZERO;
                 }
                 intake.calm(wanted).await
             }
@@ -239,9 +248,7 @@ async fn session(
                 true
             }
             Some(seen) = intake.looks.next() => {
-                if intake.looked(&seen, wanted) && intake.is_useless() {
-                    return Some(USELESS.to_owned());
-                }
+                intake.looked(&seen, wanted);
                 intake.calm(wanted).await
             }
             () = poll_fn(|cx| poll_sources(&mut intake.sources, cx)) => true,
@@ -421,25 +428,17 @@ impl Intake {
         }
     }
 
-    /// Says whether any consumer gets nothing and was given up.
-    fn looked(&mut self, seen: &[Seen], wanted: &Wanted) -> bool {
-        let mut is_any_stalled = false;
+    fn looked(&mut self, seen: &[Seen], wanted: &Wanted) {
         for seen in seen {
             let control = self.ready_control.is_none().then_some(&mut self.control);
             let mut sources = self.sources.iter_mut().chain(control);
             if let Some(source) = sources.find(|source| source.plan.queue == seen.queue) {
-                is_any_stalled |= source.end_if_stalled(seen);
+                source.end_if_stalled(seen);
                 // It was opened when few slots were free, and now many are.
                 let room = source.task_queue().map_or(0, |name| share_of(name, wanted.room()));
                 source.is_narrow = seen.n_ready > 0 && room >= source.plan.prefetch.saturating_mul(2);
             }
         }
-        is_any_stalled
-    }
-
-    /// Whether no task queue is consumed, while another host may have some to consume.
-    fn is_useless(&self) -> bool {
-        self.dial.has_others() && !self.sources.iter().any(Source::is_live)
     }
 
     fn opened(&mut self, queue: &str, opened: Opened) {

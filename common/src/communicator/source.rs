@@ -176,15 +176,15 @@ impl Source {
     ///
     /// RabbitMQ moves the consumers of a quorum queue that was deleted and declared again to the new one by itself,
     /// says nothing, and delivers nothing to them any more. And a node that is cut off from the queue's leader keeps its
-    /// consumers, and says that the queue is empty and has none. Says whether it was so.
-    pub(super) fn end_if_stalled(&mut self, Seen { n_ready, n_consumers, .. }: &Seen) -> bool {
+    /// consumers, and says that the queue is empty and has none.
+    pub(super) fn end_if_stalled(&mut self, Seen { n_ready, n_consumers, .. }: &Seen) {
         let has_room = match &self.state {
             State::Live(line, _) => line.ledger.len() < usize::from(self.plan.prefetch) && self.head.is_none(),
             State::Idle(_) | State::Opening => false,
         };
         if (*n_ready == 0 && *n_consumers > 0) || !has_room {
             self.n_arrived_at_look = None;
-            return false;
+            return;
         }
         let is_stalled = self.n_arrived_at_look == Some(self.n_arrived);
         self.n_arrived_at_look = Some(self.n_arrived);
@@ -193,7 +193,6 @@ impl Source {
             self.state = State::Idle(None);
             self.n_arrived_at_look = None;
         }
-        is_stalled
     }
 
     /// Cancels the consumer and gives back what nobody has taken yet.
