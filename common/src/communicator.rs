@@ -32,6 +32,7 @@ mod topology;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use futures_util::future::join_all;
 use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 use tokio::time::{Instant, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
@@ -143,6 +144,8 @@ pub enum RequestError {
 /// What a broker says about itself, for `baton doctor`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BrokerInfo {
+    /// Its URL, without the password.
+    pub url: String,
     /// Product and version: `RabbitMQ 3.10.8`.
     pub version: String,
     /// The cluster's name, if it says one.
@@ -194,6 +197,23 @@ pub enum CheckError {
         /// What it said.
         reason: String,
     },
+    /// None of several hosts can be used.
+    #[error("{}", .0.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))]
+    All(Vec<CheckError>),
+}
+
+impl CheckError {
+    /// What all the attempts came to.
+    fn of_all(mut errors: Vec<CheckError>) -> Self {
+        match errors.pop() {
+            None => CheckError::BadUrl { url: String::new(), reason: "no URL is configured".to_owned() },
+            Some(only) if errors.is_empty() => only,
+            Some(last) => {
+                errors.push(last);
+                CheckError::All(errors)
+            }
+        }
+    }
 }
 
 /// Commands of one kind that wait for their connection. Senders wait for room, so this is only a cushion between two
@@ -249,19 +269,9 @@ pub fn control_queue(worker: &str, incarnation: crate::id::Incarnation) -> Strin
 }
 
 impl Broker {
-    /// One attempt to connect to each URL until one can be used, to say what is wrong.
-    ///
-    /// # Errors
-    /// The error of the last URL when none could be used.
-    pub async fn check(urls: &[String]) -> Result<BrokerInfo, CheckError> {
-        let mut last = CheckError::BadUrl { url: String::new(), reason: "no URL is configured".to_owned() };
-        for url in urls {
-            match check::check(url).await {
-                Ok(info) => return Ok(info),
-                Err(error) => last = error,
-            }
-        }
-        Err(last)
+    /// One attempt to connect to each URL, to say of each what is wrong; in their order.
+    pub async fn check(urls: &[String]) -> Vec<Result<BrokerInfo, CheckError>> {
+        join_all(urls.iter().map(|url| check::check(url))).await
     }
 }
 

@@ -161,9 +161,23 @@ impl Config {
     }
 }
 
-/// Several URLs in one text, separated by commas or white space.
+/// Several URLs in one text, separated by commas or white space. A comma that no URL follows is part of one, since a
+/// password may have commas.
 pub fn split_urls(text: &str) -> Vec<String> {
-    text.split([',', ' ', '\n']).filter(|url| !url.is_empty()).map(str::to_owned).collect()
+    let mut urls: Vec<String> = Vec::new();
+    for word in text.split_whitespace() {
+        for (idx, part) in word.split(',').enumerate() {
+            match urls.last_mut() {
+                Some(url) if idx > 0 && !part.is_empty() && !part.starts_with("amqp") => {
+                    url.push(',');
+                    url.push_str(part);
+                }
+                Some(_) | None if part.is_empty() => {}
+                Some(_) | None => urls.push(part.to_owned()),
+            }
+        }
+    }
+    urls
 }
 
 /// A file's content without the line end that editors add.
@@ -187,7 +201,7 @@ fn one_or_many<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<String>
         }
 
         fn visit_str<E>(self, text: &str) -> Result<Vec<String>, E> {
-            Ok(vec![text.to_owned()])
+            Ok(split_urls(text))
         }
 
         fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Vec<String>, A::Error> {
@@ -213,7 +227,11 @@ mod tests {
     #[test]
     fn one_url_or_several() {
         assert_eq!(parse("broker.url = 'amqp://a'").unwrap().broker.url, ["amqp://a"]);
-        assert_eq!(parse("broker.url = ['amqp://a', 'amqp://b']").unwrap().broker.url, ["amqp://a", "amqp://b"]);
+        for text in ["['amqp://a', 'amqp://b']", "'amqp://a,amqp://b'", "'amqp://a, amqp://b,'", "'amqp://a\tamqp://b'"]
+        {
+            assert_eq!(parse(&format!("broker.url = {text}")).unwrap().broker.url, ["amqp://a", "amqp://b"], "{text}");
+        }
+        assert_eq!(split_urls("amqp://u:a,b@h,amqps://c"), ["amqp://u:a,b@h", "amqps://c"]);
     }
 
     #[test]

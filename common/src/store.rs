@@ -101,10 +101,10 @@ pub struct Store {
 }
 
 impl Store {
-    /// Connects, and brings the schema to this program's version if it is older or absent.
+    /// Connects, and brings the schema to this program's version if it is older or absent. One that is newer stays.
     ///
     /// # Errors
-    /// See [`Error`]; [`Error::SchemaNewer`] means that this program must be updated.
+    /// See [`Error`]; [`Error::SchemaNewer`] means that the schema is of no use to this program, which must be updated.
     pub async fn open(location: Location) -> Result<Self, Error> {
         if let Location::Sqlite(path) = &location
             && let Some(folder) = path.parent()
@@ -170,10 +170,11 @@ impl Store {
             return Ok(false);
         };
         let applied = rows.iter().map(|row| row.try_get("", "version")).collect::<Result<Vec<String>, _>>()?;
-        if let Some(newer) = applied.iter().find(|version| !known.contains(version)) {
+        let is_breaking = |version: &&String| version.contains(migration::BREAKING) && !known.contains(version);
+        if let Some(newer) = applied.iter().find(is_breaking) {
             return Err(Error::SchemaNewer { migration: newer.clone() });
         }
-        Ok(applied.len() == known.len())
+        Ok(known.iter().all(|version| applied.contains(version)))
     }
 
     async fn query(&self, template: &str, values: Vec<Value>) -> Result<Vec<QueryResult>, Error> {

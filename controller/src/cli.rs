@@ -96,7 +96,7 @@ Below the table stands what there is in all; from 10000 on that is not counted a
   baton explain PID -o json              `condition` is a word that stays, with its `facts`
 
 Conditions: ended, kill_pending, pause_pending, paused, on_hold, holder_gone, holder_silent, blocks_its_thread,
-advancing, waits_for_retry, waits_for_timer, fleet_paused, no_worker, queue_not_served, workers_drain, workers_silent,
+advancing, needs_other_worker, waits_for_retry, waits_for_timer, fleet_paused, no_worker, queue_not_served, workers_drain, workers_silent,
 slots_taken, queued")]
     Explain(Pids),
     /// Follow processes until they have ended

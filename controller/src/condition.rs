@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use baton_common::message::Status;
 use baton_common::state::{Desired, Place, State};
 use baton_common::store::explain::Facts;
-use baton_common::store::query::{EventRow, Summary, WorkerRow, WorkerState, queue_name};
+use baton_common::store::query::{EventRow, Refusal, Summary, WorkerRow, WorkerState, queue_name};
 use baton_common::store::worker::LEASE;
 use serde_json::{Value, json};
 
@@ -239,16 +239,34 @@ impl Case<'_> {
         let when =
             if rest > 0 { format!("in {}", span(rest)) } else { "at the next sweep, within a second".to_owned() };
         let mut facts = json!({"wake_at": timestamp(wake_at), "in_ms": rest / 1_000});
+        if let Some(refusal) = &summary.refusal {
+            return self.refused(refusal, &when, facts);
+        }
         let (true, Some(error)) = (summary.waits_for_retry, &summary.last_error) else {
             return Explanation::new("waits_for_timer", format!("it sleeps, and wakes {when}"), facts);
         };
-        let max = self.facts.details.spec.retry.max;
+        let max = self.facts.details.spec.as_ref().map(|spec| spec.retry.max);
         let attempt = summary.attempt;
         facts["try"] = json!(attempt);
         facts["tries_max"] = json!(max);
         facts["last_error"] = json!(error);
-        let text = format!("it is tried again {when}: try {attempt} of {max}; try {} failed: {error}", attempt - 1);
+        let of = max.map(|max| format!(" of {max}")).unwrap_or_default();
+        let text = format!("it is tried again {when}: try {attempt}{of}; try {} failed: {error}", attempt - 1);
         Explanation::new("waits_for_retry", text, facts)
+    }
+
+    /// It waits for a worker that can go on with it.
+    fn refused(&self, refusal: &Refusal, when: &str, mut facts: Value) -> Explanation {
+        facts["since"] = json!(timestamp(refusal.since));
+        facts["reason"] = json!(refusal.reason);
+        let since = span(self.summary.now - refusal.since);
+        let text = format!(
+            "no worker that has taken it for {since} could go on with it: {}; the next one takes it {when}",
+            refusal.reason
+        );
+        let queue = queue_name(&self.summary.queue);
+        let remedy = format!("update the workers of queue `{queue}`, or start one there that can");
+        Explanation::new("needs_other_worker", text, facts).with_remedy(remedy)
     }
 
     fn queued(&self) -> Explanation {
@@ -412,13 +430,15 @@ pub(crate) mod tests {
             outcome: None,
             last_error: None,
             waits_for_retry: false,
+            refusal: None,
             paused: None,
             now: NOW,
         };
         Facts {
             details: Details {
                 summary,
-                spec: Spec::new(Work::Run { argv: vec!["true".into()] }),
+                spec: Some(Spec::new(Work::Run { argv: vec!["true".into()] })),
+                unreadable: None,
                 created_by: "ann@h".into(),
                 checkpoint: None,
                 attempts: vec![],
@@ -553,10 +573,18 @@ pub(crate) mod tests {
         is(&facts, &Ok(None), "waits_for_timer", &["wakes in 40s"]);
         facts.details.summary.waits_for_retry = true;
         facts.details.summary.attempt = 2;
-        facts.details.spec.retry.max = 3;
+        facts.details.spec.as_mut().unwrap().retry.max = 3;
         is(&facts, &Ok(None), "waits_for_retry", &["again in 40s: try 2 of 3; try 1 failed: exit 1"]);
         facts.details.summary.wake_at = Some(NOW - SECOND);
         is(&facts, &Ok(None), "waits_for_retry", &["at the next sweep"]);
+        let refusal = Refusal { since: NOW - 120 * SECOND, reason: "version 2".into() };
+        facts.details.summary.refusal = Some(refusal);
+        is(
+            &facts,
+            &Ok(None),
+            "needs_other_worker",
+            &["for 2m00s", "version 2", "at the next sweep", "queue `default`"],
+        );
         facts.workers = vec![silent(worker("w1", "default"), 60)];
         is(&facts, &Ok(None), "no_worker", &["its time came 1.0 s ago", "baton-worker --queue default"]);
     }

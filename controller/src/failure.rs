@@ -72,6 +72,7 @@ impl From<store::Error> for Failure {
             | store::Error::Folder { .. }
             | store::Error::Retry(_)
             | store::Error::SchemaNewer { .. }
+            | store::Error::Newer { .. }
             | store::Error::Unreadable(_)
             | store::Error::NoRow
             | store::Error::Stopped
@@ -137,6 +138,7 @@ pub(crate) fn broker_remedy(error: &CheckError) -> (u8, &'static str) {
             (exit::REFUSED, "rabbitmqctl add_vhost, and rabbitmqctl set_permissions for the user")
         }
         CheckError::Refused { .. } => (exit::REFUSED, "see RabbitMQ's log"),
+        CheckError::All(_) => (exit::UNREACHABLE, "`baton doctor` checks each of them"),
     }
 }
 

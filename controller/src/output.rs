@@ -145,6 +145,9 @@ fn paused(summary: &Summary) -> String {
 
 fn waits(summary: &Summary, wake_at: i64) -> String {
     let pause = age(wake_at - summary.now);
+    if let Some(refusal) = &summary.refusal {
+        return format!("needs another worker, again in {pause}: {}", refusal.reason);
+    }
     match &summary.last_error {
         Some(error) if summary.waits_for_retry => format!("try {} in {pause}, after: {error}", summary.attempt),
         Some(_) | None => format!("wakes in {pause}"),
@@ -184,6 +187,8 @@ pub(crate) fn summary_json(summary: &Summary) -> Value {
         "sandbox": outcome.and_then(|outcome| outcome.sandbox.as_ref()),
         "last_error": summary.last_error,
         "retries": summary.attempt - 1,
+        "refused_since": summary.refusal.as_ref().map(|refusal| timestamp(refusal.since)),
+        "refusal": summary.refusal.as_ref().map(|refusal| &refusal.reason),
         "paused_by": summary.paused.as_ref().map(|paused| &paused.by),
         "paused_at": summary.paused.as_ref().map(|paused| timestamp(paused.at)),
         "paused_reason": summary.paused.as_ref().and_then(|paused| paused.reason.as_ref()),

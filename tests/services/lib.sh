@@ -38,3 +38,22 @@ settle_port() { # DIR PORT COUNT
   if [ -n "$2" ]; then echo "$2" >"$1/port"; elif [ ! -s "$1/port" ]; then free_ports "$3" >"$1/port"; fi
   cat "$1/port"
 }
+
+# An Erlang cookie of its own.
+new_cookie() { # FILE
+  od -An -N16 -tx8 /dev/urandom | tr -d ' \n' >"$1"
+  chmod 400 "$1"
+}
+
+# Erlang's port mapper, in the foreground, because a server would otherwise leave a detached one behind that nobody stops.
+start_epmd() { # DIR PORT
+  running "$1/epmd.pid" && return
+  setsid epmd -address 127.0.0.1 -port "$2" </dev/null >"$1/epmd.out" 2>&1 &
+  echo $! >"$1/epmd.pid"
+}
+
+stop_epmd() { # DIR
+  running "$1/epmd.pid" && kill "$(cat "$1/epmd.pid")"
+  await_end "$1/epmd.pid" 5
+  rm -f "$1/epmd.pid"
+}

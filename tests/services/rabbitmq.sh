@@ -9,6 +9,9 @@
 #   rabbitmq.sh env DIR              its addresses as shell assignments
 #
 # Ports: AMQP at PORT, management at PORT+1, Erlang distribution at PORT+2, port mapper (epmd) at PORT+3.
+#
+# A node of a cluster (cluster.sh) has more in its folder: `epmd-port`, the port mapper that it shares and neither starts nor
+# stops, and `more.conf`, settings of its own.
 set -euo pipefail
 . "$(dirname "$0")/lib.sh"
 
@@ -27,7 +30,8 @@ settings() {
   export RABBITMQ_MNESIA_BASE=$dir/data RABBITMQ_LOG_BASE=$dir/log RABBITMQ_GENERATED_CONFIG_DIR=$dir/generated
   export RABBITMQ_CONFIG_FILE=$dir/rabbitmq.conf RABBITMQ_ADVANCED_CONFIG_FILE=$dir/none RABBITMQ_CONF_ENV_FILE=$dir/none
   export RABBITMQ_ENABLED_PLUGINS_FILE=$dir/plugins RABBITMQ_PID_FILE=$dir/server.pid
-  export RABBITMQ_DIST_PORT=$((port + 2)) ERL_EPMD_PORT=$((port + 3)) ERL_EPMD_ADDRESS=127.0.0.1
+  export RABBITMQ_DIST_PORT=$((port + 2)) ERL_EPMD_ADDRESS=127.0.0.1
+  export ERL_EPMD_PORT=$(cat "$dir/epmd-port" 2>/dev/null || echo $((port + 3)))
   # Few schedulers that do not spin: several of these share a small machine with the tests.
   export RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS="+S 2:2 +sbwt none +sbwtdcpu none +sbwtdio none -kernel inet_dist_use_interface {127,0,0,1}"
   export RABBITMQ_CTL_ERL_ARGS="+S 1:1 +sbwt none"
@@ -46,10 +50,8 @@ management.rates_mode = basic
 disk_free_limit.absolute = 50MB
 vm_memory_high_watermark.absolute = 1GB
 CONF
-  if [ ! -s "$dir/.erlang.cookie" ]; then
-    od -An -N16 -tx8 /dev/urandom | tr -d ' \n' >"$dir/.erlang.cookie"
-    chmod 400 "$dir/.erlang.cookie"
-  fi
+  [ ! -e "$dir/more.conf" ] || cat "$dir/more.conf" >>"$dir/rabbitmq.conf"
+  [ -s "$dir/.erlang.cookie" ] || new_cookie "$dir/.erlang.cookie"
 }
 
 # A port that is open may still refuse: the management plugin listens before it can answer.
@@ -60,11 +62,7 @@ start() {
   settle_port "$dir" "${1:-}" 4 >/dev/null
   settings
   configure
-  # In the foreground, because the server would otherwise leave a detached one behind that nobody stops.
-  if ! running "$dir/epmd.pid"; then
-    setsid epmd -address 127.0.0.1 -port "$ERL_EPMD_PORT" </dev/null >"$dir/log/epmd.out" 2>&1 &
-    echo $! >"$dir/epmd.pid"
-  fi
+  [ -s "$dir/epmd-port" ] || start_epmd "$dir" "$ERL_EPMD_PORT"
   rm -f "$dir/server.pid"
   setsid "$bin/rabbitmq-server" </dev/null >"$dir/log/server.out" 2>&1 &
   echo $! >"$dir/group.pid"
@@ -93,17 +91,11 @@ kill_server() {
   rm -f "$dir/group.pid" "$dir/server.pid"
 }
 
-stop_epmd() {
-  running "$dir/epmd.pid" && kill "$(cat "$dir/epmd.pid")"
-  await_end "$dir/epmd.pid" 5
-  rm -f "$dir/epmd.pid"
-}
-
-kill_all() { kill_server || true; stop_epmd || true; }
+kill_all() { kill_server || true; stop_epmd "$dir" || true; }
 
 case $verb in
   start) start "${3:-}" ;;
-  stop) stop_server || true; stop_epmd || true ;;
+  stop) stop_server || true; stop_epmd "$dir" || true ;;
   kill) kill_all ;;
   restart-empty) kill_server || true; rm -rf "$dir/data"; start ;;
   ctl) settings; shift 2; exec "$bin/rabbitmqctl" "$@" ;;

@@ -32,7 +32,7 @@ impl Operator {
         let location = Location::parse(&scene.database_url()).expect("a database's URL");
         let store = Store::open(location).await.expect("the database answers");
         let (communicator, _) = Communicator::start(Options {
-            broker: Broker::Amqp(vec![scene.broker_url()]),
+            broker: Broker::Amqp(scene.broker_urls()),
             name: format!("operator {name}"),
             control_queue: None,
             heartbeat: None,

@@ -64,6 +64,12 @@ impl Scene {
         Self::on(services).await
     }
 
+    /// A scene on services of its own, with a broker of three nodes.
+    pub async fn cluster() -> Self {
+        let services = tokio::task::spawn_blocking(Services::cluster).await.expect("no panic");
+        Self::on(services).await
+    }
+
     async fn on(services: Services) -> Self {
         let id = uuid::Uuid::now_v7().simple().to_string();
         let scene = Self { services, name: format!("t{id}"), folder: folder("baton-test-") };
@@ -84,9 +90,14 @@ impl Scene {
         &self.services
     }
 
-    /// The virtual host's URL, with a short heartbeat.
+    /// The virtual host's URL, with a short heartbeat; of a cluster that of every node.
     pub fn broker_url(&self) -> String {
-        format!("{}/{}?heartbeat=10", self.services.amqp, self.name)
+        self.broker_urls().join(",")
+    }
+
+    /// The virtual host's URL at each node.
+    pub fn broker_urls(&self) -> Vec<String> {
+        self.services.amqp.iter().map(|amqp| format!("{amqp}/{}?heartbeat=10", self.name)).collect()
     }
 
     /// The schema's URL.
@@ -138,13 +149,22 @@ impl Scene {
         output(self.command_in(folder, variables, arguments)).await
     }
 
+    /// Runs a command of a CLI that is another program.
+    pub async fn baton_of(&self, program: &Path, arguments: &[&str]) -> Output {
+        output(self.command_of(program, self.folder(), &[], arguments)).await
+    }
+
     /// A command of the CLI that is not started yet.
     pub fn command(&self, arguments: &[&str]) -> Command {
         self.command_in(self.folder(), &[], arguments)
     }
 
     fn command_in(&self, folder: &Path, variables: &[(&str, &str)], arguments: &[&str]) -> Command {
-        let mut command = Command::new(programs().join("baton"));
+        self.command_of(Path::new("baton"), folder, variables, arguments)
+    }
+
+    fn command_of(&self, program: &Path, folder: &Path, variables: &[(&str, &str)], arguments: &[&str]) -> Command {
+        let mut command = Command::new(programs().join(program));
         clean_environment(&mut command);
         command
             .args(arguments)
@@ -190,7 +210,12 @@ impl Scene {
 
     /// Asks the management API.
     pub async fn manage(&self, method: &str, path: &str, body: &str) -> String {
-        let url = format!("{}/api/{path}", self.services.management);
+        self.manage_at(1, method, path, body).await
+    }
+
+    /// Asks the management API of a node, from 1.
+    pub async fn manage_at(&self, node: usize, method: &str, path: &str, body: &str) -> String {
+        let url = format!("{}/api/{path}", self.services.management[node - 1]);
         let output = Command::new("curl")
             .args([
                 "-sS",
@@ -223,12 +248,6 @@ impl Scene {
         self.manage("DELETE", &format!("queues/{}/{queue}", self.name), "").await;
     }
 
-    /// Sets a policy on all task queues.
-    pub async fn policy(&self, definition: &str) {
-        let policy = format!(r#"{{"pattern": "^baton\\.task\\.", "definition": {definition}, "apply-to": "queues"}}"#);
-        self.manage("PUT", &format!("policies/{}/of-the-test", self.name), &policy).await;
-    }
-
     /// Purges every queue of the virtual host.
     pub async fn purge_all(&self) {
         for queue in self.queues().await {
@@ -244,6 +263,18 @@ impl Scene {
         serde_json::from_str(&self.manage("GET", &format!("queues/{}", self.name), "").await).expect("a list")
     }
 
+    /// A queue as the management API of a node sees it.
+    pub async fn queue_at(&self, node: usize, queue: &str) -> Value {
+        let text = self.manage_at(node, "GET", &format!("queues/{}/{queue}", self.name), "").await;
+        serde_json::from_str(&text).expect("an object")
+    }
+
+    /// Sets a policy for the virtual host's queues whose names match.
+    pub async fn policy(&self, pattern: &str, definition: &str) {
+        let body = format!(r#"{{"pattern": "{pattern}", "definition": {definition}, "apply-to": "queues"}}"#);
+        self.manage("PUT", &format!("policies/{}/test", self.name), &body).await;
+    }
+
     /// Waits until a task queue has as many consumers: a worker is ready before it consumes.
     pub async fn consumed_by(&self, queue: &str, workers: u64) {
         eventually("all workers consume", Duration::from_secs(20), async || {
@@ -256,8 +287,7 @@ impl Scene {
 
     /// What a queue has seen since it was declared; up to a second late, so wait for it.
     pub async fn counters(&self, queue: &str) -> Counters {
-        let text = self.manage("GET", &format!("queues/{}/{queue}", self.name), "").await;
-        let queue: Value = serde_json::from_str(&text).expect("an object");
+        let queue = self.queue_at(1, queue).await;
         let count = |name: &str| queue["message_stats"][name].as_u64().unwrap_or(0);
         Counters {
             published: count("publish"),
@@ -269,7 +299,7 @@ impl Scene {
 
     /// A plain AMQP client.
     pub async fn amqp(&self) -> Amqp {
-        Amqp::connect(&self.broker_url()).await
+        Amqp::connect(&self.broker_urls()[0]).await
     }
 }
 

@@ -5,13 +5,15 @@ use std::process::Command;
 
 /// Where the services are.
 pub struct Services {
-    /// AMQP without a virtual host: `amqp://guest:guest@127.0.0.1:PORT`.
-    pub amqp: String,
-    /// The management API: `http://127.0.0.1:PORT`.
-    pub management: String,
+    /// AMQP without a virtual host: `amqp://guest:guest@127.0.0.1:PORT`; one for each node of a cluster.
+    pub amqp: Vec<String>,
+    /// The management API of each node: `http://127.0.0.1:PORT`.
+    pub management: Vec<String>,
     /// `postgres://…/baton`.
     pub database: String,
     private: Option<tempfile::TempDir>,
+    /// The broker's script: `rabbitmq`, or `cluster`.
+    broker: &'static str,
 }
 
 impl Services {
@@ -22,27 +24,32 @@ impl Services {
     pub fn shared() -> Self {
         let name = |name: &str| std::env::var(name).unwrap_or_else(|_| panic!("{name} is not set; run tests/run"));
         Self {
-            amqp: name("BATON_TEST_AMQP"),
-            management: name("BATON_TEST_MANAGEMENT"),
+            amqp: vec![name("BATON_TEST_AMQP")],
+            management: vec![name("BATON_TEST_MANAGEMENT")],
             database: name("BATON_TEST_DATABASE"),
             private: None,
+            broker: "rabbitmq",
         }
     }
 
     /// Services of the caller's own, stopped when this is dropped.
     pub fn private() -> Self {
-        Self::begin(&[])
+        Self::begin("rabbitmq", &[])
     }
 
     /// The same, and the database is on a disk of so many megabytes.
     pub fn on_small_disk(megabytes: u32) -> Self {
-        Self::begin(&["disk", &megabytes.to_string()])
+        Self::begin("rabbitmq", &["disk", &megabytes.to_string()])
     }
 
-    fn begin(disk: &[&str]) -> Self {
-        let folder = folder("baton-services-");
-        let mut services =
-            Self { amqp: String::new(), management: String::new(), database: String::new(), private: Some(folder) };
+    /// The same with a broker of three nodes, 1 to 3.
+    pub fn cluster() -> Self {
+        Self::begin("cluster", &[])
+    }
+
+    fn begin(broker: &'static str, disk: &[&str]) -> Self {
+        let private = Some(folder("baton-services-"));
+        let mut services = Self { amqp: Vec::new(), management: Vec::new(), database: String::new(), private, broker };
         services.broker("start");
         if !disk.is_empty() {
             services.script("postgres", disk);
@@ -50,8 +57,8 @@ impl Services {
         services.postgres("start");
         for (name, value) in services.variables() {
             match name.as_str() {
-                "BATON_TEST_AMQP" => services.amqp = value,
-                "BATON_TEST_MANAGEMENT" => services.management = value,
+                "BATON_TEST_AMQP" => services.amqp = value.split(',').map(str::to_owned).collect(),
+                "BATON_TEST_MANAGEMENT" => services.management = value.split(',').map(str::to_owned).collect(),
                 "BATON_TEST_DATABASE" => services.database = value,
                 other => panic!("unknown variable {other}"),
             }
@@ -60,7 +67,7 @@ impl Services {
     }
 
     fn variables(&self) -> Vec<(String, String)> {
-        let text = self.script("rabbitmq", &["env"]) + &self.script("postgres", &["env"]);
+        let text = self.script(self.broker, &["env"]) + &self.script("postgres", &["env"]);
         text.lines().filter_map(|line| line.split_once('=')).map(|(name, value)| (name.into(), value.into())).collect()
     }
 
@@ -121,8 +128,23 @@ impl Services {
         self.postgres("restart");
     }
 
+    /// Kills a node of the cluster with SIGKILL.
+    pub fn kill_node(&self, node: usize) {
+        self.script_in("rabbitmq", &format!("cluster/{node}"), &["kill"]);
+    }
+
+    /// Starts a node of the cluster again, with what it had stored.
+    pub fn start_node(&self, node: usize) {
+        self.script_in("rabbitmq", &format!("cluster/{node}"), &["start"]);
+    }
+
+    /// Cuts a node off from the others; clients reach it as before.
+    pub fn split_node(&self, node: usize) {
+        self.script("cluster", &["split", &node.to_string()]);
+    }
+
     fn broker(&self, verb: &str) {
-        self.script("rabbitmq", &[verb]);
+        self.script(self.broker, &[verb]);
     }
 
     fn postgres(&self, verb: &str) {
@@ -131,7 +153,11 @@ impl Services {
 
     /// Runs a service's script on the private instance.
     fn script(&self, service: &str, arguments: &[&str]) -> String {
-        let folder = self.private.as_ref().expect("only private services can be broken").path().join(service);
+        self.script_in(service, service, arguments)
+    }
+
+    fn script_in(&self, service: &str, instance: &str, arguments: &[&str]) -> String {
+        let folder = self.private.as_ref().expect("only private services can be broken").path().join(instance);
         let script = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("services/{service}.sh"));
         let mut command = Command::new(script);
         command.arg(arguments[0]).arg(&folder).args(&arguments[1..]);
@@ -153,7 +179,7 @@ impl Drop for Services {
             self.postgres("end");
         } else if let Some(folder) = &self.private {
             // After a failure the scripts' own checks must not hide it.
-            for (service, verb) in [("rabbitmq", "kill"), ("postgres", "end")] {
+            for (service, verb) in [(self.broker, "kill"), ("postgres", "end")] {
                 let script = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("services/{service}.sh"));
                 let _ = Command::new(script).arg(verb).arg(folder.path().join(service)).status();
             }
@@ -169,6 +195,14 @@ pub(crate) fn folder(prefix: &str) -> tempfile::TempDir {
     // PostgreSQL runs as another user than root and must be able to enter it.
     folder.prefix(prefix).permissions(std::os::unix::fs::PermissionsExt::from_mode(0o755));
     folder.tempdir_in(parent).expect("a folder can be made")
+}
+
+/// The folder of the same programs as the next version, which `tests/run` builds.
+///
+/// # Panics
+/// When there is none.
+pub fn programs_of_next_version() -> PathBuf {
+    PathBuf::from(std::env::var_os("BATON_TEST_NEXT_DIR").expect("BATON_TEST_NEXT_DIR is not set; run tests/run"))
 }
 
 /// The folder of the programs under test.

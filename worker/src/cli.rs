@@ -312,7 +312,7 @@ pub fn exit_code(error: &StoreError) -> u8 {
     match error {
         store::Error::Url => exit::USAGE,
         store::Error::Unreachable(_) | store::Error::Retry(_) => exit::UNREACHABLE,
-        store::Error::Refused(_) | store::Error::SchemaNewer { .. } => exit::REFUSED,
+        store::Error::Refused(_) | store::Error::SchemaNewer { .. } | store::Error::Newer { .. } => exit::REFUSED,
         store::Error::Folder { .. }
         | store::Error::Unreadable(_)
         | store::Error::NoRow

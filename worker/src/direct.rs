@@ -33,6 +33,10 @@ pub(crate) async fn run(shared: Arc<Shared>, threads: Arc<Vec<Thread>>) {
     let mut named: HashSet<String> = HashSet::new();
     loop {
         ticks.tick().await;
+        // A full worker takes nothing from the broker either, which says nothing about the broker.
+        if shared.slots.available_permits() == 0 {
+            continue;
+        }
         let now_silent: HashSet<String> = if shared.takes_tasks() {
             shared.queues.iter().filter(|queue| !shared.communicator.delivers(queue)).cloned().collect()
         } else {

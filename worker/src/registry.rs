@@ -23,7 +23,18 @@ struct Kind {
 }
 
 /// A process, or why there is none.
-type Made = Result<Box<dyn AnyProcess>, Error>;
+type Made = Result<Box<dyn AnyProcess>, NotMade>;
+
+/// Why a process cannot be made.
+#[derive(Debug)]
+pub(crate) enum NotMade {
+    /// This build does not know its kind; another may.
+    UnknownKind(String),
+    /// This build cannot read what another has written.
+    OtherBuild(String),
+    /// No build can.
+    Failed(String),
+}
 
 impl Registry {
     /// Baton's own kinds.
@@ -41,10 +52,15 @@ impl Registry {
     /// Adds a kind, or replaces the one of this name. A spec calls it by `call: NAME`.
     pub fn register<P: Process>(&mut self, name: impl Into<String>) {
         let kind = Kind {
-            start: |input| Ok(Box::new(P::start(input)?)),
+            start: |input| match P::start(input) {
+                Ok(process) => Ok(Box::new(process)),
+                Err(error) => Err(NotMade::Failed(error.to_string())),
+            },
             restore: |state| {
-                let process: P = rmp_serde::from_slice(state)
-                    .map_err(|error| Error::Failed(format!("its checkpoint does not fit this program: {error}")))?;
+                // Whether it is damaged or of another build cannot be told; the other build may come, so it is kept.
+                let process: P = rmp_serde::from_slice(state).map_err(|error| {
+                    NotMade::OtherBuild(format!("its checkpoint does not fit this build's process: {error}"))
+                })?;
                 Ok(Box::new(process))
             },
         };
@@ -60,7 +76,7 @@ impl Registry {
     pub(crate) fn make(&self, spec: &Spec, input: &Value, state: Option<&[u8]>) -> Made {
         let kind = self.kinds.get(spec.kind()).ok_or_else(|| {
             let known = self.names().filter(|name| *name != "program").collect::<Vec<_>>().join(", ");
-            Error::Input(format!("this worker knows no process `{}` (it knows {known})", spec.kind()))
+            NotMade::UnknownKind(format!("this worker knows no process `{}` (it knows {known})", spec.kind()))
         })?;
         match state {
             Some(state) => (kind.restore)(state),

@@ -27,12 +27,17 @@ use tracing::{Instrument, debug, info, warn};
 use crate::held::{Drain, Live, Orders, SLEEPING, WRITING};
 use crate::incarnation::Shared;
 use crate::process::{Advance, Context, Draft, Error, Interrupt};
-use crate::registry::AnyProcess;
+use crate::registry::{AnyProcess, NotMade};
 use crate::shim::boottime_ms;
 
 /// Waits shorter than this are spent in memory, with the lease; longer ones are parked. A parked second costs two
 /// commits and a message, a held one nothing but memory.
 const PARK_FROM: Duration = Duration::from_secs(1);
+
+/// The shortest and the longest pause of a process that needs another build: in a rolling upgrade the next worker may be
+/// the right one, and what waits for one for days shall cost next to nothing.
+const REFUSAL_PAUSE_MIN: Duration = Duration::from_secs(1);
+const REFUSAL_PAUSE_MAX: Duration = Duration::from_secs(60);
 
 /// A claimed process on its way to its thread.
 pub(crate) struct Start {
@@ -51,13 +56,20 @@ impl Start {
 /// Runs a process until it leaves this worker.
 pub(crate) async fn run(start: Start) {
     let Start { mut claimed, live, shared, permit } = start;
-    let fence = claimed.fence;
+    let (fence, refused_at) = (claimed.fence, claimed.refused_at);
     let reply_to = claimed.reply_to.take();
     // What is not needed between two advances is boxed while it is: thousands of processes may do nothing but wait.
     let (mut run, made) = Run::restore(claimed, live, &shared);
     match made {
         Ok(()) => run.go_on().await,
-        Err(reason) => Box::pin(run.end(State::Excepted, Outcome::because(reason), How::Error)).await,
+        // `baton run` is all workers that there are.
+        Err(NotMade::UnknownKind(reason)) if !shared.store.is_embedded() => {
+            Box::pin(run.refuse(reason, refused_at)).await;
+        }
+        Err(NotMade::OtherBuild(reason)) => Box::pin(run.refuse(reason, refused_at)).await,
+        Err(NotMade::Failed(reason) | NotMade::UnknownKind(reason)) => {
+            Box::pin(run.end(State::Excepted, Outcome::because(reason), How::Error)).await;
+        }
     }
     Box::pin(run.leave(reply_to)).await;
     shared.held.remove(fence);
@@ -104,10 +116,10 @@ impl From<Hold> for Next {
 
 impl Run {
     /// Makes the process anew, or says why that cannot be done.
-    fn restore(claimed: Box<Claimed>, live: Arc<Live>, shared: &Arc<Shared>) -> (Box<Self>, Result<(), String>) {
+    fn restore(claimed: Box<Claimed>, live: Arc<Live>, shared: &Arc<Shared>) -> (Box<Self>, Result<(), NotMade>) {
         let Claimed { fence, claimed_at, attempt, checkpoint, spec, .. } = *claimed;
-        let spec = spec.map(Rc::new).map_err(|error| format!("its spec: {error}"));
-        let checkpoint = checkpoint.transpose().map_err(|error| format!("its checkpoint: {error}"));
+        let spec = spec.map(Rc::new).map_err(|error| unread("spec", &error));
+        let checkpoint = checkpoint.transpose().map_err(|error| unread("checkpoint", &error));
         let restored = checkpoint.as_ref().ok().cloned().flatten().unwrap_or_default();
         let nothing = || Rc::new(Spec::new(baton_common::spec::Work::Run { argv: vec!["false".into()] }));
         let context = Context {
@@ -130,10 +142,30 @@ impl Run {
         let made = spec.and_then(|spec| {
             let state = checkpoint?.map(|checkpoint| checkpoint.state).filter(|state| !state.is_empty());
             let input = run.context.input().clone();
-            shared.registry.make(&spec, &input, state.as_deref()).map_err(|error| error.to_string())
+            shared.registry.make(&spec, &input, state.as_deref())
         });
         let made = made.map(|process| run.process = Some(process));
         (run, made)
+    }
+
+    /// Leaves it, as it is, to a worker of another build. Nothing says when one comes: the pauses grow with the time for
+    /// which it has been so, and each costs two commits and a message.
+    async fn refuse(&mut self, reason: String, refused_at: Option<i64>) {
+        let pause = refusal_pause(self.claimed_at, refused_at);
+        if refused_at.is_none() {
+            warn!(pid = %self.context.pid(), reason, "this worker cannot go on with it; one of another build may");
+        }
+        loop {
+            let verb = Verb::Refuse { wake_in: pause, reason: reason.clone() };
+            if self.write(verb, None, None).await == Hold::Gone {
+                self.shared.timer.due_in(pause);
+                return;
+            }
+            // It was woken or killed meanwhile.
+            if self.obey().await == Hold::Gone {
+                return;
+            }
+        }
     }
 
     /// The loop of a held process.
@@ -488,6 +520,18 @@ impl Run {
             self.shared.answer_end(pid, written.state, self.outcome.as_ref(), reply_to).await;
         }
     }
+}
+
+/// A newer program may read what this one cannot; what nobody has written, nobody can.
+fn unread(what: &str, error: &StoreError) -> NotMade {
+    let reason = format!("its {what}: {error}");
+    if matches!(error, StoreError::Newer { .. }) { NotMade::OtherBuild(reason) } else { NotMade::Failed(reason) }
+}
+
+/// How long a process waits that no worker could go on with since `refused_at`; both times in microseconds.
+fn refusal_pause(now: i64, refused_at: Option<i64>) -> Duration {
+    let since = refused_at.map_or(0, |refused_at| now - refused_at);
+    Duration::from_micros(since.max(0).cast_unsigned()).clamp(REFUSAL_PAUSE_MIN, REFUSAL_PAUSE_MAX)
 }
 
 fn panic_text(panic: &(dyn Any + Send)) -> String {

@@ -45,12 +45,12 @@ impl BareQueue {
     /// # Errors
     /// See [`CheckError`].
     pub async fn declare(urls: &[String], name: &str) -> Result<Self, CheckError> {
-        let mut last = CheckError::BadUrl { url: String::new(), reason: "no URL is configured".to_owned() };
+        let mut errors = Vec::new();
         for url in urls {
             let connection = match open(url, "baton bench", None).await {
                 Ok(connection) => connection,
                 Err(error) => {
-                    last = error;
+                    errors.push(error);
                     continue;
                 }
             };
@@ -64,7 +64,7 @@ impl BareQueue {
                 Err(_) => Err(CheckError::Refused { url: String::new(), reason: "no answer".to_owned() }),
             };
         }
-        Err(last)
+        Err(CheckError::of_all(errors))
     }
 
     /// A publisher on a connection of its own, which waits for confirms when so many messages are unconfirmed.

@@ -24,7 +24,7 @@ pub(super) async fn check(url: &str) -> Result<BrokerInfo, CheckError> {
     let text = |name: &str| properties.get(name).cloned();
     let product = text("product").unwrap_or_else(|| "unknown broker".to_owned());
     let version = text("version").map_or_else(|| product.clone(), |version| format!("{product} {version}"));
-    Ok(BrokerInfo { version, cluster: text("cluster_name") })
+    Ok(BrokerInfo { url: masked(&parse(url)?), version, cluster: text("cluster_name") })
 }
 
 /// The texts among the properties that the broker says in its first frame, which lapin keeps to itself.

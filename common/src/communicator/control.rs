@@ -79,7 +79,7 @@ pub(super) async fn run(dial: Arc<Dial>, mut ends: Ends) {
                 backoff.lasted(since);
                 match outcome {
                     Ok(()) => break,
-                    Err(error) => error,
+                    Err(error) => dial.ended(Link::Control, error),
                 }
             }
             Err(error) => error.to_string(),

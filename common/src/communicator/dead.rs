@@ -19,7 +19,6 @@ use lapin::protocol::{AMQPError, AMQPErrorKind};
 use lapin::types::FieldTable;
 use lapin::{Channel, Connection, Consumer, ErrorKind, Event};
 use tokio::time::{Instant, timeout, timeout_at};
-use tokio_util::sync::CancellationToken;
 
 use super::board::{Board, Link};
 use super::envelope::{DEAD_QUEUE, TASK_EXCHANGE, short};
@@ -120,8 +119,7 @@ impl DeadLetters {
     /// # Errors
     /// [`Error::Connect`] when there is none, [`Error::Refused`] when there can be no `baton.dead`.
     pub async fn open(urls: Vec<String>) -> Result<Self, Error> {
-        let (board, close) = (Arc::new(Board::new()), CancellationToken::new());
-        let dial = Dial { urls, name: "baton dead".to_owned(), heartbeat: None, board, close };
+        let dial = Dial::new(urls, "baton dead".to_owned(), None, Arc::new(Board::new()));
         let connection = dial.connect(Link::Publish).await?;
         dial.board.up(Link::Publish);
         ensure(&connection, &dial.board, &[Item::DeadQueue]).await.map_err(Error::Refused)?;

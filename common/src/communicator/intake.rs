@@ -22,7 +22,7 @@ use super::link::{ANSWER_LIMIT, Backoff, Dial, UNREADABLE, close};
 use super::poison;
 use super::publish::Job;
 use super::settle::put_aside;
-use super::source::{Head, Opened, Plan, Source, look};
+use super::source::{Head, NotOpened, Opened, Plan, Seen, Source, look};
 use super::topology::Item;
 use super::{ControlRequest, Delivery, Settle};
 use crate::message::Task;
@@ -49,6 +49,11 @@ const GATHER_MAX: usize = 32;
 /// How often it is looked at whether messages wait that a consumer should have had. Twice in a row makes a new one;
 /// three small requests per worker and interval cost the broker nothing.
 const LOOK_INTERVAL: Duration = Duration::from_secs(5);
+
+/// How long a connection is kept although the host has no leader for a queue, from the second such in a row on. A host that
+/// is cut off is left at once; a queue that has no leader anywhere shall not make the others come and go for ever.
+const PATIENCE_MIN: Duration = Duration::from_secs(30);
+const PATIENCE_MAX: Duration = Duration::from_secs(600);
 
 /// What the intake can be told.
 pub(super) enum Order {
@@ -120,6 +125,7 @@ impl Wanted {
 pub(super) async fn run(dial: Arc<Dial>, mut ends: Ends) {
     let mut wanted = Wanted::default();
     let mut backoff = Backoff::new();
+    let mut patience = Duration::ZERO;
     while wanted.is_nothing() {
         tokio::select! {
             order = ends.orders.recv() => match order {
@@ -139,18 +145,18 @@ pub(super) async fn run(dial: Arc<Dial>, mut ends: Ends) {
             Ok(connection) => {
                 let since = Instant::now();
                 let connection = Arc::new(connection);
-                let outcome = session(&dial, &connection, &mut ends, &mut wanted).await;
+                let outcome = session(&dial, &connection, &mut ends, &mut wanted, &mut patience).await;
                 close(&connection).await;
                 backoff.lasted(since);
                 match outcome {
-                    Some(error) => error,
+                    Some(error) => dial.ended(Link::Consume, error),
                     None => break,
                 }
             }
             Err(error) => error.to_string(),
         };
         dial.board.consumed(BTreeSet::new());
-        if error == UNREADABLE {
+        if error.ends_with(UNREADABLE) {
             put_aside_unreadable(&dial, &ends, &wanted).await;
         }
         dial.board.down(Link::Consume, Some(error));
@@ -196,7 +202,9 @@ async fn session(
     connection: &Arc<Connection>,
     ends: &mut Ends,
     wanted: &mut Wanted,
+    patience: &mut Duration,
 ) -> Option<String> {
+    let since = Instant::now();
     let mut ended = std::pin::pin!(dial.watch(Link::Consume, connection, connection.events_listener()));
     let mut intake = Intake::new(dial, connection, ends);
     intake.want(wanted);
@@ -223,7 +231,15 @@ async fn session(
                 is_calm
             }
             Some((queue, opened)) = intake.openings.next() => {
+                let is_silent = matches!(opened, Err(NotOpened::Silent));
                 intake.opened(&queue, opened);
+                if is_silent && dial.has_others() && since.elapsed() >= *patience {
+                    *patience = (*patience * 2).clamp(PATIENCE_MIN, PATIENCE_MAX);
+                    return Some(format!("the host answers, but not for queue {queue}; trying another"));
+                }
+                if intake.sources.iter().all(Source::is_live) {
+                    *patience = Duration::ZERO;
+                }
                 intake.calm(wanted).await
             }
             Some(()) = intake.burials.next() => true,
@@ -312,7 +328,7 @@ struct Intake {
     openings: FuturesUnordered<BoxFuture<'static, (String, Opened)>>,
     burials: FuturesUnordered<BoxFuture<'static, ()>>,
     /// At most one.
-    looks: FuturesUnordered<BoxFuture<'static, Vec<(String, u32)>>>,
+    looks: FuturesUnordered<BoxFuture<'static, Vec<Seen>>>,
     /// A slot that was free before there was room to hand the delivery over.
     permit: Option<OwnedSemaphorePermit>,
     ready_control: Option<ControlRequest>,
@@ -412,15 +428,15 @@ impl Intake {
         }
     }
 
-    fn looked(&mut self, seen: &[(String, u32)], wanted: &Wanted) {
-        for (queue, n_ready) in seen {
+    fn looked(&mut self, seen: &[Seen], wanted: &Wanted) {
+        for seen in seen {
             let control = self.ready_control.is_none().then_some(&mut self.control);
             let mut sources = self.sources.iter_mut().chain(control);
-            if let Some(source) = sources.find(|source| source.plan.queue == *queue) {
-                source.end_if_stalled(*n_ready);
+            if let Some(source) = sources.find(|source| source.plan.queue == seen.queue) {
+                source.end_if_stalled(seen);
                 // It was opened when few slots were free, and now many are.
                 let room = source.task_queue().map_or(0, |name| share_of(name, wanted.room()));
-                source.is_narrow = *n_ready > 0 && room >= source.plan.prefetch.saturating_mul(2);
+                source.is_narrow = seen.n_ready > 0 && room >= source.plan.prefetch.saturating_mul(2);
             }
         }
     }

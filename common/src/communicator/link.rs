@@ -1,13 +1,15 @@
 //! Opens connections and says in one line why one could not be opened.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
+use futures_util::stream::FuturesUnordered;
 use futures_util::{Stream, StreamExt};
 use lapin::protocol::{AMQPErrorKind, AMQPSoftError};
 use lapin::uri::{AMQPScheme, AMQPUri};
 use lapin::{Connection, ConnectionProperties, ErrorKind, Event};
-use tokio::time::{Instant, timeout};
+use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::CheckError;
@@ -26,6 +28,10 @@ const HEARTBEAT: Duration = Duration::from_secs(10);
 const BACKOFF_MIN: Duration = Duration::from_millis(100);
 const BACKOFF_MAX: Duration = Duration::from_secs(5);
 
+/// How long one host of several may keep the next one waiting. A healthy one answers within some milliseconds; one that is
+/// only slow may still come first.
+const HEAD_START: Duration = Duration::from_secs(2);
+
 /// How often a connection is asked whether it still lives, besides what it says itself.
 const WATCHDOG_INTERVAL: Duration = Duration::from_secs(1);
 
@@ -39,6 +45,8 @@ pub(super) struct Dial {
     pub(super) heartbeat: Option<Duration>,
     pub(super) board: Arc<Board>,
     pub(super) close: CancellationToken,
+    /// For each connection: how many URLs it has been at, so that the next one has its turn.
+    turns: [AtomicUsize; 3],
 }
 
 /// Grows from attempt to attempt, with jitter so that a fleet does not come back in one moment.
@@ -70,17 +78,62 @@ impl Backoff {
 }
 
 impl Dial {
-    /// One attempt at every URL; the error is the last one's.
+    pub(super) fn new(urls: Vec<String>, name: String, heartbeat: Option<Duration>, board: Arc<Board>) -> Self {
+        let close = CancellationToken::new();
+        Self { urls, name, heartbeat, board, close, turns: Default::default() }
+    }
+
+    /// Why a connection has ended; with the host, if there are several.
+    pub(super) fn ended(&self, link: Link, error: String) -> String {
+        let turn = self.turns[link as usize].load(Ordering::Relaxed);
+        match self.urls.get(turn.saturating_sub(1) % self.urls.len().max(1)).map(|url| parse(url)) {
+            Some(Ok(uri)) if self.has_others() => format!("{}: {error}", masked(&uri)),
+            Some(Ok(_) | Err(_)) | None => error,
+        }
+    }
+
+    /// Whether another host may serve what this one does not.
+    pub(super) fn has_others(&self) -> bool {
+        self.urls.len() > 1
+    }
+
+    /// One attempt at every URL; the first that can be used is taken, and the next call begins with the one after it: a
+    /// host that accepts connections and then is of no use keeps nobody for long.
+    ///
+    /// # Errors
+    /// What each of them said.
     pub(super) async fn connect(&self, link: Link) -> Result<Connection, CheckError> {
         let name = format!("{} {}", self.name, link.word());
-        let mut last = CheckError::BadUrl { url: String::new(), reason: "no URL is configured".to_owned() };
-        for url in &self.urls {
-            match open(url, &name, self.heartbeat).await {
-                Ok(connection) => return Ok(connection),
-                Err(error) => last = error,
+        let turn = &self.turns[link as usize];
+        let first = turn.load(Ordering::Relaxed);
+        let mut waiting = (first..first + self.urls.len()).map(|idx| (idx, &self.urls[idx % self.urls.len()]));
+        let mut attempts = FuturesUnordered::new();
+        let mut errors = Vec::new();
+        loop {
+            let next = waiting.next();
+            let is_last = next.is_none();
+            if let Some((idx, url)) = next {
+                let open = open(url, &name, self.heartbeat);
+                attempts.push(async move { (idx, open.await) });
+            }
+            let patience = async {
+                if is_last {
+                    std::future::pending::<()>().await;
+                }
+                sleep(HEAD_START).await;
+            };
+            tokio::select! {
+                attempt = attempts.next() => match attempt {
+                    Some((idx, Ok(connection))) => {
+                        turn.store(idx + 1, Ordering::Relaxed);
+                        return Ok(connection);
+                    }
+                    Some((_, Err(error))) => errors.push(error),
+                    None => return Err(CheckError::of_all(errors)),
+                },
+                () = patience => {}
             }
         }
-        Err(last)
     }
 
     /// Waits until the connection is gone, and says why; writes down meanwhile whether the broker blocks it.

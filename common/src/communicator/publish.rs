@@ -105,7 +105,7 @@ pub(super) async fn run(dial: Arc<Dial>, mut jobs: mpsc::Receiver<Job>, mut even
                 close(&connection).await;
                 backoff.lasted(since);
                 match outcome {
-                    Some(error) => error,
+                    Some(error) => dial.ended(Link::Publish, error),
                     None => break,
                 }
             }
@@ -140,13 +140,24 @@ async fn session(
     let mut ended = std::pin::pin!(dial.watch(Link::Publish, connection, connection.events_listener()));
     let mut announcing = std::pin::pin!(announce(dial, connection, events).fuse());
     let mut idle: Vec<Channel> = Vec::new();
-    let mut running: FuturesUnordered<BoxFuture<'_, Option<Channel>>> = FuturesUnordered::new();
+    let mut running: FuturesUnordered<BoxFuture<'_, Worked>> = FuturesUnordered::new();
+    let mut confirmed_at = Instant::now();
     dial.board.unmute();
     dial.board.up(Link::Publish);
     loop {
         tokio::select! {
             error = &mut ended => return Some(error),
-            Some(channel) = running.next() => idle.extend(channel),
+            Some(worked) = running.next() => match worked {
+                Worked::Confirmed(channel) => {
+                    confirmed_at = Instant::now();
+                    idle.push(channel);
+                }
+                // Nothing else was confirmed meanwhile; another host may do better.
+                Worked::Silent { since } if dial.has_others() && confirmed_at < since => {
+                    return Some("the host confirms nothing; trying another".to_owned());
+                }
+                Worked::Silent { .. } | Worked::Failed => {}
+            },
             job = jobs.recv(), if running.len() < N_LANES => match job {
                 Some(job) => running.push(Box::pin(work(dial, connection, idle.pop(), job))),
                 None => break,
@@ -172,28 +183,41 @@ async fn session(
     None
 }
 
-/// One job on one lane; gives the lane's channel back if it can be used again.
-async fn work(dial: &Dial, connection: &Connection, lane: Option<Channel>, job: Job) -> Option<Channel> {
+/// What became of a job.
+enum Worked {
+    /// All of it is stored; the lane's channel can be used again.
+    Confirmed(Channel),
+    /// There was no confirm in time.
+    Silent {
+        since: Instant,
+    },
+    Failed,
+}
+
+/// One job on one lane.
+async fn work(dial: &Dial, connection: &Connection, lane: Option<Channel>, job: Job) -> Worked {
     let Job { target, messages, deadline, done } = job;
+    let since = Instant::now();
     let mut health = dial.board.watch();
     let publish = timeout_at(deadline, job_on_lane(dial, connection, lane.as_ref(), deadline, &target, &messages));
-    let outcome = tokio::select! {
+    let (outcome, is_silent) = tokio::select! {
         biased;
-        outcome = publish => outcome.unwrap_or_else(|_| {
-            Err(TellError::Unknown("no confirm in time".to_owned()))
-        }),
-        _ = health.wait_for(|health| health.blocked) => Err(blocked(dial)),
+        outcome = publish => match outcome {
+            Ok(outcome) => (outcome, false),
+            Err(_) => (Err(TellError::Unknown("no confirm in time".to_owned())), true),
+        },
+        _ = health.wait_for(|health| health.blocked) => (Err(blocked(dial)), false),
     };
     if let Target::Task(queue) = &target {
         // A queue without a leader answers nothing, while everything else on the broker does.
         dial.board.mute(&task_queue(queue), matches!(outcome, Err(TellError::Unknown(_))));
     }
-    let (outcome, channel) = match outcome {
-        Ok(channel) => (Ok(()), Some(channel)),
-        Err(error) => (Err(error), None),
+    let (outcome, worked) = match outcome {
+        Ok(channel) => (Ok(()), Worked::Confirmed(channel)),
+        Err(error) => (Err(error), if is_silent { Worked::Silent { since } } else { Worked::Failed }),
     };
     let _ = done.send(outcome);
-    channel
+    worked
 }
 
 /// A publish under an alarm is neither refused nor confirmed: it lies in the socket until the alarm ends.

@@ -38,7 +38,7 @@ pub(super) struct Source {
     n_arrived: u64,
     /// It may have more deliveries than it asks for, if it is opened anew.
     pub(super) is_narrow: bool,
-    /// What had arrived when messages were last seen waiting although more could be delivered.
+    /// What had arrived when it was last seen that more should have.
     n_arrived_at_look: Option<u64>,
 }
 
@@ -64,7 +64,16 @@ pub(super) struct Line {
 }
 
 /// The outcome of opening: the channel and its consumer. A channel that could not be used is given up.
-pub(super) type Opened = Option<(Line, Consumer)>;
+pub(super) type Opened = Result<(Line, Consumer), NotOpened>;
+
+/// Why a queue is not consumed.
+#[derive(Clone, Copy, PartialEq)]
+pub(super) enum NotOpened {
+    /// The broker answers, but not for this queue.
+    Silent,
+    /// Somebody has to put something right first.
+    Refused,
+}
 
 impl Source {
     pub(super) fn new(plan: Plan) -> Self {
@@ -112,23 +121,26 @@ impl Source {
         };
         let plan = self.plan.clone();
         async move {
-            let error = match open(&connection, &board, &plan, line).await {
-                Ok(opened) => return Some(opened),
-                Err(error) => error,
+            let (why, error) = match open(&connection, &board, &plan, line).await {
+                Ok(opened) => return Ok(opened),
+                Err(not_opened) => not_opened,
             };
             // Without a connection nothing is known about the queue.
             if connection.status().connected() {
                 board.problem(&plan.queue, Some(error));
             }
-            sleep(RETRY_PAUSE).await;
-            None
+            // What is silent has taken its time.
+            if why == NotOpened::Refused {
+                sleep(RETRY_PAUSE).await;
+            }
+            Err(why)
         }
     }
 
     pub(super) fn opened(&mut self, opened: Opened) {
         self.state = match opened {
-            Some((line, consumer)) => State::Live(line, consumer),
-            None => State::Idle(None),
+            Ok((line, consumer)) => State::Live(line, consumer),
+            Err(NotOpened::Silent | NotOpened::Refused) => State::Idle(None),
         };
     }
 
@@ -160,23 +172,24 @@ impl Source {
         }
     }
 
-    /// Ends a consumer that gets nothing although messages wait for it.
+    /// Ends a consumer that gets nothing although messages wait for it, or of which the queue knows nothing.
     ///
     /// RabbitMQ moves the consumers of a quorum queue that was deleted and declared again to the new one by itself,
-    /// says nothing, and delivers nothing to them any more.
-    pub(super) fn end_if_stalled(&mut self, n_ready: u32) {
+    /// says nothing, and delivers nothing to them any more. And a node that is cut off from the queue's leader keeps its
+    /// consumers, and says that the queue is empty and has none.
+    pub(super) fn end_if_stalled(&mut self, Seen { n_ready, n_consumers, .. }: &Seen) {
         let has_room = match &self.state {
             State::Live(line, _) => line.ledger.len() < usize::from(self.plan.prefetch) && self.head.is_none(),
             State::Idle(_) | State::Opening => false,
         };
-        if n_ready == 0 || !has_room {
+        if (*n_ready == 0 && *n_consumers > 0) || !has_room {
             self.n_arrived_at_look = None;
             return;
         }
         let is_stalled = self.n_arrived_at_look == Some(self.n_arrived);
         self.n_arrived_at_look = Some(self.n_arrived);
         if is_stalled {
-            tracing::warn!(queue = self.plan.queue, n_ready, "consumer gets nothing, it is made anew");
+            tracing::warn!(queue = self.plan.queue, n_ready, n_consumers, "consumer gets nothing, it is made anew");
             self.state = State::Idle(None);
             self.n_arrived_at_look = None;
         }
@@ -205,15 +218,25 @@ impl Source {
     }
 }
 
-/// How many messages are ready in each of these queues, as far as the broker answers.
-pub(super) async fn look(connection: Arc<Connection>, queues: Vec<String>) -> Vec<(String, u32)> {
+/// What the broker says of a queue.
+pub(super) struct Seen {
+    pub(super) queue: String,
+    /// The messages that are ready.
+    pub(super) n_ready: u32,
+    n_consumers: u32,
+}
+
+/// What the broker says of these queues, as far as it answers.
+pub(super) async fn look(connection: Arc<Connection>, queues: Vec<String>) -> Vec<Seen> {
     let mut seen = Vec::new();
     let Ok(Ok(channel)) = timeout(ANSWER_LIMIT, connection.create_channel()).await else { return seen };
     let options = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
     for queue in queues {
         let declare = channel.queue_declare(short(&queue), options, FieldTable::default());
         match timeout(ANSWER_LIMIT, declare).await {
-            Ok(Ok(answer)) => seen.push((queue, answer.message_count())),
+            Ok(Ok(answer)) => {
+                seen.push(Seen { queue, n_ready: answer.message_count(), n_consumers: answer.consumer_count() });
+            }
             // An absent queue has ended the channel, and its consumer, too.
             Ok(Err(_)) | Err(_) => break,
         }
@@ -226,14 +249,14 @@ async fn open(
     board: &Board,
     plan: &Plan,
     line: Option<Line>,
-) -> Result<(Line, Consumer), String> {
+) -> Result<(Line, Consumer), (NotOpened, String)> {
     let queue = &plan.queue;
     if let Some(Item::TaskQueue(name)) = plan.items.last()
         && let Some(reason) = bad_queue_name(name)
     {
-        return Err(format!("queue {queue}: {reason}"));
+        return Err((NotOpened::Refused, format!("queue {queue}: {reason}")));
     }
-    ensure(connection, board, &plan.items).await?;
+    ensure(connection, board, &plan.items).await.map_err(|error| (NotOpened::Refused, error))?;
     let consume = async {
         let line = match line {
             Some(line) if line.channel.status().connected() => line,
@@ -254,10 +277,13 @@ async fn open(
             board.problem(queue, None);
             Ok(opened)
         }
-        Ok(Err(error)) => Err(format!("queue {queue}: {}", reason(&error))),
-        Err(_) => Err(format!(
-            "queue {queue}: the broker answers, but not for this queue; has it no leader? \
-             `rabbitmq-queues quorum_status {queue}` says so"
-        )),
+        Ok(Err(error)) => Err((NotOpened::Refused, format!("queue {queue}: {}", reason(&error)))),
+        Err(_) => {
+            let text = format!(
+                "queue {queue}: the broker answers, but not for this queue; has it no leader? \
+                 `rabbitmq-queues quorum_status {queue}` says so"
+            );
+            Err((NotOpened::Silent, text))
+        }
     }
 }

@@ -11,7 +11,7 @@ use super::Error;
 use crate::message_pack;
 
 /// The version byte that this program writes, and the newest that it reads.
-const VERSION: u8 = 1;
+const VERSION: u8 = if cfg!(feature = "next-version") { 2 } else { 1 };
 
 /// A process's progress between two advances.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -79,7 +79,7 @@ impl Checkpoint {
     /// Reads the column.
     ///
     /// # Errors
-    /// [`Error::Unreadable`] when a newer version wrote it, or nobody did.
+    /// [`Error::Newer`] when a newer version wrote it, [`Error::Unreadable`] when nobody did.
     pub fn from_bytes(bytes: &[u8]) -> Result<Self, Error> {
         from_bytes(bytes)
     }
@@ -99,7 +99,7 @@ impl Outcome {
     /// Reads the column.
     ///
     /// # Errors
-    /// [`Error::Unreadable`] when a newer version wrote it, or nobody did.
+    /// [`Error::Newer`] when a newer version wrote it, [`Error::Unreadable`] when nobody did.
     pub fn from_bytes(bytes: &[u8]) -> Result<Self, Error> {
         from_bytes(bytes)
     }
@@ -113,12 +113,9 @@ pub(crate) fn to_bytes<T: Serialize>(value: &T) -> Vec<u8> {
 
 pub(crate) fn from_bytes<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Error> {
     match bytes.split_first() {
-        Some((&VERSION, body)) => {
-            message_pack::read(body).map_err(|error| Error::Unreadable(format!("not what version 1 writes: {error}")))
-        }
-        Some((version, _)) => {
-            Err(Error::Unreadable(format!("version {version} is newer than this program reads ({VERSION})")))
-        }
+        Some((&found, _)) if found > VERSION => Err(Error::Newer { found, known: VERSION }),
+        Some((version, body)) => message_pack::read(body)
+            .map_err(|error| Error::Unreadable(format!("not what version {version} writes: {error}"))),
         None => Err(Error::Unreadable("empty".into())),
     }
 }
@@ -130,9 +127,9 @@ mod tests {
     #[test]
     fn a_newer_version_is_an_error_that_says_so() {
         let mut bytes = Checkpoint::default().to_bytes();
-        bytes[0] = 2;
-        let error = Checkpoint::from_bytes(&bytes).unwrap_err().to_string();
-        assert!(error.contains("version 2 is newer"), "{error}");
+        bytes[0] = VERSION + 1;
+        let error = Checkpoint::from_bytes(&bytes).unwrap_err();
+        assert!(matches!(error, Error::Newer { found, known: VERSION } if found == VERSION + 1), "{error}");
         assert!(Checkpoint::from_bytes(&[]).is_err());
         assert!(Checkpoint::from_bytes(&[VERSION, 0xff]).is_err());
     }

@@ -28,13 +28,21 @@ pub enum Error {
     /// Two transactions stood in each other's way. Nothing was written; try again.
     #[error("the database asks to try again: {0}")]
     Retry(String),
-    /// A newer Baton has migrated this database.
+    /// A newer Baton has migrated this database, and older ones must not use it any more.
     #[error("the database's schema is newer than this program (it has migration `{migration}`); update this program")]
     SchemaNewer {
-        /// A migration that this program does not know.
+        /// The migration that this program does not know.
         migration: String,
     },
-    /// A row that no version of Baton writes, or one that a newer version wrote.
+    /// A newer Baton wrote this; a newer program can read it.
+    #[error("version {found} is newer than this program reads ({known})")]
+    Newer {
+        /// The version that was written.
+        found: u8,
+        /// The newest that this program reads.
+        known: u8,
+    },
+    /// A row that no version of Baton writes.
     #[error("unreadable row: {0}")]
     Unreadable(String),
     /// A statement that always returns a row returned none.
@@ -57,6 +65,7 @@ impl Error {
             | Error::Folder { .. }
             | Error::Refused(_)
             | Error::SchemaNewer { .. }
+            | Error::Newer { .. }
             | Error::Unreadable(_)
             | Error::NoRow
             | Error::Stopped

@@ -51,6 +51,7 @@ fn claimed(row: &QueryResult) -> Result<Claimed, Error> {
         claimed_at: row.try_get("", "claimed_at")?,
         attempt: row.try_get("", "try")?,
         deaths: row.try_get("", "deaths")?,
+        refused_at: row.try_get("", "refused_at")?,
         desired: desired(row)?,
         urgent: row.try_get("", "urgent")?,
         checkpoint: checkpoint.map(|bytes| Checkpoint::from_bytes(&bytes)),
@@ -199,11 +200,12 @@ fn batch_of(writes: &[&Fenced]) -> Batch {
         ("b_started_at", Kind::BigInt),
         ("b_how", Kind::Text),
         ("b_reason", Kind::Text),
+        ("b_refusal", Kind::Text),
     ]);
     for fenced in writes {
         let (verb, wake_us, state, outcome) = match &fenced.verb {
             Verb::Keep => (KEEP, 0, State::Running, None),
-            Verb::Park { wake_in } => {
+            Verb::Park { wake_in } | Verb::Refuse { wake_in, .. } => {
                 let micros = i64::try_from(wake_in.as_micros()).unwrap_or(i64::MAX / 2);
                 (PARK, micros.max(1), State::Waiting, None)
             }
@@ -228,6 +230,11 @@ fn batch_of(writes: &[&Fenced]) -> Batch {
             started_at.into(),
             how.to_owned().into(),
             reason.into(),
+            match &fenced.verb {
+                Verb::Refuse { reason, .. } => reason.clone(),
+                Verb::Keep | Verb::Park { .. } | Verb::Pause | Verb::GiveBack | Verb::End { .. } => String::new(),
+            }
+            .into(),
         ]);
     }
     batch
@@ -285,7 +292,7 @@ const CLAIM: &str = "
            OR (NOT EXISTS (SELECT 1 FROM process h WHERE h.owner = $1 AND h.place = {held} AND h.deaths >= $2)
                AND b_id = (SELECT s.id FROM process s JOIN b ON s.id = b_id
                            WHERE s.place = {queued} AND s.deaths >= $2 ORDER BY s.id LIMIT 1)))
-    RETURNING id, epoch, claimed_at, checkpoint, desired, urgent, try, deaths,
+    RETURNING id, epoch, claimed_at, checkpoint, desired, urgent, try, deaths, refused_at,
               (SELECT s.body FROM spec s WHERE s.id = process.id) AS body,
               (SELECT s.traceparent FROM spec s WHERE s.id = process.id) AS traceparent,
               (SELECT s.reply_to FROM spec s WHERE s.id = process.id) AS reply_to";
@@ -341,6 +348,8 @@ fn fenced_sql(and: &str) -> String {
              deaths = CASE WHEN length(b_checkpoint) = 0 THEN deaths ELSE 0 END,
              try = CASE WHEN b_try = 0 THEN try ELSE b_try END,
              woken = false,
+             refused_at = CASE WHEN b_refusal = '' THEN NULL ELSE COALESCE(refused_at, {{now}}) END,
+             refusal = NULLIF(b_refusal, ''),
              wake_at = CASE WHEN b_verb = {PARK} AND NOT {stays} THEN {{now}} + b_wake_at ELSE NULL END,
              place = CASE WHEN {stays} THEN {{held}}
                           WHEN b_verb = {END} THEN {{ended}}

@@ -1,9 +1,18 @@
 //! The schema's history. Forward only: a migration that has been published is never edited.
+//!
+//! Programs that do not know a migration go on with the schema that it leaves, so it only adds: tables, indexes, and
+//! columns that may be absent from an `INSERT`. One that older programs must not go on with has [`BREAKING`] in its name.
 
 use sea_orm_migration::prelude::*;
 
 mod m20261121_000001_processes;
 mod m20261121_000002_selections;
+mod m20261121_000003_refusals;
+#[cfg(feature = "next-version")]
+mod m20991231_000001_next;
+
+/// Stands in the name of a migration after which older programs must not touch the database.
+pub(super) const BREAKING: &str = "_breaking_";
 
 /// Every migration, oldest first.
 pub(crate) struct Migrator;
@@ -11,7 +20,13 @@ pub(crate) struct Migrator;
 #[async_trait::async_trait]
 impl MigratorTrait for Migrator {
     fn migrations() -> Vec<Box<dyn MigrationTrait>> {
-        vec![Box::new(m20261121_000001_processes::Migration), Box::new(m20261121_000002_selections::Migration)]
+        vec![
+            Box::new(m20261121_000001_processes::Migration),
+            Box::new(m20261121_000002_selections::Migration),
+            Box::new(m20261121_000003_refusals::Migration),
+            #[cfg(feature = "next-version")]
+            Box::new(m20991231_000001_next::Migration),
+        ]
     }
 }
 
@@ -77,6 +92,23 @@ mod tests {
             let sql = statement.replace("PID", &id(pid)).replace("WORKER", &id(worker)).replace("BYTES", bytes);
             db.execute_unprepared(&sql).await.unwrap();
         }
+    }
+
+    /// A newer program has migrated the database: what it has added harms nobody, and what it says breaks them does.
+    #[tokio::test]
+    async fn a_newer_schema_is_used_unless_it_breaks_older_programs() {
+        let folder = tempfile::tempdir().unwrap();
+        let location = Location::Sqlite(folder.path().join("baton.db"));
+        let store = Store::open(location.clone()).await.unwrap();
+        let migrate = async |name: &str| {
+            let sql = "INSERT INTO seaql_migrations (version, applied_at) VALUES ($1, 0)";
+            store.execute(sql, vec![name.to_owned().into()]).await.unwrap();
+        };
+        migrate("m21000101_000001_more").await;
+        Store::open(location.clone()).await.unwrap();
+        migrate("m21000101_000002_breaking_places").await;
+        let error = Store::open(location).await.err().unwrap().to_string();
+        assert!(error.contains("m21000101_000002_breaking_places") && error.contains("update"), "{error}");
     }
 
     #[tokio::test]

@@ -96,10 +96,22 @@ pub struct Summary {
     pub last_error: Option<String>,
     /// Whether what it waits for is its next try.
     pub waits_for_retry: bool,
+    /// Why the last worker that took it could not go on with it although another build may, and since when that has been
+    /// so.
+    pub refusal: Option<Refusal>,
     /// Who has paused it, if it is paused and somebody has: one that was accepted on hold has nobody.
     pub paused: Option<Paused>,
     /// The time of the query.
     pub now: i64,
+}
+
+/// No worker that has taken a process could go on with it; one of another build may.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Refusal {
+    /// Since when.
+    pub since: i64,
+    /// What the last one said.
+    pub reason: String,
 }
 
 /// Who has paused a process.
@@ -118,12 +130,14 @@ pub struct Paused {
 pub struct Details {
     /// What a list shows.
     pub summary: Summary,
-    /// What it runs.
-    pub spec: Spec,
+    /// What it runs, if this program can read it.
+    pub spec: Option<Spec>,
     /// Who asked for it.
     pub created_by: String,
-    /// Its progress.
+    /// Its progress, if there is any that this program can read.
     pub checkpoint: Option<Checkpoint>,
+    /// What of these two it cannot read, and why.
+    pub unreadable: Option<String>,
     /// Its attempts, oldest first.
     pub attempts: Vec<AttemptRow>,
     /// Requests about it, oldest first.
@@ -368,11 +382,16 @@ impl Store {
                         WHERE pid = $1 ORDER BY epoch";
         let events = "SELECT at, what, by_whom, login, reason, request, outcome, settled_at FROM event
                       WHERE pid = $1 ORDER BY at, id";
+        let spec = blob::from_bytes(&row.try_get::<Vec<u8>>("", "body")?);
+        let checkpoint = checkpoint.map(|bytes| Checkpoint::from_bytes(&bytes)).transpose();
+        let unreadable = [("spec", spec.as_ref().err()), ("checkpoint", checkpoint.as_ref().err())];
+        let unreadable = unreadable.into_iter().find_map(|(what, why)| Some(format!("its {what}: {}", why?)));
         Ok(Some(Details {
             summary,
-            spec: blob::from_bytes(&row.try_get::<Vec<u8>>("", "body")?)?,
+            spec: spec.ok(),
+            unreadable,
             created_by: row.try_get("", "created_by")?,
-            checkpoint: checkpoint.map(|bytes| Checkpoint::from_bytes(&bytes)).transpose()?,
+            checkpoint: checkpoint.ok().flatten(),
             attempts: self.query(attempts, id()).await?.iter().map(attempt).collect::<Result<_, _>>()?,
             events: self.query(events, id()).await?.iter().map(event).collect::<Result<_, _>>()?,
         }))
@@ -484,7 +503,8 @@ impl Store {
 // that can have what it looks for; who has paused a process is one value for the same reason.
 const SUMMARY: &str = "
     SELECT p.id, s.name, s.kind, p.place, p.state, p.before, p.desired, p.queue, p.owner, w.name AS worker, p.epoch,
-           p.try, p.seq, s.created_at, p.changed_at, p.ended_at, p.wake_at, p.outcome, {now} AS now,
+           p.try, p.seq, s.created_at, p.changed_at, p.ended_at, p.wake_at, p.outcome, p.refused_at,
+           p.refusal, {now} AS now,
            CASE WHEN p.try > 1
                 THEN (SELECT a.reason FROM attempt a WHERE a.pid = p.id AND a.how = 'error'
                       ORDER BY a.epoch DESC LIMIT 1) END AS last_error,
@@ -517,12 +537,26 @@ fn summary(row: &QueryResult) -> Result<Summary, Error> {
         changed_at: row.try_get("", "changed_at")?,
         ended_at: row.try_get("", "ended_at")?,
         wake_at: row.try_get("", "wake_at")?,
-        outcome: outcome.map(|bytes| Outcome::from_bytes(&bytes)).transpose()?,
+        outcome: outcome.map(|bytes| outcome_of(&bytes)).transpose()?,
         last_error: row.try_get("", "last_error")?,
         waits_for_retry: row.try_get::<Option<String>>("", "last_how")?.is_some_and(|how| how == How::Error.word()),
+        refusal: refusal(row)?,
         paused: paused(row)?,
         now: row.try_get("", "now")?,
     })
+}
+
+/// A list does not end at a row that a newer program has written.
+fn outcome_of(bytes: &[u8]) -> Result<Outcome, Error> {
+    match Outcome::from_bytes(bytes) {
+        Err(error @ Error::Newer { .. }) => Ok(Outcome::because(format!("its outcome: {error}"))),
+        outcome => outcome,
+    }
+}
+
+fn refusal(row: &QueryResult) -> Result<Option<Refusal>, Error> {
+    let (since, reason): (Option<i64>, Option<String>) = (row.try_get("", "refused_at")?, row.try_get("", "refusal")?);
+    Ok(since.zip(reason).map(|(since, reason)| Refusal { since, reason }))
 }
 
 fn paused(row: &QueryResult) -> Result<Option<Paused>, Error> {

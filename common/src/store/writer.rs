@@ -60,7 +60,10 @@ pub struct Claimed {
     pub desired: Desired,
     /// Whether that is wanted at once (`pause --now`, `kill --force`).
     pub urgent: bool,
-    /// Its progress, if there is any. An unreadable one is the process's own failure, not the worker's.
+    /// Since when one worker after the other could not go on with it, although another build may; `None` once one has.
+    pub refused_at: Option<i64>,
+    /// Its progress, if there is any. An unreadable one is the process's own failure, not the worker's; a newer one is
+    /// neither's.
     pub checkpoint: Option<Result<Checkpoint, Error>>,
     /// What to run.
     pub spec: Result<Spec, Error>,
@@ -111,6 +114,13 @@ pub enum Verb {
     Park {
         /// How long.
         wake_in: Duration,
+    },
+    /// Wait for a time from now, since this build cannot go on with it.
+    Refuse {
+        /// How long.
+        wake_in: Duration,
+        /// Why, in words.
+        reason: String,
     },
     /// Pause, if that is still desired.
     Pause,

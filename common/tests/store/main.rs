@@ -193,6 +193,7 @@ macro_rules! on_both {
 mod lists;
 mod plans;
 mod prune;
+mod versions;
 
 on_both! {
     a_process_goes_its_way_from_submit_to_end

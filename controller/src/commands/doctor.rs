@@ -62,7 +62,7 @@ pub(crate) async fn run(global: &Global) -> Result<u8, Failure> {
             }
         },
     };
-    findings.push(broker(&resolved.broker_urls).await);
+    findings.extend(brokers(&resolved.broker_urls).await);
     if let Some(store) = &store {
         findings.push(workers(store).await?);
     }
@@ -83,7 +83,7 @@ fn database_failure(error: &store::Error) -> Finding {
         store::Error::Url => "postgres://USER:PASSWORD@HOST:PORT/NAME, or sqlite:PATH",
         store::Error::Unreachable(_) | store::Error::Retry(_) => "start it, or correct host and port",
         store::Error::Refused(_) => "correct user, password or database name, or grant the right",
-        store::Error::SchemaNewer { .. } => "install the newer Baton on this machine",
+        store::Error::SchemaNewer { .. } | store::Error::Newer { .. } => "install the newer Baton on this machine",
         store::Error::Folder { .. } => "make the folder, or name another home with --home",
         store::Error::Unreadable(_) | store::Error::NoRow | store::Error::Stopped | store::Error::Database(_) => {
             "see the database's own log"
@@ -92,26 +92,29 @@ fn database_failure(error: &store::Error) -> Finding {
     finding("database", Verdict::Fail(exit_code(error)), error.to_string(), Some(remedy))
 }
 
-async fn broker(urls: &[String]) -> Finding {
+/// A finding for each host. One that cannot be used is a failure only if none can.
+async fn brokers(urls: &[String]) -> Vec<Finding> {
     if urls.is_empty() {
         let text = "none is named; processes are found by the database alone, and only `baton run` needs none";
-        return finding(
-            "broker",
-            Verdict::Warn,
-            text.into(),
-            Some("set BATON_BROKER_URL, `broker.url` in baton.toml or --broker-url"),
-        );
+        let remedy = "set BATON_BROKER_URL, `broker.url` in baton.toml or --broker-url";
+        return vec![finding("broker", Verdict::Warn, text.into(), Some(remedy))];
     }
-    match Broker::check(urls).await {
+    let checks = Broker::check(urls).await;
+    let is_any_usable = checks.iter().any(Result::is_ok);
+    let is_one = urls.len() == 1;
+    let findings = checks.into_iter().map(|check| match check {
         Ok(info) => {
+            let host = if is_one { String::new() } else { format!("{}: ", info.url) };
             let cluster = info.cluster.map(|cluster| format!(", cluster {cluster}")).unwrap_or_default();
-            finding("broker", Verdict::Ok, format!("{}{cluster}", info.version), None)
+            finding("broker", Verdict::Ok, format!("{host}{}{cluster}", info.version), None)
         }
         Err(error) => {
             let (code, remedy) = broker_remedy(&error);
-            finding("broker", Verdict::Fail(code), error.to_string(), Some(remedy))
+            let verdict = if is_any_usable { Verdict::Warn } else { Verdict::Fail(code) };
+            finding("broker", verdict, error.to_string(), Some(remedy))
         }
-    }
+    });
+    findings.collect()
 }
 
 async fn workers(store: &Store) -> Result<Finding, Failure> {

@@ -63,9 +63,10 @@ fn json_of(details: &Details) -> Value {
         .collect();
     let checkpoint = details.checkpoint.as_ref();
     value["created_by"] = json!(details.created_by);
-    value["labels"] = json!(details.spec.labels);
-    value["session"] = json!(details.spec.session);
+    value["labels"] = json!(details.spec.as_ref().map(|spec| &spec.labels));
+    value["session"] = json!(details.spec.as_ref().map(|spec| &spec.session));
     value["spec"] = json!(details.spec);
+    value["unreadable"] = json!(details.unreadable);
     value["failures"] = json!(checkpoint.map_or(0, |checkpoint| checkpoint.failures));
     value["progress"] = json!(checkpoint.and_then(|checkpoint| checkpoint.progress.as_ref()));
     value["attempts"] = Value::Array(attempts);
@@ -85,6 +86,9 @@ fn text_of(details: &Details) -> String {
         lines.push(format!("  progress   {}{total}", progress.done));
     }
     lines.push(format!("  advances   {}", summary.advances));
+    if let Some(unreadable) = &details.unreadable {
+        lines.push(format!("  unreadable {unreadable}"));
+    }
     if let Some(outcome) = &summary.outcome {
         if !outcome.values.is_empty() {
             lines.push(format!("  values     {}", Value::Object(outcome.values.clone())));

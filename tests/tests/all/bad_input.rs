@@ -67,10 +67,10 @@ async fn a_missing_or_refusing_server_is_named_without_its_password() {
 
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
-async fn a_schema_that_is_newer_than_the_program_is_refused() {
+async fn a_schema_that_breaks_older_programs_is_refused() {
     let scene = Scene::new().await;
     scene.baton(&["list"]).await.ok();
-    scene.sql("INSERT INTO seaql_migrations (version, applied_at) VALUES ('m29990101_000001_later', 0)").await;
+    scene.sql("INSERT INTO seaql_migrations (version, applied_at) VALUES ('m29990101_000001_breaking_later', 0)").await;
     let output = scene.baton(&["list"]).await.exits(4);
     assert!(output.stderr.contains("newer than this program"), "{output:?}");
 }

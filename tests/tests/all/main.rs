@@ -4,6 +4,7 @@
 
 mod bad_input;
 mod busy;
+mod cluster;
 mod control;
 mod cost;
 mod crashes;
@@ -18,4 +19,5 @@ mod prune;
 mod races;
 mod readme;
 mod tree;
+mod versions;
 mod why;

@@ -65,7 +65,7 @@ async fn a_queue_that_refuses_what_is_too_much_loses_nothing() {
     journal::keep(&scene).await;
     // Declares the queue.
     scene.submit("{call: baton.noop, hold: true}", 1).await;
-    scene.policy(r#"{"max-length": 10, "overflow": "reject-publish"}"#).await;
+    scene.policy("^baton[.]task[.]", r#"{"max-length": 10, "overflow": "reject-publish"}"#).await;
     let spec = scene.spec("noop.yaml", "call: baton.noop").display().to_string();
     let submitted = scene.baton(&["submit", &spec, "--count", "3000", "-o", "ids"]).await.ok();
     let depth = scene.amqp().await.depth("baton.task.default").await;

@@ -1,0 +1,24 @@
+//! Only in the builds that tests take for the next version: something that this version's programs know nothing of.
+
+use sea_orm_migration::prelude::*;
+use sea_orm_migration::sea_orm::ConnectionTrait;
+
+#[derive(DeriveMigrationName)]
+pub(super) struct Migration;
+
+#[async_trait::async_trait]
+impl MigrationTrait for Migration {
+    async fn up(&self, manager: &SchemaManager) -> Result<(), DbErr> {
+        for statement in STATEMENTS {
+            manager.get_connection().execute_unprepared(statement).await?;
+        }
+        Ok(())
+    }
+}
+
+const STATEMENTS: [&str; 4] = [
+    "ALTER TABLE process ADD COLUMN next_note text NOT NULL DEFAULT 'next'",
+    "ALTER TABLE worker ADD COLUMN next_kinds text",
+    "CREATE TABLE next_thing (id bigint PRIMARY KEY)",
+    "CREATE INDEX spec_next ON spec (created_by, id)",
+];
