@@ -80,7 +80,7 @@ async fn many_at_once_share_commits_and_acknowledgements() {
 #[ignore = "needs services: run tests/run"]
 async fn every_other_benchmark_comes_to_its_end_and_cleans_up() {
     let scene = scene().await;
-    let report = bench(&scene, &["limits", "--combined", "-n", "1000", "--each", "100ms"]).await;
+    let report = bench(&scene, &["limits", "--combined", "-n", "1000", "--each", "500ms"]).await;
     for field in ["messages_per_s", "rows_per_s", "combined_per_s", "commit_ms", "confirm_ms", "accept_ms", "end_ms"] {
         assert!(number(&report, &format!("/limits/{field}")) > 0.0, "{report}");
     }

@@ -36,6 +36,9 @@ struct Arguments {
     faults: Vec<String>,
 }
 
+/// After so long a worker takes what it takes.
+const WARM_UP: Duration = Duration::from_secs(60);
+
 /// Every so often one fault comes with a second.
 const TWO_AT_ONCE: u64 = 4;
 
@@ -88,7 +91,8 @@ async fn run(arguments: &Arguments, faults: &[Fault], seed: u64) -> Report {
 /// Throws one fault, or two at once, after the other; each has to be over, and the fleet to go on, before the next.
 async fn throw(fleet: &Fleet, faults: &[Fault], mut dice: Dice, until: Instant, report: &mut Report) {
     let begun = Instant::now();
-    report.warm_up(fleet).await;
+    let quarter = until.saturating_duration_since(begun) / 4;
+    report.warm_up(fleet, quarter.min(WARM_UP)).await;
     while Instant::now() < until {
         if faults.is_empty() {
             tokio::time::sleep(Duration::from_secs(1)).await;
@@ -110,5 +114,5 @@ async fn throw(fleet: &Fleet, faults: &[Fault], mut dice: Dice, until: Instant, 
         report.goes_on(fleet, &name).await;
     }
     fleet.heal().await;
-    report.cool_down(fleet).await;
+    report.cool_down(fleet, faults.is_empty()).await;
 }

@@ -28,6 +28,18 @@ struct Taken {
     connections: usize,
 }
 
+impl Taken {
+    /// Whether this is more than that, beyond what comes and goes with the load of a moment.
+    fn exceeds(self, first: Self) -> bool {
+        const HANDLES: usize = 8;
+        const MEMORY_KB: u64 = 5 * 1024;
+        self.memory_kb > first.memory_kb * 5 / 4 + MEMORY_KB
+            || self.threads > first.threads + HANDLES
+            || self.files > first.files + HANDLES
+            || self.connections > first.connections + HANDLES
+    }
+}
+
 #[derive(Default)]
 pub(crate) struct Report {
     /// By fault: how often, and the longest time until the fleet went on.
@@ -60,19 +72,24 @@ impl Report {
         *longest = elapsed.max(*longest);
     }
 
-    /// What the workers take after the first minute.
-    pub(crate) async fn warm_up(&mut self, fleet: &Fleet) {
+    /// What the workers take once they are warm.
+    pub(crate) async fn warm_up(&mut self, fleet: &Fleet, time: Duration) {
         self.goes_on(fleet, "the start").await;
-        sleep(Duration::from_secs(30)).await;
+        sleep(time).await;
         for idx in 0..fleet.len() {
             self.taken.push((taken(fleet.seat(idx).await.worker.os_pid()), Taken::default()));
         }
     }
 
-    /// What they take now.
-    pub(crate) async fn cool_down(&mut self, fleet: &Fleet) {
+    /// What they take now; more than at first is a leak, if nothing was thrown at them.
+    pub(crate) async fn cool_down(&mut self, fleet: &Fleet, is_quiet: bool) {
         for idx in 0..fleet.len() {
-            self.taken[idx].1 = taken(fleet.seat(idx).await.worker.os_pid());
+            let last = taken(fleet.seat(idx).await.worker.os_pid());
+            let first = self.taken[idx].0;
+            self.taken[idx].1 = last;
+            if is_quiet && last.exceeds(first) {
+                self.violations.push(format!("I6: a worker takes {last:?} and took {first:?}"));
+            }
         }
     }
 
