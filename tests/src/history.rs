@@ -86,21 +86,32 @@ pub struct History {
 }
 
 impl History {
-    /// Reads what the database knows, and what the witness file of the scene says.
+    /// Reads what the database knows, all of it as it is at one moment, and what the witness file of the scene says. Where
+    /// there is a witness, everything must have come to rest.
     pub async fn read(scene: &Scene, answers: Vec<Answered>) -> Self {
         let mut history = Self { answers, ..Self::default() };
-        for row in rows(scene, "SELECT id, name FROM worker").await {
+        let journal = journal::select(scene).await;
+        let [workers, processes, events, attempts, versions] = rows(
+            scene,
+            [
+                "SELECT id, name FROM worker",
+                "SELECT id AS pid, state FROM process",
+                "SELECT id, pid, request, what, at, outcome, settled_at FROM event WHERE pid IS NOT NULL ORDER BY at, id",
+                "SELECT pid, epoch, worker, started_at, ended_at, how FROM attempt ORDER BY pid, epoch",
+                journal,
+            ],
+        )
+        .await;
+        for row in workers {
             history.workers.insert(text(&row, "id"), text(&row, "name"));
         }
-        for row in rows(scene, "SELECT id AS pid, state FROM process").await {
+        for row in processes {
             let words = ["created", "running", "waiting", "paused", "finished", "excepted", "killed"];
             let code = usize::try_from(row["state"].as_u64().expect("a code")).expect("a small number");
             let process = Process { state: words[code].to_owned(), ..Process::default() };
             history.processes.insert(text(&row, "pid"), process);
         }
-        let sql = "SELECT id, pid, request, what, at, outcome, settled_at FROM event WHERE pid IS NOT NULL
-                   ORDER BY at, id";
-        for row in rows(scene, sql).await {
+        for row in events {
             let event = Event {
                 id: text(&row, "id"),
                 request: row["request"].as_str().map(str::to_owned),
@@ -111,8 +122,7 @@ impl History {
             };
             history.process(&row).events.push(event);
         }
-        let sql = "SELECT pid, epoch, worker, started_at, ended_at, how FROM attempt ORDER BY pid, epoch";
-        for row in rows(scene, sql).await {
+        for row in attempts {
             let attempt = Attempt {
                 epoch: number(&row, "epoch"),
                 worker: text(&row, "worker"),
@@ -122,8 +132,8 @@ impl History {
             };
             history.process(&row).attempts.push(attempt);
         }
-        for (pid, versions) in journal::read(scene).await {
-            history.processes.entry(pid).or_default().versions = versions;
+        for row in versions {
+            history.process(&row).versions.push(journal::version(&row));
         }
         for (pid, advance, epoch, worker) in witness::lines(&scene.path("witness")) {
             history.processes.entry(pid).or_default().seen.push((advance, epoch, worker));
@@ -261,9 +271,20 @@ impl Process {
     }
 }
 
-pub(crate) async fn rows(scene: &Scene, sql: &str) -> Vec<Value> {
-    let text = scene.sql(&format!("SELECT row_to_json(r) FROM ({sql}) r")).await;
-    text.lines().map(|line| serde_json::from_str(line).expect("a row in JSON")).collect()
+/// The rows of several queries, all as they are at one moment.
+async fn rows<const N: usize>(scene: &Scene, queries: [&str; N]) -> [Vec<Value>; N] {
+    let mut sql = "BEGIN ISOLATION LEVEL REPEATABLE READ;".to_owned();
+    for (idx, query) in queries.iter().enumerate() {
+        sql += &format!("SELECT {idx}, row_to_json(r) FROM ({query}) r;");
+    }
+    let text = scene.sql(&(sql + "COMMIT")).await;
+    let mut rows = std::array::from_fn(|_| Vec::new());
+    for line in text.lines() {
+        let (idx, row) = line.split_once('|').expect("a number and a row");
+        let idx: usize = idx.parse().expect("a number");
+        rows[idx].push(serde_json::from_str(row).expect("a row in JSON"));
+    }
+    rows
 }
 
 pub(crate) fn text(row: &Value, name: &str) -> String {

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::Value;
 
-use crate::history::{Attempt, number, rows, text};
+use crate::history::{Attempt, number};
 use crate::scene::Scene;
 
 /// The places of a row, by the numbers in the database.
@@ -76,20 +76,14 @@ pub async fn keep(scene: &Scene) {
     scene.sql(KEEP).await;
 }
 
-/// The versions of each process, if a journal was kept.
-pub async fn read(scene: &Scene) -> BTreeMap<String, Vec<Version>> {
-    let mut versions: BTreeMap<String, Vec<Version>> = BTreeMap::new();
-    if scene.sql("SELECT to_regclass('journal') IS NOT NULL").await.trim() != "t" {
-        return versions;
-    }
+/// The query for all versions: none, if no journal was kept.
+pub(crate) async fn select(scene: &Scene) -> &'static str {
+    let is_kept = scene.sql("SELECT to_regclass('journal') IS NOT NULL").await.trim() == "t";
     // The row is locked from before the trigger until the commit, so `n` is the order of a process's commits.
-    for row in rows(scene, "SELECT * FROM journal ORDER BY n").await {
-        versions.entry(text(&row, "pid")).or_default().push(version(&row));
-    }
-    versions
+    if is_kept { "SELECT * FROM journal ORDER BY n" } else { "SELECT 1 WHERE false" }
 }
 
-fn version(row: &Value) -> Version {
+pub(crate) fn version(row: &Value) -> Version {
     if row["deleted"] == true {
         return Version { deleted: true, ..Version::default() };
     }

@@ -114,6 +114,7 @@ pub(crate) fn to_bytes<T: Serialize>(value: &T) -> Vec<u8> {
 pub(crate) fn from_bytes<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Error> {
     match bytes.split_first() {
         Some((&found, _)) if found > VERSION => Err(Error::Newer { found, known: VERSION }),
+        Some((0, _)) => Err(Error::Unreadable("no version has ever written this".into())),
         Some((version, body)) => message_pack::read(body)
             .map_err(|error| Error::Unreadable(format!("not what version {version} writes: {error}"))),
         None => Err(Error::Unreadable("empty".into())),
