@@ -154,7 +154,7 @@ impl State {
     }
 
     /// The number in the database's `state` column.
-    pub fn code(&self) -> i16 {
+    pub const fn code(&self) -> i16 {
         match self {
             State::Created => CREATED,
             State::Running => RUNNING,
@@ -239,7 +239,7 @@ impl Place {
     }
 
     /// The number in the database's `place` column.
-    pub fn code(self) -> i16 {
+    pub const fn code(self) -> i16 {
         match self {
             Place::Queued => 0,
             Place::Held => 1,
@@ -277,7 +277,7 @@ impl Desired {
     }
 
     /// The number in the database's `desired` column.
-    pub fn code(self) -> i16 {
+    pub const fn code(self) -> i16 {
         match self {
             Desired::Run => 0,
             Desired::Pause => 1,

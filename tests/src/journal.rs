@@ -3,24 +3,25 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use baton_common::state::{Desired, Live, Place, State};
 use serde_json::Value;
 
 use crate::history::{Attempt, number};
 use crate::scene::Scene;
 
 /// The places of a row, by the numbers in the database.
-const QUEUED: i64 = 0;
-const HELD: i64 = 1;
-const PARKED: i64 = 2;
-const ENDED: i64 = 3;
+const QUEUED: i64 = Place::Queued.code() as i64;
+const HELD: i64 = Place::Held.code() as i64;
+const PARKED: i64 = Place::Parked.code() as i64;
+const ENDED: i64 = Place::Ended.code() as i64;
 
 /// The states that a parked row may have.
-const WAITING: i64 = 2;
-const PAUSED: i64 = 3;
+const WAITING: i64 = State::Waiting.code() as i64;
+const PAUSED: i64 = State::Paused(Live::Running).code() as i64;
 
 /// What may be desired.
-const RUN: i64 = 0;
-const KILL: i64 = 2;
+const RUN: i64 = Desired::Run.code() as i64;
+const KILL: i64 = Desired::Kill.code() as i64;
 
 /// One version of a row.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

@@ -115,16 +115,15 @@ async fn kill_against_end() {
     assert!(killed > 0 && finished > 0, "{killed} killed, {finished} finished: that was no race");
 }
 
-#[tokio::test]
-#[ignore = "needs services: run tests/run"]
-async fn pause_against_play() {
-    let (race, _workers) = Race::new("{call: baton.count, with: {advances: 20, every: 20ms}}").await;
+/// One pause after another `play`, with delays below a limit.
+async fn pause_and_play(spec: &str, verbs: &[Desired], delay_max_ms: u64) {
+    let (race, _workers) = Race::new(spec).await;
     let answers = race
         .run(async |operators, pid, mut dice| {
             let mut answers = Vec::new();
-            for verb in [Desired::Pause, Desired::Run, Desired::Pause, Desired::Run, Desired::Pause] {
-                dice.pause(60).await;
-                answers.push(operators[0].ask(pid, verb).await);
+            for verb in verbs {
+                dice.pause(delay_max_ms).await;
+                answers.push(operators[0].ask(pid, *verb).await);
             }
             answers
         })
@@ -135,20 +134,16 @@ async fn pause_against_play() {
 
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
+async fn pause_against_play() {
+    let verbs = [Desired::Pause, Desired::Run, Desired::Pause, Desired::Run, Desired::Pause];
+    pause_and_play("{call: baton.count, with: {advances: 20, every: 20ms}}", &verbs, 60).await;
+}
+
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
 async fn pause_against_park_and_wake() {
-    let (race, _workers) = Race::new("{call: baton.count, with: {advances: 4, every: 1s}}").await;
-    let answers = race
-        .run(async |operators, pid, mut dice| {
-            let mut answers = Vec::new();
-            for verb in [Desired::Pause, Desired::Run, Desired::Pause, Desired::Run] {
-                dice.pause(700).await;
-                answers.push(operators[0].ask(pid, verb).await);
-            }
-            answers
-        })
-        .await;
-    let (killed, _) = race.judge(answers).await;
-    assert_eq!(killed, 0);
+    let verbs = [Desired::Pause, Desired::Run, Desired::Pause, Desired::Run];
+    pause_and_play("{call: baton.count, with: {advances: 4, every: 1s}}", &verbs, 700).await;
 }
 
 #[tokio::test]
