@@ -51,14 +51,24 @@ pub(crate) async fn run(shared: Arc<Shared>, threads: Arc<Vec<Thread>>) {
         };
         let sent_at = boottime_ms();
         match tokio::time::timeout(BEAT_LIMIT, shared.store.beat(shared.me, &load)).await {
-            Ok(Ok(Beat::Alive { beat, .. })) if beat <= last_beat => {
-                refuse_the_past(&shared, &format!("its beat was {last_beat} and is {beat}")).await;
-                return;
-            }
             // Rows of workers are kept for a day after their end.
-            Ok(Ok(Beat::Unknown)) if last_beat > 0 && shared.lease.age(sent_at) < ROW_KEPT => {
-                refuse_the_past(&shared, &format!("its beat was {last_beat}, and its row is missing")).await;
-                return;
+            Ok(Ok(answer)) if is_older(answer, last_beat, shared.lease.age(sent_at)) => {
+                // So grave a verdict is not based on one answer, which may have been to an earlier question.
+                match shared.store.last_beat(shared.me).await {
+                    Ok(Some(beat)) if beat > last_beat => {
+                        warn!(?answer, beat, last_beat, "the database has answered what it was asked before");
+                        continue;
+                    }
+                    Ok(beat) => {
+                        let now = beat.map_or_else(|| "its row is missing".to_owned(), |beat| format!("is {beat}"));
+                        refuse_the_past(&shared, &format!("its beat was {last_beat}, now {now}")).await;
+                        return;
+                    }
+                    Err(error) => {
+                        warn!(%error, "the database does not answer; the next beat asks again");
+                        continue;
+                    }
+                }
             }
             Ok(Ok(Beat::Alive { beat, drain, is_fleet_paused: is_paused })) => {
                 last_beat = beat;
@@ -107,6 +117,15 @@ pub(crate) async fn run(shared: Arc<Shared>, threads: Arc<Vec<Thread>>) {
             until_sure = until_sure.saturating_sub(1);
             reconciliation.run(&shared).await;
         }
+    }
+}
+
+/// Whether an answer says that the database is older than it was.
+fn is_older(answer: Beat, last_beat: i64, age: Duration) -> bool {
+    match answer {
+        Beat::Alive { beat, .. } => beat <= last_beat,
+        Beat::Unknown => last_beat > 0 && age < ROW_KEPT,
+        Beat::Gone => false,
     }
 }
 

@@ -7,7 +7,7 @@ use uuid::Uuid;
 
 use super::control::Request;
 use super::writer::Fence;
-use super::{Error, Store, begin};
+use super::{Error, Store, Use, begin, connect};
 use crate::communicator::control_queue;
 use crate::id::{Incarnation, Pid};
 use crate::state::Desired;
@@ -142,6 +142,19 @@ impl Store {
             drain: row.try_get("", "drain")?,
             is_fleet_paused: row.try_get::<i64>("", "n_paused")? > 0,
         })
+    }
+
+    /// The number of this incarnation's last beat, read over a connection of its own, on which no question that nobody
+    /// waits for any more can be under way; `None` when the database does not know it.
+    ///
+    /// # Errors
+    /// The database does not answer.
+    pub async fn last_beat(&self, id: Incarnation) -> Result<Option<i64>, Error> {
+        let db = connect(&self.location, Use::Lane).await?;
+        let sql = "SELECT beat FROM worker WHERE id = $1";
+        let row = db.query_one_raw(self.dialect.statement(sql, vec![Uuid::from(id).into()])).await?;
+        db.close().await?;
+        Ok(row.map(|row| row.try_get("", "beat")).transpose()?)
     }
 
     /// Asks live workers of a name (or the one incarnation of an id) to give back what they hold and to stop. Gives those
