@@ -3,6 +3,7 @@
 //! A flag wins over an environment variable, that over the file, that over the default. `deploy/config/baton.toml`
 //! shows every option with its meaning.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -24,6 +25,12 @@ pub struct Config {
     pub database: Database,
     /// Workers only.
     pub worker: Worker,
+    /// Where the files of processes are kept.
+    pub objects: Objects,
+    /// Where programs run other than on the workers' own machines, by name.
+    pub sites: BTreeMap<String, Site>,
+    /// How to reach the machines of sites, by name.
+    pub ssh: BTreeMap<String, Ssh>,
 }
 
 /// How to reach RabbitMQ.
@@ -81,6 +88,175 @@ pub struct Worker {
     pub advances_max: Option<u64>,
     /// Advances in a row that change nothing.
     pub idle_advances_max: Option<u64>,
+}
+
+/// Where files are kept by their SHA-256.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Objects {
+    /// A folder, or `s3://BUCKET/PREFIX`; controllers and workers need the same.
+    pub url: Option<String>,
+    /// The S3 server, such as `https://s3.example.org`; that of AWS if absent.
+    pub endpoint: Option<String>,
+    /// Its region.
+    pub region: Option<String>,
+}
+
+/// A place to run programs: a transport and a launcher.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Site {
+    /// How commands and files get there.
+    pub transport: Transport,
+    /// What starts programs there.
+    pub launcher: Launcher,
+    /// The folder there below which everything of Baton is; absolute, or relative to the home folder.
+    pub root: String,
+    /// Pause between two looks at the jobs.
+    #[serde(with = "duration::text", default = "poll_default")]
+    pub poll: Duration,
+    /// How long one submission may take.
+    #[serde(with = "duration::text", default = "submit_timeout_default")]
+    pub submit_timeout: Duration,
+    /// For how long a job is looked for whose submission was not answered.
+    #[serde(with = "duration::text", default = "settle_default")]
+    pub settle: Duration,
+    /// Shell lines before every program, such as `module load`.
+    #[serde(default)]
+    pub pre: Vec<String>,
+    /// Options of every job, by their long names.
+    #[serde(default)]
+    pub native: BTreeMap<String, String>,
+    /// What the whole fleet keeps to.
+    #[serde(default)]
+    pub limits: SiteLimits,
+    /// The folder of inputs that many processes share.
+    #[serde(default)]
+    pub cache: Cache,
+}
+
+/// How commands and files get to a site.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Transport {
+    /// It is the worker's own machine.
+    Local,
+    /// By SSH, as the section of this name says.
+    Ssh(String),
+}
+
+/// What starts programs at a site.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Launcher {
+    /// A program of its own on that machine.
+    Fork,
+    /// Slurm.
+    Slurm,
+}
+
+/// What the whole fleet keeps to at a site.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct SiteLimits {
+    /// Most jobs there at a time, waiting or running.
+    pub queued: Option<u32>,
+    /// Most jobs that may run at a time. Nobody but the scheduler knows which it starts, so no more than these are there.
+    pub running: Option<u32>,
+    /// Most submissions in a minute.
+    pub submit_per_min: Option<u32>,
+}
+
+/// What the folder of shared inputs may take.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Cache {
+    /// Most bytes; the longest unused go first, and none that a process uses.
+    pub max_bytes: u64,
+    /// What nobody has used for so long goes.
+    #[serde(with = "duration::text")]
+    pub max_age: Duration,
+}
+
+impl Default for Cache {
+    fn default() -> Self {
+        Self { max_bytes: 100 << 30, max_age: Duration::from_secs(30 * 86_400) }
+    }
+}
+
+/// How to reach a machine by SSH. What is absent is what `~/.ssh/config` says of the host.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Ssh {
+    /// Its name or address, or its alias in `~/.ssh/config`.
+    pub host: String,
+    /// Its port.
+    pub port: Option<u16>,
+    /// The user there.
+    pub user: Option<String>,
+    /// The file of a private key; the agent and the usual files if absent.
+    pub key: Option<PathBuf>,
+    /// The file that names the keys of hosts; the usual ones if absent.
+    pub known_hosts: Option<PathBuf>,
+    /// The configuration of OpenSSH to read; the usual one if absent.
+    pub config: Option<PathBuf>,
+    /// Machines on the way, `USER@HOST:PORT`, separated by commas.
+    pub jump: Option<String>,
+    /// Most sessions of the whole fleet.
+    #[serde(default = "max_connections_default")]
+    pub max_connections: u32,
+    /// Most channels of one session; less where the server allows less.
+    #[serde(default = "channels_default")]
+    pub channels: u32,
+    /// No two sessions of the whole fleet are opened within this time.
+    #[serde(with = "duration::text", default = "min_reconnect_default")]
+    pub min_reconnect: Duration,
+    /// A session that nobody uses for so long is closed.
+    #[serde(with = "duration::text", default = "idle_close_default")]
+    pub idle_close: Duration,
+    /// A session that is older than this takes nothing new and is closed.
+    #[serde(with = "duration::text", default = "max_age_default")]
+    pub max_age: Duration,
+    /// A session that is silent for so long is asked whether it lives.
+    #[serde(with = "duration::text", default = "keepalive_default")]
+    pub keepalive: Duration,
+}
+
+fn poll_default() -> Duration {
+    Duration::from_secs(30)
+}
+
+fn submit_timeout_default() -> Duration {
+    Duration::from_secs(30)
+}
+
+fn settle_default() -> Duration {
+    Duration::from_secs(60)
+}
+
+fn max_connections_default() -> u32 {
+    2
+}
+
+// MaxSessions of OpenSSH's server is 10 unless somebody has set it.
+fn channels_default() -> u32 {
+    8
+}
+
+fn min_reconnect_default() -> Duration {
+    Duration::from_secs(5)
+}
+
+fn idle_close_default() -> Duration {
+    Duration::from_secs(300)
+}
+
+fn max_age_default() -> Duration {
+    Duration::from_secs(1800)
+}
+
+fn keepalive_default() -> Duration {
+    Duration::from_secs(30)
 }
 
 /// Why a configuration cannot be used.

@@ -26,6 +26,13 @@ pub const ALL: &[(&str, &str)] = &[
     ("wake-committed", "processes whose time has come are queued, and no message has been published"),
     ("letter-published", "a dead letter is published, and its message is not acknowledged"),
     ("acknowledged", "a task is acknowledged"),
+    ("job-staged", "everything that a job needs is at its site, and this is not recorded"),
+    ("job-intended", "the intent to submit a job is recorded, and nothing is submitted"),
+    ("job-submitted", "a job is submitted, and nobody knows what it is called"),
+    ("job-known", "what a job is called is recorded, and its process does not know"),
+    ("job-seen", "the end of a job is recorded, and nobody has been told"),
+    ("job-collected", "everything that a job has made is in the object store, and this is not recorded"),
+    ("job-cancelled", "a job is cancelled, and this is not recorded"),
 ];
 
 /// Names a border. In a function that returns something, the border must not be inside of an expression.

@@ -17,6 +17,7 @@ compile_error!("the features `without-…` break Baton's promises on purpose; th
 
 pub mod communicator;
 pub mod config;
+pub mod digest;
 pub mod duration;
 pub mod failpoint;
 #[cfg(test)]
@@ -24,6 +25,9 @@ mod fuzz;
 pub mod id;
 pub mod message;
 mod message_pack;
+pub mod nearest;
+pub mod objects;
+pub mod relative;
 pub mod select;
 pub mod spec;
 pub mod state;

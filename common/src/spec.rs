@@ -19,7 +19,25 @@
 //! hold: false                  # true: accepted and stored, not executed until `play`
 //! labels: {campaign: si}       # the selector for list, pause, play, kill and broadcast
 //! session: si-2026
-//! at: here                     # the only site of this version
+//! at: cluster                  # a site of the configuration; `here`, the default, is the worker's own machine
+//! ```
+//!
+//! With a site, `run` and `script` have more keys. Files are paths in scopes: `client://` is the document's folder, read
+//! when it is submitted; `task://` the program's own folder; `session://` and `resource://` folders of the site that
+//! a session, and everything there, share; `store://` the object store.
+//!
+//! ```yaml
+//! needs: {nodes: 1, ranks: 8, cpus: 4, mem: 32GiB, gpus: 0, time: 2h}
+//! native: {account: s1234}     # options of the site's launcher by their long names
+//! pre: [module load qe]        # shell lines before the program
+//! in:
+//!   - client://relax.in        # to task://relax.in; a folder has `/` at its end
+//!   - client://b.tgz > task://data/
+//!   - {from: resource://pseudo/Si.upf, to: task://Si.upf, how: link, optional: true}   # auto, copy, link, move, unpack
+//! out:
+//!   - relax.out                # from task://, to store://
+//!   - {from: "*.chk", to: session://chk/, how: move, when: always, optional: true}     # ok, error, always
+//! values: result.json          # its JSON object becomes the values
 //! ```
 //!
 //! A key that this version knows nothing of is an error with its line and the nearest known key; nothing is accepted
@@ -36,11 +54,13 @@ use crate::duration;
 
 mod document;
 mod error;
+pub mod on_site;
 #[cfg(test)]
 mod tests;
 mod tree;
 
 pub use error::{Error, Problem};
+pub use on_site::OnSite;
 
 /// What a process is to do, complete and checked.
 ///
@@ -87,6 +107,9 @@ pub struct Spec {
     /// The text on the program's standard input; without it the input is empty.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stdin: Option<String>,
+    /// What a program on a site has beyond one on the worker's own machine; `None` for `at: here`, and for Rust processes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub on_site: Option<OnSite>,
 }
 
 /// The work: a program, a shell text, or a Rust process.
@@ -219,6 +242,7 @@ impl Spec {
             hold: false,
             timeout: Timeout::default(),
             stdin: None,
+            on_site: None,
         }
     }
 
@@ -235,9 +259,10 @@ impl Spec {
         }
     }
 
-    /// Which code executes it: the name of the Rust process, or `program` for `run` and `script`.
+    /// Which code executes it: the name of the Rust process, or for `run` and `script` `program`, and `job` on a site.
     pub fn kind(&self) -> &str {
         match &self.what {
+            Work::Run { .. } | Work::Script { .. } if self.on_site.is_some() => JOB,
             Work::Run { .. } | Work::Script { .. } => PROGRAM,
             Work::Call { name, .. } => name,
         }
@@ -317,8 +342,9 @@ impl Format {
     }
 }
 
-/// The kind of everything that is not a Rust process.
+/// The kinds of everything that is not a Rust process: a program on the worker's own machine, and one on a site.
 const PROGRAM: &str = "program";
+pub(crate) const JOB: &str = "job";
 
 fn success() -> Vec<i32> {
     vec![0]

@@ -3,7 +3,7 @@
 //! The database decides and the broker only tells. Every rule of the protocol (claim only what is queued, fence every
 //! write, clear `woken`, apply what is desired when a row leaves its holder) is in the SQL of one file here:
 //! [`submit`], [`writer`] (claims and fenced writes, group-committed), [`control`], [`sweep`], [`worker`], [`prune`];
-//! [`query`] and [`explain`] only read.
+//! [`query`], [`explain`] and [`needed`] only read.
 
 pub mod bare;
 pub mod blob;
@@ -15,9 +15,11 @@ mod fenced;
 pub mod fleet;
 pub mod measure;
 mod migration;
+pub mod needed;
 pub mod prune;
 pub mod query;
 mod select;
+pub mod site;
 pub mod submit;
 pub mod sweep;
 pub mod worker;

@@ -96,7 +96,8 @@ Below the table stands what there is in all; from 10000 on that is not counted a
   baton explain PID -o json              `condition` is a word that stays, with its `facts`
 
 Conditions: ended, kill_pending, pause_pending, paused, on_hold, holder_gone, holder_silent, blocks_its_thread,
-advancing, needs_other_worker, waits_for_retry, waits_for_timer, fleet_paused, no_worker, queue_not_served, workers_drain, workers_silent,
+advancing, needs_other_worker, waits_for_retry, waits_for_timer, waits_for_job, waits_for_session, waits_for_room,
+waits_for_file, site_down, fleet_paused, no_worker, queue_not_served, workers_drain, workers_silent,
 slots_taken, queued")]
     Explain(Pids),
     /// Follow processes until they have ended
@@ -106,6 +107,14 @@ slots_taken, queued")]
     Watch(WatchArguments),
     /// Print what a process has written
     Logs(LogsArguments),
+    /// List the files that a process has left in the object store, or fetch them
+    #[command(after_help = "Examples:
+  baton results PID                      paths, sizes, SHA-256 and where they are
+  baton results PID --get results/       fetch all; what is there and equal is left as it is
+  baton results PID -o json
+
+They are what the spec names in `out`. Each is verified by its SHA-256.")]
+    Results(ResultsArguments),
     /// Stop processes before their next advance
     #[command(after_help = "Examples:
   baton pause PID
@@ -137,6 +146,19 @@ slots_taken, queued")]
 States: live; draining (takes nothing more); silent (has missed a beat); gone (has stopped or was declared gone).
 LEASE is how long ago it beat; after 10 s of silence, as another worker sees it, what it holds is taken over.")]
     Workers(WorkersArguments),
+    /// List the sites that workers serve: sessions, jobs, who waits, and what went wrong last
+    #[command(after_help = "Examples:
+  baton sites
+  baton sites cluster -o json
+
+A site is `down` after it could not be reached; its processes wait, and cost nothing, until it is tried again. SESSIONS are
+those of the whole fleet; WAIT-SESSION and WAIT-ROOM are processes that wait for one, or for room for another job.")]
+    Sites(SitesArguments),
+    /// Open a shell in the folder of a process, at its site
+    #[command(after_help = "Examples:
+  baton open PID
+  baton open PID --print                 only the command")]
+    Open(OpenArguments),
     /// Let workers give back what they hold, and stop
     #[command(after_help = "Examples:
   baton drain w1 --reason 'new kernel'
@@ -160,6 +182,14 @@ A launch that came from outside and is sent again after its process was pruned m
 up to which something was pruned: from then on a launch whose pid, a UUIDv7, was made before that, and whose process is
 not there, goes to the dead letters. Choose a duration that is longer than any launch waits in a queue.")]
     Prune(PruneArguments),
+    /// Remove from the object store what no process needs any more
+    #[command(after_help = "Examples:
+  baton gc --dry-run
+  baton gc                               the line for cron, after `baton prune`
+
+A process needs what was sent for it and what it left as results, until it is pruned. What is younger than --older-than
+is never removed, since it may be on its way into a process: less than a day only while nobody submits and nothing ends.")]
+    Gc(GcArguments),
     /// Look at messages that nobody could use; send them again once the cause is mended, or throw them away
     #[command(
         subcommand,
@@ -184,6 +214,18 @@ it starts workers of its own on a queue of its own; without, it uses those that 
 processes, queues and schema (`baton_bench_*`); a run that was killed leaves them behind."
     )]
     Bench(BenchCommand),
+    /// Look after a site: whether it can be reached, commands and files there
+    #[command(
+        subcommand,
+        after_help = "Examples:
+  baton site test cluster
+  baton site exec cluster -- squeue --me
+  baton site put cluster data.tar inputs/data.tar
+  baton site get cluster job/slurm.out ./slurm.out
+
+Sites stand in the configuration as [sites.NAME]. Neither broker nor database is needed."
+    )]
+    Site(SiteCommand),
     /// Check what is reachable, which versions, what is wrong, and how to mend it
     Doctor,
     /// Print a completion script
@@ -252,6 +294,25 @@ pub(crate) struct PruneArguments {
     /// Ask no question before they are removed
     #[arg(long)]
     pub(crate) yes: bool,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct ResultsArguments {
+    /// The process's id
+    pub(crate) pid: String,
+    /// Fetch all of them into this folder
+    #[arg(long, value_name = "DIR")]
+    pub(crate) get: Option<PathBuf>,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct GcArguments {
+    /// Only what was put at least so long ago
+    #[arg(long, value_name = "DURATION", default_value = "1d", value_parser = duration::parse)]
+    pub(crate) older_than: Duration,
+    /// Only say how much it would be
+    #[arg(long)]
+    pub(crate) dry_run: bool,
 }
 
 #[derive(Args, Debug)]
@@ -423,6 +484,89 @@ pub(crate) struct DrainArguments {
     /// How long to wait at most
     #[arg(long, requires = "wait", value_parser = duration::parse, value_name = "DURATION", default_value = "2m")]
     pub(crate) timeout: Duration,
+}
+
+#[derive(Subcommand, Debug)]
+pub(crate) enum SiteCommand {
+    /// Try everything that Baton needs of a site
+    #[command(after_help = "Example:
+  baton site test cluster
+
+The exit code is 0 if all of it works, and 1 if something does not.")]
+    Test {
+        /// The site's name
+        site: String,
+    },
+    /// Run a command at a site, in the home folder there
+    #[command(after_help = "Examples:
+  baton site exec cluster -- squeue --me
+  baton site exec cluster -- 'du -sh jobs/* | tail -n 3'
+  baton site exec cluster --timeout 1h -- make -C src
+
+One word is a line for the shell there; several words are a program and its arguments as they are. It gets no input, and
+what it writes (16 MiB at most) is printed when it has ended. The exit code is its own.")]
+    Exec(SiteExecArguments),
+    /// Send a file to a site
+    #[command(after_help = "Examples:
+  baton site put cluster data.tar inputs/data.tar
+  baton site put cluster data.tar /scratch/me/
+
+The folders on the way are made. What was cut goes on where it was, and what has come is compared by its SHA-256.")]
+    Put(SitePutArguments),
+    /// Fetch a file from a site
+    #[command(after_help = "Examples:
+  baton site get cluster job/slurm.out ./slurm.out
+  baton site get cluster /scratch/me/data.tar .
+
+What was cut goes on where it was, and what has come is compared by its SHA-256.")]
+    Get(SiteGetArguments),
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct SitesArguments {
+    /// Only this one
+    pub(crate) name: Option<String>,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct OpenArguments {
+    /// The process
+    pub(crate) pid: String,
+    /// Print the command instead of running it
+    #[arg(long)]
+    pub(crate) print: bool,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct SiteExecArguments {
+    /// The site's name
+    pub(crate) site: String,
+    /// A line for the shell there, or a program and its arguments
+    #[arg(required = true, last = true)]
+    pub(crate) command: Vec<String>,
+    /// How long it may take
+    #[arg(long, value_parser = duration::parse, value_name = "DURATION", default_value = "10m")]
+    pub(crate) timeout: Duration,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct SitePutArguments {
+    /// The site's name
+    pub(crate) site: String,
+    /// The file here
+    pub(crate) from: PathBuf,
+    /// The file there, or with `/` at the end its folder; below the site's root unless it is absolute
+    pub(crate) to: String,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct SiteGetArguments {
+    /// The site's name
+    pub(crate) site: String,
+    /// The file there; below the site's root unless it is absolute
+    pub(crate) from: String,
+    /// The file here, or its folder
+    pub(crate) to: PathBuf,
 }
 
 #[derive(Subcommand, Debug)]

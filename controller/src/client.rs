@@ -1,20 +1,23 @@
 //! The ways to database and broker that commands share.
 
+use std::collections::BTreeMap;
 use std::io::{BufRead, Read};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::OnceLock;
 use std::time::Duration;
 
 use baton_common::communicator::{self, Broker, Communicator, ReplyTo, Told};
+use baton_common::config;
 use baton_common::id::{ParseError, Pid};
 use baton_common::message::{Event, Reply, Task};
+use baton_common::nearest::nearest;
 use baton_common::spec::{self, Format, Spec};
 use baton_common::state::Place;
 use baton_common::store::control::Controlled;
 use baton_common::store::submit::ByQueue;
 use baton_common::store::{Location, Store};
-use baton_worker::cli::{exit, host_name};
+use baton_worker::cli::{Resolved, exit, host_name};
 use baton_worker::peers::{LOOK_INTERVAL, Watch};
 
 use crate::cli::Global;
@@ -27,9 +30,14 @@ const BROKER_LIMIT: Duration = Duration::from_secs(3);
 /// The SQLite file in the home of `baton run`.
 pub(crate) const DATABASE_FILE: &str = "baton.db";
 
+/// The folder of objects beside that file.
+const OBJECTS_FOLDER: &str = "objects";
+
 /// The database, and the broker if there is one.
 pub(crate) struct Client {
     pub(crate) store: Store,
+    /// Where the files of its processes are.
+    pub(crate) objects: config::Objects,
     broker_urls: Vec<String>,
     communicator: OnceLock<Communicator>,
 }
@@ -38,6 +46,7 @@ impl Client {
     /// Opens the database that is named, or else the one of `baton run` in the home.
     pub(crate) async fn open(global: &Global) -> Result<Self, Failure> {
         let resolved = global.connection.resolve()?;
+        let objects = objects_of(global, &resolved)?;
         let location = match resolved.database_url {
             Some(url) => Location::parse(&url)?,
             None => {
@@ -57,7 +66,7 @@ impl Client {
         let store = Store::open(location).await?;
         // The fleet's broker carries nothing of an embedded database.
         let broker_urls = if store.is_embedded() { Vec::new() } else { resolved.broker_urls };
-        Ok(Self { store, broker_urls, communicator: OnceLock::new() })
+        Ok(Self { store, objects, broker_urls, communicator: OnceLock::new() })
     }
 
     /// The broker, once it is connected; `None` when there is none, or the reason why it cannot be reached.
@@ -184,20 +193,57 @@ impl Client {
     }
 }
 
+/// Where the files of processes are: the place that is named, or else beside an embedded database, or else that of all
+/// others.
+pub(crate) fn objects_of(global: &Global, resolved: &Resolved) -> Result<config::Objects, Failure> {
+    match resolved.database_url.as_deref().map(Location::parse).transpose()? {
+        None => Ok(objects_beside(&global.home, resolved)),
+        Some(Location::Sqlite(file)) => Ok(objects_beside(file.parent().unwrap_or(Path::new("")), resolved)),
+        Some(Location::Postgres(_)) => Ok(resolved.objects.clone()),
+    }
+}
+
+/// Where the files of an embedded database in this folder are.
+pub(crate) fn objects_beside(folder: &Path, resolved: &Resolved) -> config::Objects {
+    let beside = || folder.join(OBJECTS_FOLDER).display().to_string();
+    config::Objects { url: resolved.objects.url.clone().or_else(|| Some(beside())), ..resolved.objects.clone() }
+}
+
+/// A spec, and the folder that its `client://` stands for.
+pub(crate) struct Document {
+    pub(crate) spec: Spec,
+    pub(crate) folder: PathBuf,
+}
+
 /// Reads a spec from a file, or from standard input.
-pub(crate) fn read_spec(path: &Path) -> Result<Spec, Failure> {
+pub(crate) fn read_spec(path: &Path) -> Result<Document, Failure> {
     let mut text = String::new();
-    let format = if path == Path::new("-") {
+    let (format, folder) = if path == Path::new("-") {
         std::io::stdin().read_to_string(&mut text)?;
-        Format::Yaml
+        (Format::Yaml, Path::new(""))
     } else {
         text = std::fs::read_to_string(path).map_err(|error| {
             let code = if error.kind() == std::io::ErrorKind::NotFound { exit::NOT_FOUND } else { exit::USAGE };
             Failure::new(code, format!("cannot read {}: {error}", path.display()))
         })?;
-        Format::of_path(path)
+        (Format::of_path(path), path.parent().unwrap_or(Path::new("")))
     };
-    spec::parse(&text, format).map_err(|error| Failure::usage(format!("{}: {error}", path.display())))
+    let spec = spec::parse(&text, format).map_err(|error| Failure::usage(format!("{}: {error}", path.display())))?;
+    Ok(Document { spec, folder: Path::new(".").join(folder) })
+}
+
+/// That the spec's site is one of those that the configuration has, if it has any.
+pub(crate) fn check_site(spec: &Spec, sites: &BTreeMap<String, config::Site>) -> Result<(), Failure> {
+    let Some(on_site) = spec.on_site.as_ref().filter(|on_site| !sites.is_empty() && !sites.contains_key(&on_site.at))
+    else {
+        return Ok(());
+    };
+    let known = || sites.keys().map(String::as_str);
+    let remedy = match nearest(&on_site.at, known()) {
+        Some(nearest) => format!("did you mean `{nearest}`?"),
+        None => format!("the configuration has {}", known().collect::<Vec<_>>().join(", ")),
+    };
+    Err(Failure::usage(format!("`at`: the site `{}` is not known", on_site.at)).with_remedy(remedy))
 }
 
 /// The ids of a command line; `-` stands for those on standard input, separated by white space.

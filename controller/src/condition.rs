@@ -9,7 +9,8 @@ use baton_common::store::query::{EventRow, Refusal, Summary, WorkerRow, WorkerSt
 use baton_common::store::worker::LEASE;
 use serde_json::{Value, json};
 
-use crate::output::{because, count, span, timestamp};
+use crate::commands::sites;
+use crate::output::{self, because, count, span, timestamp};
 use crate::overview::pause_text;
 
 /// What the broker brought: what the holder says of the process, if there is one and it knows it, or why nobody could be
@@ -228,6 +229,9 @@ impl Case<'_> {
 
     fn waiting(&self) -> Explanation {
         let summary = self.summary;
+        if let Some(explanation) = self.at_site() {
+            return explanation;
+        }
         let Some(wake_at) = summary.wake_at else {
             return Explanation::new("waits_for_timer", "it waits, and nothing says for what".into(), json!({}));
         };
@@ -253,6 +257,44 @@ impl Case<'_> {
         let of = max.map(|max| format!(" of {max}")).unwrap_or_default();
         let text = format!("it is tried again {when}: try {attempt}{of}; try {} failed: {error}", attempt - 1);
         Explanation::new("waits_for_retry", text, facts)
+    }
+
+    /// It waits for something at its site.
+    fn at_site(&self) -> Option<Explanation> {
+        let site = self.facts.site.as_ref()?;
+        let name = &site.name;
+        let mut facts = json!({"site": name, "state": sites::state(site), "last_error": site.last_error});
+        if let Some(retry_in) = site.retry_in {
+            let error = site.last_error.as_deref().unwrap_or("no reason is known");
+            facts["retry_in_ms"] = json!(retry_in / 1_000);
+            let text = format!("the site `{name}` cannot be reached: {error}; it is tried again in {}", span(retry_in));
+            return Some(Explanation::new("site_down", text, facts).with_remedy(format!("baton site test {name}")));
+        }
+        let waits_for = self.summary.waits_for.as_deref().unwrap_or_default();
+        if waits_for.starts_with("slot/") {
+            facts["sessions"] = json!([site.slots_taken, site.slots]);
+            let text = format!(
+                "it waits for a session with the site `{name}`: {} of {} are open, and {} processes wait",
+                site.slots_taken, site.slots, site.waiting_for_slot
+            );
+            return Some(Explanation::new("waits_for_session", text, facts));
+        }
+        if waits_for.starts_with("room/") {
+            facts["jobs"] = json!(site.jobs);
+            let text = format!(
+                "the limits of the site `{name}` let no further job in now: {} are there, and {} processes wait",
+                site.jobs, site.waiting_for_room
+            );
+            return Some(Explanation::new("waits_for_room", text, facts));
+        }
+        if waits_for.starts_with("sent/") {
+            let text = format!("another process sends a file to the site `{name}` that both need");
+            return Some(Explanation::new("waits_for_file", text, facts));
+        }
+        let job = self.facts.details.jobs.last().filter(|job| job.ended_at.is_none())?;
+        facts["job"] = output::job_json(job);
+        let text = format!("its job at the site `{name}` has not ended: {}", output::job_text(job, self.summary.now));
+        Some(Explanation::new("waits_for_job", text, facts))
     }
 
     /// It waits for a worker that can go on with it.
@@ -431,11 +473,15 @@ pub(crate) mod tests {
             last_error: None,
             waits_for_retry: false,
             refusal: None,
+            has_outside: false,
+            waits_for: None,
             paused: None,
             now: NOW,
         };
         Facts {
+            site: None,
             details: Details {
+                jobs: vec![],
                 summary,
                 spec: Some(Spec::new(Work::Run { argv: vec!["true".into()] })),
                 unreadable: None,

@@ -5,8 +5,9 @@ use std::process::ExitCode;
 
 use anstyle::{AnsiColor, Style};
 use baton_common::communicator::{CheckError, Down, dead};
-use baton_common::{config, store};
+use baton_common::{config, objects, store};
 use baton_worker::cli::{chain, exit, exit_code};
+use baton_worker::transport;
 
 /// Why a command failed.
 #[derive(Debug)]
@@ -88,6 +89,24 @@ impl From<config::Error> for Failure {
     }
 }
 
+impl From<objects::Error> for Failure {
+    fn from(error: objects::Error) -> Self {
+        let code = match &error {
+            objects::Error::Config { .. } | objects::Error::NoBucket { .. } => exit::USAGE,
+            objects::Error::Absent { .. } => exit::NOT_FOUND,
+            objects::Error::Refused { .. } => exit::REFUSED,
+            objects::Error::Changed { .. } => exit::CONFLICT,
+            objects::Error::Unreachable { .. } => exit::UNREACHABLE,
+            objects::Error::Folder { .. }
+            | objects::Error::File { .. }
+            | objects::Error::Damaged { .. }
+            | objects::Error::TooLarge { .. }
+            | objects::Error::Manifest { .. } => exit::FAILED,
+        };
+        Self::new(code, chain(&error))
+    }
+}
+
 impl From<std::io::Error> for Failure {
     fn from(error: std::io::Error) -> Self {
         // Whoever reads our output has seen enough, as `head` does; that is no failure, and there is nothing to say.
@@ -110,6 +129,20 @@ impl From<dead::Error> for Failure {
             dead::Error::Lost(_) => (exit::UNREACHABLE, "nothing is lost; do it again when the broker is back"),
         };
         Self::new(code, error.to_string()).with_remedy(remedy)
+    }
+}
+
+impl From<transport::Error> for Failure {
+    fn from(error: transport::Error) -> Self {
+        use transport::Error;
+        let code = match &error {
+            Error::UnknownHostKey { .. } | Error::HostKeyChanged { .. } | Error::Refused { .. } => exit::REFUSED,
+            Error::Unreachable { .. } | Error::NoChannel(_) | Error::Broken(_) => exit::UNREACHABLE,
+            Error::TimedOut { .. } => exit::WAIT_TIMED_OUT,
+            Error::Command { .. } | Error::File { .. } | Error::TooMuchOutput => exit::FAILED,
+            Error::Config(_) => exit::USAGE,
+        };
+        Self::new(code, error.to_string())
     }
 }
 

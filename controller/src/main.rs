@@ -1,10 +1,12 @@
 //! `baton`: runs, submits, watches and controls processes.
 
 mod bench;
+mod capture;
 mod cli;
 mod client;
 mod commands;
 mod condition;
+mod dry_run;
 mod failure;
 mod follow;
 mod output;
@@ -47,14 +49,19 @@ async fn dispatch(cli: Cli) -> Result<u8, Failure> {
         Command::Explain(arguments) => commands::explain::run(&global, arguments).await,
         Command::Watch(arguments) => commands::watch::run(&global, arguments).await,
         Command::Logs(arguments) => commands::logs::run(&global, arguments).await,
+        Command::Results(arguments) => Box::pin(commands::results::run(&global, arguments)).await,
         Command::Pause(arguments) => commands::control::pause(&global, arguments).await,
         Command::Play(arguments) => commands::control::play(&global, arguments).await,
         Command::Kill(arguments) => commands::control::kill(&global, arguments).await,
         Command::Workers(arguments) => commands::workers::run(&global, arguments).await,
         Command::Drain(arguments) => commands::drain::run(&global, arguments).await,
         Command::Prune(arguments) => commands::prune::run(&global, arguments).await,
+        Command::Gc(arguments) => Box::pin(commands::gc::run(&global, arguments)).await,
         Command::Dead(command) => Box::pin(commands::dead::run(&global, command)).await,
         Command::Bench(command) => Box::pin(bench::run(&global, command)).await,
+        Command::Sites(arguments) => commands::sites::run(&global, arguments).await,
+        Command::Open(arguments) => commands::open::run(&global, arguments).await,
+        Command::Site(command) => Box::pin(commands::site::run(&global, command)).await,
         Command::Doctor => commands::doctor::run(&global).await,
         Command::Completion { shell } => commands::completion::run(shell),
     }

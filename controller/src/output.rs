@@ -6,6 +6,7 @@ use std::time::Duration;
 use anstyle::{AnsiColor, Style};
 use baton_common::state::{Desired, Place, State};
 use baton_common::store::query::{COUNT_MAX, Summary};
+use baton_common::store::site::Job;
 use baton_worker::cli::exit;
 use chrono::{DateTime, Local, SecondsFormat, Utc};
 use comfy_table::{ContentArrangement, Table, presets};
@@ -148,6 +149,17 @@ fn waits(summary: &Summary, wake_at: i64) -> String {
     if let Some(refusal) = &summary.refusal {
         return format!("needs another worker, again in {pause}: {}", refusal.reason);
     }
+    if let Some((what, site)) = summary.waits_for.as_deref().and_then(|waits_for| waits_for.split_once('/')) {
+        let site = site.split('/').next().unwrap_or(site);
+        return match what {
+            "slot" => format!("waits for a session with {site}"),
+            "room" => format!("waits for room at {site}"),
+            _ => format!("waits for a file at {site}"),
+        };
+    }
+    if summary.has_outside {
+        return "its job waits or runs".to_owned();
+    }
     match &summary.last_error {
         Some(error) if summary.waits_for_retry => format!("try {} in {pause}, after: {error}", summary.attempt),
         Some(_) | None => format!("wakes in {pause}"),
@@ -185,6 +197,7 @@ pub(crate) fn summary_json(summary: &Summary) -> Value {
         "values": outcome.map(|outcome| &outcome.values),
         "reason": outcome.and_then(|outcome| outcome.reason.as_ref()),
         "sandbox": outcome.and_then(|outcome| outcome.sandbox.as_ref()),
+        "results": outcome.and_then(|outcome| outcome.results),
         "last_error": summary.last_error,
         "retries": summary.attempt - 1,
         "refused_since": summary.refusal.as_ref().map(|refusal| timestamp(refusal.since)),
@@ -192,6 +205,45 @@ pub(crate) fn summary_json(summary: &Summary) -> Value {
         "paused_by": summary.paused.as_ref().map(|paused| &paused.by),
         "paused_at": summary.paused.as_ref().map(|paused| timestamp(paused.at)),
         "paused_reason": summary.paused.as_ref().and_then(|paused| paused.reason.as_ref()),
+    })
+}
+
+/// A job at a site, in words.
+pub(crate) fn job_text(job: &Job, now: i64) -> String {
+    let id = job
+        .external_id
+        .as_deref()
+        .map_or_else(|| "whether there is one is not known yet".to_owned(), |id| format!("job {id}"));
+    let mut text = id;
+    if !job.status.is_empty() {
+        text.push_str(&format!(", {}", job.status));
+    }
+    if !job.reason.is_empty() {
+        text.push_str(&format!(" ({})", job.reason));
+    }
+    if job.ended_at.is_none() {
+        if let Some(position) = job.position {
+            text.push_str(&format!(", number {position} of those that wait"));
+        }
+        if let Some(starts_at) = job.starts_at.filter(|starts_at| *starts_at > now) {
+            text.push_str(&format!(", expected to start in {}", span(starts_at - now)));
+        }
+    }
+    text
+}
+
+/// A job at a site, for programs.
+pub(crate) fn job_json(job: &Job) -> Value {
+    json!({
+        "token": job.token(),
+        "try": job.attempt,
+        "external_id": job.external_id,
+        "status": job.status,
+        "reason": job.reason,
+        "position": job.position,
+        "starts_at": job.starts_at.map(timestamp),
+        "intended_at": timestamp(job.intent_at),
+        "ended_at": job.ended_at.map(timestamp),
     })
 }
 

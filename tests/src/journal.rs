@@ -50,20 +50,24 @@ pub struct Version {
     pub woken: bool,
     /// Whether it has a time to wake at.
     pub is_timed: bool,
+    /// Whether it has, or may have, a job at a site, which a kill has to end first.
+    pub outside: bool,
 }
 
 /// The trigger and its table, in the schema that the search path names.
 const KEEP: &str = "
     CREATE TABLE journal (n bigserial PRIMARY KEY, pid uuid NOT NULL, deleted boolean NOT NULL, place bigint, state bigint, before bigint,
-        epoch bigint, owner uuid, seq bigint, checkpoint text, outcome text, desired bigint, woken boolean, is_timed boolean);
+        epoch bigint, owner uuid, seq bigint, checkpoint text, outcome text, desired bigint, woken boolean, is_timed boolean,
+        outside boolean);
     CREATE FUNCTION keep_journal() RETURNS trigger LANGUAGE plpgsql AS $$
     BEGIN
         IF TG_OP = 'DELETE' THEN
             INSERT INTO journal (pid, deleted) VALUES (OLD.id, true);
         ELSE
-            INSERT INTO journal (pid, deleted, place, state, before, epoch, owner, seq, checkpoint, outcome, desired, woken, is_timed)
+            INSERT INTO journal (pid, deleted, place, state, before, epoch, owner, seq, checkpoint, outcome, desired, woken, is_timed,
+                                 outside)
             VALUES (NEW.id, false, NEW.place, NEW.state, NEW.before, NEW.epoch, NEW.owner, NEW.seq, md5(NEW.checkpoint),
-                    md5(NEW.outcome), NEW.desired, NEW.woken, NEW.wake_at IS NOT NULL);
+                    md5(NEW.outcome), NEW.desired, NEW.woken, NEW.wake_at IS NOT NULL, NEW.outside);
         END IF;
         RETURN NULL;
     END $$;
@@ -102,6 +106,7 @@ pub(crate) fn version(row: &Value) -> Version {
         desired: number(row, "desired"),
         woken: row["woken"] == true,
         is_timed: row["is_timed"] == true,
+        outside: row["outside"] == true,
     }
 }
 
@@ -237,14 +242,16 @@ fn check_version(version: &Version, violation: &mut dyn FnMut(String)) {
     if (place == HELD) != version.owner.is_some() {
         violation(format!("I5: place {place} and owner {:?} do not go together", version.owner));
     }
-    if place == QUEUED && desired != RUN {
+    // A worker has to end the job before the kill is obeyed.
+    let is_killing = desired == KILL && version.outside;
+    if place == QUEUED && desired != RUN && !is_killing {
         violation("I7: it is queued although that is not desired".to_owned());
     }
     if place == PARKED && state == WAITING {
         if version.woken {
             violation("I5: it went to sleep over a wake-up".to_owned());
         }
-        if desired != RUN {
+        if desired != RUN && !is_killing {
             violation("I7: it went to sleep without obeying".to_owned());
         }
         if !version.is_timed {
@@ -362,6 +369,7 @@ mod tests {
         says(&violations(&[Version { is_timed: false, ..parked.clone() }], &[], &[]), "nothing will ever wake it");
         says(&violations(&[Version { desired: 1, ..parked }], &[], &[]), "without obeying");
         says(&violations(&[Version { desired: 1, ..queued() }], &[], &[]), "queued although");
+        says(&violations(&[Version { desired: KILL, ..queued() }], &[], &[]), "queued although");
         says(&violations(&[left(1, PARKED, PAUSED, 1)], &[], &[]), "nobody wants that");
         let taken_back = [Version { desired: KILL, ..held(1, "a", 1) }, held(1, "a", 1)];
         says(&violations(&taken_back, &[], &[]), "a kill was taken back");

@@ -12,6 +12,8 @@ pub mod process;
 pub mod proxy;
 pub mod scene;
 pub mod services;
+pub mod slurm;
+pub mod sshd;
 pub mod witness;
 
 use std::fmt::Debug;

@@ -7,6 +7,7 @@ use std::time::Duration;
 use baton_common::communicator::Broker;
 use baton_common::config::{self, Config};
 use baton_common::failpoint;
+use baton_common::objects::Objects;
 use baton_common::store::{self, Location, Store};
 use baton_common::telemetry::{self, LogFormat};
 use baton_common::{duration, store::Error as StoreError};
@@ -70,9 +71,12 @@ pub struct Connection {
     /// A file that holds the database's URL
     #[arg(long, global = true, env = "BATON_DATABASE_URL_FILE", value_name = "PATH")]
     pub database_url_file: Option<PathBuf>,
+    /// Where files of processes are kept: a folder, or s3://BUCKET/PREFIX [default: ~/.local/share/baton/objects]
+    #[arg(long, global = true, env = "BATON_OBJECTS_URL", value_name = "URL")]
+    pub objects_url: Option<String>,
 }
 
-/// Where broker and database are, after flags, environment and file have been merged.
+/// Where broker, database and objects are, after flags, environment and file have been merged.
 #[derive(Clone)]
 pub struct Resolved {
     /// The file's content.
@@ -81,6 +85,8 @@ pub struct Resolved {
     pub broker_urls: Vec<String>,
     /// The database's URL.
     pub database_url: Option<String>,
+    /// Where objects are; `url` is absent when nobody names a place.
+    pub objects: config::Objects,
 }
 
 impl Connection {
@@ -100,7 +106,9 @@ impl Connection {
             (None, Some(path)) => Some(config::read_secret(path)?),
             (None, None) => config.database_url()?,
         };
-        Ok(Resolved { config, broker_urls, database_url })
+        let mut objects = config.objects.clone();
+        objects.url = self.objects_url.clone().or(objects.url);
+        Ok(Resolved { config, broker_urls, database_url, objects })
     }
 }
 
@@ -253,6 +261,8 @@ async fn options(command: Command, registry: Registry) -> Result<Options, ExitCo
     if matches!(location, Location::Sqlite(_)) {
         return Err(refuse("a fleet needs PostgreSQL; SQLite is for `baton run`".into()));
     }
+    let objects = Objects::open(&resolved.objects).map_err(|error| refuse(chain(&error)))?;
+    let (sites, ssh) = (resolved.config.sites, resolved.config.ssh);
     let file = resolved.config.worker;
     let host = host_name();
     let name = command.name.or(file.name).unwrap_or_else(|| host.clone());
@@ -281,6 +291,9 @@ async fn options(command: Command, registry: Registry) -> Result<Options, ExitCo
             idle_advances_max: file.idle_advances_max.unwrap_or(defaults.idle_advances_max),
         },
         registry,
+        sites,
+        ssh,
+        objects,
         store: open(location).await?,
         broker: Broker::Amqp(resolved.broker_urls),
     })

@@ -87,7 +87,13 @@ async fn claim_page(shared: &Arc<Shared>, threads: &Arc<Vec<Thread>>, queue: &st
     is_full
 }
 
-async fn claim(shared: Arc<Shared>, threads: Arc<Vec<Thread>>, pid: Pid, queue: String, permit: OwnedSemaphorePermit) {
+pub(crate) async fn claim(
+    shared: Arc<Shared>,
+    threads: Arc<Vec<Thread>>,
+    pid: Pid,
+    queue: String,
+    permit: OwnedSemaphorePermit,
+) {
     match shared.writer.claim(pid, queue, None).await {
         Ok(Claim::Claimed(claimed)) => intake::begin(&shared, &threads, claimed, permit).await,
         Ok(Claim::NotQueued | Claim::Absent | Claim::OtherSpec | Claim::Pruned) => shared.held.end_claim(pid, None),

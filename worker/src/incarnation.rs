@@ -28,6 +28,7 @@ use crate::lease::{Lease, TRUST};
 use crate::local::{self, Programs};
 use crate::registry::Registry;
 use crate::shim::boottime_ms;
+use crate::site::{Sites, actor};
 use crate::sweeps::Timer;
 use crate::thread::Thread;
 use crate::worker::Options;
@@ -59,6 +60,7 @@ pub(crate) struct Shared {
     pub(crate) writer: Writer,
     pub(crate) communicator: Communicator,
     pub(crate) programs: Programs,
+    pub(crate) sites: Sites,
     pub(crate) held: Held,
     pub(crate) lease: Lease,
     pub(crate) timer: Timer,
@@ -221,6 +223,7 @@ pub(crate) async fn run(options: &Options, drain: CancellationToken, hurry: Canc
     });
     let lease = Lease::new(sent_at);
     let programs = Programs::start(PathBuf::from(local::SELF), lease.renewals(), TRUST)?;
+    let sites = Sites::new(&options.sites, &options.ssh, &store, &options.objects, me).map_err(Error::Sites)?;
     let (tell, told) = mpsc::channel(TELL_LENGTH);
     let threads = (0..options.threads).map(Thread::start).collect::<Result<Vec<_>, _>>().map_err(Error::Thread)?;
     let shared = Arc::new(Shared {
@@ -237,6 +240,7 @@ pub(crate) async fn run(options: &Options, drain: CancellationToken, hurry: Canc
         writer,
         communicator,
         programs,
+        sites,
         held: Held::default(),
         lease,
         timer: Timer::default(),
@@ -294,6 +298,10 @@ impl Incarnation {
             let direct = direct::run(Arc::clone(shared), Arc::clone(&self.threads));
             self.tasks.spawn(until_stop(Box::pin(direct)));
         }
+        for site in shared.sites.all() {
+            let actor = actor::run(Arc::clone(shared), Arc::clone(&self.threads), Arc::clone(site));
+            self.tasks.spawn(until_stop(Box::pin(actor)));
+        }
         shared.take_tasks().await;
     }
 
@@ -339,6 +347,7 @@ impl Incarnation {
 
     async fn end(mut self) {
         self.stop.cancel();
+        self.shared.sites.close().await;
         let emptied = self.shared.held.count() == 0;
         if emptied && let Err(error) = self.shared.store.leave(self.shared.me).await {
             debug!(%error, "could not sign off; others find out by the beat");
@@ -388,6 +397,9 @@ pub enum Error {
     /// The operating system gives no thread.
     #[error("cannot start a thread")]
     Thread(#[source] std::io::Error),
+    /// A site is not configured as it must be.
+    #[error("{0}")]
+    Sites(String),
     /// Local programs cannot be run.
     #[error("cannot run local programs")]
     Programs(#[from] local::Error),

@@ -6,7 +6,7 @@ use baton_common::border;
 use baton_common::communicator::Delivery;
 use baton_common::id::Pid;
 use baton_common::message::{Reply, Task};
-use baton_common::spec;
+use baton_common::spec::{self, OnSite};
 use baton_common::store::submit::NewProcess;
 use baton_common::store::writer::{Claim, Claimed};
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
@@ -104,6 +104,11 @@ async fn take(shared: Arc<Shared>, threads: Arc<Vec<Thread>>, delivery: Delivery
 fn launch(delivery: &Delivery) -> Result<Option<NewProcess>, String> {
     let Task::Launch { pid, spec: Some(spec), wait, .. } = &delivery.task else { return Ok(None) };
     let spec = spec::from_json_value(spec.clone()).map_err(|error| format!("spec: {error}"))?;
+    if spec.on_site.as_ref().is_some_and(OnSite::needs_client) {
+        let reason = "spec: `in` has files of client://, and whoever sends a message has no folder here; put them into the \
+                      object store and name them store://, or use `baton submit`";
+        return Err(reason.to_owned());
+    }
     let reply_to = delivery.reply_to.as_ref().filter(|_| *wait);
     let reply_to = reply_to.map(baton_common::communicator::ReplyTo::to_bytes);
     Ok(Some(NewProcess {

@@ -29,8 +29,10 @@ pub mod process;
 pub mod registry;
 mod run;
 pub mod shim;
+pub mod site;
 mod sweeps;
 mod thread;
+pub mod transport;
 pub mod worker;
 
 pub use cli::main;

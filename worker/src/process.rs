@@ -76,6 +76,16 @@ pub trait Process: Serialize + DeserializeOwned + 'static {
         let _ = (context, why);
         Box::pin(async {})
     }
+
+    /// Ends what earlier advances have left running outside, such as a job at a site, before a kill is recorded; `Some`
+    /// when that takes longer, and then it is called again.
+    ///
+    /// # Errors
+    /// It cannot be ended; the process is killed all the same.
+    fn end_outside<'a>(&'a mut self, context: &'a Context) -> LocalBoxFuture<'a, Result<Option<Wait>, Error>> {
+        let _ = context;
+        Box::pin(async { Ok(None) })
+    }
 }
 
 /// What comes after an advance.
@@ -88,11 +98,22 @@ pub enum Advance {
     /// The next one, not before this time has passed, which it spends in memory with its lease and its slot: for a process
     /// whose next advance must begin to the moment, or that is asked by others of its thread.
     Linger(Duration),
+    /// The next one, when there is something at a site that it waits for. For Baton's own kinds.
+    Site(Wait),
     /// Nothing: it has come to its end.
     Finished {
         /// As a program's: the spec's `ok.exit` says which are good.
         exit: i32,
     },
+}
+
+/// A wait for something at a site, which costs nothing meanwhile.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Wait {
+    /// Where those stand that wait for the same; empty for a job, which wakes its own process.
+    pub(crate) waits_for: String,
+    /// It is woken after this time in any case.
+    pub(crate) at_most: Duration,
 }
 
 /// Why an advance was dropped.
@@ -158,6 +179,8 @@ pub(crate) struct Draft {
     pub(crate) progress: Option<Progress>,
     pub(crate) outputs: Vec<Output>,
     pub(crate) outcome: Outcome,
+    /// The advance begins another try, at no charge.
+    pub(crate) begins_try: bool,
     logged: bool,
     log: Log,
 }
@@ -209,6 +232,7 @@ impl Draft {
         self.progress.clone_from(&checkpoint.progress);
         self.outputs.clear();
         self.outcome = Outcome::default();
+        self.begins_try = false;
     }
 
     /// Whether anything goes into the next write.
@@ -308,6 +332,11 @@ impl Context {
     /// Names what the process does now, for `baton status`.
     pub fn set_stage(&self, stage: &'static str) {
         self.live.set_stage(stage);
+    }
+
+    /// With this advance's checkpoint another try begins, which is not charged.
+    pub(crate) fn begin_next_try(&self) {
+        self.draft.borrow_mut().begins_try = true;
     }
 
     /// The folder below which sandboxes are made.

@@ -7,7 +7,7 @@ use futures_util::future::LocalBoxFuture;
 use serde_json::Value;
 
 use crate::kinds;
-use crate::process::{Advance, Context, Error, Interrupt, Process};
+use crate::process::{Advance, Context, Error, Interrupt, Process, Wait};
 
 /// Names and what they stand for.
 #[derive(Clone)]
@@ -41,6 +41,7 @@ impl Registry {
     pub fn new() -> Self {
         let mut registry = Self { kinds: BTreeMap::new() };
         registry.register::<kinds::program::Program>("program");
+        registry.register::<kinds::job::Job>("job");
         registry.register::<kinds::aids::Noop>("baton.noop");
         registry.register::<kinds::aids::Sleep>("baton.sleep");
         registry.register::<kinds::aids::Count>("baton.count");
@@ -75,7 +76,7 @@ impl Registry {
     /// A process as its checkpoint left it, or a new one.
     pub(crate) fn make(&self, spec: &Spec, input: &Value, state: Option<&[u8]>) -> Made {
         let kind = self.kinds.get(spec.kind()).ok_or_else(|| {
-            let known = self.names().filter(|name| *name != "program").collect::<Vec<_>>().join(", ");
+            let known = self.names().filter(|name| !["program", "job"].contains(name)).collect::<Vec<_>>().join(", ");
             NotMade::UnknownKind(format!("this worker knows no process `{}` (it knows {known})", spec.kind()))
         })?;
         match state {
@@ -95,6 +96,7 @@ impl Default for Registry {
 pub(crate) trait AnyProcess {
     fn advance<'a>(&'a mut self, context: &'a Context) -> LocalBoxFuture<'a, Result<Advance, Error>>;
     fn interrupted<'a>(&'a mut self, context: &'a Context, why: Interrupt) -> LocalBoxFuture<'a, ()>;
+    fn end_outside<'a>(&'a mut self, context: &'a Context) -> LocalBoxFuture<'a, Result<Option<Wait>, Error>>;
     fn save(&self) -> Result<Vec<u8>, Error>;
 }
 
@@ -105,6 +107,10 @@ impl<P: Process> AnyProcess for P {
 
     fn interrupted<'a>(&'a mut self, context: &'a Context, why: Interrupt) -> LocalBoxFuture<'a, ()> {
         Process::interrupted(self, context, why)
+    }
+
+    fn end_outside<'a>(&'a mut self, context: &'a Context) -> LocalBoxFuture<'a, Result<Option<Wait>, Error>> {
+        Process::end_outside(self, context)
     }
 
     fn save(&self) -> Result<Vec<u8>, Error> {

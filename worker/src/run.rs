@@ -26,7 +26,7 @@ use tracing::{Instrument, debug, info, warn};
 
 use crate::held::{Drain, Live, Orders, SLEEPING, WRITING};
 use crate::incarnation::Shared;
-use crate::process::{Advance, Context, Draft, Error, Interrupt};
+use crate::process::{Advance, Context, Draft, Error, Interrupt, Wait};
 use crate::registry::{AnyProcess, NotMade};
 use crate::shim::boottime_ms;
 
@@ -83,6 +83,8 @@ struct Run {
     process: Option<Box<dyn AnyProcess>>,
     checkpoint: Checkpoint,
     claimed_at: i64,
+    /// It has, or may have, a job at a site.
+    has_outside: bool,
     /// What the last write left, once that is no longer `held`; `None` when the lease was lost.
     left: Option<Written>,
     outcome: Option<Outcome>,
@@ -117,7 +119,7 @@ impl From<Hold> for Next {
 impl Run {
     /// Makes the process anew, or says why that cannot be done.
     fn restore(claimed: Box<Claimed>, live: Arc<Live>, shared: &Arc<Shared>) -> (Box<Self>, Result<(), NotMade>) {
-        let Claimed { fence, claimed_at, attempt, checkpoint, spec, .. } = *claimed;
+        let Claimed { fence, claimed_at, attempt, checkpoint, spec, has_outside, .. } = *claimed;
         let spec = spec.map(Rc::new).map_err(|error| unread("spec", &error));
         let checkpoint = checkpoint.transpose().map_err(|error| unread("checkpoint", &error));
         let restored = checkpoint.as_ref().ok().cloned().flatten().unwrap_or_default();
@@ -136,11 +138,17 @@ impl Run {
             process: None,
             checkpoint: restored,
             claimed_at,
+            has_outside,
             left: None,
             outcome: None,
         });
         let made = spec.and_then(|spec| {
             let state = checkpoint?.map(|checkpoint| checkpoint.state).filter(|state| !state.is_empty());
+            if let Some(on_site) = &spec.on_site
+                && shared.sites.get(&on_site.at).is_none()
+            {
+                return Err(NotMade::OtherBuild(format!("this worker has no site `{}`", on_site.at)));
+            }
             let input = run.context.input().clone();
             shared.registry.make(&spec, &input, state.as_deref())
         });
@@ -210,6 +218,15 @@ impl Run {
                 return Hold::Gone;
             }
             if orders.desired == Desired::Kill {
+                if let Some(Wait { waits_for, at_most }) = Box::pin(self.end_outside()).await {
+                    let verb = Verb::Wait { waits_for, wake_in: at_most, killing: true };
+                    if self.write(verb, None, None).await == Hold::Gone {
+                        self.shared.timer.due_in(at_most);
+                        return Hold::Gone;
+                    }
+                    // What it waits for came meanwhile.
+                    continue;
+                }
                 self.end(State::Killed, self.killed().await, How::Killed).await;
                 return Hold::Gone;
             }
@@ -224,6 +241,23 @@ impl Run {
                 return self.write(Verb::GiveBack, None, Some((How::Drained, None))).await;
             }
             return Hold::Held;
+        }
+    }
+
+    /// Ends what the process has outside before it is killed; what it has to wait for, if that takes longer.
+    async fn end_outside(&mut self) -> Option<Wait> {
+        let Some(process) = self.process.as_mut() else {
+            // This worker cannot; another may.
+            let at_most = REFUSAL_PAUSE_MIN;
+            return self.has_outside.then_some(Wait { waits_for: String::new(), at_most });
+        };
+        let context = Rc::clone(&self.context);
+        tokio::select! {
+            ended = process.end_outside(&context) => ended.unwrap_or_else(|failure| {
+                warn!(pid = %context.pid(), %failure, "what it has outside could not be ended");
+                None
+            }),
+            () = context.live.until(|orders| orders.abandon) => None,
         }
     }
 
@@ -290,7 +324,8 @@ impl Run {
         let idle =
             state == self.checkpoint.state && values == self.checkpoint.values && progress == self.checkpoint.progress;
         // A process that waits between two looks at the world is no loop.
-        let waits = matches!(advance, Advance::After(pause) | Advance::Linger(pause) if pause >= PARK_FROM);
+        let waits = matches!(advance, Advance::After(pause) | Advance::Linger(pause) if pause >= PARK_FROM)
+            || matches!(advance, Advance::Site(_));
         let checkpoint = Checkpoint {
             advances: self.checkpoint.advances + 1,
             idle_advances: if idle && !waits { self.checkpoint.idle_advances + 1 } else { 0 },
@@ -307,6 +342,14 @@ impl Run {
         }
         match advance {
             Advance::Again => self.keep(checkpoint).await.into(),
+            Advance::Site(Wait { waits_for, at_most }) => {
+                let verb = Verb::Wait { waits_for, wake_in: at_most, killing: false };
+                let hold = self.write(verb, Some(checkpoint), None).await;
+                if hold == Hold::Gone {
+                    self.shared.timer.due_in(at_most);
+                }
+                hold.into()
+            }
             Advance::After(pause) if pause >= PARK_FROM => {
                 let hold = self.write(Verb::Park { wake_in: pause }, Some(checkpoint), None).await;
                 if hold == Hold::Gone {
@@ -407,7 +450,12 @@ impl Run {
     }
 
     fn place(&self, outcome: &Outcome) -> Option<String> {
-        outcome.sandbox.as_ref().map(|path| format!("{}:{path}", self.shared.host))
+        // One at a site says where that is.
+        let is_elsewhere = self.context.spec.on_site.is_some();
+        outcome
+            .sandbox
+            .as_ref()
+            .map(|path| if is_elsewhere { path.clone() } else { format!("{}:{path}", self.shared.host) })
     }
 
     async fn end(&mut self, state: State, outcome: Outcome, how: How) {
@@ -418,8 +466,12 @@ impl Run {
 
     /// Writes a checkpoint after which the process goes on.
     async fn keep(&mut self, checkpoint: Checkpoint) -> Hold {
-        if self.context.draft.borrow().has_outputs() {
-            return self.write(Verb::Keep, Some(checkpoint), None).await;
+        let (has_outputs, begins_try) = {
+            let draft = self.context.draft.borrow();
+            (draft.has_outputs(), draft.begins_try)
+        };
+        if has_outputs || begins_try {
+            return self.write_as(Verb::Keep, Some(checkpoint), None, i64::from(begins_try)).await;
         }
         self.context.live.set_stage(WRITING);
         let fence = self.context.fence;

@@ -1,9 +1,12 @@
 //! A worker: one incarnation after the other until it is told to stop.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use baton_common::communicator::Broker;
+use baton_common::config;
+use baton_common::objects::Objects;
 use baton_common::store::Store;
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
@@ -36,6 +39,12 @@ pub struct Options {
     pub limits: Limits,
     /// The processes it knows.
     pub registry: Registry,
+    /// The sites that it serves, by name.
+    pub sites: BTreeMap<String, config::Site>,
+    /// How to reach their machines, by name.
+    pub ssh: BTreeMap<String, config::Ssh>,
+    /// Where the files of processes are.
+    pub objects: Objects,
     /// The database.
     pub store: Store,
     /// The broker.

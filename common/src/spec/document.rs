@@ -1,5 +1,7 @@
 //! From the tree of a document to a [`Spec`]: which keys there are, what each takes, and every complaint with its line.
 
+mod site;
+
 use std::collections::BTreeMap;
 use std::time::Duration;
 
@@ -9,6 +11,7 @@ use super::error::{Error, Problem};
 use super::tree::{Content, Node};
 use super::{Priority, Retry, Spec, Timeout, Wait, Work};
 use crate::duration;
+use crate::nearest::nearest;
 
 /// The keys of one map of the document.
 struct Keys {
@@ -24,32 +27,22 @@ const DOCUMENT: Keys = Keys {
     path: "",
     known: &[
         "name", "run", "script", "call", "with", "vars", "stdin", "needs", "ok", "retry", "timeout", "priority",
-        "queue", "hold", "labels", "session", "at",
+        "queue", "hold", "labels", "session", "at", "native", "pre", "in", "out", "values",
     ],
-    later: &[
-        "envs",
-        "defaults",
-        "steps",
-        "env",
-        "native",
-        "in",
-        "out",
-        "values",
-        "resume",
-        "on_failure",
-        "keep",
-        "notify",
-        "after",
-        "each",
-    ],
+    later: &["envs", "defaults", "steps", "env", "resume", "on_failure", "keep", "notify", "after", "each"],
 };
 const NEEDS: Keys =
-    Keys { path: "needs", known: &["time"], later: &["nodes", "ranks", "cpus", "mem", "gpus", "disk", "variants"] };
+    Keys { path: "needs", known: &["time", "nodes", "ranks", "cpus", "mem", "gpus"], later: &["disk", "variants"] };
+const IN: Keys = Keys { path: "in", known: &["from", "to", "how", "optional"], later: &[] };
+const OUT: Keys = Keys { path: "out", known: &["from", "to", "how", "when", "optional"], later: &[] };
 const OK: Keys = Keys { path: "ok", known: &["exit"], later: &["files"] };
 const RETRY: Keys = Keys { path: "retry", known: &["max", "wait"], later: &["rules", "avoid"] };
 const WAIT: Keys = Keys { path: "retry.wait", known: &["first", "factor", "max", "jitter"], later: &[] };
 const TIMEOUT: Keys = Keys { path: "timeout", known: &["total", "queue"], later: &[] };
-const MAPS: [Keys; 6] = [DOCUMENT, NEEDS, OK, RETRY, WAIT, TIMEOUT];
+const MAPS: [Keys; 8] = [DOCUMENT, NEEDS, IN, OUT, OK, RETRY, WAIT, TIMEOUT];
+
+/// What a Rust process has not.
+const OF_PROGRAMS: [&str; 9] = ["vars", "stdin", "needs", "ok", "native", "pre", "in", "out", "values"];
 
 /// Most attempts. More is a loop that somebody forgot.
 const RETRY_MAX: u32 = 1000;
@@ -103,6 +96,7 @@ impl Reader {
             }
         };
         self.refuse_what_does_not_apply(&document);
+        let (is_call, has_session) = (document.has("call"), document.has("session"));
         let what = self.work(&mut document);
         // A placeholder lets the other keys be checked; the missing work is a problem already.
         let mut spec = Spec::new(what.unwrap_or(Work::Script { text: String::new() }));
@@ -115,10 +109,10 @@ impl Reader {
         spec.queue = self.take(&mut document, "queue", queue).unwrap_or(spec.queue);
         spec.priority = self.take(&mut document, "priority", priority).unwrap_or_default();
         spec.hold = self.take(&mut document, "hold", boolean).unwrap_or_default();
-        self.take(&mut document, "at", here);
 
         let mut needs = self.take_section(&mut document, &NEEDS);
         spec.time = self.take(&mut needs, "time", span);
+        spec.on_site = self.on_site(&mut document, &mut needs, is_call, has_session);
         let mut ok = self.take_section(&mut document, &OK);
         spec.ok_exit = self.take(&mut ok, "exit", exits).unwrap_or(spec.ok_exit);
         let mut timeout = self.take_section(&mut document, &TIMEOUT);
@@ -163,7 +157,7 @@ impl Reader {
         let is_program = document.has("run") || document.has("script");
         let (keys, owners) = match (is_program, document.has("call")) {
             (true, false) => (["with"].as_slice(), "`call` only"),
-            (false, true) => (["vars", "stdin", "needs", "ok"].as_slice(), "`run` and `script` only"),
+            (false, true) => (OF_PROGRAMS.as_slice(), "`run` and `script` only"),
             (true, true) | (false, false) => return,
         };
         for key in keys {
@@ -406,7 +400,7 @@ fn word(node: Node) -> Read<String> {
 
 fn process_name(node: Node) -> Read<String> {
     let name = word(node)?;
-    if name == super::PROGRAM {
+    if [super::PROGRAM, super::JOB].contains(&name.as_str()) {
         return Err(format!("must not be `{name}`, which is the kind of `run` and `script`"));
     }
     Ok(name)
@@ -454,16 +448,6 @@ fn priority(node: Node) -> Read<Priority> {
     }
 }
 
-fn here(node: Node) -> Read<()> {
-    match text(node)?.as_str() {
-        "here" => Ok(()),
-        site => Err(format!(
-            "must be here: site `{}` is not known; this version runs processes `here` only",
-            shortened(site)
-        )),
-    }
-}
-
 fn attempts(node: Node) -> Read<u32> {
     whole(&node, 1, i64::from(RETRY_MAX))
         .and_then(|number| u32::try_from(number).ok())
@@ -486,12 +470,7 @@ fn suggestion(keys: &Keys, key: &str) -> String {
     if let Some(elsewhere) = MAPS.iter().find(|map| map.known.contains(&key)) {
         return format!("did you mean `{}`?", joined(elsewhere.path, key));
     }
-    let distance = |known: &&&str| strsim::damerau_levenshtein(known, key);
-    let nearest = keys.known.iter().min_by_key(distance).filter(|known| {
-        // Not more than half of a short word may differ, or everything would be near to everything.
-        distance(known) <= (known.len().min(key.len()) / 2).min(3)
-    });
-    if let Some(nearest) = nearest {
+    if let Some(nearest) = nearest(key, keys.known.iter().copied()) {
         return format!("did you mean `{}`?", joined(keys.path, nearest));
     }
     let place = if keys.path.is_empty() { "a document".to_owned() } else { format!("`{}`", keys.path) };

@@ -7,6 +7,8 @@ use serde_json::json;
 use super::tree::DEPTH_MAX;
 use super::*;
 
+mod on_site;
+
 fn yaml(text: &str) -> Result<Spec, Error> {
     parse(text, Format::Yaml)
 }
@@ -257,10 +259,10 @@ fn each_mistake_is_told_with_its_line_and_its_remedy() {
         ),
         ("run: [x]\ntime: 2h", "line 2: unknown key `time`; did you mean `needs.time`?"),
         ("run: [x]\nok: {zzzzzz: 1}", "line 2: unknown key `ok.zzzzzz`; `ok` has exit"),
-        ("run: [x]\nneeds: {mem: 1GiB}", "line 2: `needs.mem` is not supported by this version"),
+        ("run: [x]\nneeds: {disk: 1GiB}", "line 2: `needs.disk` is not supported by this version"),
         ("run: [x]\nretry: {rules: []}", "line 2: `retry.rules` is not supported by this version"),
         ("run: [x]\nname:", "line 2: `name` has no value; give one or remove the key"),
-        ("run: [x]\nneeds: 2h", "line 2: `needs` must be a map (with time), not text"),
+        ("run: [x]\nneeds: 2h", "line 2: `needs` must be a map (with time, nodes, ranks, cpus, mem, gpus), not text"),
         // The work.
         ("name: x", "one of `run`, `script` and `call` is needed; the document has none of them"),
         ("# x", "the document is empty; it needs one of `run`, `script` and `call`"),
@@ -283,6 +285,7 @@ fn each_mistake_is_told_with_its_line_and_its_remedy() {
         ("script: ' '", "line 1: `script` must not be blank"),
         ("script: \"a\\0\"", "line 1: `script` must not contain a NUL byte; no program can be given one"),
         ("call: a b", "line 1: `call` must be 1 to 128 of A-Z, a-z, 0-9, `.`, `_` and `-`"),
+        ("call: job", "line 1: `call` must not be `job`, which is the kind of `run` and `script`"),
         ("call: program", "line 1: `call` must not be `program`, which is the kind of `run` and `script`"),
         // Keys without effect.
         ("call: x\nstdin: a", "line 2: `stdin` applies to `run` and `script` only"),
@@ -290,10 +293,6 @@ fn each_mistake_is_told_with_its_line_and_its_remedy() {
         ("call: x\nneeds: {}", "line 2: `needs` applies to `run` and `script` only"),
         ("call: x\nok: {}", "line 2: `ok` applies to `run` and `script` only"),
         ("run: [x]\nwith: {}", "line 2: `with` applies to `call` only"),
-        (
-            "run: [x]\nat: daint",
-            "line 2: `at` must be here: site `daint` is not known; this version runs processes `here` only",
-        ),
         // Values.
         ("run: [x]\nname: ''", "line 2: `name` must be 1 to 128 bytes of text on one line"),
         ("run: [x]\nname: 3.11", "line 2: `name` must be text, not a number; put quotes around it: \"3.11\""),
@@ -382,29 +381,14 @@ fn each_mistake_is_told_with_its_line_and_its_remedy() {
 
 #[test]
 fn every_key_of_later_versions_is_refused_by_name() {
-    for key in [
-        "envs",
-        "defaults",
-        "steps",
-        "env",
-        "native",
-        "in",
-        "out",
-        "values",
-        "resume",
-        "on_failure",
-        "keep",
-        "notify",
-        "after",
-        "each",
-    ] {
+    for key in ["envs", "defaults", "steps", "env", "resume", "on_failure", "keep", "notify", "after", "each"] {
         let expected = format!("line 2: `{key}` is not supported by this version");
         assert_eq!(complaint(&format!("run: [x]\n{key}: {{a: b}}"), Format::Yaml), expected);
         assert_eq!(complaint(&format!("run = ['x']\n{key} = {{a = 'b'}}"), Format::Toml), expected);
         assert_eq!(complaint(&format!("{{\"run\": [\"x\"],\n\"{key}\": {{\"a\": \"b\"}}}}"), Format::Json), expected);
     }
     for (map, keys) in [
-        ("needs", ["nodes", "ranks", "cpus", "mem", "gpus", "disk", "variants"].as_slice()),
+        ("needs", ["disk", "variants"].as_slice()),
         ("retry", ["rules", "avoid"].as_slice()),
         ("ok", ["files"].as_slice()),
     ] {

@@ -8,10 +8,18 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::Error;
+use crate::digest::Digest;
 use crate::message_pack;
+use crate::spec::Spec;
 
-/// The version byte that this program writes, and the newest that it reads.
-const VERSION: u8 = if cfg!(feature = "next-version") { 2 } else { 1 };
+/// The version byte that this program writes.
+const VERSION: u8 = if cfg!(feature = "next-version") { 3 } else { 1 };
+
+/// That of a spec for a site: a program that knows no sites would run it on its own machine.
+const VERSION_ON_SITE: u8 = if cfg!(feature = "next-version") { 3 } else { 2 };
+
+/// The newest that this program reads.
+const KNOWN: u8 = VERSION_ON_SITE;
 
 /// A process's progress between two advances.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -68,6 +76,9 @@ pub struct Outcome {
     /// Where its files are on the worker that ran it, and which worker that was.
     #[serde(default)]
     pub sandbox: Option<String>,
+    /// The manifest of the outputs that are kept in the object store; see [`crate::objects::Manifest`].
+    #[serde(default)]
+    pub results: Option<Digest>,
 }
 
 impl Checkpoint {
@@ -105,15 +116,32 @@ impl Outcome {
     }
 }
 
-pub(crate) fn to_bytes<T: Serialize>(value: &T) -> Vec<u8> {
-    let mut bytes = vec![VERSION];
+/// A spec as the bytes of its column.
+pub fn spec_to_bytes(spec: &Spec) -> Vec<u8> {
+    to_bytes_of(if spec.on_site.is_some() { VERSION_ON_SITE } else { VERSION }, spec)
+}
+
+/// Reads a spec's column.
+///
+/// # Errors
+/// [`Error::Newer`] when a newer version wrote it, [`Error::Unreadable`] when nobody did.
+pub fn spec_from_bytes(bytes: &[u8]) -> Result<Spec, Error> {
+    from_bytes(bytes)
+}
+
+fn to_bytes<T: Serialize>(value: &T) -> Vec<u8> {
+    to_bytes_of(VERSION, value)
+}
+
+fn to_bytes_of<T: Serialize>(version: u8, value: &T) -> Vec<u8> {
+    let mut bytes = vec![version];
     rmp_serde::encode::write_named(&mut bytes, value).expect("blobs have only string keys and plain data");
     bytes
 }
 
-pub(crate) fn from_bytes<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Error> {
+fn from_bytes<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Error> {
     match bytes.split_first() {
-        Some((&found, _)) if found > VERSION => Err(Error::Newer { found, known: VERSION }),
+        Some((&found, _)) if found > KNOWN => Err(Error::Newer { found, known: KNOWN }),
         Some((0, _)) => Err(Error::Unreadable("no version has ever written this".into())),
         Some((version, body)) => message_pack::read(body)
             .map_err(|error| Error::Unreadable(format!("not what version {version} writes: {error}"))),
@@ -124,14 +152,25 @@ pub(crate) fn from_bytes<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Error> 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::spec::{OnSite, Work};
 
     #[test]
     fn a_newer_version_is_an_error_that_says_so() {
         let mut bytes = Checkpoint::default().to_bytes();
-        bytes[0] = VERSION + 1;
+        bytes[0] = KNOWN + 1;
         let error = Checkpoint::from_bytes(&bytes).unwrap_err();
-        assert!(matches!(error, Error::Newer { found, known: VERSION } if found == VERSION + 1), "{error}");
+        assert!(matches!(error, Error::Newer { found, known: KNOWN } if found == KNOWN + 1), "{error}");
         assert!(Checkpoint::from_bytes(&[]).is_err());
         assert!(Checkpoint::from_bytes(&[VERSION, 0xff]).is_err());
+    }
+
+    #[test]
+    fn only_a_spec_for_a_site_is_closed_to_programs_that_know_no_sites() {
+        let mut spec = Spec::new(Work::Script { text: "true".into() });
+        assert_eq!(spec_to_bytes(&spec)[0], VERSION);
+        assert_eq!(spec_from_bytes(&spec_to_bytes(&spec)).unwrap(), spec);
+        spec.on_site = Some(OnSite { at: "cluster".into(), ..OnSite::default() });
+        assert_eq!(spec_to_bytes(&spec)[0], VERSION_ON_SITE);
+        assert_eq!(spec_from_bytes(&spec_to_bytes(&spec)).unwrap(), spec);
     }
 }

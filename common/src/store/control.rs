@@ -223,8 +223,8 @@ impl Store {
             let before =
                 by_id.get(&answer.try_get("", "id")?).ok_or_else(|| Error::Unreadable("a row not asked for".into()))?;
             let controlled = controlled(answer, before, request)?;
-            let is_pending = controlled.place == Place::Held && request.verb != Desired::Run;
-            let outcome = if is_pending { "" } else { Settled::Applied.word() };
+            let is_pending = is_pending(controlled.place, request.verb);
+            let outcome = if is_pending && request.verb != Desired::Run { "" } else { Settled::Applied.word() };
             events.push(vec![Uuid::from(controlled.event).into(), before.id.into(), outcome.to_owned().into()]);
             changed.push(controlled);
         }
@@ -378,6 +378,15 @@ fn before(row: &QueryResult) -> Result<Before, Error> {
     })
 }
 
+/// Whether a request is still to be obeyed: by a holder, or by a worker that ends what is outside.
+fn is_pending(place: Place, verb: Desired) -> bool {
+    match place {
+        Place::Held => true,
+        Place::Queued | Place::Parked => verb == Desired::Kill,
+        Place::Ended => false,
+    }
+}
+
 fn controlled(row: &QueryResult, before: &Before, request: &Request) -> Result<Controlled, Error> {
     let pid = Pid::from(before.id);
     let place = place(row)?;
@@ -392,7 +401,7 @@ fn controlled(row: &QueryResult, before: &Before, request: &Request) -> Result<C
         Desired::Run if before.desired == Desired::Run => Effect::AlreadyRunning,
         Desired::Pause if was_paused => Effect::AlreadyPaused,
         verb @ (Desired::Run | Desired::Pause | Desired::Kill) => {
-            if place == Place::Held {
+            if is_pending(place, verb) {
                 Effect::pending(verb)
             } else {
                 Effect::applied(verb)
@@ -414,28 +423,32 @@ fn controlled(row: &QueryResult, before: &Before, request: &Request) -> Result<C
 const BEFORE: &str = "SELECT p.id, p.place, p.state, p.before, p.desired, p.owner FROM process p";
 
 // What nobody holds obeys here and now: a kill ends it, a pause parks it, and `play` returns it to where it was
-// (waiting and not woken sleeps on, all else is queued). What is held only learns what is desired, unless it is forced.
+// (waiting and not woken sleeps on, all else is queued). What is held only learns what is desired, unless it is forced;
+// and what has a job at a site is queued, for a worker to end that first.
 const CONTROL: &str = "
     WITH {rows}
     UPDATE process
     SET desired = $1, urgent = $2, control = control + 1,
         place = CASE WHEN place = {held} AND NOT $4 THEN place
+                     WHEN $1 = {kill} AND outside AND NOT $4 THEN {queued}
                      WHEN $1 = {kill} THEN {ended}
                      WHEN $1 = {pause} THEN {parked}
                      WHEN state = {paused} AND NOT (before = {waiting} AND NOT woken) THEN {queued}
                      ELSE place END,
         owner = CASE WHEN $4 THEN NULL ELSE owner END,
         state = CASE WHEN place = {held} AND NOT $4 THEN state
+                     WHEN $1 = {kill} AND outside AND NOT $4 THEN {running}
                      WHEN $1 = {kill} THEN {killed}
                      WHEN $1 = {pause} THEN {paused}
                      WHEN state = {paused} THEN before
                      ELSE state END,
         before = CASE WHEN place <> {held} AND $1 = {pause} AND state <> {paused} THEN state ELSE before END,
-        told_at = CASE WHEN $1 = {play} AND state = {paused} AND NOT (before = {waiting} AND NOT woken) THEN {now}
+        told_at = CASE WHEN $1 = {kill} AND outside AND place = {parked} THEN {now}
+                       WHEN $1 = {play} AND state = {paused} AND NOT (before = {waiting} AND NOT woken) THEN {now}
                        ELSE told_at END,
         changed_at = CASE WHEN place = {held} AND NOT $4 THEN changed_at ELSE {clock} END,
-        ended_at = CASE WHEN (place <> {held} OR $4) AND $1 = {kill} THEN {clock} ELSE ended_at END,
-        outcome = CASE WHEN (place <> {held} OR $4) AND $1 = {kill} THEN $3 ELSE outcome END
+        ended_at = CASE WHEN ((place <> {held} AND NOT outside) OR $4) AND $1 = {kill} THEN {clock} ELSE ended_at END,
+        outcome = CASE WHEN ((place <> {held} AND NOT outside) OR $4) AND $1 = {kill} THEN $3 ELSE outcome END
     FROM b
     WHERE id = b_id AND place <> {ended} AND (desired <> {kill} OR $1 = {kill})
     RETURNING id, place, state, before, queue, told_at,

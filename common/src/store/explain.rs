@@ -5,6 +5,7 @@ use uuid::Uuid;
 
 use super::fleet::FleetPause;
 use super::query::{COUNT_MAX, Details, WorkerRow};
+use super::site::SiteFacts;
 use super::{Error, Store};
 use crate::id::Pid;
 
@@ -22,6 +23,8 @@ pub struct Facts {
     pub holder: Option<WorkerRow>,
     /// Every worker that nobody has declared gone.
     pub workers: Vec<WorkerRow>,
+    /// Its site, if workers have told of it.
+    pub site: Option<SiteFacts>,
     /// Who has paused the fleet.
     pub fleet_pause: Option<FleetPause>,
 }
@@ -50,8 +53,14 @@ impl Store {
         };
         let id: Vec<Value> = vec![Uuid::from(pid).into()];
         let row = self.query(&place_in_queue_sql(), id).await?.into_iter().next().ok_or(Error::NoRow)?;
+        let on_site = details.spec.as_ref().and_then(|spec| spec.on_site.as_ref());
+        let site = match on_site {
+            Some(on_site) => self.sites(Some(&on_site.at)).await?.pop(),
+            None => None,
+        };
         Ok(Some(Facts {
             details,
+            site,
             deaths: row.try_get("", "deaths")?,
             n_before: row.try_get("", "n_before")?,
             holder,

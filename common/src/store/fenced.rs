@@ -15,7 +15,6 @@ use super::dialect::{Batch, Dialect, Kind};
 use super::writer::{Attempt, Claimed, Fence, Fenced, Verb, Written};
 use super::{Error, blob};
 use crate::id::{Incarnation, Pid};
-use crate::spec::Spec;
 use crate::state::{Desired, Place, State};
 
 /// From so many deaths of its holders on, a process is claimed only as a worker's sole such one, so that it takes no
@@ -51,11 +50,12 @@ fn claimed(row: &QueryResult) -> Result<Claimed, Error> {
         claimed_at: row.try_get("", "claimed_at")?,
         attempt: row.try_get("", "try")?,
         deaths: row.try_get("", "deaths")?,
+        has_outside: row.try_get("", "outside")?,
         refused_at: row.try_get("", "refused_at")?,
         desired: desired(row)?,
         urgent: row.try_get("", "urgent")?,
         checkpoint: checkpoint.map(|bytes| Checkpoint::from_bytes(&bytes)),
-        spec: blob::from_bytes::<Spec>(&body),
+        spec: blob::spec_from_bytes(&body),
         traceparent: row.try_get("", "traceparent")?,
         reply_to: row.try_get("", "reply_to")?,
     })
@@ -201,6 +201,7 @@ fn batch_of(writes: &[&Fenced]) -> Batch {
         ("b_how", Kind::Text),
         ("b_reason", Kind::Text),
         ("b_refusal", Kind::Text),
+        ("b_waits_for", Kind::Text),
     ]);
     for fenced in writes {
         let (verb, wake_us, state, outcome) = match &fenced.verb {
@@ -208,6 +209,10 @@ fn batch_of(writes: &[&Fenced]) -> Batch {
             Verb::Park { wake_in } | Verb::Refuse { wake_in, .. } => {
                 let micros = i64::try_from(wake_in.as_micros()).unwrap_or(i64::MAX / 2);
                 (PARK, micros.max(1), State::Waiting, None)
+            }
+            Verb::Wait { wake_in, killing, .. } => {
+                let micros = i64::try_from(wake_in.as_micros()).unwrap_or(i64::MAX / 2);
+                (if *killing { WAIT_KILLING } else { PARK }, micros.max(1), State::Waiting, None)
             }
             Verb::Pause => (PAUSE, 0, State::Running, None),
             Verb::GiveBack => (GIVE_BACK, 0, State::Running, None),
@@ -232,7 +237,22 @@ fn batch_of(writes: &[&Fenced]) -> Batch {
             reason.into(),
             match &fenced.verb {
                 Verb::Refuse { reason, .. } => reason.clone(),
-                Verb::Keep | Verb::Park { .. } | Verb::Pause | Verb::GiveBack | Verb::End { .. } => String::new(),
+                Verb::Keep
+                | Verb::Park { .. }
+                | Verb::Wait { .. }
+                | Verb::Pause
+                | Verb::GiveBack
+                | Verb::End { .. } => String::new(),
+            }
+            .into(),
+            match &fenced.verb {
+                Verb::Wait { waits_for, .. } => waits_for.clone(),
+                Verb::Keep
+                | Verb::Park { .. }
+                | Verb::Refuse { .. }
+                | Verb::Pause
+                | Verb::GiveBack
+                | Verb::End { .. } => String::new(),
             }
             .into(),
         ]);
@@ -292,7 +312,7 @@ const CLAIM: &str = "
            OR (NOT EXISTS (SELECT 1 FROM process h WHERE h.owner = $1 AND h.place = {held} AND h.deaths >= $2)
                AND b_id = (SELECT s.id FROM process s JOIN b ON s.id = b_id
                            WHERE s.place = {queued} AND s.deaths >= $2 ORDER BY s.id LIMIT 1)))
-    RETURNING id, epoch, claimed_at, checkpoint, desired, urgent, try, deaths, refused_at,
+    RETURNING id, epoch, claimed_at, checkpoint, desired, urgent, try, deaths, outside, refused_at,
               (SELECT s.body FROM spec s WHERE s.id = process.id) AS body,
               (SELECT s.traceparent FROM spec s WHERE s.id = process.id) AS traceparent,
               (SELECT s.reply_to FROM spec s WHERE s.id = process.id) AS reply_to";
@@ -332,12 +352,15 @@ const PARK: i16 = 1;
 const PAUSE: i16 = 2;
 const GIVE_BACK: i16 = 3;
 const END: i16 = 4;
+/// As [`PARK`], for a process that is to be killed once what it has outside has ended.
+const WAIT_KILLING: i16 = 5;
 
 /// One statement for every fenced write, under one more condition. `place` is decided first; owner, state and the rest follow from it.
 fn fenced_sql(and: &str) -> String {
     // A wake-up that arrived while the process was on its way to park is seen here, under the row's lock; so is a kill.
     let stays = format!(
-        "(b_verb = {KEEP} OR (b_verb = {PARK} AND ({WOKEN} OR desired = {{kill}})) OR (b_verb = {PAUSE} AND desired <> {{pause}}))"
+        "(b_verb = {KEEP} OR (b_verb IN ({PARK}, {WAIT_KILLING}) AND {WOKEN}) OR (b_verb = {PARK} AND desired = {{kill}})
+          OR (b_verb = {PAUSE} AND desired <> {{pause}}))"
     );
     // Every way out of `held` but the end obeys a pause.
     let paused = format!("(NOT {stays} AND b_verb <> {END} AND {PAUSE_DESIRED})");
@@ -350,7 +373,8 @@ fn fenced_sql(and: &str) -> String {
              woken = false,
              refused_at = CASE WHEN b_refusal = '' THEN NULL ELSE COALESCE(refused_at, {{now}}) END,
              refusal = NULLIF(b_refusal, ''),
-             wake_at = CASE WHEN b_verb = {PARK} AND NOT {stays} THEN {{now}} + b_wake_at ELSE NULL END,
+             waits_for = NULLIF(b_waits_for, ''),
+             wake_at = CASE WHEN b_verb IN ({PARK}, {WAIT_KILLING}) AND NOT {stays} THEN {{now}} + b_wake_at ELSE NULL END,
              place = CASE WHEN {stays} THEN {{held}}
                           WHEN b_verb = {END} THEN {{ended}}
                           WHEN b_verb = {GIVE_BACK} AND desired <> {{pause}} THEN {{queued}}

@@ -8,6 +8,7 @@ use sea_orm_migration::prelude::*;
 mod m20261121_000001_processes;
 mod m20261121_000002_selections;
 mod m20261121_000003_refusals;
+mod m20261121_000004_sites;
 #[cfg(feature = "next-version")]
 mod m20991231_000001_next;
 
@@ -24,6 +25,7 @@ impl MigratorTrait for Migrator {
             Box::new(m20261121_000001_processes::Migration),
             Box::new(m20261121_000002_selections::Migration),
             Box::new(m20261121_000003_refusals::Migration),
+            Box::new(m20261121_000004_sites::Migration),
             #[cfg(feature = "next-version")]
             Box::new(m20991231_000001_next::Migration),
         ]

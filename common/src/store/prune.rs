@@ -148,6 +148,9 @@ async fn remove(transaction: &DatabaseTransaction, dialect: Dialect, rows: &[Que
         let sql = "WITH {rows} DELETE FROM label WHERE (key, value, id) IN (SELECT b_key, b_value, b_id FROM b)";
         transaction.execute_raw(dialect.batch(sql, vec![], batch)).await?;
     }
+    // A job that is not known to have ended is still somebody's to end.
+    let sql = "WITH {rows} DELETE FROM job WHERE pid IN (SELECT b_id FROM b) AND ended_at IS NOT NULL";
+    transaction.execute_raw(dialect.batch(sql, vec![], Batch::ids(ids.iter().copied()))).await?;
     let tables = [("output", "pid"), ("attempt", "pid"), ("event", "pid"), ("spec", "id"), ("process", "id")];
     for (table, column) in tables {
         let sql = format!("WITH {{rows}} DELETE FROM {table} WHERE {column} IN (SELECT b_id FROM b)");

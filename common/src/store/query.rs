@@ -9,6 +9,7 @@ use uuid::Uuid;
 
 use super::blob::{self, Checkpoint, Outcome};
 use super::select::{Order, Walk};
+use super::site::Job;
 use super::worker::LEASE;
 use super::writer::{How, Output, Stream};
 use super::{Error, Store};
@@ -99,6 +100,10 @@ pub struct Summary {
     /// Why the last worker that took it could not go on with it although another build may, and since when that has been
     /// so.
     pub refusal: Option<Refusal>,
+    /// Whether it has, or may have, a job at a site.
+    pub has_outside: bool,
+    /// What it waits for at a site: `slot/SITE`, `room/SITE` or `sent/SITE/DIGEST`.
+    pub waits_for: Option<String>,
     /// Who has paused it, if it is paused and somebody has: one that was accepted on hold has nobody.
     pub paused: Option<Paused>,
     /// The time of the query.
@@ -142,6 +147,8 @@ pub struct Details {
     pub attempts: Vec<AttemptRow>,
     /// Requests about it, oldest first.
     pub events: Vec<EventRow>,
+    /// Its jobs at sites, the latest last.
+    pub jobs: Vec<Job>,
 }
 
 /// One attempt at a process.
@@ -382,7 +389,7 @@ impl Store {
                         WHERE pid = $1 ORDER BY epoch";
         let events = "SELECT at, what, by_whom, login, reason, request, outcome, settled_at FROM event
                       WHERE pid = $1 ORDER BY at, id";
-        let spec = blob::from_bytes(&row.try_get::<Vec<u8>>("", "body")?);
+        let spec = blob::spec_from_bytes(&row.try_get::<Vec<u8>>("", "body")?);
         let checkpoint = checkpoint.map(|bytes| Checkpoint::from_bytes(&bytes)).transpose();
         let unreadable = [("spec", spec.as_ref().err()), ("checkpoint", checkpoint.as_ref().err())];
         let unreadable = unreadable.into_iter().find_map(|(what, why)| Some(format!("its {what}: {}", why?)));
@@ -394,6 +401,7 @@ impl Store {
             checkpoint: checkpoint.ok().flatten(),
             attempts: self.query(attempts, id()).await?.iter().map(attempt).collect::<Result<_, _>>()?,
             events: self.query(events, id()).await?.iter().map(event).collect::<Result<_, _>>()?,
+            jobs: self.jobs_of(pid).await?,
         }))
     }
 
@@ -504,7 +512,7 @@ impl Store {
 const SUMMARY: &str = "
     SELECT p.id, s.name, s.kind, p.place, p.state, p.before, p.desired, p.queue, p.owner, w.name AS worker, p.epoch,
            p.try, p.seq, s.created_at, p.changed_at, p.ended_at, p.wake_at, p.outcome, p.refused_at,
-           p.refusal, {now} AS now,
+           p.refusal, p.outside, p.waits_for, {now} AS now,
            CASE WHEN p.try > 1
                 THEN (SELECT a.reason FROM attempt a WHERE a.pid = p.id AND a.how = 'error'
                       ORDER BY a.epoch DESC LIMIT 1) END AS last_error,
@@ -541,6 +549,8 @@ fn summary(row: &QueryResult) -> Result<Summary, Error> {
         last_error: row.try_get("", "last_error")?,
         waits_for_retry: row.try_get::<Option<String>>("", "last_how")?.is_some_and(|how| how == How::Error.word()),
         refusal: refusal(row)?,
+        has_outside: row.try_get("", "outside")?,
+        waits_for: row.try_get("", "waits_for")?,
         paused: paused(row)?,
         now: row.try_get("", "now")?,
     })

@@ -135,7 +135,7 @@ pub(super) async fn insert(
             micros(spec.timeout.total),
             spec.effective_name().to_owned().into(),
             spec.kind().to_owned().into(),
-            blob::to_bytes(spec).into(),
+            blob::spec_to_bytes(spec).into(),
             spec.digest().to_vec().into(),
             labels.into(),
             spec.session.clone().unwrap_or_default().into(),

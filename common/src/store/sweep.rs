@@ -61,7 +61,8 @@ impl Store {
         ));
         for row in &rows {
             let id: Uuid = row.try_get("", "id")?;
-            // Whatever ran there has ended with its worker, so nothing is outside and a kill can be obeyed here.
+            // Whatever ran there has ended with its worker, and a kill can be obeyed here; but a job at a site has not, and
+            // a worker ends that first.
             let outcome = if row.try_get::<i16>("", "desired")? == Desired::Kill.code() {
                 Outcome::because(self.killed_because(id.into()).await?.unwrap_or_else(|| "killed".into()))
             } else {
@@ -175,7 +176,7 @@ impl Store {
     }
 }
 
-fn told(row: &QueryResult) -> Result<(String, Told), Error> {
+pub(super) fn told(row: &QueryResult) -> Result<(String, Told), Error> {
     let told = Told {
         pid: row.try_get::<Uuid>("", "id")?.into(),
         told_at: row.try_get("", "told_at")?,
@@ -202,15 +203,15 @@ const FREE: &str = "
     WITH {rows}
     UPDATE process
     SET owner = NULL, deaths = deaths + 1, before = {running}, told_at = {now}, changed_at = {clock}, wake_at = NULL,
-        place = CASE WHEN deaths + 1 >= $1 OR desired = {kill} THEN {ended}
+        place = CASE WHEN deaths + 1 >= $1 OR (desired = {kill} AND NOT outside) THEN {ended}
                      WHEN desired = {pause} THEN {parked}
                      ELSE {queued} END,
-        state = CASE WHEN desired = {kill} THEN {killed}
+        state = CASE WHEN desired = {kill} AND (NOT outside OR deaths + 1 >= $1) THEN {killed}
                      WHEN deaths + 1 >= $1 THEN {excepted}
                      WHEN desired = {pause} THEN {paused}
                      ELSE {running} END,
-        ended_at = CASE WHEN deaths + 1 >= $1 OR desired = {kill} THEN {clock} ELSE NULL END,
-        outcome = CASE WHEN deaths + 1 >= $1 OR desired = {kill} THEN b_outcome ELSE NULL END
+        ended_at = CASE WHEN deaths + 1 >= $1 OR (desired = {kill} AND NOT outside) THEN {clock} ELSE NULL END,
+        outcome = CASE WHEN deaths + 1 >= $1 OR (desired = {kill} AND NOT outside) THEN b_outcome ELSE NULL END
     FROM b
     WHERE id = b_id AND place = {held}
     RETURNING id, place, state, before, control, queue, told_at,

@@ -60,6 +60,8 @@ pub struct Claimed {
     pub desired: Desired,
     /// Whether that is wanted at once (`pause --now`, `kill --force`).
     pub urgent: bool,
+    /// Whether it has, or may have, a job at a site.
+    pub has_outside: bool,
     /// Since when one worker after the other could not go on with it, although another build may; `None` once one has.
     pub refused_at: Option<i64>,
     /// Its progress, if there is any. An unreadable one is the process's own failure, not the worker's; a newer one is
@@ -114,6 +116,15 @@ pub enum Verb {
     Park {
         /// How long.
         wake_in: Duration,
+    },
+    /// Wait for something at a site: whoever has it to give wakes those that wait, the longest first.
+    Wait {
+        /// For what, such as `slot/cluster`; empty for a job, which wakes its own process.
+        waits_for: String,
+        /// It is woken after this time in any case.
+        wake_in: Duration,
+        /// It is a kill that waits, for what is outside to be ended.
+        killing: bool,
     },
     /// Wait for a time from now, since this build cannot go on with it.
     Refuse {

@@ -191,8 +191,10 @@ macro_rules! on_both {
 }
 
 mod lists;
+mod needed;
 mod plans;
 mod prune;
+mod sites;
 mod versions;
 
 on_both! {

@@ -8,7 +8,9 @@ use baton_common::message::Control;
 use baton_common::store::query::{Filter, Summary};
 use baton_common::store::writer::{Output, Stream};
 use baton_worker::cli::exit;
+use baton_worker::transport::{Session, quote};
 
+use super::site;
 use crate::cli::{Global, LogsArguments};
 use crate::client::{Client, absent, read_ids};
 use crate::failure::Failure;
@@ -18,6 +20,15 @@ const HOLDER_LIMIT: Duration = Duration::from_secs(5);
 
 /// Pause between two looks at a stream that has not grown.
 const LOOK: Duration = Duration::from_millis(200);
+
+/// The same for a job at a site: each look is two commands there.
+const SITE_LOOK: Duration = Duration::from_secs(1);
+
+/// Bytes of a stream that are fetched at once.
+const PIECE_BYTES: usize = 4 << 20;
+
+/// The kind of a process whose program runs at a site.
+const JOB: &str = "job";
 
 /// How far both streams of one attempt have been printed.
 #[derive(Default)]
@@ -34,13 +45,17 @@ pub(crate) async fn run(global: &Global, arguments: LogsArguments) -> Result<u8,
     };
     let client = Client::open(global).await?;
     let mut printed = Printed::default();
+    let mut open = None;
     loop {
         let filter = Filter::of(vec![pid]);
         let summary = client.store.list(&filter).await?.pop().ok_or_else(|| absent(pid))?;
         // Live first: when it has ended between the two, the database has all that is kept.
         let has_grown = match live(&client, &summary, &mut printed).await? {
             Some(has_grown) => has_grown,
-            None => stored(&client, pid, &mut printed).await?,
+            None if !summary.state.is_final() && summary.kind == JOB => {
+                at_site(global, &client, &summary, &mut open, &mut printed).await?
+            }
+            None => stored(&client, pid, &mut printed, open.is_some()).await?,
         };
         if summary.state.is_final() || !arguments.follow {
             break;
@@ -70,10 +85,44 @@ async fn live(client: &Client, summary: &Summary, printed: &mut Printed) -> Resu
     Ok(Some(!chunk.stdout.is_empty() || !chunk.stderr.is_empty()))
 }
 
-/// Prints what the database keeps beyond what has been printed.
-async fn stored(client: &Client, pid: Pid, printed: &mut Printed) -> Result<bool, Failure> {
+/// Prints what a job at a site has written since, over a session of this command's own.
+async fn at_site(
+    global: &Global,
+    client: &Client,
+    summary: &Summary,
+    open: &mut Option<(Session, String)>,
+    printed: &mut Printed,
+) -> Result<bool, Failure> {
+    if open.is_none() {
+        let details = client.store.show(summary.pid).await?.ok_or_else(|| absent(summary.pid))?;
+        let on_site = details.spec.as_ref().and_then(|spec| spec.on_site.as_ref());
+        let config = global.connection.resolve()?.config;
+        let Some(site) = on_site.and_then(|on_site| config.sites.get(&on_site.at)) else {
+            return stored(client, summary.pid, printed, false).await;
+        };
+        *open = Some((site::open(&config, site).await?, site::there(site, "p")));
+    }
+    let Some((session, folder)) = open else { return Ok(false) };
+    let dir = format!("{folder}/{}/{}/.baton", summary.pid, summary.attempt);
+    let mut has_grown = false;
+    for (name, offset) in [("stdout", &mut printed.stdout), ("stderr", &mut printed.stderr)] {
+        let path = quote(&format!("{dir}/{name}"));
+        let command = format!("[ -f {path} ] || exit 0; tail -c +{} {path} | head -c {PIECE_BYTES}", *offset + 1);
+        let bytes = session.exec(&command, b"", HOLDER_LIMIT * 4).await?.ok()?;
+        *offset += bytes.len() as u64;
+        has_grown |= !bytes.is_empty();
+        if name == "stdout" { write(&bytes, &[])? } else { write(&[], &bytes)? }
+    }
+    if !has_grown {
+        tokio::time::sleep(SITE_LOOK).await;
+    }
+    Ok(has_grown)
+}
+
+/// Prints what the database keeps beyond what has been printed: of the same holding, or of the same try at a site.
+async fn stored(client: &Client, pid: Pid, printed: &mut Printed, is_same_try: bool) -> Result<bool, Failure> {
     let Some((epoch, outputs)) = client.store.output(pid).await? else { return Ok(false) };
-    if epoch != printed.epoch {
+    if epoch != printed.epoch && !is_same_try {
         *printed = Printed { epoch, ..Printed::default() };
     }
     let mut has_grown = false;

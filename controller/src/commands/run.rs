@@ -7,7 +7,9 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use baton_common::communicator::Broker;
+use baton_common::config;
 use baton_common::id::Pid;
+use baton_common::objects::Objects;
 use baton_common::spec::Spec;
 use baton_common::state::State;
 use baton_common::store::query::{Details, Filter, Summary, queue_name};
@@ -18,8 +20,9 @@ use baton_worker::cli::{exit, host_name};
 use baton_worker::registry::Registry;
 use baton_worker::worker::{self, Limits, Options, Stop};
 
+use crate::capture;
 use crate::cli::{Global, Output, RunArguments};
-use crate::client::{DATABASE_FILE, absent, read_spec, whoami};
+use crate::client::{DATABASE_FILE, Document, absent, check_site, objects_beside, read_spec, whoami};
 use crate::failure::Failure;
 use crate::output;
 
@@ -29,6 +32,9 @@ const LOOK: Duration = Duration::from_millis(50);
 /// Processes of the same home that are still unfinished go on beside the one that was asked for.
 const SLOTS: u32 = 16;
 
+/// The folder of objects beside the database.
+const OBJECTS_FOLDER: &str = "objects";
+
 /// How long a program has between TERM and KILL after Ctrl-C: a person waits for it.
 const GRACE: Duration = Duration::from_secs(5);
 
@@ -36,17 +42,29 @@ const GRACE: Duration = Duration::from_secs(5);
 const INTERRUPTED: u8 = 130;
 
 pub(crate) async fn run(global: &Global, arguments: RunArguments) -> Result<u8, Failure> {
-    let spec = read_spec(&arguments.file)?;
+    let Document { spec, folder } = read_spec(&arguments.file)?;
+    let resolved = global.connection.resolve()?;
+    check_site(&spec, &resolved.config.sites)?;
+    let plan = capture::plan(&spec, &folder)?;
     let home = std::path::absolute(&global.home)?;
     std::fs::create_dir_all(&home)
         .map_err(|error| Failure::failed(format!("cannot make {}: {error}", home.display())))?;
     // Held until the program ends: the lock is what tells that every other incarnation is gone.
     let _lock = lock(&home)?;
     let store = Store::open(Location::Sqlite(home.join(DATABASE_FILE))).await?;
+    let spec = if plan.files.is_empty() {
+        spec
+    } else {
+        let objects = Objects::open(&objects_beside(&home, &resolved))?;
+        Box::pin(capture::capture(&spec, plan, &objects)).await?
+    };
     let (pid, is_resumed) = find_or_submit(&store, &spec, arguments.new).await?;
     if is_resumed {
         output::note(&format!("going on with {pid}; --new starts another one"));
     }
+    let config = global.connection.resolve()?.config;
+    let objects = config::Objects { url: Some(home.join(OBJECTS_FOLDER).display().to_string()), ..Default::default() };
+    let objects = Objects::open(&objects).map_err(|error| Failure::failed(baton_worker::cli::chain(&error)))?;
     let options = Options {
         name: "baton-run".into(),
         host: host_name(),
@@ -58,6 +76,9 @@ pub(crate) async fn run(global: &Global, arguments: RunArguments) -> Result<u8, 
         grace: GRACE,
         limits: Limits::default(),
         registry: Registry::new(),
+        sites: config.sites,
+        ssh: config.ssh,
+        objects,
         store: store.clone(),
         broker: Broker::InProcess,
     };
@@ -244,6 +265,9 @@ fn report(global: &Global, details: &Details) -> Result<(), Failure> {
                         sandbox.split_once(':').map_or(sandbox.as_str(), |(_, path)| path)
                     ));
                 }
+            }
+            if summary.outcome.as_ref().is_some_and(|outcome| outcome.results.is_some()) {
+                output::note(&format!("  results baton results {}", summary.pid));
             }
             output::note(&format!("  more    baton show {}", summary.pid));
             Ok(())

@@ -70,6 +70,7 @@ fn json_of(details: &Details) -> Value {
     value["failures"] = json!(checkpoint.map_or(0, |checkpoint| checkpoint.failures));
     value["progress"] = json!(checkpoint.and_then(|checkpoint| checkpoint.progress.as_ref()));
     value["attempts"] = Value::Array(attempts);
+    value["jobs"] = Value::Array(details.jobs.iter().map(output::job_json).collect());
     value["events"] = Value::Array(events);
     value
 }
@@ -86,6 +87,9 @@ fn text_of(details: &Details) -> String {
         lines.push(format!("  progress   {}{total}", progress.done));
     }
     lines.push(format!("  advances   {}", summary.advances));
+    for job in &details.jobs {
+        lines.push(format!("  job        {}", output::job_text(job, summary.now)));
+    }
     if let Some(unreadable) = &details.unreadable {
         lines.push(format!("  unreadable {unreadable}"));
     }
@@ -95,6 +99,9 @@ fn text_of(details: &Details) -> String {
         }
         if let Some(sandbox) = &outcome.sandbox {
             lines.push(format!("  files      {sandbox}"));
+        }
+        if outcome.results.is_some() {
+            lines.push(format!("  results    baton results {}", summary.pid));
         }
     }
     lines.push("  timeline".into());

@@ -3,30 +3,34 @@
 use std::collections::BTreeMap;
 
 use baton_common::id::Pid;
+use baton_common::objects::Objects;
 use baton_common::store::submit::NewProcess;
 use baton_common::telemetry::new_traceparent;
 use baton_worker::cli::exit;
 use serde_json::json;
 
 use crate::cli::{Global, Output, SubmitArguments};
-use crate::client::{Client, read_spec, whoami};
+use crate::client::{Client, Document, check_site, read_spec, whoami};
 use crate::failure::Failure;
 use crate::submission::submit;
-use crate::{follow, output};
+use crate::{capture, dry_run, follow, output};
 
 pub(crate) async fn run(global: &Global, arguments: SubmitArguments) -> Result<u8, Failure> {
-    let spec = read_spec(&arguments.file)?;
+    let Document { spec, folder } = read_spec(&arguments.file)?;
+    let resolved = global.connection.resolve()?;
+    check_site(&spec, &resolved.config.sites)?;
+    // Before anything is stored, or anybody is asked.
+    let plan = capture::plan(&spec, &folder)?;
     if arguments.dry_run {
-        let text = json!({
-            "count": arguments.count,
-            "kind": spec.kind(),
-            "queue": spec.task_queue(),
-            "spec": spec,
-        });
-        output::print_json(&text)?;
+        Box::pin(dry_run::show(global, &resolved, &spec, &plan, arguments.count)).await?;
         return Ok(exit::OK);
     }
     let client = Client::open(global).await?;
+    let spec = if plan.files.is_empty() {
+        spec
+    } else {
+        capture::capture(&spec, plan, &Objects::open(&client.objects)?).await?
+    };
     let by = whoami();
     let make = || NewProcess {
         pid: Pid::generate(),

@@ -218,3 +218,25 @@ async fn programs_get_their_input_and_variables_and_their_output_is_kept() {
     let logs = home.baton(&["logs", pid.trim()]).await.ok();
     assert_eq!((logs.stdout.as_str(), logs.stderr.as_str()), ("in\nred\n", "oops\n"));
 }
+
+/// The files of an embedded database are beside it, for `run` and for the commands that look there.
+#[tokio::test]
+async fn files_of_a_process_are_kept_beside_the_database() {
+    let home = Home::new();
+    std::fs::write(home.path("input"), "content").unwrap();
+    let digest = baton_common::digest::Digest::of(b"content").to_string();
+    let object = home.path(&format!(".baton/objects/sha256/{}/{}", &digest[..2], &digest[2..]));
+    let spec = home.spec("{run: [x], at: cluster, hold: true, in: ['client://input']}");
+    let mut first = home.command(&["run", &spec]).spawn().unwrap();
+    eventually("it is accepted", Duration::from_secs(20), async || {
+        let list = home.baton(&["list", "-o", "ids"]).await;
+        if list.stdout.is_empty() { Err(list) } else { Ok(()) }
+    })
+    .await;
+    first.kill().await.unwrap();
+    assert_eq!(std::fs::read_to_string(&object).unwrap(), "content");
+    std::fs::write(home.path("input"), "other").unwrap();
+    home.baton(&["submit", &spec]).await.ok();
+    let stored = home.baton(&["gc", "--older-than", "1d", "-o", "json"]).await.ok().json();
+    assert_eq!(stored["young"]["objects"], 4, "two contents and two manifests: {stored}");
+}

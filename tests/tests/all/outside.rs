@@ -217,6 +217,12 @@ async fn what_nobody_can_use_is_in_the_dead_letter_queue_with_the_reason() {
         (
             "json",
             None,
+            json_launch(json!({"run": ["true"], "at": "cluster", "in": ["client://a"]})).into_bytes(),
+            "whoever sends a message has no folder",
+        ),
+        (
+            "json",
+            None,
             json!({"version": 1, "type": "launch", "pid": existing, "spec": {"run": ["false"]}})
                 .to_string()
                 .into_bytes(),

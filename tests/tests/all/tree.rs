@@ -44,10 +44,15 @@ fn users(name: &str) -> Vec<String> {
 }
 
 #[test]
-fn only_the_communicator_knows_lapin_and_only_the_store_knows_sea_orm() {
-    for (name, home) in
-        [("lapin", "common/src/communicator"), ("sea_orm", "common/src/store"), ("async_rs", "common/src/communicator")]
-    {
+fn every_wire_is_known_in_one_place_only() {
+    for (name, home) in [
+        ("lapin", "common/src/communicator"),
+        ("async_rs", "common/src/communicator"),
+        ("sea_orm", "common/src/store"),
+        ("russh", "worker/src/transport/"),
+        ("russh_sftp", "worker/src/transport/"),
+        ("object_store", "common/src/objects"),
+    ] {
         let users = users(name);
         assert!(!users.is_empty(), "{name} is used somewhere");
         for path in users {

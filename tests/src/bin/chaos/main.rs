@@ -56,7 +56,8 @@ async fn main() -> ExitCode {
     println!("seed {seed}, {} minutes, {} workers", arguments.minutes, arguments.workers);
     let report = run(&arguments, &faults, seed).await;
     println!("{report}");
-    let mut again = format!("tests/chaos --minutes {} --seed {seed} --workers {}", arguments.minutes, arguments.workers);
+    let mut again =
+        format!("tests/chaos --minutes {} --seed {seed} --workers {}", arguments.minutes, arguments.workers);
     if !arguments.faults.is_empty() {
         again.push_str(&format!(" --faults {}", arguments.faults.join(",")));
     }

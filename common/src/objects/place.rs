@@ -1,0 +1,214 @@
+//! Where objects are: from the configuration to a folder or a bucket.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use object_store::aws::{AmazonS3Builder, AmazonS3ConfigKey};
+use object_store::local::LocalFileSystem;
+use object_store::path::Path as Key;
+use object_store::{ClientConfigKey, ClientOptions, ObjectStore, RetryConfig};
+
+use super::{DEFAULT_FOLDER, Error};
+use crate::config;
+
+/// How long a connection to the server may take.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How long the server may be silent, and how long one part of an object may take: 8 MiB at half a megabit a second.
+const READ_TIMEOUT: Duration = Duration::from_secs(120);
+
+/// How often and for how long a request is repeated that the server did not answer. Callers have retries of their own.
+const RETRIES_MAX: usize = 4;
+const RETRY_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// A folder or a bucket.
+pub(super) enum Place {
+    Folder(PathBuf),
+    Bucket {
+        name: String,
+        prefix: Key,
+        /// For people; empty for AWS's own.
+        endpoint: String,
+    },
+}
+
+impl Place {
+    /// Before every key.
+    pub(super) fn prefix(&self) -> Key {
+        match self {
+            Place::Folder(_) => Key::default(),
+            Place::Bucket { prefix, .. } => prefix.clone(),
+        }
+    }
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Place::Folder(path) => write!(f, "{}", path.display()),
+            Place::Bucket { name, endpoint, .. } if endpoint.is_empty() => write!(f, "bucket `{name}`"),
+            Place::Bucket { name, endpoint, .. } => write!(f, "bucket `{name}` at {endpoint}"),
+        }
+    }
+}
+
+/// The folder that the configuration names, if it names one.
+pub(super) fn folder(config: &config::Objects) -> Result<Option<PathBuf>, Error> {
+    let url = config.url.as_deref().unwrap_or(DEFAULT_FOLDER);
+    let path = match url.split_once("://") {
+        None => url,
+        Some(("file", path)) if path.starts_with('/') => path,
+        Some(("s3", _)) => return Ok(None),
+        Some(_) => return Err(wrong("`objects.url` must be a folder, file:///FOLDER, or s3://BUCKET/PREFIX")),
+    };
+    if path.is_empty() {
+        return Err(wrong("`objects.url` is empty; name a folder, or s3://BUCKET/PREFIX"));
+    }
+    match path.strip_prefix("~/") {
+        Some(rest) => {
+            let home = std::env::home_dir();
+            let home = home.ok_or_else(|| wrong("no home folder is known; set BATON_OBJECTS_URL or `objects.url`"))?;
+            Ok(Some(home.join(rest)))
+        }
+        None => Ok(Some(PathBuf::from(path))),
+    }
+}
+
+/// A folder has to be there.
+pub(super) fn open(config: &config::Objects) -> Result<(Arc<dyn ObjectStore>, Place), Error> {
+    let Some(path) = folder(config)? else {
+        let url = config.url.as_deref().unwrap_or_default();
+        return bucket(config, url.trim_start_matches("s3://"));
+    };
+    let whole = path.canonicalize().map_err(|source| Error::Folder { path, source })?;
+    let store = LocalFileSystem::new_with_prefix(&whole)
+        .map_err(|error| super::error::of_store(error, &Place::Folder(whole.clone())))?
+        .with_fsync(true);
+    Ok((Arc::new(store), Place::Folder(whole)))
+}
+
+fn bucket(config: &config::Objects, path: &str) -> Result<(Arc<dyn ObjectStore>, Place), Error> {
+    let (name, prefix) = path.split_once('/').unwrap_or((path, ""));
+    let is_name = !name.is_empty() && name.chars().all(|c| c.is_ascii_alphanumeric() || ".-_".contains(c));
+    if !is_name {
+        return Err(wrong(
+            "`objects.url` names no bucket; write s3://BUCKET/PREFIX, and the server in `objects.endpoint`",
+        ));
+    }
+    let prefix =
+        Key::parse(prefix.trim_matches('/')).map_err(|_| wrong("the prefix in `objects.url` has an empty part"))?;
+    // The first to do so wins; which one it is makes no difference.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+
+    let mut builder = AmazonS3Builder::from_env().with_bucket_name(name).with_disable_bulk_delete(true);
+    if let Some(endpoint) = &config.endpoint {
+        // The second wins over the first, and the environment may have set either.
+        builder = builder.with_endpoint(endpoint).with_config(AmazonS3ConfigKey::S3Endpoint, endpoint);
+    }
+    if let Some(region) = &config.region {
+        builder = builder.with_region(region);
+    }
+    let value = |key| builder.get_config_value(&key).filter(|value| !value.is_empty());
+    let endpoint = value(AmazonS3ConfigKey::S3Endpoint).or_else(|| value(AmazonS3ConfigKey::Endpoint));
+    let endpoint = endpoint.unwrap_or_default();
+    if endpoint.contains('@') {
+        return Err(wrong(
+            "`objects.endpoint` must not contain keys; they belong into AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+        ));
+    }
+    let has_keys = [
+        AmazonS3ConfigKey::AccessKeyId,
+        AmazonS3ConfigKey::WebIdentityTokenFile,
+        AmazonS3ConfigKey::ContainerCredentialsRelativeUri,
+        AmazonS3ConfigKey::ContainerCredentialsFullUri,
+    ]
+    .into_iter()
+    .any(|key| value(key).is_some());
+    // A machine of AWS is given keys by AWS; nobody gives any to others.
+    if !endpoint.is_empty() && !has_keys {
+        return Err(wrong("no keys for `objects.url`; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"));
+    }
+    let may_be_plain = value(AmazonS3ConfigKey::Client(ClientConfigKey::AllowHttp)).as_deref() == Some("true");
+    if endpoint.starts_with("http://") && !is_loopback(&endpoint) && !may_be_plain {
+        return Err(wrong(&format!(
+            "`{endpoint}` is not encrypted; use https://, or set AWS_ALLOW_HTTP=true if nobody else is on that network"
+        )));
+    }
+    let options = ClientOptions::new()
+        .with_allow_http(endpoint.starts_with("http://"))
+        .with_connect_timeout(CONNECT_TIMEOUT)
+        .with_read_timeout(READ_TIMEOUT)
+        // A large object may take as long as it needs.
+        .with_timeout_disabled();
+    let retry = RetryConfig { max_retries: RETRIES_MAX, retry_timeout: RETRY_TIMEOUT, ..RetryConfig::default() };
+    let store = builder
+        .with_client_options(options)
+        .with_retry(retry)
+        .build()
+        .map_err(|error| wrong(&format!("`objects` cannot be used: {error}")))?;
+    Ok((Arc::new(store), Place::Bucket { name: name.to_owned(), prefix, endpoint }))
+}
+
+/// Removes files that the store's library has begun to write, and gives their number: it calls them `NAME#N`.
+pub(super) fn remove_leftovers(root: &Path, age: Duration) -> std::io::Result<u64> {
+    let folders = match std::fs::read_dir(root) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(0),
+        folders => folders?,
+    };
+    let mut n_removed = 0;
+    for folder in folders {
+        let folder = folder?;
+        if !folder.file_type()?.is_dir() {
+            continue;
+        }
+        for file in std::fs::read_dir(folder.path())? {
+            let file = file?;
+            let name = file.file_name();
+            let is_leftover = name
+                .to_str()
+                .and_then(|name| name.split_once('#'))
+                .is_some_and(|(digest, number)| digest.len() == 62 && number.parse::<u32>().is_ok());
+            // It may have been finished, or removed, by now.
+            let is_old =
+                || Ok::<_, std::io::Error>(file.metadata()?.modified()?.elapsed().is_ok_and(|found| found >= age));
+            if is_leftover && is_old().unwrap_or(false) && std::fs::remove_file(file.path()).is_ok() {
+                n_removed += 1;
+            }
+        }
+    }
+    Ok(n_removed)
+}
+
+fn is_loopback(endpoint: &str) -> bool {
+    let authority = endpoint.trim_start_matches("http://").split('/').next().unwrap_or_default();
+    let host = match authority.strip_prefix('[') {
+        Some(rest) => rest.split(']').next().unwrap_or_default(),
+        None => authority.split(':').next().unwrap_or_default(),
+    };
+    host == "localhost" || host.parse::<std::net::IpAddr>().is_ok_and(|address| address.is_loopback())
+}
+
+fn wrong(reason: &str) -> Error {
+    Error::Config { reason: reason.to_owned() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_servers_on_this_machine_are_loopback() {
+        for (endpoint, expected) in [
+            ("http://127.0.0.1:5000", true),
+            ("http://localhost", true),
+            ("http://[::1]:9000/", true),
+            ("http://10.0.0.1:5000", false),
+            ("http://localhost.example.org", false),
+            ("http://127.0.0.1.example.org", false),
+        ] {
+            assert_eq!(is_loopback(endpoint), expected, "{endpoint}");
+        }
+    }
+}

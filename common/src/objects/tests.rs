@@ -1,0 +1,225 @@
+//! A store in a folder.
+
+use std::os::unix::fs::PermissionsExt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use futures_util::TryStreamExt;
+
+use super::*;
+
+fn open(folder: &Path) -> Objects {
+    Objects::open(&config::Objects { url: Some(folder.display().to_string()), ..config::Objects::default() }).unwrap()
+}
+
+fn write(path: &Path, bytes: &[u8]) {
+    std::fs::write(path, bytes).unwrap();
+}
+
+fn parts(folder: &Path) -> usize {
+    let is_part = |entry: &std::io::Result<std::fs::DirEntry>| {
+        entry.as_ref().unwrap().path().extension() == Some("part".as_ref())
+    };
+    std::fs::read_dir(folder).unwrap().filter(is_part).count()
+}
+
+#[tokio::test]
+async fn what_is_put_is_got_verified_and_sent_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let objects = open(&dir.path().join("objects"));
+    let large = vec![7; usize::try_from(PART_BYTES_MIN).unwrap() * 2 + 11];
+    for bytes in [b"".as_slice(), b"small", &large] {
+        let (source, target) = (dir.path().join("source"), dir.path().join("target"));
+        write(&source, bytes);
+        let digest = Digest::of(bytes);
+        let size = bytes.len() as u64;
+        assert!(!objects.has(digest).await.unwrap());
+        assert_eq!(objects.put_file(&source).await.unwrap(), Stored { digest, size, sent: true });
+        assert_eq!(objects.put_file(&source).await.unwrap(), Stored { digest, size, sent: false });
+        assert!(objects.has(digest).await.unwrap());
+
+        assert_eq!(objects.get_bytes(digest, size).await.unwrap(), bytes);
+        let told = Arc::new(AtomicU64::new(0));
+        let count = Arc::clone(&told);
+        let progress = move |n_bytes| {
+            count.fetch_add(n_bytes, Ordering::Relaxed);
+        };
+        assert_eq!(objects.get_file(digest, &target, progress).await.unwrap(), size);
+        assert_eq!((std::fs::read(&target).unwrap().as_slice(), told.load(Ordering::Relaxed)), (bytes, size));
+        assert_eq!(parts(dir.path()), 0);
+        assert_eq!(std::fs::read(objects.local_path(digest).unwrap()).unwrap(), bytes);
+        assert_eq!(objects.url(digest), format!("file://{}", objects.local_path(digest).unwrap().display()));
+    }
+    let digest = objects.put_bytes(b"small".to_vec()).await.unwrap();
+    let hex = digest.to_string();
+    assert!(objects.local_path(digest).unwrap().ends_with(format!("sha256/{}/{}", &hex[..2], &hex[2..])));
+
+    let mut listed: Vec<Listed> = objects.list().try_collect().await.unwrap();
+    listed.sort_by_key(|listed| listed.size);
+    let sizes: Vec<u64> = listed.iter().map(|listed| listed.size).collect();
+    assert_eq!(sizes, [0, 5, large.len() as u64]);
+    assert!((Utc::now() - listed[0].at).num_seconds() < 600);
+    objects.delete(digest).await.unwrap();
+    objects.delete(digest).await.unwrap();
+    assert!(!objects.has(digest).await.unwrap());
+    assert!(matches!(objects.get_bytes(digest, 5).await, Err(Error::Absent { .. })));
+}
+
+#[tokio::test]
+async fn an_empty_store_lists_nothing_and_strangers_are_passed_over() {
+    let dir = tempfile::tempdir().unwrap();
+    let objects = open(dir.path());
+    assert!(objects.list().try_collect::<Vec<_>>().await.unwrap().is_empty());
+    std::fs::create_dir_all(dir.path().join("sha256/ab")).unwrap();
+    write(&dir.path().join("sha256/ab/cd"), b"x");
+    write(&dir.path().join("sha256/notes.txt"), b"x");
+    write(&dir.path().join("baton.db"), b"x");
+    assert!(objects.list().try_collect::<Vec<_>>().await.unwrap().is_empty());
+}
+
+#[tokio::test]
+async fn damage_is_found_and_leaves_no_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let objects = open(&dir.path().join("objects"));
+    let digest = objects.put_bytes(b"content".to_vec()).await.unwrap();
+    write(&objects.local_path(digest).unwrap(), b"CONTENT");
+    assert!(matches!(objects.get_bytes(digest, 7).await, Err(Error::Damaged { .. })));
+    let target = dir.path().join("target");
+    assert!(matches!(objects.get_file(digest, &target, |_| ()).await, Err(Error::Damaged { .. })));
+    assert!(!target.exists() && parts(dir.path()) == 0);
+    // What was cut short is not taken for the whole.
+    write(&objects.local_path(digest).unwrap(), b"cont");
+    assert_eq!(objects.put_bytes(b"content".to_vec()).await.unwrap(), digest);
+    assert_eq!(objects.get_bytes(digest, 7).await.unwrap(), b"content");
+    assert!(matches!(objects.get_bytes(digest, 6).await, Err(Error::TooLarge { size: 7, limit: 6, .. })));
+}
+
+#[tokio::test]
+async fn what_was_old_is_young_again_once_it_is_put_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let objects = open(dir.path());
+    let digest = objects.put_bytes(b"content".to_vec()).await.unwrap();
+    let path = objects.local_path(digest).unwrap();
+    let two_days_ago = SystemTime::now() - Duration::from_secs(2 * 86_400);
+    std::fs::File::options().write(true).open(&path).unwrap().set_modified(two_days_ago).unwrap();
+    objects.put_bytes(b"content".to_vec()).await.unwrap();
+    assert!(std::fs::metadata(&path).unwrap().modified().unwrap().elapsed().unwrap() < Duration::from_secs(600));
+}
+
+#[tokio::test]
+async fn a_file_that_grows_or_vanishes_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let objects = open(&dir.path().join("objects"));
+    let path = dir.path().join("file");
+    let size = PART_BYTES_MIN + 5;
+    let bytes = vec![1; usize::try_from(size).unwrap()];
+    write(&path, &bytes);
+    let before = Digest::of(&bytes);
+    // It was hashed; then somebody wrote to it, and then it is read again.
+    let mut later = bytes.clone();
+    later[3] = 2;
+    write(&path, &later);
+    assert!(matches!(objects.send_parts(&path, before, size).await, Err(Error::Changed { .. })));
+    write(&path, &bytes[..100]);
+    assert!(matches!(objects.send_parts(&path, before, size).await, Err(Error::Changed { .. })));
+    assert!(!objects.has(before).await.unwrap());
+    assert!(matches!(objects.put_file(&dir.path().join("absent")).await, Err(Error::File { .. })));
+    assert!(matches!(objects.put_file(dir.path()).await, Err(Error::File { .. })));
+}
+
+#[tokio::test]
+async fn many_put_the_same_at_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let objects = open(dir.path());
+    let puts = (0..32).map(|_| objects.put_bytes(vec![9; 100_000]));
+    let digests = futures_util::future::try_join_all(puts).await.unwrap();
+    assert_eq!(objects.get_bytes(digests[0], 100_000).await.unwrap(), vec![9; 100_000]);
+    let n_files = std::fs::read_dir(objects.local_path(digests[0]).unwrap().parent().unwrap()).unwrap().count();
+    assert_eq!(n_files, 1);
+}
+
+#[tokio::test]
+async fn a_folder_that_cannot_be_used_is_named_with_the_remedy() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("file");
+    write(&file, b"");
+    let config = config::Objects { url: Some(file.join("below").display().to_string()), ..config::Objects::default() };
+    let Err(error) = Objects::open(&config) else { panic!("a folder below a file") };
+    assert!(error.to_string().contains("objects.url") && error.to_string().contains("below"), "{error}");
+
+    let folder = dir.path().join("objects");
+    let objects = open(&folder);
+    std::fs::set_permissions(&folder, std::fs::Permissions::from_mode(0o500)).unwrap();
+    // The administrator may write anyway.
+    let is_refused = std::fs::write(folder.join("probe"), b"").is_err();
+    let put = objects.put_bytes(b"x".to_vec()).await;
+    std::fs::set_permissions(&folder, std::fs::Permissions::from_mode(0o700)).unwrap();
+    if is_refused {
+        let error = put.unwrap_err();
+        assert!(
+            matches!(&error, Error::Folder { source, .. } if source.kind() == std::io::ErrorKind::PermissionDenied)
+        );
+    }
+}
+
+#[tokio::test]
+async fn what_was_cut_short_is_passed_over_and_removed_when_it_is_old() {
+    let dir = tempfile::tempdir().unwrap();
+    let objects = open(dir.path());
+    assert_eq!(objects.remove_leftovers(Duration::ZERO).await.unwrap(), 0);
+    let digest = objects.put_bytes(b"content".to_vec()).await.unwrap();
+    let path = objects.local_path(digest).unwrap();
+    let leftover = path.with_file_name(format!("{}#1", path.file_name().unwrap().display()));
+    write(&leftover, b"cont");
+    write(&path.with_file_name("notes#1"), b"");
+    assert_eq!(objects.list().try_collect::<Vec<_>>().await.unwrap().len(), 1);
+    assert_eq!(objects.remove_leftovers(Duration::from_secs(3600)).await.unwrap(), 0);
+    assert_eq!(objects.remove_leftovers(Duration::ZERO).await.unwrap(), 1);
+    assert!(!leftover.exists() && path.exists() && path.with_file_name("notes#1").exists());
+}
+
+#[tokio::test]
+async fn a_link_in_the_place_of_a_file_is_replaced_and_not_followed() {
+    let dir = tempfile::tempdir().unwrap();
+    let objects = open(&dir.path().join("objects"));
+    let digest = objects.put_bytes(b"content".to_vec()).await.unwrap();
+    let outside = dir.path().join("outside");
+    write(&outside, b"mine");
+    let target = dir.path().join("target");
+    std::os::unix::fs::symlink(&outside, &target).unwrap();
+    let part = dir.path().join(format!("target.{}.part", &digest.to_string()[..8]));
+    std::os::unix::fs::symlink(&outside, &part).unwrap();
+    objects.get_file(digest, &target, |_| ()).await.unwrap();
+    assert_eq!(
+        (std::fs::read(&target).unwrap(), std::fs::read(&outside).unwrap()),
+        (b"content".to_vec(), b"mine".to_vec())
+    );
+    assert!(!target.is_symlink() && !part.is_symlink());
+}
+
+#[test]
+fn parts_are_few_enough_and_large_enough() {
+    for size in [PART_BYTES_MIN, PART_BYTES_MIN + 1, 70 << 30, 5 << 40] {
+        let len = part_len(size);
+        assert!(len >= PART_BYTES_MIN && size.div_ceil(len) <= PARTS_MAX, "{size}");
+    }
+    assert_eq!(part_len(1 << 30), PART_BYTES_MIN);
+}
+
+#[test]
+fn urls_that_name_no_place_are_refused_with_the_remedy() {
+    for (url, endpoint, expected) in [
+        ("http://example.org/objects", None, "s3://BUCKET/PREFIX"),
+        ("file://relative", None, "file:///FOLDER"),
+        ("", None, "is empty"),
+        ("s3://", None, "names no bucket"),
+        ("s3:///prefix", None, "names no bucket"),
+        ("s3://key:secret@bucket/x", None, "names no bucket"),
+        ("s3://bucket/a//b", Some("https://s3.example.org"), "empty part"),
+        ("s3://bucket", Some("https://key:secret@s3.example.org"), "AWS_ACCESS_KEY_ID"),
+    ] {
+        let config = config::Objects { url: Some(url.into()), endpoint: endpoint.map(str::to_owned), region: None };
+        let Err(error) = Objects::open(&config) else { panic!("{url} was accepted") };
+        assert!(error.to_string().contains(expected) && !error.to_string().contains("secret"), "{url}: {error}");
+    }
+}

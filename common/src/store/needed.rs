@@ -1,0 +1,80 @@
+//! Which objects rows need, page by page.
+
+use sea_orm::ConnectionTrait;
+use uuid::Uuid;
+
+use super::blob::{self, Outcome};
+use super::dialect::Batch;
+use super::select::{Order, Walk};
+use super::{Error, Store};
+use crate::digest::Digest;
+use crate::select::Select;
+use crate::spec::on_site::Scope;
+use crate::spec::{JOB, Spec};
+
+/// Rows in one page: their specs may have a mebibyte each.
+const PAGE_ROWS: u32 = 200;
+
+/// A walk through what rows need. What is committed while it goes on may be missing.
+pub struct Walking {
+    store: Store,
+    walk: Walk,
+}
+
+/// What the rows of a page need, in no order, and some of it several times.
+#[derive(Debug, Default)]
+pub struct Needed {
+    /// Manifests, and with them all that they name.
+    pub manifests: Vec<Digest>,
+    /// Objects by themselves.
+    pub objects: Vec<Digest>,
+}
+
+impl Store {
+    /// Begins to walk through the objects that processes need: what was sent for them, and their results. Only those on
+    /// sites have any.
+    pub fn needed(&self) -> Walking {
+        let select = Select { kind: Some(JOB.to_owned()), ..Select::default() };
+        Walking { store: self.clone(), walk: Walk::new(&select, Order::OldestFirst, None) }
+    }
+}
+
+impl Walking {
+    /// The next page; `None` at the end.
+    ///
+    /// # Errors
+    /// The database does not answer; or [`Error::Newer`] or [`Error::Unreadable`], and nobody knows what that row needs.
+    pub async fn next(&mut self) -> Result<Option<Needed>, Error> {
+        let (db, dialect) = (&self.store.db, self.store.dialect);
+        let Some(ids) = self.walk.next_ids(db, dialect, PAGE_ROWS).await? else { return Ok(None) };
+        let mut needed = Needed::default();
+        for row in db.query_all_raw(dialect.batch(ROWS, vec![], Batch::ids(ids))).await? {
+            let id: Uuid = row.try_get("", "id")?;
+            let of_row = |error: Error| {
+                if let Error::Unreadable(reason) = error {
+                    Error::Unreadable(format!("process {id}: {reason}"))
+                } else {
+                    error
+                }
+            };
+            needed.spec(&blob::spec_from_bytes(&row.try_get::<Vec<u8>>("", "body")?).map_err(of_row)?);
+            if let Some(outcome) = row.try_get::<Option<Vec<u8>>>("", "outcome")? {
+                needed.manifests.extend(Outcome::from_bytes(&outcome).map_err(of_row)?.results);
+            }
+        }
+        Ok(Some(needed))
+    }
+}
+
+impl Needed {
+    fn spec(&mut self, spec: &Spec) {
+        let Some(on_site) = &spec.on_site else { return };
+        self.manifests.extend(on_site.staged);
+        let of_store = on_site.inputs.iter().filter(|input| input.from.scope == Scope::Store);
+        self.objects.extend(of_store.filter_map(|input| input.from.path.parse::<Digest>().ok()));
+    }
+}
+
+const ROWS: &str = "
+    WITH {rows} SELECT s.id, s.body, p.outcome FROM spec s JOIN process p ON p.id = s.id
+    WHERE s.id IN (SELECT b_id FROM b)";

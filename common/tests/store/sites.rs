@@ -1,0 +1,208 @@
+//! Jobs at sites: intents, limits, what a kill has to end first, and what one worker at a time may have.
+
+use std::time::Duration;
+
+use baton_common::config::SiteLimits;
+use baton_common::id::{Incarnation, Pid};
+use baton_common::message::Effect;
+use baton_common::state::{Desired, Place, State};
+use baton_common::store::site::{Door, Intent, Seen};
+use baton_common::store::sweep::DEATHS_MAX;
+use baton_common::store::writer::{Fence, Verb};
+
+use crate::{Scene, end};
+
+on_both! {
+    an_intent_is_recorded_once_and_only_by_the_holder
+    limits_of_a_site_are_counted_over_all
+    a_kill_with_a_job_outside_is_not_applied_before_it_has_ended
+    a_holder_that_dies_with_a_job_outside_leaves_its_kill_to_another
+    a_forced_kill_leaves_an_open_row
+    the_end_of_a_job_wakes_its_process_even_while_it_parks
+    a_process_that_is_killed_waits_for_its_job
+    who_waits_longest_is_taken_up_first
+    a_permit_is_one_workers_until_it_is_gone
+    a_site_that_fails_is_left_alone_for_longer_and_longer
+}
+
+const SPEC: &str = "at: s\nrun: ['true']";
+const NO_LIMITS: SiteLimits = SiteLimits { queued: None, running: None, submit_per_min: None };
+
+fn wait(waits_for: &str, killing: bool) -> Verb {
+    Verb::Wait { waits_for: waits_for.into(), wake_in: Duration::from_secs(3600), killing }
+}
+
+impl Scene {
+    async fn site(&self) {
+        self.store.announce_site("s", "slurm", "/r", 2).await.unwrap();
+    }
+
+    /// A process that is held and has a job outside.
+    async fn with_job(&self) -> (Pid, Fence) {
+        let pid = self.submit(SPEC).await;
+        let fence = self.claimed(pid).await.fence;
+        assert_eq!(self.store.intend(fence, 1, "s", NO_LIMITS).await.unwrap(), Intent::Recorded);
+        self.store.submitted(pid, 1, "7").await.unwrap();
+        (pid, fence)
+    }
+
+    async fn end_job(&self, pid: Pid) -> usize {
+        let job = self.store.job(pid, 1).await.unwrap().unwrap();
+        let queued = self.store.record_seen(&[Seen::ended(&job, "COMPLETED")]).await.unwrap();
+        queued.values().map(Vec::len).sum()
+    }
+}
+
+async fn an_intent_is_recorded_once_and_only_by_the_holder(scene: Scene) {
+    scene.site().await;
+    let pid = scene.submit(SPEC).await;
+    let old = scene.claimed(pid).await.fence;
+    scene.write(old, Verb::GiveBack).await.unwrap();
+    let fence = scene.claimed(pid).await.fence;
+    let intend = async |fence| scene.store.intend(fence, 1, "s", NO_LIMITS).await.unwrap();
+    assert_eq!(intend(old).await, Intent::Lost, "an old epoch");
+    assert_eq!(scene.store.job(pid, 1).await.unwrap(), None);
+    assert_eq!([intend(fence).await, intend(fence).await], [Intent::Recorded, Intent::Known]);
+    scene.store.submitted(pid, 1, "7").await.unwrap();
+    scene.store.submitted(pid, 1, "8").await.unwrap();
+    let job = scene.store.job(pid, 1).await.unwrap().unwrap();
+    assert_eq!((job.external_id.as_deref(), job.is_doomed), (Some("7"), false), "what is known stays");
+    scene.write(fence, wait("", false)).await.unwrap();
+    assert_eq!(intend(fence).await, Intent::Lost, "it is not held");
+}
+
+async fn limits_of_a_site_are_counted_over_all(scene: Scene) {
+    scene.site().await;
+    let mut fences = Vec::new();
+    for _ in 0..4 {
+        let pid = scene.submit(SPEC).await;
+        fences.push(scene.claimed(pid).await.fence);
+    }
+    let limits = SiteLimits { queued: Some(2), running: Some(3), submit_per_min: Some(3) };
+    let intend = async |idx: usize| scene.store.intend(fences[idx], 1, "s", limits).await.unwrap();
+    assert_eq!(scene.store.room("s", limits).await.unwrap(), 2);
+    assert_eq!([intend(0).await, intend(1).await, intend(2).await], [Intent::Recorded, Intent::Recorded, Intent::Full]);
+    assert_eq!(scene.store.room("s", limits).await.unwrap(), 0);
+    scene.end_job(fences[0].pid).await;
+    assert_eq!(scene.store.room("s", limits).await.unwrap(), 1);
+    assert_eq!(intend(2).await, Intent::Recorded);
+    scene.end_job(fences[1].pid).await;
+    let Intent::TooSoon(micros) = intend(3).await else { panic!("a fourth within a minute") };
+    assert!((50_000_000..=60_000_000).contains(&micros), "{micros}");
+    assert_eq!(scene.store.job(fences[3].pid, 1).await.unwrap(), None);
+}
+
+async fn a_kill_with_a_job_outside_is_not_applied_before_it_has_ended(scene: Scene) {
+    scene.site().await;
+    let (pid, fence) = scene.with_job().await;
+    scene.write(fence, wait("", false)).await.unwrap();
+    let controlled = scene.recorded(pid, Desired::Kill).await;
+    assert_eq!((controlled.place, controlled.effect), (Place::Queued, Effect::pending(Desired::Kill)));
+    assert!(controlled.told.is_some(), "somebody has to be told");
+    assert_eq!(scene.store.settled(controlled.event).await.unwrap(), None);
+    let claimed = scene.claimed(pid).await;
+    assert!(claimed.has_outside && claimed.desired == Desired::Kill);
+    scene.end_job(pid).await;
+    scene.write(claimed.fence, end(State::Killed)).await.unwrap();
+    assert_eq!(scene.state(pid).await, (Place::Ended, State::Killed));
+    assert!(scene.store.settled(controlled.event).await.unwrap().is_some());
+}
+
+async fn a_holder_that_dies_with_a_job_outside_leaves_its_kill_to_another(scene: Scene) {
+    scene.site().await;
+    let (pid, _) = scene.with_job().await;
+    scene.recorded(pid, Desired::Kill).await;
+    scene.store.leave(scene.me).await.unwrap();
+    assert_eq!(scene.store.free().await.unwrap().queued["default"].len(), 1);
+    assert_eq!(scene.state(pid).await.0, Place::Queued, "{DEATHS_MAX} deaths would end it");
+}
+
+async fn a_forced_kill_leaves_an_open_row(scene: Scene) {
+    scene.site().await;
+    let (pid, _) = scene.with_job().await;
+    let mut request = crate::request(Desired::Kill);
+    request.force = true;
+    scene.store.control(pid, &request).await.unwrap();
+    assert_eq!(scene.state(pid).await, (Place::Ended, State::Killed));
+    let open = scene.store.open_jobs("s").await.unwrap();
+    assert!(open.len() == 1 && open[0].is_doomed, "{open:?}");
+}
+
+async fn the_end_of_a_job_wakes_its_process_even_while_it_parks(scene: Scene) {
+    scene.site().await;
+    let (parked, fence) = scene.with_job().await;
+    scene.write(fence, wait("", false)).await.unwrap();
+    assert_eq!(scene.end_job(parked).await, 1);
+    assert_eq!(scene.state(parked).await, (Place::Queued, State::Running));
+    let (parking, fence) = scene.with_job().await;
+    assert_eq!(scene.end_job(parking).await, 0, "it is held");
+    let written = scene.write(fence, wait("", false)).await.unwrap();
+    assert_eq!(written.place, Place::Held, "it was woken on its way to park");
+    let (paused, fence) = scene.with_job().await;
+    scene.recorded(paused, Desired::Pause).await;
+    scene.write(fence, wait("", false)).await.unwrap();
+    assert_eq!(scene.end_job(paused).await, 0);
+    assert_eq!(scene.state(paused).await.0, Place::Parked, "a wake-up respects a pause");
+    scene.recorded(paused, Desired::Run).await;
+    assert_eq!(scene.state(paused).await.0, Place::Queued, "and is not forgotten");
+}
+
+async fn a_process_that_is_killed_waits_for_its_job(scene: Scene) {
+    scene.site().await;
+    let (pid, fence) = scene.with_job().await;
+    scene.recorded(pid, Desired::Kill).await;
+    assert_eq!(scene.write(fence, wait("", false)).await.unwrap().place, Place::Held, "a kill is seen by who parks");
+    let again = Fence { epoch: fence.epoch, ..fence };
+    assert_eq!(scene.write_with(again, wait("", true), None).await.unwrap().place, Place::Parked);
+    assert_eq!(scene.end_job(pid).await, 1);
+}
+
+async fn who_waits_longest_is_taken_up_first(scene: Scene) {
+    scene.site().await;
+    let mut pids = Vec::new();
+    for idx in 0..3 {
+        let pid = scene.submit(SPEC).await;
+        let fence = scene.claimed(pid).await.fence;
+        scene.write(fence, wait(if idx == 1 { "room/s" } else { "slot/s" }, false)).await.unwrap();
+        pids.push(pid);
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    let queues = ["default".to_owned()];
+    let work = scene.store.site_work("s").await.unwrap();
+    assert!(work.waits_for_slot && work.waits_for_room && !work.has_jobs && !work.is_down);
+    assert!(scene.store.wake_waiting("slot/s", &["other".into()], 9).await.unwrap().is_empty(), "not of our queues");
+    let woken = scene.store.wake_waiting("slot/s", &queues, 1).await.unwrap();
+    assert_eq!(woken["default"].iter().map(|told| told.pid).collect::<Vec<_>>(), [pids[0]]);
+    let woken = scene.store.wake_waiting("slot/s", &queues, 9).await.unwrap();
+    assert_eq!(woken["default"].iter().map(|told| told.pid).collect::<Vec<_>>(), [pids[2]]);
+    assert_eq!(scene.state(pids[1]).await.0, Place::Parked);
+}
+
+async fn a_permit_is_one_workers_until_it_is_gone(scene: Scene) {
+    if scene.store.is_embedded() {
+        // There is one worker at a time, and its start declares all others gone.
+        return;
+    }
+    let other = Incarnation::generate();
+    scene.store.register(other, &crate::worker("w2")).await.unwrap();
+    let take = async |me: Incarnation| scene.store.take_permit("slot/s/0", me).await.unwrap();
+    assert_eq!([take(scene.me).await, take(scene.me).await, take(other).await], [true, true, false]);
+    scene.store.give_permit("slot/s/0", other).await.unwrap();
+    assert!(!take(other).await, "only its owner gives it back");
+    scene.store.leave(scene.me).await.unwrap();
+    assert!(take(other).await);
+}
+
+async fn a_site_that_fails_is_left_alone_for_longer_and_longer(scene: Scene) {
+    scene.site().await;
+    let knock = async |pause| scene.store.knock("s", pause).await.unwrap();
+    assert_eq!([knock(0).await, knock(60_000_000).await], [Door::Open, Door::TooSoon]);
+    scene.store.note_site("s", Some("no route")).await.unwrap();
+    scene.store.note_site("s", Some("no route")).await.unwrap();
+    assert_eq!(knock(0).await, Door::Down);
+    let facts = scene.store.sites(Some("s")).await.unwrap().remove(0);
+    assert_eq!((facts.failures, facts.last_error.as_deref()), (1, Some("no route")), "failures together are one");
+    assert!(facts.retry_in.is_some_and(|micros| micros <= 5_000_000));
+    scene.store.note_site("s", None).await.unwrap();
+    assert_eq!(knock(0).await, Door::Open);
+}

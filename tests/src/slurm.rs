@@ -1,0 +1,167 @@
+//! A private Slurm behind a private OpenSSH server, as a site of a scene; a test may break both.
+
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use crate::eventually;
+use crate::process::Worker;
+use crate::scene::{Output, Scene};
+use crate::services::folder;
+use crate::sshd::Sshd;
+
+/// Commands of Slurm that a test may put something else in the place of, as they are found over SSH.
+const COMMANDS: [&str; 3] = ["sbatch", "squeue", "scancel"];
+
+/// A login node with Slurm behind it: the site `cluster`. Gone when this is dropped.
+pub struct Slurm {
+    folder: tempfile::TempDir,
+    /// Its login node.
+    pub sshd: Sshd,
+    config: PathBuf,
+    extra: String,
+}
+
+impl Slurm {
+    /// Starts it. `site` and `ssh` are further lines of the sections `[sites.cluster]` and `[ssh.login]`, `sshd` of the
+    /// server's configuration.
+    pub fn start(scene: &Scene, site: &str, ssh: &str, sshd: &str) -> Self {
+        let folder = folder("baton-slurm-");
+        let bin = folder.path().join("bin");
+        std::fs::create_dir_all(&bin).expect("own folder");
+        run(folder.path(), &["start"]);
+        // Only the first line of `SetEnv` counts, so it has all of them.
+        let extra = format!(
+            "SetEnv SHLVL=5 SLURM_CONF={} PATH={}:/usr/local/bin:/usr/bin:/bin;{sshd}",
+            folder.path().join("slurm.conf").display(),
+            bin.display()
+        );
+        let sshd = Sshd::with(&extra);
+        let slurm = Self { config: scene.path("baton.toml"), folder, sshd, extra };
+        slurm.configure(scene, slurm.sshd.address().as_str(), site, ssh);
+        slurm
+    }
+
+    /// Writes the configuration, with the login node under this address.
+    pub fn configure(&self, scene: &Scene, address: &str, site: &str, ssh: &str) {
+        let (host, port) = address.rsplit_once(':').expect("host:port");
+        self.sshd.know(&format!("[{host}]:{port}"), "host_ed25519.pub");
+        let text = format!(
+            "objects.url = '{objects}'
+             [sites.cluster]
+             transport = {{ssh = 'login'}}
+             launcher = 'slurm'
+             root = '{root}'
+             poll = '1s'
+             {site}
+             [sites.plain]
+             transport = {{ssh = 'login'}}
+             launcher = 'fork'
+             root = '{root}'
+             poll = '1s'
+             {site}
+             [ssh.login]
+             host = '{host}'
+             port = {port}
+             key = '{key}'
+             known_hosts = '{known}'
+             config = '/dev/null'
+             {ssh}",
+            objects = scene.path("objects").display(),
+            root = scene.path("site").display(),
+            key = self.sshd.file("id_ed25519").display(),
+            known = self.sshd.file("known_hosts").display(),
+        );
+        std::fs::write(&self.config, text).expect("own folder");
+    }
+
+    /// Starts a worker that serves the site, and waits until it is ready.
+    pub async fn worker(&self, scene: &Scene, name: &str, variables: &[(&str, &str)]) -> Worker {
+        let config = self.config.display().to_string();
+        let variables = [&[("BATON_CONFIG", config.as_str())], variables].concat();
+        let worker = scene.worker_with(&variables, name, &[]);
+        worker.ready().await;
+        worker
+    }
+
+    /// What `squeue` lists in the states that are named, `%i %j %T` in each line.
+    pub fn jobs(&self, states: &str) -> Vec<String> {
+        let mut command = Command::new("squeue");
+        command.env("SLURM_CONF", self.folder.path().join("slurm.conf")).args(["-h", "-t", states, "-o", "%i %j %T"]);
+        let output = command.output().expect("Slurm is installed");
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8_lossy(&output.stdout).lines().map(str::to_owned).collect()
+    }
+
+    /// Waits until no job is there any more.
+    pub async fn is_empty(&self) {
+        eventually("Slurm has no job", Duration::from_secs(60), async || {
+            let jobs = self.jobs("PENDING,RUNNING,COMPLETING,SUSPENDED");
+            if jobs.is_empty() { Ok(()) } else { Err(jobs) }
+        })
+        .await;
+    }
+
+    /// Puts a shell script in the place of a command, as it is found over SSH; in it, `$REAL` is the true one.
+    pub fn replace(&self, command: &str, script: &str) {
+        assert!(COMMANDS.contains(&command), "no command of Slurm");
+        let path = self.folder.path().join("bin").join(command);
+        let part = path.with_extension("part");
+        std::fs::write(&part, format!("#!/bin/sh\nREAL=/usr/bin/{command}\n{script}\n")).expect("own folder");
+        std::fs::set_permissions(&part, std::fs::Permissions::from_mode(0o755)).expect("own file");
+        std::fs::rename(&part, &path).expect("own folder");
+    }
+
+    /// Takes that back.
+    pub fn mend(&self, command: &str) {
+        std::fs::remove_file(self.folder.path().join("bin").join(command)).expect("it was replaced");
+    }
+
+    /// A file of its own folder.
+    pub fn file(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// Starts the login node again that was killed.
+    pub fn start_login(&self) {
+        self.sshd.start_again(&self.extra);
+    }
+
+    /// Stops its controller; jobs run on.
+    pub fn stop_controller(&self) {
+        run(self.folder.path(), &["stop-controller"]);
+    }
+
+    /// Starts the controller again, with the jobs that it knew.
+    pub fn start_controller(&self) {
+        run(self.folder.path(), &["start-controller"]);
+    }
+
+    /// Runs a command of the CLI with the site's configuration.
+    pub async fn baton(&self, scene: &Scene, arguments: &[&str]) -> Output {
+        let config = self.config.display().to_string();
+        scene.baton_in(scene.folder(), &[("BATON_CONFIG", &config)], arguments).await
+    }
+
+    /// Submits a spec and gives back the pids.
+    pub async fn submit(&self, scene: &Scene, text: &str, count: u32) -> Vec<String> {
+        let spec = scene.spec(&format!("{}.yaml", uuid::Uuid::now_v7().simple()), text);
+        let (spec, count) = (spec.display().to_string(), count.to_string());
+        let output = self.baton(scene, &["submit", &spec, "--count", &count, "-o", "ids"]).await.ok();
+        output.stdout.lines().map(str::to_owned).collect()
+    }
+}
+
+impl Drop for Slurm {
+    fn drop(&mut self) {
+        run(self.folder.path(), &["stop"]);
+    }
+}
+
+fn run(folder: &Path, arguments: &[&str]) {
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("services/slurm.sh");
+    let status =
+        Command::new(script).arg(arguments[0]).arg(folder).args(&arguments[1..]).env("SLURM_CPUS", "64").status();
+    assert!(status.expect("the script is there").success(), "slurm.sh {}", arguments[0]);
+}

@@ -1,0 +1,301 @@
+//! Jobs at a site: a real Slurm behind a real OpenSSH server.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use baton_tests::eventually;
+use baton_tests::history::History;
+use baton_tests::journal;
+use baton_tests::scene::Scene;
+use baton_tests::slurm::Slurm;
+
+/// How long a few jobs may take from their submission to their end on a busy machine.
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// Borders of a job's life; at each of them a worker dies here.
+pub(crate) const BORDERS: [&str; 7] =
+    ["job-staged", "job-intended", "job-submitted", "job-known", "job-seen", "job-collected", "job-cancelled"];
+
+/// A program that says that it has run, in a file that all of them share.
+fn witness(scene: &Scene, at: &str, more: &str) -> (PathBuf, String) {
+    let path = scene.path("runs");
+    let script = format!("echo \"$SLURM_JOB_ID\" >> {}; {more}", path.display());
+    (path, format!("at: {at}\nscript: |\n  {script}\n"))
+}
+
+/// Programs that have run so far.
+fn runs(path: &Path) -> usize {
+    std::fs::read_to_string(path).unwrap_or_default().lines().count()
+}
+
+async fn ended(scene: &Scene, pids: &[String], limit: Duration) {
+    eventually("all have ended", limit, async || {
+        let count = scene.count("place = 3").await;
+        if count >= pids.len() as u64 { Ok(()) } else { Err((count, scene.sql("SELECT * FROM job").await)) }
+    })
+    .await;
+}
+
+/// All have ended as finished with exit 0.
+async fn finished(scene: &Scene, pids: &[String], limit: Duration) {
+    ended(scene, pids, limit).await;
+    for pid in pids {
+        let shown = scene.show(pid).await;
+        assert_eq!((&shown["state"], &shown["exit"]), (&"finished".into(), &0.into()), "{shown:#}");
+    }
+}
+
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn a_job_is_submitted_watched_and_collected() {
+    let scene = Scene::new().await;
+    let slurm = Slurm::start(&scene, "pre = ['export FROM=site']", "", "");
+    let worker = slurm.worker(&scene, "w1", &[]).await;
+    for at in ["cluster", "plain"] {
+        let spec = format!(
+            "at: {at}
+script: |
+  cat; echo \"$FROM $MORE\"; echo wrong >&2; mkdir -p deep; echo one > deep/a.txt; echo two > b.txt
+  echo '{{\"n\": 3}}' > values.json; exit 3
+stdin: |
+  from outside
+vars: {{MORE: 'a b'}}
+pre: ['FROM=\"$FROM+spec\"', 'MORE=lost']
+ok: {{exit: [3]}}
+values: values.json
+out: ['**/*.txt', {{from: nothing, optional: true}}]
+needs: {{time: 5m, cpus: 1}}
+"
+        );
+        let pid = slurm.submit(&scene, &spec, 1).await.remove(0);
+        ended(&scene, std::slice::from_ref(&pid), LIMIT).await;
+        let shown = scene.show(&pid).await;
+        assert_eq!(
+            (&shown["state"], &shown["exit"], &shown["values"]["n"]),
+            (&"finished".into(), &3.into(), &3.into())
+        );
+        let logs = slurm.baton(&scene, &["logs", &pid]).await.ok();
+        assert!(logs.stdout.contains("from outside\nsite+spec a b\n"), "{logs:?}");
+        let results = slurm.baton(&scene, &["results", &pid]).await.ok();
+        assert!(results.stdout.contains("deep/a.txt"), "{results:?}");
+        slurm.baton(&scene, &["results", &pid, "--get", scene.path(at).to_str().unwrap()]).await.ok();
+        assert_eq!(std::fs::read_to_string(scene.path(at).join("deep/a.txt")).unwrap(), "one\n");
+        assert_eq!(std::fs::read_to_string(scene.path(at).join("b.txt")).unwrap(), "two\n");
+        scene.sql("DELETE FROM process").await;
+    }
+    drop(worker);
+}
+
+/// At each border a worker dies, and another goes on: the program runs once, and no job is left.
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn a_worker_that_dies_at_any_border_costs_no_second_run() {
+    let scene = Scene::new().await;
+    let slurm = Slurm::start(&scene, "submit_timeout = '3s'\nsettle = '3s'", "min_reconnect = '1s'", "");
+    slurm.baton(&scene, &["list"]).await.ok();
+    journal::keep(&scene).await;
+    for border in BORDERS {
+        scene.sql("DELETE FROM process; DELETE FROM job; TRUNCATE journal").await;
+        let mut crashing =
+            slurm.worker(&scene, &format!("{border}-1"), &[("FAILPOINTS", &format!("{border}=return"))]).await;
+        let is_killed = border == "job-cancelled";
+        let (path, spec) = witness(&scene, "cluster", if is_killed { "sleep 600" } else { "sleep 1" });
+        let _ = std::fs::remove_file(&path);
+        let pids = slurm.submit(&scene, &spec, 1).await;
+        if is_killed {
+            eventually("it runs", LIMIT, async || if runs(&path) == 1 { Ok(()) } else { Err(()) }).await;
+            slurm.baton(&scene, &["kill", &pids[0]]).await;
+        }
+        crashing.ended(LIMIT).await;
+        let mut other = slurm.worker(&scene, &format!("{border}-2"), &[]).await;
+        if is_killed {
+            ended(&scene, &pids, LIMIT).await;
+        } else {
+            finished(&scene, &pids, LIMIT).await;
+        }
+        assert_eq!(runs(&path), 1, "{border}");
+        slurm.is_empty().await;
+        other.terminate().await;
+        History::read(&scene, vec![]).await.accepting(&pids).check();
+    }
+}
+
+/// `sbatch` does not answer in time, and its job comes later: within the time of settling, and after it.
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn a_submission_that_takes_effect_late_is_adopted_or_runs_nothing() {
+    let scene = Scene::new().await;
+    let slurm = Slurm::start(&scene, "submit_timeout = '2s'\nsettle = '6s'", "", "");
+    let _worker = slurm.worker(&scene, "w1", &[]).await;
+    for (late, tries) in [(4, 1), (20, 2)] {
+        scene.sql("DELETE FROM process; DELETE FROM job").await;
+        let (path, spec) = witness(&scene, "cluster", "sleep 1");
+        let _ = std::fs::remove_file(&path);
+        // The first submission hangs; its job comes when everybody has given it up.
+        slurm.replace(
+            "sbatch",
+            &format!(
+                "if mkdir {0} 2>/dev/null; then (setsid sh -c 'sleep {late}; {1} \"$@\"; touch {0}/came' x \"$@\" \
+                 >/dev/null 2>&1 &); sleep 60; fi; exec $REAL \"$@\"",
+                slurm.file(&format!("late-{late}")).display(),
+                "/usr/bin/sbatch"
+            ),
+        );
+        let pids = slurm.submit(&scene, &spec, 1).await;
+        finished(&scene, &pids, LIMIT).await;
+        eventually("the late job has come", LIMIT, async || {
+            if slurm.file(&format!("late-{late}/came")).exists() { Ok(()) } else { Err(slurm.jobs("all")) }
+        })
+        .await;
+        slurm.is_empty().await;
+        assert_eq!(runs(&path), 1, "{late}: {:?}", slurm.jobs("all"));
+        assert_eq!(scene.sql("SELECT try FROM process").await.trim(), tries.to_string());
+        eventually("every job is accounted for", LIMIT, async || {
+            match scene.sql("SELECT * FROM job WHERE ended_at IS NULL").await {
+                open if open.trim().is_empty() => Ok(()),
+                open => Err(open),
+            }
+        })
+        .await;
+    }
+}
+
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn a_kill_leaves_no_job() {
+    let scene = Scene::new().await;
+    let slurm = Slurm::start(&scene, "submit_timeout = '3s'\nsettle = '6s'", "", "");
+    let _worker = slurm.worker(&scene, "w1", &[]).await;
+    // Of a running job, and in the middle of its submission.
+    let (path, spec) = witness(&scene, "cluster", "sleep 600");
+    let pids = slurm.submit(&scene, &spec, 3).await;
+    eventually("all run", LIMIT, async || if runs(&path) == 3 { Ok(()) } else { Err(runs(&path)) }).await;
+    slurm.replace("sbatch", "sleep 2; exec $REAL \"$@\"");
+    let slow = slurm.submit(&scene, &spec, 2).await;
+    eventually("they are being submitted", LIMIT, async || {
+        match scene.sql("SELECT count(*) FROM job WHERE external_id IS NULL").await.trim() {
+            "2" => Ok(()),
+            other => Err(other.to_owned()),
+        }
+    })
+    .await;
+    let all = [pids, slow].concat();
+    let arguments: Vec<&str> = ["kill"].into_iter().chain(all.iter().map(String::as_str)).collect();
+    slurm.baton(&scene, &arguments).await;
+    ended(&scene, &all, LIMIT).await;
+    assert_eq!(scene.count("state = 6").await, 5, "{}", scene.sql("SELECT * FROM process").await);
+    slurm.is_empty().await;
+    tokio::time::sleep(Duration::from_secs(4)).await;
+    slurm.is_empty().await;
+    assert_eq!(runs(&path), 3, "a job that was killed before it was submitted ran");
+}
+
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn a_forced_kill_is_made_up_for_when_the_site_is_back() {
+    let scene = Scene::new().await;
+    let slurm = Slurm::start(&scene, "", "min_reconnect = '1s'", "");
+    let _worker = slurm.worker(&scene, "w1", &[]).await;
+    let (path, spec) = witness(&scene, "cluster", "sleep 600");
+    let pids = slurm.submit(&scene, &spec, 1).await;
+    eventually("it runs", LIMIT, async || if runs(&path) == 1 { Ok(()) } else { Err(()) }).await;
+    slurm.sshd.kill();
+    slurm.baton(&scene, &["kill", "--force", &pids[0]]).await.ok();
+    assert_eq!(scene.count("state = 6").await, 1);
+    assert_eq!(slurm.jobs("RUNNING").len(), 1);
+    slurm.start_login();
+    slurm.is_empty().await;
+}
+
+/// The controller is away for a while, says nonsense, and comes back; jobs end meanwhile.
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn a_scheduler_that_is_away_or_talks_nonsense_costs_only_time() {
+    let scene = Scene::new().await;
+    let slurm = Slurm::start(&scene, "submit_timeout = '3s'\nsettle = '5s'", "", "");
+    let worker = slurm.worker(&scene, "w1", &[]).await;
+    let (path, spec) = witness(&scene, "cluster", "sleep 3");
+    let mut pids = slurm.submit(&scene, &spec, 5).await;
+    eventually("all run", LIMIT, async || if runs(&path) == 5 { Ok(()) } else { Err(()) }).await;
+    slurm.stop_controller();
+    worker.says("the launcher does not answer").await;
+    pids.extend(slurm.submit(&scene, &spec, 2).await);
+    tokio::time::sleep(Duration::from_secs(8)).await;
+    assert_eq!(scene.count("place = 3").await, 0, "an answer that was none has ended a process");
+    slurm.start_controller();
+    for answer in ["echo hello", "exit 0", "echo '1|ASLEEP|x|1|N/A|None'", "head -c 100000 /dev/zero"] {
+        slurm.replace("squeue", answer);
+        tokio::time::sleep(Duration::from_millis(1500)).await;
+    }
+    slurm.mend("squeue");
+    finished(&scene, &pids, LIMIT).await;
+    assert_eq!(runs(&path), 7);
+}
+
+/// Three workers, a limit of jobs, two sessions: nothing is exceeded, and what waits is parked.
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn a_fleet_keeps_to_the_limits_of_a_site() {
+    let scene = Scene::new().await;
+    let slurm = Slurm::start(&scene, "limits = {queued = 6}", "min_reconnect = '2s'", "MaxSessions 4;MaxStartups 2");
+    let mut workers = Vec::new();
+    for name in ["w1", "w2", "w3"] {
+        workers.push(slurm.worker(&scene, name, &[]).await);
+    }
+    let (path, spec) = witness(&scene, "cluster", "sleep 1");
+    let pids = slurm.submit(&scene, &spec, 40).await;
+    let mut most = 0;
+    eventually("all have ended", LIMIT * 2, async || {
+        most = most.max(slurm.jobs("PENDING,RUNNING,COMPLETING").len());
+        match scene.count("place = 3").await {
+            40 => Ok(()),
+            count => Err(count),
+        }
+    })
+    .await;
+    finished(&scene, &pids, LIMIT).await;
+    assert!((2..=6).contains(&most), "{most} jobs at a time");
+    assert_eq!(runs(&path), 40);
+    let opened = slurm.sshd.logged("Accepted publickey");
+    assert!(opened <= 2, "{opened} sessions");
+}
+
+/// The session is killed, and the site is away for a while, while jobs run.
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn a_session_that_is_killed_costs_only_time() {
+    let scene = Scene::new().await;
+    let slurm = Slurm::start(&scene, "submit_timeout = '3s'\nsettle = '5s'", "min_reconnect = '1s'", "");
+    let worker = slurm.worker(&scene, "w1", &[]).await;
+    let (path, spec) = witness(&scene, "cluster", "sleep 2");
+    let pids = slurm.submit(&scene, &spec, 20).await;
+    eventually("some run", LIMIT, async || if runs(&path) > 3 { Ok(()) } else { Err(()) }).await;
+    slurm.sshd.kill();
+    tokio::time::sleep(Duration::from_secs(4)).await;
+    assert_eq!(scene.count("place = 1").await, 0, "what waits for a site is held");
+    slurm.start_login();
+    finished(&scene, &pids, LIMIT).await;
+    assert_eq!(runs(&path), 20);
+    drop(worker);
+}
+
+/// One slot for three workers; the one that has it dies.
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn a_slot_moves_when_its_worker_dies() {
+    let scene = Scene::new().await;
+    let slurm = Slurm::start(&scene, "", "max_connections = 1\nmin_reconnect = '1s'", "MaxSessions 4;MaxStartups 2");
+    let mut workers = Vec::new();
+    for name in ["w1", "w2", "w3"] {
+        workers.push(slurm.worker(&scene, name, &[]).await);
+    }
+    let (path, spec) = witness(&scene, "plain", "true");
+    let pids = slurm.submit(&scene, &spec, 60).await;
+    eventually("some have run", LIMIT, async || if runs(&path) > 10 { Ok(()) } else { Err(runs(&path)) }).await;
+    let sql = "SELECT w.name FROM permit t JOIN worker w ON w.id = t.owner WHERE t.name = 'slot/plain/0'";
+    let owner = scene.sql(sql).await.trim().to_owned();
+    workers.iter_mut().find(|worker| worker.name == owner).unwrap().kill();
+    finished(&scene, &pids, LIMIT * 2).await;
+    assert_eq!(runs(&path), 60);
+    assert_ne!(scene.sql(sql).await.trim(), owner);
+}

@@ -1,0 +1,310 @@
+//! Who is let in by a real OpenSSH server, and which server we believe.
+
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use baton_common::config::Ssh;
+use baton_tests::eventually;
+use baton_tests::sshd::Sshd;
+use baton_worker::transport::{Error, connect};
+
+const LIMIT: Duration = Duration::from_secs(20);
+
+async fn works(section: &Ssh) {
+    let session = connect(section).await.unwrap();
+    assert_eq!(session.exec("echo here", b"", LIMIT).await.unwrap().ok().unwrap(), b"here\n");
+}
+
+fn key_gen(arguments: &[&str]) -> String {
+    let output = Command::new("ssh-keygen").args(arguments).stdin(Stdio::null()).output().unwrap();
+    assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+fn fingerprint(file: &Path) -> String {
+    key_gen(&["-lf", file.to_str().unwrap()]).split(' ').nth(1).unwrap().to_owned()
+}
+
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn an_unknown_host_is_an_error_with_its_fingerprint_and_what_to_do() {
+    let sshd = Sshd::start();
+    let section = sshd.section();
+    let known = std::fs::read_to_string(sshd.file("known_hosts")).unwrap();
+    std::fs::write(sshd.file("known_hosts"), "").unwrap();
+    let error = connect(&section).await.unwrap_err();
+    assert!(
+        matches!(&error, Error::UnknownHostKey { fingerprint: shown, remedy, .. }
+        if *shown == fingerprint(&sshd.file("host_ed25519.pub")) && remedy.contains("ssh-keyscan -p ")),
+        "{error}"
+    );
+    assert!(!error.is_of_transport());
+    assert_eq!(std::fs::read(sshd.file("known_hosts")).unwrap(), b"", "no key is ever learnt");
+    assert_eq!(sshd.logged("Accepted"), 0, "nothing was said to a stranger");
+
+    std::fs::write(sshd.file("known_hosts"), known).unwrap();
+    key_gen(&["-qHf", sshd.file("known_hosts").to_str().unwrap()]);
+    assert!(std::fs::read_to_string(sshd.file("known_hosts")).unwrap().starts_with("|1|"));
+    works(&section).await;
+}
+
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn another_host_key_is_an_error_that_names_the_line() {
+    let sshd = Sshd::start();
+    let section = sshd.section();
+    let host = format!("[127.0.0.1]:{}", section.port.unwrap());
+    std::fs::write(sshd.file("known_hosts"), "# ours\n").unwrap();
+    sshd.know(&host, "id_stranger.pub");
+    let error = connect(&section).await.unwrap_err();
+    assert!(
+        matches!(&error, Error::HostKeyChanged { file, line: 2, .. } if *file == sshd.file("known_hosts")),
+        "{error}"
+    );
+    assert!(!error.is_of_transport());
+    assert_eq!(sshd.logged("Accepted"), 0);
+}
+
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn the_server_is_asked_for_the_kind_of_key_that_is_known() {
+    let sshd = Sshd::start();
+    let section = sshd.section();
+    let host = format!("[127.0.0.1]:{}", section.port.unwrap());
+    std::fs::write(sshd.file("known_hosts"), "").unwrap();
+    sshd.know(&host, "host_ecdsa.pub");
+    works(&section).await;
+}
+
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn keys_of_every_kind_are_let_in_and_others_are_not() {
+    let sshd = Sshd::start();
+    let mut section = sshd.section();
+    for name in ["id_ed25519", "id_rsa"] {
+        section.key = Some(sshd.file(name));
+        works(&section).await;
+    }
+    assert_eq!(sshd.logged("Accepted publickey"), 2);
+    section.key = Some(sshd.file("id_stranger"));
+    let error = connect(&section).await.unwrap_err();
+    assert!(matches!(error, Error::Refused { .. }) && !error.is_of_transport(), "{error}");
+    assert!(error.to_string().contains("id_stranger is not accepted"), "{error}");
+    section.key = Some(sshd.file("missing"));
+    let error = connect(&section).await.unwrap_err();
+    assert!(matches!(error, Error::Config(_)) && error.to_string().contains("missing"), "{error}");
+    section.key = Some(sshd.file("id_ed25519"));
+    section.user = Some("nobody-of-that-name".to_owned());
+    assert!(matches!(connect(&section).await, Err(Error::Refused { .. })));
+}
+
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn a_certificate_beside_the_key_is_shown() {
+    let sshd = Sshd::start();
+    let (authority, key) = (sshd.file("authority"), sshd.file("id_stranger"));
+    key_gen(&["-qt", "ed25519", "-N", "", "-f", authority.to_str().unwrap()]);
+    sshd.kill();
+    sshd.start_again(&format!("TrustedUserCAKeys {}.pub", authority.display()));
+    let mut section = sshd.section();
+    section.key = Some(key.clone());
+    assert!(matches!(connect(&section).await, Err(Error::Refused { .. })));
+    let user = String::from_utf8(Command::new("id").arg("-un").output().unwrap().stdout).unwrap();
+    let public = key.with_extension("pub");
+    key_gen(&["-qs", authority.to_str().unwrap(), "-I", "us", "-n", user.trim(), public.to_str().unwrap()]);
+    works(&section).await;
+}
+
+/// An agent of the test's own.
+struct Agent {
+    process: Child,
+    socket: PathBuf,
+}
+
+impl Agent {
+    async fn start(sshd: &Sshd) -> Self {
+        let socket = sshd.file("agent");
+        let mut agent = Command::new("ssh-agent");
+        let process = agent.args(["-D", "-a"]).arg(&socket).stdout(Stdio::null()).spawn().unwrap();
+        eventually("the agent listens", LIMIT, async || if socket.exists() { Ok(()) } else { Err("no") }).await;
+        Self { process, socket }
+    }
+
+    fn add(&self, key: &Path) {
+        let mut add = Command::new("ssh-add");
+        assert!(add.arg("-q").arg(key).env("SSH_AUTH_SOCK", &self.socket).status().unwrap().success());
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        self.process.kill().unwrap();
+        self.process.wait().unwrap();
+    }
+}
+
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn an_encrypted_key_needs_an_agent_that_has_it() {
+    let sshd = Sshd::start();
+    let mut section = sshd.section();
+    section.key = Some(sshd.file("id_locked"));
+    section.config = Some(sshd.file("config"));
+    std::fs::write(sshd.file("config"), "IdentityAgent none\n").unwrap();
+    let error = connect(&section).await.unwrap_err();
+    assert!(matches!(error, Error::Refused { .. }), "{error}");
+    assert!(error.to_string().contains("id_locked is encrypted, and no agent has it"), "{error}");
+
+    let agent = Agent::start(&sshd).await;
+    std::fs::write(sshd.file("config"), format!("IdentityAgent {}\n", agent.socket.display())).unwrap();
+    agent.add(&sshd.file("id_stranger"));
+    let error = connect(&section).await.unwrap_err();
+    assert!(error.to_string().contains("no agent has it"), "{error}");
+    let open = sshd.file("id_open");
+    std::fs::copy(sshd.file("id_locked"), &open).unwrap();
+    std::fs::set_permissions(&open, std::fs::Permissions::from_mode(0o600)).unwrap();
+    key_gen(&["-qpP", "sesame", "-N", "", "-f", open.to_str().unwrap()]);
+    agent.add(&open);
+    works(&section).await;
+    assert_eq!(sshd.logged("Accepted publickey"), 1);
+    assert_eq!(sshd.logged("Failed publickey"), 0, "no other key was shown");
+
+    section.key = Some(sshd.file("id_locked.pub"));
+    works(&section).await;
+
+    // Without a named key, the agent shows all that it has.
+    section.key = None;
+    works(&section).await;
+    agent.add(&sshd.file("id_rsa"));
+    Command::new("ssh-add").arg("-qd").arg(&open).env("SSH_AUTH_SOCK", &agent.socket).status().unwrap();
+    works(&section).await;
+    assert_eq!(sshd.logged("Accepted publickey"), 4);
+}
+
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn a_server_that_has_heard_enough_refuses() {
+    let sshd = Sshd::with("MaxAuthTries 1");
+    let mut section = sshd.section();
+    section.key = Some(sshd.file("id_stranger"));
+    let error = connect(&section).await.unwrap_err();
+    assert!(matches!(error, Error::Refused { .. }) && error.to_string().contains("Too many"), "{error}");
+}
+
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn a_key_that_is_only_the_first_of_two_proofs_is_told_so() {
+    let sshd = Sshd::with("AuthenticationMethods publickey,publickey");
+    let error = connect(&sshd.section()).await.unwrap_err();
+    assert!(matches!(error, Error::Refused { .. }) && error.to_string().contains("second proof"), "{error}");
+}
+
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn what_is_not_said_is_what_openssh_does() {
+    let sshd = Sshd::start();
+    let mut section = sshd.section();
+    let config = sshd.file("ssh_config");
+    section.config = Some(config.clone());
+    section.host = "login".to_owned();
+    (section.port, section.key, section.known_hosts) = (None, None, None);
+    works(&section).await;
+
+    let text = std::fs::read_to_string(&config).unwrap();
+    std::fs::write(&config, format!("{text}  HostKeyAlias other\n")).unwrap();
+    assert!(matches!(connect(&section).await, Err(Error::UnknownHostKey { host, .. }) if host == "other"));
+    sshd.know("other", "host_ed25519.pub");
+    works(&section).await;
+
+    std::fs::write(&config, format!("{text}  ProxyCommand nc %h %p\n")).unwrap();
+    let error = connect(&section).await.unwrap_err();
+    assert!(matches!(error, Error::Config(_)) && error.to_string().contains("ProxyCommand"), "{error}");
+    std::fs::write(&config, "Nonsense yes\n").unwrap();
+    let error = connect(&section).await.unwrap_err();
+    assert!(matches!(error, Error::Config(_)) && error.to_string().contains("nonsense"), "{error}");
+}
+
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn machines_on_the_way_lead_there_and_are_checked_as_well() {
+    let (first, second, target) = (Sshd::start(), Sshd::start(), Sshd::start());
+    let mut section = target.section();
+    for sshd in [&first, &second] {
+        sshd.let_in(&target.file("id_ed25519.pub"));
+    }
+    section.jump = Some(format!("{},{}", first.address(), second.address()));
+    let error = connect(&section).await.unwrap_err();
+    assert!(matches!(error, Error::UnknownHostKey { .. }), "{error}");
+    let bracketed = |sshd: &Sshd| format!("[127.0.0.1]:{}", sshd.section().port.unwrap());
+    for (name, sshd) in [("first.pub", &first), ("second.pub", &second)] {
+        assert!(matches!(connect(&section).await, Err(Error::UnknownHostKey { host, .. }) if host == bracketed(sshd)));
+        std::fs::copy(sshd.file("host_ed25519.pub"), target.file(name)).unwrap();
+        target.know(&bracketed(sshd), name);
+    }
+    works(&section).await;
+    assert_eq!(target.logged("Accepted publickey"), 1);
+
+    // By OpenSSH's configuration, where the first is on the way to the second.
+    let config = target.file("config");
+    let host = |name: &str, sshd: &Sshd, jump: &str| {
+        let port = sshd.section().port.unwrap();
+        format!("Host {name}\n  HostName 127.0.0.1\n  Port {port}\n  ProxyJump {jump}\n")
+    };
+    let text = host("one", &first, "none") + &host("two", &second, "one") + &host("three", &target, "two");
+    std::fs::write(&config, text).unwrap();
+    section.config = Some(config);
+    (section.host, section.port, section.jump) = ("three".to_owned(), None, None);
+    let session = connect(&section).await.unwrap();
+    session.exec("true", b"", LIMIT).await.unwrap().ok().unwrap();
+    // The first let us in as well before the second was known.
+    assert_eq!([&first, &second, &target].map(|sshd| sshd.logged("Accepted publickey")), [3, 2, 2]);
+    first.kill();
+    assert!(matches!(session.exec("true", b"", LIMIT).await, Err(Error::Broken(_))));
+    first.start_again("AllowTcpForwarding no");
+    let error = connect(&section).await.unwrap_err();
+    assert!(matches!(error, Error::Refused { .. }), "{error}");
+    first.kill();
+    first.start_again("");
+    target.kill();
+    let error = connect(&section).await.unwrap_err();
+    assert!(matches!(error, Error::Unreachable { .. }) && error.is_of_transport(), "{error}");
+}
+
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn a_server_that_takes_no_more_connections_is_tried_again_later() {
+    let sshd = Sshd::with("MaxStartups 1");
+    let section = sshd.section();
+    let waiting = tokio::net::TcpStream::connect(sshd.address()).await.unwrap();
+    eventually("the server has seen it", LIMIT, async || match sshd.logged("Connection from") {
+        0 => Err("nothing"),
+        _ => Ok(()),
+    })
+    .await;
+    let error = connect(&section).await.unwrap_err();
+    assert!(matches!(error, Error::Unreachable { .. }) && error.is_of_transport(), "{error}");
+    drop(waiting);
+    eventually("there is a place", LIMIT, async || connect(&section).await.map(drop)).await;
+}
+
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn what_is_no_ssh_server_is_unreachable() {
+    let sshd = Sshd::start();
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let section = sshd.section_by("127.0.0.1", listener.local_addr().unwrap().port());
+    let answer = async {
+        let (mut stream, _) = listener.accept().await.unwrap();
+        tokio::io::AsyncWriteExt::write_all(&mut stream, b"HTTP/1.1 400 Bad Request\r\n\r\n").await.unwrap();
+    };
+    let (connected, ()) = tokio::join!(connect(&section), answer);
+    let error = connected.unwrap_err();
+    assert!(matches!(error, Error::Unreachable { .. }), "{error}");
+    drop(listener);
+    let error = connect(&section).await.unwrap_err();
+    assert!(matches!(&error, Error::Unreachable { reason, .. } if reason.contains("refused")), "{error}");
+    let section = sshd.section_by("no-such-host.invalid", 22);
+    assert!(matches!(connect(&section).await, Err(Error::Unreachable { .. })));
+}

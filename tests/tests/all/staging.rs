@@ -1,0 +1,228 @@
+//! Files that go to a site before a job and come back after it.
+
+use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use baton_tests::eventually;
+use baton_tests::proxy::{Fault, Proxy};
+use baton_tests::scene::Scene;
+use baton_tests::slurm::Slurm;
+
+const LIMIT: Duration = Duration::from_secs(90);
+
+async fn end(scene: &Scene, pid: &str) -> serde_json::Value {
+    let condition = format!("place = 3 AND id = '{pid}'");
+    eventually("it has ended", LIMIT, async || {
+        if scene.count(&condition).await == 1 { Ok(()) } else { Err(scene.show(pid).await) }
+    })
+    .await;
+    scene.show(pid).await
+}
+
+/// Bytes that compress badly and repeat nowhere.
+fn noise(len: usize) -> Vec<u8> {
+    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+    (0..len)
+        .map(|_| {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            (state >> 24) as u8
+        })
+        .collect()
+}
+
+fn write(path: &Path, content: impl AsRef<[u8]>) {
+    std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+    std::fs::write(path, content).unwrap();
+}
+
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn files_come_from_every_scope_and_go_to_every_scope() {
+    let scene = Scene::new().await;
+    let slurm = Slurm::start(&scene, "", "", "");
+    let _worker = slurm.worker(&scene, "w1", &[]).await;
+    for idx in 0..40 {
+        write(&scene.path(&format!("many/{idx}/it's {idx}")), format!("{idx}\n"));
+    }
+    let large = noise(3_000_000);
+    write(&scene.path("large"), &large);
+    write(&scene.path("tool"), "#!/bin/sh\necho tool\n");
+    std::fs::set_permissions(scene.path("tool"), std::fs::Permissions::from_mode(0o755)).unwrap();
+    write(&scene.path("packed/deep/inside"), "unpacked\n");
+    let tar =
+        Command::new("tar").args(["-czf", "archive.tgz", "-C", "packed", "."]).current_dir(scene.folder()).status();
+    assert!(tar.unwrap().success());
+    write(&scene.path("site/r/basis/Si"), "shared\n");
+    let spec = "at: cluster
+session: one
+script: |
+  set -e
+  cat many/*/* | wc -l; sha256sum < large; ./tool; cat box/deep/inside Si own
+  [ -L Si ] && [ ! -L own ] && echo more >> own
+  mkdir -p out && cp large out/large && echo small > out/small && echo kept > keep
+in:
+  - client://many/
+  - client://large
+  - client://tool
+  - {from: client://archive.tgz, to: box/, how: unpack}
+  - {from: resource://basis/Si, how: link}
+  - {from: resource://basis/Si, to: own, how: copy}
+  - {from: resource://nothing, optional: true}
+out:
+  - out/
+  - {from: keep, to: session://kept/}
+";
+    let pid = slurm.submit(&scene, spec, 1).await.remove(0);
+    let shown = end(&scene, &pid).await;
+    assert_eq!(shown["exit"], 0, "{shown:#}");
+    let logs = slurm.baton(&scene, &["logs", &pid]).await.ok().stdout;
+    let digest = baton_common::digest::Digest::of(&large);
+    assert_eq!(logs, format!("40\n{digest}  -\ntool\nunpacked\nshared\nshared\n"));
+    slurm.baton(&scene, &["results", &pid, "--get", "results"]).await.ok();
+    assert!(std::fs::read(scene.path("results/out/large")).unwrap() == large);
+    assert_eq!(std::fs::read_to_string(scene.path("results/out/small")).unwrap(), "small\n");
+    assert_eq!(std::fs::read_to_string(scene.path("site/s/one/kept/keep")).unwrap(), "kept\n");
+    assert_eq!(
+        std::fs::read_to_string(scene.path("site/r/basis/Si")).unwrap(),
+        "shared\n",
+        "a copy is the program's own"
+    );
+}
+
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn an_input_that_many_share_is_sent_once_and_linked() {
+    let scene = Scene::new().await;
+    let slurm = Slurm::start(&scene, "", "", "");
+    let _workers = [slurm.worker(&scene, "w1", &[]).await, slurm.worker(&scene, "w2", &[]).await];
+    write(&scene.path("large"), noise(20_000_000));
+    let pids = slurm.submit(&scene, "at: plain\nrun: [test, -s, large]\nin: [client://large]\n", 20).await;
+    for pid in &pids {
+        let shown = end(&scene, pid).await;
+        assert_eq!(shown["exit"], 0, "{shown:#}");
+    }
+    let cached: Vec<_> =
+        std::fs::read_dir(scene.path("site/cache")).unwrap().map(|entry| entry.unwrap().path()).collect();
+    assert_eq!(cached.len(), 1, "{cached:?}");
+    // One inode for all: there was nothing to send a second time.
+    assert_eq!(std::fs::metadata(&cached[0]).unwrap().nlink(), 21);
+}
+
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn what_leads_out_of_its_scope_is_refused() {
+    let scene = Scene::new().await;
+    let slurm = Slurm::start(&scene, "", "", "");
+    let _worker = slurm.worker(&scene, "w1", &[]).await;
+    write(&scene.path("secret"), "secret\n");
+    std::fs::create_dir_all(scene.path("site/r")).unwrap();
+    symlink(scene.path("secret"), scene.path("site/r/link")).unwrap();
+    symlink(scene.folder(), scene.path("site/r/folder")).unwrap();
+    std::fs::create_dir_all(scene.path("bad")).unwrap();
+    symlink("../../../../../../secret", scene.path("bad/link")).unwrap();
+    let tar = |arguments: &[&str]| {
+        assert!(Command::new("tar").args(arguments).current_dir(scene.folder()).status().unwrap().success())
+    };
+    tar(&["-cf", "link.tar", "-C", "bad", "link"]);
+    tar(&["-cPf", "above.tar", "-C", "bad", "../secret"]);
+    let inputs = [
+        "{from: resource://link, how: copy}",
+        "resource://folder/secret",
+        "{from: client://link.tar, how: unpack}",
+        "{from: client://above.tar, how: unpack}",
+    ];
+    for input in inputs {
+        let spec = format!("at: plain\nscript: cat *\nin: [{{from: client://secret, to: mine}}, {input}]\n");
+        let pid = slurm.submit(&scene, &spec, 1).await.remove(0);
+        let shown = end(&scene, &pid).await;
+        let reason = shown["reason"].as_str().unwrap_or_default();
+        assert!(
+            shown["state"] == "excepted" && reason.contains("stage") && reason.contains("out of it"),
+            "{input}: {shown:#}"
+        );
+    }
+    // A link that the program makes keeps nothing that is not its own.
+    let spec = format!("at: plain\nscript: ln -s {} stolen\nout: [stolen]\n", scene.path("secret").display());
+    let pid = slurm.submit(&scene, &spec, 1).await.remove(0);
+    let shown = end(&scene, &pid).await;
+    assert!(shown["state"] == "excepted" && shown["results"].is_null(), "{shown:#}");
+}
+
+/// The connection is cut again and again at the same number of bytes: only what goes on where it was comes to an end.
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn a_file_that_was_cut_goes_on_where_it_was() {
+    let scene = Scene::new().await;
+    let slurm = Slurm::start(&scene, "", "min_reconnect = '100ms'", "");
+    let proxy = Proxy::start(&slurm.sshd.address()).await;
+    slurm.configure(&scene, &proxy.address().to_string(), "", "min_reconnect = '100ms'");
+    let _worker = slurm.worker(&scene, "w1", &[]).await;
+    let large = noise(40_000_000);
+    write(&scene.path("large"), &large);
+    proxy.set(Fault::CutAfter(24_000_000));
+    let spec = "at: plain\nrun: [cp, large, back]\nin: [client://large]\nout: [back]\n";
+    let pid = slurm.submit(&scene, spec, 1).await.remove(0);
+    let shown = end(&scene, &pid).await;
+    assert_eq!(shown["exit"], 0, "{shown:#}");
+    slurm.baton(&scene, &["results", &pid, "--get", "results"]).await.ok();
+    assert!(std::fs::read(scene.path("results/back")).unwrap() == large);
+    assert!(slurm.sshd.logged("Accepted publickey") > 1, "nothing was cut");
+}
+
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn a_full_disk_at_the_site_is_said_with_its_words() {
+    let scene = Scene::new().await;
+    let slurm = Slurm::start(&scene, "", "", "");
+    std::fs::create_dir_all(scene.path("site")).unwrap();
+    let site = scene.path("site");
+    let mount =
+        |arguments: &[&str]| Command::new(arguments[0]).args(&arguments[1..]).arg(&site).status().unwrap().success();
+    if !mount(&["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs"]) {
+        // Only root can make a small disk; the runs of the project are by root.
+        assert!(!rustix_is_root(), "no disk in memory");
+        return;
+    }
+    let worker = slurm.worker(&scene, "w1", &[]).await;
+    write(&scene.path("large"), noise(6_000_000));
+    let pid = slurm.submit(&scene, "at: plain\nrun: ['true']\nin: [client://large]\n", 1).await.remove(0);
+    let shown = end(&scene, &pid).await;
+    drop(worker);
+    assert!(mount(&["umount", "-l"]));
+    let reason = shown["reason"].as_str().unwrap_or_default().to_lowercase();
+    assert!(shown["state"] == "excepted" && reason.contains("stage"), "{shown:#}");
+    assert!(reason.contains("no space") || reason.contains("failure"), "{reason}");
+}
+
+fn rustix_is_root() -> bool {
+    std::fs::metadata("/proc/self").is_ok_and(|own| own.uid() == 0)
+}
+
+/// Another key than the one that is known is never accepted; what waits goes on when the right one is back.
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn a_host_that_shows_another_key_is_not_used() {
+    let scene = Scene::new().await;
+    let slurm = Slurm::start(&scene, "", "min_reconnect = '100ms'", "");
+    let known = std::fs::read_to_string(slurm.sshd.file("known_hosts")).unwrap();
+    let ours = std::fs::read_to_string(slurm.sshd.file("host_ed25519.pub")).unwrap();
+    let other = std::fs::read_to_string(slurm.sshd.file("id_stranger.pub")).unwrap();
+    let key = |text: &str| text.split_whitespace().nth(1).unwrap().to_owned();
+    std::fs::write(slurm.sshd.file("known_hosts"), known.replace(&key(&ours), &key(&other))).unwrap();
+    let _worker = slurm.worker(&scene, "w1", &[]).await;
+    let pid = slurm.submit(&scene, "at: plain\nrun: ['true']\n", 1).await.remove(0);
+    let told = eventually("it is explained", LIMIT, async || {
+        let text = slurm.baton(&scene, &["explain", &pid]).await.ok().stdout;
+        if text.contains("cannot be reached") { Ok(text) } else { Err(text) }
+    })
+    .await;
+    assert!(told.contains("host key"), "{told}");
+    assert_eq!(slurm.sshd.logged("Accepted publickey"), 0);
+    std::fs::write(slurm.sshd.file("known_hosts"), known).unwrap();
+    let shown = end(&scene, &pid).await;
+    assert_eq!(shown["exit"], 0, "{shown:#}");
+}

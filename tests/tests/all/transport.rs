@@ -1,0 +1,399 @@
+//! Commands and files to a site's machine, by a real OpenSSH server and on this machine.
+
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+use baton_tests::eventually;
+use baton_tests::proxy::{Fault, Proxy};
+use baton_tests::sshd::Sshd;
+use baton_worker::transport::{Error, Session, connect, quote};
+use tokio::time::timeout;
+
+const LIMIT: Duration = Duration::from_secs(20);
+
+/// A limit that is to be passed.
+const SHORT: Duration = Duration::from_millis(200);
+
+/// The server, and a session of each kind; what holds for one has to hold for the other.
+async fn both() -> (Sshd, [Session; 2]) {
+    let sshd = Sshd::start();
+    let session = connect(&sshd.section()).await.unwrap();
+    (sshd, [session, Session::local()])
+}
+
+fn nothing(_: u64) {}
+
+/// Bytes that are nowhere alike.
+fn content(len: u32) -> Vec<u8> {
+    (0..len).map(|i| (i.wrapping_mul(2_654_435_761) >> 13) as u8).collect()
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+async fn is_gone(pid_file: PathBuf) {
+    eventually("the command is gone", LIMIT, async || {
+        let pid = std::fs::read_to_string(&pid_file).map_err(|error| error.to_string())?;
+        if Path::new("/proc").join(pid.trim()).exists() { Err(pid) } else { Ok(()) }
+    })
+    .await;
+}
+
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn a_command_gets_its_input_and_gives_back_its_outputs_and_its_end() {
+    let (_sshd, sessions) = both().await;
+    for session in sessions {
+        let output = session.exec("cat; echo wrong >&2; exit 7", b"some\0bytes", LIMIT).await.unwrap();
+        assert_eq!((output.exit, output.signal.as_deref()), (Some(7), None));
+        assert_eq!((output.stdout.as_slice(), output.stderr.as_slice()), (&b"some\0bytes"[..], &b"wrong\n"[..]));
+        assert_eq!(output.ok().unwrap_err().to_string(), "the command has ended with exit code 7: wrong",);
+        let output = session.exec("kill -TERM $$", b"", LIMIT).await.unwrap();
+        assert_eq!((output.exit, output.signal.as_deref()), (None, Some("TERM")));
+        // It does not read what it is given.
+        let output = session.exec("echo done", &content(5_000_000), LIMIT).await.unwrap();
+        assert_eq!(output.ok().unwrap(), b"done\n");
+        let home = session.exec("pwd -P", b"", LIMIT).await.unwrap().ok().unwrap();
+        let own = std::env::home_dir().unwrap().canonicalize().unwrap();
+        assert_eq!(String::from_utf8(home).unwrap().trim(), text(&own));
+        let error = session.exec("head -c 17000000 /dev/zero", b"", LIMIT).await.unwrap_err();
+        assert!(matches!(error, Error::TooMuchOutput), "{error}");
+    }
+}
+
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn a_stream_goes_in_and_comes_out() {
+    let (sshd, sessions) = both().await;
+    let content = content(5_000_000);
+    for session in sessions {
+        let there = sshd.file("stream");
+        let output = session.send(&format!("cat > {}; exit 3", quote(text(&there))), content.as_slice()).await.unwrap();
+        assert_eq!(output.exit, Some(3));
+        assert!(std::fs::read(&there).unwrap() == content);
+        let mut back = Vec::new();
+        let command = format!("cat {}; echo end >&2", quote(text(&there)));
+        let output = session.receive(&command, &mut back).await.unwrap();
+        assert_eq!((output.exit, output.stdout.len(), output.stderr.as_slice()), (Some(0), 0, &b"end\n"[..]));
+        assert!(back == content);
+    }
+}
+
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn a_command_that_outlives_its_limit_is_gone_and_so_is_one_that_nobody_waits_for() {
+    let (sshd, sessions) = both().await;
+    for (i, session) in sessions.iter().enumerate() {
+        let pid_file = sshd.file(&format!("limited-{i}"));
+        let command = format!("echo $$ > {}; sleep 100; echo late", quote(text(&pid_file)));
+        let error = session.exec(&command, b"", Duration::from_secs(1)).await.unwrap_err();
+        assert!(matches!(error, Error::TimedOut { .. }) && error.is_of_transport(), "{error}");
+        is_gone(pid_file).await;
+        let pid_file = sshd.file(&format!("dropped-{i}"));
+        let command = format!("echo $$ > {}; sleep 100; echo late", quote(text(&pid_file)));
+        timeout(Duration::from_secs(1), session.exec(&command, b"", Duration::from_secs(2))).await.unwrap_err();
+        is_gone(pid_file).await;
+    }
+}
+
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn commands_that_end_by_their_limit_use_up_no_channels() {
+    let sshd = Sshd::with("MaxSessions 2");
+    let session = connect(&sshd.section()).await.unwrap();
+    let mut refusals = 0;
+    for i in 0..20 {
+        let error = session.exec("sleep 30", b"", SHORT).await.unwrap_err();
+        // Root's commands are not ended by a signal from here, but a second or two later.
+        let is_refused = matches!(error, Error::NoChannel(_)) && i >= 2;
+        assert!(is_refused || matches!(error, Error::TimedOut { .. }), "{error}");
+        refusals += u32::from(is_refused);
+    }
+    assert!(refusals < 20);
+    eventually("a channel is free", LIMIT, async || session.exec("true", b"", LIMIT).await.map(drop)).await;
+    assert!(!session.is_broken());
+}
+
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn a_future_that_is_dropped_at_any_time_leaves_no_channel_open() {
+    let sshd = Sshd::with("MaxSessions 2");
+    let session = connect(&sshd.section()).await.unwrap();
+    let file = sshd.file("source");
+    std::fs::write(&file, content(3_000_000)).unwrap();
+    for i in 0..60_u64 {
+        let limit = Duration::from_micros(i * 300);
+        let _ = timeout(limit, session.exec("sleep 1", b"", LIMIT)).await;
+        let _ = timeout(limit, session.put(&file, &format!("{}-{i}", text(&file)), &nothing)).await;
+        let _ = timeout(limit, session.shell()).await;
+    }
+    for _ in 0..2 {
+        eventually("a channel is free", LIMIT, async || session.exec("true", b"", LIMIT).await.map(drop)).await;
+    }
+    let held = session.shell().await;
+    eventually("the other channel is free", LIMIT, async || session.exec("true", b"", LIMIT).await.map(drop)).await;
+    drop(held);
+}
+
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn a_channel_too_many_is_an_error_of_its_own() {
+    let sshd = Sshd::with("MaxSessions 1");
+    let session = connect(&sshd.section()).await.unwrap();
+    let mut shell = session.shell().await.unwrap();
+    shell.run("true", LIMIT).await.unwrap();
+    let error = session.exec("true", b"", LIMIT).await.unwrap_err();
+    assert!(matches!(error, Error::NoChannel(_)) && error.is_of_transport(), "{error}");
+    shell.run("true", LIMIT).await.unwrap();
+}
+
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn what_the_login_shell_prints_is_no_output() {
+    let sshd = Sshd::with(r#"ForceCommand echo "welcome 100%" && echo beware >&2 && eval "$SSH_ORIGINAL_COMMAND""#);
+    let session = connect(&sshd.section()).await.unwrap();
+    let output = session.exec("printf data", b"", LIMIT).await.unwrap();
+    assert_eq!(output.stdout, b"data");
+    let mut back = Vec::new();
+    session.receive("printf data", &mut back).await.unwrap().ok().unwrap();
+    assert_eq!(back, b"data");
+    let mut shell = session.shell().await.unwrap();
+    let output = shell.run("printf data; printf error >&2", LIMIT).await.unwrap();
+    assert_eq!((output.stdout.as_slice(), output.stderr.as_slice()), (&b"data"[..], &b"error"[..]));
+
+    let sshd = Sshd::with("ForceCommand echo nobody may log in && exit 1");
+    let session = connect(&sshd.section()).await.unwrap();
+    let error = session.exec("true", b"", LIMIT).await.unwrap_err();
+    assert!(matches!(error, Error::Refused { .. }) && error.to_string().contains("nobody may log in"), "{error}");
+}
+
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn a_file_goes_there_and_back() {
+    let (sshd, sessions) = both().await;
+    std::fs::create_dir(sshd.file("odd")).unwrap();
+    for (i, name) in ["it's there\n", "-rf", "a $(b) `c` \\ \"d\" *", "ünïcode", "empty"].iter().enumerate() {
+        let content = if *name == "empty" { Vec::new() } else { content(3_000_001 + u32::try_from(i).unwrap()) };
+        let source = sshd.file(name);
+        std::fs::write(&source, &content).unwrap();
+        for session in &sessions {
+            let there = sshd.file("odd").join(name);
+            // What is there already is replaced.
+            std::fs::write(&there, "old").unwrap();
+            session.put(&source, text(&there), &nothing).await.unwrap();
+            assert!(std::fs::read(&there).unwrap() == content, "{name}");
+            let back = sshd.file("back").with_extension(name);
+            let told = Mutex::new(Vec::new());
+            session.get(text(&there), &back, &|bytes| told.lock().unwrap().push(bytes)).await.unwrap();
+            assert!(std::fs::read(&back).unwrap() == content, "{name}");
+            let told = told.into_inner().unwrap();
+            assert!(told.is_sorted() && told.last() == Some(&(content.len() as u64)), "{told:?}");
+            std::fs::remove_file(&back).unwrap();
+        }
+    }
+    let left: Vec<_> = std::fs::read_dir(sshd.file("odd")).unwrap().flatten().map(|entry| entry.file_name()).collect();
+    assert_eq!(left.len(), 5, "no part is left: {left:?}");
+}
+
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn a_file_that_cannot_be_is_an_error_that_names_it() {
+    let (sshd, sessions) = both().await;
+    let source = sshd.file("id_rsa.pub");
+    for session in sessions {
+        for (result, name) in [
+            (session.put(&source, text(&sshd.file("no/such/folder")), &nothing).await, "no/such/folder.part"),
+            (session.put(&sshd.file("missing"), text(&sshd.file("there")), &nothing).await, "missing"),
+            (session.get(text(&sshd.file("missing")), &sshd.file("here"), &nothing).await, "missing"),
+            (session.get(text(&source), &sshd.file("no/such/folder"), &nothing).await, "no/such/folder.part"),
+        ] {
+            let error = result.unwrap_err();
+            assert!(matches!(&error, Error::File { path, .. } if path.ends_with(name)), "{name}: {error}");
+            assert!(error.to_string().to_lowercase().contains("no such file"), "{error}");
+            assert!(!error.is_of_transport());
+        }
+    }
+}
+
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn a_part_that_is_longer_than_the_file_is_begun_anew() {
+    let (sshd, sessions) = both().await;
+    let source = sshd.file("source");
+    std::fs::write(&source, content(1_000_000)).unwrap();
+    for session in sessions {
+        for (i, put) in [true, false].into_iter().enumerate() {
+            let target = sshd.file(&format!("target-{i}"));
+            std::fs::write(sshd.file(&format!("target-{i}.part")), vec![1; 1_000_001]).unwrap();
+            if put {
+                session.put(&source, text(&target), &nothing).await.unwrap();
+            } else {
+                session.get(text(&source), &target, &nothing).await.unwrap();
+            }
+            assert!(std::fs::read(&target).unwrap() == content(1_000_000));
+        }
+    }
+}
+
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn a_file_goes_on_where_it_was_cut() {
+    let sshd = Sshd::start();
+    let proxy = Proxy::start(&sshd.address()).await;
+    let section = sshd.section_by("127.0.0.1", proxy.address().port());
+    let source = sshd.file("source");
+    let content = content(40_000_000);
+    std::fs::write(&source, &content).unwrap();
+    for put in [true, false] {
+        let (target, part) = (sshd.file("target"), sshd.file("target.part"));
+        let copy = async |session: &Session, progress: &(dyn Fn(u64) + Send + Sync)| {
+            if put {
+                session.put(&source, text(&target), progress).await
+            } else {
+                session.get(text(&source), &target, progress).await
+            }
+        };
+        let session = connect(&section).await.unwrap();
+        proxy.set(Fault::CutAfter(25_000_000));
+        let error = copy(&session, &nothing).await.unwrap_err();
+        assert!(matches!(error, Error::Broken(_)) && error.is_of_transport(), "{error}");
+        assert!(session.is_broken() && !target.exists());
+        proxy.set(Fault::Pass);
+        let cut_at = std::fs::metadata(&part).unwrap().len();
+        assert!((1_000_000..40_000_000).contains(&cut_at), "{cut_at}");
+
+        let session = connect(&section).await.unwrap();
+        let first = Mutex::new(None);
+        copy(&session, &|bytes| _ = first.lock().unwrap().get_or_insert(bytes)).await.unwrap();
+        // The server may have gone on for a while with what it had got.
+        let first = first.into_inner().unwrap().unwrap();
+        assert!((cut_at..40_000_000).contains(&first), "{first}");
+        assert!(std::fs::read(&target).unwrap() == content && !part.exists());
+        std::fs::remove_file(&target).unwrap();
+    }
+}
+
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn a_silent_connection_is_broken_soon() {
+    let sshd = Sshd::start();
+    let proxy = Proxy::start(&sshd.address()).await;
+    let mut section = sshd.section_by("127.0.0.1", proxy.address().port());
+    section.keepalive = Duration::from_secs(1);
+    let session = connect(&section).await.unwrap();
+    session.ping(LIMIT).await.unwrap();
+    let source = sshd.file("source");
+    std::fs::write(&source, content(50_000_000)).unwrap();
+    proxy.set(Fault::Blackhole);
+    let error = session.ping(SHORT).await.unwrap_err();
+    assert!(matches!(error, Error::TimedOut { .. }), "{error}");
+    let started = Instant::now();
+    let there = sshd.file("there");
+    let (put, exec) = tokio::join!(session.put(&source, text(&there), &nothing), session.exec("true", b"", LIMIT));
+    for error in [put.unwrap_err(), exec.unwrap_err()] {
+        assert!(matches!(error, Error::Broken(_)), "{error}");
+    }
+    assert!(started.elapsed() < Duration::from_secs(10) && session.is_broken());
+    assert!(matches!(session.ping(LIMIT).await, Err(Error::Broken(_))));
+}
+
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn a_killed_server_breaks_what_runs_and_the_next_session_is_as_good() {
+    let sshd = Sshd::start();
+    let session = connect(&sshd.section()).await.unwrap();
+    let mut shell = session.shell().await.unwrap();
+    let running = async {
+        let (exec, script) = tokio::join!(session.exec("echo x; sleep 30", b"", LIMIT), shell.run("sleep 30", LIMIT));
+        (exec.unwrap_err(), script.unwrap_err())
+    };
+    let kill = async {
+        eventually("both run", LIMIT, async || match sshd.logged("Starting session") {
+            2 => Ok(()),
+            other => Err(other),
+        })
+        .await;
+        sshd.kill();
+    };
+    let ((exec, script), ()) = tokio::join!(running, kill);
+    for error in [exec, script, shell.run("true", LIMIT).await.unwrap_err()] {
+        assert!(matches!(error, Error::Broken(_)) && error.is_of_transport(), "{error}");
+    }
+    assert!(session.is_broken());
+    let error = connect(&sshd.section()).await.unwrap_err();
+    assert!(matches!(error, Error::Unreachable { .. }) && error.is_of_transport(), "{error}");
+    sshd.start_again("");
+    let session = connect(&sshd.section()).await.unwrap();
+    session.exec("true", b"", LIMIT).await.unwrap().ok().unwrap();
+    session.close().await;
+    eventually("it is closed", LIMIT, async || if session.is_broken() { Ok(()) } else { Err("open") }).await;
+    assert!(matches!(session.exec("true", b"", LIMIT).await, Err(Error::Broken(_))));
+}
+
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn a_shell_runs_many_scripts_on_one_channel() {
+    let (sshd, sessions) = both().await;
+    for session in sessions {
+        let mut shell = session.shell().await.unwrap();
+        for i in 0..100 {
+            let script = format!("x=$(echo {i}); echo \"it's $x\"; echo e$x >&2; cat; exit {}", i % 3);
+            let output = shell.run(&script, LIMIT).await.unwrap();
+            assert_eq!(String::from_utf8(output.stdout).unwrap(), format!("it's {i}\n"));
+            assert_eq!(String::from_utf8(output.stderr).unwrap(), format!("e{i}\n"));
+            assert_eq!(output.exit, Some(i % 3));
+        }
+        let output = shell.run("if", LIMIT).await.unwrap();
+        assert!(output.exit != Some(0) && !output.stderr.is_empty());
+        let long = format!("printf %s {} | wc -c", "x".repeat(3_000_000));
+        assert_eq!(shell.run(&long, LIMIT).await.unwrap().ok().unwrap(), b"3000000\n");
+        let output = shell.run("head -c 10000000 /dev/zero", LIMIT).await.unwrap();
+        assert_eq!(output.stdout.len(), 10_000_000);
+    }
+    assert_eq!(sshd.logged("Starting session"), 1);
+}
+
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn a_shell_that_is_out_of_step_is_broken() {
+    let (_sshd, sessions) = both().await;
+    for session in sessions {
+        let mut shell = session.shell().await.unwrap();
+        let error = shell.run("sleep 3; echo late", SHORT).await.unwrap_err();
+        assert!(matches!(error, Error::TimedOut { .. }), "{error}");
+        assert!(matches!(shell.run("true", LIMIT).await, Err(Error::Broken(_))));
+
+        let mut shell = session.shell().await.unwrap();
+        assert!(timeout(SHORT, shell.run("sleep 3; echo late", LIMIT)).await.is_err());
+        assert!(matches!(shell.run("true", LIMIT).await, Err(Error::Broken(_))));
+
+        let mut shell = session.shell().await.unwrap();
+        let error = shell.run("kill -KILL $$", LIMIT).await.unwrap_err();
+        assert!(matches!(error, Error::Broken(_)), "{error}");
+        assert!(!session.is_broken());
+        session.exec("true", b"", LIMIT).await.unwrap().ok().unwrap();
+    }
+}
+
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn a_full_disk_there_is_an_error_about_the_file() {
+    let (sshd, sessions) = both().await;
+    let disk = sshd.small_disk();
+    let source = sshd.file("source");
+    std::fs::write(&source, content(3_000_000)).unwrap();
+    for session in sessions {
+        let there = disk.join("there");
+        let error = session.put(&source, text(&there), &nothing).await.unwrap_err();
+        assert!(matches!(&error, Error::File { path, .. } if path.ends_with("there.part")), "{error}");
+        assert!(error.to_string().to_lowercase().contains("no space left") && !error.is_of_transport(), "{error}");
+        let back = session.get(text(&source), &disk.join("back"), &nothing).await.unwrap_err();
+        assert!(back.to_string().to_lowercase().contains("no space left"), "{back}");
+        for name in ["there.part", "back.part"] {
+            std::fs::remove_file(disk.join(name)).unwrap();
+        }
+        session.exec("true", b"", LIMIT).await.unwrap().ok().unwrap();
+    }
+}

@@ -1,0 +1,539 @@
+//! A leaf that runs at a site: staged in, submitted, watched, and staged out, with a checkpoint after each.
+//!
+//! The far end decides whether a try was submitted and whether its program was started: `.baton/submit` and
+//! `.baton/started` in its folder can each be taken once. So an answer that was lost costs time, and never a second run.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use baton_common::border;
+use baton_common::duration;
+use baton_common::spec::{OnSite, Spec};
+use baton_common::store::site::{Intent, Job as Row, Seen, token};
+use baton_common::store::writer::{Output, Stream};
+use futures_util::future::LocalBoxFuture;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::process::{Advance, Context, Error, Process, Wait};
+use crate::site::launcher::{Listed, Phase};
+use crate::site::script::{self, Done};
+use crate::site::{Closed, Site, Visit, staging};
+use crate::transport::{self, quote};
+
+/// At the latest after so long a process looks for itself at what it waits for: whoever should wake it may have failed.
+const LOOK_AGAIN: Duration = Duration::from_secs(600);
+
+/// Pause between two looks for a job whose submission was not answered, and for what a job should have left.
+const SETTLE_PAUSE: Duration = Duration::from_secs(3);
+
+/// Looks for what a job should have left: file systems may show it late.
+const DONE_LOOKS_MAX: u32 = 5;
+
+/// Jobs of a process that the site may lose before it is the process's failure.
+const LOST_MAX: u32 = 10;
+
+/// Beyond the time that a submission may take: for the way there and back.
+const SUBMIT_MARGIN: Duration = Duration::from_secs(15);
+
+/// Pause between two attempts to end a job that ends slowly.
+const CANCEL_PAUSE: Duration = Duration::from_secs(2);
+
+/// Bytes of a stream that are kept of its beginning, and as many of its end.
+const STREAM_PART_BYTES: usize = 32 * 1024;
+
+/// Exits of Baton's own commands there.
+const NO_FOLDER: i32 = 41;
+const ALREADY_TAKEN: i32 = 42;
+
+/// What is kept between two advances.
+#[derive(Default, Serialize, Deserialize)]
+pub(crate) struct Job {
+    /// The try that the stage is of.
+    attempt: i64,
+    stage: Stage,
+    /// Jobs that the site has lost.
+    #[serde(default)]
+    lost: u32,
+    /// Looks for what the job should have left.
+    #[serde(default)]
+    looks: u32,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum Stage {
+    /// Its files go there.
+    #[default]
+    In,
+    /// It is to be submitted.
+    Submit,
+    /// Whether there is a job is not known.
+    Settle,
+    /// It waits or runs, and its process is parked.
+    Monitor,
+    /// Its files come back.
+    Out,
+}
+
+impl Process for Job {
+    fn start(_input: &Value) -> Result<Self, Error> {
+        Ok(Job::default())
+    }
+
+    fn advance<'a>(&'a mut self, context: &'a Context) -> LocalBoxFuture<'a, Result<Advance, Error>> {
+        Box::pin(async move {
+            let at = At::new(context)?;
+            if self.attempt != context.attempt() {
+                *self = Job { attempt: context.attempt(), lost: self.lost, ..Job::default() };
+            }
+            let advanced = match self.stage {
+                Stage::In => self.stage_in(&at).await,
+                Stage::Submit => self.submit(&at).await,
+                Stage::Settle => self.settle(&at).await,
+                Stage::Monitor => self.monitor(&at).await,
+                Stage::Out => self.stage_out(&at).await,
+            };
+            match advanced {
+                Err(Trouble::Wait(wait)) => Ok(Advance::Site(wait)),
+                Err(Trouble::Site(error)) => at.wait_after(&error).await,
+                Err(Trouble::Process(error)) => Err(error),
+                Ok(advance) => Ok(advance),
+            }
+        })
+    }
+
+    fn end_outside<'a>(&'a mut self, context: &'a Context) -> LocalBoxFuture<'a, Result<Option<Wait>, Error>> {
+        Box::pin(async move {
+            let at = At::new(context)?;
+            match at.end_job().await {
+                Ok(wait) => Ok(wait),
+                Err(Trouble::Wait(wait)) => Ok(Some(wait)),
+                Err(Trouble::Site(error)) => match at.wait_after(&error).await? {
+                    Advance::Site(wait) => Ok(Some(wait)),
+                    Advance::Again | Advance::After(_) | Advance::Linger(_) | Advance::Finished { .. } => Ok(None),
+                },
+                Err(Trouble::Process(error)) => Err(error),
+            }
+        })
+    }
+}
+
+/// Why a stage did not come to its end.
+enum Trouble {
+    Wait(Wait),
+    Site(transport::Error),
+    Process(Error),
+}
+
+impl From<transport::Error> for Trouble {
+    fn from(error: transport::Error) -> Self {
+        Trouble::Site(error)
+    }
+}
+
+impl From<Error> for Trouble {
+    fn from(error: Error) -> Self {
+        Trouble::Process(error)
+    }
+}
+
+impl From<baton_common::store::Error> for Trouble {
+    fn from(error: baton_common::store::Error) -> Self {
+        Trouble::Process(Error::Interrupted(error.to_string()))
+    }
+}
+
+impl From<staging::Error> for Trouble {
+    fn from(error: staging::Error) -> Self {
+        match error {
+            staging::Error::Site(error) => Trouble::Site(error),
+            staging::Error::Wait(waits_for, at_most) => Trouble::Wait(Wait { waits_for, at_most }),
+            staging::Error::Stage(text) => Trouble::Process(Error::Failed(format!("stage: {text}"))),
+        }
+    }
+}
+
+/// A process at its site.
+struct At<'a> {
+    context: &'a Context,
+    spec: &'a Spec,
+    on_site: &'a OnSite,
+    site: Arc<Site>,
+}
+
+impl<'a> At<'a> {
+    fn new(context: &'a Context) -> Result<Self, Error> {
+        let spec = context.spec();
+        let on_site = spec.on_site.as_ref().ok_or_else(|| Error::Input("no site".into()))?;
+        let site = context.shared.sites.get(&on_site.at);
+        let site = site.ok_or_else(|| Error::Interrupted(format!("this worker has no site `{}`", on_site.at)))?;
+        Ok(Self { context, spec, on_site, site })
+    }
+
+    async fn enter(&self) -> Result<Visit, Trouble> {
+        self.site.enter().await.map_err(|closed| {
+            if let Closed::Down(text) = closed {
+                self.context.log(format!("{}: {text}", self.site.name));
+            }
+            Trouble::Wait(self.for_slot())
+        })
+    }
+
+    fn for_slot(&self) -> Wait {
+        Wait { waits_for: self.site.slot(), at_most: LOOK_AGAIN }
+    }
+
+    /// What comes after the site has failed in the middle of something.
+    async fn wait_after(&self, error: &transport::Error) -> Result<Advance, Error> {
+        if matches!(error, transport::Error::NoChannel(_)) {
+            self.site.failed(error).await;
+            return Ok(Advance::Site(self.for_slot()));
+        }
+        if error.is_of_transport() {
+            self.context.log(format!("{}: {error}", self.site.name));
+            self.site.failed(error).await;
+            return Ok(Advance::Site(self.for_slot()));
+        }
+        Err(Error::Failed(format!("{}: {error}", self.site.name)))
+    }
+
+    fn attempt(&self) -> i64 {
+        self.context.attempt()
+    }
+
+    fn token(&self) -> String {
+        token(self.context.pid(), self.attempt())
+    }
+
+    fn sandbox(&self, visit: &Visit) -> String {
+        let path = visit.sandbox(self.context.pid(), self.attempt());
+        self.context.draft.borrow_mut().outcome.sandbox = Some(format!("{}:{path}", self.site.name));
+        path
+    }
+
+    async fn row(&self) -> Result<Option<Row>, Trouble> {
+        Ok(self.site.store.job(self.context.pid(), self.attempt()).await?)
+    }
+
+    /// Records that the job of this try is gone, or that there is none.
+    async fn record_ended(&self, row: &Row, status: &str) -> Result<(), Trouble> {
+        let woken = self.site.store.record_seen(&[Seen::ended(row, status)]).await?;
+        self.context.shared.tell_all(woken).await;
+        Ok(())
+    }
+
+    /// What the launcher lists under this try's token.
+    async fn find(&self, visit: &Visit, row: &Row) -> Result<Result<Option<Listed>, String>, Trouble> {
+        let dir = visit.sandbox(self.context.pid(), self.attempt());
+        let token = self.token();
+        let script = self.site.launcher.list(&[(row, dir)], Some(&token));
+        let output = visit.exec(&script).await?;
+        Ok(self.site.launcher.listed(&output).map(|listed| {
+            let mut ours: Vec<Listed> = listed.into_iter().filter(|listed| listed.token == token).collect();
+            ours.sort_by_key(|listed| listed.phase == Phase::Ended);
+            ours.into_iter().next()
+        }))
+    }
+
+    /// Ends the job of this try, if there is one, and makes sure that none comes; `Some` when that takes longer.
+    async fn end_job(&self) -> Result<Option<Wait>, Trouble> {
+        let Some(row) = self.row().await? else { return Ok(None) };
+        if row.ended_at.is_some() {
+            return Ok(None);
+        }
+        self.context.set_stage("ending the job");
+        let visit = self.enter().await?;
+        let dir = quote(&visit.sandbox(self.context.pid(), self.attempt()));
+        let script = format!(
+            "mkdir -p {dir}/.baton || exit 1
+             if mkdir {dir}/.baton/submit 2>/dev/null; then echo free; fi
+             if mkdir {dir}/.baton/started 2>/dev/null; then echo unstarted; fi
+             cat {dir}/.baton/started/job 2>/dev/null; true"
+        );
+        let stdout = visit.exec(&script).await?.ok()?;
+        let text = String::from_utf8_lossy(&stdout);
+        if text.lines().any(|line| line == "free") {
+            // Nobody has submitted it, and now nobody can.
+            self.record_ended(&row, "").await?;
+            return Ok(None);
+        }
+        let is_unstarted = text.lines().any(|line| line == "unstarted");
+        let marked = text.lines().rfind(|line| line.bytes().next().is_some_and(|byte| byte.is_ascii_digit()));
+        let found = match self.find(&visit, &row).await? {
+            Ok(found) => found,
+            Err(complaint) => {
+                self.context.log(format!("{}: {complaint}", self.site.name));
+                return Ok(Some(Wait { waits_for: String::new(), at_most: CANCEL_PAUSE * 3 }));
+            }
+        };
+        let is_over = found.as_ref().is_some_and(|found| found.phase == Phase::Ended);
+        let id = found.map(|found| found.external_id).or(row.external_id.clone()).or(marked.map(str::to_owned));
+        let Some(id) = id else {
+            // It may yet appear, and would run nothing; the watch looks for it. If it has started, it is known soon.
+            return Ok((!is_unstarted).then(|| Wait { waits_for: String::new(), at_most: CANCEL_PAUSE }));
+        };
+        if is_over {
+            self.record_ended(&row, "CANCELLED").await?;
+            return Ok(None);
+        }
+        visit.exec(&self.site.launcher.cancel(&id)).await?;
+        border!("job-cancelled");
+        match self.find(&visit, &row).await? {
+            Ok(Some(found)) if found.phase != Phase::Ended => {
+                Ok(Some(Wait { waits_for: String::new(), at_most: CANCEL_PAUSE }))
+            }
+            Ok(_) => {
+                self.record_ended(&row, "CANCELLED").await?;
+                Ok(None)
+            }
+            Err(_) => Ok(Some(Wait { waits_for: String::new(), at_most: CANCEL_PAUSE })),
+        }
+    }
+}
+
+impl Job {
+    async fn stage_in(&mut self, at: &At<'_>) -> Result<Advance, Trouble> {
+        at.context.set_stage("stage-in");
+        let visit = at.enter().await?;
+        let dir = at.sandbox(&visit);
+        let header = at.site.launcher.header(at.spec, at.on_site, &at.site.config, &dir, &at.token());
+        let script = script::render(at.spec, at.on_site, &at.site.config, &dir, &header, at.site.launcher.job_id());
+        staging::stage_in(&at.site, &visit, at.context, at.on_site, &dir, &script).await?;
+        border!("job-staged");
+        self.stage = Stage::Submit;
+        Ok(Advance::Again)
+    }
+
+    async fn submit(&mut self, at: &At<'_>) -> Result<Advance, Trouble> {
+        at.context.set_stage("submit");
+        let visit = at.enter().await?;
+        let fence = at.context.fence;
+        match at.site.store.intend(fence, self.attempt, &at.site.name, at.site.config.limits).await? {
+            Intent::Recorded => {}
+            Intent::Known => {
+                self.stage = Stage::Settle;
+                return Ok(Advance::Again);
+            }
+            Intent::Full => return Ok(Advance::Site(Wait { waits_for: at.site.room(), at_most: LOOK_AGAIN })),
+            Intent::TooSoon(micros) => {
+                let at_most = Duration::from_micros(micros.max(0).cast_unsigned()) + Duration::from_secs(1);
+                return Ok(Advance::Site(Wait { waits_for: at.site.room(), at_most }));
+            }
+            Intent::Lost => return Err(Error::Interrupted("the lease was lost".into()).into()),
+        }
+        border!("job-intended");
+        let limit = at.site.config.submit_timeout;
+        let command = format!(
+            "cd {} || exit {NO_FOLDER}
+             mkdir .baton/submit 2>/dev/null || exit {ALREADY_TAKEN}
+             timeout -k 5 {} /bin/sh -c {}",
+            quote(&at.sandbox(&visit)),
+            limit.as_secs().max(1),
+            quote(at.site.launcher.submit())
+        );
+        let answer = visit.session.exec(&command, b"", limit + SUBMIT_MARGIN).await;
+        border!("job-submitted");
+        let Some(row) = at.row().await? else { return Err(Error::failed("its intent is not there any more").into()) };
+        self.stage = Stage::Settle;
+        let output = match answer {
+            Ok(output) => output,
+            Err(error) => {
+                // Whatever became of it, this is not known.
+                at.wait_after(&error).await?;
+                return Ok(Advance::Again);
+            }
+        };
+        let stdout = String::from_utf8_lossy(&output.stdout);
+        if output.exit == Some(0)
+            && let Some(id) = at.site.launcher.submitted(&stdout)
+        {
+            at.site.store.submitted(at.context.pid(), self.attempt, &id).await?;
+            border!("job-known");
+            at.context.log(format!("{}: job {id}", at.site.name));
+            self.stage = Stage::Monitor;
+            return Ok(Advance::Again);
+        }
+        if output.exit == Some(NO_FOLDER) {
+            at.record_ended(&row, "").await?;
+            return Err(Error::failed("stage: its folder at the site is gone").into());
+        }
+        if output.exit == Some(ALREADY_TAKEN) || at.site.launcher.is_unsure(&output) {
+            return Ok(Advance::Again);
+        }
+        at.record_ended(&row, "").await?;
+        Err(Error::Failed(format!("scheduler: {}", output.complaint())).into())
+    }
+
+    /// Finds out what became of a submission without an answer.
+    async fn settle(&mut self, at: &At<'_>) -> Result<Advance, Trouble> {
+        at.context.set_stage("settle");
+        let Some(row) = at.row().await? else {
+            self.stage = Stage::Submit;
+            return Ok(Advance::Again);
+        };
+        if row.external_id.is_some() || row.ended_at.is_some() {
+            self.stage = Stage::Monitor;
+            return Ok(Advance::Again);
+        }
+        let visit = at.enter().await?;
+        let dir = quote(&at.sandbox(&visit));
+        let settled = at.site.config.submit_timeout + at.site.config.settle;
+        let age = at.site.store.now().await? - row.intent_at;
+        let is_settled = age > i64::try_from(settled.as_micros()).unwrap_or(i64::MAX);
+        // If nobody has taken the submission yet, nobody can any more.
+        let free = format!("mkdir -p {dir}/.baton && mkdir {dir}/.baton/submit 2>/dev/null && echo free; true");
+        if visit.exec(&free).await?.ok()?.starts_with(b"free") {
+            at.record_ended(&row, "").await?;
+            at.context.begin_next_try();
+            return Ok(Advance::Again);
+        }
+        let found = at.find(&visit, &row).await?;
+        // When the time is over, the start is taken: then no job of this try can run its program any more.
+        let take = if is_settled && matches!(found, Ok(None)) {
+            format!("mkdir {dir}/.baton/started 2>/dev/null && echo taken\n")
+        } else {
+            String::new()
+        };
+        let stdout = visit.exec(&format!("{take}cat {dir}/.baton/started/job 2>/dev/null; true")).await?.ok()?;
+        let text = String::from_utf8_lossy(&stdout);
+        let marked = text.lines().find(|line| line.bytes().next().is_some_and(|byte| byte.is_ascii_digit()));
+        let found = match found {
+            Ok(found) => found.map(|found| found.external_id),
+            Err(complaint) => {
+                at.context.log(format!("{}: {complaint}", at.site.name));
+                None
+            }
+        };
+        if let Some(id) = found.or(marked.map(str::to_owned)) {
+            at.context.log(format!("{}: job {id}, found after its submission was not answered", at.site.name));
+            at.site.store.submitted(at.context.pid(), self.attempt, &id).await?;
+            self.stage = Stage::Monitor;
+            return Ok(Advance::Again);
+        }
+        if text.lines().any(|line| line == "taken") {
+            at.context.log(format!("{}: no job has come of the submission; it is done again", at.site.name));
+            at.context.begin_next_try();
+            return Ok(Advance::Again);
+        }
+        Ok(Advance::After(SETTLE_PAUSE))
+    }
+
+    async fn monitor(&mut self, at: &At<'_>) -> Result<Advance, Trouble> {
+        at.context.set_stage("monitor");
+        match at.row().await? {
+            Some(row) if row.ended_at.is_some() => {
+                self.stage = Stage::Out;
+                Ok(Advance::Again)
+            }
+            Some(row) if row.external_id.is_some() => {
+                at.site.changed.notify_one();
+                Ok(Advance::Site(Wait { waits_for: String::new(), at_most: LOOK_AGAIN }))
+            }
+            Some(_) | None => {
+                self.stage = Stage::Settle;
+                Ok(Advance::Again)
+            }
+        }
+    }
+
+    async fn stage_out(&mut self, at: &At<'_>) -> Result<Advance, Trouble> {
+        at.context.set_stage("stage-out");
+        let visit = at.enter().await?;
+        let dir = at.sandbox(&visit);
+        let Some(bytes) = visit.read(&format!("{dir}/.baton/done.json")).await? else {
+            return self.without_mark(at, &visit, &dir).await;
+        };
+        let done: Done = serde_json::from_slice(&bytes)
+            .map_err(|error| Error::Failed(format!("stage: its done.json is not what a script writes: {error}")))?;
+        let outputs = capture(&visit, &dir).await?;
+        at.context.draft.borrow_mut().outputs = outputs;
+        if done.phase == "pre" {
+            return Err(Error::Failed(format!("env: a line of `pre` failed with exit {}", done.exit)).into());
+        }
+        let is_timed_out = done.is_timed_out(&at.site.config, at.spec);
+        let is_ok = at.spec.ok_exit.contains(&done.exit) && !is_timed_out;
+        staging::stage_out(&at.site, &visit, at.context, at.on_site, &dir, is_ok).await?;
+        border!("job-collected");
+        let mut draft = at.context.draft.borrow_mut();
+        draft.outcome.signal = done.signal();
+        if is_timed_out {
+            draft.outcome.reason = Some(walltime(at.spec));
+        }
+        Ok(Advance::Finished { exit: done.exit })
+    }
+
+    /// The job is gone, and its script has not said how the program ended.
+    async fn without_mark(&mut self, at: &At<'_>, visit: &Visit, dir: &str) -> Result<Advance, Trouble> {
+        let Some(row) = at.row().await? else { return Err(Error::failed("its job is not recorded any more").into()) };
+        let status = row.status.clone();
+        if matches!(status.as_str(), "COMPLETED" | "FAILED" | "ENDED" | "") && self.looks < DONE_LOOKS_MAX {
+            self.looks += 1;
+            return Ok(Advance::After(SETTLE_PAUSE));
+        }
+        let outputs = capture(visit, dir).await?;
+        at.context.draft.borrow_mut().outputs = outputs;
+        match status.as_str() {
+            "TIMEOUT" | "DEADLINE" => {
+                at.context.draft.borrow_mut().outcome.reason = Some(walltime(at.spec));
+                Ok(Advance::Finished { exit: 124 })
+            }
+            "OUT_OF_MEMORY" => {
+                at.context.draft.borrow_mut().outcome.reason = Some("oom: it took more memory than it may".into());
+                Ok(Advance::Finished { exit: 137 })
+            }
+            "CANCELLED" => Err(Error::Failed("scheduler: the job was cancelled at the site".into()).into()),
+            "COMPLETED" | "FAILED" | "ENDED" | "" => {
+                let said = visit.read(&format!("{dir}/.baton/launcher.out")).await?.unwrap_or_default();
+                let said = String::from_utf8_lossy(&said);
+                let last = said.lines().last().unwrap_or("nothing");
+                Err(Error::Failed(format!("scheduler: the job ended without its mark; its script said: {last}")).into())
+            }
+            status => {
+                self.lost += 1;
+                if self.lost > LOST_MAX {
+                    return Err(
+                        Error::Failed(format!("lost: the site has lost {LOST_MAX} jobs of it ({status})")).into()
+                    );
+                }
+                // No job of this try may run any more, and none may still do so.
+                let cancel = row.external_id.map(|id| at.site.launcher.cancel(&id)).unwrap_or_default();
+                visit.exec(&format!("mkdir {}/.baton/started 2>/dev/null\n{cancel}\ntrue", quote(dir))).await?;
+                at.context.log(format!("{}: the job was lost ({status}); it is submitted again", at.site.name));
+                at.context.begin_next_try();
+                Ok(Advance::Again)
+            }
+        }
+    }
+}
+
+fn walltime(spec: &Spec) -> String {
+    match spec.time {
+        Some(limit) => format!("walltime: its time limit of {} has passed", duration::format(limit)),
+        None => "walltime: the site's time limit has passed".to_owned(),
+    }
+}
+
+/// What is kept of both streams.
+async fn capture(visit: &Visit, dir: &str) -> Result<Vec<Output>, transport::Error> {
+    let mut outputs = Vec::new();
+    for (stream, name) in [(Stream::Stderr, "stderr"), (Stream::Stdout, "stdout")] {
+        let path = quote(&format!("{dir}/.baton/{name}"));
+        let part = STREAM_PART_BYTES;
+        let script = format!(
+            "[ -f {path} ] || exit 0
+             size=$(wc -c < {path}); echo $size
+             if [ $size -le {} ]; then cat {path}; else head -c {part} {path}; tail -c {part} {path}; fi",
+            2 * part
+        );
+        let bytes = visit.exec(&script).await?.ok()?;
+        let Some(end) = bytes.iter().position(|byte| *byte == b'\n') else { continue };
+        let total_bytes = String::from_utf8_lossy(&bytes[..end]).trim().parse().unwrap_or(0);
+        let content = &bytes[end + 1..];
+        if !content.is_empty() {
+            let (head, tail) = content.split_at(content.len().min(part));
+            outputs.push(Output { stream, head: head.to_vec(), tail: tail.to_vec(), total_bytes });
+        }
+    }
+    Ok(outputs)
+}

@@ -1,0 +1,263 @@
+//! Sites: places to run programs other than the workers' own machines.
+//!
+//! Each worker has one actor for each site that its configuration names. It keeps the worker's part of the sessions that
+//! the fleet may have there (`pool`), looks at the jobs if this worker has the watch (`watch`), and takes up the processes
+//! that wait for either (`actor`). A process uses a session within an advance and never beyond it; when there is none, it
+//! parks, and costs nothing.
+
+use std::collections::{BTreeMap, HashSet};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use baton_common::config;
+use baton_common::id::{Incarnation, Pid};
+use baton_common::objects::Objects;
+use baton_common::spec::Spec;
+use baton_common::store::{self, Store};
+use tokio::sync::{Notify, OnceCell};
+use tracing::debug;
+
+use crate::incarnation::Shared;
+use crate::transport::{self, Output, quote};
+
+pub(crate) mod actor;
+mod fork;
+pub(crate) mod launcher;
+pub(crate) mod pool;
+pub(crate) mod script;
+mod slurm;
+pub(crate) mod staging;
+mod watch;
+
+use launcher::Launcher;
+use pool::{Lease, Pool};
+
+/// The script of a job as it would be submitted, for people; `PID` and `TRY` stand for what is not known yet.
+pub fn job_script(spec: &Spec, site: &config::Site) -> String {
+    let launcher = launcher::of(site.launcher);
+    let dir = format!("{}/p/PID/TRY", site.root);
+    let on_site = spec.on_site.clone().unwrap_or_default();
+    let header = launcher.header(spec, &on_site, site, &dir, "baton-PID-TRY");
+    script::render(spec, &on_site, site, &dir, &header, launcher.job_id())
+}
+
+/// How long a small command may take at a site.
+pub(crate) const COMMAND_LIMIT: Duration = Duration::from_secs(60);
+
+/// The sites that a worker serves, by name.
+#[derive(Default)]
+pub(crate) struct Sites {
+    by_name: BTreeMap<String, Arc<Site>>,
+}
+
+/// A site, as one incarnation of a worker sees it.
+pub(crate) struct Site {
+    pub(crate) name: String,
+    pub(crate) config: config::Site,
+    pub(crate) launcher: &'static dyn Launcher,
+    pub(crate) store: Store,
+    pub(crate) objects: Objects,
+    pub(crate) me: Incarnation,
+    pool: Pool,
+    /// The site's folder, as the far end writes it.
+    root: OnceCell<String>,
+    /// Files that this worker sends to the site's cache right now.
+    sending: Mutex<HashSet<String>>,
+    /// There may be something for the actor to do.
+    pub(crate) changed: Notify,
+}
+
+/// Why a process cannot use a site now.
+#[derive(Debug)]
+pub(crate) enum Closed {
+    /// There is no session to be had; wait for one.
+    Busy,
+    /// The site cannot be reached; what it said is recorded.
+    Down(String),
+}
+
+/// A session with a site, with one channel of it, until it is dropped.
+pub(crate) struct Visit {
+    pub(crate) session: Lease,
+    /// The site's folder, absolute.
+    pub(crate) root: String,
+}
+
+impl Sites {
+    /// Those of a configuration.
+    ///
+    /// # Errors
+    /// A site names an SSH section that is not there.
+    pub(crate) fn new(
+        sites: &BTreeMap<String, config::Site>,
+        ssh: &BTreeMap<String, config::Ssh>,
+        store: &Store,
+        objects: &Objects,
+        me: Incarnation,
+    ) -> Result<Self, String> {
+        let mut by_name = BTreeMap::new();
+        for (name, config) in sites {
+            let way = match &config.transport {
+                config::Transport::Local => None,
+                config::Transport::Ssh(section) => {
+                    let ssh = ssh.get(section).ok_or_else(|| {
+                        format!(
+                            "the site `{name}` is reached by `ssh.{section}`, which the configuration does not have"
+                        )
+                    })?;
+                    Some(ssh.clone())
+                }
+            };
+            let site = Site {
+                name: name.clone(),
+                config: config.clone(),
+                launcher: launcher::of(config.launcher),
+                store: store.clone(),
+                objects: objects.clone(),
+                me,
+                pool: Pool::new(name, way, store, me),
+                root: OnceCell::new(),
+                sending: Mutex::default(),
+                changed: Notify::new(),
+            };
+            by_name.insert(name.clone(), Arc::new(site));
+        }
+        Ok(Self { by_name })
+    }
+
+    pub(crate) fn get(&self, name: &str) -> Option<Arc<Site>> {
+        self.by_name.get(name).cloned()
+    }
+
+    pub(crate) fn all(&self) -> impl Iterator<Item = &Arc<Site>> {
+        self.by_name.values()
+    }
+
+    /// Gives back every session.
+    pub(crate) async fn close(&self) {
+        for site in self.all() {
+            site.pool.close().await;
+        }
+    }
+}
+
+impl Site {
+    /// A session, if there is one now.
+    ///
+    /// # Errors
+    /// See [`Closed`].
+    pub(crate) async fn enter(&self) -> Result<Visit, Closed> {
+        let session = self.pool.lease().await?;
+        let root = self.root.get_or_try_init(|| self.find_root(&session)).await;
+        match root {
+            Ok(root) => Ok(Visit { session, root: root.clone() }),
+            Err(error) => Err(self.failed(&error).await),
+        }
+    }
+
+    /// Makes the site's folder, and says what it is called there.
+    async fn find_root(&self, session: &Lease) -> Result<String, transport::Error> {
+        let root = match self.config.root.strip_prefix("~/") {
+            Some(rest) => format!("\"$HOME\"/{}", quote(rest)),
+            None => quote(&self.config.root),
+        };
+        let command = format!("umask 077; mkdir -p {root} && cd {root} && pwd -P");
+        let stdout = session.exec(&command, b"", COMMAND_LIMIT).await?.ok()?;
+        Ok(String::from_utf8_lossy(&stdout).lines().last().unwrap_or_default().to_owned())
+    }
+
+    /// Records that the site has failed, if it is the way to it that did.
+    pub(crate) async fn failed(&self, error: &transport::Error) -> Closed {
+        if matches!(error, transport::Error::NoChannel(_)) {
+            // The server allows less than it is said to; the session is well.
+            self.pool.narrow();
+            return Closed::Busy;
+        }
+        if error.is_of_transport() {
+            self.pool.discard_broken();
+        }
+        let text = error.to_string();
+        debug!(site = self.name, error = text, "the site has failed");
+        if let Err(error) = self.store.note_site(&self.name, Some(&text)).await {
+            debug!(%error, "the site's failure is not recorded");
+        }
+        Closed::Down(text)
+    }
+
+    /// Begins to send a file, if nobody in the fleet does so.
+    ///
+    /// # Errors
+    /// The database does not answer.
+    pub(crate) async fn begin_sending(
+        self: &Arc<Self>,
+        permit: &str,
+        shared: &Arc<Shared>,
+    ) -> Result<Option<Sending>, store::Error> {
+        if !self.sending.lock().unwrap_or_else(PoisonError::into_inner).insert(permit.to_owned()) {
+            return Ok(None);
+        }
+        let sending = Sending { site: Arc::clone(self), shared: Arc::clone(shared), permit: permit.to_owned() };
+        Ok(self.store.take_permit(permit, self.me).await?.then_some(sending))
+    }
+
+    /// Where the processes stand that wait for a session with this site.
+    pub(crate) fn slot(&self) -> String {
+        format!("slot/{}", self.name)
+    }
+
+    /// Where the processes stand that wait until there is room for a job.
+    pub(crate) fn room(&self) -> String {
+        format!("room/{}", self.name)
+    }
+
+    pub(crate) fn watch(&self) -> String {
+        format!("watch/{}", self.name)
+    }
+}
+
+/// A file is being sent until this is dropped; then those that wait for it look again.
+pub(crate) struct Sending {
+    site: Arc<Site>,
+    shared: Arc<Shared>,
+    permit: String,
+}
+
+impl Drop for Sending {
+    fn drop(&mut self) {
+        let (site, shared, permit) =
+            (Arc::clone(&self.site), Arc::clone(&self.shared), std::mem::take(&mut self.permit));
+        self.shared.blocking.spawn(async move {
+            // If the database does not answer, this worker still has it, and is the one that sends it.
+            let _ = site.store.give_permit(&permit, site.me).await;
+            site.sending.lock().unwrap_or_else(PoisonError::into_inner).remove(&permit);
+            if let Ok(woken) = site.store.wake_waiting(&permit, &shared.queues, u32::MAX >> 1).await {
+                shared.tell_all(woken).await;
+            }
+        });
+    }
+}
+
+impl Visit {
+    /// The folder of a try: its sandbox.
+    pub(crate) fn sandbox(&self, pid: Pid, attempt: i64) -> String {
+        format!("{}/p/{pid}/{attempt}", self.root)
+    }
+
+    /// Runs a small command.
+    ///
+    /// # Errors
+    /// It could not be run, or not to its end.
+    pub(crate) async fn exec(&self, command: &str) -> Result<Output, transport::Error> {
+        self.session.exec(command, b"", COMMAND_LIMIT).await
+    }
+
+    /// A whole small file; `None` if it is not there.
+    ///
+    /// # Errors
+    /// The site did not answer.
+    pub(crate) async fn read(&self, path: &str) -> Result<Option<Vec<u8>>, transport::Error> {
+        let path = quote(path);
+        let output = self.exec(&format!("[ -e {path} ] || exit 44; cat {path}")).await?;
+        if output.exit == Some(44) { Ok(None) } else { output.ok().map(Some) }
+    }
+}

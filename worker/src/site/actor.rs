@@ -1,0 +1,96 @@
+//! The actor of a site: once a second, and whenever something has changed, it looks whether there is anything to do.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use baton_common::store::submit::ByQueue;
+use tokio::task::JoinSet;
+use tracing::debug;
+
+use super::Site;
+use super::watch::Watch;
+use crate::direct;
+use crate::incarnation::Shared;
+use crate::thread::Thread;
+
+/// Pause between two looks.
+const ROUND: Duration = Duration::from_secs(1);
+
+/// Processes that are taken up in one look: each is a claim, and all of them share a commit or two.
+const TAKEN_MAX: usize = 64;
+
+/// Runs until it is dropped.
+pub(crate) async fn run(shared: Arc<Shared>, threads: Arc<Vec<Thread>>, site: Arc<Site>) {
+    let word = super::launcher::word(site.config.launcher);
+    let mut is_announced = false;
+    let mut watch = Watch::default();
+    loop {
+        if !is_announced {
+            let slots = site.pool.slots();
+            is_announced = site.store.announce_site(&site.name, word, &site.config.root, slots).await.is_ok();
+        }
+        if is_announced {
+            look(&shared, &threads, &site, &mut watch).await;
+        }
+        site.pool.tend().await;
+        let _ = tokio::time::timeout(ROUND, site.changed.notified()).await;
+    }
+}
+
+async fn look(shared: &Arc<Shared>, threads: &Arc<Vec<Thread>>, site: &Arc<Site>, watch: &mut Watch) {
+    let work = match site.store.site_work(&site.name).await {
+        Ok(work) => work,
+        Err(error) => {
+            debug!(site = site.name, %error, "could not look for work");
+            return;
+        }
+    };
+    if work.is_down {
+        watch.give_up(site).await;
+        return;
+    }
+    watch.look(shared, site, work.has_jobs).await;
+    if !shared.takes_tasks() {
+        return;
+    }
+    // A session is opened for those that wait only if one may be had; who has none leaves them to the others.
+    if work.waits_for_slot && site.pool.n_open() == 0 {
+        drop(site.pool.lease().await);
+    }
+    let free = site.pool.free_channels().min(shared.slots.available_permits()).min(TAKEN_MAX);
+    if work.waits_for_slot {
+        take_up(shared, threads, site, &site.slot(), free).await;
+    }
+    if work.waits_for_room && site.pool.n_open() > 0 {
+        let room = site.store.room(&site.name, site.config.limits).await.unwrap_or(0);
+        take_up(shared, threads, site, &site.room(), free.min(usize::try_from(room).unwrap_or(usize::MAX))).await;
+    }
+}
+
+/// Claims those that have waited longest. They come to the worker that has what they wait for, without a message.
+async fn take_up(shared: &Arc<Shared>, threads: &Arc<Vec<Thread>>, site: &Site, waits_for: &str, most: usize) {
+    let most = u32::try_from(most).unwrap_or(u32::MAX);
+    let woken = match site.store.wake_waiting(waits_for, &shared.queues, most).await {
+        Ok(woken) => woken,
+        Err(error) => {
+            debug!(site = site.name, %error, "could not take up who waits");
+            return;
+        }
+    };
+    let mut claims = JoinSet::new();
+    let mut left = ByQueue::new();
+    for (queue, rows) in woken {
+        for told in rows {
+            let permit = Arc::clone(&shared.slots).try_acquire_owned();
+            match permit {
+                Ok(permit) if shared.held.begin_claim(told.pid) => {
+                    let claim = direct::claim(Arc::clone(shared), Arc::clone(threads), told.pid, queue.clone(), permit);
+                    claims.spawn(claim);
+                }
+                Ok(_) | Err(_) => left.entry(queue.clone()).or_default().push(told),
+            }
+        }
+    }
+    shared.tell_all(left).await;
+    claims.join_all().await;
+}

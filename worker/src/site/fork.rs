@@ -1,0 +1,113 @@
+//! Programs of their own on a machine that has no scheduler.
+
+use std::fmt::Write as _;
+
+use baton_common::config;
+use baton_common::spec::{OnSite, Spec};
+use baton_common::store::site::Job;
+
+use super::launcher::{Launcher, Listed, Phase};
+use crate::transport::{Output, quote};
+
+/// A program in a session of its own, which nobody looks after.
+pub(crate) struct Fork;
+
+/// What says which process it is: its number and when it started, since numbers come again.
+const JOB_ID: &str = "$$.$(cut -d ' ' -f 22 /proc/$$/stat)";
+
+/// Prints what a job does: `TOKEN|ID|STATUS`, or nothing if it is not known here.
+const LOOK: &str = r#"
+alive() { [ "$(cut -d ' ' -f 22 "/proc/${1%.*}/stat" 2>/dev/null)" = "${1#*.}" ]; }
+look() {
+  if [ -f "$2/.baton/started/job" ]; then id=$(cat "$2/.baton/started/job"); else id=$3; fi
+  [ -n "$id" ] || return 0
+  if [ -f "$2/.baton/done.json" ]; then echo "$1|$id|ENDED"
+  elif alive "$id"; then echo "$1|$id|RUNNING"
+  else echo "$1|$id|LOST"; fi
+}
+"#;
+
+impl Launcher for Fork {
+    fn header(&self, _: &Spec, _: &OnSite, _: &config::Site, _: &str, _: &str) -> String {
+        String::new()
+    }
+
+    fn job_id(&self) -> &'static str {
+        JOB_ID
+    }
+
+    fn submit(&self) -> &'static str {
+        // The answer must not wait for the program: nothing of this command's streams is left to it.
+        "{ setsid /bin/sh .baton/run.sh < /dev/null > .baton/launcher.out 2>&1 & \
+         echo \"$!.$(cut -d ' ' -f 22 /proc/$!/stat)\"; }"
+    }
+
+    fn submitted(&self, stdout: &str) -> Option<String> {
+        let line = stdout.lines().rev().find(|line| !line.trim().is_empty())?.trim();
+        is_id(line).then(|| line.to_owned())
+    }
+
+    fn is_unsure(&self, _output: &Output) -> bool {
+        true
+    }
+
+    fn list(&self, jobs: &[(&Job, String)], _token: Option<&str>) -> String {
+        let mut script = LOOK.to_owned();
+        for (job, dir) in jobs {
+            let id = job.external_id.as_deref().unwrap_or_default();
+            let _ = writeln!(script, "look {} {} {}", quote(&job.token()), quote(dir), quote(id));
+        }
+        script.push_str("true\n");
+        script
+    }
+
+    fn listed(&self, output: &Output) -> Result<Vec<Listed>, String> {
+        if output.exit != Some(0) {
+            return Err(output.complaint());
+        }
+        let text = std::str::from_utf8(&output.stdout).map_err(|_| "the shell printed no text".to_owned())?;
+        text.lines().map(|line| read(line).ok_or_else(|| format!("the shell printed {line:?}"))).collect()
+    }
+
+    fn waiting(&self) -> Option<&'static str> {
+        None
+    }
+
+    fn cancel(&self, external_id: &str) -> String {
+        let pid = external_id.split('.').next().unwrap_or_default();
+        let id = quote(external_id);
+        format!(
+            "{LOOK}
+             if alive {id}; then
+               kill -TERM -- -{pid} 2>/dev/null
+               for i in 1 2 3 4 5 6 7 8 9 10; do alive {id} || break; sleep 0.2; done
+               kill -KILL -- -{pid} 2>/dev/null
+             fi
+             true"
+        )
+    }
+}
+
+fn is_id(text: &str) -> bool {
+    let is_number = |part: &str| !part.is_empty() && part.bytes().all(|byte| byte.is_ascii_digit());
+    text.split_once('.').is_some_and(|(pid, ticks)| is_number(pid) && is_number(ticks))
+}
+
+fn read(line: &str) -> Option<Listed> {
+    let mut fields = line.split('|');
+    let (token, id, status) = (fields.next()?, fields.next()?, fields.next()?);
+    let phase = match status {
+        "RUNNING" => Phase::Running,
+        "ENDED" | "LOST" => Phase::Ended,
+        _ => return None,
+    };
+    is_id(id).then(|| Listed {
+        token: token.to_owned(),
+        external_id: id.to_owned(),
+        phase,
+        status: status.to_owned(),
+        reason: String::new(),
+        priority: None,
+        starts_at: None,
+    })
+}

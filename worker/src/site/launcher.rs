@@ -1,0 +1,89 @@
+//! What starts programs at a site: commands for its shell, and what their answers mean. Nothing here does anything; the
+//! commands are run over a session, and so the same for all transports.
+
+use baton_common::config;
+use baton_common::spec::{OnSite, Spec};
+use baton_common::store::site::Job;
+
+use super::{fork, slurm};
+use crate::transport::Output;
+
+/// A launcher. Every one passes the same tests (`tests/tests/all/launchers.rs`).
+pub(crate) trait Launcher: Send + Sync {
+    /// What the script's first lines tell it.
+    fn header(&self, spec: &Spec, on_site: &OnSite, site: &config::Site, dir: &str, token: &str) -> String;
+
+    /// The shell expression by which a script knows its job.
+    fn job_id(&self) -> &'static str;
+
+    /// The command that submits the script `.baton/run.sh` of the current folder and prints the job.
+    fn submit(&self) -> &'static str;
+
+    /// The job that a submission has printed.
+    fn submitted(&self, stdout: &str) -> Option<String>;
+
+    /// Whether a submission that failed may have made a job nevertheless.
+    fn is_unsure(&self, output: &Output) -> bool;
+
+    /// A script that lists jobs: all of Baton's there, or that of one token. `jobs` are those of interest with their
+    /// folders.
+    fn list(&self, jobs: &[(&Job, String)], token: Option<&str>) -> String;
+
+    /// What such a script has printed.
+    ///
+    /// # Errors
+    /// It is not such an answer; nothing follows from it about any job.
+    fn listed(&self, output: &Output) -> Result<Vec<Listed>, String>;
+
+    /// A script that lists the priorities of all that wait, if there is such a thing: a number in each line.
+    fn waiting(&self) -> Option<&'static str>;
+
+    /// A command that ends a job, whatever it does; that there is no such job is no failure.
+    fn cancel(&self, external_id: &str) -> String;
+}
+
+/// A job in a list.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Listed {
+    /// The name that it was given.
+    pub(crate) token: String,
+    /// What the launcher calls it.
+    pub(crate) external_id: String,
+    /// Where it is.
+    pub(crate) phase: Phase,
+    /// The launcher's word for it.
+    pub(crate) status: String,
+    /// Why, in the launcher's words.
+    pub(crate) reason: String,
+    /// Its priority among those that wait; larger is sooner.
+    pub(crate) priority: Option<i64>,
+    /// When it is expected to start, or has, in microseconds since 1970.
+    pub(crate) starts_at: Option<i64>,
+}
+
+/// Where a job is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Phase {
+    /// It has not started, or not again.
+    Waiting,
+    /// It runs.
+    Running,
+    /// It has ended, however.
+    Ended,
+}
+
+/// The launcher that a configuration names.
+pub(crate) fn of(launcher: config::Launcher) -> &'static dyn Launcher {
+    match launcher {
+        config::Launcher::Fork => &fork::Fork,
+        config::Launcher::Slurm => &slurm::Slurm,
+    }
+}
+
+/// Its word, for people.
+pub(crate) fn word(launcher: config::Launcher) -> &'static str {
+    match launcher {
+        config::Launcher::Fork => "fork",
+        config::Launcher::Slurm => "slurm",
+    }
+}

@@ -1,0 +1,596 @@
+//! What goes to a site before a job, and what comes back after it: verified in both directions, file by file.
+//!
+//! Small files go as one stream of a tar archive. A large one goes to the site's cache, named after its SHA-256, once for
+//! all processes that need it, and is linked from there; an upload that was cut goes on where it was, and nothing is used
+//! before its digest was compared. Results are in the object store before the process's state says that it has ended.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use baton_common::digest::Digest;
+use baton_common::objects::{self, Entry, Manifest};
+use baton_common::spec::on_site::{self, How, Input, OnSite, Output, Scope, When};
+use globset::GlobMatcher;
+use tokio::io::AsyncWriteExt;
+use tokio_util::io::SyncIoBridge;
+
+use super::{Site, Visit, script};
+use crate::process::Context;
+use crate::transport::{self, quote};
+
+/// Files of at least this size go through the cache.
+const CACHED_FROM: u64 = 1 << 20;
+
+/// Bytes of the stream of small files that are under way between two tasks.
+const STREAM_BYTES: usize = 256 * 1024;
+
+/// Most bytes of the file that becomes values.
+const VALUES_MAX: usize = 64 * 1024;
+
+/// At the latest after so long a process looks again whether what another sends is there.
+const SENT_PAUSE: Duration = Duration::from_secs(20);
+
+/// Pause after the object store did not answer.
+const STORE_PAUSE: Duration = Duration::from_secs(10);
+
+/// Verifying a file of a terabyte takes longer; nobody stages such.
+const VERIFY_LIMIT: Duration = Duration::from_secs(3600);
+
+/// Why staging has not come to its end.
+pub(crate) enum Error {
+    /// The way to the site is at fault.
+    Site(transport::Error),
+    /// Another does what has to be done first: what to wait for, and for how long at most.
+    Wait(String, Duration),
+    /// It is not the way: no space, a missing file, a path that leads out.
+    Stage(String),
+}
+
+impl From<transport::Error> for Error {
+    fn from(error: transport::Error) -> Self {
+        // What a command or a file says is about the files, and the way is well.
+        if error.is_of_transport() { Error::Site(error) } else { Error::Stage(error.to_string()) }
+    }
+}
+
+impl From<objects::Error> for Error {
+    fn from(error: objects::Error) -> Self {
+        if error.is_transient() { Error::Wait(String::new(), STORE_PAUSE) } else { Error::Stage(error.to_string()) }
+    }
+}
+
+impl From<baton_common::store::Error> for Error {
+    fn from(error: baton_common::store::Error) -> Self {
+        let _ = error;
+        Error::Wait(String::new(), STORE_PAUSE)
+    }
+}
+
+impl From<crate::process::Error> for Error {
+    fn from(error: crate::process::Error) -> Self {
+        Error::Stage(error.to_string())
+    }
+}
+
+/// One staging, in one direction.
+struct Staging<'a> {
+    site: &'a Arc<Site>,
+    visit: &'a Visit,
+    context: &'a Context,
+    dir: &'a str,
+}
+
+/// Makes the folder of a try with everything that its job needs, and verifies it.
+pub(crate) async fn stage_in(
+    site: &Arc<Site>,
+    visit: &Visit,
+    context: &Context,
+    on_site: &OnSite,
+    dir: &str,
+    script: &str,
+) -> Result<(), Error> {
+    let staging = Staging { site, visit, context, dir };
+    let manifest = match on_site.staged {
+        Some(digest) => site.objects.get_manifest(digest).await?.into_entries(),
+        None => vec![],
+    };
+    let (large, small): (Vec<Entry>, Vec<Entry>) = manifest.into_iter().partition(|entry| entry.size >= CACHED_FROM);
+    let mut own = script::companions(context.spec());
+    own.push((format!("{}/run.sh", script::FOLDER), script.as_bytes().to_vec()));
+    staging.send_small(small, own).await?;
+    for entry in &large {
+        let cached = staging.cached(entry.digest, entry.size, entry.executable).await?;
+        staging.link(&cached, &entry.path).await?;
+    }
+    for (idx, input) in on_site.inputs.iter().enumerate() {
+        staging.place(idx, input).await?;
+    }
+    Ok(())
+}
+
+/// Puts what the job has made where the spec wants it; its values and the manifest of what is in the object store become
+/// part of the outcome.
+pub(crate) async fn stage_out(
+    site: &Arc<Site>,
+    visit: &Visit,
+    context: &Context,
+    on_site: &OnSite,
+    dir: &str,
+    is_ok: bool,
+) -> Result<(), Error> {
+    let staging = Staging { site, visit, context, dir };
+    let wanted: Vec<&Output> = on_site
+        .outputs
+        .iter()
+        .filter(|output| match output.when {
+            When::Always => true,
+            When::Ok => is_ok,
+            When::Error => !is_ok,
+        })
+        .collect();
+    if !wanted.is_empty() {
+        let found = staging.list().await?;
+        let mut kept: BTreeSet<&str> = BTreeSet::new();
+        for output in wanted {
+            let matcher = matcher(&output.from)?;
+            let matched: Vec<&str> = found.keys().filter(|path| matcher.is_match(path)).map(String::as_str).collect();
+            if matched.is_empty() && !output.optional && is_ok {
+                return Err(Error::Stage(format!("output: nothing in the sandbox matches `{}`", output.from)));
+            }
+            match output.to.scope {
+                Scope::Store => kept.extend(matched),
+                Scope::Client | Scope::Task | Scope::Session | Scope::Resource => {
+                    staging.hand_over(output, &matched).await?;
+                }
+            }
+        }
+        let kept: Vec<(&str, &Found)> = kept.into_iter().map(|path| (path, &found[path])).collect();
+        let manifest = staging.keep(&kept).await?;
+        let digest = site.objects.put_manifest(&manifest).await?;
+        context.draft.borrow_mut().outcome.results = Some(digest);
+    }
+    if let Some(path) = &on_site.values {
+        match visit.read(&format!("{dir}/{path}")).await? {
+            Some(bytes) => set_values(context, path, &bytes)?,
+            None if is_ok => return Err(Error::Stage(format!("output: `values: {path}` is not there"))),
+            None => {}
+        }
+    }
+    Ok(())
+}
+
+fn set_values(context: &Context, path: &str, bytes: &[u8]) -> Result<(), Error> {
+    if bytes.len() > VALUES_MAX {
+        return Err(Error::Stage(format!("output: `values: {path}` has more than {} KiB", VALUES_MAX / 1024)));
+    }
+    let values: serde_json::Map<String, serde_json::Value> = serde_json::from_slice(bytes)
+        .map_err(|error| Error::Stage(format!("output: `values: {path}` is no JSON object: {error}")))?;
+    values.into_iter().for_each(|(name, value)| context.set_value(name, value));
+    Ok(())
+}
+
+/// A file of the sandbox.
+struct Found {
+    size: u64,
+    executable: bool,
+}
+
+fn matcher(pattern: &str) -> Result<GlobMatcher, Error> {
+    // A folder stands for everything in it.
+    let pattern = if pattern.ends_with('/') { format!("{pattern}**") } else { pattern.to_owned() };
+    on_site::glob(&pattern).map(|glob| glob.compile_matcher()).map_err(|error| Error::Stage(format!("out: {error}")))
+}
+
+impl Staging<'_> {
+    /// A command whose failure is about files.
+    async fn run(&self, command: &str, stdin: &[u8]) -> Result<Vec<u8>, Error> {
+        Ok(self.visit.session.exec(command, stdin, VERIFY_LIMIT).await?.ok()?)
+    }
+
+    fn tell(&self, line: &str) {
+        self.context.live.set_last_line(line);
+    }
+
+    /// The small files and Baton's own, as one stream.
+    async fn send_small(&self, entries: Vec<Entry>, own: Vec<(String, Vec<u8>)>) -> Result<(), Error> {
+        let mut expected: BTreeMap<String, Digest> =
+            own.iter().map(|(path, bytes)| (path.clone(), Digest::of(bytes))).collect();
+        expected.extend(entries.iter().map(|entry| (entry.path.clone(), entry.digest)));
+        self.tell(&format!("sending {} files", expected.len()));
+        let (reader, writer) = tokio::io::duplex(STREAM_BYTES);
+        let objects = self.site.objects.clone();
+        let runtime = self.context.shared.blocking.clone();
+        let packing = self.context.blocking(move || {
+            let mut archive = tar::Builder::new(SyncIoBridge::new_with_handle(writer, runtime.clone()));
+            for (path, bytes) in &own {
+                append(&mut archive, path, bytes, false)?;
+            }
+            for entry in &entries {
+                let bytes = match objects.local_path(entry.digest) {
+                    Some(path) => std::fs::read(path)?,
+                    None => runtime.block_on(objects.get_bytes(entry.digest, CACHED_FROM)).map_err(io::Error::other)?,
+                };
+                append(&mut archive, &entry.path, &bytes, entry.executable)?;
+            }
+            archive.into_inner()?.shutdown()
+        });
+        let dir = quote(self.dir);
+        let command = format!("umask 077; mkdir -p {dir} && tar -xof - -C {dir}");
+        let (packed, sent) = tokio::join!(packing, self.visit.session.send(&command, reader));
+        sent?.ok()?;
+        packed?.map_err(|error| Error::Stage(error.to_string()))?;
+        self.verify(self.dir, &expected).await
+    }
+
+    /// Compares the SHA-256 of files there with what they should be.
+    async fn verify(&self, dir: &str, expected: &BTreeMap<String, Digest>) -> Result<(), Error> {
+        let found = self.digests(dir, expected.keys().map(String::as_str)).await?;
+        for (path, digest) in expected {
+            if found.get(path) != Some(digest) {
+                // The next try sends it again.
+                return Err(Error::Site(transport::Error::Broken(format!("{path} has arrived with another content"))));
+            }
+        }
+        Ok(())
+    }
+
+    /// The SHA-256 of files there.
+    async fn digests(&self, dir: &str, paths: impl Iterator<Item = &str>) -> Result<BTreeMap<String, Digest>, Error> {
+        let names: Vec<u8> = paths.flat_map(|path| [b"./", path.as_bytes(), b"\0"].concat()).collect();
+        if names.is_empty() {
+            return Ok(BTreeMap::new());
+        }
+        let stdout = self.run(&format!("cd {} && xargs -0 sha256sum -z --", quote(dir)), &names).await?;
+        let mut digests = BTreeMap::new();
+        for line in stdout.split(|byte| *byte == 0).filter(|line| !line.is_empty()) {
+            let line = std::str::from_utf8(line).ok();
+            let read = line.and_then(|line| {
+                let (digest, path) = line.split_once("  ./")?;
+                Some((path.to_owned(), digest.parse::<Digest>().ok()?))
+            });
+            let (path, digest) = read.ok_or_else(|| Error::Stage("sha256sum has answered nonsense".into()))?;
+            digests.insert(path, digest);
+        }
+        Ok(digests)
+    }
+
+    /// A file in the site's cache; it is sent if it is not there, by one worker of the fleet.
+    async fn cached(&self, digest: Digest, size: u64, executable: bool) -> Result<String, Error> {
+        let cache = format!("{}/cache", self.visit.root);
+        let path = format!("{cache}/{digest}{}", if executable { ".x" } else { "" });
+        let (folder, quoted) = (quote(&cache), quote(&path));
+        // What is used is young.
+        let look = format!(
+            "umask 077; mkdir -p {folder} && {{ [ ! -f {quoted} ] || {{ touch -c -a {quoted}; echo there; }}; }}"
+        );
+        if self.run(&look, b"").await?.starts_with(b"there") {
+            return Ok(path);
+        }
+        let permit = format!("sent/{}/{digest}", self.site.name);
+        let Some(_sending) = self.site.begin_sending(&permit, &self.context.shared).await? else {
+            return Err(Error::Wait(permit, SENT_PAUSE));
+        };
+        self.send_to_cache(digest, size, executable, &path).await.map(|()| path)
+    }
+
+    async fn send_to_cache(&self, digest: Digest, size: u64, executable: bool, path: &str) -> Result<(), Error> {
+        // Another may have sent it between the look and the permit.
+        if self.run(&format!("[ ! -f {} ] || echo there", quote(path)), b"").await?.starts_with(b"there") {
+            return Ok(());
+        }
+        let kept;
+        let source = match self.site.objects.local_path(digest) {
+            Some(path) => path,
+            None => {
+                kept = self.scratch()?;
+                let path = kept.path.join(digest.to_string());
+                self.site.objects.get_file(digest, &path, |_| ()).await?;
+                path
+            }
+        };
+        let coming = format!("{path}.new");
+        let live = &self.context.live;
+        let progress =
+            |done: u64| live.set_last_line(&format!("sent {} of {} MiB of {digest}", done >> 20, size >> 20));
+        self.visit.session.put(&source, &coming, &progress).await?;
+        let name = coming.rsplit('/').next().unwrap_or(&coming).to_owned();
+        let cache = format!("{}/cache", self.visit.root);
+        let found = self.digests(&cache, std::iter::once(name.as_str())).await?;
+        if found.get(&name) != Some(&digest) {
+            self.run(&format!("rm -f {}", quote(&coming)), b"").await?;
+            return Err(Error::Site(transport::Error::Broken("a file has arrived with another content".into())));
+        }
+        let mode = if executable { 555 } else { 444 };
+        self.run(&format!("chmod {mode} {0} && mv -f {0} {1}", quote(&coming), quote(path)), b"").await?;
+        self.shrink_cache().await
+    }
+
+    /// Removes what the cache may not keep: the longest unused first, and nothing that a sandbox links.
+    async fn shrink_cache(&self) -> Result<(), Error> {
+        let cache = self.site.config.cache;
+        let script = format!(
+            "cd {} || exit 0
+             total=$(du -sk . | cut -f 1)
+             find . -maxdepth 1 -type f -links 1 -printf '%A@ %k %P\\n' | sort -n | while read -r at size name; do
+               age=$(( $(date +%s) - ${{at%.*}} ))
+               case $name in *.part|*.new) [ $age -gt 86400 ] || continue ;; esac
+               [ $age -gt {} ] || [ $total -gt {} ] || continue
+               [ $age -gt 60 ] || continue
+               rm -f \"$name\"; total=$(( total - size ))
+             done",
+            quote(&format!("{}/cache", self.visit.root)),
+            cache.max_age.as_secs(),
+            cache.max_bytes >> 10
+        );
+        self.run(&script, b"").await.map(drop)
+    }
+
+    /// A file of the cache under its name in the sandbox; a hard link, so that the cache cannot lose it.
+    async fn link(&self, cached: &str, path: &str) -> Result<(), Error> {
+        let to = format!("{}/{path}", self.dir);
+        let folder = to.rsplit_once('/').map_or(self.dir, |(folder, _)| folder);
+        let (cached, to) = (quote(cached), quote(&to));
+        let command =
+            format!("umask 077; mkdir -p {} && {{ ln -f {cached} {to} || cp -p {cached} {to}; }}", quote(folder));
+        self.run(&command, b"").await.map(drop)
+    }
+
+    /// The folder of a scope at the site.
+    fn scope(&self, scope: Scope) -> Result<String, Error> {
+        let session = self.context.spec().session.as_deref();
+        Ok(match scope {
+            Scope::Task => self.dir.to_owned(),
+            Scope::Resource => format!("{}/r", self.visit.root),
+            Scope::Session => {
+                let session = session.ok_or_else(|| Error::Stage("session:// needs a `session`".into()))?;
+                format!("{}/s/{session}", self.visit.root)
+            }
+            Scope::Client | Scope::Store => {
+                return Err(Error::Stage(format!("{}:// is no place at a site", scope.word())));
+            }
+        })
+    }
+
+    /// A line of `in` whose source is at the site or in the object store.
+    async fn place(&self, idx: usize, input: &Input) -> Result<(), Error> {
+        let (source, source_scope) = match input.from.scope {
+            Scope::Store => {
+                let digest: Digest =
+                    input.from.path.parse().map_err(|_| Error::Stage(format!("`{}` is no digest", input.from)))?;
+                let cached = self.cached(digest, 0, false).await?;
+                (cached, format!("{}/cache", self.visit.root))
+            }
+            Scope::Session | Scope::Resource | Scope::Task => {
+                let scope = self.scope(input.from.scope)?;
+                (format!("{scope}/{}", input.from.path), scope)
+            }
+            Scope::Client => {
+                return Err(Error::Stage(format!("`{}` was not captured when it was submitted", input.from)));
+            }
+        };
+        let target_scope = self.scope(input.to.scope)?;
+        let name = input.from.path.rsplit('/').find(|part| !part.is_empty()).unwrap_or_default();
+        let mut target = format!("{target_scope}/{}", input.to.path);
+        if (input.to.path.is_empty() || input.to.path.ends_with('/')) && input.how != How::Unpack {
+            target.push_str(name);
+        }
+        let act = match input.how {
+            How::Auto if input.from.scope == Scope::Store => {
+                "{ ln -f \"$from\" \"$to\" || cp -p \"$from\" \"$to\"; }".to_owned()
+            }
+            How::Auto | How::Link => "ln -sfn \"$from\" \"$to\"".to_owned(),
+            How::Copy => "cp -RPp \"$from\" \"$to\" && chmod -R u+w \"$to\"".to_owned(),
+            How::Move => "mv -f \"$from\" \"$to\"".to_owned(),
+            How::Unpack => unpack(idx),
+        };
+        let is_optional = if input.optional { "exit 0" } else { "{ echo \"$from is not there\" >&2; exit 1; }" };
+        let script = format!(
+            "umask 077
+             {INSIDE}
+             from={}; to={}; from_scope={}; to_scope={}; dir={}
+             mkdir -p \"$from_scope\" \"$to_scope\" || exit 1
+             [ -e \"$from\" ] || {is_optional}
+             inside \"$from\" \"$from_scope\" || exit 1
+             from=$(readlink -f \"$from\")
+             mkdir -p \"$(dirname \"$to\")\" && inside \"$(dirname \"$to\")\" \"$to_scope\" || exit 1
+             {act}",
+            quote(&source),
+            quote(&target),
+            quote(&source_scope),
+            quote(&target_scope),
+            quote(self.dir),
+        );
+        self.run(&script, b"").await.map(drop)
+    }
+
+    /// Every file of the sandbox, but for Baton's own; a link that leads out of it is refused.
+    async fn list(&self) -> Result<BTreeMap<String, Found>, Error> {
+        let script = format!(
+            "{INSIDE}
+             cd {} || exit 1
+             dir=$(pwd -P)
+             find . -path ./.baton -prune -o -type f -printf '%s %m %P\\0'
+             find . -path ./.baton -prune -o -type l -print | while read -r link; do
+               target=$(readlink -f \"$link\") || continue
+               case $target in \"$dir\"/*) [ ! -f \"$target\" ] || printf '%s 600 %s\\0' \"$(wc -c < \"$target\")\" \"${{link#./}}\" ;; esac
+             done",
+            quote(self.dir)
+        );
+        let stdout = self.run(&script, b"").await?;
+        let mut found = BTreeMap::new();
+        for line in stdout.split(|byte| *byte == 0).filter(|line| !line.is_empty()) {
+            // A name that is no UTF-8 matches no pattern.
+            let Ok(line) = std::str::from_utf8(line) else { continue };
+            let mut fields = line.splitn(3, ' ');
+            let (Some(size), Some(mode), Some(path)) = (fields.next(), fields.next(), fields.next()) else { continue };
+            let executable = u32::from_str_radix(mode, 8).is_ok_and(|mode| mode & 0o100 != 0);
+            found.insert(path.to_owned(), Found { size: size.trim().parse().unwrap_or(0), executable });
+        }
+        Ok(found)
+    }
+
+    /// Files of the sandbox to a scope of the site.
+    async fn hand_over(&self, output: &Output, paths: &[&str]) -> Result<(), Error> {
+        let scope = self.scope(output.to.scope)?;
+        let is_folder = output.to.path.is_empty() || output.to.path.ends_with('/') || paths.len() > 1;
+        for path in paths {
+            let name = path.rsplit('/').next().unwrap_or(path);
+            let to = if is_folder {
+                format!("{scope}/{}/{name}", output.to.path.trim_end_matches('/'))
+            } else {
+                format!("{scope}/{}", output.to.path)
+            };
+            let act = match output.how {
+                How::Move => "mv -f",
+                How::Link => "ln -sfn",
+                How::Auto | How::Copy | How::Unpack => "cp -p",
+            };
+            let script = format!(
+                "umask 077
+                 {INSIDE}
+                 from={}; to={}; to_scope={}
+                 mkdir -p \"$(dirname \"$to\")\" && inside \"$(dirname \"$to\")\" \"$to_scope\" && {act} \"$from\" \"$to.part\" && mv -f \"$to.part\" \"$to\"",
+                quote(&format!("{}/{path}", self.dir)),
+                quote(&to),
+                quote(&scope),
+            );
+            self.run(&script, b"").await?;
+        }
+        Ok(())
+    }
+
+    /// Files of the sandbox into the object store; what it has already is not fetched.
+    async fn keep(&self, files: &[(&str, &Found)]) -> Result<Manifest, Error> {
+        let digests = self.digests(self.dir, files.iter().map(|(path, _)| *path)).await?;
+        let digest_of =
+            |path: &str| digests.get(path).copied().ok_or_else(|| Error::Stage(format!("{path} has vanished")));
+        let mut missing = Vec::new();
+        for (path, found) in files {
+            let digest = digest_of(path)?;
+            if !self.site.objects.has(digest).await? {
+                missing.push((*path, digest, found.size));
+            }
+        }
+        if !missing.is_empty() {
+            let scratch = self.scratch()?;
+            self.fetch(&missing, &scratch.path).await?;
+            for (idx, (path, digest, _)) in missing.iter().enumerate() {
+                let stored = self.site.objects.put_file(&scratch.path.join(idx.to_string())).await?;
+                if stored.digest != *digest {
+                    let text = format!("{path} has come with another content, or is still being written");
+                    return Err(Error::Site(transport::Error::Broken(text)));
+                }
+            }
+        }
+        let entries = files.iter().map(|(path, found)| {
+            Ok(Entry {
+                path: (*path).to_owned(),
+                digest: digest_of(path)?,
+                size: found.size,
+                executable: found.executable,
+            })
+        });
+        Manifest::new(entries.collect::<Result<_, Error>>()?).map_err(Error::from)
+    }
+
+    /// Fetches files under their numbers: large ones each, small ones as one stream.
+    async fn fetch(&self, files: &[(&str, Digest, u64)], to: &Path) -> Result<(), Error> {
+        let (mut names, mut numbers) = (Vec::new(), BTreeMap::new());
+        for (idx, (path, _, size)) in files.iter().enumerate() {
+            if *size >= CACHED_FROM {
+                let live = &self.context.live;
+                let progress =
+                    |done: u64| live.set_last_line(&format!("fetched {} of {} MiB of {path}", done >> 20, size >> 20));
+                self.visit.session.get(&format!("{}/{path}", self.dir), &to.join(idx.to_string()), &progress).await?;
+            } else {
+                names.extend([b"./", path.as_bytes(), b"\0"].concat());
+                numbers.insert((*path).to_owned(), idx);
+            }
+        }
+        if numbers.is_empty() {
+            return Ok(());
+        }
+        self.tell(&format!("fetching {} files", numbers.len()));
+        let list = quote(&format!("{}/{}/fetch", self.dir, script::FOLDER));
+        self.run(&format!("cat > {list}"), &names).await?;
+        let (reader, mut writer) = tokio::io::duplex(STREAM_BYTES);
+        let (to, runtime) = (to.to_owned(), self.context.shared.blocking.clone());
+        let unpacking = self.context.blocking(move || {
+            let mut archive = tar::Archive::new(SyncIoBridge::new_with_handle(reader, runtime));
+            for entry in archive.entries()? {
+                let mut entry = entry?;
+                let path = entry.path()?.to_string_lossy().trim_start_matches("./").to_owned();
+                // Only what was asked for, and under its number: no name of the far end becomes a path here.
+                if let Some(idx) = numbers.get(&path) {
+                    io::copy(&mut entry, &mut std::fs::File::create(to.join(idx.to_string()))?)?;
+                }
+            }
+            Ok::<_, io::Error>(())
+        });
+        let command = format!("cd {} && tar -chf - --null --verbatim-files-from -T {list}", quote(self.dir));
+        let receiving = async {
+            let received = self.visit.session.receive(&command, &mut writer).await;
+            let _ = writer.shutdown().await;
+            drop(writer);
+            received
+        };
+        let (unpacked, received) = tokio::join!(unpacking, receiving);
+        received?.ok()?;
+        unpacked?.map_err(|error| Error::Stage(error.to_string()))
+    }
+
+    /// A folder on this machine that is gone when it is dropped.
+    fn scratch(&self) -> Result<Scratch, Error> {
+        let name = format!("{}-{}", self.context.pid(), self.context.epoch());
+        let path = self.context.root().join("staging").join(name);
+        std::fs::create_dir_all(&path).map_err(|error| Error::Stage(format!("{}: {error}", path.display())))?;
+        Ok(Scratch { path })
+    }
+}
+
+struct Scratch {
+    path: PathBuf,
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        // What is left of it is found under the process's id.
+        let _ = std::fs::remove_dir_all(&self.path);
+    }
+}
+
+fn append(archive: &mut tar::Builder<impl Write>, path: &str, bytes: &[u8], executable: bool) -> io::Result<()> {
+    let mut header = tar::Header::new_gnu();
+    header.set_size(bytes.len() as u64);
+    header.set_mode(if executable { 0o700 } else { 0o600 });
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    header.set_mtime(now.as_secs());
+    archive.append_data(&mut header, path, bytes)
+}
+
+/// `inside PATH SCOPE`: whether a path stays in its scope, with all links resolved.
+const INSIDE: &str = r#"inside() {
+  case "$(readlink -f "$1")/" in
+    "$(readlink -f "$2")"/*) return 0 ;;
+  esac
+  echo "$1 leads out of its scope" >&2
+  return 1
+}"#;
+
+/// Unpacks an archive beside its place, refuses what leads out of it, and moves it there.
+fn unpack(idx: usize) -> String {
+    format!(
+        "work=\"$dir/.baton/unpack.{idx}\"
+         rm -rf \"$work\" && mkdir -p \"$work\" \"$to\" || exit 1
+         if tar -tf \"$from\" | grep -Eq '^/|(^|/)\\.\\.(/|$)'; then echo \"$from has a path that leads out of it\" >&2; exit 1; fi
+         tar -xof \"$from\" -C \"$work\" || exit 1
+         find \"$work\" -type l | while read -r link; do
+           target=$(readlink -m \"$link\")
+           case $target in \"$(readlink -f \"$work\")\"/*) ;; *) echo \"$from has a link that leads out of it: $link\" >&2; exit 1 ;; esac
+         done || exit 1
+         cp -RPp \"$work\"/. \"$to\"/ && rm -rf \"$work\""
+    )
+}

@@ -1,0 +1,349 @@
+//! How commands and files get to a site: by SSH, or on the worker's own machine.
+//!
+//! A [`Session`] is an open way to one machine. Nothing here is tried twice: every error says whether the way is at fault
+//! ([`Error::is_of_transport`]), and whoever calls opens another session, or does not. Paths that are not absolute begin
+//! at the home folder of the user there, as they do for commands.
+//!
+//! By SSH, a command is given to the login shell in a form that every shell reads alike, and only `/bin/sh` interprets
+//! it. What start-up files of that shell print is dropped. A command whose future is dropped, or that outlives its limit,
+//! is killed as far as the server lets us, and its channel is closed.
+
+mod config;
+mod known_hosts;
+mod local;
+mod login;
+mod running;
+mod sftp;
+mod shell;
+mod ssh;
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::time::timeout;
+
+pub use self::shell::Shell;
+
+/// How long it may take to connect, all machines on the way included.
+const CONNECT_LIMIT: Duration = Duration::from_secs(30);
+
+/// For how long no byte may move while files or streams are sent. A file system that hangs for longer is as good as gone.
+const SILENCE_LIMIT: Duration = Duration::from_secs(60);
+
+/// Most bytes that a command may write to one of its two outputs, where they are kept in memory.
+const OUTPUT_MAX: usize = 16 << 20;
+
+/// How much of a command's standard error goes into an error.
+const STDERR_TAIL: usize = 2000;
+
+/// What went wrong. The texts hold no keys, passphrases or inputs.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// No file knows the key of the host. Somebody has to look at it.
+    #[error("the host key of {host} is not known: {fingerprint}; {remedy}")]
+    UnknownHostKey {
+        /// As it stands in the file of known hosts.
+        host: String,
+        /// Its SHA-256, as OpenSSH writes it.
+        fingerprint: String,
+        /// What to do about it.
+        remedy: String,
+    },
+    /// The host has shown another key than the one that is known: another machine may have answered.
+    #[error("the host key of {host} is {fingerprint}, and not the one in {}, line {line}", .file.display())]
+    HostKeyChanged {
+        /// As it stands in the file of known hosts.
+        host: String,
+        /// Of the key that was shown.
+        fingerprint: String,
+        /// The file of known hosts.
+        file: PathBuf,
+        /// The line of the other key, from 1.
+        line: usize,
+    },
+    /// The server lets us not in, or does not do what we need. Trying again does not help.
+    #[error("{host} refuses: {reason}")]
+    Refused {
+        /// The machine.
+        host: String,
+        /// What was tried.
+        reason: String,
+    },
+    /// No session could be opened.
+    #[error("cannot reach {host}: {reason}")]
+    Unreachable {
+        /// The machine.
+        host: String,
+        /// What the system or the server said.
+        reason: String,
+    },
+    /// The server opens no more channels on this session (`MaxSessions`).
+    #[error("the server opens no further channel: {0}")]
+    NoChannel(String),
+    /// The session or the shell has ended, or is out of step. What was asked may have been done or not.
+    #[error("the connection is broken: {0}")]
+    Broken(String),
+    /// It has taken too long. What was asked may have been done or not.
+    #[error("{what} has taken longer than {} s", .limit.as_secs())]
+    TimedOut {
+        /// What was waited for.
+        what: String,
+        /// For how long.
+        limit: Duration,
+    },
+    /// The command has failed.
+    #[error("the command has ended with {}{}", end_text(*.exit, .signal.as_deref()), stderr_text(.stderr))]
+    Command {
+        /// Its exit code, if it has one.
+        exit: Option<i32>,
+        /// The signal that has ended it, without `SIG`.
+        signal: Option<String>,
+        /// The end of its standard error.
+        stderr: String,
+    },
+    /// A file cannot be read or written, here or there.
+    #[error("{path}: {reason}")]
+    File {
+        /// The file.
+        path: String,
+        /// What the system said.
+        reason: String,
+    },
+    /// The command has written more than is kept in memory (16 MiB for each output).
+    #[error("the command has written more than {} MiB", OUTPUT_MAX >> 20)]
+    TooMuchOutput,
+    /// What is configured cannot be used.
+    #[error("{0}")]
+    Config(String),
+}
+
+impl Error {
+    /// The way to the site is at fault, not what was asked: worth trying again over a new session.
+    pub fn is_of_transport(&self) -> bool {
+        match self {
+            Self::Unreachable { .. } | Self::NoChannel(_) | Self::Broken(_) | Self::TimedOut { .. } => true,
+            Self::UnknownHostKey { .. }
+            | Self::HostKeyChanged { .. }
+            | Self::Refused { .. }
+            | Self::Command { .. }
+            | Self::File { .. }
+            | Self::TooMuchOutput
+            | Self::Config(_) => false,
+        }
+    }
+
+    fn file(path: impl Into<String>, reason: impl std::fmt::Display) -> Self {
+        Self::File { path: path.into(), reason: reason.to_string() }
+    }
+
+    fn local_file(path: &Path, error: &std::io::Error) -> Self {
+        Self::file(path.display().to_string(), error)
+    }
+}
+
+fn end_text(exit: Option<i32>, signal: Option<&str>) -> String {
+    match (exit, signal) {
+        (Some(code), _) => format!("exit code {code}"),
+        (None, Some(signal)) => format!("signal {signal}"),
+        (None, None) => "neither exit code nor signal".to_owned(),
+    }
+}
+
+fn stderr_text(stderr: &str) -> String {
+    if stderr.is_empty() { String::new() } else { format!(": {stderr}") }
+}
+
+/// What a command has done.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Output {
+    /// Its exit code; none if a signal has ended it.
+    pub exit: Option<i32>,
+    /// The signal that has ended it, without `SIG`.
+    pub signal: Option<String>,
+    /// What it has written to its standard output.
+    pub stdout: Vec<u8>,
+    /// What it has written to its standard error.
+    pub stderr: Vec<u8>,
+}
+
+impl Output {
+    /// Why a command has failed, for people: the last line of its standard error, or its exit.
+    pub(crate) fn complaint(&self) -> String {
+        let stderr = String::from_utf8_lossy(&self.stderr);
+        let last = stderr.lines().rfind(|line| !line.trim().is_empty()).map(|line| line.trim().to_owned());
+        last.unwrap_or_else(|| end_text(self.exit, self.signal.as_deref()))
+    }
+
+    /// The standard output of a command that has ended with exit code 0.
+    ///
+    /// # Errors
+    /// [`Error::Command`] with the end of its standard error.
+    pub fn ok(self) -> Result<Vec<u8>, Error> {
+        if self.exit == Some(0) {
+            return Ok(self.stdout);
+        }
+        let tail = &self.stderr[self.stderr.len().saturating_sub(STDERR_TAIL)..];
+        let stderr = String::from_utf8_lossy(tail).trim().to_owned();
+        Err(Error::Command { exit: self.exit, signal: self.signal, stderr })
+    }
+}
+
+/// An open way to a site's machine. Clones are the same session.
+#[derive(Clone, Debug)]
+pub struct Session {
+    way: Way,
+}
+
+#[derive(Clone, Debug)]
+enum Way {
+    Local,
+    Ssh(ssh::Connection),
+}
+
+/// Opens a session by SSH.
+///
+/// # Errors
+/// Every variant but [`Error::Command`], [`Error::File`] and [`Error::TooMuchOutput`]; [`Error::TimedOut`] after 30 s.
+pub async fn connect(section: &baton_common::config::Ssh) -> Result<Session, Error> {
+    let connecting = Box::pin(async {
+        let route = config::resolve(section).await?;
+        ssh::Connection::open(&route).await
+    });
+    match timeout(CONNECT_LIMIT, connecting).await {
+        Ok(connection) => Ok(Session { way: Way::Ssh(connection?) }),
+        Err(_) => Err(Error::TimedOut { what: format!("connecting to {}", section.host), limit: CONNECT_LIMIT }),
+    }
+}
+
+impl Session {
+    /// The worker's own machine.
+    pub fn local() -> Self {
+        Self { way: Way::Local }
+    }
+
+    /// Runs a command with these bytes as its standard input. It may write 16 MiB to each of its outputs.
+    ///
+    /// # Errors
+    /// [`Error::TimedOut`] when it outlives the limit, [`Error::TooMuchOutput`], and those of the transport. That the
+    /// command fails is no error here; see [`Output::ok`].
+    ///
+    /// # Cancel safety
+    /// A command whose future is dropped is killed where the server can do that, and its channel is closed.
+    pub async fn exec(&self, command: &str, stdin: &[u8], limit: Duration) -> Result<Output, Error> {
+        let run = Box::pin(async { self.start(command, Some(limit)).await?.exchange(stdin, None).await });
+        match timeout(limit, run).await {
+            Ok(output) => output,
+            Err(_) => Err(Error::TimedOut { what: "a command".to_owned(), limit }),
+        }
+    }
+
+    /// Runs a command and feeds it everything that `input` gives.
+    ///
+    /// # Errors
+    /// As [`Self::exec`]; [`Error::TimedOut`] when no byte has moved for 60 s.
+    pub async fn send(&self, command: &str, input: impl AsyncRead + Send + Unpin) -> Result<Output, Error> {
+        Box::pin(async { self.start(command, None).await?.exchange(input, Some(SILENCE_LIMIT)).await }).await
+    }
+
+    /// Runs a command and writes its standard output to `output`. What is given back has no standard output.
+    ///
+    /// # Errors
+    /// As [`Self::send`]; [`Error::File`] when `output` cannot be written.
+    pub async fn receive(&self, command: &str, output: impl AsyncWrite + Send + Unpin) -> Result<Output, Error> {
+        Box::pin(async { self.start(command, None).await?.receive(output, SILENCE_LIMIT).await }).await
+    }
+
+    /// Writes one file there: to `TO.part`, from where an earlier one was cut, and renamed to `to` when it is whole. Its
+    /// parent folder must be there. `progress` is told how many bytes are there.
+    ///
+    /// It verifies nothing, since a `.part` may be that of another file: whoever calls compares SHA-256.
+    ///
+    /// # Errors
+    /// [`Error::File`], with what the server says, for a full disk among others; and those of the transport.
+    pub async fn put(&self, from: &Path, to: &str, progress: &(dyn Fn(u64) + Send + Sync)) -> Result<(), Error> {
+        match &self.way {
+            Way::Local => local::copy(from, &local::at_home(to), progress).await,
+            Way::Ssh(connection) => Box::pin(sftp::put(connection, from, to, progress)).await,
+        }
+    }
+
+    /// Fetches one file, as [`Self::put`] writes one: by `TO.part` here, and without verifying it.
+    ///
+    /// # Errors
+    /// As [`Self::put`].
+    pub async fn get(&self, from: &str, to: &Path, progress: &(dyn Fn(u64) + Send + Sync)) -> Result<(), Error> {
+        match &self.way {
+            Way::Local => local::copy(&local::at_home(from), to, progress).await,
+            Way::Ssh(connection) => Box::pin(sftp::get(connection, from, to, progress)).await,
+        }
+    }
+
+    /// A shell that stays open, on one channel.
+    ///
+    /// # Errors
+    /// Those of the transport.
+    pub async fn shell(&self) -> Result<Shell, Error> {
+        Ok(Shell::new(self.start("exec /bin/sh -s", None).await?))
+    }
+
+    /// Asks the server for an answer, of whatever kind.
+    ///
+    /// # Errors
+    /// [`Error::Broken`], or [`Error::TimedOut`].
+    pub async fn ping(&self, limit: Duration) -> Result<(), Error> {
+        match &self.way {
+            Way::Local => Ok(()),
+            Way::Ssh(connection) => match timeout(limit, connection.ping()).await {
+                Ok(answer) => answer,
+                Err(_) => Err(Error::TimedOut { what: "a keepalive".to_owned(), limit }),
+            },
+        }
+    }
+
+    /// Whether the session is known to have ended.
+    pub fn is_broken(&self) -> bool {
+        match &self.way {
+            Way::Local => false,
+            Way::Ssh(connection) => connection.is_closed(),
+        }
+    }
+
+    /// Ends the session, for all of its clones.
+    pub async fn close(&self) {
+        match &self.way {
+            Way::Local => {}
+            Way::Ssh(connection) => connection.close().await,
+        }
+    }
+
+    /// Starts a command; one with a limit ends itself there when nobody can end it from here.
+    async fn start(&self, command: &str, limit: Option<Duration>) -> Result<running::Running, Error> {
+        match &self.way {
+            Way::Local => Ok(running::Running::Local(local::Command::start(command)?)),
+            Way::Ssh(connection) => Ok(running::Running::Ssh(connection.start(command, limit).await?)),
+        }
+    }
+}
+
+/// Quotes a word for a POSIX shell.
+pub fn quote(word: &str) -> String {
+    let is_plain = |c: char| c.is_ascii_alphanumeric() || "_-./=:,@%+".contains(c);
+    if !word.is_empty() && word.chars().all(is_plain) {
+        return word.to_owned();
+    }
+    format!("'{}'", word.replace('\'', r"'\''"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_quoted_word_is_one_word() {
+        assert_eq!(quote("a/b-1.txt"), "a/b-1.txt");
+        assert_eq!(quote(""), "''");
+        assert_eq!(quote("it's"), r"'it'\''s'");
+        assert_eq!(quote("a b\n$(c)"), "'a b\n$(c)'");
+    }
+}

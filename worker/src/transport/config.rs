@@ -1,0 +1,288 @@
+//! Which machines are on the way to a site, and what they are shown: the configuration's own section, and what OpenSSH
+//! would do (`ssh -G`).
+
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
+
+use baton_common::config::Ssh;
+use tokio::process::Command;
+use tokio::time::timeout;
+
+use super::Error;
+
+/// How long `ssh -G` may take. It asks the configuration's own commands (`Match exec`), and the network perhaps.
+const ASK_LIMIT: Duration = Duration::from_secs(10);
+
+/// Most machines on the way.
+const HOPS_MAX: usize = 8;
+
+/// What SSH listens on if nothing is said.
+pub(super) const PORT: u16 = 22;
+
+/// The machines on the way to a site.
+#[derive(Debug)]
+pub(super) struct Route {
+    /// The nearest first, the site's own last.
+    pub(super) hops: Vec<Hop>,
+    /// A connection that is silent for so long is asked whether it lives.
+    pub(super) keepalive: Duration,
+}
+
+impl Route {
+    pub(super) fn target(&self) -> &Hop {
+        self.hops.last().expect("there is a target")
+    }
+}
+
+/// One machine, and how to log in there.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Hop {
+    /// What to connect to.
+    pub(super) name: String,
+    pub(super) port: u16,
+    pub(super) user: String,
+    /// What its key is filed under, if not under its name.
+    pub(super) alias: Option<String>,
+    /// Files of known hosts, which need not exist.
+    pub(super) known_hosts: Vec<PathBuf>,
+    /// Files of private keys, which need not exist but for a named one.
+    pub(super) keys: Vec<PathBuf>,
+    /// The configuration names its only key.
+    pub(super) is_key_named: bool,
+    /// The agent is not asked for keys other than these.
+    pub(super) only_these_keys: bool,
+    /// Where the agent listens, if there is one.
+    pub(super) agent: Option<PathBuf>,
+}
+
+/// A machine as somebody has written it, `USER@HOST:PORT`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Place {
+    host: String,
+    user: Option<String>,
+    port: Option<u16>,
+}
+
+/// Finds out the way to a machine.
+pub(super) async fn resolve(section: &Ssh) -> Result<Route, Error> {
+    let place = Place { host: section.host.clone(), user: section.user.clone(), port: section.port };
+    let (target, answer) = hop(section, &place).await?;
+    if section.jump.is_none() && answer.one("proxycommand").is_some() {
+        return Err(Error::Config(format!(
+            "OpenSSH reaches {} by a ProxyCommand, which Baton does not run; name the machines on the way with `jump`",
+            section.host
+        )));
+    }
+    let mut via = section.jump.clone().or_else(|| answer.one("proxyjump").map(str::to_owned));
+    let mut hops = vec![target];
+    // The nearest of the machines may have some before it.
+    while let Some(text) = via.take() {
+        let mut nearer = Vec::new();
+        for place in jumps(&text)? {
+            let (hop, answer) = hop(section, &place).await?;
+            if nearer.is_empty() {
+                via = answer.one("proxyjump").map(str::to_owned);
+            }
+            nearer.push(hop);
+        }
+        hops.splice(0..0, nearer);
+        if hops.len() > HOPS_MAX {
+            return Err(Error::Config(format!("more than {HOPS_MAX} machines are on the way to {}", section.host)));
+        }
+    }
+    Ok(Route { hops, keepalive: section.keepalive })
+}
+
+fn jumps(text: &str) -> Result<Vec<Place>, Error> {
+    if text == "none" {
+        return Ok(Vec::new());
+    }
+    text.split(',').map(|jump| place(jump.trim())).collect()
+}
+
+/// Reads `USER@HOST:PORT`; an IPv6 address with a port is in brackets.
+fn place(text: &str) -> Result<Place, Error> {
+    let wrong = || Error::Config(format!("{text:?} is not USER@HOST:PORT"));
+    let text = text.strip_prefix("ssh://").unwrap_or(text);
+    let (user, rest) = match text.rsplit_once('@') {
+        Some((user, rest)) => (Some(user.to_owned()), rest),
+        None => (None, text),
+    };
+    let (host, port) = match rest.strip_prefix('[').and_then(|rest| rest.split_once(']')) {
+        Some((host, port)) => (host, port.strip_prefix(':')),
+        None if rest.matches(':').count() == 1 => {
+            rest.split_once(':').map(|(host, port)| (host, Some(port))).ok_or_else(wrong)?
+        }
+        None => (rest, None),
+    };
+    let port = port.map(str::parse).transpose().map_err(|_| wrong())?;
+    if host.is_empty() || host.contains(['[', ']']) || user.as_deref() == Some("") {
+        return Err(wrong());
+    }
+    Ok(Place { host: host.to_owned(), user, port })
+}
+
+async fn hop(section: &Ssh, place: &Place) -> Result<(Hop, Answer), Error> {
+    let config = section.config.as_deref().map(at_home);
+    let answer = ask(place, config.as_deref()).await?;
+    let name = answer.one("hostname").unwrap_or(&place.host).to_owned();
+    let user = place.user.clone().or_else(|| answer.one("user").map(str::to_owned)).or_else(own_name);
+    let user = user.ok_or_else(|| Error::Config(format!("say which `user` to be at {}", place.host)))?;
+    let port = place.port.or_else(|| answer.one("port").and_then(|port| port.parse().ok())).unwrap_or(PORT);
+    let known_hosts = match &section.known_hosts {
+        Some(file) => vec![at_home(file)],
+        None => answer.known_hosts(),
+    };
+    let keys = match &section.key {
+        Some(file) => vec![at_home(file)],
+        None => answer.identities(&name, &user),
+    };
+    let is_key_named = section.key.is_some();
+    let only_these_keys = is_key_named || answer.one("identitiesonly") == Some("yes");
+    let alias = answer.one("hostkeyalias").map(str::to_owned);
+    let agent = answer.agent(&name, &user);
+    Ok((Hop { name, port, user, alias, known_hosts, keys, is_key_named, only_these_keys, agent }, answer))
+}
+
+fn own_name() -> Option<String> {
+    ["USER", "LOGNAME"].iter().find_map(|name| std::env::var(name).ok()).filter(|name| !name.is_empty())
+}
+
+/// `~/` is the home folder, as in OpenSSH's own files.
+fn at_home(path: &Path) -> PathBuf {
+    match (path.strip_prefix("~"), std::env::home_dir()) {
+        (Ok(rest), Some(home)) => home.join(rest),
+        (Ok(_) | Err(_), _) => path.to_owned(),
+    }
+}
+
+/// What `ssh -G` says; nothing where there is no OpenSSH.
+#[derive(Debug, Default)]
+struct Answer(Vec<(String, String)>);
+
+impl Answer {
+    fn one(&self, key: &'static str) -> Option<&str> {
+        self.all(key).next().filter(|value| *value != "none")
+    }
+
+    fn all(&self, key: &'static str) -> impl Iterator<Item = &str> {
+        self.0.iter().filter(move |(name, _)| name == key).map(|(_, value)| value.as_str())
+    }
+
+    fn known_hosts(&self) -> Vec<PathBuf> {
+        let files: Vec<_> = self
+            .all("userknownhostsfile")
+            .chain(self.all("globalknownhostsfile"))
+            .flat_map(str::split_whitespace)
+            .filter(|file| *file != "none")
+            .map(|file| at_home(Path::new(file)))
+            .collect();
+        if files.is_empty() {
+            ["~/.ssh/known_hosts", "/etc/ssh/ssh_known_hosts"].map(|file| at_home(Path::new(file))).to_vec()
+        } else {
+            files
+        }
+    }
+
+    fn agent(&self, host: &str, user: &str) -> Option<PathBuf> {
+        let variable =
+            |name: &str| std::env::var_os(name).map(PathBuf::from).filter(|path| !path.as_os_str().is_empty());
+        match self.all("identityagent").next() {
+            None | Some("SSH_AUTH_SOCK") => variable("SSH_AUTH_SOCK"),
+            Some("none") => None,
+            Some(name) if name.starts_with('$') => variable(name.trim_start_matches('$')),
+            Some(path) => Some(at_home(Path::new(&with_tokens(path, host, user)))),
+        }
+    }
+
+    fn identities(&self, host: &str, user: &str) -> Vec<PathBuf> {
+        let files: Vec<_> = self
+            .all("identityfile")
+            .filter(|file| *file != "none")
+            .map(|file| at_home(Path::new(&with_tokens(file, host, user))))
+            .collect();
+        if self.0.is_empty() {
+            ["id_ed25519", "id_ecdsa", "id_rsa"].map(|name| at_home(&Path::new("~/.ssh").join(name))).to_vec()
+        } else {
+            files
+        }
+    }
+}
+
+/// The tokens of `ssh_config` that make sense in the name of a key's file.
+fn with_tokens(text: &str, host: &str, user: &str) -> String {
+    let home = std::env::home_dir().unwrap_or_default();
+    let own = own_name().unwrap_or_default();
+    let tokens = [("%d", home.to_string_lossy().as_ref()), ("%h", host), ("%r", user), ("%u", &own), ("%%", "%")]
+        .map(|(token, value)| (token, value.to_owned()));
+    tokens.iter().fold(text.to_owned(), |text, (token, value)| text.replace(token, value))
+}
+
+/// Asks OpenSSH how it would reach a machine.
+async fn ask(place: &Place, config: Option<&Path>) -> Result<Answer, Error> {
+    let mut ssh = Command::new("ssh");
+    ssh.arg("-G");
+    if let Some(config) = config {
+        ssh.arg("-F").arg(config);
+    }
+    if let Some(user) = &place.user {
+        ssh.arg("-l").arg(user);
+    }
+    if let Some(port) = place.port {
+        ssh.arg("-p").arg(port.to_string());
+    }
+    ssh.arg("--").arg(&place.host).stdin(Stdio::null()).kill_on_drop(true);
+    let failed = |reason: String| Error::Config(format!("`ssh -G {}` has failed: {reason}", place.host));
+    let output = match timeout(ASK_LIMIT, ssh.output()).await {
+        Ok(Ok(output)) => output,
+        Ok(Err(error)) if error.kind() == std::io::ErrorKind::NotFound && config.is_none() => {
+            return Ok(Answer::default());
+        }
+        Ok(Err(error)) => return Err(failed(error.to_string())),
+        Err(_) => return Err(failed(format!("no answer within {} s", ASK_LIMIT.as_secs()))),
+    };
+    if !output.status.success() {
+        return Err(failed(String::from_utf8_lossy(&output.stderr).trim().to_owned()));
+    }
+    Ok(parse(&String::from_utf8_lossy(&output.stdout)))
+}
+
+fn parse(text: &str) -> Answer {
+    let pairs = text.lines().filter_map(|line| line.split_once(' '));
+    Answer(pairs.map(|(key, value)| (key.to_owned(), value.to_owned())).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_place_has_a_host_and_may_have_a_user_and_a_port() {
+        let is = |text: &str, user: Option<&str>, host: &str, port| {
+            let expected = Place { host: host.to_owned(), user: user.map(str::to_owned), port };
+            assert_eq!(place(text).unwrap(), expected, "{text}");
+        };
+        is("a.example", None, "a.example", None);
+        is("me@a.example:2222", Some("me"), "a.example", Some(2222));
+        is("me@site@a.example", Some("me@site"), "a.example", None);
+        is("ssh://me@[::1]:22", Some("me"), "::1", Some(22));
+        is("fe80::1", None, "fe80::1", None);
+        for wrong in ["", "me@", "@a", "a:b", "a:70000", "[::1"] {
+            assert!(matches!(place(wrong), Err(Error::Config(_))), "{wrong}");
+        }
+        assert_eq!(jumps("a, b:1").unwrap().len(), 2);
+        assert!(jumps("none").unwrap().is_empty());
+    }
+
+    #[test]
+    fn what_openssh_says_is_taken() {
+        let answer =
+            parse("user me\nproxyjump none\nidentityfile /k/%r@%h\nidentityfile ~/.ssh/b\nuserknownhostsfile /a /b\n");
+        assert_eq!((answer.one("user"), answer.one("proxyjump")), (Some("me"), None));
+        let home = std::env::home_dir().unwrap();
+        assert_eq!(answer.identities("h", "me"), [PathBuf::from("/k/me@h"), home.join(".ssh/b")]);
+        assert_eq!(answer.known_hosts(), [PathBuf::from("/a"), PathBuf::from("/b")]);
+        assert_eq!(Answer::default().known_hosts()[1], PathBuf::from("/etc/ssh/ssh_known_hosts"));
+    }
+}

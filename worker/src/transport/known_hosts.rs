@@ -1,0 +1,196 @@
+//! Whether a host's key is the one that the files of known hosts name. Nothing is ever added to them.
+
+use std::path::PathBuf;
+
+use russh::keys::known_hosts::known_host_keys_path;
+use russh::keys::{HashAlg, PublicKey, parse_public_key_base64};
+
+use super::Error;
+use super::config::{Hop, PORT};
+
+/// What files of known hosts call a key that nobody may trust any more, whatever else they say.
+const REVOKED: &str = "@revoked";
+
+/// A key that a file names.
+struct Known {
+    key: PublicKey,
+    file: PathBuf,
+    line: usize,
+}
+
+/// The keys that are known of a host.
+pub(super) struct KnownKeys {
+    /// As it stands in the files.
+    host: String,
+    files: Vec<PathBuf>,
+    keys: Vec<Known>,
+    /// Of whatever host.
+    revoked: Vec<Known>,
+}
+
+impl KnownKeys {
+    /// Reads the files; those that are not there name no keys.
+    pub(super) fn of(hop: &Hop) -> Result<Self, Error> {
+        // OpenSSH looks an alias up as it is, without a port.
+        let (name, port) = match &hop.alias {
+            Some(alias) => (alias.as_str(), PORT),
+            None => (hop.name.as_str(), hop.port),
+        };
+        let host = if port == PORT { name.to_owned() } else { format!("[{name}]:{port}") };
+        let (mut keys, mut revoked) = (Vec::new(), Vec::new());
+        for file in &hop.known_hosts {
+            let text = String::from_utf8_lossy(&std::fs::read(file).unwrap_or_default()).into_owned();
+            for (i, line) in text.lines().enumerate() {
+                let known = |key| Known { key, file: file.clone(), line: i + 1 };
+                match line.split_whitespace().collect::<Vec<_>>()[..] {
+                    [REVOKED, _, _, key, ..] => revoked.extend(parse_public_key_base64(key).ok().map(known)),
+                    [hosts, _, key, ..] if is_named(hosts, &host) => {
+                        keys.extend(parse_public_key_base64(key).ok().map(known));
+                    }
+                    _ => {}
+                }
+            }
+            // The library finds those with hashed names as well, and counts no comment lines.
+            let found = known_host_keys_path(name, port, file)
+                .map_err(|error| Error::Config(format!("{}: {error}", file.display())))?;
+            keys.extend(found.into_iter().map(|(line, key)| Known { key, file: file.clone(), line: nth(&text, line) }));
+        }
+        Ok(Self { host, files: hop.known_hosts.clone(), keys, revoked })
+    }
+
+    /// The kinds of keys that are known, so that the server is asked for one of them.
+    pub(super) fn algorithms(&self) -> impl Iterator<Item = russh::keys::Algorithm> {
+        self.keys.iter().map(|known| known.key.algorithm())
+    }
+
+    /// Compares the key that a host has shown.
+    pub(super) fn check(&self, shown: &PublicKey) -> Result<(), Error> {
+        let (host, fingerprint) = (self.host.clone(), shown.fingerprint(HashAlg::Sha256).to_string());
+        let is_shown = |known: &&Known| known.key.key_data() == shown.key_data();
+        if let Some(known) = self.revoked.iter().find(is_shown) {
+            let remedy = format!("it is revoked in {}, line {}", known.file.display(), known.line);
+            return Err(Error::UnknownHostKey { host, fingerprint, remedy });
+        }
+        if self.keys.iter().any(|known| is_shown(&known)) {
+            return Ok(());
+        }
+        // A host of several machines has several keys of a kind, and other kinds may have been added.
+        match self.keys.iter().find(|known| known.key.algorithm() == shown.algorithm()) {
+            Some(known) => Err(Error::HostKeyChanged { host, fingerprint, file: known.file.clone(), line: known.line }),
+            None => Err(Error::UnknownHostKey { remedy: self.remedy(), host, fingerprint }),
+        }
+    }
+
+    fn remedy(&self) -> String {
+        let files: Vec<_> = self.files.iter().map(|file| file.display().to_string()).collect();
+        let scan = match self.host.strip_prefix('[').and_then(|rest| rest.split_once("]:")) {
+            Some((name, port)) => format!("ssh-keyscan -p {port} {name}"),
+            None => format!("ssh-keyscan {}", self.host),
+        };
+        let file = files.first().map_or("~/.ssh/known_hosts", String::as_str);
+        format!(
+            "compare it with what the site says of itself, and log in once by `ssh`, or add the line that `{scan}` prints \
+             to {file}"
+        )
+    }
+}
+
+/// The line of a file that is the nth without the comment lines, from 1.
+fn nth(text: &str, counted: usize) -> usize {
+    let lines = text.lines().enumerate().filter(|(_, line)| !line.starts_with('#'));
+    lines.map(|(i, _)| i + 1).nth(counted.saturating_sub(1)).unwrap_or(counted)
+}
+
+/// Whether a line's first word, names with `*` and `?`, names a host. One with `!` before it takes the host out.
+fn is_named(hosts: &str, host: &str) -> bool {
+    let mut is_named = false;
+    for pattern in hosts.split(',') {
+        match pattern.strip_prefix('!') {
+            Some(pattern) if matches(pattern.as_bytes(), host.as_bytes()) => return false,
+            Some(_) => {}
+            None => is_named |= matches(pattern.as_bytes(), host.as_bytes()),
+        }
+    }
+    is_named
+}
+
+fn matches(pattern: &[u8], name: &[u8]) -> bool {
+    match (pattern, name) {
+        ([], []) => true,
+        ([b'*', rest @ ..], _) => (0..=name.len()).any(|skipped| matches(rest, &name[skipped..])),
+        ([b'?', rest @ ..], [_, name @ ..]) => matches(rest, name),
+        ([one, rest @ ..], [other, name @ ..]) => one.eq_ignore_ascii_case(other) && matches(rest, name),
+        ([], [_, ..]) | ([_, ..], []) => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const KEY: &str = "AAAAC3NzaC1lZDI1NTE5AAAAIJdD7y3aLq454yWBdwLWbieU1ebz9/cu7/QEXn9OIeZJ";
+    const OTHER: &str = "AAAAC3NzaC1lZDI1NTE5AAAAILIG2T/B0l0gaqj3puu510tu9N1OkQ4znY3LYuEm5zCF";
+
+    fn check(text: &str, name: &str, port: u16) -> Result<(), Error> {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("known_hosts");
+        std::fs::write(&file, text).unwrap();
+        let hop = Hop {
+            name: name.to_owned(),
+            port,
+            user: String::new(),
+            alias: None,
+            known_hosts: vec![folder.path().join("missing"), file],
+            keys: Vec::new(),
+            is_key_named: false,
+            only_these_keys: false,
+            agent: None,
+        };
+        KnownKeys::of(&hop)?.check(&parse_public_key_base64(KEY).unwrap())
+    }
+
+    #[test]
+    fn a_key_counts_for_the_host_that_is_named() {
+        let line = |hosts: &str| format!("{hosts} ssh-ed25519 {KEY}\n");
+        assert!(check(&line("a.example"), "a.example", 22).is_ok());
+        assert!(check(&line("A.example,10.0.0.1"), "10.0.0.1", 22).is_ok());
+        assert!(check(&line("[a.example]:2222"), "a.example", 2222).is_ok());
+        assert!(check(&line("*.example,!b.example"), "a.example", 22).is_ok());
+        assert!(check(&line("a.example").replace(' ', "\t"), "a.example", 22).is_ok());
+        for (hosts, name, port) in [
+            ("a.example", "a.example", 2222),
+            ("[a.example]:2222", "a.example", 22),
+            ("*.example,!b.example", "b.example", 22),
+            ("@cert-authority *", "a.example", 22),
+            ("#a.example", "a.example", 22),
+        ] {
+            let error = check(&line(hosts), name, port).unwrap_err();
+            assert!(matches!(error, Error::UnknownHostKey { .. }), "{hosts}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_host_of_several_machines_has_several_keys() {
+        let text = format!("a ssh-ed25519 {OTHER}\na ssh-ed25519 {KEY}\n");
+        assert!(check(&text, "a", 22).is_ok());
+    }
+
+    #[test]
+    fn another_key_is_named_by_its_line() {
+        // The last is the hash of "example.com".
+        let hashed = "|1|O33ESRMWPVkMYIwJ1Uw+n877jTo=|nuuC5vEqXlEZ/8BXQR7m619W6Ak=";
+        for (host, name) in [("a", "a"), (hashed, "example.com")] {
+            let text = format!("# ours\n\nb ssh-ed25519 {KEY}\n# more\n{host} ssh-ed25519 {OTHER}\n");
+            let error = check(&text, name, 22).unwrap_err();
+            assert!(matches!(error, Error::HostKeyChanged { line: 5, .. }), "{error}");
+            assert!(check(&text.replace(OTHER, KEY), name, 22).is_ok());
+        }
+    }
+
+    #[test]
+    fn a_revoked_key_is_refused_even_if_it_is_known() {
+        let text = format!("a ssh-ed25519 {KEY}\n@revoked * ssh-ed25519 {KEY}\n");
+        let error = check(&text, "a", 22).unwrap_err().to_string();
+        assert!(error.contains("revoked in") && error.contains("line 2"), "{error}");
+    }
+}

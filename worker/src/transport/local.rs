@@ -1,0 +1,206 @@
+//! Commands and files on the worker's own machine, with the same rules as by SSH.
+
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+
+use bytes::BytesMut;
+use rustix::process::{Pid, Signal, kill_process_group};
+use tokio::fs::{File, OpenOptions};
+use tokio::io::{AsyncReadExt, AsyncSeekExt, AsyncWriteExt};
+use tokio::process::{Child, ChildStderr, ChildStdin, ChildStdout};
+
+use super::Error;
+use super::running::Event;
+
+/// The worker's variables that a command sees. All others stay with the worker: they hold its passwords, and some
+/// schedulers give a job the whole environment of what submits it.
+const INHERITED: [&str; 10] =
+    ["PATH", "HOME", "LANG", "TZ", "USER", "LOGNAME", "SHELL", "TMPDIR", "LD_LIBRARY_PATH", "SLURM_CONF"];
+
+/// How much is read at a time, of outputs and of files.
+const PIECE: usize = 64 << 10;
+
+/// How much of a file is copied at a time.
+const COPY_PIECE: usize = 1 << 20;
+
+/// A command, in a process group of its own.
+#[derive(Debug)]
+pub(super) struct Command {
+    input: Input,
+    events: Events,
+}
+
+#[derive(Debug)]
+pub(super) struct Input(Option<ChildStdin>);
+
+#[derive(Debug)]
+pub(super) struct Events {
+    child: Child,
+    /// Until the command is reaped; its number belongs to nobody else so long.
+    group: Option<Pid>,
+    stdout: Option<ChildStdout>,
+    stderr: Option<ChildStderr>,
+}
+
+impl Command {
+    pub(super) fn start(command: &str) -> Result<Self, Error> {
+        let inherited = INHERITED.iter().filter_map(|name| std::env::var_os(name).map(|value| (name, value)));
+        let mut shell = tokio::process::Command::new("/bin/sh");
+        shell.arg("-c").arg(command).env_clear().envs(inherited).process_group(0);
+        shell.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        if let Some(home) = std::env::home_dir().filter(|home| home.is_dir()) {
+            shell.current_dir(home);
+        }
+        let mut child = shell.spawn().map_err(|error| Error::file("/bin/sh", error))?;
+        let group = child.id().and_then(|id| Pid::from_raw(id.cast_signed()));
+        let (stdin, stdout, stderr) = (child.stdin.take(), child.stdout.take(), child.stderr.take());
+        Ok(Self { input: Input(stdin), events: Events { child, group, stdout, stderr } })
+    }
+
+    pub(super) fn halves(&mut self) -> (&mut Input, &mut Events) {
+        (&mut self.input, &mut self.events)
+    }
+}
+
+impl Drop for Events {
+    fn drop(&mut self) {
+        if let Some(group) = self.group {
+            // It may be gone already.
+            let _ = kill_process_group(group, Signal::KILL);
+        }
+    }
+}
+
+impl Input {
+    pub(super) async fn write(&mut self, piece: &[u8]) -> Result<(), Error> {
+        let Some(stdin) = &mut self.0 else { return Ok(()) };
+        match stdin.write_all(piece).await {
+            Ok(()) => Ok(()),
+            Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => {
+                self.end();
+                Ok(())
+            }
+            Err(error) => Err(Error::Broken(error.to_string())),
+        }
+    }
+
+    pub(super) fn end(&mut self) {
+        self.0 = None;
+    }
+}
+
+impl Events {
+    pub(super) async fn next(&mut self) -> Result<Event, Error> {
+        loop {
+            let (mut out, mut err) = (BytesMut::with_capacity(PIECE), BytesMut::with_capacity(PIECE));
+            tokio::select! {
+                count = read(&mut self.stdout, &mut out), if self.stdout.is_some() => match count {
+                    Ok(0) => self.stdout = None,
+                    Ok(_) => return Ok(Event::Stdout(out.freeze())),
+                    Err(error) => return Err(Error::Broken(error.to_string())),
+                },
+                count = read(&mut self.stderr, &mut err), if self.stderr.is_some() => match count {
+                    Ok(0) => self.stderr = None,
+                    Ok(_) => return Ok(Event::Stderr(err.freeze())),
+                    Err(error) => return Err(Error::Broken(error.to_string())),
+                },
+                else => break,
+            }
+        }
+        let status = self.child.wait().await.map_err(|error| Error::Broken(error.to_string()))?;
+        self.group = None;
+        let signal = std::os::unix::process::ExitStatusExt::signal(&status).map(signal_name);
+        Ok(Event::Ended { exit: status.code(), signal })
+    }
+}
+
+async fn read(
+    pipe: &mut Option<impl tokio::io::AsyncRead + Unpin>,
+    buffer: &mut BytesMut,
+) -> Result<usize, std::io::Error> {
+    match pipe {
+        Some(pipe) => pipe.read_buf(buffer).await,
+        None => Ok(0),
+    }
+}
+
+/// As SSH names signals, which is without `SIG`.
+fn signal_name(number: i32) -> String {
+    let known = [
+        (Signal::ABORT, "ABRT"),
+        (Signal::ALARM, "ALRM"),
+        (Signal::FPE, "FPE"),
+        (Signal::HUP, "HUP"),
+        (Signal::ILL, "ILL"),
+        (Signal::INT, "INT"),
+        (Signal::KILL, "KILL"),
+        (Signal::PIPE, "PIPE"),
+        (Signal::QUIT, "QUIT"),
+        (Signal::SEGV, "SEGV"),
+        (Signal::TERM, "TERM"),
+        (Signal::USR1, "USR1"),
+        (Signal::USR2, "USR2"),
+    ];
+    let name = known.iter().find(|(signal, _)| signal.as_raw() == number);
+    name.map_or_else(|| number.to_string(), |(_, name)| (*name).to_owned())
+}
+
+/// A path that begins at the home folder unless it is absolute.
+pub(super) fn at_home(path: &str) -> PathBuf {
+    match std::env::home_dir() {
+        Some(home) => home.join(path),
+        None => PathBuf::from(path),
+    }
+}
+
+/// Copies one file by way of `TO.part`.
+pub(super) async fn copy(from: &Path, to: &Path, progress: &(dyn Fn(u64) + Send + Sync)) -> Result<(), Error> {
+    let part = part_of(to);
+    let of_source = |error: std::io::Error| Error::local_file(from, &error);
+    let of_part = |error: std::io::Error| Error::local_file(&part, &error);
+    let mut source = File::open(from).await.map_err(of_source)?;
+    let size = source.metadata().await.map_err(of_source)?.len();
+    let (mut target, mut done) = open_part(&part, size).await?;
+    source.seek(std::io::SeekFrom::Start(done)).await.map_err(of_source)?;
+    progress(done);
+    let mut piece = Vec::with_capacity(COPY_PIECE);
+    loop {
+        piece.clear();
+        let count = (&mut source).take(COPY_PIECE as u64).read_to_end(&mut piece).await.map_err(of_source)?;
+        if count == 0 {
+            break;
+        }
+        target.write_all(&piece).await.map_err(of_part)?;
+        done += count as u64;
+        progress(done);
+    }
+    finish_part(target, &part, to).await
+}
+
+/// What a file is called until it is whole.
+pub(super) fn part_of(to: &Path) -> PathBuf {
+    let mut part = to.as_os_str().to_owned();
+    part.push(".part");
+    PathBuf::from(part)
+}
+
+/// Opens a file that goes on where an earlier one was cut, and says where that is. One that is longer than the source is
+/// begun anew.
+pub(super) async fn open_part(part: &Path, size: u64) -> Result<(File, u64), Error> {
+    let failed = |error: std::io::Error| Error::local_file(part, &error);
+    let mut file = OpenOptions::new().write(true).create(true).truncate(false).open(part).await.map_err(failed)?;
+    let mut done = file.metadata().await.map_err(failed)?.len();
+    if done > size {
+        file.set_len(0).await.map_err(failed)?;
+        done = 0;
+    }
+    file.seek(std::io::SeekFrom::Start(done)).await.map_err(failed)?;
+    file.set_max_buf_size(COPY_PIECE);
+    Ok((file, done))
+}
+
+/// Renames a file that is whole.
+pub(super) async fn finish_part(mut file: File, part: &Path, to: &Path) -> Result<(), Error> {
+    file.flush().await.map_err(|error| Error::local_file(part, &error))?;
+    tokio::fs::rename(part, to).await.map_err(|error| Error::local_file(to, &error))
+}

@@ -1,0 +1,371 @@
+//! Connecting and logging in, through all machines on the way.
+
+use std::borrow::Cow;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use russh::client::{self, AuthResult, DisconnectReason, Handle};
+use russh::keys::agent::AgentIdentity;
+use russh::keys::agent::client::AgentClient;
+use russh::keys::{Algorithm, HashAlg, PrivateKey, PrivateKeyWithHashAlg, PublicKey, PublicKeyOrCertificate};
+use russh::{ChannelOpenFailure, Preferred, cipher};
+use tokio::net::{TcpStream, UnixStream};
+
+use super::Error;
+use super::config::{Hop, Route};
+use super::known_hosts::KnownKeys;
+
+/// How many bytes the server may send ahead on one channel.
+const WINDOW: u32 = 8 << 20;
+
+/// The largest packet that the library can take.
+const PACKET: u32 = 65_535;
+
+/// The fastest first where a processor has AES of its own, as those of servers do.
+const CIPHERS: [cipher::Name; 5] =
+    [cipher::AES_256_GCM, cipher::AES_128_GCM, cipher::CHACHA20_POLY1305, cipher::AES_256_CTR, cipher::AES_128_CTR];
+
+/// Why a connection has ended, once it has.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Ending(Arc<Mutex<Option<End>>>);
+
+#[derive(Clone, Debug)]
+enum End {
+    /// The server has said that it ends it, and why.
+    Said(String),
+    Failed(String),
+}
+
+impl Ending {
+    pub(super) fn reason(&self) -> String {
+        match self.get() {
+            Some(End::Said(reason) | End::Failed(reason)) => reason,
+            None => "it was closed".to_owned(),
+        }
+    }
+
+    fn get(&self) -> Option<End> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn set(&self, end: End) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(end);
+    }
+}
+
+/// Checks the key of one machine.
+pub(super) struct Verifier {
+    known: KnownKeys,
+    ending: Ending,
+}
+
+/// What may go wrong with a connection.
+#[derive(Debug)]
+pub(super) enum Failure {
+    /// The host's key is not the known one.
+    HostKey(Error),
+    /// Anything else.
+    Connection(russh::Error),
+}
+
+impl From<russh::Error> for Failure {
+    fn from(error: russh::Error) -> Self {
+        Self::Connection(error)
+    }
+}
+
+impl client::Handler for Verifier {
+    type Error = Failure;
+
+    async fn check_server_key(&mut self, shown: &PublicKeyOrCertificate) -> Result<bool, Failure> {
+        match shown {
+            PublicKeyOrCertificate::PublicKey { key, .. } => {
+                self.known.check(key).map(|()| true).map_err(Failure::HostKey)
+            }
+            // We never ask for one.
+            PublicKeyOrCertificate::Certificate(_) => Ok(false),
+        }
+    }
+
+    async fn disconnected(&mut self, reason: DisconnectReason<Failure>) -> Result<(), Failure> {
+        self.ending.set(match &reason {
+            DisconnectReason::ReceivedDisconnect(info) => End::Said(format!("the server says: {}", info.message)),
+            DisconnectReason::Error(Failure::HostKey(error)) => End::Failed(error.to_string()),
+            DisconnectReason::Error(Failure::Connection(error)) => End::Failed(text_of(error)),
+        });
+        Ok(())
+    }
+}
+
+fn text_of(error: &russh::Error) -> String {
+    if matches!(error, russh::Error::HUP | russh::Error::Disconnect) {
+        return "the other side has closed the connection".to_owned();
+    }
+    error.to_string()
+}
+
+/// Connects to every machine of a route by the one before it, and logs in. Gives back their handles in this order, and why
+/// the last will have ended.
+pub(super) async fn log_in(route: &Route) -> Result<(Vec<Handle<Verifier>>, Ending), Error> {
+    let mut handles: Vec<Handle<Verifier>> = Vec::new();
+    let mut ending = Ending::default();
+    for (i, hop) in route.hops.iter().enumerate() {
+        let nearer = i.checked_sub(1).and_then(|i| route.hops.get(i));
+        let known = known_keys(hop).await?;
+        let config = Arc::new(client_config(route.keepalive, &known));
+        ending = Ending::default();
+        let verifier = Verifier { known, ending: ending.clone() };
+        let connected = match handles.last() {
+            None => {
+                let stream = TcpStream::connect((hop.name.as_str(), hop.port))
+                    .await
+                    .and_then(|stream| stream.set_nodelay(true).map(|()| stream))
+                    .map_err(|error| unreachable(hop, &error.to_string()))?;
+                client::connect_stream(config, stream, verifier).await
+            }
+            Some(outer) => {
+                let channel = outer
+                    .channel_open_direct_tcpip(hop.name.as_str(), hop.port.into(), "127.0.0.1", 0)
+                    .await
+                    .map_err(|error| no_passage(nearer, hop, &error))?;
+                client::connect_stream(config, channel.into_stream(), verifier).await
+            }
+        };
+        let mut handle = connected.map_err(|failure| match failure {
+            Failure::HostKey(error) => error,
+            Failure::Connection(error) => unreachable(hop, &text_of(&error)),
+        })?;
+        authenticate(&mut handle, hop, &ending).await?;
+        handles.push(handle);
+    }
+    Ok((handles, ending))
+}
+
+/// Why a machine does not lead us to the next.
+fn no_passage(nearer: Option<&Hop>, hop: &Hop, error: &russh::Error) -> Error {
+    let nearer = nearer.map_or("", |nearer| nearer.name.as_str());
+    let russh::Error::ChannelOpenFailure(reason) = error else { return unreachable(hop, &text_of(error)) };
+    if *reason == ChannelOpenFailure::AdministrativelyProhibited {
+        return Error::Refused { host: nearer.to_owned(), reason: format!("it leads nobody to {}", hop.name) };
+    }
+    unreachable(hop, &format!("{nearer} says {reason:?}"))
+}
+
+fn unreachable(hop: &Hop, reason: &str) -> Error {
+    Error::Unreachable { host: hop.name.clone(), reason: reason.to_owned() }
+}
+
+async fn known_keys(hop: &Hop) -> Result<KnownKeys, Error> {
+    let hop = hop.clone();
+    let read = tokio::task::spawn_blocking(move || KnownKeys::of(&hop)).await;
+    read.map_err(|error| Error::Broken(error.to_string()))?
+}
+
+fn client_config(keepalive: Duration, known: &KnownKeys) -> client::Config {
+    let keepalive = keepalive.max(Duration::from_secs(1));
+    client::Config {
+        window_size: WINDOW,
+        maximum_packet_size: PACKET,
+        nodelay: true,
+        // Two silent intervals in all.
+        keepalive_interval: Some(keepalive),
+        keepalive_max: 1,
+        // A connection that takes nothing from us is found by this one. It must be longer than the keepalives need.
+        inactivity_timeout: Some(keepalive * 2 + Duration::from_secs(5)),
+        preferred: Preferred {
+            cipher: Cow::Borrowed(&CIPHERS),
+            key: Cow::Owned(host_key_algorithms(known)),
+            ..Preferred::DEFAULT
+        },
+        ..client::Config::default()
+    }
+}
+
+/// Kinds of host keys, those that are known of the host first.
+fn host_key_algorithms(known: &KnownKeys) -> Vec<Algorithm> {
+    let known: Vec<_> = known.algorithms().collect();
+    // A key of RSA is the same with every hash.
+    let is_known = |algorithm: &Algorithm| {
+        let kind = if algorithm.clone().is_rsa() { &Algorithm::Rsa { hash: None } } else { algorithm };
+        known.contains(kind)
+    };
+    // SHA-1 is not what anybody should prove anything with.
+    let all = Preferred::DEFAULT.key.iter().filter(|algorithm| **algorithm != Algorithm::Rsa { hash: None });
+    let (mut first, rest): (Vec<_>, Vec<_>) = all.cloned().partition(is_known);
+    first.extend(rest);
+    first
+}
+
+/// What the attempts to log in have come to.
+struct Attempts<'a> {
+    handle: &'a mut Handle<Verifier>,
+    hop: &'a Hop,
+    ending: &'a Ending,
+    /// Of signatures by RSA keys, once somebody has asked.
+    rsa_hash: Option<HashAlg>,
+    /// What was tried, and why it could not be.
+    tried: Vec<String>,
+}
+
+async fn authenticate(handle: &mut Handle<Verifier>, hop: &Hop, ending: &Ending) -> Result<(), Error> {
+    let mut agent = match &hop.agent {
+        Some(socket) => AgentClient::connect_uds(socket).await.ok(),
+        None => None,
+    };
+    let mut held = match &mut agent {
+        Some(agent) => agent.request_identities().await.unwrap_or_default(),
+        None => Vec::new(),
+    };
+    let mut attempts = Attempts { handle, hop, ending, rsa_hash: None, tried: Vec::new() };
+    for file in &hop.keys {
+        match load(file).await {
+            Loaded::Key(key) => {
+                if attempts.with_key(key, file).await? {
+                    return Ok(());
+                }
+            }
+            Loaded::ForAgent(public, what) => {
+                let at = held.iter().position(|one| public.as_ref().is_some_and(|key| is_of(one, key)));
+                match (at, &mut agent) {
+                    (Some(at), Some(agent)) => {
+                        if attempts.with_agent(&held.remove(at), agent).await? {
+                            return Ok(());
+                        }
+                    }
+                    (_, _) => {
+                        attempts.tried.push(format!("{} is {what}, and no agent has it (`ssh-add`)", file.display()))
+                    }
+                }
+            }
+            Loaded::Missing if hop.is_key_named => {
+                return Err(Error::Config(format!("the key {} is not there", file.display())));
+            }
+            Loaded::Missing => {}
+            Loaded::Unusable(reason) => attempts.tried.push(format!("{}: {reason}", file.display())),
+        }
+    }
+    if let Some(agent) = agent.as_mut().filter(|_| !hop.only_these_keys) {
+        for identity in &held {
+            if attempts.with_agent(identity, agent).await? {
+                return Ok(());
+            }
+        }
+    }
+    Err(attempts.refused())
+}
+
+fn is_of(identity: &AgentIdentity, key: &PublicKey) -> bool {
+    identity.public_key().key_data() == key.key_data()
+}
+
+impl Attempts<'_> {
+    /// The best hash for signatures of a key; only RSA has a choice. An old server takes a second not to answer.
+    async fn hash(&mut self, algorithm: Algorithm) -> Result<Option<HashAlg>, Error> {
+        let is_rsa = algorithm.is_rsa();
+        if is_rsa && self.rsa_hash.is_none() {
+            let best = self.handle.best_supported_rsa_hash().await;
+            let best = best.map_err(|error| unreachable(self.hop, &text_of(&error)))?;
+            // Every server since 2016 knows this one; SHA-1 we do not sign with.
+            self.rsa_hash = best.flatten().or(Some(HashAlg::Sha256));
+        }
+        Ok(self.rsa_hash.filter(|_| is_rsa))
+    }
+
+    async fn with_key(&mut self, key: Arc<PrivateKey>, file: &Path) -> Result<bool, Error> {
+        let user = self.hop.user.clone();
+        // A certificate lies beside its key, as `ssh-keygen -s` and the sites' own tools write it.
+        if let Ok(certificate) = russh::keys::load_openssh_certificate(beside(file, "-cert.pub")) {
+            let answer = self.handle.authenticate_openssh_cert(user.clone(), key.clone(), certificate).await;
+            let what = format!("the certificate of {}", file.display());
+            if self.after(answer.map_err(|error| text_of(&error)), &what)? {
+                return Ok(true);
+            }
+        }
+        let hash = self.hash(key.algorithm()).await?;
+        let answer = self.handle.authenticate_publickey(user, PrivateKeyWithHashAlg::new(key, hash)).await;
+        self.after(answer.map_err(|error| text_of(&error)), &format!("the key {}", file.display()))
+    }
+
+    async fn with_agent(&mut self, one: &AgentIdentity, agent: &mut AgentClient<UnixStream>) -> Result<bool, Error> {
+        let (key, user) = (one.public_key().into_owned(), self.hop.user.clone());
+        let hash = self.hash(key.algorithm()).await?;
+        let what = format!("the agent's key {}", key.fingerprint(HashAlg::Sha256));
+        let answer = match one {
+            AgentIdentity::PublicKey { .. } => self.handle.authenticate_publickey_with(user, key, hash, agent).await,
+            AgentIdentity::Certificate { certificate, .. } => {
+                self.handle.authenticate_certificate_with(user, certificate.clone(), hash, agent).await
+            }
+        };
+        // An error may be the agent's own.
+        self.after(answer.map_err(|error| error.to_string()), &what)
+    }
+
+    fn after(&mut self, answer: Result<AuthResult, String>, what: &str) -> Result<bool, Error> {
+        match answer {
+            Ok(AuthResult::Success) => Ok(true),
+            Ok(AuthResult::Failure { partial_success: true, .. }) => {
+                Err(self.refuses(format!("{what} alone is not enough, it wants a second proof")))
+            }
+            Ok(AuthResult::Failure { remaining_methods, .. }) if !remaining_methods.is_empty() => {
+                self.tried.push(format!("{what} is not accepted"));
+                Ok(false)
+            }
+            Err(reason) if !self.handle.is_closed() => {
+                self.tried.push(format!("{what}: {reason}"));
+                Ok(false)
+            }
+            // The connection has ended.
+            Ok(AuthResult::Failure { .. }) | Err(_) => Err(match self.ending.get() {
+                Some(End::Said(reason)) => self.refuses(format!("{what} was the last: {reason}")),
+                Some(End::Failed(_)) | None => unreachable(self.hop, &self.ending.reason()),
+            }),
+        }
+    }
+
+    fn refuses(&self, reason: String) -> Error {
+        Error::Refused { host: self.hop.name.clone(), reason }
+    }
+
+    fn refused(&self) -> Error {
+        let tried = if self.tried.is_empty() { "no key was found".to_owned() } else { self.tried.join("; ") };
+        self.refuses(format!("{} cannot log in: {tried}", self.hop.user))
+    }
+}
+
+/// What a file of a private key holds.
+enum Loaded {
+    Key(Arc<PrivateKey>),
+    /// Only an agent can sign with it; its public key, if that can be seen, and what there is in the file.
+    ForAgent(Option<PublicKey>, &'static str),
+    Missing,
+    Unusable(String),
+}
+
+async fn load(file: &Path) -> Loaded {
+    let text = match tokio::fs::read_to_string(file).await {
+        Ok(text) => text,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Loaded::Missing,
+        Err(error) => return Loaded::Unusable(error.to_string()),
+    };
+    match russh::keys::decode_secret_key(&text, None) {
+        Ok(key) => Loaded::Key(Arc::new(key)),
+        Err(russh::keys::Error::KeyIsEncrypted) => Loaded::ForAgent(public_of(&text, file), "encrypted"),
+        Err(error) => match PublicKey::from_openssh(text.trim()) {
+            Ok(public) => Loaded::ForAgent(Some(public), "a public key"),
+            Err(_) => Loaded::Unusable(error.to_string()),
+        },
+    }
+}
+
+/// The public half of an encrypted key.
+fn public_of(text: &str, file: &Path) -> Option<PublicKey> {
+    let in_file = PrivateKey::from_openssh(text).ok().map(|key| key.public_key().clone());
+    in_file.or_else(|| russh::keys::load_public_key(beside(file, ".pub")).ok())
+}
+
+fn beside(file: &Path, suffix: &str) -> PathBuf {
+    let mut name = file.as_os_str().to_owned();
+    name.push(suffix);
+    PathBuf::from(name)
+}

@@ -1,0 +1,358 @@
+//! Commands by SSH: one connection, a channel for each command.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use russh::client::{Handle, Msg};
+use russh::{ChannelMsg, ChannelReadHalf, ChannelStream, ChannelWriteHalf, Disconnect, Sig};
+use tokio::sync::oneshot;
+use tokio::time::timeout;
+use tokio_util::task::TaskTracker;
+
+use super::Error;
+use super::config::Route;
+use super::login::{self, Ending, Verifier};
+use super::running::Event;
+
+/// How long the server may take to open a channel.
+const OPEN_LIMIT: Duration = Duration::from_secs(30);
+
+/// How much longer than its limit a command may run on the other side when nobody ends it from here.
+const AFTER_LIMIT: Duration = Duration::from_secs(2);
+
+/// Most bytes of a command in the form in which it is sent: systems take 128 KiB in one argument.
+const COMMAND_MAX: usize = 120 << 10;
+
+/// Most that the start-up files of a login shell may print.
+const NOISE_MAX: usize = 256 << 10;
+
+/// A connection that has logged in. Clones are the same one.
+#[derive(Clone, Debug)]
+pub(super) struct Connection(Arc<Inner>);
+
+struct Inner {
+    host: String,
+    handle: Handle<Verifier>,
+    /// Those of the machines on the way, the nearest first. Their connections carry this one.
+    outer: Vec<Handle<Verifier>>,
+    /// Why the connection has ended.
+    ending: Ending,
+    /// What comes before the output of every command.
+    mark: String,
+    /// What closes channels whose owners are gone. Each task ends with the connection at the latest.
+    closing: TaskTracker,
+    runtime: tokio::runtime::Handle,
+}
+
+impl std::fmt::Debug for Inner {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Inner").field("host", &self.host).finish_non_exhaustive()
+    }
+}
+
+impl Connection {
+    pub(super) async fn open(route: &Route) -> Result<Self, Error> {
+        let (mut handles, ending) = login::log_in(route).await?;
+        let handle = handles.pop().ok_or_else(|| Error::Config("no host is named".to_owned()))?;
+        let inner = Inner {
+            host: route.target().name.clone(),
+            handle,
+            outer: handles,
+            ending,
+            mark: format!("baton-{}\n", uuid::Uuid::new_v4().simple()),
+            closing: TaskTracker::new(),
+            runtime: tokio::runtime::Handle::current(),
+        };
+        Ok(Self(Arc::new(inner)))
+    }
+
+    pub(super) fn is_closed(&self) -> bool {
+        self.0.handle.is_closed()
+    }
+
+    pub(super) async fn close(&self) {
+        // An error says that it is closed.
+        for handle in std::iter::once(&self.0.handle).chain(self.0.outer.iter().rev()) {
+            let _ = handle.disconnect(Disconnect::ByApplication, "", "").await;
+        }
+    }
+
+    pub(super) async fn ping(&self) -> Result<(), Error> {
+        let sent = self.0.handle.send_ping().await;
+        if sent.is_err() || self.is_closed() {
+            return Err(self.broken());
+        }
+        Ok(())
+    }
+
+    /// Why nothing goes any more.
+    pub(super) fn broken(&self) -> Error {
+        Error::Broken(self.0.ending.reason())
+    }
+
+    /// Opens a channel, which is closed even if nobody waits for it any more.
+    async fn channel(&self) -> Result<Open, Error> {
+        let (opened_tx, opened) = oneshot::channel();
+        let connection = self.clone();
+        let open = async move {
+            let channel = connection.0.handle.channel_open_session().await;
+            let _ = opened_tx.send(channel.map(|channel| Open { channel: Some(channel), connection }));
+        };
+        self.0.closing.spawn_on(open, &self.0.runtime);
+        match timeout(OPEN_LIMIT, opened).await {
+            Ok(Ok(Ok(channel))) => Ok(channel),
+            Ok(Ok(Err(russh::Error::ChannelOpenFailure(reason)))) => Err(Error::NoChannel(format!("{reason:?}"))),
+            Ok(Ok(Err(_)) | Err(_)) => Err(self.broken()),
+            Err(_) => Err(Error::TimedOut { what: "opening a channel".to_owned(), limit: OPEN_LIMIT }),
+        }
+    }
+
+    /// A channel on which the server speaks SFTP. It is closed when the stream is dropped.
+    pub(super) async fn sftp(&self) -> Result<ChannelStream<Msg>, Error> {
+        let mut open = self.channel().await?;
+        if open.channel().request_subsystem(true, "sftp").await.is_err() {
+            return Err(self.broken());
+        }
+        loop {
+            match open.channel().wait().await {
+                Some(ChannelMsg::Success) => return Ok(open.take().into_stream()),
+                Some(ChannelMsg::Failure) => return Err(self.refused("it has no SFTP")),
+                Some(_) => {}
+                None => return Err(self.broken()),
+            }
+        }
+    }
+
+    fn close_later(&self, close: impl Future<Output = ()> + Send + 'static) {
+        self.0.closing.spawn_on(close, &self.0.runtime);
+    }
+
+    fn refused(&self, reason: &str) -> Error {
+        Error::Refused { host: self.0.host.clone(), reason: reason.to_owned() }
+    }
+
+    /// Starts a command.
+    pub(super) async fn start(&self, command: &str, limit: Option<Duration>) -> Result<Command, Error> {
+        let command_line = command_line(command, &self.0.mark, limit);
+        if command_line.len() > COMMAND_MAX {
+            return Err(Error::Config("the command is too long; feed a long one to `sh -s`".to_owned()));
+        }
+        let (read, write) = self.channel().await?.take().split();
+        let input = Input(Some(write));
+        let events = Events {
+            read,
+            connection: self.clone(),
+            noise: Some(BytesMut::new()),
+            exit: None,
+            signal: None,
+            has_ended: false,
+        };
+        let command = Command { input, events };
+        match command.input.half().exec(true, command_line).await {
+            Ok(()) => Ok(command),
+            Err(_) => Err(self.broken()),
+        }
+    }
+}
+
+/// A channel that is closed when this is dropped; the library's own is not.
+struct Open {
+    /// Until it is taken.
+    channel: Option<russh::Channel<Msg>>,
+    connection: Connection,
+}
+
+impl Open {
+    fn channel(&mut self) -> &mut russh::Channel<Msg> {
+        self.channel.as_mut().expect("it is taken at the end only")
+    }
+
+    fn take(mut self) -> russh::Channel<Msg> {
+        self.channel.take().expect("it is taken at the end only")
+    }
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        if let Some(channel) = self.channel.take() {
+            self.connection.close_later(async move { _ = channel.close().await });
+        }
+    }
+}
+
+/// A command on its channel.
+#[derive(Debug)]
+pub(super) struct Command {
+    input: Input,
+    events: Events,
+}
+
+/// The half of a channel that we write to; there until the command is dropped.
+#[derive(Debug)]
+pub(super) struct Input(Option<ChannelWriteHalf<Msg>>);
+
+#[derive(Debug)]
+pub(super) struct Events {
+    read: ChannelReadHalf,
+    connection: Connection,
+    /// What came before the mark, until that comes.
+    noise: Option<BytesMut>,
+    exit: Option<i32>,
+    signal: Option<String>,
+    has_ended: bool,
+}
+
+impl Command {
+    pub(super) fn halves(&mut self) -> (&Input, &mut Events) {
+        (&self.input, &mut self.events)
+    }
+}
+
+impl Drop for Command {
+    fn drop(&mut self) {
+        let Some(write) = self.input.0.take().filter(|_| !self.events.has_ended) else { return };
+        // The server keeps a place for the command until that has ended, whatever becomes of the channel.
+        self.events.connection.close_later(async move {
+            let _ = write.signal(Sig::KILL).await;
+            let _ = write.close().await;
+        });
+    }
+}
+
+impl Input {
+    fn half(&self) -> &ChannelWriteHalf<Msg> {
+        self.0.as_ref().expect("it is taken by the drop only")
+    }
+
+    pub(super) async fn write(&self, piece: Bytes) -> Result<(), Error> {
+        // An error says that the connection has ended, which the events tell better.
+        let _ = self.half().data_bytes(piece).await;
+        Ok(())
+    }
+
+    pub(super) async fn end(&self) -> Result<(), Error> {
+        let _ = self.half().eof().await;
+        Ok(())
+    }
+}
+
+impl Events {
+    pub(super) async fn next(&mut self) -> Result<Event, Error> {
+        loop {
+            match self.read.wait().await {
+                Some(ChannelMsg::Data { data }) => {
+                    if let Some(data) = self.without_noise(data)? {
+                        return Ok(Event::Stdout(data));
+                    }
+                }
+                Some(ChannelMsg::ExtendedData { data, ext: 1 }) => return Ok(Event::Stderr(data)),
+                Some(ChannelMsg::ExitStatus { exit_status }) => self.exit = Some(exit_status.cast_signed()),
+                Some(ChannelMsg::ExitSignal { signal_name, .. }) => self.signal = Some(signal_text(&signal_name)),
+                Some(ChannelMsg::Failure) => return Err(self.connection.refused("it runs no commands")),
+                Some(ChannelMsg::Close) => return self.end(),
+                Some(_) => {}
+                None => return Err(self.connection.broken()),
+            }
+        }
+    }
+
+    fn end(&mut self) -> Result<Event, Error> {
+        self.has_ended = true;
+        if let Some(noise) = self.noise.take() {
+            // The login shell has ended without running anything. It may have told why.
+            let why = String::from_utf8_lossy(&noise).trim().to_owned();
+            return Err(self.connection.refused(&format!("it runs no commands {why}")));
+        }
+        if self.exit.is_none() && self.signal.is_none() {
+            return Err(Error::Broken("the channel was closed before the command had ended".to_owned()));
+        }
+        Ok(Event::Ended { exit: self.exit, signal: self.signal.take() })
+    }
+
+    /// What the command itself has written.
+    fn without_noise(&mut self, data: Bytes) -> Result<Option<Bytes>, Error> {
+        let Some(noise) = &mut self.noise else { return Ok(Some(data)) };
+        noise.extend_from_slice(&data);
+        let mark = self.connection.0.mark.as_bytes();
+        if let Some(at) = noise.windows(mark.len()).position(|window| window == mark) {
+            let rest = noise.split_off(at + mark.len()).freeze();
+            self.noise = None;
+            return Ok(Some(rest).filter(|rest| !rest.is_empty()));
+        }
+        if noise.len() > NOISE_MAX {
+            return Err(self.connection.refused("its login shell prints without end"));
+        }
+        Ok(None)
+    }
+}
+
+fn signal_text(signal: &Sig) -> String {
+    match signal {
+        Sig::Custom(name) => name.clone(),
+        Sig::ABRT
+        | Sig::ALRM
+        | Sig::FPE
+        | Sig::HUP
+        | Sig::ILL
+        | Sig::INT
+        | Sig::KILL
+        | Sig::PIPE
+        | Sig::QUIT
+        | Sig::SEGV
+        | Sig::TERM
+        | Sig::USR1 => format!("{signal:?}"),
+    }
+}
+
+/// What the login shell is given. Every shell passes it on alike: one word in single quotes, with no line end, no quote,
+/// no backslash pair and no `!` in it.
+fn command_line(command: &str, mark: &str, limit: Option<Duration>) -> String {
+    let run = match limit {
+        // A server that does not pass our signals on would keep the command, and a place for it.
+        Some(limit) => format!(
+            r#"command -v timeout >/dev/null && exec timeout -s KILL {} /bin/sh -c "$c"; exec /bin/sh -c "$c""#,
+            (limit + AFTER_LIMIT).as_secs()
+        ),
+        None => r#"exec /bin/sh -c "$c""#.to_owned(),
+    };
+    format!(r#"exec /bin/sh -c 'printf "%b" "{}"; c=$(printf "%b" "{}"); {run}'"#, escaped(mark), escaped(command))
+}
+
+/// As `printf %b` reads it: everything but the plainest characters by its number.
+fn escaped(text: &str) -> String {
+    let mut escaped = String::with_capacity(text.len() * 2);
+    for byte in text.bytes() {
+        if byte.is_ascii_alphanumeric() || b" _-./=:,@+".contains(&byte) {
+            escaped.push(char::from(byte));
+        } else {
+            escaped.push_str(&format!("\\0{byte:03o}"));
+        }
+    }
+    escaped
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::quote;
+    use super::*;
+
+    #[test]
+    fn a_command_line_is_one_quoted_word_for_every_shell() {
+        let line = command_line("echo 'it'\"s\" \\\\ $HOME !! `x` %s\nexit 3", "mark\n", None);
+        let inner = line.strip_prefix("exec /bin/sh -c '").and_then(|rest| rest.strip_suffix('\'')).unwrap();
+        assert!(!inner.contains(['\'', '\n', '!', '`']) && !inner.contains(r"\\"), "{line}");
+        assert_eq!(quote(inner), format!("'{inner}'"));
+    }
+
+    #[test]
+    fn the_shell_runs_exactly_the_command() {
+        let command = "printf '%s|' 'it'\\''s' \"a  b\" '\\n' '!x' 'ä'; printf '%s' \"$0\"\nexit 3";
+        for limit in [None, Some(Duration::from_secs(5))] {
+            let line = command_line(command, "mark\n", limit);
+            let ran = std::process::Command::new("/bin/sh").arg("-c").arg(&line).output().unwrap();
+            assert_eq!(String::from_utf8_lossy(&ran.stdout), "mark\nit's|a  b|\\n|!x|ä|/bin/sh", "{line}");
+            assert_eq!(ran.status.code(), Some(3));
+        }
+    }
+}
