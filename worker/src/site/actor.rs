@@ -54,7 +54,9 @@ async fn look(shared: &Arc<Shared>, threads: &Arc<Vec<Thread>>, site: &Arc<Site>
         return;
     }
     // A session is opened for those that wait only if one may be had; who has none leaves them to the others.
-    if work.waits_for_slot && site.pool.n_open() == 0 {
+    // Room for a job is found by who has the watch, but without a job there is none.
+    let needs_session = work.waits_for_slot || (work.waits_for_room && !work.has_jobs);
+    if needs_session && site.pool.n_open() == 0 {
         drop(site.pool.lease().await);
     }
     let free = site.pool.free_channels().min(shared.slots.available_permits()).min(TAKEN_MAX);

@@ -175,6 +175,11 @@ impl Pool {
         self.shared.ssh.as_ref().map_or(0, |ssh| i64::from(ssh.max_connections))
     }
 
+    /// Whether a session takes nothing new, because of its age.
+    pub(crate) fn is_fading(&self, lease: &Lease) -> bool {
+        self.shared.is_old(&lease.0.live)
+    }
+
     /// Sessions that are open.
     pub(crate) fn n_open(&self) -> usize {
         self.shared.lock().len()

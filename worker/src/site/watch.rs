@@ -44,7 +44,7 @@ struct Open {
     root: String,
     shell: Shell,
     // The channel that the shell has.
-    _lease: Lease,
+    lease: Lease,
 }
 
 impl Open {
@@ -80,6 +80,11 @@ impl Watch {
         if self.open.is_none() && !self.enter(site).await {
             // Somebody else may have a session.
             let _ = site.store.give_permit(&site.watch(), site.me).await;
+            return;
+        }
+        if self.open.as_ref().is_some_and(|open| site.pool.is_fading(&open.lease)) {
+            // Its session is to be closed; the next look is over a younger one.
+            self.open = None;
             return;
         }
         let interval = i64::try_from(site.config.poll.as_micros()).unwrap_or(i64::MAX);
@@ -122,7 +127,7 @@ impl Watch {
         match session.shell().await {
             Ok(shell) => {
                 info!(site = site.name, "this worker has the watch over the jobs");
-                self.open = Some(Open { root, shell, _lease: session });
+                self.open = Some(Open { root, shell, lease: session });
                 true
             }
             Err(error) => {
