@@ -94,6 +94,8 @@ impl Process for Job {
                 Stage::Monitor => self.monitor(&at).await,
                 Stage::Out => self.stage_out(&at).await,
             };
+            // It has given its channel back, and others may wait for one.
+            at.site.changed.notify_one();
             match advanced {
                 Err(Trouble::Wait(wait)) => Ok(Advance::Site(wait)),
                 Err(Trouble::Site(error)) => at.wait_after(&error).await,
@@ -427,7 +429,6 @@ impl Job {
                 Ok(Advance::Again)
             }
             Some(row) if row.external_id.is_some() => {
-                at.site.changed.notify_one();
                 Ok(Advance::Site(Wait { waits_for: String::new(), at_most: LOOK_AGAIN }))
             }
             Some(_) | None => {

@@ -16,6 +16,9 @@ use crate::thread::Thread;
 /// Pause between two looks.
 const ROUND: Duration = Duration::from_secs(1);
 
+/// The least pause between two looks, however much changes: each is a statement or a few.
+const PAUSE: Duration = Duration::from_millis(50);
+
 /// Processes that are taken up in one look: each is a claim, and all of them share a commit or two.
 const TAKEN_MAX: usize = 64;
 
@@ -33,6 +36,7 @@ pub(crate) async fn run(shared: Arc<Shared>, threads: Arc<Vec<Thread>>, site: Ar
             look(&shared, &threads, &site, &mut watch).await;
         }
         site.pool.tend().await;
+        tokio::time::sleep(PAUSE).await;
         let _ = tokio::time::timeout(ROUND, site.changed.notified()).await;
     }
 }
