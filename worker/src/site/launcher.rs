@@ -8,7 +8,7 @@ use baton_common::store::site::Job;
 use super::{fork, slurm};
 use crate::transport::Output;
 
-/// A launcher. Every one passes the same tests (`tests/tests/all/launchers.rs`).
+/// A launcher: only texts, so that every transport is the same to it.
 pub(crate) trait Launcher: Send + Sync {
     /// What the script's first lines tell it.
     fn header(&self, spec: &Spec, on_site: &OnSite, site: &config::Site, dir: &str, token: &str) -> String;
