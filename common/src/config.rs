@@ -135,6 +135,16 @@ pub struct Site {
     pub cache: Cache,
 }
 
+impl Site {
+    /// The root for commands and files there, all of which begin at the home folder.
+    pub fn root_from_home(&self) -> &str {
+        match self.root.strip_prefix("~/").unwrap_or(&self.root).trim_end_matches('/') {
+            "" => "/",
+            root => root,
+        }
+    }
+}
+
 /// How commands and files get to a site.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]

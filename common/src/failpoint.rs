@@ -32,6 +32,8 @@ pub const ALL: &[(&str, &str)] = &[
     ("job-known", "what a job is called is recorded, and its process does not know"),
     ("job-seen", "the end of a job is recorded, and nobody has been told"),
     ("job-collected", "everything that a job has made is in the object store, and this is not recorded"),
+    ("job-never", "that there never was a job is recorded, and its process does not know"),
+    ("job-given-up", "a try is given up at its site, and this is not recorded"),
     ("job-cancelled", "a job is cancelled, and this is not recorded"),
 ];
 

@@ -37,6 +37,7 @@
 //! out:
 //!   - relax.out                # from task://, to store://
 //!   - {from: "*.chk", to: session://chk/, how: move, when: always, optional: true}     # ok, error, always
+//! # `move` gives a file away without a copy; what a pattern matches keeps its path below the pattern's folder.
 //! values: result.json          # its JSON object becomes the values
 //! ```
 //!

@@ -27,7 +27,8 @@ use serde_json::{Value, json};
 
 use self::cost::PerProcess;
 use self::limits::Limits;
-use crate::cli::{BenchCommand, Global, Output};
+use crate::cli::bench::BenchCommand;
+use crate::cli::{Global, Output};
 use crate::client::{Client, whoami};
 use crate::failure::Failure;
 use crate::output;

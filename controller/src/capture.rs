@@ -5,7 +5,7 @@
 
 use std::collections::BTreeSet;
 use std::fs::Metadata;
-use std::io::{ErrorKind, IsTerminal};
+use std::io::ErrorKind;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
@@ -15,9 +15,9 @@ use baton_common::relative;
 use baton_common::spec::Spec;
 use baton_common::spec::on_site::{How, Input, Location, RESERVED, Scope};
 use futures_util::{StreamExt, TryStreamExt};
-use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::failure::Failure;
+use crate::output;
 
 /// Files that are read and sent at a time. More hide the way to the store no better, and each may hold some parts.
 pub(crate) const FILES_AT_ONCE: usize = 8;
@@ -99,7 +99,7 @@ pub(crate) fn plan(spec: &Spec, folder: &Path) -> Result<Plan, Failure> {
 pub(crate) async fn capture(spec: &Spec, plan: Plan, objects: &Objects) -> Result<Spec, Failure> {
     let mut captured = spec.clone();
     let Some(on_site) = &mut captured.on_site else { return Ok(captured) };
-    let bar = progress_bar(plan.total_bytes(), "captured");
+    let bar = output::progress_bar(plan.total_bytes(), "captured");
     let stored: Vec<(ClientFile, Stored)> = futures_util::stream::iter(plan.files)
         .map(|file| async {
             let stored = objects.put_file(&file.source).await?;
@@ -129,16 +129,6 @@ pub(crate) async fn capture(spec: &Spec, plan: Plan, objects: &Objects) -> Resul
         }
     }
     Ok(captured)
-}
-
-/// A bar for so many bytes, if somebody looks.
-pub(crate) fn progress_bar(total_bytes: u64, done: &str) -> ProgressBar {
-    if !std::io::stderr().is_terminal() {
-        return ProgressBar::hidden();
-    }
-    let template = format!("{{bar:40}} {{bytes}}/{{total_bytes}} {done}, {{elapsed}}");
-    let style = ProgressStyle::with_template(&template).expect("the template is right");
-    ProgressBar::new(total_bytes).with_style(style)
 }
 
 fn entry(file: ClientFile, digest: Digest, size: u64) -> Entry {

@@ -1,5 +1,8 @@
 //! The command line.
 
+pub(crate) mod bench;
+pub(crate) mod site;
+
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -8,6 +11,9 @@ use baton_common::id::Pid;
 use baton_common::select::Select;
 use baton_worker::cli::Connection;
 use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use self::bench::BenchCommand;
+use self::site::SiteCommand;
 
 /// Runs, submits, watches and controls processes that nothing loses.
 #[derive(Parser, Debug)]
@@ -486,42 +492,6 @@ pub(crate) struct DrainArguments {
     pub(crate) timeout: Duration,
 }
 
-#[derive(Subcommand, Debug)]
-pub(crate) enum SiteCommand {
-    /// Try everything that Baton needs of a site
-    #[command(after_help = "Example:
-  baton site test cluster
-
-The exit code is 0 if all of it works, and 1 if something does not.")]
-    Test {
-        /// The site's name
-        site: String,
-    },
-    /// Run a command at a site, in the home folder there
-    #[command(after_help = "Examples:
-  baton site exec cluster -- squeue --me
-  baton site exec cluster -- 'du -sh jobs/* | tail -n 3'
-  baton site exec cluster --timeout 1h -- make -C src
-
-One word is a line for the shell there; several words are a program and its arguments as they are. It gets no input, and
-what it writes (16 MiB at most) is printed when it has ended. The exit code is its own.")]
-    Exec(SiteExecArguments),
-    /// Send a file to a site
-    #[command(after_help = "Examples:
-  baton site put cluster data.tar inputs/data.tar
-  baton site put cluster data.tar /scratch/me/
-
-The folders on the way are made. What was cut goes on where it was, and what has come is compared by its SHA-256.")]
-    Put(SitePutArguments),
-    /// Fetch a file from a site
-    #[command(after_help = "Examples:
-  baton site get cluster job/slurm.out ./slurm.out
-  baton site get cluster /scratch/me/data.tar .
-
-What was cut goes on where it was, and what has come is compared by its SHA-256.")]
-    Get(SiteGetArguments),
-}
-
 #[derive(Args, Debug)]
 pub(crate) struct SitesArguments {
     /// Only this one
@@ -535,187 +505,6 @@ pub(crate) struct OpenArguments {
     /// Print the command instead of running it
     #[arg(long)]
     pub(crate) print: bool,
-}
-
-#[derive(Args, Debug)]
-pub(crate) struct SiteExecArguments {
-    /// The site's name
-    pub(crate) site: String,
-    /// A line for the shell there, or a program and its arguments
-    #[arg(required = true, last = true)]
-    pub(crate) command: Vec<String>,
-    /// How long it may take
-    #[arg(long, value_parser = duration::parse, value_name = "DURATION", default_value = "10m")]
-    pub(crate) timeout: Duration,
-}
-
-#[derive(Args, Debug)]
-pub(crate) struct SitePutArguments {
-    /// The site's name
-    pub(crate) site: String,
-    /// The file here
-    pub(crate) from: PathBuf,
-    /// The file there, or with `/` at the end its folder; below the site's root unless it is absolute
-    pub(crate) to: String,
-}
-
-#[derive(Args, Debug)]
-pub(crate) struct SiteGetArguments {
-    /// The site's name
-    pub(crate) site: String,
-    /// The file there; below the site's root unless it is absolute
-    pub(crate) from: String,
-    /// The file here, or its folder
-    pub(crate) to: PathBuf,
-}
-
-#[derive(Subcommand, Debug)]
-pub(crate) enum BenchCommand {
-    /// Plain loops: confirmed publishes with acknowledged deliveries, fenced updates in batches, single commits
-    Limits(LimitsArguments),
-    /// Processes of one advance, all at once
-    Throughput(ThroughputArguments),
-    /// Processes of many durable advances
-    Advances(AdvancesArguments),
-    /// Processes of one advance, one after the other
-    Latency(LatencyArguments),
-    /// Pause and play among live processes: one by one, and all by a broadcast
-    Control(ControlBenchArguments),
-    /// Kill a worker, and wait until others hold what it held
-    Recover(RecoverArguments),
-}
-
-impl BenchCommand {
-    /// Who works, where anybody does.
-    pub(crate) fn fleet(&self) -> Option<&FleetArguments> {
-        match self {
-            BenchCommand::Limits(_) | BenchCommand::Control(_) | BenchCommand::Recover(_) => None,
-            BenchCommand::Throughput(arguments) => Some(&arguments.fleet),
-            BenchCommand::Advances(arguments) => Some(&arguments.fleet),
-            BenchCommand::Latency(arguments) => Some(&arguments.fleet),
-        }
-    }
-}
-
-/// Who does the work of a benchmark.
-#[derive(Args, Clone, Debug)]
-#[command(next_help_heading = "Workers")]
-pub(crate) struct FleetArguments {
-    /// Start so many workers for the run; 0 uses those that serve --queue
-    #[arg(long, default_value_t = 0, value_name = "N")]
-    pub(crate) workers: u32,
-    /// Slots of each of these workers
-    #[arg(long, value_name = "N")]
-    pub(crate) slots: Option<u32>,
-    /// Threads of each of these workers that advance processes
-    #[arg(long, value_name = "N")]
-    pub(crate) threads: Option<u16>,
-    /// The program of these workers [default: baton-worker, beside this program]
-    #[arg(long, value_name = "PATH")]
-    pub(crate) worker_program: Option<PathBuf>,
-    /// The queue of workers that are there
-    #[arg(long, default_value = "default", value_name = "QUEUE")]
-    pub(crate) queue: String,
-    /// Do not measure the limits before
-    #[arg(long)]
-    pub(crate) no_limits: bool,
-}
-
-/// Who holds the processes of a benchmark: always workers of its own, with room for all of them.
-#[derive(Args, Clone, Debug)]
-#[command(next_help_heading = "Workers")]
-pub(crate) struct HoldingArguments {
-    /// Start so many workers
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_000))]
-    pub(crate) workers: Option<u32>,
-    /// Threads of each of these workers that advance processes
-    #[arg(long, value_name = "N")]
-    pub(crate) threads: Option<u16>,
-    /// The program of these workers [default: baton-worker, beside this program]
-    #[arg(long, value_name = "PATH")]
-    pub(crate) worker_program: Option<PathBuf>,
-}
-
-impl HoldingArguments {
-    /// Workers each of which could hold all, of which there are at least so many.
-    pub(crate) fn holding(&self, count: u32, workers_min: u32) -> Result<FleetArguments, String> {
-        let workers = self.workers.unwrap_or(workers_min);
-        if workers < workers_min {
-            return Err(format!("this needs --workers {workers_min} at least"));
-        }
-        Ok(FleetArguments {
-            workers,
-            slots: Some(count),
-            threads: self.threads,
-            worker_program: self.worker_program.clone(),
-            queue: String::new(),
-            no_limits: true,
-        })
-    }
-}
-
-#[derive(Args, Debug)]
-pub(crate) struct LimitsArguments {
-    /// Also messages and rows together, as Baton has them
-    #[arg(long)]
-    pub(crate) combined: bool,
-    /// How many processes go through at each point of --combined
-    #[arg(short = 'n', long, default_value_t = 20_000, value_name = "N")]
-    pub(crate) count: u32,
-    /// For how long each other point is measured
-    #[arg(long, default_value = "2s", value_parser = duration::parse, value_name = "DURATION")]
-    pub(crate) each: Duration,
-}
-
-#[derive(Args, Debug)]
-pub(crate) struct ThroughputArguments {
-    /// How many processes
-    #[arg(short = 'n', long, default_value_t = 20_000, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
-    pub(crate) count: u32,
-    #[command(flatten)]
-    pub(crate) fleet: FleetArguments,
-}
-
-#[derive(Args, Debug)]
-pub(crate) struct AdvancesArguments {
-    /// How many processes
-    #[arg(short = 'n', long, default_value_t = 5_000, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
-    pub(crate) count: u32,
-    /// How many advances each makes
-    #[arg(long, default_value_t = 10, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
-    pub(crate) steps: u32,
-    #[command(flatten)]
-    pub(crate) fleet: FleetArguments,
-}
-
-#[derive(Args, Debug)]
-pub(crate) struct LatencyArguments {
-    /// How many processes
-    #[arg(short = 'n', long, default_value_t = 200, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
-    pub(crate) count: u32,
-    #[command(flatten)]
-    pub(crate) fleet: FleetArguments,
-}
-
-#[derive(Args, Debug)]
-pub(crate) struct ControlBenchArguments {
-    /// How many live processes
-    #[arg(short = 'n', long, default_value_t = 1_000, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
-    pub(crate) count: u32,
-    /// How many of them are paused and played one by one
-    #[arg(long, default_value_t = 200, value_name = "N")]
-    pub(crate) requests: u32,
-    #[command(flatten)]
-    pub(crate) fleet: HoldingArguments,
-}
-
-#[derive(Args, Debug)]
-pub(crate) struct RecoverArguments {
-    /// How many live processes
-    #[arg(short = 'n', long, default_value_t = 100, value_name = "N", value_parser = clap::value_parser!(u32).range(2..))]
-    pub(crate) count: u32,
-    #[command(flatten)]
-    pub(crate) fleet: HoldingArguments,
 }
 
 #[derive(Subcommand, Debug)]

@@ -59,7 +59,7 @@ pub(crate) async fn show(
 
 /// Reads the files and asks the store for them.
 async fn fates<'a>(plan: &'a Plan, objects: Option<&Objects>) -> Result<Vec<Fate<'a>>, Failure> {
-    let bar = capture::progress_bar(plan.total_bytes(), "read");
+    let bar = output::progress_bar(plan.total_bytes(), "read");
     let digests: Vec<Digest> = futures_util::stream::iter(&plan.files)
         .map(|file| async {
             let path = file.source.clone();

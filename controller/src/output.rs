@@ -6,13 +6,24 @@ use std::time::Duration;
 use anstyle::{AnsiColor, Style};
 use baton_common::state::{Desired, Place, State};
 use baton_common::store::query::{COUNT_MAX, Summary};
-use baton_common::store::site::Job;
+use baton_common::store::site::{Job, NEVER};
 use baton_worker::cli::exit;
 use chrono::{DateTime, Local, SecondsFormat, Utc};
 use comfy_table::{ContentArrangement, Table, presets};
+use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 
 use crate::failure::Failure;
+
+/// A bar for so many bytes, if somebody looks.
+pub(crate) fn progress_bar(total_bytes: u64, done: &str) -> ProgressBar {
+    if !std::io::stderr().is_terminal() {
+        return ProgressBar::hidden();
+    }
+    let template = format!("{{bar:40}} {{bytes}}/{{total_bytes}} {done}, {{bytes_per_sec}}, {{elapsed}}");
+    let style = ProgressStyle::with_template(&template).expect("the template is right");
+    ProgressBar::new(total_bytes).with_style(style)
+}
 
 /// Prints lines to standard output.
 pub(crate) fn print(text: &str) -> Result<(), Failure> {
@@ -210,22 +221,24 @@ pub(crate) fn summary_json(summary: &Summary) -> Value {
 
 /// A job at a site, in words.
 pub(crate) fn job_text(job: &Job, now: i64) -> String {
-    let id = job
+    if job.look.status == NEVER {
+        return "it was never submitted".to_owned();
+    }
+    let mut text = job
         .external_id
         .as_deref()
         .map_or_else(|| "whether there is one is not known yet".to_owned(), |id| format!("job {id}"));
-    let mut text = id;
-    if !job.status.is_empty() {
-        text.push_str(&format!(", {}", job.status));
+    if !job.look.status.is_empty() {
+        text.push_str(&format!(", {}", job.look.status));
     }
-    if !job.reason.is_empty() {
-        text.push_str(&format!(" ({})", job.reason));
+    if !job.look.reason.is_empty() {
+        text.push_str(&format!(" ({})", job.look.reason));
     }
     if job.ended_at.is_none() {
-        if let Some(position) = job.position {
+        if let Some(position) = job.look.position {
             text.push_str(&format!(", number {position} of those that wait"));
         }
-        if let Some(starts_at) = job.starts_at.filter(|starts_at| *starts_at > now) {
+        if let Some(starts_at) = job.look.starts_at.filter(|starts_at| *starts_at > now) {
             text.push_str(&format!(", expected to start in {}", span(starts_at - now)));
         }
     }
@@ -238,10 +251,10 @@ pub(crate) fn job_json(job: &Job) -> Value {
         "token": job.token(),
         "try": job.attempt,
         "external_id": job.external_id,
-        "status": job.status,
-        "reason": job.reason,
-        "position": job.position,
-        "starts_at": job.starts_at.map(timestamp),
+        "status": job.look.status,
+        "reason": job.look.reason,
+        "position": job.look.position,
+        "starts_at": job.look.starts_at.map(timestamp),
         "intended_at": timestamp(job.intent_at),
         "ended_at": job.ended_at.map(timestamp),
     })

@@ -11,8 +11,8 @@ use crate::scene::{Output, Scene};
 use crate::services::folder;
 use crate::sshd::Sshd;
 
-/// Commands of Slurm that a test may put something else in the place of, as they are found over SSH.
-const COMMANDS: [&str; 3] = ["sbatch", "squeue", "scancel"];
+/// Commands that a test may put something else in the place of, as they are found over SSH.
+const COMMANDS: [&str; 5] = ["sbatch", "squeue", "scancel", "timeout", "cat"];
 
 /// A login node with Slurm behind it: the site `cluster`. Gone when this is dropped.
 pub struct Slurm {
@@ -85,6 +85,12 @@ impl Slurm {
         worker
     }
 
+    /// Starts a worker that is another program.
+    pub async fn worker_of(&self, scene: &Scene, program: &str, name: &str, arguments: &[&str]) -> Worker {
+        let config = self.config.display().to_string();
+        scene.worker_of(program, name, &[&["--config", &config], arguments].concat()).await
+    }
+
     /// What `squeue` lists in the states that are named, `%i %j %T` in each line.
     pub fn jobs(&self, states: &str) -> Vec<String> {
         let mut command = Command::new("squeue");
@@ -105,7 +111,7 @@ impl Slurm {
 
     /// Puts a shell script in the place of a command, as it is found over SSH; in it, `$REAL` is the true one.
     pub fn replace(&self, command: &str, script: &str) {
-        assert!(COMMANDS.contains(&command), "no command of Slurm");
+        assert!(COMMANDS.contains(&command), "none of those");
         let path = self.folder.path().join("bin").join(command);
         let part = path.with_extension("part");
         std::fs::write(&part, format!("#!/bin/sh\nREAL=/usr/bin/{command}\n{script}\n")).expect("own folder");
@@ -126,6 +132,14 @@ impl Slurm {
     /// Starts the login node again that was killed.
     pub fn start_login(&self) {
         self.sshd.start_again(&self.extra);
+    }
+
+    /// Loses its node with the job that runs there, which comes back by itself.
+    pub fn lose_node(&self) {
+        let mut command = Command::new("scontrol");
+        command.env("SLURM_CONF", self.folder.path().join("slurm.conf"));
+        command.args(["update", "nodename=n1", "state=down", "reason=test"]);
+        assert!(command.status().expect("Slurm is installed").success());
     }
 
     /// Stops its controller; jobs run on.

@@ -41,6 +41,7 @@ use serde_json::Value;
 
 use crate::held::Live;
 use crate::incarnation::Shared;
+use crate::site::AtSite;
 
 /// Bytes of `log` that are kept of its beginning, and as many of its end.
 const LOG_PART_BYTES: usize = 32 * 1024;
@@ -60,10 +61,12 @@ pub trait Process: Serialize + DeserializeOwned + 'static {
     fn start(input: &Value) -> Result<Self, Error>;
 
     /// Does one durable piece of work. What it changed in `self` is committed after it returns; if the worker dies
-    /// before that, the advance is repeated from the last commit.
+    /// before that, the advance is repeated from the last commit. So it is after an error, too: nothing of what a failed
+    /// or dropped advance changed in `self` stays.
     ///
     /// # Errors
-    /// [`Error::Failed`] is retried as the spec's `retry` says, and then the process is excepted.
+    /// [`Error::Failed`] is retried as the spec's `retry` says, and then the process is excepted; [`Error::NotNow`] is no
+    /// failure.
     ///
     /// # Cancel safety
     /// It may be dropped at any await: by a kill, by `pause --now`, and when the worker stops.
@@ -77,14 +80,14 @@ pub trait Process: Serialize + DeserializeOwned + 'static {
         Box::pin(async {})
     }
 
-    /// Ends what earlier advances have left running outside, such as a job at a site, before a kill is recorded; `Some`
-    /// when that takes longer, and then it is called again.
+    /// Ends what earlier advances have left running outside, such as a job at a site, before a kill is recorded.
     ///
     /// # Errors
-    /// It cannot be ended; the process is killed all the same.
-    fn end_outside<'a>(&'a mut self, context: &'a Context) -> LocalBoxFuture<'a, Result<Option<Wait>, Error>> {
+    /// [`Error::NotNow`] when that takes longer: then it is called again. Any other: it cannot be ended, and the process is
+    /// killed all the same.
+    fn end_outside<'a>(&'a mut self, context: &'a Context) -> LocalBoxFuture<'a, Result<(), Error>> {
         let _ = context;
-        Box::pin(async { Ok(None) })
+        Box::pin(async { Ok(()) })
     }
 }
 
@@ -98,8 +101,6 @@ pub enum Advance {
     /// The next one, not before this time has passed, which it spends in memory with its lease and its slot: for a process
     /// whose next advance must begin to the moment, or that is asked by others of its thread.
     Linger(Duration),
-    /// The next one, when there is something at a site that it waits for. For Baton's own kinds.
-    Site(Wait),
     /// Nothing: it has come to its end.
     Finished {
         /// As a program's: the spec's `ok.exit` says which are good.
@@ -107,13 +108,20 @@ pub enum Advance {
     },
 }
 
-/// A wait for something at a site, which costs nothing meanwhile.
+/// A wait for something at a site, which occupies nothing meanwhile.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Wait {
     /// Where those stand that wait for the same; empty for a job, which wakes its own process.
     pub(crate) waits_for: String,
     /// It is woken after this time in any case.
     pub(crate) at_most: Duration,
+}
+
+impl Wait {
+    /// For a job, which wakes its own process, or for nothing but time.
+    pub(crate) fn pause(at_most: Duration) -> Self {
+        Self { waits_for: String::new(), at_most }
+    }
 }
 
 /// Why an advance was dropped.
@@ -139,6 +147,9 @@ pub enum Error {
     /// Not the process's fault; it goes back to the queue at no charge.
     #[error("interrupted: {0}")]
     Interrupted(String),
+    /// Something at a site is not to be had now. The advance is made when it is, and counts for nothing.
+    #[error("it has to wait")]
+    NotNow(Wait),
 }
 
 impl Error {
@@ -316,6 +327,15 @@ impl Context {
         let mut draft = self.draft.borrow_mut();
         draft.log.append(&format!("{line}\n"));
         draft.logged = true;
+    }
+
+    /// A session with a site of the worker's configuration, until it is dropped. Ask for it at the beginning of an advance:
+    /// when there is none, `?` ends this one, and it is made when there is.
+    ///
+    /// # Errors
+    /// [`Error::NotNow`], or [`Error::Failed`] when the worker has no such site.
+    pub async fn site(&self, name: &str) -> Result<AtSite<'_>, Error> {
+        AtSite::enter(self, name).await
     }
 
     /// Runs what blocks (hashing, big files, a library that waits) on the blocking pool.

@@ -7,7 +7,7 @@ use futures_util::future::LocalBoxFuture;
 use serde_json::Value;
 
 use crate::kinds;
-use crate::process::{Advance, Context, Error, Interrupt, Process, Wait};
+use crate::process::{Advance, Context, Error, Interrupt, Process};
 
 /// Names and what they stand for.
 #[derive(Clone)]
@@ -96,7 +96,7 @@ impl Default for Registry {
 pub(crate) trait AnyProcess {
     fn advance<'a>(&'a mut self, context: &'a Context) -> LocalBoxFuture<'a, Result<Advance, Error>>;
     fn interrupted<'a>(&'a mut self, context: &'a Context, why: Interrupt) -> LocalBoxFuture<'a, ()>;
-    fn end_outside<'a>(&'a mut self, context: &'a Context) -> LocalBoxFuture<'a, Result<Option<Wait>, Error>>;
+    fn end_outside<'a>(&'a mut self, context: &'a Context) -> LocalBoxFuture<'a, Result<(), Error>>;
     fn save(&self) -> Result<Vec<u8>, Error>;
 }
 
@@ -109,7 +109,7 @@ impl<P: Process> AnyProcess for P {
         Process::interrupted(self, context, why)
     }
 
-    fn end_outside<'a>(&'a mut self, context: &'a Context) -> LocalBoxFuture<'a, Result<Option<Wait>, Error>> {
+    fn end_outside<'a>(&'a mut self, context: &'a Context) -> LocalBoxFuture<'a, Result<(), Error>> {
         Process::end_outside(self, context)
     }
 

@@ -190,9 +190,12 @@ impl Run {
             }
             let next = match Box::pin(self.advance()).await {
                 Some(Ok(advance)) => Box::pin(self.commit(advance)).await,
-                Some(Err(error)) => Box::pin(self.fail(error)).await.into(),
+                Some(Err(error)) => {
+                    let hold = Box::pin(self.fail(error)).await;
+                    self.begin_again(hold).await.into()
+                }
                 // Interrupted: what has to be obeyed is found at the top.
-                None => Next::Advance,
+                None => self.begin_again(Hold::Held).await.into(),
             };
             match next {
                 Next::Advance => {}
@@ -210,6 +213,25 @@ impl Run {
         }
     }
 
+    /// After an advance that was not made: what it has changed in memory is no state, only the checkpoint is.
+    async fn begin_again(&mut self, hold: Hold) -> Hold {
+        if hold == Hold::Gone || self.context.live.orders().abandon {
+            return Hold::Gone;
+        }
+        let state = Some(&*self.checkpoint.state).filter(|state| !state.is_empty());
+        match self.shared.registry.make(&self.context.spec, self.context.input(), state) {
+            Ok(process) => {
+                self.process = Some(process);
+                Hold::Held
+            }
+            Err(not_made) => {
+                let reason = format!("its own checkpoint cannot be read: {not_made:?}");
+                self.end(State::Excepted, Outcome::because(reason), How::Error).await;
+                Hold::Gone
+            }
+        }
+    }
+
     /// Obeys what is desired of the process; called between two advances, and after one was dropped.
     async fn obey(&mut self) -> Hold {
         loop {
@@ -218,10 +240,8 @@ impl Run {
                 return Hold::Gone;
             }
             if orders.desired == Desired::Kill {
-                if let Some(Wait { waits_for, at_most }) = Box::pin(self.end_outside()).await {
-                    let verb = Verb::Wait { waits_for, wake_in: at_most, killing: true };
-                    if self.write(verb, None, None).await == Hold::Gone {
-                        self.shared.timer.due_in(at_most);
+                if let Some(wait) = Box::pin(self.end_outside()).await {
+                    if self.wait(wait, true).await == Hold::Gone {
                         return Hold::Gone;
                     }
                     // What it waits for came meanwhile.
@@ -248,16 +268,22 @@ impl Run {
     async fn end_outside(&mut self) -> Option<Wait> {
         let Some(process) = self.process.as_mut() else {
             // This worker cannot; another may.
-            let at_most = REFUSAL_PAUSE_MIN;
-            return self.has_outside.then_some(Wait { waits_for: String::new(), at_most });
+            return self.has_outside.then(|| Wait::pause(REFUSAL_PAUSE_MIN));
         };
         let context = Rc::clone(&self.context);
         tokio::select! {
-            ended = process.end_outside(&context) => ended.unwrap_or_else(|failure| {
-                warn!(pid = %context.pid(), %failure, "what it has outside could not be ended");
-                None
-            }),
-            () = context.live.until(|orders| orders.abandon) => None,
+            ended = process.end_outside(&context) => match ended {
+                Ok(()) => None,
+                Err(Error::NotNow(wait)) => Some(wait),
+                Err(failure @ (Error::Input(_) | Error::Failed(_) | Error::Interrupted(_))) => {
+                    warn!(pid = %context.pid(), %failure, "what it has outside could not be ended");
+                    None
+                }
+            },
+            // The lease is lost, or the worker stops: another goes on with it.
+            () = context.live.until(|orders| orders.abandon || orders.drain >= Drain::Now) => {
+                Some(Wait::pause(REFUSAL_PAUSE_MIN))
+            }
         }
     }
 
@@ -324,8 +350,7 @@ impl Run {
         let idle =
             state == self.checkpoint.state && values == self.checkpoint.values && progress == self.checkpoint.progress;
         // A process that waits between two looks at the world is no loop.
-        let waits = matches!(advance, Advance::After(pause) | Advance::Linger(pause) if pause >= PARK_FROM)
-            || matches!(advance, Advance::Site(_));
+        let waits = matches!(advance, Advance::After(pause) | Advance::Linger(pause) if pause >= PARK_FROM);
         let checkpoint = Checkpoint {
             advances: self.checkpoint.advances + 1,
             idle_advances: if idle && !waits { self.checkpoint.idle_advances + 1 } else { 0 },
@@ -342,14 +367,6 @@ impl Run {
         }
         match advance {
             Advance::Again => self.keep(checkpoint).await.into(),
-            Advance::Site(Wait { waits_for, at_most }) => {
-                let verb = Verb::Wait { waits_for, wake_in: at_most, killing: false };
-                let hold = self.write(verb, Some(checkpoint), None).await;
-                if hold == Hold::Gone {
-                    self.shared.timer.due_in(at_most);
-                }
-                hold.into()
-            }
             Advance::After(pause) if pause >= PARK_FROM => {
                 let hold = self.write(Verb::Park { wake_in: pause }, Some(checkpoint), None).await;
                 if hold == Hold::Gone {
@@ -400,9 +417,19 @@ impl Run {
         self.write(Verb::End { state: State::Finished, outcome }, Some(self.checkpoint.clone()), attempt).await
     }
 
-    /// An advance has failed.
+    /// Parks it until there is what it waits for.
+    async fn wait(&mut self, Wait { waits_for, at_most }: Wait, killing: bool) -> Hold {
+        let hold = self.write(Verb::Wait { waits_for, wake_in: at_most, killing }, None, None).await;
+        if hold == Hold::Gone {
+            self.shared.timer.due_in(at_most);
+        }
+        hold
+    }
+
+    /// An advance was not made.
     async fn fail(&mut self, error: Error) -> Hold {
         match error {
+            Error::NotNow(wait) => self.wait(wait, false).await,
             Error::Interrupted(reason) => {
                 info!(pid = %self.context.pid(), reason, "interrupted; back to the queue at no charge");
                 self.write(Verb::GiveBack, None, Some((How::Drained, Some(reason)))).await

@@ -18,9 +18,11 @@ use tokio::sync::{Notify, OnceCell};
 use tracing::debug;
 
 use crate::incarnation::Shared;
+use crate::process::{Context, Error, Wait};
 use crate::transport::{self, Output, quote};
 
 pub(crate) mod actor;
+mod at_site;
 mod fork;
 pub(crate) mod launcher;
 pub(crate) mod pool;
@@ -32,6 +34,8 @@ mod watch;
 use launcher::Launcher;
 use pool::{Lease, Pool};
 
+pub use at_site::AtSite;
+
 /// The script of a job as it would be submitted, for people; `PID` and `TRY` stand for what is not known yet.
 pub fn job_script(spec: &Spec, site: &config::Site) -> String {
     let launcher = launcher::of(site.launcher);
@@ -40,6 +44,12 @@ pub fn job_script(spec: &Spec, site: &config::Site) -> String {
     let header = launcher.header(spec, &on_site, site, &dir, "baton-PID-TRY");
     script::render(spec, &on_site, site, &dir, &header, launcher.job_id())
 }
+
+/// Processes that are woken at once when what they wait for is there.
+const WOKEN_PAGE: u32 = 1_000;
+
+/// What waits for a site looks again after this time, if nothing wakes it before.
+pub(crate) const LOOK_AGAIN: Duration = Duration::from_secs(600);
 
 /// How long a small command may take at a site.
 pub(crate) const COMMAND_LIMIT: Duration = Duration::from_secs(60);
@@ -142,11 +152,24 @@ impl Sites {
 }
 
 impl Site {
+    /// A session for an advance, if there is one now.
+    ///
+    /// # Errors
+    /// [`Error::NotNow`], until there is one.
+    pub(crate) async fn enter(&self, context: &Context) -> Result<Visit, Error> {
+        self.open().await.map_err(|closed| {
+            if let Closed::Down(text) = closed {
+                context.log(format!("{}: {text}", self.name));
+            }
+            self.for_slot()
+        })
+    }
+
     /// A session, if there is one now.
     ///
     /// # Errors
     /// See [`Closed`].
-    pub(crate) async fn enter(&self) -> Result<Visit, Closed> {
+    pub(crate) async fn open(&self) -> Result<Visit, Closed> {
         let session = self.pool.lease().await?;
         let root = self.root.get_or_try_init(|| self.find_root(&session)).await;
         match root {
@@ -155,12 +178,26 @@ impl Site {
         }
     }
 
+    /// What an advance ends with after this: if the way is at fault, it waits until the site can be reached again.
+    pub(crate) async fn trouble(&self, context: &Context, error: &transport::Error) -> Error {
+        let is_full = matches!(error, transport::Error::NoChannel(_));
+        if !is_full && !error.is_of_transport() {
+            return Error::Failed(format!("{}: {error}", self.name));
+        }
+        if !is_full {
+            context.log(format!("{}: {error}", self.name));
+        }
+        self.failed(error).await;
+        self.for_slot()
+    }
+
+    fn for_slot(&self) -> Error {
+        Error::NotNow(Wait { waits_for: self.slot(), at_most: LOOK_AGAIN })
+    }
+
     /// Makes the site's folder, and says what it is called there.
     async fn find_root(&self, session: &Lease) -> Result<String, transport::Error> {
-        let root = match self.config.root.strip_prefix("~/") {
-            Some(rest) => format!("\"$HOME\"/{}", quote(rest)),
-            None => quote(&self.config.root),
-        };
+        let root = quote(self.config.root_from_home());
         let command = format!("umask 077; mkdir -p {root} && cd {root} && pwd -P");
         let stdout = session.exec(&command, b"", COMMAND_LIMIT).await?.ok()?;
         Ok(String::from_utf8_lossy(&stdout).lines().last().unwrap_or_default().to_owned())
@@ -196,8 +233,10 @@ impl Site {
         if !self.sending.lock().unwrap_or_else(PoisonError::into_inner).insert(permit.to_owned()) {
             return Ok(None);
         }
-        let sending = Sending { site: Arc::clone(self), shared: Arc::clone(shared), permit: permit.to_owned() };
-        Ok(self.store.take_permit(permit, self.me).await?.then_some(sending))
+        let (site, shared) = (Arc::clone(self), Arc::clone(shared));
+        let mut sending = Sending { site, shared, permit: permit.to_owned(), is_permitted: false };
+        sending.is_permitted = self.store.take_permit(permit, self.me).await?;
+        Ok(sending.is_permitted.then_some(sending))
     }
 
     /// Where the processes stand that wait for a session with this site.
@@ -220,17 +259,23 @@ pub(crate) struct Sending {
     site: Arc<Site>,
     shared: Arc<Shared>,
     permit: String,
+    /// Nobody waits for one who may not send.
+    is_permitted: bool,
 }
 
 impl Drop for Sending {
     fn drop(&mut self) {
         let (site, shared, permit) =
             (Arc::clone(&self.site), Arc::clone(&self.shared), std::mem::take(&mut self.permit));
+        let is_permitted = self.is_permitted;
         self.shared.blocking.spawn(async move {
             // If the database does not answer, this worker still has it, and is the one that sends it.
             let _ = site.store.give_permit(&permit, site.me).await;
             site.sending.lock().unwrap_or_else(PoisonError::into_inner).remove(&permit);
-            if let Ok(woken) = site.store.wake_waiting(&permit, &shared.queues, u32::MAX >> 1).await {
+            while is_permitted
+                && let Ok(woken) = site.store.wake_waiting(&permit, &shared.queues, WOKEN_PAGE).await
+                && !woken.is_empty()
+            {
                 shared.tell_all(woken).await;
             }
         });

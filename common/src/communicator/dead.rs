@@ -18,7 +18,8 @@ use lapin::options::{BasicAckOptions, BasicConsumeOptions, BasicGetOptions, Basi
 use lapin::protocol::{AMQPError, AMQPErrorKind};
 use lapin::types::FieldTable;
 use lapin::{Channel, Connection, Consumer, ErrorKind, Event};
-use tokio::time::{Instant, timeout, timeout_at};
+use tokio::time::{Instant, sleep, timeout, timeout_at};
+use tracing::debug;
 
 use super::board::{Board, Link};
 use super::envelope::{DEAD_QUEUE, TASK_EXCHANGE, short};
@@ -45,6 +46,9 @@ const N_RETURNS_MAX: u64 = 15;
 /// those that someone else has in hand do not come.
 const SILENCE: Duration = Duration::from_millis(500);
 
+/// Pause before the first look is taken again.
+const LOOK_AGAIN: Duration = Duration::from_millis(200);
+
 /// The letters that were there at the first look, one after the other, the oldest first.
 ///
 /// Nothing is acknowledged but by [`DeadLetters::replay`] and [`DeadLetters::discard`]. Letters that another program has
@@ -58,8 +62,10 @@ pub struct DeadLetters {
     lane: Option<Channel>,
     page: Option<Page>,
     n_pages: usize,
+    /// The one that the first look brought, until it is asked for.
+    first: Option<Letter>,
     /// Letters that were there at the first look, and those of them that are still to come.
-    n_total: Option<usize>,
+    n_total: usize,
     n_left: usize,
 }
 
@@ -114,11 +120,26 @@ pub enum Error {
 }
 
 impl DeadLetters {
-    /// Connects to the first of these URLs that can be used.
+    /// Connects to the first of these URLs that can be used, and has a first look.
     ///
     /// # Errors
-    /// [`Error::Connect`] when there is none, [`Error::Refused`] when there can be no `baton.dead`.
+    /// [`Error::Connect`] when there is none, [`Error::Refused`] when there can be no `baton.dead`, and those of
+    /// [`DeadLetters::next`].
     pub async fn open(urls: Vec<String>) -> Result<Self, Error> {
+        let deadline = Instant::now() + ANSWER_LIMIT;
+        loop {
+            match Self::look(urls.clone()).await {
+                // A queue that has no leader for a moment makes the broker end the connection.
+                Err(Error::Lost(reason)) if Instant::now() < deadline => {
+                    debug!(reason, "the first look at the dead letters is taken again");
+                    sleep(LOOK_AGAIN).await;
+                }
+                looked => return looked,
+            }
+        }
+    }
+
+    async fn look(urls: Vec<String>) -> Result<Self, Error> {
         let dial = Dial::new(urls, "baton dead".to_owned(), None, Arc::new(Board::new()));
         let connection = dial.connect(Link::Publish).await?;
         dial.board.up(Link::Publish);
@@ -127,7 +148,7 @@ impl DeadLetters {
         let channel = wait.answer(connection.create_channel()).await?;
         let prefetch = u16::try_from(PAGE).expect("a page is small");
         wait.answer(channel.basic_qos(prefetch, BasicQosOptions::default())).await?;
-        Ok(DeadLetters {
+        let mut letters = DeadLetters {
             dial,
             connection,
             wait,
@@ -135,14 +156,21 @@ impl DeadLetters {
             lane: None,
             page: None,
             n_pages: 0,
-            n_total: None,
+            first: None,
+            n_total: 0,
             n_left: 0,
-        })
+        };
+        if let Some((first, n_more)) = letters.get().await? {
+            letters.first = Some(first);
+            letters.n_left = n_more;
+            letters.n_total = n_more + 1;
+        }
+        Ok(letters)
     }
 
     /// How many letters there were at the first look.
     pub fn n_total(&self) -> usize {
-        self.n_total.unwrap_or(0)
+        self.n_total
     }
 
     /// The next letter, or none when all have been seen that were there at the first look and are still to be had.
@@ -162,8 +190,8 @@ impl DeadLetters {
     }
 
     async fn take(&mut self) -> Result<Option<Letter>, Error> {
-        if self.n_total.is_none() {
-            return self.get().await;
+        if let Some(first) = self.first.take() {
+            return Ok(Some(first));
         }
         if self.n_left == 0 {
             return Ok(None);
@@ -180,7 +208,11 @@ impl DeadLetters {
             }
             Ok(Some(Err(error))) => Err(failure(&error)),
             Ok(None) => Err(Error::Lost("queue baton.dead was deleted".to_owned())),
-            Err(_) => self.get().await,
+            Err(_) => {
+                let letter = self.get().await?.map(|(letter, _)| letter);
+                self.n_left = if letter.is_some() { self.n_left - 1 } else { 0 };
+                Ok(letter)
+            }
         }
     }
 
@@ -262,24 +294,15 @@ impl DeadLetters {
         }
     }
 
-    /// One letter at the head, if there is any. The broker says at the same time, and exactly, how many there are.
-    async fn get(&mut self) -> Result<Option<Letter>, Error> {
+    /// One letter at the head, if there is any, and how many more there are. The broker says both at the same time, and
+    /// exactly.
+    async fn get(&mut self) -> Result<Option<(Letter, usize)>, Error> {
         let get = self.channel.basic_get(DEAD_QUEUE.into(), BasicGetOptions::default());
         let message = self.wait.answer(get).await?;
-        let Some(message) = message else {
-            self.n_total.get_or_insert(0);
-            self.n_left = 0;
-            return Ok(None);
-        };
-        match self.n_total {
-            None => {
-                self.n_left = message.message_count as usize;
-                self.n_total = Some(self.n_left + 1);
-            }
-            Some(_) => self.n_left -= 1,
-        }
-        let delivery: Delivery = message.delivery;
-        Ok(Some(Letter::read(delivery, None)))
+        Ok(message.map(|message| {
+            let delivery: Delivery = message.delivery;
+            (Letter::read(delivery, None), message.message_count as usize)
+        }))
     }
 
     /// Goes on with a new consumer; the former one keeps what it has brought.

@@ -54,8 +54,10 @@ impl Store {
         let id: Vec<Value> = vec![Uuid::from(pid).into()];
         let row = self.query(&place_in_queue_sql(), id).await?.into_iter().next().ok_or(Error::NoRow)?;
         let on_site = details.spec.as_ref().and_then(|spec| spec.on_site.as_ref());
-        let site = match on_site {
-            Some(on_site) => self.sites(Some(&on_site.at)).await?.pop(),
+        // A process of somebody's own names a site only when it waits for one.
+        let waits_at = details.summary.waits_for.as_deref().and_then(|waits_for| waits_for.split('/').nth(1));
+        let site = match on_site.map(|on_site| on_site.at.as_str()).or(waits_at) {
+            Some(site) => self.sites(Some(site)).await?.pop(),
             None => None,
         };
         Ok(Some(Facts {

@@ -39,6 +39,24 @@ pub enum Intent {
     Lost,
 }
 
+/// The status of what was never submitted, and never can be.
+pub const NEVER: &str = "NEVER";
+
+/// What is seen of a job at its site.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Look {
+    /// The launcher's word for where it is; empty until it has said one.
+    pub status: String,
+    /// Why it is so, in the launcher's words.
+    pub reason: String,
+    /// Its place among those that wait, from 1.
+    pub position: Option<i64>,
+    /// When it is expected to start, in microseconds.
+    pub starts_at: Option<i64>,
+    /// How many looks in a row did not find it.
+    pub absent: i64,
+}
+
 /// A job, or what may become one.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Job {
@@ -50,16 +68,8 @@ pub struct Job {
     pub intent_at: i64,
     /// What the launcher calls it; `None` until that is known.
     pub external_id: Option<String>,
-    /// What the launcher last said of it, in the launcher's word; empty until it has.
-    pub status: String,
-    /// Why it is so, in the launcher's words.
-    pub reason: String,
-    /// Its place among those that wait, from 1.
-    pub position: Option<i64>,
-    /// When it is expected to start, in microseconds.
-    pub starts_at: Option<i64>,
-    /// How many looks in a row did not find it.
-    pub absent: i64,
+    /// What was last seen of it.
+    pub look: Look,
     /// When it was known to be gone, in microseconds.
     pub ended_at: Option<i64>,
     /// Nobody wants it any more: its process has ended, or has begun another try, or is to be killed.
@@ -87,16 +97,8 @@ pub struct Seen {
     pub attempt: i64,
     /// The launcher's name for it, if that was not known.
     pub external_id: Option<String>,
-    /// The launcher's word.
-    pub status: String,
-    /// The launcher's reason.
-    pub reason: String,
-    /// Its place among those that wait.
-    pub position: Option<i64>,
-    /// When it is expected to start, in microseconds.
-    pub starts_at: Option<i64>,
-    /// How many looks in a row did not find it.
-    pub absent: i64,
+    /// All else.
+    pub look: Look,
     /// Whether it is gone.
     pub is_ended: bool,
 }
@@ -108,11 +110,7 @@ impl Seen {
             pid: job.pid,
             attempt: job.attempt,
             external_id: None,
-            status: status.to_owned(),
-            reason: String::new(),
-            position: None,
-            starts_at: None,
-            absent: 0,
+            look: Look { status: status.to_owned(), ..Look::default() },
             is_ended: true,
         }
     }
@@ -294,25 +292,31 @@ impl Store {
             jobs.push(vec![
                 token(seen.pid, seen.attempt).into(),
                 seen.external_id.clone().unwrap_or_default().into(),
-                seen.status.clone().into(),
-                seen.reason.clone().into(),
-                seen.position.unwrap_or(0).into(),
-                seen.starts_at.unwrap_or(0).into(),
-                seen.absent.into(),
+                seen.look.status.clone().into(),
+                seen.look.reason.clone().into(),
+                seen.look.position.unwrap_or(0).into(),
+                seen.look.starts_at.unwrap_or(0).into(),
+                seen.look.absent.into(),
                 i16::from(seen.is_ended).into(),
             ]);
         }
-        let transaction = begin(&self.db).await?;
-        transaction.execute_raw(self.dialect.batch(RECORD_SEEN, vec![], jobs)).await?;
-        let mut ended = Batch::new(&[("b_id", Kind::Uuid), ("b_try", Kind::BigInt)]);
         let mut gone: Vec<&Seen> = seen.iter().filter(|seen| seen.is_ended).collect();
         gone.sort_by_key(|seen| (seen.pid, std::cmp::Reverse(seen.attempt)));
         gone.dedup_by_key(|seen| seen.pid);
-        for seen in gone {
+        let mut ended = Batch::new(&[("b_id", Kind::Uuid), ("b_try", Kind::BigInt)]);
+        for seen in &gone {
             ended.push(vec![Uuid::from(seen.pid).into(), seen.attempt.into()]);
         }
+        // Rows are locked in the order in which everybody locks them.
+        let mut tokens = Batch::new(&[("b_token", Kind::Text)]);
+        seen.iter().for_each(|seen| tokens.push(vec![token(seen.pid, seen.attempt).into()]));
+        let transaction = begin(&self.db).await?;
+        transaction.query_all_raw(self.dialect.batch(LOCK_JOBS, vec![], tokens)).await?;
+        transaction.execute_raw(self.dialect.batch(RECORD_SEEN, vec![], jobs)).await?;
         let mut queued = ByQueue::new();
         if !ended.is_empty() {
+            let ids = Batch::ids(gone.iter().map(|seen| seen.pid.into()));
+            transaction.query_all_raw(self.dialect.batch(LOCK_PROCESSES, vec![], ids)).await?;
             for row in transaction.query_all_raw(self.dialect.batch(WAKE_ENDED, vec![], ended)).await? {
                 if row.try_get::<i64>("", "was_woken")? == 1 && state(&row)? == State::Running {
                     let (queue, told) = super::sweep::told(&row)?;
@@ -534,11 +538,13 @@ fn job(row: &QueryResult) -> Result<Job, Error> {
         attempt: row.try_get("", "try")?,
         intent_at: row.try_get("", "intent_at")?,
         external_id: row.try_get("", "external_id")?,
-        status: row.try_get("", "status")?,
-        reason: row.try_get("", "reason")?,
-        position: row.try_get("", "position")?,
-        starts_at: row.try_get("", "starts_at")?,
-        absent: row.try_get("", "absent")?,
+        look: Look {
+            status: row.try_get("", "status")?,
+            reason: row.try_get("", "reason")?,
+            position: row.try_get("", "position")?,
+            starts_at: row.try_get("", "starts_at")?,
+            absent: row.try_get("", "absent")?,
+        },
         ended_at: row.try_get("", "ended_at")?,
         is_doomed: row.try_get::<i64>("", "is_doomed")? == 1,
     })
@@ -548,6 +554,14 @@ const JOB: &str = "
     SELECT j.pid, j.try, j.intent_at, j.external_id, j.status, j.reason, j.position, j.starts_at, j.absent, j.ended_at,
            CAST(CASE WHEN p.id IS NULL OR p.place = {ended} OR p.try > j.try THEN 1 ELSE 0 END AS bigint) AS is_doomed
     FROM job j LEFT JOIN process p ON p.id = j.pid";
+
+const LOCK_JOBS: &str = "
+    WITH {rows}
+    SELECT token FROM job WHERE token IN (SELECT b_token FROM b) ORDER BY token {for_update}";
+
+const LOCK_PROCESSES: &str = "
+    WITH {rows}
+    SELECT id FROM process WHERE id IN (SELECT b_id FROM b) AND place <> {ended} ORDER BY id {for_update}";
 
 const RECORD_SEEN: &str = "
     WITH {rows}

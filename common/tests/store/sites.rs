@@ -3,12 +3,14 @@
 use std::time::Duration;
 
 use baton_common::config::SiteLimits;
-use baton_common::id::{Incarnation, Pid};
+use baton_common::id::{Incarnation, Pid, RequestId};
 use baton_common::message::Effect;
+use baton_common::select::Select;
 use baton_common::state::{Desired, Place, State};
 use baton_common::store::site::{Door, Intent, Seen};
 use baton_common::store::sweep::DEATHS_MAX;
 use baton_common::store::writer::{Fence, Verb};
+use baton_common::store::{Location, Store};
 
 use crate::{Scene, end};
 
@@ -20,6 +22,7 @@ on_both! {
     a_forced_kill_leaves_an_open_row
     the_end_of_a_job_wakes_its_process_even_while_it_parks
     a_process_that_is_killed_waits_for_its_job
+    a_look_at_many_jobs_and_a_request_to_their_processes_do_not_deadlock
     who_waits_longest_is_taken_up_first
     a_permit_is_one_workers_until_it_is_gone
     a_site_that_fails_is_left_alone_for_longer_and_longer
@@ -155,6 +158,35 @@ async fn a_process_that_is_killed_waits_for_its_job(scene: Scene) {
     let again = Fence { epoch: fence.epoch, ..fence };
     assert_eq!(scene.write_with(again, wait("", true), None).await.unwrap().place, Place::Parked);
     assert_eq!(scene.end_job(pid).await, 1);
+}
+
+async fn a_look_at_many_jobs_and_a_request_to_their_processes_do_not_deadlock(scene: Scene) {
+    scene.site().await;
+    let mut looks = Vec::new();
+    for _ in 0..60 {
+        let pid = scene.submit(SPEC).await;
+        let fence = scene.claimed(pid).await.fence;
+        scene.store.intend(fence, 1, "s", NO_LIMITS).await.unwrap();
+        scene.write(fence, wait("", false)).await.unwrap();
+        looks.push(Seen::ended(&scene.store.job(pid, 1).await.unwrap().unwrap(), "COMPLETED"));
+    }
+    // As large tables are planned: row by row in the order of the batch.
+    let plans = ["seqscan", "hashjoin", "mergejoin"].map(|plan| format!("%20-cenable_{plan}%3Doff")).concat();
+    let url = if scene.store.is_embedded() { scene.url.clone() } else { format!("{}{plans}", scene.url) };
+    let store = Store::open(Location::parse(&url).unwrap()).await.unwrap();
+    let backward: Vec<Seen> = looks.iter().rev().cloned().collect();
+    for round in 0..20 {
+        let verb = if round % 2 == 0 { Desired::Pause } else { Desired::Run };
+        let (everything, request) = (Select::default(), RequestId::generate());
+        let (first, second, asked) = tokio::join!(
+            store.record_seen(&looks),
+            store.record_seen(&backward),
+            scene.ask_many(request, &everything, verb)
+        );
+        first.unwrap();
+        second.unwrap();
+        assert_eq!(asked.unwrap().len(), 60);
+    }
 }
 
 async fn who_waits_longest_is_taken_up_first(scene: Scene) {

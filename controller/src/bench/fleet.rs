@@ -11,7 +11,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use tokio::process::{Child, Command};
 
 use super::Bench;
-use crate::cli::FleetArguments;
+use crate::cli::bench::FleetArguments;
 use crate::failure::Failure;
 
 /// How long a worker may take to start, and to stop.

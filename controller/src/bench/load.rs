@@ -12,7 +12,7 @@ use super::cost::Reading;
 use super::fleet::Fleet;
 use super::limits::{self, Limits};
 use super::{Bench, Report, Times, noop, per_second, process, rounded};
-use crate::cli::{AdvancesArguments, FleetArguments, LatencyArguments, ThroughputArguments};
+use crate::cli::bench::{AdvancesArguments, FleetArguments, LatencyArguments, ThroughputArguments};
 use crate::failure::Failure;
 use crate::output;
 

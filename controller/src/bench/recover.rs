@@ -7,7 +7,7 @@ use baton_common::state::Place;
 
 use super::fleet::Fleet;
 use super::{Bench, Report, Times, per_second, rounded};
-use crate::cli::RecoverArguments;
+use crate::cli::bench::RecoverArguments;
 use crate::failure::Failure;
 use crate::output;
 

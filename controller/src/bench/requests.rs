@@ -12,7 +12,7 @@ use baton_common::store::control::Request;
 
 use super::fleet::Fleet;
 use super::{Bench, Report, Times, per_second, rounded};
-use crate::cli::ControlBenchArguments;
+use crate::cli::bench::ControlBenchArguments;
 use crate::client::whoami;
 use crate::commands::control::ask;
 use crate::failure::Failure;

@@ -43,11 +43,8 @@ fn at_site(config: &Config, name: &str, folder: &str) -> Result<Vec<String>, Fai
         Failure::new(exit::NOT_FOUND, what).with_remedy("take the section from the configuration of the workers")
     };
     let site = config.sites.get(name).ok_or_else(|| missing(format!("the configuration has no site `{name}`")))?;
-    let root = match site.root.strip_prefix("~/") {
-        Some(rest) => format!("\"$HOME\"/{}", quote(rest)),
-        None => quote(&site.root),
-    };
-    let shell = format!("cd {root}/{folder} && exec \"${{SHELL:-/bin/sh}}\"");
+    let folder = quote(&format!("{}/{folder}", site.root_from_home()));
+    let shell = format!("cd && cd {folder} && exec \"${{SHELL:-/bin/sh}}\"");
     let Transport::Ssh(section) = &site.transport else {
         return Ok(vec!["/bin/sh".into(), "-c".into(), shell]);
     };

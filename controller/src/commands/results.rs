@@ -11,7 +11,7 @@ use futures_util::{StreamExt, TryStreamExt};
 use indicatif::{HumanBytes, ProgressBar};
 use serde_json::{Value, json};
 
-use crate::capture::{FILES_AT_ONCE, progress_bar};
+use crate::capture::FILES_AT_ONCE;
 use crate::cli::{Global, Output, ResultsArguments};
 use crate::client::{Client, absent, read_ids};
 use crate::failure::Failure;
@@ -79,7 +79,7 @@ fn json_of(entry: &Entry, objects: &Objects) -> Value {
 async fn get(how: Output, manifest: &Manifest, objects: &Objects, folder: &Path) -> Result<(), Failure> {
     std::fs::create_dir_all(folder)
         .map_err(|error| Failure::failed(format!("cannot make {}: {error}", folder.display())))?;
-    let bar = progress_bar(manifest.total_bytes(), "fetched");
+    let bar = output::progress_bar(manifest.total_bytes(), "fetched");
     let fetched: Vec<bool> = futures_util::stream::iter(manifest.entries())
         .map(|entry| fetch(objects, folder, entry, &bar))
         .buffer_unordered(FILES_AT_ONCE)

@@ -1,6 +1,6 @@
 //! `baton site`: whether a site can be reached, commands and files there.
 
-use std::io::{IsTerminal, Write};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -8,18 +8,15 @@ use baton_common::config::{Config, Launcher, Site, Transport};
 use baton_common::digest::Digest;
 use baton_worker::cli::exit;
 use baton_worker::transport::{Error, Session, connect, quote};
-use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 
-use crate::cli::{Global, Output, SiteCommand, SiteExecArguments, SiteGetArguments, SitePutArguments};
+use crate::cli::site::{SiteCommand, SiteExecArguments, SiteGetArguments, SitePutArguments};
+use crate::cli::{Global, Output};
 use crate::failure::Failure;
 use crate::output;
 
 /// How long a small thing may take there. A login node with many users needs seconds.
 const STEP_LIMIT: Duration = Duration::from_secs(60);
-
-/// How long a site may need to read a whole file for its SHA-256: a terabyte at 300 MB/s.
-const DIGEST_LIMIT: Duration = Duration::from_secs(3600);
 
 /// What is written and read to see that files go there and back.
 const PROBE: &[u8] = b"a file of `baton site test`\n";
@@ -56,8 +53,7 @@ pub(super) async fn open(config: &Config, site: &Site) -> Result<Session, Failur
 
 /// A path there: below the site's root, which may begin at the home folder, unless it is absolute.
 pub(super) fn there(site: &Site, path: &str) -> String {
-    let root = site.root.strip_prefix("~/").unwrap_or(&site.root);
-    if path.starts_with('/') { path.to_owned() } else { format!("{}/{path}", root.trim_end_matches('/')) }
+    if path.starts_with('/') { path.to_owned() } else { format!("{}/{path}", site.root_from_home()) }
 }
 
 /// A path as a word of a command, which none takes for an option.
@@ -94,10 +90,10 @@ async fn put(config: &Config, arguments: SitePutArguments) -> Result<u8, Failure
     if let Some((folder, _)) = to.rsplit_once('/').filter(|(folder, _)| !folder.is_empty()) {
         session.exec(&format!("mkdir -p {}", word(folder)), b"", STEP_LIMIT).await?.ok()?;
     }
-    let bar = bar(size);
+    let bar = output::progress_bar(size, "sent");
     session.put(&arguments.from, &to, &|bytes| bar.set_position(bytes)).await?;
     bar.finish_and_clear();
-    if digest_there(&session, &to).await? != digest.to_string() {
+    if session.digest(&to).await? != digest {
         session.exec(&format!("rm -f {}", word(&to)), b"", STEP_LIMIT).await?.ok()?;
         return Err(damaged(&to));
     }
@@ -114,11 +110,11 @@ async fn get(config: &Config, arguments: SiteGetArguments) -> Result<u8, Failure
     }
     let session = open(config, site).await?;
     let size = session.exec(&format!("wc -c < {}", word(&from)), b"", STEP_LIMIT).await?.ok()?;
-    let bar = bar(String::from_utf8_lossy(&size).trim().parse().unwrap_or(0));
+    let bar = output::progress_bar(String::from_utf8_lossy(&size).trim().parse().unwrap_or(0), "fetched");
     session.get(&from, &to, &|bytes| bar.set_position(bytes)).await?;
     bar.finish_and_clear();
     let (digest, _) = digest_here(&to).await?;
-    if digest_there(&session, &from).await? != digest.to_string() {
+    if session.digest(&from).await? != digest {
         std::fs::remove_file(&to)?;
         return Err(damaged(&to.display().to_string()));
     }
@@ -131,26 +127,11 @@ fn damaged(path: &str) -> Failure {
         .with_remedy("an earlier try may have left a part of another file, or the file has changed; say it again")
 }
 
-/// A bar, on a terminal.
-fn bar(size: u64) -> ProgressBar {
-    if !std::io::stderr().is_terminal() {
-        return ProgressBar::hidden();
-    }
-    let template = "{bar:40} {bytes}/{total_bytes}, {bytes_per_sec}, {elapsed}";
-    ProgressBar::new(size).with_style(ProgressStyle::with_template(template).expect("the template is right"))
-}
-
 async fn digest_here(path: &Path) -> Result<(Digest, u64), Failure> {
     let file = path.to_owned();
     let read = tokio::task::spawn_blocking(move || Digest::of_file(&file)).await;
     let digest = read.map_err(|error| Failure::failed(error.to_string()))?;
     digest.map_err(|error| Failure::failed(format!("{}: {error}", path.display())))
-}
-
-async fn digest_there(session: &Session, path: &str) -> Result<String, Failure> {
-    let output = session.exec(&format!("sha256sum < {}", word(path)), b"", DIGEST_LIMIT).await?.ok()?;
-    let text = String::from_utf8_lossy(&output).into_owned();
-    Ok(text.split_whitespace().next().unwrap_or_default().to_owned())
 }
 
 /// What was tried, and what came of it.
@@ -215,10 +196,10 @@ async fn try_all(session: &Session, site: &Site, steps: &mut Steps) {
         Ok(String::new())
     };
     steps.step("shell", shell).await;
-    let root = there(site, "").trim_end_matches('/').to_owned();
-    let make = format!("mkdir -p {0} && cd {0} && pwd", word(&root));
+    let root = site.root_from_home();
+    let make = format!("mkdir -p {0} && cd {0} && pwd", word(root));
     if steps.step("root", said(&make)).await {
-        steps.step("files", files(session, &root)).await;
+        steps.step("files", files(session, root)).await;
     }
     steps
         .step("tools", said("for t in tar sha256sum timeout; do command -v $t || { echo no $t >&2; exit 1; }; done"))

@@ -1,4 +1,5 @@
-//! A worker with a process of its own: `own.pi` throws points at a square and counts those within the circle.
+//! A worker with processes of its own: `own.pi` throws points at a square and counts those within the circle; `own.words`
+//! counts the words of a text at a site.
 //!
 //!     cargo run -- --name own --queue own --root worker-own     # BATON_BROKER_URL and BATON_DATABASE_URL are set
 //!     baton submit own-pi.yaml --wait                           # in another terminal
@@ -80,8 +81,39 @@ fn throw(points: u64, seed: u64) -> u64 {
     (0..points).map(|_| (random(), random())).filter(|(x, y)| x * x + y * y <= 1.0).count() as u64
 }
 
+/// A text, and the site that counts its words.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Words {
+    site: String,
+    text: String,
+}
+
+impl Process for Words {
+    fn start(input: &Value) -> Result<Self, Error> {
+        serde_json::from_value(input.clone()).map_err(|error| Error::Input(format!("`with`: {error}")))
+    }
+
+    fn advance<'a>(&'a mut self, context: &'a Context) -> LocalBoxFuture<'a, Result<Advance, Error>> {
+        Box::pin(async move {
+            // First of all: when no session is to be had, this ends here, and begins again when there is one.
+            let site = context.site(&self.site).await?;
+            let local = std::env::temp_dir().join(format!("own-words-{}", context.pid()));
+            std::fs::write(&local, &self.text)?;
+            site.put(&local, "text").await?;
+            let counted = site.exec("wc -w < text > count", b"", Duration::from_secs(60)).await?;
+            counted.ok().map_err(Error::failed)?;
+            site.get("count", &local).await?;
+            context.set_value("words", std::fs::read_to_string(&local)?.trim());
+            std::fs::remove_file(&local)?;
+            Ok(Advance::Finished { exit: 0 })
+        })
+    }
+}
+
 fn main() -> ExitCode {
     let mut registry = Registry::new();
     registry.register::<Pi>("own.pi");
+    registry.register::<Words>("own.words");
     baton_worker::main(registry)
 }

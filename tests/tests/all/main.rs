@@ -13,6 +13,7 @@ mod embedded;
 mod faults;
 mod files;
 mod fleet;
+mod launchers;
 mod network;
 mod outages;
 mod outside;

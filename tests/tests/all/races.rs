@@ -3,6 +3,7 @@
 //! A short form of it runs with all other tests. `BATON_RACE_ROUNDS` is how many processes each race has, and
 //! `BATON_RACE_SEED` repeats the delays of a former run.
 
+use std::cell::Cell;
 use std::time::Duration;
 
 use baton_common::state::Desired;
@@ -104,11 +105,17 @@ impl Race {
 async fn kill_against_end() {
     let spec = "{call: baton.count, hold: true, with: {advances: 3, every: 10ms}}";
     let (race, _workers) = Race::new(spec).await;
+    // A kill that came in time lets the next ones come later, and one that came too late earlier: so they keep to the end,
+    // however fast the machine is.
+    let delay_us = Cell::new(50_000);
     let answers = race
         .run(async |operators, pid, mut dice| {
             let played = operators[0].ask(pid, Desired::Run).await;
-            dice.pause(100).await;
-            vec![played, operators[0].ask(pid, Desired::Kill).await]
+            tokio::time::sleep(Duration::from_micros(dice.next(2 * delay_us.get()))).await;
+            let killed = operators[0].ask(pid, Desired::Kill).await;
+            let (sooner_us, later_us) = (delay_us.get() * 15 / 16, delay_us.get() * 17 / 16);
+            delay_us.set(if killed.is_some() { later_us } else { sooner_us.max(1_000) });
+            vec![played, killed]
         })
         .await;
     let (killed, finished) = race.judge(answers).await;

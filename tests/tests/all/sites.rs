@@ -13,22 +13,31 @@ use baton_tests::slurm::Slurm;
 const LIMIT: Duration = Duration::from_secs(60);
 
 /// Borders of a job's life; at each of them a worker dies here.
-pub(crate) const BORDERS: [&str; 7] =
-    ["job-staged", "job-intended", "job-submitted", "job-known", "job-seen", "job-collected", "job-cancelled"];
+pub(crate) const BORDERS: [&str; 9] = [
+    "job-staged",
+    "job-intended",
+    "job-never",
+    "job-submitted",
+    "job-given-up",
+    "job-known",
+    "job-seen",
+    "job-collected",
+    "job-cancelled",
+];
 
 /// A program that says that it has run, in a file that all of them share.
-fn witness(scene: &Scene, at: &str, more: &str) -> (PathBuf, String) {
+pub(crate) fn witness(scene: &Scene, at: &str, more: &str) -> (PathBuf, String) {
     let path = scene.path("runs");
-    let script = format!("echo \"$SLURM_JOB_ID\" >> {}; {more}", path.display());
+    let script = format!("echo $$ >> {}; {more}", path.display());
     (path, format!("at: {at}\nscript: |\n  {script}\n"))
 }
 
 /// Programs that have run so far.
-fn runs(path: &Path) -> usize {
+pub(crate) fn runs(path: &Path) -> usize {
     std::fs::read_to_string(path).unwrap_or_default().lines().count()
 }
 
-async fn ended(scene: &Scene, pids: &[String], limit: Duration) {
+pub(crate) async fn ended(scene: &Scene, pids: &[String], limit: Duration) {
     eventually("all have ended", limit, async || {
         let count = scene.count("place = 3").await;
         if count >= pids.len() as u64 { Ok(()) } else { Err((count, scene.sql("SELECT * FROM job").await)) }
@@ -37,7 +46,7 @@ async fn ended(scene: &Scene, pids: &[String], limit: Duration) {
 }
 
 /// All have ended as finished with exit 0.
-async fn finished(scene: &Scene, pids: &[String], limit: Duration) {
+pub(crate) async fn finished(scene: &Scene, pids: &[String], limit: Duration) {
     ended(scene, pids, limit).await;
     for pid in pids {
         let shown = scene.show(pid).await;
@@ -96,12 +105,23 @@ async fn a_worker_that_dies_at_any_border_costs_no_second_run() {
     journal::keep(&scene).await;
     for border in BORDERS {
         scene.sql("DELETE FROM process; DELETE FROM job; TRUNCATE journal").await;
-        let mut crashing =
-            slurm.worker(&scene, &format!("{border}-1"), &[("FAILPOINTS", &format!("{border}=return"))]).await;
         let is_killed = border == "job-cancelled";
+        if border == "job-given-up" {
+            // The first submission does nothing and does not answer.
+            let first = slurm.file("first");
+            slurm.replace("sbatch", &format!("mkdir {} 2>/dev/null && sleep 60; exec $REAL \"$@\"", first.display()));
+        }
         let (path, spec) = witness(&scene, "cluster", if is_killed { "sleep 600" } else { "sleep 1" });
         let _ = std::fs::remove_file(&path);
         let pids = slurm.submit(&scene, &spec, 1).await;
+        if border == "job-never" {
+            // Somebody else has to have left an intent without a submission.
+            let mut before = slurm.worker(&scene, "job-never-0", &[("FAILPOINTS", "job-intended=return")]).await;
+            before.ended(LIMIT).await;
+        }
+        let variables = [("FAILPOINTS", format!("{border}=return"))];
+        let variables = variables.each_ref().map(|(name, value)| (*name, value.as_str()));
+        let mut crashing = slurm.worker(&scene, &format!("{border}-1"), &variables).await;
         if is_killed {
             eventually("it runs", LIMIT, async || if runs(&path) == 1 { Ok(()) } else { Err(()) }).await;
             slurm.baton(&scene, &["kill", &pids[0]]).await;
@@ -120,74 +140,27 @@ async fn a_worker_that_dies_at_any_border_costs_no_second_run() {
     }
 }
 
-/// `sbatch` does not answer in time, and its job comes later: within the time of settling, and after it.
+/// Two workers in a row die with the try given up, while its process is being killed: nobody waits for ever.
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
-async fn a_submission_that_takes_effect_late_is_adopted_or_runs_nothing() {
+async fn a_kill_of_an_unanswered_submission_ends_whoever_dies_over_it() {
     let scene = Scene::new().await;
-    let slurm = Slurm::start(&scene, "submit_timeout = '2s'\nsettle = '6s'", "", "");
-    let _worker = slurm.worker(&scene, "w1", &[]).await;
-    for (late, tries) in [(4, 1), (20, 2)] {
-        scene.sql("DELETE FROM process; DELETE FROM job").await;
-        let (path, spec) = witness(&scene, "cluster", "sleep 1");
-        let _ = std::fs::remove_file(&path);
-        // The first submission hangs; its job comes when everybody has given it up.
-        slurm.replace(
-            "sbatch",
-            &format!(
-                "if mkdir {0} 2>/dev/null; then (setsid sh -c 'sleep {late}; {1} \"$@\"; touch {0}/came' x \"$@\" \
-                 >/dev/null 2>&1 &); sleep 60; fi; exec $REAL \"$@\"",
-                slurm.file(&format!("late-{late}")).display(),
-                "/usr/bin/sbatch"
-            ),
-        );
-        let pids = slurm.submit(&scene, &spec, 1).await;
-        finished(&scene, &pids, LIMIT).await;
-        eventually("the late job has come", LIMIT, async || {
-            if slurm.file(&format!("late-{late}/came")).exists() { Ok(()) } else { Err(slurm.jobs("all")) }
-        })
-        .await;
-        slurm.is_empty().await;
-        assert_eq!(runs(&path), 1, "{late}: {:?}", slurm.jobs("all"));
-        assert_eq!(scene.sql("SELECT try FROM process").await.trim(), tries.to_string());
-        eventually("every job is accounted for", LIMIT, async || {
-            match scene.sql("SELECT * FROM job WHERE ended_at IS NULL").await {
-                open if open.trim().is_empty() => Ok(()),
-                open => Err(open),
-            }
-        })
-        .await;
-    }
-}
-
-#[tokio::test]
-#[ignore = "needs services: run tests/run"]
-async fn a_kill_leaves_no_job() {
-    let scene = Scene::new().await;
-    let slurm = Slurm::start(&scene, "submit_timeout = '3s'\nsettle = '6s'", "", "");
-    let _worker = slurm.worker(&scene, "w1", &[]).await;
-    // Of a running job, and in the middle of its submission.
-    let (path, spec) = witness(&scene, "cluster", "sleep 600");
-    let pids = slurm.submit(&scene, &spec, 3).await;
-    eventually("all run", LIMIT, async || if runs(&path) == 3 { Ok(()) } else { Err(runs(&path)) }).await;
-    slurm.replace("sbatch", "sleep 2; exec $REAL \"$@\"");
-    let slow = slurm.submit(&scene, &spec, 2).await;
-    eventually("they are being submitted", LIMIT, async || {
-        match scene.sql("SELECT count(*) FROM job WHERE external_id IS NULL").await.trim() {
-            "2" => Ok(()),
-            other => Err(other.to_owned()),
-        }
+    let slurm = Slurm::start(&scene, "submit_timeout = '2s'\nsettle = '60s'", "min_reconnect = '1s'", "");
+    slurm.replace("sbatch", "sleep 60");
+    let (path, spec) = witness(&scene, "cluster", "true");
+    let mut first = slurm.worker(&scene, "w1", &[("FAILPOINTS", "job-given-up=return")]).await;
+    let pids = slurm.submit(&scene, &spec, 1).await;
+    eventually("it is being submitted", LIMIT, async || {
+        let taken = scene.path("site/p").join(&pids[0]).join("1/.baton/submit");
+        if taken.exists() { Ok(()) } else { Err(scene.sql("SELECT * FROM job").await) }
     })
     .await;
-    let all = [pids, slow].concat();
-    let arguments: Vec<&str> = ["kill"].into_iter().chain(all.iter().map(String::as_str)).collect();
-    slurm.baton(&scene, &arguments).await;
-    ended(&scene, &all, LIMIT).await;
-    assert_eq!(scene.count("state = 6").await, 5, "{}", scene.sql("SELECT * FROM process").await);
+    slurm.baton(&scene, &["kill", &pids[0]]).await;
+    first.ended(LIMIT).await;
+    let _second = slurm.worker(&scene, "w2", &[]).await;
+    ended(&scene, &pids, LIMIT).await;
+    assert_eq!((scene.count("state = 6").await, runs(&path)), (1, 0));
     slurm.is_empty().await;
-    tokio::time::sleep(Duration::from_secs(4)).await;
-    slurm.is_empty().await;
-    assert_eq!(runs(&path), 3, "a job that was killed before it was submitted ran");
 }
 
 #[tokio::test]
@@ -298,4 +271,31 @@ async fn a_slot_moves_when_its_worker_dies() {
     finished(&scene, &pids, LIMIT * 2).await;
     assert_eq!(runs(&path), 60);
     assert_ne!(scene.sql(sql).await.trim(), owner);
+}
+
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn a_process_of_ones_own_waits_for_a_site_and_uses_it() {
+    let scene = Scene::new().await;
+    let slurm = Slurm::start(&scene, "", "min_reconnect = '1s'", "");
+    slurm.sshd.kill();
+    let _worker = slurm.worker_of(&scene, "own-process", "own", &["--queue", "own"]).await;
+    let spec = "call: own.words\nqueue: own\nwith: {site: cluster, text: 'one two three'}\n";
+    let pids = slurm.submit(&scene, spec, 1).await;
+    eventually("it waits for a session", LIMIT, async || {
+        let explained = slurm.baton(&scene, &["explain", &pids[0]]).await.ok().stdout;
+        if explained.contains("cannot be reached") { Ok(()) } else { Err(explained) }
+    })
+    .await;
+    assert_eq!(
+        scene.count("place = 2 AND try = 1 AND checkpoint IS NULL").await,
+        1,
+        "it is parked, and nothing was made of it"
+    );
+    slurm.start_login();
+    ended(&scene, &pids, LIMIT).await;
+    let shown = scene.show(&pids[0]).await;
+    assert_eq!((&shown["exit"], &shown["values"]["words"]), (&0.into(), &"3".into()), "{shown:#}");
+    let folder = scene.path("site/p").join(&pids[0]).join("1");
+    assert_eq!(std::fs::read_to_string(folder.join("text")).unwrap(), "one two three");
 }

@@ -93,6 +93,45 @@ out:
     );
 }
 
+/// The first worker dies when all is staged, the second when all is collected, and the program fails once: each of them
+/// finds again what was moved before it.
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn what_is_moved_or_copied_again_is_the_same() {
+    let scene = Scene::new().await;
+    let slurm = Slurm::start(&scene, "", "", "");
+    write(&scene.path("site/s/one/seed"), "seed\n");
+    write(&scene.path("site/s/one/tree/leaf"), "leaf\n");
+    let spec = "at: plain
+session: one
+script: |
+  cat seed tree/leaf && [ ! -e tree/tree ] || exit 3
+  mkdir -p out/a out/b && echo a > out/a/x && echo b > out/b/x && echo c > c.chk
+  [ \"${PWD##*/}\" != 1 ]
+in:
+  - {from: session://seed, how: move}
+  - {from: session://tree, how: copy}
+out:
+  - {from: out/, to: session://all, how: move}
+  - {from: '*.chk', to: session://checkpoints/, how: move}
+  - '*.chk'
+retry: {max: 2, wait: 1s}
+";
+    let pid = slurm.submit(&scene, spec, 1).await.remove(0);
+    for border in ["job-staged", "job-collected"] {
+        let border_returns = format!("{border}=return");
+        slurm.worker(&scene, border, &[("FAILPOINTS", &border_returns)]).await.ended(LIMIT).await;
+    }
+    let _worker = slurm.worker(&scene, "w", &[]).await;
+    let shown = end(&scene, &pid).await;
+    assert_eq!((&shown["exit"], &shown["try"]), (&0.into(), &2.into()), "{shown:#}");
+    assert!(!scene.path("site/s/one/seed").exists(), "it was moved");
+    let read = |path: &str| std::fs::read_to_string(scene.path(&format!("site/s/one/{path}"))).unwrap();
+    assert_eq!(["all/a/x", "all/b/x", "checkpoints/c.chk", "tree/leaf"].map(read), ["a\n", "b\n", "c\n", "leaf\n"]);
+    let results = slurm.baton(&scene, &["results", &pid]).await.ok().stdout;
+    assert!(results.contains("c.chk"), "what is moved is a result as well: {results}");
+}
+
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
 async fn an_input_that_many_share_is_sent_once_and_linked() {

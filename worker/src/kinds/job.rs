@@ -9,7 +9,7 @@ use std::time::Duration;
 use baton_common::border;
 use baton_common::duration;
 use baton_common::spec::{OnSite, Spec};
-use baton_common::store::site::{Intent, Job as Row, Seen, token};
+use baton_common::store::site::{Intent, Job as Row, NEVER, Seen, token};
 use baton_common::store::writer::{Output, Stream};
 use futures_util::future::LocalBoxFuture;
 use serde::{Deserialize, Serialize};
@@ -17,12 +17,9 @@ use serde_json::Value;
 
 use crate::process::{Advance, Context, Error, Process, Wait};
 use crate::site::launcher::{Listed, Phase};
-use crate::site::script::{self, Done};
-use crate::site::{Closed, Site, Visit, staging};
+use crate::site::script::{self, Done, GIVEN_UP};
+use crate::site::{LOOK_AGAIN, Site, Visit, staging};
 use crate::transport::{self, quote};
-
-/// At the latest after so long a process looks for itself at what it waits for: whoever should wake it may have failed.
-const LOOK_AGAIN: Duration = Duration::from_secs(600);
 
 /// Pause between two looks for a job whose submission was not answered, and for what a job should have left.
 const SETTLE_PAUSE: Duration = Duration::from_secs(3);
@@ -97,25 +94,29 @@ impl Process for Job {
             // It has given its channel back, and others may wait for one.
             at.site.changed.notify_one();
             match advanced {
-                Err(Trouble::Wait(wait)) => Ok(Advance::Site(wait)),
-                Err(Trouble::Site(error)) => at.wait_after(&error).await,
+                Err(Trouble::Site(error)) => Err(match at.site.trouble(context, &error).await {
+                    // A job may be there: whatever the site says, the try is not given up by it.
+                    Error::Failed(text) if self.stage == Stage::Settle => {
+                        context.log(text);
+                        Error::NotNow(Wait::pause(SETTLE_PAUSE))
+                    }
+                    error @ (Error::Input(_) | Error::Failed(_) | Error::Interrupted(_) | Error::NotNow(_)) => error,
+                }),
                 Err(Trouble::Process(error)) => Err(error),
                 Ok(advance) => Ok(advance),
             }
         })
     }
 
-    fn end_outside<'a>(&'a mut self, context: &'a Context) -> LocalBoxFuture<'a, Result<Option<Wait>, Error>> {
+    fn end_outside<'a>(&'a mut self, context: &'a Context) -> LocalBoxFuture<'a, Result<(), Error>> {
         Box::pin(async move {
             let at = At::new(context)?;
             match at.end_job().await {
-                Ok(wait) => Ok(wait),
-                Err(Trouble::Wait(wait)) => Ok(Some(wait)),
-                Err(Trouble::Site(error)) => match at.wait_after(&error).await? {
-                    Advance::Site(wait) => Ok(Some(wait)),
-                    Advance::Again | Advance::After(_) | Advance::Linger(_) | Advance::Finished { .. } => Ok(None),
-                },
+                Err(Trouble::Site(error)) => Err(at.site.trouble(context, &error).await),
+                // The database does not answer; its next answer decides.
+                Err(Trouble::Process(Error::Interrupted(_))) => Err(Error::NotNow(Wait::pause(CANCEL_PAUSE))),
                 Err(Trouble::Process(error)) => Err(error),
+                Ok(()) => Ok(()),
             }
         })
     }
@@ -123,7 +124,6 @@ impl Process for Job {
 
 /// Why a stage did not come to its end.
 enum Trouble {
-    Wait(Wait),
     Site(transport::Error),
     Process(Error),
 }
@@ -150,10 +150,15 @@ impl From<staging::Error> for Trouble {
     fn from(error: staging::Error) -> Self {
         match error {
             staging::Error::Site(error) => Trouble::Site(error),
-            staging::Error::Wait(waits_for, at_most) => Trouble::Wait(Wait { waits_for, at_most }),
+            staging::Error::Wait(wait) => Trouble::Process(Error::NotNow(wait)),
             staging::Error::Stage(text) => Trouble::Process(Error::Failed(format!("stage: {text}"))),
         }
     }
+}
+
+/// It is looked at again after this time, if nothing wakes it before.
+fn not_yet(at_most: Duration) -> Trouble {
+    Error::NotNow(Wait::pause(at_most)).into()
 }
 
 /// A process at its site.
@@ -174,30 +179,7 @@ impl<'a> At<'a> {
     }
 
     async fn enter(&self) -> Result<Visit, Trouble> {
-        self.site.enter().await.map_err(|closed| {
-            if let Closed::Down(text) = closed {
-                self.context.log(format!("{}: {text}", self.site.name));
-            }
-            Trouble::Wait(self.for_slot())
-        })
-    }
-
-    fn for_slot(&self) -> Wait {
-        Wait { waits_for: self.site.slot(), at_most: LOOK_AGAIN }
-    }
-
-    /// What comes after the site has failed in the middle of something.
-    async fn wait_after(&self, error: &transport::Error) -> Result<Advance, Error> {
-        if matches!(error, transport::Error::NoChannel(_)) {
-            self.site.failed(error).await;
-            return Ok(Advance::Site(self.for_slot()));
-        }
-        if error.is_of_transport() {
-            self.context.log(format!("{}: {error}", self.site.name));
-            self.site.failed(error).await;
-            return Ok(Advance::Site(self.for_slot()));
-        }
-        Err(Error::Failed(format!("{}: {error}", self.site.name)))
+        Ok(self.site.enter(self.context).await?)
     }
 
     fn attempt(&self) -> i64 {
@@ -238,58 +220,58 @@ impl<'a> At<'a> {
         }))
     }
 
-    /// Ends the job of this try, if there is one, and makes sure that none comes; `Some` when that takes longer.
-    async fn end_job(&self) -> Result<Option<Wait>, Trouble> {
-        let Some(row) = self.row().await? else { return Ok(None) };
+    /// Ends the job of this try, if there is one, and makes sure that none comes.
+    async fn end_job(&self) -> Result<(), Trouble> {
+        let Some(row) = self.row().await? else { return Ok(()) };
         if row.ended_at.is_some() {
-            return Ok(None);
+            return Ok(());
         }
         self.context.set_stage("ending the job");
         let visit = self.enter().await?;
-        let dir = quote(&visit.sandbox(self.context.pid(), self.attempt()));
+        let dir = visit.sandbox(self.context.pid(), self.attempt());
+        let (give_up, dir) = (script::give_up(&dir), quote(&dir));
         let script = format!(
             "mkdir -p {dir}/.baton || exit 1
              if mkdir {dir}/.baton/submit 2>/dev/null; then echo free; fi
-             if mkdir {dir}/.baton/started 2>/dev/null; then echo unstarted; fi
+             {give_up}
              cat {dir}/.baton/started/job 2>/dev/null; true"
         );
         let stdout = visit.exec(&script).await?.ok()?;
         let text = String::from_utf8_lossy(&stdout);
         if text.lines().any(|line| line == "free") {
             // Nobody has submitted it, and now nobody can.
-            self.record_ended(&row, "").await?;
-            return Ok(None);
+            self.record_ended(&row, NEVER).await?;
+            return Ok(());
         }
-        let is_unstarted = text.lines().any(|line| line == "unstarted");
+        border!("job-given-up");
+        let is_given_up = text.lines().any(|line| line == GIVEN_UP);
         let marked = text.lines().rfind(|line| line.bytes().next().is_some_and(|byte| byte.is_ascii_digit()));
         let found = match self.find(&visit, &row).await? {
             Ok(found) => found,
             Err(complaint) => {
                 self.context.log(format!("{}: {complaint}", self.site.name));
-                return Ok(Some(Wait { waits_for: String::new(), at_most: CANCEL_PAUSE * 3 }));
+                return Err(not_yet(CANCEL_PAUSE * 3));
             }
         };
         let is_over = found.as_ref().is_some_and(|found| found.phase == Phase::Ended);
         let id = found.map(|found| found.external_id).or(row.external_id.clone()).or(marked.map(str::to_owned));
         let Some(id) = id else {
             // It may yet appear, and would run nothing; the watch looks for it. If it has started, it is known soon.
-            return Ok((!is_unstarted).then(|| Wait { waits_for: String::new(), at_most: CANCEL_PAUSE }));
+            return if is_given_up { Ok(()) } else { Err(not_yet(CANCEL_PAUSE)) };
         };
         if is_over {
             self.record_ended(&row, "CANCELLED").await?;
-            return Ok(None);
+            return Ok(());
         }
         visit.exec(&self.site.launcher.cancel(&id)).await?;
         border!("job-cancelled");
         match self.find(&visit, &row).await? {
-            Ok(Some(found)) if found.phase != Phase::Ended => {
-                Ok(Some(Wait { waits_for: String::new(), at_most: CANCEL_PAUSE }))
-            }
+            Ok(Some(found)) if found.phase != Phase::Ended => Err(not_yet(CANCEL_PAUSE)),
             Ok(_) => {
                 self.record_ended(&row, "CANCELLED").await?;
-                Ok(None)
+                Ok(())
             }
-            Err(_) => Ok(Some(Wait { waits_for: String::new(), at_most: CANCEL_PAUSE })),
+            Err(_) => Err(not_yet(CANCEL_PAUSE)),
         }
     }
 }
@@ -317,10 +299,10 @@ impl Job {
                 self.stage = Stage::Settle;
                 return Ok(Advance::Again);
             }
-            Intent::Full => return Ok(Advance::Site(Wait { waits_for: at.site.room(), at_most: LOOK_AGAIN })),
+            Intent::Full => return Err(Error::NotNow(Wait { waits_for: at.site.room(), at_most: LOOK_AGAIN }).into()),
             Intent::TooSoon(micros) => {
                 let at_most = Duration::from_micros(micros.max(0).cast_unsigned()) + Duration::from_secs(1);
-                return Ok(Advance::Site(Wait { waits_for: at.site.room(), at_most }));
+                return Err(Error::NotNow(Wait { waits_for: at.site.room(), at_most }).into());
             }
             Intent::Lost => return Err(Error::Interrupted("the lease was lost".into()).into()),
         }
@@ -341,8 +323,9 @@ impl Job {
         let output = match answer {
             Ok(output) => output,
             Err(error) => {
-                // Whatever became of it, this is not known.
-                at.wait_after(&error).await?;
+                // Whatever it was, a job may have come of it.
+                at.context.log(format!("{}: {error}", at.site.name));
+                at.site.failed(&error).await;
                 return Ok(Advance::Again);
             }
         };
@@ -357,13 +340,13 @@ impl Job {
             return Ok(Advance::Again);
         }
         if output.exit == Some(NO_FOLDER) {
-            at.record_ended(&row, "").await?;
+            at.record_ended(&row, NEVER).await?;
             return Err(Error::failed("stage: its folder at the site is gone").into());
         }
         if output.exit == Some(ALREADY_TAKEN) || at.site.launcher.is_unsure(&output) {
             return Ok(Advance::Again);
         }
-        at.record_ended(&row, "").await?;
+        at.record_ended(&row, NEVER).await?;
         Err(Error::Failed(format!("scheduler: {}", output.complaint())).into())
     }
 
@@ -374,30 +357,33 @@ impl Job {
             self.stage = Stage::Submit;
             return Ok(Advance::Again);
         };
+        if row.ended_at.is_some() && row.look.status == NEVER {
+            at.context.begin_next_try();
+            return Ok(Advance::Again);
+        }
         if row.external_id.is_some() || row.ended_at.is_some() {
             self.stage = Stage::Monitor;
             return Ok(Advance::Again);
         }
         let visit = at.enter().await?;
-        let dir = quote(&at.sandbox(&visit));
+        let sandbox = at.sandbox(&visit);
+        let dir = quote(&sandbox);
         let settled = at.site.config.submit_timeout + at.site.config.settle;
         let age = at.site.store.now().await? - row.intent_at;
         let is_settled = age > i64::try_from(settled.as_micros()).unwrap_or(i64::MAX);
         // If nobody has taken the submission yet, nobody can any more.
         let free = format!("mkdir -p {dir}/.baton && mkdir {dir}/.baton/submit 2>/dev/null && echo free; true");
         if visit.exec(&free).await?.ok()?.starts_with(b"free") {
-            at.record_ended(&row, "").await?;
+            at.record_ended(&row, NEVER).await?;
+            border!("job-never");
             at.context.begin_next_try();
             return Ok(Advance::Again);
         }
         let found = at.find(&visit, &row).await?;
-        // When the time is over, the start is taken: then no job of this try can run its program any more.
-        let take = if is_settled && matches!(found, Ok(None)) {
-            format!("mkdir {dir}/.baton/started 2>/dev/null && echo taken\n")
-        } else {
-            String::new()
-        };
-        let stdout = visit.exec(&format!("{take}cat {dir}/.baton/started/job 2>/dev/null; true")).await?.ok()?;
+        // When the time is over, the try is given up: then no job of it can run its program any more.
+        let is_missing = is_settled && matches!(found, Ok(None));
+        let give_up = if is_missing { script::give_up(&sandbox) } else { String::new() };
+        let stdout = visit.exec(&format!("{give_up}cat {dir}/.baton/started/job 2>/dev/null; true")).await?.ok()?;
         let text = String::from_utf8_lossy(&stdout);
         let marked = text.lines().find(|line| line.bytes().next().is_some_and(|byte| byte.is_ascii_digit()));
         let found = match found {
@@ -413,7 +399,8 @@ impl Job {
             self.stage = Stage::Monitor;
             return Ok(Advance::Again);
         }
-        if text.lines().any(|line| line == "taken") {
+        if text.lines().any(|line| line == GIVEN_UP) {
+            border!("job-given-up");
             at.context.log(format!("{}: no job has come of the submission; it is done again", at.site.name));
             at.context.begin_next_try();
             return Ok(Advance::Again);
@@ -428,9 +415,7 @@ impl Job {
                 self.stage = Stage::Out;
                 Ok(Advance::Again)
             }
-            Some(row) if row.external_id.is_some() => {
-                Ok(Advance::Site(Wait { waits_for: String::new(), at_most: LOOK_AGAIN }))
-            }
+            Some(row) if row.external_id.is_some() => Err(not_yet(LOOK_AGAIN)),
             Some(_) | None => {
                 self.stage = Stage::Settle;
                 Ok(Advance::Again)
@@ -467,7 +452,7 @@ impl Job {
     /// The job is gone, and its script has not said how the program ended.
     async fn without_mark(&mut self, at: &At<'_>, visit: &Visit, dir: &str) -> Result<Advance, Trouble> {
         let Some(row) = at.row().await? else { return Err(Error::failed("its job is not recorded any more").into()) };
-        let status = row.status.clone();
+        let status = row.look.status.clone();
         if matches!(status.as_str(), "COMPLETED" | "FAILED" | "ENDED" | "") && self.looks < DONE_LOOKS_MAX {
             self.looks += 1;
             return Ok(Advance::After(SETTLE_PAUSE));
@@ -499,7 +484,7 @@ impl Job {
                 }
                 // No job of this try may run any more, and none may still do so.
                 let cancel = row.external_id.map(|id| at.site.launcher.cancel(&id)).unwrap_or_default();
-                visit.exec(&format!("mkdir {}/.baton/started 2>/dev/null\n{cancel}\ntrue", quote(dir))).await?;
+                visit.exec(&format!("{}{cancel}\ntrue", script::give_up(dir))).await?;
                 at.context.log(format!("{}: the job was lost ({status}); it is submitted again", at.site.name));
                 at.context.begin_next_try();
                 Ok(Advance::Again)

@@ -79,9 +79,9 @@ impl Launcher for Fork {
         format!(
             "{LOOK}
              if alive {id}; then
-               kill -TERM -- -{pid} 2>/dev/null
+               kill -s TERM -- -{pid} 2>/dev/null
                for i in 1 2 3 4 5 6 7 8 9 10; do alive {id} || break; sleep 0.2; done
-               kill -KILL -- -{pid} 2>/dev/null
+               kill -s KILL -- -{pid} 2>/dev/null
              fi
              true"
         )

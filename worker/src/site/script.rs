@@ -1,7 +1,8 @@
 //! The script that a job is: what it does before and after the program, and how it says so.
 //!
-//! Its first act is to take `.baton/started`, which can be taken once in a try: a second job of the same try ends without
-//! running the program, and whoever gives a try up takes it so that no job of it can run any more. Its last act is to write
+//! Its first act is to make the folder `.baton/started`, which can be done once in a try: a second job of the same try ends
+//! without running the program, and whoever gives a try up puts a link there instead, so that no job of it can run any more
+//! and everybody sees why. Its last act is to write
 //! `.baton/done.json` under its final name by a rename; nothing but that file says how the program ended.
 
 use std::fmt::Write as _;
@@ -82,6 +83,16 @@ pub(crate) fn render(
     line("baton_done $? program");
     text
 }
+
+/// What gives a try up, unless its program was started: in one step, so that nobody can die in the middle of it. It prints
+/// [`GIVEN_UP`] if the try is given up, by whomever.
+pub(crate) fn give_up(dir: &str) -> String {
+    let started = quote(&format!("{dir}/{FOLDER}/started"));
+    format!("ln -sT given-up {started} 2>/dev/null; [ ! -L {started} ] || echo {GIVEN_UP}\n")
+}
+
+/// See [`give_up`].
+pub(crate) const GIVEN_UP: &str = "given-up";
 
 /// What the program's files beside the script are: their paths below the folder of the try, and their content.
 pub(crate) fn companions(spec: &Spec) -> Vec<(String, Vec<u8>)> {

@@ -18,7 +18,7 @@ use tokio::io::AsyncWriteExt;
 use tokio_util::io::SyncIoBridge;
 
 use super::{Site, Visit, script};
-use crate::process::Context;
+use crate::process::{Context, Wait};
 use crate::transport::{self, quote};
 
 /// Files of at least this size go through the cache.
@@ -43,8 +43,8 @@ const VERIFY_LIMIT: Duration = Duration::from_secs(3600);
 pub(crate) enum Error {
     /// The way to the site is at fault.
     Site(transport::Error),
-    /// Another does what has to be done first: what to wait for, and for how long at most.
-    Wait(String, Duration),
+    /// Another does first what has to be done, or the object store does not answer.
+    Wait(Wait),
     /// It is not the way: no space, a missing file, a path that leads out.
     Stage(String),
 }
@@ -58,14 +58,13 @@ impl From<transport::Error> for Error {
 
 impl From<objects::Error> for Error {
     fn from(error: objects::Error) -> Self {
-        if error.is_transient() { Error::Wait(String::new(), STORE_PAUSE) } else { Error::Stage(error.to_string()) }
+        if error.is_transient() { Error::Wait(Wait::pause(STORE_PAUSE)) } else { Error::Stage(error.to_string()) }
     }
 }
 
 impl From<baton_common::store::Error> for Error {
-    fn from(error: baton_common::store::Error) -> Self {
-        let _ = error;
-        Error::Wait(String::new(), STORE_PAUSE)
+    fn from(_: baton_common::store::Error) -> Self {
+        Error::Wait(Wait::pause(STORE_PAUSE))
     }
 }
 
@@ -184,6 +183,12 @@ fn matcher(pattern: &str) -> Result<GlobMatcher, Error> {
     on_site::glob(&pattern).map(|glob| glob.compile_matcher()).map_err(|error| Error::Stage(format!("out: {error}")))
 }
 
+/// The folder of a pattern: all that it matches is below it.
+fn base(pattern: &str) -> &str {
+    let plain = pattern.find(['*', '?', '[', '{', '\\']).map_or(pattern, |end| &pattern[..end]);
+    plain.rfind('/').map_or("", |end| &plain[..=end])
+}
+
 impl Staging<'_> {
     /// A command whose failure is about files.
     async fn run(&self, command: &str, stdin: &[u8]) -> Result<Vec<u8>, Error> {
@@ -237,7 +242,7 @@ impl Staging<'_> {
         Ok(())
     }
 
-    /// The SHA-256 of files there.
+    /// The SHA-256 of many small files there.
     async fn digests(&self, dir: &str, paths: impl Iterator<Item = &str>) -> Result<BTreeMap<String, Digest>, Error> {
         let names: Vec<u8> = paths.flat_map(|path| [b"./", path.as_bytes(), b"\0"].concat()).collect();
         if names.is_empty() {
@@ -271,7 +276,7 @@ impl Staging<'_> {
         }
         let permit = format!("sent/{}/{digest}", self.site.name);
         let Some(_sending) = self.site.begin_sending(&permit, &self.context.shared).await? else {
-            return Err(Error::Wait(permit, SENT_PAUSE));
+            return Err(Error::Wait(Wait { waits_for: permit, at_most: SENT_PAUSE }));
         };
         self.send_to_cache(digest, size, executable, &path).await.map(|()| path)
     }
@@ -296,10 +301,7 @@ impl Staging<'_> {
         let progress =
             |done: u64| live.set_last_line(&format!("sent {} of {} MiB of {digest}", done >> 20, size >> 20));
         self.visit.session.put(&source, &coming, &progress).await?;
-        let name = coming.rsplit('/').next().unwrap_or(&coming).to_owned();
-        let cache = format!("{}/cache", self.visit.root);
-        let found = self.digests(&cache, std::iter::once(name.as_str())).await?;
-        if found.get(&name) != Some(&digest) {
+        if self.visit.session.digest(&coming).await? != digest {
             self.run(&format!("rm -f {}", quote(&coming)), b"").await?;
             return Err(Error::Site(transport::Error::Broken("a file has arrived with another content".into())));
         }
@@ -382,9 +384,20 @@ impl Staging<'_> {
                 "{ ln -f \"$from\" \"$to\" || cp -p \"$from\" \"$to\"; }".to_owned()
             }
             How::Auto | How::Link => "ln -sfn \"$from\" \"$to\"".to_owned(),
-            How::Copy => "cp -RPp \"$from\" \"$to\" && chmod -R u+w \"$to\"".to_owned(),
-            How::Move => "mv -f \"$from\" \"$to\"".to_owned(),
+            // A folder that is copied again is the same one, and none in itself.
+            How::Copy => "if [ -d \"$from\" ]; then mkdir -p \"$to\" && cp -RPp \"$from\"/. \"$to\"/; else cp -RPp \"$from\" \"$to\"; fi \\
+                          && chmod -R u+w \"$to\"".to_owned(),
+            How::Move => "mv -fT \"$from\" \"$to\"".to_owned(),
             How::Unpack => unpack(idx),
+        };
+        // A try that is staged again has it; one that follows another takes it from there.
+        let taken = if input.how == How::Move {
+            "if [ ! -e \"$from\" ]; then
+               if [ -e \"$to\" ]; then exit 0; fi
+               for old in \"${dir%/*}\"/*\"${to#\"$dir\"}\"; do [ ! -e \"$old\" ] || { from=$old; from_scope=${dir%/*}; }; done
+             fi"
+        } else {
+            ""
         };
         let is_optional = if input.optional { "exit 0" } else { "{ echo \"$from is not there\" >&2; exit 1; }" };
         let script = format!(
@@ -392,6 +405,7 @@ impl Staging<'_> {
              {INSIDE}
              from={}; to={}; from_scope={}; to_scope={}; dir={}
              mkdir -p \"$from_scope\" \"$to_scope\" || exit 1
+             {taken}
              [ -e \"$from\" ] || {is_optional}
              inside \"$from\" \"$from_scope\" || exit 1
              from=$(readlink -f \"$from\")
@@ -406,11 +420,10 @@ impl Staging<'_> {
         self.run(&script, b"").await.map(drop)
     }
 
-    /// Every file of the sandbox, but for Baton's own; a link that leads out of it is refused.
+    /// Every file of the sandbox, but for Baton's own; a link that leads out of it is none of them.
     async fn list(&self) -> Result<BTreeMap<String, Found>, Error> {
         let script = format!(
-            "{INSIDE}
-             cd {} || exit 1
+            "cd {} || exit 1
              dir=$(pwd -P)
              find . -path ./.baton -prune -o -type f -printf '%s %m %P\\0'
              find . -path ./.baton -prune -o -type l -print | while read -r link; do
@@ -432,39 +445,47 @@ impl Staging<'_> {
         Ok(found)
     }
 
-    /// Files of the sandbox to a scope of the site.
+    /// Files of the sandbox to a scope of the site, each under its path below the folder of the pattern. Whoever does this
+    /// again does the same again: what is moved is there as well as in the sandbox, as one file.
     async fn hand_over(&self, output: &Output, paths: &[&str]) -> Result<(), Error> {
         let scope = self.scope(output.to.scope)?;
-        let is_folder = output.to.path.is_empty() || output.to.path.ends_with('/') || paths.len() > 1;
+        let to = output.to.path.trim_end_matches('/');
+        let is_folder = to.len() < output.to.path.len() || to.is_empty() || !paths.contains(&output.from.as_str());
+        let base = base(&output.from);
+        let mut pairs = Vec::new();
         for path in paths {
-            let name = path.rsplit('/').next().unwrap_or(path);
-            let to = if is_folder {
-                format!("{scope}/{}/{name}", output.to.path.trim_end_matches('/'))
-            } else {
-                format!("{scope}/{}", output.to.path)
-            };
-            let act = match output.how {
-                How::Move => "mv -f",
-                How::Link => "ln -sfn",
-                How::Auto | How::Copy | How::Unpack => "cp -p",
-            };
-            let script = format!(
-                "umask 077
-                 {INSIDE}
-                 from={}; to={}; to_scope={}
-                 mkdir -p \"$(dirname \"$to\")\" && inside \"$(dirname \"$to\")\" \"$to_scope\" && {act} \"$from\" \"$to.part\" && mv -f \"$to.part\" \"$to\"",
-                quote(&format!("{}/{path}", self.dir)),
-                quote(&to),
-                quote(&scope),
-            );
-            self.run(&script, b"").await?;
+            let name = path.strip_prefix(base).unwrap_or(path);
+            let target = if is_folder { format!("{to}/{name}") } else { to.to_owned() };
+            pairs.extend([path.as_bytes(), b"\0", target.as_bytes(), b"\0"].concat());
         }
-        Ok(())
+        let act = match output.how {
+            How::Move => "{ ln -fL \"$from\" \"$to.part\" 2>/dev/null || cp -pT \"$from\" \"$to.part\"; }",
+            How::Link => "ln -sfnT \"$from\" \"$to.part\"",
+            How::Auto | How::Copy | How::Unpack => "cp -pT \"$from\" \"$to.part\"",
+        };
+        let script = format!(
+            "{INSIDE}
+             dir={}; scope={}
+             while [ $# -gt 1 ]; do
+               from=$dir/$1; to=$scope/$2; shift 2
+               mkdir -p \"${{to%/*}}\" && inside \"${{to%/*}}\" \"$scope\" && {act} && mv -fT \"$to.part\" \"$to\" || exit 255
+             done",
+            quote(self.dir),
+            quote(&scope),
+        );
+        // As many at a time as a command can take.
+        let command = format!("umask 077; mkdir -p {} && xargs -0 -n 64 sh -c {} sh", quote(&scope), quote(&script));
+        self.run(&command, &pairs).await.map(drop)
     }
 
     /// Files of the sandbox into the object store; what it has already is not fetched.
     async fn keep(&self, files: &[(&str, &Found)]) -> Result<Manifest, Error> {
-        let digests = self.digests(self.dir, files.iter().map(|(path, _)| *path)).await?;
+        let (large, small): (Vec<_>, Vec<_>) = files.iter().partition(|(_, found)| found.size >= CACHED_FROM);
+        let mut digests = self.digests(self.dir, small.iter().map(|(path, _)| *path)).await?;
+        for (path, _) in large {
+            let digest = self.visit.session.digest(&format!("{}/{path}", self.dir)).await?;
+            digests.insert((*path).to_owned(), digest);
+        }
         let digest_of =
             |path: &str| digests.get(path).copied().ok_or_else(|| Error::Stage(format!("{path} has vanished")));
         let mut missing = Vec::new();
@@ -593,4 +614,16 @@ fn unpack(idx: usize) -> String {
          done || exit 1
          cp -RPp \"$work\"/. \"$to\"/ && rm -rf \"$work\""
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_pattern_matches_is_below_its_folder() {
+        let patterns = ["a", "a/b", "a/", "a/b/*.c", "*", "**/c", "a/b*/c", "a/[bc]/d", "a/{b,c}"];
+        let bases = ["", "a/", "a/", "a/b/", "", "", "a/", "a/", "a/"];
+        assert_eq!(patterns.map(base), bases);
+    }
 }

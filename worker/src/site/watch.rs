@@ -10,12 +10,12 @@ use std::fmt::Write as _;
 use std::time::{Duration, Instant};
 
 use baton_common::border;
-use baton_common::store::site::{Job, Seen};
+use baton_common::store::site::{Job, Look, Seen};
 use tracing::{debug, info, warn};
 
 use super::launcher::{Listed, Phase};
 use super::pool::Lease;
-use super::{COMMAND_LIMIT, Site, Visit};
+use super::{COMMAND_LIMIT, Site, Visit, script};
 use crate::incarnation::Shared;
 use crate::transport::{self, Output, Shell, quote};
 
@@ -123,7 +123,7 @@ impl Watch {
     }
 
     async fn enter(&mut self, site: &Site) -> bool {
-        let Ok(Visit { session, root }) = site.enter().await else { return false };
+        let Ok(Visit { session, root }) = site.open().await else { return false };
         match session.shell().await {
             Ok(shell) => {
                 info!(site = site.name, "this worker has the watch over the jobs");
@@ -183,38 +183,31 @@ async fn poll(shared: &Shared, site: &Site, open: &mut Open) -> Result<(), Failu
     for (job, dir) in &dirs {
         let token = job.token();
         let found = by_token.get(token.as_str()).copied();
-        let before = Seen {
-            pid: job.pid,
-            attempt: job.attempt,
-            external_id: None,
-            status: job.status.clone(),
-            reason: job.reason.clone(),
-            position: job.position,
-            starts_at: job.starts_at,
-            absent: job.absent,
-            is_ended: false,
-        };
+        let before =
+            Seen { pid: job.pid, attempt: job.attempt, external_id: None, look: job.look.clone(), is_ended: false };
         let now = match found {
             Some(found) => Seen {
                 external_id: job.external_id.is_none().then(|| found.external_id.clone()),
-                status: found.status.clone(),
-                reason: found.reason.clone(),
-                position: found
-                    .priority
-                    .filter(|_| found.phase == Phase::Waiting)
-                    .map(|priority| positions.of(priority)),
-                starts_at: found.starts_at,
-                absent: 0,
+                look: Look {
+                    status: found.status.clone(),
+                    reason: found.reason.clone(),
+                    position: found
+                        .priority
+                        .filter(|_| found.phase == Phase::Waiting)
+                        .map(|priority| positions.of(priority)),
+                    starts_at: found.starts_at,
+                    absent: 0,
+                },
                 is_ended: found.phase == Phase::Ended,
                 ..before.clone()
             },
             None if job.external_id.is_none() => before.clone(),
             None if marks.get(&token).is_some_and(|mark| mark == "done") => Seen { is_ended: true, ..before.clone() },
             None => {
-                let absent = job.absent + 1;
+                let absent = job.look.absent + 1;
                 let is_ended = absent >= absent_max;
-                let status = if is_ended { LOST.to_owned() } else { job.status.clone() };
-                Seen { absent, status, is_ended, ..before.clone() }
+                let status = if is_ended { LOST.to_owned() } else { job.look.status.clone() };
+                Seen { look: Look { absent, status, ..job.look.clone() }, is_ended, ..before.clone() }
             }
         };
         if job.is_doomed && !now.is_ended {
@@ -277,9 +270,8 @@ async fn positions(site: &Site, open: &mut Open, listed: &[Listed]) -> Result<Po
 async fn reap(site: &Site, open: &mut Open, job: &Job, dir: &str, found: Option<&Listed>) -> Result<(), Failure> {
     let id = found.map(|found| found.external_id.clone()).or_else(|| job.external_id.clone());
     // Whatever is still on its way finds both taken, and runs nothing.
-    let dir = quote(dir);
-    let mut script =
-        format!("mkdir -p {dir}/.baton && {{ mkdir {dir}/.baton/submit; mkdir {dir}/.baton/started; }} 2>/dev/null\n");
+    let folder = quote(&format!("{dir}/{}", script::FOLDER));
+    let mut script = format!("mkdir -p {folder} && mkdir {folder}/submit 2>/dev/null\n{}", script::give_up(dir));
     if let Some(id) = &id {
         info!(pid = %job.pid, site = site.name, job = id, "ending a job that nobody wants any more");
         let _ = writeln!(script, "{}", site.launcher.cancel(id));

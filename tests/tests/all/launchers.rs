@@ -1,0 +1,276 @@
+//! What every launcher has to do, on the real thing: the same tests for each of them.
+
+use std::fmt::Write as _;
+use std::path::Path;
+use std::time::Duration;
+
+use baton_tests::eventually;
+use baton_tests::scene::Scene;
+use baton_tests::slurm::Slurm;
+
+use crate::sites::{ended, finished, runs, witness};
+
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// A launcher, and what differs in breaking it.
+struct Kind {
+    /// Its site.
+    at: &'static str,
+    /// The command that its lists come from, and answers of it that are none.
+    list: (&'static str, &'static [&'static str]),
+    /// The shortest time limit that it keeps.
+    time: &'static str,
+    /// Loses the job of a witness that nobody has ended: its machine is gone, or its processes are.
+    lose: fn(&Slurm, &Path),
+}
+
+const SLURM: Kind = Kind {
+    at: "cluster",
+    list: ("squeue", &["echo hello", "exit 0", "echo '1|ASLEEP|x|1|N/A|None'", "exit 3", "head -c 100000 /dev/zero"]),
+    time: "1m",
+    lose: |slurm, _| slurm.lose_node(),
+};
+
+const FORK: Kind = Kind {
+    at: "plain",
+    // Other files are read as they are: what is broken is the list alone.
+    list: ("cat", &["case $1 in */started/job) echo hello ;; *) exec $REAL \"$@\" ;; esac", "exit 3"]),
+    time: "2s",
+    lose: |_, path| {
+        let program = std::fs::read_to_string(path).unwrap();
+        let program: i32 = program.lines().last().unwrap().parse().unwrap();
+        let stat = std::fs::read_to_string(format!("/proc/{program}/stat")).unwrap();
+        let group = stat.rsplit(") ").next().unwrap().split(' ').nth(2).unwrap().to_owned();
+        let killed = std::process::Command::new("kill").args(["-KILL", "--", &format!("-{group}")]).status().unwrap();
+        assert!(killed.success());
+    },
+};
+
+/// Submits by way of this, the first time: `$REAL "$@"` is the submission.
+fn submit_by(slurm: &Slurm, how: &str) {
+    let first = slurm.file("first");
+    let _ = std::fs::remove_dir(&first);
+    slurm.replace(
+        "timeout",
+        &format!(
+            "if [ \"$1 $2\" = '-k 5' ] && mkdir {} 2>/dev/null; then {how}; fi; exec $REAL \"$@\"",
+            first.display()
+        ),
+    );
+}
+
+/// Every program of a witness has gone.
+async fn all_gone(path: &Path) {
+    eventually("every program is gone", LIMIT, async || {
+        let pids = std::fs::read_to_string(path).unwrap_or_default();
+        let alive: Vec<&str> = pids.lines().filter(|pid| Path::new("/proc").join(pid).exists()).collect();
+        if alive.is_empty() { Ok(()) } else { Err(alive.join(", ")) }
+    })
+    .await;
+}
+
+async fn all_accounted_for(scene: &Scene) {
+    eventually("every job is accounted for", LIMIT, async || {
+        match scene.sql("SELECT * FROM job WHERE ended_at IS NULL").await {
+            open if open.trim().is_empty() => Ok(()),
+            open => Err(open),
+        }
+    })
+    .await;
+}
+
+async fn all_run(path: &Path, count: usize) {
+    eventually("all run", LIMIT, async || if runs(path) == count { Ok(()) } else { Err(runs(path)) }).await;
+}
+
+async fn a_job_whose_submission_was_not_answered_is_adopted(kind: Kind) {
+    let scene = Scene::new().await;
+    let slurm = Slurm::start(&scene, "submit_timeout = '2s'\nsettle = '20s'", "", "");
+    let _worker = slurm.worker(&scene, "w1", &[]).await;
+    let (path, spec) = witness(&scene, kind.at, "sleep 3");
+    submit_by(&slurm, "$REAL \"$@\" > /dev/null; sleep 60");
+    let pids = slurm.submit(&scene, &spec, 1).await;
+    finished(&scene, &pids, LIMIT).await;
+    assert_eq!((runs(&path), scene.sql("SELECT try FROM process").await.trim()), (1, "1"));
+    let known = scene.sql("SELECT external_id FROM job WHERE token LIKE 'baton-%-1' AND ended_at IS NOT NULL").await;
+    assert!(!known.trim().is_empty(), "{}", scene.sql("SELECT * FROM job").await);
+}
+
+async fn a_submission_that_takes_effect_late_is_adopted_or_runs_nothing(kind: Kind) {
+    let scene = Scene::new().await;
+    let slurm = Slurm::start(&scene, "submit_timeout = '2s'\nsettle = '6s'", "", "");
+    let _worker = slurm.worker(&scene, "w1", &[]).await;
+    for (late, tries) in [(4, 1), (20, 2)] {
+        scene.sql("DELETE FROM process; DELETE FROM job").await;
+        let (path, spec) = witness(&scene, kind.at, "sleep 1");
+        let _ = std::fs::remove_file(&path);
+        let came = slurm.file(&format!("came-{late}"));
+        // Its job comes when everybody has given it up.
+        submit_by(
+            &slurm,
+            &format!(
+                "(setsid sh -c 'sleep {late}; \"$@\"; touch {}' x $REAL \"$@\" > /dev/null 2>&1 &); sleep 60",
+                came.display()
+            ),
+        );
+        let pids = slurm.submit(&scene, &spec, 1).await;
+        finished(&scene, &pids, LIMIT).await;
+        eventually(
+            "the late job has come",
+            LIMIT,
+            async || {
+                if came.exists() { Ok(()) } else { Err(slurm.jobs("all")) }
+            },
+        )
+        .await;
+        slurm.is_empty().await;
+        all_gone(&path).await;
+        assert_eq!(runs(&path), 1, "{late}: {:?}", slurm.jobs("all"));
+        assert_eq!(scene.sql("SELECT try FROM process").await.trim(), tries.to_string());
+        all_accounted_for(&scene).await;
+    }
+}
+
+/// While jobs wait and run, no command is started for any of them.
+async fn many_jobs_are_watched_by_one_list(kind: Kind) {
+    let scene = Scene::new().await;
+    let slurm = Slurm::start(&scene, "", "", "");
+    let _worker = slurm.worker(&scene, "w1", &[]).await;
+    let (path, spec) = witness(&scene, kind.at, "while [ ! -e go ]; do sleep 0.5; done; sleep 1");
+    let spec = spec.replace("[ ! -e go ]", &format!("[ ! -e {} ]", scene.path("go").display()));
+    let pids = slurm.submit(&scene, &spec, 30).await;
+    eventually("all are known there, and parked here", LIMIT, async || {
+        let known = scene.sql("SELECT count(*) FROM job WHERE external_id IS NOT NULL AND status <> ''").await;
+        let parked = scene.count("place = 2").await;
+        if (known.trim(), parked) == ("30", 30) { Ok(()) } else { Err((known, parked)) }
+    })
+    .await;
+    let polled = async || scene.sql(&format!("SELECT polled_at FROM site WHERE name = '{}'", kind.at)).await;
+    let (before, first) = (slurm.sshd.logged("Starting session"), polled().await);
+    for _ in 0..3 {
+        let last = polled().await;
+        eventually("it is looked at again", LIMIT, async || if polled().await == last { Err(()) } else { Ok(()) })
+            .await;
+    }
+    assert_eq!(slurm.sshd.logged("Starting session"), before, "a look needs no command of its own; since {first}");
+    std::fs::write(scene.path("go"), "").unwrap();
+    finished(&scene, &pids, LIMIT).await;
+    assert_eq!(runs(&path), 30);
+}
+
+/// Of a running job, and in the middle of its submission.
+async fn a_kill_leaves_no_job(kind: Kind) {
+    let scene = Scene::new().await;
+    let slurm = Slurm::start(&scene, "submit_timeout = '3s'\nsettle = '6s'", "", "");
+    let _worker = slurm.worker(&scene, "w1", &[]).await;
+    let (path, spec) = witness(&scene, kind.at, "sleep 600");
+    let mut all = slurm.submit(&scene, &spec, 3).await;
+    all_run(&path, 3).await;
+    slurm.replace("timeout", "[ \"$1 $2\" != '-k 5' ] || sleep 2; exec $REAL \"$@\"");
+    all.extend(slurm.submit(&scene, &spec, 2).await);
+    eventually("they are being submitted", LIMIT, async || {
+        match scene.sql("SELECT count(*) FROM job WHERE external_id IS NULL").await.trim() {
+            "2" => Ok(()),
+            other => Err(other.to_owned()),
+        }
+    })
+    .await;
+    let arguments: Vec<&str> = ["kill"].into_iter().chain(all.iter().map(String::as_str)).collect();
+    slurm.baton(&scene, &arguments).await;
+    ended(&scene, &all, LIMIT).await;
+    assert_eq!(scene.count("state = 6").await, 5, "{}", scene.sql("SELECT * FROM process").await);
+    slurm.is_empty().await;
+    all_gone(&path).await;
+    // What was still on its way has come by now.
+    tokio::time::sleep(Duration::from_secs(4)).await;
+    slurm.is_empty().await;
+    assert_eq!(runs(&path), 3, "a job that was killed before it was submitted ran");
+    all_accounted_for(&scene).await;
+}
+
+async fn a_time_limit_is_kept_and_said(kind: Kind) {
+    let scene = Scene::new().await;
+    let slurm = Slurm::start(&scene, "", "", "");
+    let _worker = slurm.worker(&scene, "w1", &[]).await;
+    let (path, spec) = witness(&scene, kind.at, "sleep 600");
+    let mut spec = spec;
+    writeln!(spec, "needs: {{time: {}}}", kind.time).unwrap();
+    let pids = slurm.submit(&scene, &spec, 1).await;
+    ended(&scene, &pids, LIMIT * 3).await;
+    let shown = scene.show(&pids[0]).await;
+    assert_eq!((&shown["state"], &shown["exit"]), (&"finished".into(), &124.into()), "{shown:#}");
+    assert!(shown["reason"].as_str().unwrap().starts_with("walltime: "), "{shown:#}");
+    all_gone(&path).await;
+}
+
+/// It is submitted again at no charge.
+async fn a_job_that_the_site_has_lost_is_submitted_again(kind: Kind) {
+    let scene = Scene::new().await;
+    let slurm = Slurm::start(&scene, "submit_timeout = '3s'\nsettle = '5s'", "", "");
+    let _worker = slurm.worker(&scene, "w1", &[]).await;
+    let (path, spec) = witness(&scene, kind.at, "[ \"${PWD##*/}\" != 1 ] || sleep 600");
+    let pids = slurm.submit(&scene, &spec, 1).await;
+    all_run(&path, 1).await;
+    (kind.lose)(&slurm, &path);
+    finished(&scene, &pids, LIMIT).await;
+    let shown = scene.show(&pids[0]).await;
+    assert_eq!((&shown["try"], &shown["failures"]), (&2.into(), &0.into()), "{shown:#}");
+    all_gone(&path).await;
+    assert_eq!(runs(&path), 2);
+    all_accounted_for(&scene).await;
+}
+
+async fn an_answer_that_is_none_ends_nothing(kind: Kind) {
+    let scene = Scene::new().await;
+    let slurm = Slurm::start(&scene, "submit_timeout = '3s'\nsettle = '30s'", "", "");
+    let worker = slurm.worker(&scene, "w1", &[]).await;
+    let (path, spec) =
+        witness(&scene, kind.at, &format!("while [ ! -e {} ]; do sleep 0.5; done", scene.path("go").display()));
+    let pids = slurm.submit(&scene, &spec, 3).await;
+    all_run(&path, 3).await;
+    let (command, answers) = kind.list;
+    for answer in answers {
+        slurm.replace(command, answer);
+        tokio::time::sleep(Duration::from_millis(2500)).await;
+    }
+    assert_eq!(scene.count("place = 3").await, 0, "an answer that was none has ended a process");
+    worker.says("the launcher does not answer").await;
+    slurm.mend(command);
+    std::fs::write(scene.path("go"), "").unwrap();
+    finished(&scene, &pids, LIMIT).await;
+    assert_eq!((runs(&path), scene.count("try = 1").await), (3, 3));
+}
+
+/// Makes a test of each of these for each of the launchers.
+macro_rules! conform {
+    ($($name:ident)*) => {
+        mod slurm {
+            $(
+                #[tokio::test]
+                #[ignore = "needs services: run tests/run"]
+                async fn $name() {
+                    super::$name(super::SLURM).await;
+                }
+            )*
+        }
+        mod fork {
+            $(
+                #[tokio::test]
+                #[ignore = "needs services: run tests/run"]
+                async fn $name() {
+                    super::$name(super::FORK).await;
+                }
+            )*
+        }
+    };
+}
+
+conform! {
+    a_job_whose_submission_was_not_answered_is_adopted
+    a_submission_that_takes_effect_late_is_adopted_or_runs_nothing
+    many_jobs_are_watched_by_one_list
+    a_kill_leaves_no_job
+    a_time_limit_is_kept_and_said
+    a_job_that_the_site_has_lost_is_submitted_again
+    an_answer_that_is_none_ends_nothing
+}

@@ -1,0 +1,106 @@
+//! What a process's author can do at a site.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use baton_common::digest::Digest;
+
+use super::{Site, Visit};
+use crate::process::{Context, Error};
+use crate::transport::{self, Output, quote};
+
+/// Commands and files at a site, in the middle of an advance. All paths begin at the folder of the process's try there,
+/// which is made; nothing else of Baton uses it for such a process.
+///
+/// When the site fails, whatever is asked of it ends in [`Error::NotNow`]: hand it on, and the advance is made again when
+/// the site is back. So what an advance does there must bear to be done twice.
+pub struct AtSite<'a> {
+    context: &'a Context,
+    site: Arc<Site>,
+    visit: Visit,
+    folder: String,
+}
+
+impl<'a> AtSite<'a> {
+    pub(crate) async fn enter(context: &'a Context, name: &str) -> Result<Self, Error> {
+        let site = context.shared.sites.get(name).ok_or_else(|| {
+            Error::Failed(format!("this worker has no site `{name}`; sites stand in its configuration as [sites.NAME]"))
+        })?;
+        let visit = site.enter(context).await?;
+        let folder = visit.sandbox(context.pid(), context.attempt());
+        let at = AtSite { context, site, visit, folder };
+        at.exec("true", b"", super::COMMAND_LIMIT).await?;
+        Ok(at)
+    }
+
+    /// The folder of the process's try there, absolute.
+    pub fn folder(&self) -> &str {
+        &self.folder
+    }
+
+    /// Runs a command of the POSIX shell, with these bytes as its standard input; it may write 16 MiB to each of its
+    /// outputs. That it fails is no error here: see [`Output::ok`].
+    ///
+    /// # Errors
+    /// [`Error::NotNow`]; [`Error::Failed`] when it outlives the limit or writes too much.
+    ///
+    /// # Cancel safety
+    /// A command whose future is dropped is killed where the server can do that.
+    pub async fn exec(&self, command: &str, stdin: &[u8], limit: Duration) -> Result<Output, Error> {
+        let folder = quote(&self.folder);
+        let command = format!("mkdir -p {folder} && cd {folder} || exit 1\n{command}");
+        match self.visit.session.exec(&command, stdin, limit).await {
+            // A way that has gone silent is found to be broken before long.
+            Err(error @ transport::Error::TimedOut { .. }) => Err(Error::failed(error)),
+            output => self.way(output).await,
+        }
+    }
+
+    /// Sends one file, in a folder that is there; it has its name only when it is whole, and its SHA-256 is compared.
+    ///
+    /// # Errors
+    /// [`Error::NotNow`]; [`Error::Failed`] when one of the two files cannot be, or when it arrives with another content.
+    pub async fn put(&self, from: &Path, to: &str) -> Result<(), Error> {
+        let to = self.path(to);
+        self.way(self.visit.session.put(from, &to, &|_| ()).await).await?;
+        self.compare(from, &to).await
+    }
+
+    /// Fetches one file, as [`Self::put`] sends one.
+    ///
+    /// # Errors
+    /// As [`Self::put`].
+    pub async fn get(&self, from: &str, to: &Path) -> Result<(), Error> {
+        let from = self.path(from);
+        self.way(self.visit.session.get(&from, to, &|_| ()).await).await?;
+        self.compare(to, &from).await
+    }
+
+    fn path(&self, path: &str) -> String {
+        if path.starts_with('/') { path.to_owned() } else { format!("{}/{path}", self.folder) }
+    }
+
+    async fn compare(&self, here: &Path, there: &str) -> Result<(), Error> {
+        let path = here.to_owned();
+        let (digest, _) = self.context.blocking(move || Digest::of_file(&path)).await??;
+        if self.way(self.visit.session.digest(there).await).await? != digest {
+            return Err(Error::Failed(format!("{there} and {} have different contents", here.display())));
+        }
+        Ok(())
+    }
+
+    async fn way<T>(&self, result: Result<T, transport::Error>) -> Result<T, Error> {
+        match result {
+            Ok(value) => Ok(value),
+            Err(error) => Err(self.site.trouble(self.context, &error).await),
+        }
+    }
+}
+
+impl Drop for AtSite<'_> {
+    fn drop(&mut self) {
+        // Others may wait for its channel.
+        self.site.changed.notify_one();
+    }
+}
