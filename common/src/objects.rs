@@ -136,6 +136,25 @@ impl Objects {
         }
     }
 
+    /// Puts a file that nobody else knows and whose digest is known. Into a folder of the same file system it is moved, and
+    /// elsewhere copied.
+    ///
+    /// # Errors
+    /// As [`Self::put_file`].
+    pub async fn take_file(&self, path: &Path, digest: Digest, size: u64) -> Result<(), Error> {
+        let _alone = self.lock(digest).await;
+        if self.renew(digest, size).await? {
+            return Ok(());
+        }
+        if let Some(target) = self.local_path(digest) {
+            let source = path.to_owned();
+            if blocking(move || Ok(place::move_durably(&source, &target).is_ok())).await? {
+                return Ok(());
+            }
+        }
+        self.send_parts(path, digest, size).await
+    }
+
     /// Puts bytes, unless the store has them.
     ///
     /// # Errors

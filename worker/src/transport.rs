@@ -10,12 +10,14 @@
 
 mod config;
 mod known_hosts;
+mod landing;
 mod local;
 mod login;
 mod running;
 mod sftp;
 mod shell;
 mod ssh;
+mod upload;
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -268,17 +270,18 @@ impl Session {
     pub async fn put(&self, from: &Path, to: &str, progress: &(dyn Fn(u64) + Send + Sync)) -> Result<(), Error> {
         match &self.way {
             Way::Local => local::copy(from, &local::at_home(to), progress).await,
-            Way::Ssh(connection) => Box::pin(sftp::put(connection, from, to, progress)).await,
+            Way::Ssh(_) => Box::pin(upload::put(self, from, to, progress)).await,
         }
     }
 
-    /// Fetches one file, as [`Self::put`] writes one: by `TO.part` here, and without verifying it.
+    /// Fetches one file, as [`Self::put`] writes one: by `TO.part` here. It gives the SHA-256 of what is here now, and does
+    /// not compare it.
     ///
     /// # Errors
     /// As [`Self::put`].
-    pub async fn get(&self, from: &str, to: &Path, progress: &(dyn Fn(u64) + Send + Sync)) -> Result<(), Error> {
+    pub async fn get(&self, from: &str, to: &Path, progress: &(dyn Fn(u64) + Send + Sync)) -> Result<Digest, Error> {
         match &self.way {
-            Way::Local => local::copy(&local::at_home(from), to, progress).await,
+            Way::Local => local::get(&local::at_home(from), to, progress).await,
             Way::Ssh(connection) => Box::pin(sftp::get(connection, from, to, progress)).await,
         }
     }

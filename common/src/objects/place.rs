@@ -76,6 +76,15 @@ pub(super) fn folder(config: &config::Objects) -> Result<Option<PathBuf>, Error>
     }
 }
 
+/// Moves a file within a file system, so that neither its content nor its name can be lost afterwards.
+pub(super) fn move_durably(from: &Path, to: &Path) -> std::io::Result<()> {
+    let folder = to.parent().unwrap_or(Path::new("/"));
+    std::fs::create_dir_all(folder)?;
+    std::fs::File::open(from)?.sync_all()?;
+    std::fs::rename(from, to)?;
+    std::fs::File::open(folder)?.sync_all()
+}
+
 /// A folder has to be there.
 pub(super) fn open(config: &config::Objects) -> Result<(Arc<dyn ObjectStore>, Place), Error> {
     let Some(path) = folder(config)? else {

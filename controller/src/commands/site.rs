@@ -111,9 +111,8 @@ async fn get(config: &Config, arguments: SiteGetArguments) -> Result<u8, Failure
     let session = open(config, site).await?;
     let size = session.exec(&format!("wc -c < {}", word(&from)), b"", STEP_LIMIT).await?.ok()?;
     let bar = output::progress_bar(String::from_utf8_lossy(&size).trim().parse().unwrap_or(0), "fetched");
-    session.get(&from, &to, &|bytes| bar.set_position(bytes)).await?;
+    let digest = session.get(&from, &to, &|bytes| bar.set_position(bytes)).await?;
     bar.finish_and_clear();
-    let (digest, _) = digest_here(&to).await?;
     if session.digest(&from).await? != digest {
         std::fs::remove_file(&to)?;
         return Err(damaged(&to.display().to_string()));

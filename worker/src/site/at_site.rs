@@ -63,8 +63,10 @@ impl<'a> AtSite<'a> {
     /// [`Error::NotNow`]; [`Error::Failed`] when one of the two files cannot be, or when it arrives with another content.
     pub async fn put(&self, from: &Path, to: &str) -> Result<(), Error> {
         let to = self.path(to);
+        let path = from.to_owned();
+        let (digest, _) = self.context.blocking(move || Digest::of_file(&path)).await??;
         self.way(self.visit.session.put(from, &to, &|_| ()).await).await?;
-        self.compare(from, &to).await
+        self.compare(digest, &to).await
     }
 
     /// Fetches one file, as [`Self::put`] sends one.
@@ -73,19 +75,17 @@ impl<'a> AtSite<'a> {
     /// As [`Self::put`].
     pub async fn get(&self, from: &str, to: &Path) -> Result<(), Error> {
         let from = self.path(from);
-        self.way(self.visit.session.get(&from, to, &|_| ()).await).await?;
-        self.compare(to, &from).await
+        let digest = self.way(self.visit.session.get(&from, to, &|_| ()).await).await?;
+        self.compare(digest, &from).await
     }
 
     fn path(&self, path: &str) -> String {
         if path.starts_with('/') { path.to_owned() } else { format!("{}/{path}", self.folder) }
     }
 
-    async fn compare(&self, here: &Path, there: &str) -> Result<(), Error> {
-        let path = here.to_owned();
-        let (digest, _) = self.context.blocking(move || Digest::of_file(&path)).await??;
-        if self.way(self.visit.session.digest(there).await).await? != digest {
-            return Err(Error::Failed(format!("{there} and {} have different contents", here.display())));
+    async fn compare(&self, here: Digest, there: &str) -> Result<(), Error> {
+        if self.way(self.visit.session.digest(there).await).await? != here {
+            return Err(Error::Failed(format!("{there} has another content here than there")));
         }
         Ok(())
     }

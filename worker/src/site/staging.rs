@@ -5,14 +5,16 @@
 //! before its digest was compared. Results are in the object store before the process's state says that it has ended.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::io::{self, Write};
-use std::path::{Path, PathBuf};
+use std::io::{self, Read, Write};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use baton_common::digest::Digest;
 use baton_common::objects::{self, Entry, Manifest};
 use baton_common::spec::on_site::{self, How, Input, OnSite, Output, Scope, When};
+use futures_util::future::{self, Either};
+use futures_util::{StreamExt, TryStreamExt};
 use globset::GlobMatcher;
 use tokio::io::AsyncWriteExt;
 use tokio_util::io::SyncIoBridge;
@@ -27,6 +29,9 @@ const CACHED_FROM: u64 = 1 << 20;
 /// Bytes of the stream of small files that are under way between two tasks.
 const STREAM_BYTES: usize = 256 * 1024;
 
+/// Objects that are asked for or put at a time: an answer, or a disk, takes longer than the work.
+const OBJECTS_AT_ONCE: usize = 16;
+
 /// Most bytes of the file that becomes values.
 const VALUES_MAX: usize = 64 * 1024;
 
@@ -35,6 +40,9 @@ const SENT_PAUSE: Duration = Duration::from_secs(20);
 
 /// Pause after the object store did not answer.
 const STORE_PAUSE: Duration = Duration::from_secs(10);
+
+/// What has come in part is kept for so long.
+const SCRATCH_AGE_MAX: Duration = Duration::from_secs(7 * 86_400);
 
 /// Verifying a file of a terabyte takes longer; nobody stages such.
 const VERIFY_LIMIT: Duration = Duration::from_secs(3600);
@@ -286,12 +294,10 @@ impl Staging<'_> {
         if self.run(&format!("[ ! -f {} ] || echo there", quote(path)), b"").await?.starts_with(b"there") {
             return Ok(());
         }
-        let kept;
         let source = match self.site.objects.local_path(digest) {
             Some(path) => path,
             None => {
-                kept = self.scratch()?;
-                let path = kept.path.join(digest.to_string());
+                let path = self.scratch()?.join(digest.to_string());
                 self.site.objects.get_file(digest, &path, |_| ()).await?;
                 path
             }
@@ -304,6 +310,9 @@ impl Staging<'_> {
         if self.visit.session.digest(&coming).await? != digest {
             self.run(&format!("rm -f {}", quote(&coming)), b"").await?;
             return Err(Error::Site(transport::Error::Broken("a file has arrived with another content".into())));
+        }
+        if self.site.objects.local_path(digest).is_none() {
+            let _ = std::fs::remove_file(&source);
         }
         let mode = if executable { 555 } else { 444 };
         self.run(&format!("chmod {mode} {0} && mv -f {0} {1}", quote(&coming), quote(path)), b"").await?;
@@ -482,71 +491,52 @@ impl Staging<'_> {
     async fn keep(&self, files: &[(&str, &Found)]) -> Result<Manifest, Error> {
         let (large, small): (Vec<_>, Vec<_>) = files.iter().partition(|(_, found)| found.size >= CACHED_FROM);
         let mut digests = self.digests(self.dir, small.iter().map(|(path, _)| *path)).await?;
-        for (path, _) in large {
-            let digest = self.visit.session.digest(&format!("{}/{path}", self.dir)).await?;
-            digests.insert((*path).to_owned(), digest);
-        }
-        let digest_of =
-            |path: &str| digests.get(path).copied().ok_or_else(|| Error::Stage(format!("{path} has vanished")));
-        let mut missing = Vec::new();
-        for (path, found) in files {
-            let digest = digest_of(path)?;
-            if !self.site.objects.has(digest).await? {
-                missing.push((*path, digest, found.size));
-            }
-        }
-        if !missing.is_empty() {
-            let scratch = self.scratch()?;
-            self.fetch(&missing, &scratch.path).await?;
-            for (idx, (path, digest, _)) in missing.iter().enumerate() {
-                let stored = self.site.objects.put_file(&scratch.path.join(idx.to_string())).await?;
-                if stored.digest != *digest {
-                    let text = format!("{path} has come with another content, or is still being written");
-                    return Err(Error::Site(transport::Error::Broken(text)));
-                }
-            }
+        let objects = &self.site.objects;
+        let missing: BTreeMap<&str, Digest> = futures_util::stream::iter(&digests)
+            .map(|(path, digest)| async move {
+                Ok::<_, Error>((!objects.has(*digest).await?).then_some((path.as_str(), *digest)))
+            })
+            .buffered(OBJECTS_AT_ONCE)
+            .try_filter_map(|missing| std::future::ready(Ok(missing)))
+            .try_collect()
+            .await?;
+        self.keep_small(&missing).await?;
+        for (path, found) in large {
+            digests.insert((*path).to_owned(), self.keep_large(path, found.size).await?);
         }
         let entries = files.iter().map(|(path, found)| {
-            Ok(Entry {
-                path: (*path).to_owned(),
-                digest: digest_of(path)?,
-                size: found.size,
-                executable: found.executable,
-            })
+            let digest = digests.get(*path).ok_or_else(|| Error::Stage(format!("{path} has vanished")))?;
+            let (path, digest) = ((*path).to_owned(), *digest);
+            Ok(Entry { path, digest, size: found.size, executable: found.executable })
         });
-        Manifest::new(entries.collect::<Result<_, Error>>()?).map_err(Error::from)
+        let manifest = Manifest::new(entries.collect::<Result<_, Error>>()?)?;
+        // It is no loss if this stays: nobody else uses it.
+        let _ = std::fs::remove_dir_all(self.scratch_path());
+        Ok(manifest)
     }
 
-    /// Fetches files under their numbers: large ones each, small ones as one stream.
-    async fn fetch(&self, files: &[(&str, Digest, u64)], to: &Path) -> Result<(), Error> {
-        let (mut names, mut numbers) = (Vec::new(), BTreeMap::new());
-        for (idx, (path, _, size)) in files.iter().enumerate() {
-            if *size >= CACHED_FROM {
-                let live = &self.context.live;
-                let progress =
-                    |done: u64| live.set_last_line(&format!("fetched {} of {} MiB of {path}", done >> 20, size >> 20));
-                self.visit.session.get(&format!("{}/{path}", self.dir), &to.join(idx.to_string()), &progress).await?;
-            } else {
-                names.extend([b"./", path.as_bytes(), b"\0"].concat());
-                numbers.insert((*path).to_owned(), idx);
-            }
-        }
-        if numbers.is_empty() {
+    /// Small files, as one stream that is stored as it comes.
+    async fn keep_small(&self, files: &BTreeMap<&str, Digest>) -> Result<(), Error> {
+        if files.is_empty() {
             return Ok(());
         }
-        self.tell(&format!("fetching {} files", numbers.len()));
+        self.tell(&format!("fetching {} files", files.len()));
+        let names: Vec<u8> = files.keys().flat_map(|path| [b"./", path.as_bytes(), b"\0"].concat()).collect();
         let list = quote(&format!("{}/{}/fetch", self.dir, script::FOLDER));
         self.run(&format!("cat > {list}"), &names).await?;
         let (reader, mut writer) = tokio::io::duplex(STREAM_BYTES);
-        let (to, runtime) = (to.to_owned(), self.context.shared.blocking.clone());
+        let (files_tx, mut files_rx) = tokio::sync::mpsc::channel::<(String, Vec<u8>)>(OBJECTS_AT_ONCE);
+        let runtime = self.context.shared.blocking.clone();
         let unpacking = self.context.blocking(move || {
             let mut archive = tar::Archive::new(SyncIoBridge::new_with_handle(reader, runtime));
             for entry in archive.entries()? {
-                let mut entry = entry?;
+                let entry = entry?;
+                // No name of the far end becomes a path here.
                 let path = entry.path()?.to_string_lossy().trim_start_matches("./").to_owned();
-                // Only what was asked for, and under its number: no name of the far end becomes a path here.
-                if let Some(idx) = numbers.get(&path) {
-                    io::copy(&mut entry, &mut std::fs::File::create(to.join(idx.to_string()))?)?;
+                let mut bytes = Vec::new();
+                entry.take(CACHED_FROM).read_to_end(&mut bytes)?;
+                if files_tx.blocking_send((path, bytes)).is_err() {
+                    break;
                 }
             }
             Ok::<_, io::Error>(())
@@ -558,28 +548,87 @@ impl Staging<'_> {
             drop(writer);
             received
         };
-        let (unpacked, received) = tokio::join!(unpacking, receiving);
+        let storing = futures_util::stream::poll_fn(move |context| files_rx.poll_recv(context))
+            .map(|(path, bytes)| async move { Ok::<_, Error>((self.site.objects.put_bytes(bytes).await?, path)) })
+            .buffer_unordered(OBJECTS_AT_ONCE)
+            .try_filter(|(digest, path)| std::future::ready(files.get(path.as_str()) == Some(digest)))
+            .try_fold(0, |n_stored, _| std::future::ready(Ok(n_stored + 1)));
+        let (unpacked, received, stored) = tokio::join!(unpacking, receiving, storing);
+        let n_stored = stored?;
         received?.ok()?;
-        unpacked?.map_err(|error| Error::Stage(error.to_string()))
+        unpacked?.map_err(|error| Error::Stage(error.to_string()))?;
+        if n_stored < files.len() {
+            let text =
+                format!("{} files have come with another content, or are still being written", files.len() - n_stored);
+            return Err(Error::Site(transport::Error::Broken(text)));
+        }
+        Ok(())
     }
 
-    /// A folder on this machine that is gone when it is dropped.
-    fn scratch(&self) -> Result<Scratch, Error> {
-        let name = format!("{}-{}", self.context.pid(), self.context.epoch());
-        let path = self.context.root().join("staging").join(name);
+    /// A large file. Its digest says whether it has to come at all; meanwhile it comes, from where it was cut before.
+    async fn keep_large(&self, path: &str, size: u64) -> Result<Digest, Error> {
+        let (session, objects) = (&self.visit.session, &self.site.objects);
+        let there = format!("{}/{path}", self.dir);
+        let here = self.scratch()?.join(Digest::of(path.as_bytes()).to_string());
+        let live = &self.context.live;
+        let progress =
+            |done: u64| live.set_last_line(&format!("fetched {} of {} MiB of {path}", done >> 20, size >> 20));
+        let get = || Box::pin(session.get(&there, &here, &progress));
+        let look = || {
+            Box::pin(async {
+                let digest = session.digest(&there).await?;
+                Ok::<_, Error>((digest, objects.has(digest).await?))
+            })
+        };
+        let is_full = |error: &transport::Error| matches!(error, transport::Error::NoChannel(_));
+        let (digest, came) = match future::select(look(), get()).await {
+            Either::Left((Ok((digest, true)), _)) => return Ok(digest),
+            Either::Left((Ok((digest, false)), got)) => (digest, got.await?),
+            // The server opens one channel, and no second.
+            Either::Left((Err(Error::Site(error)), got)) if is_full(&error) => {
+                let came = got.await?;
+                (look().await?.0, came)
+            }
+            Either::Left((Err(error), _)) => return Err(error),
+            Either::Right((Ok(came), looked)) => (looked.await?.0, came),
+            Either::Right((Err(error), looked)) if is_full(&error) => match looked.await? {
+                (digest, true) => return Ok(digest),
+                (digest, false) => (digest, get().await?),
+            },
+            Either::Right((Err(error), _)) => return Err(error.into()),
+        };
+        if came != digest {
+            let _ = std::fs::remove_file(&here);
+            let text = format!("{path} has come with another content, or is still being written");
+            return Err(Error::Site(transport::Error::Broken(text)));
+        }
+        objects.take_file(&here, digest, size).await?;
+        Ok(digest)
+    }
+
+    /// A folder on this machine for what comes to this try; it stays until all has come, so that this can go on.
+    fn scratch(&self) -> Result<PathBuf, Error> {
+        let path = self.scratch_path();
+        if !path.exists() {
+            self.remove_old_scratch();
+        }
         std::fs::create_dir_all(&path).map_err(|error| Error::Stage(format!("{}: {error}", path.display())))?;
-        Ok(Scratch { path })
+        Ok(path)
     }
-}
 
-struct Scratch {
-    path: PathBuf,
-}
+    /// Whoever goes on with a try elsewhere leaves here what had come.
+    fn remove_old_scratch(&self) {
+        let Ok(entries) = std::fs::read_dir(self.context.root().join("staging")) else { return };
+        for entry in entries.flatten() {
+            let age = entry.metadata().and_then(|metadata| metadata.modified()).map(|at| at.elapsed());
+            if matches!(age, Ok(Ok(age)) if age > SCRATCH_AGE_MAX) {
+                let _ = std::fs::remove_dir_all(entry.path());
+            }
+        }
+    }
 
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        // What is left of it is found under the process's id.
-        let _ = std::fs::remove_dir_all(&self.path);
+    fn scratch_path(&self) -> PathBuf {
+        self.context.root().join("staging").join(format!("{}-{}", self.context.pid(), self.context.attempt()))
     }
 }
 

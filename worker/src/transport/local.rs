@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
+use baton_common::digest::Digest;
 use bytes::BytesMut;
 use rustix::process::{Pid, Signal, kill_process_group};
 use tokio::fs::{File, OpenOptions};
@@ -151,6 +152,15 @@ pub(super) fn at_home(path: &str) -> PathBuf {
         Some(home) => home.join(path),
         None => PathBuf::from(path),
     }
+}
+
+/// Fetches one file that is here.
+pub(super) async fn get(from: &Path, to: &Path, progress: &(dyn Fn(u64) + Send + Sync)) -> Result<Digest, Error> {
+    copy(from, to, progress).await?;
+    let path = to.to_owned();
+    let digest = tokio::task::spawn_blocking(move || Digest::of_file(&path)).await;
+    let digest = digest.map_err(std::io::Error::other).and_then(|digest| digest);
+    digest.map(|(digest, _)| digest).map_err(|error| Error::local_file(to, &error))
 }
 
 /// Copies one file by way of `TO.part`.
