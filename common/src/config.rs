@@ -138,8 +138,10 @@ pub struct Site {
 impl Site {
     /// The root for commands and files there, all of which begin at the home folder.
     pub fn root_from_home(&self) -> &str {
-        match self.root.strip_prefix("~/").unwrap_or(&self.root).trim_end_matches('/') {
-            "" => "/",
+        let root = self.root.strip_prefix("~/").unwrap_or(&self.root).trim_end_matches('/');
+        match root {
+            "" if self.root.starts_with('/') => "/",
+            "" => ".",
             root => root,
         }
     }

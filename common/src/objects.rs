@@ -148,7 +148,8 @@ impl Objects {
         }
         if let Some(target) = self.local_path(digest) {
             let source = path.to_owned();
-            if blocking(move || Ok(place::move_durably(&source, &target).is_ok())).await? {
+            let moved = move || place::move_durably(&source, &target).map_err(|error| Error::file(&source, error));
+            if blocking(moved).await? {
                 return Ok(());
             }
         }
@@ -317,8 +318,11 @@ impl Objects {
         self.locks[usize::from(digest.bytes()[0])].lock().await
     }
 
-    /// Whether the store has it and it is young, or has been made so.
-    async fn renew(&self, digest: Digest, size: u64) -> Result<bool, Error> {
+    /// Whether the store has it and it is young, or has been made so: then nobody removes it before a row can name it.
+    ///
+    /// # Errors
+    /// What the store answers.
+    pub async fn renew(&self, digest: Digest, size: u64) -> Result<bool, Error> {
         let Some(meta) = self.head(digest).await?.filter(|meta| meta.size == size) else { return Ok(false) };
         if (Utc::now() - meta.last_modified).to_std().is_ok_and(|age| age > YOUNG) {
             // In a bucket only a new object is young, so it is sent again.

@@ -341,7 +341,10 @@ impl Run {
         let process = self.process.as_ref().expect("a process that was restored is there until it ends");
         let state = match process.save() {
             Ok(state) => state,
-            Err(error) => return self.fail(error).await.into(),
+            Err(error) => {
+                let hold = self.fail(error).await;
+                return self.begin_again(hold).await.into();
+            }
         };
         let (values, progress) = {
             let mut draft = self.context.draft.borrow_mut();
@@ -378,7 +381,10 @@ impl Run {
                 Hold::Held => Next::Linger(pause),
                 Hold::Gone => Next::Leave,
             },
-            Advance::Finished { exit } => self.finish(exit, checkpoint).await.into(),
+            Advance::Finished { exit } => {
+                let hold = self.finish(exit, checkpoint).await;
+                self.begin_again(hold).await.into()
+            }
         }
     }
 

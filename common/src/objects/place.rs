@@ -76,13 +76,21 @@ pub(super) fn folder(config: &config::Objects) -> Result<Option<PathBuf>, Error>
     }
 }
 
-/// Moves a file within a file system, so that neither its content nor its name can be lost afterwards.
-pub(super) fn move_durably(from: &Path, to: &Path) -> std::io::Result<()> {
+/// Moves a file within a file system, young, and so that neither its content nor its name can be lost afterwards. False if
+/// it cannot be moved there.
+pub(super) fn move_durably(from: &Path, to: &Path) -> std::io::Result<bool> {
     let folder = to.parent().unwrap_or(Path::new("/"));
     std::fs::create_dir_all(folder)?;
-    std::fs::File::open(from)?.sync_all()?;
-    std::fs::rename(from, to)?;
-    std::fs::File::open(folder)?.sync_all()
+    let file = std::fs::File::options().write(true).open(from)?;
+    file.set_modified(std::time::SystemTime::now())?;
+    file.sync_all()?;
+    if std::fs::rename(from, to).is_err() {
+        return Ok(false);
+    }
+    for folder in folder.ancestors().take(3) {
+        std::fs::File::open(folder)?.sync_all()?;
+    }
+    Ok(true)
 }
 
 /// A folder has to be there.

@@ -569,7 +569,7 @@ const RECORD_SEEN: &str = "
     SET external_id = COALESCE(external_id, NULLIF(b_external_id, '')), status = b_status, reason = b_reason,
         position = NULLIF(b_position, 0), starts_at = NULLIF(b_starts_at, 0), absent = b_absent,
         ended_at = CASE WHEN b_ended = 1 THEN COALESCE(ended_at, {clock}) ELSE ended_at END
-    FROM b WHERE token = b_token";
+    FROM b WHERE token = b_token AND ended_at IS NULL";
 
 // The end of the job and the wake-up are one transaction. Nothing is outside any more unless an older try left something,
 // which the watcher ends by itself; but a kill that waited for it is still a worker's to finish.

@@ -138,11 +138,11 @@ async fn many_jobs_are_watched_by_one_list(kind: Kind) {
     let _worker = slurm.worker(&scene, "w1", &[]).await;
     let (path, spec) = witness(&scene, kind.at, "while [ ! -e go ]; do sleep 0.5; done; sleep 1");
     let spec = spec.replace("[ ! -e go ]", &format!("[ ! -e {} ]", scene.path("go").display()));
-    let pids = slurm.submit(&scene, &spec, 30).await;
+    let pids = slurm.submit(&scene, &spec, 16).await;
     eventually("all are known there, and parked here", LIMIT, async || {
         let known = scene.sql("SELECT count(*) FROM job WHERE external_id IS NOT NULL AND status <> ''").await;
         let parked = scene.count("place = 2").await;
-        if (known.trim(), parked) == ("30", 30) { Ok(()) } else { Err((known, parked)) }
+        if (known.trim(), parked) == ("16", 16) { Ok(()) } else { Err((known, parked)) }
     })
     .await;
     let polled = async || scene.sql(&format!("SELECT polled_at FROM site WHERE name = '{}'", kind.at)).await;
@@ -155,7 +155,7 @@ async fn many_jobs_are_watched_by_one_list(kind: Kind) {
     assert_eq!(slurm.sshd.logged("Starting session"), before, "a look needs no command of its own; since {first}");
     std::fs::write(scene.path("go"), "").unwrap();
     finished(&scene, &pids, LIMIT).await;
-    assert_eq!(runs(&path), 30);
+    assert_eq!(runs(&path), 16);
 }
 
 /// Of a running job, and in the middle of its submission.

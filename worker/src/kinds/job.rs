@@ -17,7 +17,7 @@ use serde_json::Value;
 
 use crate::process::{Advance, Context, Error, Process, Wait};
 use crate::site::launcher::{Listed, Phase};
-use crate::site::script::{self, Done, GIVEN_UP};
+use crate::site::script::{self, Done, GIVEN_UP, UNMARKED};
 use crate::site::{LOOK_AGAIN, Site, Visit, staging};
 use crate::transport::{self, quote};
 
@@ -25,7 +25,7 @@ use crate::transport::{self, quote};
 const SETTLE_PAUSE: Duration = Duration::from_secs(3);
 
 /// Looks for what a job should have left: file systems may show it late.
-const DONE_LOOKS_MAX: u32 = 5;
+const LOOKS_MAX: u32 = 5;
 
 /// Jobs of a process that the site may lose before it is the process's failure.
 const LOST_MAX: u32 = 10;
@@ -102,6 +102,12 @@ impl Process for Job {
                     }
                     error @ (Error::Input(_) | Error::Failed(_) | Error::Interrupted(_) | Error::NotNow(_)) => error,
                 }),
+                Err(Trouble::Content(text)) if self.looks < LOOKS_MAX => {
+                    context.log(text);
+                    self.looks += 1;
+                    Ok(Advance::After(SETTLE_PAUSE))
+                }
+                Err(Trouble::Content(text)) => Err(Error::Failed(format!("stage: {text}"))),
                 Err(Trouble::Process(error)) => Err(error),
                 Ok(advance) => Ok(advance),
             }
@@ -115,6 +121,7 @@ impl Process for Job {
                 Err(Trouble::Site(error)) => Err(at.site.trouble(context, &error).await),
                 // The database does not answer; its next answer decides.
                 Err(Trouble::Process(Error::Interrupted(_))) => Err(Error::NotNow(Wait::pause(CANCEL_PAUSE))),
+                Err(Trouble::Content(text)) => Err(Error::Failed(text)),
                 Err(Trouble::Process(error)) => Err(error),
                 Ok(()) => Ok(()),
             }
@@ -124,6 +131,8 @@ impl Process for Job {
 
 /// Why a stage did not come to its end.
 enum Trouble {
+    /// Something there is not what it should be; that may pass, and the site is well.
+    Content(String),
     Site(transport::Error),
     Process(Error),
 }
@@ -150,6 +159,7 @@ impl From<staging::Error> for Trouble {
     fn from(error: staging::Error) -> Self {
         match error {
             staging::Error::Site(error) => Trouble::Site(error),
+            staging::Error::Content(text) => Trouble::Content(text),
             staging::Error::Wait(wait) => Trouble::Process(Error::NotNow(wait)),
             staging::Error::Stage(text) => Trouble::Process(Error::Failed(format!("stage: {text}"))),
         }
@@ -200,6 +210,13 @@ impl<'a> At<'a> {
         Ok(self.site.store.job(self.context.pid(), self.attempt()).await?)
     }
 
+    /// Whether whatever was on its way when it was submitted has come by now.
+    async fn is_settled(&self, row: &Row) -> Result<bool, Trouble> {
+        let settled = self.site.config.submit_timeout + self.site.config.settle;
+        let age = self.site.store.now().await? - row.intent_at;
+        Ok(age > i64::try_from(settled.as_micros()).unwrap_or(i64::MAX))
+    }
+
     /// Records that the job of this try is gone, or that there is none.
     async fn record_ended(&self, row: &Row, status: &str) -> Result<(), Trouble> {
         let woken = self.site.store.record_seen(&[Seen::ended(row, status)]).await?;
@@ -229,12 +246,12 @@ impl<'a> At<'a> {
         self.context.set_stage("ending the job");
         let visit = self.enter().await?;
         let dir = visit.sandbox(self.context.pid(), self.attempt());
-        let (give_up, dir) = (script::give_up(&dir), quote(&dir));
+        let (give_up, look, dir) = (script::give_up(&dir), script::look_for_mark(&dir), quote(&dir));
         let script = format!(
             "mkdir -p {dir}/.baton || exit 1
              if mkdir {dir}/.baton/submit 2>/dev/null; then echo free; fi
              {give_up}
-             cat {dir}/.baton/started/job 2>/dev/null; true"
+             {look}"
         );
         let stdout = visit.exec(&script).await?.ok()?;
         let text = String::from_utf8_lossy(&stdout);
@@ -256,6 +273,10 @@ impl<'a> At<'a> {
         let is_over = found.as_ref().is_some_and(|found| found.phase == Phase::Ended);
         let id = found.map(|found| found.external_id).or(row.external_id.clone()).or(marked.map(str::to_owned));
         let Some(id) = id else {
+            if text.lines().any(|line| line == UNMARKED) && self.is_settled(&row).await? {
+                self.record_ended(&row, NEVER).await?;
+                return Ok(());
+            }
             // It may yet appear, and would run nothing; the watch looks for it. If it has started, it is known soon.
             return if is_given_up { Ok(()) } else { Err(not_yet(CANCEL_PAUSE)) };
         };
@@ -368,9 +389,7 @@ impl Job {
         let visit = at.enter().await?;
         let sandbox = at.sandbox(&visit);
         let dir = quote(&sandbox);
-        let settled = at.site.config.submit_timeout + at.site.config.settle;
-        let age = at.site.store.now().await? - row.intent_at;
-        let is_settled = age > i64::try_from(settled.as_micros()).unwrap_or(i64::MAX);
+        let is_settled = at.is_settled(&row).await?;
         // If nobody has taken the submission yet, nobody can any more.
         let free = format!("mkdir -p {dir}/.baton && mkdir {dir}/.baton/submit 2>/dev/null && echo free; true");
         if visit.exec(&free).await?.ok()?.starts_with(b"free") {
@@ -383,7 +402,8 @@ impl Job {
         // When the time is over, the try is given up: then no job of it can run its program any more.
         let is_missing = is_settled && matches!(found, Ok(None));
         let give_up = if is_missing { script::give_up(&sandbox) } else { String::new() };
-        let stdout = visit.exec(&format!("{give_up}cat {dir}/.baton/started/job 2>/dev/null; true")).await?.ok()?;
+        let look = script::look_for_mark(&sandbox);
+        let stdout = visit.exec(&format!("{give_up}{look}")).await?.ok()?;
         let text = String::from_utf8_lossy(&stdout);
         let marked = text.lines().find(|line| line.bytes().next().is_some_and(|byte| byte.is_ascii_digit()));
         let found = match found {
@@ -397,6 +417,11 @@ impl Job {
             at.context.log(format!("{}: job {id}, found after its submission was not answered", at.site.name));
             at.site.store.submitted(at.context.pid(), self.attempt, &id).await?;
             self.stage = Stage::Monitor;
+            return Ok(Advance::Again);
+        }
+        if is_missing && text.lines().any(|line| line == UNMARKED) {
+            at.record_ended(&row, NEVER).await?;
+            at.context.begin_next_try();
             return Ok(Advance::Again);
         }
         if text.lines().any(|line| line == GIVEN_UP) {
@@ -452,8 +477,13 @@ impl Job {
     /// The job is gone, and its script has not said how the program ended.
     async fn without_mark(&mut self, at: &At<'_>, visit: &Visit, dir: &str) -> Result<Advance, Trouble> {
         let Some(row) = at.row().await? else { return Err(Error::failed("its job is not recorded any more").into()) };
+        if visit.exec(&format!("[ ! -L {}/.baton/started ]", quote(dir))).await?.exit != Some(0) {
+            at.context.log(format!("{}: the try was given up before its job came; it is done again", at.site.name));
+            at.context.begin_next_try();
+            return Ok(Advance::Again);
+        }
         let status = row.look.status.clone();
-        if matches!(status.as_str(), "COMPLETED" | "FAILED" | "ENDED" | "") && self.looks < DONE_LOOKS_MAX {
+        if matches!(status.as_str(), "COMPLETED" | "FAILED" | "ENDED" | "") && self.looks < LOOKS_MAX {
             self.looks += 1;
             return Ok(Advance::After(SETTLE_PAUSE));
         }

@@ -10,6 +10,9 @@ use super::{Site, Visit};
 use crate::process::{Context, Error};
 use crate::transport::{self, Output, quote};
 
+/// How long a site that is well may take to answer anything.
+const PING_LIMIT: Duration = Duration::from_secs(10);
+
 /// Commands and files at a site, in the middle of an advance. All paths begin at the folder of the process's try there,
 /// which is made; nothing else of Baton uses it for such a process.
 ///
@@ -51,8 +54,10 @@ impl<'a> AtSite<'a> {
         let folder = quote(&self.folder);
         let command = format!("mkdir -p {folder} && cd {folder} || exit 1\n{command}");
         match self.visit.session.exec(&command, stdin, limit).await {
-            // A way that has gone silent is found to be broken before long.
-            Err(error @ transport::Error::TimedOut { .. }) => Err(Error::failed(error)),
+            // Only if the way is well was it the command that took too long.
+            Err(error @ transport::Error::TimedOut { .. }) if self.visit.session.ping(PING_LIMIT).await.is_ok() => {
+                Err(Error::failed(error))
+            }
             output => self.way(output).await,
         }
     }
@@ -65,8 +70,11 @@ impl<'a> AtSite<'a> {
         let to = self.path(to);
         let path = from.to_owned();
         let (digest, _) = self.context.blocking(move || Digest::of_file(&path)).await??;
-        self.way(self.visit.session.put(from, &to, &|_| ()).await).await?;
-        self.compare(digest, &to).await
+        let coming = format!("{to}.{digest}");
+        self.way(self.visit.session.put(from, &coming, &|_| ()).await).await?;
+        self.compare(digest, &coming).await?;
+        let moved = self.visit.exec(&format!("mv -fT {} {}", quote(&coming), quote(&to))).await;
+        self.way(moved.and_then(Output::ok)).await.map(drop)
     }
 
     /// Fetches one file, as [`Self::put`] sends one.
@@ -75,8 +83,14 @@ impl<'a> AtSite<'a> {
     /// As [`Self::put`].
     pub async fn get(&self, from: &str, to: &Path) -> Result<(), Error> {
         let from = self.path(from);
-        let digest = self.way(self.visit.session.get(&from, to, &|_| ()).await).await?;
-        self.compare(digest, &from).await
+        let digest = self.way(self.visit.session.digest(&from).await).await?;
+        let mut coming = to.as_os_str().to_owned();
+        coming.push(format!(".{digest}"));
+        let coming = Path::new(&coming);
+        if self.way(self.visit.session.get(&from, coming, &|_| ()).await).await? != digest {
+            return Err(different(&from));
+        }
+        Ok(std::fs::rename(coming, to)?)
     }
 
     fn path(&self, path: &str) -> String {
@@ -85,7 +99,7 @@ impl<'a> AtSite<'a> {
 
     async fn compare(&self, here: Digest, there: &str) -> Result<(), Error> {
         if self.way(self.visit.session.digest(there).await).await? != here {
-            return Err(Error::Failed(format!("{there} has another content here than there")));
+            return Err(different(there));
         }
         Ok(())
     }
@@ -96,6 +110,10 @@ impl<'a> AtSite<'a> {
             Err(error) => Err(self.site.trouble(self.context, &error).await),
         }
     }
+}
+
+fn different(path: &str) -> Error {
+    Error::Failed(format!("{path} has another content here than there"))
 }
 
 impl Drop for AtSite<'_> {

@@ -19,7 +19,7 @@ const JOB_ID: &str = "$$.$(cut -d ' ' -f 22 /proc/$$/stat)";
 const LOOK: &str = r#"
 alive() { [ "$(cut -d ' ' -f 22 "/proc/${1%.*}/stat" 2>/dev/null)" = "${1#*.}" ]; }
 look() {
-  if [ -f "$2/.baton/started/job" ]; then id=$(cat "$2/.baton/started/job"); else id=$3; fi
+  if [ -s "$2/.baton/started/job" ]; then id=$(cat "$2/.baton/started/job"); else id=$3; fi
   [ -n "$id" ] || return 0
   if [ -f "$2/.baton/done.json" ]; then echo "$1|$id|ENDED"
   elif alive "$id"; then echo "$1|$id|RUNNING"

@@ -52,7 +52,9 @@ pub(crate) fn render(
     line("  echo 'baton: this try has been started or given up before; nothing is run' >&2");
     line("  exit 0");
     line("fi");
-    line(&format!("echo \"{job_id}\" > .baton/started/job.part && mv .baton/started/job.part .baton/started/job"));
+    line(&format!(
+        "echo \"{job_id}\" > .baton/started/job.part && mv .baton/started/job.part .baton/started/job || exit 1"
+    ));
     line("baton_started=$(date +%s)");
     line("baton_done() {");
     line("  printf '{\"exit\":%d,\"phase\":\"%s\",\"started_at\":%s,\"ended_at\":%s}\\n' \"$1\" \"$2\" \\");
@@ -90,6 +92,18 @@ pub(crate) fn give_up(dir: &str) -> String {
     let started = quote(&format!("{dir}/{FOLDER}/started"));
     format!("ln -sT given-up {started} 2>/dev/null; [ ! -L {started} ] || echo {GIVEN_UP}\n")
 }
+
+/// Prints [`UNMARKED`] if the script has ended before it could say what it is: then it has started nothing. Only what is
+/// old and not listed can be told so.
+pub(crate) fn look_for_mark(dir: &str) -> String {
+    let started = quote(&format!("{dir}/{FOLDER}/started"));
+    format!(
+        "if [ -d {started} ] && [ ! -s {started}/job ]; then echo {UNMARKED}; fi; cat {started}/job 2>/dev/null; true"
+    )
+}
+
+/// See [`look_for_mark`].
+pub(crate) const UNMARKED: &str = "unmarked";
 
 /// See [`give_up`].
 pub(crate) const GIVEN_UP: &str = "given-up";

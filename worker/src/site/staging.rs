@@ -53,6 +53,8 @@ pub(crate) enum Error {
     Site(transport::Error),
     /// Another does first what has to be done, or the object store does not answer.
     Wait(Wait),
+    /// Something is there with another content than it should have; it may still be written.
+    Content(String),
     /// It is not the way: no space, a missing file, a path that leads out.
     Stage(String),
 }
@@ -243,8 +245,7 @@ impl Staging<'_> {
         let found = self.digests(dir, expected.keys().map(String::as_str)).await?;
         for (path, digest) in expected {
             if found.get(path) != Some(digest) {
-                // The next try sends it again.
-                return Err(Error::Site(transport::Error::Broken(format!("{path} has arrived with another content"))));
+                return Err(Error::Content(format!("{path} has arrived with another content")));
             }
         }
         Ok(())
@@ -309,7 +310,7 @@ impl Staging<'_> {
         self.visit.session.put(&source, &coming, &progress).await?;
         if self.visit.session.digest(&coming).await? != digest {
             self.run(&format!("rm -f {}", quote(&coming)), b"").await?;
-            return Err(Error::Site(transport::Error::Broken("a file has arrived with another content".into())));
+            return Err(Error::Content(format!("{digest} has arrived with another content")));
         }
         if self.site.objects.local_path(digest).is_none() {
             let _ = std::fs::remove_file(&source);
@@ -345,7 +346,7 @@ impl Staging<'_> {
         let folder = to.rsplit_once('/').map_or(self.dir, |(folder, _)| folder);
         let (cached, to) = (quote(cached), quote(&to));
         let command =
-            format!("umask 077; mkdir -p {} && {{ ln -f {cached} {to} || cp -p {cached} {to}; }}", quote(folder));
+            format!("umask 077; mkdir -p {} && {{ ln -f {cached} {to} || cp -fp {cached} {to}; }}", quote(folder));
         self.run(&command, b"").await.map(drop)
     }
 
@@ -390,11 +391,11 @@ impl Staging<'_> {
         }
         let act = match input.how {
             How::Auto if input.from.scope == Scope::Store => {
-                "{ ln -f \"$from\" \"$to\" || cp -p \"$from\" \"$to\"; }".to_owned()
+                "{ ln -f \"$from\" \"$to\" || cp -fp \"$from\" \"$to\"; }".to_owned()
             }
             How::Auto | How::Link => "ln -sfn \"$from\" \"$to\"".to_owned(),
             // A folder that is copied again is the same one, and none in itself.
-            How::Copy => "if [ -d \"$from\" ]; then mkdir -p \"$to\" && cp -RPp \"$from\"/. \"$to\"/; else cp -RPp \"$from\" \"$to\"; fi \\
+            How::Copy => "chmod -R u+w \"$to\" 2>/dev/null; if [ -d \"$from\" ]; then mkdir -p \"$to\" && cp -fRPp \"$from\"/. \"$to\"/; else cp -fRPp \"$from\" \"$to\"; fi \\
                           && chmod -R u+w \"$to\"".to_owned(),
             How::Move => "mv -fT \"$from\" \"$to\"".to_owned(),
             How::Unpack => unpack(idx),
@@ -468,9 +469,9 @@ impl Staging<'_> {
             pairs.extend([path.as_bytes(), b"\0", target.as_bytes(), b"\0"].concat());
         }
         let act = match output.how {
-            How::Move => "{ ln -fL \"$from\" \"$to.part\" 2>/dev/null || cp -pT \"$from\" \"$to.part\"; }",
+            How::Move => "{ ln -fL \"$from\" \"$to.part\" 2>/dev/null || cp -fpT \"$from\" \"$to.part\"; }",
             How::Link => "ln -sfnT \"$from\" \"$to.part\"",
-            How::Auto | How::Copy | How::Unpack => "cp -pT \"$from\" \"$to.part\"",
+            How::Auto | How::Copy | How::Unpack => "cp -fpT \"$from\" \"$to.part\"",
         };
         let script = format!(
             "{INSIDE}
@@ -494,7 +495,8 @@ impl Staging<'_> {
         let objects = &self.site.objects;
         let missing: BTreeMap<&str, Digest> = futures_util::stream::iter(&digests)
             .map(|(path, digest)| async move {
-                Ok::<_, Error>((!objects.has(*digest).await?).then_some((path.as_str(), *digest)))
+                let size = files.iter().find_map(|(of, found)| (*of == path).then_some(found.size)).unwrap_or(0);
+                Ok::<_, Error>((!objects.renew(*digest, size).await?).then_some((path.as_str(), *digest)))
             })
             .buffered(OBJECTS_AT_ONCE)
             .try_filter_map(|missing| std::future::ready(Ok(missing)))
@@ -539,9 +541,12 @@ impl Staging<'_> {
                     break;
                 }
             }
+            // What follows the last file is nothing, but it has to be taken.
+            io::copy(&mut archive.into_inner(), &mut io::sink())?;
             Ok::<_, io::Error>(())
         });
-        let command = format!("cd {} && tar -chf - --null --verbatim-files-from -T {list}", quote(self.dir));
+        let command =
+            format!("cd {} && tar -chf - --hard-dereference --null --verbatim-files-from -T {list}", quote(self.dir));
         let receiving = async {
             let received = self.visit.session.receive(&command, &mut writer).await;
             let _ = writer.shutdown().await;
@@ -560,7 +565,7 @@ impl Staging<'_> {
         if n_stored < files.len() {
             let text =
                 format!("{} files have come with another content, or are still being written", files.len() - n_stored);
-            return Err(Error::Site(transport::Error::Broken(text)));
+            return Err(Error::Content(text));
         }
         Ok(())
     }
@@ -577,7 +582,7 @@ impl Staging<'_> {
         let look = || {
             Box::pin(async {
                 let digest = session.digest(&there).await?;
-                Ok::<_, Error>((digest, objects.has(digest).await?))
+                Ok::<_, Error>((digest, objects.renew(digest, size).await?))
             })
         };
         let is_full = |error: &transport::Error| matches!(error, transport::Error::NoChannel(_));
@@ -600,7 +605,7 @@ impl Staging<'_> {
         if came != digest {
             let _ = std::fs::remove_file(&here);
             let text = format!("{path} has come with another content, or is still being written");
-            return Err(Error::Site(transport::Error::Broken(text)));
+            return Err(Error::Content(text));
         }
         objects.take_file(&here, digest, size).await?;
         Ok(digest)
@@ -628,7 +633,9 @@ impl Staging<'_> {
     }
 
     fn scratch_path(&self) -> PathBuf {
-        self.context.root().join("staging").join(format!("{}-{}", self.context.pid(), self.context.attempt()))
+        // Another worker on this machine may be at the same try, and not know yet that it is not its own any more.
+        let name = format!("{}-{}-{}", self.context.pid(), self.context.attempt(), self.site.me);
+        self.context.root().join("staging").join(name)
     }
 }
 

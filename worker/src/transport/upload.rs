@@ -1,4 +1,5 @@
-//! Files that go to a site: one stream each, appended to what has come before.
+//! Files that go to a site: one stream each, behind what has come before. It is written at its place and not appended, so
+//! that what a connection that was given up still brings are the same bytes once more.
 //!
 //! A stream takes half the time of SFTP's requests and their answers, and `cat` says in the system's own words when a disk
 //! or a quota is full. What was cut is a shorter file, and never gets its name: `cat` ends well then, too.
@@ -32,20 +33,20 @@ pub(super) async fn put(
     let look = format!("[ ! -e {part} ] || wc -c < {part}");
     let said = session.exec(&look, b"", SILENCE_LIMIT).await?.ok()?;
     let there = String::from_utf8_lossy(&said).trim().parse().unwrap_or(0);
-    let (done, redirection) = if there > size { (0, ">") } else { (there, ">>") };
+    let (done, make) = if there > size { (0, format!(": > {part};")) } else { (there, String::new()) };
     source.seek(std::io::SeekFrom::Start(done)).await.map_err(of_source)?;
     source.set_max_buf_size(PIECE);
     progress(done);
     let input = Counted { source: source.take(size - done), size, progress };
     let command = format!(
-        "cat {redirection} {part} || exit 1
+        "{make} {{ dd bs=1 count=0 seek={done} conv=notrunc 2> /dev/null; cat; }} 1<> {part} || exit 1
          [ \"$(wc -c < {part})\" -eq {size} ] || exit {CUT}
          mv -fT {part} {target}"
     );
     let output = session.send(&command, input).await?;
     match output.exit {
         Some(0) => Ok(()),
-        Some(CUT) => Err(Error::Broken(format!("{to} has not come whole"))),
+        Some(CUT) => Err(Error::file(to, "it has another length there; was it changed meanwhile?")),
         Some(_) | None => {
             let stderr = String::from_utf8_lossy(&output.stderr);
             let reason = stderr.trim_end().rsplit(": ").next().filter(|reason| !reason.is_empty());
