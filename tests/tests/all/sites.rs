@@ -12,18 +12,34 @@ use baton_tests::slurm::Slurm;
 /// How long a few jobs may take from their submission to their end on a busy machine.
 const LIMIT: Duration = Duration::from_secs(60);
 
-/// Borders of a job's life; at each of them a worker dies here.
-pub(crate) const BORDERS: [&str; 9] = [
-    "job-staged",
-    "job-intended",
-    "job-never",
-    "job-submitted",
-    "job-given-up",
-    "job-known",
-    "job-seen",
-    "job-collected",
-    "job-cancelled",
-];
+/// Borders of a job's life; at each of them a worker dies here, in a test of its own.
+macro_rules! borders {
+    ($($name:ident: $border:literal)*) => {
+        pub(crate) const BORDERS: &[&str] = &[$($border),*];
+
+        mod a_worker_dies {
+            $(
+                #[tokio::test]
+                #[ignore = "needs services: run tests/run"]
+                async fn $name() {
+                    super::a_worker_that_dies_at_any_border_costs_no_second_run($border).await;
+                }
+            )*
+        }
+    };
+}
+
+borders! {
+    staged: "job-staged"
+    intended: "job-intended"
+    never: "job-never"
+    submitted: "job-submitted"
+    given_up: "job-given-up"
+    known: "job-known"
+    seen: "job-seen"
+    collected: "job-collected"
+    cancelled: "job-cancelled"
+}
 
 /// A program that says that it has run, in a file that all of them share.
 pub(crate) fn witness(scene: &Scene, at: &str, more: &str) -> (PathBuf, String) {
@@ -96,48 +112,42 @@ needs: {{time: 5m, cpus: 1}}
 }
 
 /// At each border a worker dies, and another goes on: the program runs once, and no job is left.
-#[tokio::test]
-#[ignore = "needs services: run tests/run"]
-async fn a_worker_that_dies_at_any_border_costs_no_second_run() {
+async fn a_worker_that_dies_at_any_border_costs_no_second_run(border: &str) {
     let scene = Scene::new().await;
     let slurm = Slurm::start(&scene, "submit_timeout = '3s'\nsettle = '3s'", "min_reconnect = '1s'", "");
     slurm.baton(&scene, &["list"]).await.ok();
     journal::keep(&scene).await;
-    for border in BORDERS {
-        scene.sql("DELETE FROM process; DELETE FROM job; TRUNCATE journal").await;
-        let is_killed = border == "job-cancelled";
-        if border == "job-given-up" {
-            // The first submission does nothing and does not answer.
-            let first = slurm.file("first");
-            slurm.replace("sbatch", &format!("mkdir {} 2>/dev/null && sleep 60; exec $REAL \"$@\"", first.display()));
-        }
-        let (path, spec) = witness(&scene, "cluster", if is_killed { "sleep 600" } else { "sleep 1" });
-        let _ = std::fs::remove_file(&path);
-        let pids = slurm.submit(&scene, &spec, 1).await;
-        if border == "job-never" {
-            // Somebody else has to have left an intent without a submission.
-            let mut before = slurm.worker(&scene, "job-never-0", &[("FAILPOINTS", "job-intended=return")]).await;
-            before.ended(LIMIT).await;
-        }
-        let variables = [("FAILPOINTS", format!("{border}=return"))];
-        let variables = variables.each_ref().map(|(name, value)| (*name, value.as_str()));
-        let mut crashing = slurm.worker(&scene, &format!("{border}-1"), &variables).await;
-        if is_killed {
-            eventually("it runs", LIMIT, async || if runs(&path) == 1 { Ok(()) } else { Err(()) }).await;
-            slurm.baton(&scene, &["kill", &pids[0]]).await;
-        }
-        crashing.ended(LIMIT).await;
-        let mut other = slurm.worker(&scene, &format!("{border}-2"), &[]).await;
-        if is_killed {
-            ended(&scene, &pids, LIMIT).await;
-        } else {
-            finished(&scene, &pids, LIMIT).await;
-        }
-        assert_eq!(runs(&path), 1, "{border}");
-        slurm.is_empty().await;
-        other.terminate().await;
-        History::read(&scene, vec![]).await.accepting(&pids).check();
+    let is_killed = border == "job-cancelled";
+    if border == "job-given-up" {
+        // The first submission does nothing and does not answer.
+        let first = slurm.file("first");
+        slurm.replace("sbatch", &format!("mkdir {} 2>/dev/null && sleep 60; exec $REAL \"$@\"", first.display()));
     }
+    let (path, spec) = witness(&scene, "cluster", if is_killed { "sleep 600" } else { "sleep 1" });
+    let pids = slurm.submit(&scene, &spec, 1).await;
+    if border == "job-never" {
+        // Somebody else has to have left an intent without a submission.
+        let mut before = slurm.worker(&scene, "job-never-0", &[("FAILPOINTS", "job-intended=return")]).await;
+        before.ended(LIMIT).await;
+    }
+    let variables = [("FAILPOINTS", format!("{border}=return"))];
+    let variables = variables.each_ref().map(|(name, value)| (*name, value.as_str()));
+    let mut crashing = slurm.worker(&scene, &format!("{border}-1"), &variables).await;
+    if is_killed {
+        eventually("it runs", LIMIT, async || if runs(&path) == 1 { Ok(()) } else { Err(()) }).await;
+        slurm.baton(&scene, &["kill", &pids[0]]).await;
+    }
+    crashing.ended(LIMIT).await;
+    let mut other = slurm.worker(&scene, &format!("{border}-2"), &[]).await;
+    if is_killed {
+        ended(&scene, &pids, LIMIT).await;
+    } else {
+        finished(&scene, &pids, LIMIT).await;
+    }
+    assert_eq!(runs(&path), 1, "{border}");
+    slurm.is_empty().await;
+    other.terminate().await;
+    History::read(&scene, vec![]).await.accepting(&pids).check();
 }
 
 /// Two workers in a row die with the try given up, while its process is being killed: nobody waits for ever.
