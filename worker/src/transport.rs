@@ -358,6 +358,11 @@ pub fn quote(word: &str) -> String {
     format!("'{}'", word.replace('\'', r"'\''"))
 }
 
+/// Quotes a path for a POSIX shell, as a word that no command takes for an option.
+pub fn quote_path(path: &str) -> String {
+    if path.starts_with('/') { quote(path) } else { quote(&format!("./{path}")) }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use baton_common::config::{Config, Launcher, Site, Transport};
 use baton_common::digest::Digest;
 use baton_worker::cli::exit;
-use baton_worker::transport::{Error, Session, connect, quote};
+use baton_worker::transport::{Error, Session, connect, quote, quote_path};
 use serde_json::{Value, json};
 
 use crate::cli::site::{SiteCommand, SiteExecArguments, SiteGetArguments, SitePutArguments};
@@ -56,11 +56,6 @@ pub(super) fn there(site: &Site, path: &str) -> String {
     if path.starts_with('/') { path.to_owned() } else { format!("{}/{path}", site.root_from_home()) }
 }
 
-/// A path as a word of a command, which none takes for an option.
-fn word(path: &str) -> String {
-    if path.starts_with('/') { quote(path) } else { quote(&format!("./{path}")) }
-}
-
 async fn exec(config: &Config, arguments: SiteExecArguments) -> Result<u8, Failure> {
     let session = open(config, site(config, &arguments.site)?).await?;
     let command = match &arguments.command[..] {
@@ -88,13 +83,13 @@ async fn put(config: &Config, arguments: SitePutArguments) -> Result<u8, Failure
     }
     let session = open(config, site).await?;
     if let Some((folder, _)) = to.rsplit_once('/').filter(|(folder, _)| !folder.is_empty()) {
-        session.exec(&format!("mkdir -p {}", word(folder)), b"", STEP_LIMIT).await?.ok()?;
+        session.exec(&format!("mkdir -p {}", quote_path(folder)), b"", STEP_LIMIT).await?.ok()?;
     }
     let bar = output::progress_bar(size, "sent");
     session.put(&arguments.from, &to, &|bytes| bar.set_position(bytes)).await?;
     bar.finish_and_clear();
     if session.digest(&to).await? != digest {
-        session.exec(&format!("rm -f {}", word(&to)), b"", STEP_LIMIT).await?.ok()?;
+        session.exec(&format!("rm -f {}", quote_path(&to)), b"", STEP_LIMIT).await?.ok()?;
         return Err(damaged(&to));
     }
     session.close().await;
@@ -109,7 +104,7 @@ async fn get(config: &Config, arguments: SiteGetArguments) -> Result<u8, Failure
         to.push(from.rsplit('/').next().unwrap_or(&from));
     }
     let session = open(config, site).await?;
-    let size = session.exec(&format!("wc -c < {}", word(&from)), b"", STEP_LIMIT).await?.ok()?;
+    let size = session.exec(&format!("wc -c < {}", quote_path(&from)), b"", STEP_LIMIT).await?.ok()?;
     let bar = output::progress_bar(String::from_utf8_lossy(&size).trim().parse().unwrap_or(0), "fetched");
     let digest = session.get(&from, &to, &|bytes| bar.set_position(bytes)).await?;
     bar.finish_and_clear();
@@ -196,7 +191,7 @@ async fn try_all(session: &Session, site: &Site, steps: &mut Steps) {
     };
     steps.step("shell", shell).await;
     let root = site.root_from_home();
-    let make = format!("mkdir -p {0} && cd {0} && pwd", word(root));
+    let make = format!("mkdir -p {0} && cd {0} && pwd", quote_path(root));
     if steps.step("root", said(&make)).await {
         steps.step("files", files(session, root)).await;
     }
@@ -221,7 +216,7 @@ async fn files(session: &Session, root: &str) -> Result<String, Error> {
     let back = here.0.join("back");
     session.put(&sent, &name, &|_| ()).await?;
     let got = session.get(&name, &back, &|_| ()).await;
-    session.exec(&format!("rm -f {0}", word(&name)), b"", STEP_LIMIT).await?.ok()?;
+    session.exec(&format!("rm -f {0}", quote_path(&name)), b"", STEP_LIMIT).await?.ok()?;
     got?;
     match std::fs::read(&back) {
         Ok(content) if content == PROBE => Ok(String::new()),

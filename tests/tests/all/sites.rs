@@ -173,6 +173,56 @@ async fn a_kill_of_an_unanswered_submission_ends_whoever_dies_over_it() {
     slurm.is_empty().await;
 }
 
+/// Its worker dies when the try is given up, and the job comes, and ends, before another looks.
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn a_job_that_comes_after_its_try_was_given_up_fails_nothing() {
+    let scene = Scene::new().await;
+    let slurm = Slurm::start(&scene, "submit_timeout = '2s'\nsettle = '2s'", "min_reconnect = '1s'", "");
+    let go = slurm.file("go");
+    slurm.replace(
+        "sbatch",
+        &format!(
+            "case $PWD in */1) (setsid sh -c 'while [ ! -e {} ]; do sleep 0.2; done; \"$@\"' x $REAL \"$@\" \
+             >/dev/null 2>&1 &); sleep 60 ;; esac; exec $REAL \"$@\"",
+            go.display()
+        ),
+    );
+    let (path, spec) = witness(&scene, "cluster", "true");
+    let mut first = slurm.worker(&scene, "w1", &[("FAILPOINTS", "job-given-up=return")]).await;
+    let pids = slurm.submit(&scene, &spec, 1).await;
+    first.ended(LIMIT).await;
+    std::fs::write(&go, "").unwrap();
+    eventually("the late job has come", LIMIT, async || {
+        if slurm.jobs("COMPLETED").is_empty() { Err(slurm.jobs("all")) } else { Ok(()) }
+    })
+    .await;
+    let _second = slurm.worker(&scene, "w2", &[]).await;
+    finished(&scene, &pids, LIMIT).await;
+    let shown = scene.show(&pids[0]).await;
+    assert_eq!((&shown["try"], &shown["failures"], runs(&path)), (&2.into(), &0.into(), 1), "{shown:#}");
+}
+
+/// Its script has taken the try and died before it could say what it is: neither the process nor its kill waits for ever.
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn a_script_that_dies_before_its_mark_holds_nobody_up() {
+    let scene = Scene::new().await;
+    let slurm = Slurm::start(&scene, "submit_timeout = '2s'\nsettle = '4s'", "min_reconnect = '1s'", "");
+    slurm.replace("sbatch", "case $PWD in */1) mkdir .baton/started; sleep 60 ;; esac; exec $REAL \"$@\"");
+    let (path, spec) = witness(&scene, "cluster", "true");
+    let _worker = slurm.worker(&scene, "w1", &[]).await;
+    let pids = slurm.submit(&scene, &spec, 2).await;
+    eventually("both have begun", LIMIT, async || {
+        let begun = pids.iter().filter(|pid| scene.path("site/p").join(pid).join("1/.baton/started").exists()).count();
+        if begun == 2 { Ok(()) } else { Err(begun) }
+    })
+    .await;
+    slurm.baton(&scene, &["kill", &pids[0]]).await;
+    ended(&scene, &pids, LIMIT).await;
+    assert_eq!((scene.count("state = 6").await, scene.count("state = 4 AND try = 2").await, runs(&path)), (1, 1, 1));
+}
+
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
 async fn a_forced_kill_is_made_up_for_when_the_site_is_back() {

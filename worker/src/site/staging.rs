@@ -493,10 +493,11 @@ impl Staging<'_> {
         let (large, small): (Vec<_>, Vec<_>) = files.iter().partition(|(_, found)| found.size >= CACHED_FROM);
         let mut digests = self.digests(self.dir, small.iter().map(|(path, _)| *path)).await?;
         let objects = &self.site.objects;
-        let missing: BTreeMap<&str, Digest> = futures_util::stream::iter(&digests)
-            .map(|(path, digest)| async move {
-                let size = files.iter().find_map(|(of, found)| (*of == path).then_some(found.size)).unwrap_or(0);
-                Ok::<_, Error>((!objects.renew(*digest, size).await?).then_some((path.as_str(), *digest)))
+        let known = &digests;
+        let missing: BTreeMap<&str, Digest> = futures_util::stream::iter(small)
+            .map(|(path, found)| async move {
+                let digest = *known.get(path).ok_or_else(|| Error::Stage(format!("{path} has vanished")))?;
+                Ok::<_, Error>((!objects.renew(digest, found.size).await?).then_some((path, digest)))
             })
             .buffered(OBJECTS_AT_ONCE)
             .try_filter_map(|missing| std::future::ready(Ok(missing)))

@@ -11,7 +11,7 @@ use std::task::{Context, Poll};
 use tokio::fs::File;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncSeekExt, ReadBuf, Take};
 
-use super::{Error, SILENCE_LIMIT, Session, quote};
+use super::{Error, SILENCE_LIMIT, Session, quote_path};
 
 /// Bytes that are read at once.
 const PIECE: usize = 1 << 20;
@@ -29,7 +29,7 @@ pub(super) async fn put(
     let of_source = |error: std::io::Error| Error::local_file(from, &error);
     let mut source = File::open(from).await.map_err(of_source)?;
     let size = source.metadata().await.map_err(of_source)?.len();
-    let (part, target) = (word(&format!("{to}.part")), word(to));
+    let (part, target) = (quote_path(&format!("{to}.part")), quote_path(to));
     let look = format!("[ ! -e {part} ] || wc -c < {part}");
     let said = session.exec(&look, b"", SILENCE_LIMIT).await?.ok()?;
     let there = String::from_utf8_lossy(&said).trim().parse().unwrap_or(0);
@@ -53,11 +53,6 @@ pub(super) async fn put(
             Err(Error::file(format!("{to}.part"), reason.unwrap_or("it could not be written")))
         }
     }
-}
-
-/// A path as a word of a command, which none takes for an option.
-fn word(path: &str) -> String {
-    if path.starts_with('/') { quote(path) } else { quote(&format!("./{path}")) }
 }
 
 /// A file that tells how much of it has been read.
