@@ -147,6 +147,10 @@ pub enum Error {
     /// Not the process's fault; it goes back to the queue at no charge.
     #[error("interrupted: {0}")]
     Interrupted(String),
+    /// Work is done that cannot be used, and somebody has to see to that: a disk is full, say. The process is paused with
+    /// this reason, and goes on from its last checkpoint when it is played.
+    #[error("{0}")]
+    Stuck(String),
     /// Something at a site is not to be had now. The advance is made when it is, and counts for nothing.
     #[error("it has to wait")]
     NotNow(Wait),

@@ -18,6 +18,7 @@ use baton_common::spec::Spec;
 use baton_common::state::{Desired, Place, State};
 use baton_common::store::Error as StoreError;
 use baton_common::store::blob::{Checkpoint, Outcome};
+use baton_common::store::control::{Answer, Request};
 use baton_common::store::worker::Wish;
 use baton_common::store::writer::{Attempt, Claimed, Fence, Fenced, How, Verb, Written};
 use futures_util::FutureExt;
@@ -275,7 +276,7 @@ impl Run {
             ended = process.end_outside(&context) => match ended {
                 Ok(()) => None,
                 Err(Error::NotNow(wait)) => Some(wait),
-                Err(failure @ (Error::Input(_) | Error::Failed(_) | Error::Interrupted(_))) => {
+                Err(failure @ (Error::Input(_) | Error::Failed(_) | Error::Interrupted(_) | Error::Stuck(_))) => {
                     warn!(pid = %context.pid(), %failure, "what it has outside could not be ended");
                     None
                 }
@@ -451,6 +452,24 @@ impl Run {
                 self.end(State::Excepted, Outcome::because(reason), How::Error).await;
                 Hold::Gone
             }
+            Error::Stuck(reason) => self.pause(reason).await,
+        }
+    }
+
+    /// Pauses the process as an operator would, with what somebody has to see to as the reason.
+    async fn pause(&mut self, reason: String) -> Hold {
+        let pid = self.context.pid();
+        warn!(%pid, reason, "it cannot go on by itself, and is paused");
+        let by = format!("worker {}", self.shared.name);
+        let request = Request { reason: Some(reason.clone()), ..Request::new(Desired::Pause, by) };
+        let ended = Some((How::Error, Some(reason)));
+        match self.shared.store.control(pid, &request).await {
+            // A kill that stands is obeyed.
+            Ok(Answer::Recorded(_) | Answer::Dying | Answer::Ended(_) | Answer::Absent) => {
+                self.write(Verb::Pause, None, ended).await
+            }
+            // Another worker comes to the same end.
+            Err(_) => self.write(Verb::GiveBack, None, ended).await,
         }
     }
 

@@ -9,12 +9,12 @@
 //! is killed as far as the server lets us, and its channel is closed.
 
 mod config;
+mod download;
 mod known_hosts;
 mod landing;
 mod local;
 mod login;
 mod running;
-mod sftp;
 mod shell;
 mod ssh;
 mod upload;
@@ -40,8 +40,12 @@ const DIGEST_LIMIT: Duration = Duration::from_secs(3600);
 /// Most bytes that a command may write to one of its two outputs, where they are kept in memory.
 const OUTPUT_MAX: usize = 16 << 20;
 
-/// How much of a command's standard error goes into an error.
-const STDERR_TAIL: usize = 2000;
+/// How many lines of a command's standard error go into an error: the first tell the cause, the last the outcome.
+const FIRST_LINES: usize = 3;
+const LAST_LINES: usize = 2;
+
+/// Most characters of each of these lines.
+const LINE_MAX: usize = 400;
 
 /// What went wrong. The texts hold no keys, passphrases or inputs.
 #[derive(Debug, thiserror::Error)]
@@ -181,16 +185,21 @@ impl Output {
         last.unwrap_or_else(|| end_text(self.exit, self.signal.as_deref()))
     }
 
+    /// What a command says of a file, in the system's own words: what follows the last colon.
+    fn reason(&self) -> Option<&str> {
+        let stderr = str::from_utf8(&self.stderr).unwrap_or_default();
+        stderr.trim_end().rsplit(": ").next().filter(|reason| !reason.is_empty())
+    }
+
     /// The standard output of a command that has ended with exit code 0.
     ///
     /// # Errors
-    /// [`Error::Command`] with the end of its standard error.
+    /// [`Error::Command`] with what it has written to its standard error, shortened.
     pub fn ok(self) -> Result<Vec<u8>, Error> {
         if self.exit == Some(0) {
             return Ok(self.stdout);
         }
-        let tail = &self.stderr[self.stderr.len().saturating_sub(STDERR_TAIL)..];
-        let stderr = String::from_utf8_lossy(tail).trim().to_owned();
+        let stderr = excerpt(&String::from_utf8_lossy(&self.stderr));
         Err(Error::Command { exit: self.exit, signal: self.signal, stderr })
     }
 }
@@ -282,8 +291,59 @@ impl Session {
     pub async fn get(&self, from: &str, to: &Path, progress: &(dyn Fn(u64) + Send + Sync)) -> Result<Digest, Error> {
         match &self.way {
             Way::Local => local::get(&local::at_home(from), to, progress).await,
-            Way::Ssh(connection) => Box::pin(sftp::get(connection, from, to, progress)).await,
+            Way::Ssh(_) => Box::pin(download::get(self, from, to, progress)).await,
         }
+    }
+
+    /// Fetches one file while its SHA-256 is made there. As soon as that is known, `is_known` says whether the file need not
+    /// come. It gives the digest there, and that of what has come.
+    ///
+    /// # Errors
+    /// As [`Self::get`], and those of `is_known`.
+    pub async fn get_unless<E: From<Error>>(
+        &self,
+        from: &str,
+        to: &Path,
+        progress: &(dyn Fn(u64) + Send + Sync),
+        is_known: impl AsyncFnOnce(Digest) -> Result<bool, E>,
+    ) -> Result<(Digest, Option<Digest>), E> {
+        enum Stop<E> {
+            Known(Digest),
+            Failed(E),
+        }
+        // A server that opens one channel, and no second, does one after the other.
+        let look = async {
+            match self.digest(from).await {
+                Ok(digest) => match is_known(digest).await {
+                    Ok(true) => Err(Stop::Known(digest)),
+                    Ok(false) => Ok(Some(digest)),
+                    Err(error) => Err(Stop::Failed(error)),
+                },
+                Err(Error::NoChannel(_)) => Ok(None),
+                Err(error) => Err(Stop::Failed(error.into())),
+            }
+        };
+        let come = async {
+            match self.get(from, to, progress).await {
+                Ok(digest) => Ok(Some(digest)),
+                Err(Error::NoChannel(_)) => Ok(None),
+                Err(error) => Err(Stop::Failed(error.into())),
+            }
+        };
+        let (there, came) = match Box::pin(async { tokio::try_join!(look, come) }).await {
+            Ok(both) => both,
+            Err(Stop::Known(digest)) => return Ok((digest, None)),
+            Err(Stop::Failed(error)) => return Err(error),
+        };
+        let there = match there {
+            Some(digest) => digest,
+            None => self.digest(from).await?,
+        };
+        let came = match came {
+            Some(digest) => digest,
+            None => self.get(from, to, progress).await?,
+        };
+        Ok((there, Some(came)))
     }
 
     /// The SHA-256 of a file there.
@@ -349,6 +409,21 @@ impl Session {
     }
 }
 
+/// The first and the last lines of a text.
+fn excerpt(text: &str) -> String {
+    let lines: Vec<&str> = text.lines().map(str::trim_end).filter(|line| !line.is_empty()).collect();
+    let is_left_out = |idx: usize| idx >= FIRST_LINES && idx + LAST_LINES < lines.len();
+    let n_left_out = lines.len().saturating_sub(FIRST_LINES + LAST_LINES);
+    let mut excerpt = Vec::new();
+    for (idx, line) in lines.iter().enumerate().filter(|(idx, _)| !is_left_out(*idx)) {
+        if n_left_out > 0 && idx + LAST_LINES == lines.len() {
+            excerpt.push(format!("[{n_left_out} lines left out]"));
+        }
+        excerpt.push(line.chars().take(LINE_MAX).collect());
+    }
+    excerpt.join("\n")
+}
+
 /// Quotes a word for a POSIX shell.
 pub fn quote(word: &str) -> String {
     let is_plain = |c: char| c.is_ascii_alphanumeric() || "_-./=:,@%+".contains(c);
@@ -366,6 +441,14 @@ pub fn quote_path(path: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn of_a_long_complaint_its_first_and_last_lines_are_kept() {
+        assert_eq!((excerpt(""), excerpt("a\n"), excerpt("a\n\nb\r\n")), ("".into(), "a".into(), "a\nb".into()));
+        assert_eq!(excerpt("1\n2\n3\n4\n5"), "1\n2\n3\n4\n5");
+        assert_eq!(excerpt("1\n2\n3\n4\n5\n6\n7"), "1\n2\n3\n[2 lines left out]\n6\n7");
+        assert_eq!(excerpt(&"x".repeat(LINE_MAX + 1)).len(), LINE_MAX);
+    }
 
     #[test]
     fn a_quoted_word_is_one_word() {

@@ -75,7 +75,7 @@ async fn exec(config: &Config, arguments: SiteExecArguments) -> Result<u8, Failu
 
 async fn put(config: &Config, arguments: SitePutArguments) -> Result<u8, Failure> {
     let site = site(config, &arguments.site)?;
-    let (digest, size) = digest_here(&arguments.from).await?;
+    let size = arguments.from.metadata().map_err(|error| unreadable(&arguments.from, &error))?.len();
     let mut to = there(site, &arguments.to);
     if to.ends_with('/') {
         let name = arguments.from.file_name().and_then(|name| name.to_str());
@@ -86,7 +86,9 @@ async fn put(config: &Config, arguments: SitePutArguments) -> Result<u8, Failure
         session.exec(&format!("mkdir -p {}", quote_path(folder)), b"", STEP_LIMIT).await?.ok()?;
     }
     let bar = output::progress_bar(size, "sent");
-    session.put(&arguments.from, &to, &|bytes| bar.set_position(bytes)).await?;
+    let progress = |bytes| bar.set_position(bytes);
+    let sending = async { Ok::<_, Failure>(session.put(&arguments.from, &to, &progress).await?) };
+    let ((), digest) = tokio::try_join!(sending, digest_here(&arguments.from))?;
     bar.finish_and_clear();
     if session.digest(&to).await? != digest {
         session.exec(&format!("rm -f {}", quote_path(&to)), b"", STEP_LIMIT).await?.ok()?;
@@ -106,9 +108,10 @@ async fn get(config: &Config, arguments: SiteGetArguments) -> Result<u8, Failure
     let session = open(config, site).await?;
     let size = session.exec(&format!("wc -c < {}", quote_path(&from)), b"", STEP_LIMIT).await?.ok()?;
     let bar = output::progress_bar(String::from_utf8_lossy(&size).trim().parse().unwrap_or(0), "fetched");
-    let digest = session.get(&from, &to, &|bytes| bar.set_position(bytes)).await?;
+    let progress = |bytes| bar.set_position(bytes);
+    let (digest, came) = session.get_unless(&from, &to, &progress, async |_| Ok::<_, Error>(false)).await?;
     bar.finish_and_clear();
-    if session.digest(&from).await? != digest {
+    if came != Some(digest) {
         std::fs::remove_file(&to)?;
         return Err(damaged(&to.display().to_string()));
     }
@@ -121,11 +124,15 @@ fn damaged(path: &str) -> Failure {
         .with_remedy("an earlier try may have left a part of another file, or the file has changed; say it again")
 }
 
-async fn digest_here(path: &Path) -> Result<(Digest, u64), Failure> {
-    let file = path.to_owned();
-    let read = tokio::task::spawn_blocking(move || Digest::of_file(&file)).await;
-    let digest = read.map_err(|error| Failure::failed(error.to_string()))?;
-    digest.map_err(|error| Failure::failed(format!("{}: {error}", path.display())))
+async fn digest_here(path: &Path) -> Result<Digest, Failure> {
+    let read = path.to_owned();
+    let read = tokio::task::spawn_blocking(move || Digest::of_file(&read)).await;
+    let digest = read.map_err(std::io::Error::other).and_then(|digest| digest);
+    digest.map(|(digest, _)| digest).map_err(|error| unreadable(path, &error))
+}
+
+fn unreadable(path: &Path, error: &std::io::Error) -> Failure {
+    Failure::failed(format!("{}: {error}", path.display()))
 }
 
 /// What was tried, and what came of it.

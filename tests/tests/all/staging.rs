@@ -286,6 +286,51 @@ async fn a_full_disk_at_the_site_is_said_with_its_words() {
     assert!(reason.contains("no space left on device"), "{reason}");
 }
 
+/// What a job has made is not thrown away because it finds no room here.
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn results_without_room_pause_the_process_until_there_is_some() {
+    let scene = Scene::new().await;
+    let slurm = Slurm::start(&scene, "", "", "");
+    let objects = scene.path("objects");
+    std::fs::create_dir_all(&objects).unwrap();
+    let mount = |options: &str| {
+        let options = ["-t", "tmpfs", "-o", options, "tmpfs"];
+        Command::new("mount").args(options).arg(&objects).status().unwrap().success()
+    };
+    if !mount("size=4m") {
+        // Only root can make a small disk; the runs of the project are by root.
+        assert!(!rustix_is_root(), "no disk in memory");
+        return;
+    }
+    let _worker = slurm.worker(&scene, "w1", &[]).await;
+    let large = noise(6_000_000);
+    write(&scene.path("large"), &large);
+    let runs = scene.path("runs");
+    let spec = format!(
+        "at: plain\nscript: 'echo ran >> {} && cp {} made'\nout: [made]\n",
+        runs.display(),
+        scene.path("large").display()
+    );
+    let pid = slurm.submit(&scene, &spec, 1).await.remove(0);
+    let condition = format!("state = 3 AND place = 2 AND id = '{pid}'");
+    eventually("it is paused", LIMIT, async || {
+        if scene.count(&condition).await == 1 { Ok(()) } else { Err(scene.show(&pid).await) }
+    })
+    .await;
+    let shown = scene.show(&pid).await;
+    let reason = shown["paused_reason"].as_str().unwrap_or_default().to_lowercase();
+    assert!(reason.starts_with("stage: ") && reason.contains("no space left on device"), "{shown:#}");
+    assert!(mount("remount,size=64m"));
+    slurm.baton(&scene, &["play", &pid]).await.ok();
+    let shown = end(&scene, &pid).await;
+    assert_eq!(shown["exit"], 0, "{shown:#}");
+    assert_eq!(std::fs::read_to_string(runs).unwrap(), "ran\n");
+    slurm.baton(&scene, &["results", &pid, "--get", "results"]).await.ok();
+    assert!(std::fs::read(scene.path("results/made")).unwrap() == large);
+    assert!(Command::new("umount").arg("-l").arg(&objects).status().unwrap().success());
+}
+
 fn rustix_is_root() -> bool {
     std::fs::metadata("/proc/self").is_ok_and(|own| own.uid() == 0)
 }

@@ -50,7 +50,6 @@ fn every_wire_is_known_in_one_place_only() {
         ("async_rs", "common/src/communicator"),
         ("sea_orm", "common/src/store"),
         ("russh", "worker/src/transport/"),
-        ("russh_sftp", "worker/src/transport/"),
         ("object_store", "common/src/objects"),
     ] {
         let users = users(name);

@@ -100,14 +100,22 @@ impl Process for Job {
                         context.log(text);
                         Error::NotNow(Wait::pause(SETTLE_PAUSE))
                     }
-                    error @ (Error::Input(_) | Error::Failed(_) | Error::Interrupted(_) | Error::NotNow(_)) => error,
+                    error @ (Error::Input(_)
+                    | Error::Failed(_)
+                    | Error::Interrupted(_)
+                    | Error::Stuck(_)
+                    | Error::NotNow(_)) => error,
                 }),
                 Err(Trouble::Content(text)) if self.looks < LOOKS_MAX => {
                     context.log(text);
                     self.looks += 1;
                     Ok(Advance::After(SETTLE_PAUSE))
                 }
-                Err(Trouble::Content(text)) => Err(Error::Failed(format!("stage: {text}"))),
+                // The job has done its work, and that is not thrown away.
+                Err(Trouble::Content(text) | Trouble::Files(text)) if self.stage == Stage::Out => {
+                    Err(Error::Stuck(format!("stage: {text}; its files stay at the site; play it once that is mended")))
+                }
+                Err(Trouble::Content(text) | Trouble::Files(text)) => Err(Error::Failed(format!("stage: {text}"))),
                 Err(Trouble::Process(error)) => Err(error),
                 Ok(advance) => Ok(advance),
             }
@@ -121,7 +129,7 @@ impl Process for Job {
                 Err(Trouble::Site(error)) => Err(at.site.trouble(context, &error).await),
                 // The database does not answer; its next answer decides.
                 Err(Trouble::Process(Error::Interrupted(_))) => Err(Error::NotNow(Wait::pause(CANCEL_PAUSE))),
-                Err(Trouble::Content(text)) => Err(Error::Failed(text)),
+                Err(Trouble::Content(text) | Trouble::Files(text)) => Err(Error::Failed(text)),
                 Err(Trouble::Process(error)) => Err(error),
                 Ok(()) => Ok(()),
             }
@@ -133,6 +141,8 @@ impl Process for Job {
 enum Trouble {
     /// Something there is not what it should be; that may pass, and the site is well.
     Content(String),
+    /// A system does not take or give files.
+    Files(String),
     Site(transport::Error),
     Process(Error),
 }
@@ -160,6 +170,7 @@ impl From<staging::Error> for Trouble {
         match error {
             staging::Error::Site(error) => Trouble::Site(error),
             staging::Error::Content(text) => Trouble::Content(text),
+            staging::Error::Files(text) => Trouble::Files(text),
             staging::Error::Wait(wait) => Trouble::Process(Error::NotNow(wait)),
             staging::Error::Stage(text) => Trouble::Process(Error::Failed(format!("stage: {text}"))),
         }

@@ -13,7 +13,6 @@ use std::time::Duration;
 use baton_common::digest::Digest;
 use baton_common::objects::{self, Entry, Manifest};
 use baton_common::spec::on_site::{self, How, Input, OnSite, Output, Scope, When};
-use futures_util::future::{self, Either};
 use futures_util::{StreamExt, TryStreamExt};
 use globset::GlobMatcher;
 use tokio::io::AsyncWriteExt;
@@ -55,20 +54,22 @@ pub(crate) enum Error {
     Wait(Wait),
     /// Something is there with another content than it should have; it may still be written.
     Content(String),
-    /// It is not the way: no space, a missing file, a path that leads out.
+    /// A system does not take or give files: no space, no permission.
+    Files(String),
+    /// What is asked for is not right: a missing file, a path that leads out.
     Stage(String),
 }
 
 impl From<transport::Error> for Error {
     fn from(error: transport::Error) -> Self {
         // What a command or a file says is about the files, and the way is well.
-        if error.is_of_transport() { Error::Site(error) } else { Error::Stage(error.to_string()) }
+        if error.is_of_transport() { Error::Site(error) } else { Error::Files(error.to_string()) }
     }
 }
 
 impl From<objects::Error> for Error {
     fn from(error: objects::Error) -> Self {
-        if error.is_transient() { Error::Wait(Wait::pause(STORE_PAUSE)) } else { Error::Stage(error.to_string()) }
+        if error.is_transient() { Error::Wait(Wait::pause(STORE_PAUSE)) } else { Error::Files(error.to_string()) }
     }
 }
 
@@ -478,14 +479,19 @@ impl Staging<'_> {
              dir={}; scope={}
              while [ $# -gt 1 ]; do
                from=$dir/$1; to=$scope/$2; shift 2
-               mkdir -p \"${{to%/*}}\" && inside \"${{to%/*}}\" \"$scope\" && {act} && mv -fT \"$to.part\" \"$to\" || exit 255
+               mkdir -p \"${{to%/*}}\" || exit 1
+               inside \"${{to%/*}}\" \"$scope\" || exit 255
+               {act} && mv -fT \"$to.part\" \"$to\" || exit 1
              done",
             quote(self.dir),
             quote(&scope),
         );
         // As many at a time as a command can take.
         let command = format!("umask 077; mkdir -p {} && xargs -0 -n 64 sh -c {} sh", quote(&scope), quote(&script));
-        self.run(&command, &pairs).await.map(drop)
+        let output = self.visit.session.exec(&command, &pairs, VERIFY_LIMIT).await?;
+        // So `xargs` tells that a command has ended with 255.
+        let is_refused = output.exit == Some(124);
+        output.ok().map(drop).map_err(|error| if is_refused { Error::Stage(error.to_string()) } else { error.into() })
     }
 
     /// Files of the sandbox into the object store; what it has already is not fetched.
@@ -512,7 +518,8 @@ impl Staging<'_> {
             let (path, digest) = ((*path).to_owned(), *digest);
             Ok(Entry { path, digest, size: found.size, executable: found.executable })
         });
-        let manifest = Manifest::new(entries.collect::<Result<_, Error>>()?)?;
+        let manifest = Manifest::new(entries.collect::<Result<_, Error>>()?);
+        let manifest = manifest.map_err(|error| Error::Stage(error.to_string()))?;
         // It is no loss if this stays: nobody else uses it.
         let _ = std::fs::remove_dir_all(self.scratch_path());
         Ok(manifest)
@@ -562,7 +569,7 @@ impl Staging<'_> {
         let (unpacked, received, stored) = tokio::join!(unpacking, receiving, storing);
         let n_stored = stored?;
         received?.ok()?;
-        unpacked?.map_err(|error| Error::Stage(error.to_string()))?;
+        unpacked?.map_err(|error| Error::Files(error.to_string()))?;
         if n_stored < files.len() {
             let text =
                 format!("{} files have come with another content, or are still being written", files.len() - n_stored);
@@ -579,30 +586,9 @@ impl Staging<'_> {
         let live = &self.context.live;
         let progress =
             |done: u64| live.set_last_line(&format!("fetched {} of {} MiB of {path}", done >> 20, size >> 20));
-        let get = || Box::pin(session.get(&there, &here, &progress));
-        let look = || {
-            Box::pin(async {
-                let digest = session.digest(&there).await?;
-                Ok::<_, Error>((digest, objects.renew(digest, size).await?))
-            })
-        };
-        let is_full = |error: &transport::Error| matches!(error, transport::Error::NoChannel(_));
-        let (digest, came) = match future::select(look(), get()).await {
-            Either::Left((Ok((digest, true)), _)) => return Ok(digest),
-            Either::Left((Ok((digest, false)), got)) => (digest, got.await?),
-            // The server opens one channel, and no second.
-            Either::Left((Err(Error::Site(error)), got)) if is_full(&error) => {
-                let came = got.await?;
-                (look().await?.0, came)
-            }
-            Either::Left((Err(error), _)) => return Err(error),
-            Either::Right((Ok(came), looked)) => (looked.await?.0, came),
-            Either::Right((Err(error), looked)) if is_full(&error) => match looked.await? {
-                (digest, true) => return Ok(digest),
-                (digest, false) => (digest, get().await?),
-            },
-            Either::Right((Err(error), _)) => return Err(error.into()),
-        };
+        let is_known = async |digest| Ok::<_, Error>(objects.renew(digest, size).await?);
+        let (digest, came) = session.get_unless(&there, &here, &progress, is_known).await?;
+        let Some(came) = came else { return Ok(digest) };
         if came != digest {
             let _ = std::fs::remove_file(&here);
             let text = format!("{path} has come with another content, or is still being written");
@@ -618,7 +604,7 @@ impl Staging<'_> {
         if !path.exists() {
             self.remove_old_scratch();
         }
-        std::fs::create_dir_all(&path).map_err(|error| Error::Stage(format!("{}: {error}", path.display())))?;
+        std::fs::create_dir_all(&path).map_err(|error| Error::Files(format!("{}: {error}", path.display())))?;
         Ok(path)
     }
 

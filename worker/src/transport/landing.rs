@@ -1,89 +1,136 @@
 //! Files that come piece by piece, and what they are when they are whole.
 
-use std::io::Read;
+use std::fs::File;
+use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
 
 use baton_common::digest::{Digest, Hasher};
-use tokio::fs::File;
-use tokio::io::AsyncWriteExt;
+use bytes::{Bytes, BytesMut};
+use tokio::io::{AsyncWrite, AsyncWriteExt};
 use tokio::sync::mpsc;
-use tokio::task::JoinHandle;
+use tokio::task::{JoinHandle, spawn_blocking};
+use tokio_util::sync::PollSender;
 
 use super::Error;
-use super::local::{finish_part, open_part, part_of};
+use super::local::{open_part, part_of};
 
-/// Pieces that wait to be hashed.
+/// Bytes that are hashed and written at once: few enough to be in the processor's cache still.
+const PIECE: usize = 256 << 10;
+
+/// Pieces that wait to be written.
 const PIECES: usize = 16;
-
-/// Bytes of what came before that are hashed at once.
-const PIECE_LEN: usize = 1 << 20;
 
 /// So much is written to the disk at a time, while the next comes: at the end little is left.
 const FLUSH_BYTES: u64 = 64 << 20;
 
 /// A file that comes piece by piece. What has come is hashed and written to the disk while the rest comes.
-pub(super) struct Landing {
-    file: File,
+pub(super) struct Landing<'a> {
     part: PathBuf,
-    /// How much is there.
+    size: u64,
+    /// How much has come.
     pub(super) done: u64,
-    pieces: mpsc::Sender<Vec<u8>>,
-    hashing: JoinHandle<std::io::Result<Digest>>,
-    flushed: u64,
-    flushing: Option<JoinHandle<()>>,
+    piece: BytesMut,
+    pieces: PollSender<Bytes>,
+    writing: JoinHandle<io::Result<Digest>>,
+    progress: &'a (dyn Fn(u64) + Send + Sync),
 }
 
-impl Landing {
+impl<'a> Landing<'a> {
     /// Goes on where an earlier one was cut.
-    pub(super) async fn open(to: &Path, size: u64) -> Result<Self, Error> {
+    pub(super) async fn open(to: &Path, size: u64, progress: &'a (dyn Fn(u64) + Send + Sync)) -> Result<Self, Error> {
         let part = part_of(to);
         let (file, done) = open_part(&part, size).await?;
-        let (pieces, mut pieces_rx) = mpsc::channel::<Vec<u8>>(PIECES);
+        progress(done);
+        let file = file.into_std().await;
+        let (pieces, pieces_rx) = mpsc::channel(PIECES);
         let before = part.clone();
-        let hashing = tokio::task::spawn_blocking(move || {
-            let mut hasher = Hasher::default();
-            let mut earlier = std::fs::File::open(before)?.take(done);
-            let mut piece = vec![0; PIECE_LEN];
-            loop {
-                let count = earlier.read(&mut piece)?;
-                if count == 0 {
-                    break;
-                }
-                hasher.update(&piece[..count]);
-            }
-            while let Some(piece) = pieces_rx.blocking_recv() {
-                hasher.update(&piece);
-            }
-            Ok(hasher.finish())
-        });
-        Ok(Self { file, part, done, pieces, hashing, flushed: done, flushing: None })
-    }
-
-    pub(super) async fn write(&mut self, piece: Vec<u8>) -> Result<(), Error> {
-        self.file.write_all(&piece).await.map_err(|error| Error::local_file(&self.part, &error))?;
-        self.done += piece.len() as u64;
-        // If nobody takes it, the end says why.
-        let _ = self.pieces.send(piece).await;
-        let is_idle = self.flushing.as_ref().is_none_or(JoinHandle::is_finished);
-        if is_idle
-            && self.done - self.flushed >= FLUSH_BYTES
-            && let Ok(file) = self.file.try_clone().await
-        {
-            self.flushed = self.done;
-            self.flushing = Some(tokio::task::spawn_blocking(move || {
-                // Only the last one has to succeed, and that is not this one.
-                let _ = futures_util::FutureExt::now_or_never(file.into_std()).map(|file| file.sync_data());
-            }));
-        }
-        Ok(())
+        let writing = spawn_blocking(move || write(file, File::open(before)?.take(done), pieces_rx));
+        Ok(Self { part, size, done, piece: BytesMut::new(), pieces: PollSender::new(pieces), writing, progress })
     }
 
     /// Gives it its name.
     pub(super) async fn finish(self, to: &Path) -> Result<Digest, Error> {
-        drop(self.pieces);
-        let digest = self.hashing.await.map_err(std::io::Error::other).and_then(|digest| digest);
-        let digest = digest.map_err(|error| Error::local_file(&self.part, &error))?;
-        finish_part(self.file, &self.part, to).await?;
+        let part = self.part.clone();
+        let digest = self.written().await?;
+        tokio::fs::rename(part, to).await.map_err(|error| Error::local_file(to, &error))?;
         Ok(digest)
     }
+
+    /// Why nothing more can be written, if that is why it has ended. What has come stays for another.
+    pub(super) async fn fault(self) -> Option<Error> {
+        self.written().await.err()
+    }
+
+    async fn written(mut self) -> Result<Digest, Error> {
+        // If nobody takes the last piece, the writing tells why.
+        let _ = self.shutdown().await;
+        let digest = self.writing.await.map_err(io::Error::other).and_then(|digest| digest);
+        digest.map_err(|error| Error::local_file(&self.part, &error))
+    }
+
+    fn poll_send(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if !self.piece.is_empty() {
+            ready!(self.pieces.poll_reserve(context)).map_err(io::Error::other)?;
+            let piece = self.piece.split().freeze();
+            self.pieces.send_item(piece).map_err(io::Error::other)?;
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl AsyncWrite for Landing<'_> {
+    fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        if self.piece.len() + bytes.len() > PIECE {
+            ready!(self.poll_send(context))?;
+        }
+        if self.piece.is_empty() {
+            self.piece.reserve(PIECE.max(bytes.len()));
+        }
+        self.piece.extend_from_slice(bytes);
+        self.done += bytes.len() as u64;
+        if self.done > self.size {
+            return Poll::Ready(Err(io::Error::other("it has become longer while it was read")));
+        }
+        (self.progress)(self.done);
+        Poll::Ready(Ok(bytes.len()))
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, _context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        ready!(self.poll_send(context))?;
+        self.pieces.close();
+        Poll::Ready(Ok(()))
+    }
+}
+
+/// Writes what comes behind what came before, and gives the SHA-256 of both.
+fn write(mut file: File, mut before: io::Take<File>, mut pieces: mpsc::Receiver<Bytes>) -> io::Result<Digest> {
+    let mut hasher = Hasher::default();
+    let mut piece = vec![0; PIECE];
+    loop {
+        let count = before.read(&mut piece)?;
+        if count == 0 {
+            break;
+        }
+        hasher.update(&piece[..count]);
+    }
+    let mut n_unflushed = 0;
+    let mut flushing: Option<JoinHandle<()>> = None;
+    while let Some(piece) = pieces.blocking_recv() {
+        file.write_all(&piece)?;
+        hasher.update(&piece);
+        n_unflushed += piece.len() as u64;
+        if n_unflushed >= FLUSH_BYTES && flushing.as_ref().is_none_or(JoinHandle::is_finished) {
+            n_unflushed = 0;
+            let file = file.try_clone()?;
+            // Only the last one has to succeed, and that is not this one.
+            flushing = Some(spawn_blocking(move || _ = file.sync_data()));
+        }
+    }
+    Ok(hasher.finish())
 }

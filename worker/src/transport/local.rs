@@ -184,7 +184,9 @@ pub(super) async fn copy(from: &Path, to: &Path, progress: &(dyn Fn(u64) + Send 
         done += count as u64;
         progress(done);
     }
-    finish_part(target, &part, to).await
+    target.flush().await.map_err(of_part)?;
+    drop(target);
+    tokio::fs::rename(&part, to).await.map_err(|error| Error::local_file(to, &error))
 }
 
 /// What a file is called until it is whole.
@@ -207,10 +209,4 @@ pub(super) async fn open_part(part: &Path, size: u64) -> Result<(File, u64), Err
     file.seek(std::io::SeekFrom::Start(done)).await.map_err(failed)?;
     file.set_max_buf_size(COPY_PIECE);
     Ok((file, done))
-}
-
-/// Renames a file that is whole.
-pub(super) async fn finish_part(mut file: File, part: &Path, to: &Path) -> Result<(), Error> {
-    file.flush().await.map_err(|error| Error::local_file(part, &error))?;
-    tokio::fs::rename(part, to).await.map_err(|error| Error::local_file(to, &error))
 }

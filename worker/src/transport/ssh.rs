@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use russh::client::{Handle, Msg};
-use russh::{ChannelMsg, ChannelReadHalf, ChannelStream, ChannelWriteHalf, Disconnect, Sig};
+use russh::{ChannelMsg, ChannelReadHalf, ChannelWriteHalf, Disconnect, Sig};
 use tokio::sync::oneshot;
 use tokio::time::timeout;
 use tokio_util::task::TaskTracker;
@@ -108,22 +108,6 @@ impl Connection {
         }
     }
 
-    /// A channel on which the server speaks SFTP. It is closed when the stream is dropped.
-    pub(super) async fn sftp(&self) -> Result<ChannelStream<Msg>, Error> {
-        let mut open = self.channel().await?;
-        if open.channel().request_subsystem(true, "sftp").await.is_err() {
-            return Err(self.broken());
-        }
-        loop {
-            match open.channel().wait().await {
-                Some(ChannelMsg::Success) => return Ok(open.take().into_stream()),
-                Some(ChannelMsg::Failure) => return Err(self.refused("it has no SFTP")),
-                Some(_) => {}
-                None => return Err(self.broken()),
-            }
-        }
-    }
-
     fn close_later(&self, close: impl Future<Output = ()> + Send + 'static) {
         self.0.closing.spawn_on(close, &self.0.runtime);
     }
@@ -164,10 +148,6 @@ struct Open {
 }
 
 impl Open {
-    fn channel(&mut self) -> &mut russh::Channel<Msg> {
-        self.channel.as_mut().expect("it is taken at the end only")
-    }
-
     fn take(mut self) -> russh::Channel<Msg> {
         self.channel.take().expect("it is taken at the end only")
     }

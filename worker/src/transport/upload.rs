@@ -47,11 +47,7 @@ pub(super) async fn put(
     match output.exit {
         Some(0) => Ok(()),
         Some(CUT) => Err(Error::file(to, "it has another length there; was it changed meanwhile?")),
-        Some(_) | None => {
-            let stderr = String::from_utf8_lossy(&output.stderr);
-            let reason = stderr.trim_end().rsplit(": ").next().filter(|reason| !reason.is_empty());
-            Err(Error::file(format!("{to}.part"), reason.unwrap_or("it could not be written")))
-        }
+        Some(_) | None => Err(Error::file(format!("{to}.part"), output.reason().unwrap_or("it could not be written"))),
     }
 }
 
