@@ -48,7 +48,6 @@ KbdInteractiveAuthentication no
 PermitRootLogin prohibit-password
 UsePAM no
 StrictModes no
-Subsystem sftp internal-sftp
 MaxSessions 50
 LogLevel VERBOSE
 PrintMotd no

@@ -69,7 +69,10 @@ impl From<transport::Error> for Error {
 
 impl From<objects::Error> for Error {
     fn from(error: objects::Error) -> Self {
-        if error.is_transient() { Error::Wait(Wait::pause(STORE_PAUSE)) } else { Error::Files(error.to_string()) }
+        if error.is_transient() {
+            return Error::Wait(Wait::pause(STORE_PAUSE));
+        }
+        Error::Files(crate::process::Error::failed(error).to_string())
     }
 }
 
