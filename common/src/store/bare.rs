@@ -3,11 +3,12 @@
 
 use std::collections::HashMap;
 
-use sea_orm::{ConnectionTrait, DatabaseConnection};
+use sea_orm::ConnectionTrait;
 
 use super::blob::{Checkpoint, Outcome};
+use super::own::OwnConnection;
 use super::writer::{Attempt, Claimed, Fence, Fenced, How, Verb};
-use super::{Error, Location, Store, Use, begin, connect, fenced};
+use super::{Error, Location, Store, fenced};
 use crate::id::{Incarnation, Pid};
 use crate::state::State;
 
@@ -20,7 +21,7 @@ pub struct BareTables {
 
 /// One connection to it.
 pub struct BareLane {
-    db: DatabaseConnection,
+    db: OwnConnection,
     store: Store,
     me: Incarnation,
 }
@@ -49,7 +50,7 @@ impl BareTables {
     /// # Errors
     /// The database does not answer.
     pub async fn lane(&self) -> Result<BareLane, Error> {
-        let db = connect(&self.inner.location, Use::Lane).await?;
+        let db = OwnConnection::open(&self.inner.location).await?;
         Ok(BareLane { db, store: self.inner.clone(), me: Incarnation::generate() })
     }
 
@@ -81,7 +82,7 @@ impl BareLane {
             fenced::write_alone(&self.db, self.me, &writes).await?;
             HashMap::new()
         } else {
-            let transaction = begin(&self.db).await?;
+            let transaction = self.db.begin().await?;
             let claimed = fenced::claim(&transaction, self.store.dialect, self.me, &queued).await?;
             fenced::write_alone(&transaction, self.me, &writes).await?;
             transaction.commit().await?;

@@ -1,8 +1,9 @@
 //! What the database says of its own work, for benchmarks.
 
-use sea_orm::Value;
+use sea_orm::{ConnectionTrait, Value};
 
 use super::dialect::Dialect;
+use super::own::OwnConnection;
 use super::{Error, Store};
 use crate::id::Pid;
 
@@ -16,6 +17,25 @@ pub struct Meters {
     /// Rows of this database that were inserted, changed or removed, as far as the server's statistics know: a
     /// connection reports when it ends, and now and then before.
     pub rows: u64,
+}
+
+/// Somebody who looks often.
+pub struct Watcher {
+    connection: OwnConnection,
+    dialect: Dialect,
+}
+
+impl Watcher {
+    /// Whether one process has ended.
+    ///
+    /// # Errors
+    /// The database does not answer.
+    pub async fn has_ended(&self, pid: Pid) -> Result<bool, Error> {
+        let sql = "SELECT place = {ended} AS ended FROM process WHERE id = $1";
+        let statement = self.dialect.statement(sql, vec![uuid::Uuid::from(pid).into()]);
+        let row = self.connection.query_one_raw(statement).await?;
+        Ok(row.map(|row| row.try_get("", "ended")).transpose()?.unwrap_or(false))
+    }
 }
 
 /// How a set of processes has come out.
@@ -60,14 +80,12 @@ impl Store {
         Ok(row.try_get("", "busy")?)
     }
 
-    /// Whether one process has ended.
+    /// A connection for somebody who looks often.
     ///
     /// # Errors
     /// The database does not answer.
-    pub async fn has_ended(&self, pid: Pid) -> Result<bool, Error> {
-        let sql = "SELECT place = {ended} AS ended FROM process WHERE id = $1";
-        let rows = self.query(sql, vec![uuid::Uuid::from(pid).into()]).await?;
-        Ok(rows.first().map(|row| row.try_get("", "ended")).transpose()?.unwrap_or(false))
+    pub async fn watcher(&self) -> Result<Watcher, Error> {
+        Ok(Watcher { connection: OwnConnection::open(&self.location).await?, dialect: self.dialect })
     }
 
     /// How many of the processes of a session are held, or have ended.

@@ -11,15 +11,16 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use futures_util::FutureExt;
-use sea_orm::{ConnectionTrait, DatabaseConnection};
+use sea_orm::ConnectionTrait;
 use tokio::sync::{mpsc, oneshot};
 use tracing::{debug, warn};
 use uuid::Uuid;
 
 use super::blob::{Checkpoint, Outcome};
 use super::dialect::{Batch, Dialect};
+use super::own::OwnConnection;
 use super::submit::NewProcess;
-use super::{Error, Store, Use, begin, connect, fenced, prune, submit};
+use super::{Error, Store, fenced, prune, submit};
 use crate::border;
 use crate::failpoint::fail_point;
 use crate::id::{Incarnation, Pid};
@@ -270,7 +271,7 @@ impl Writer {
     pub async fn new(store: &Store, me: Incarnation) -> Result<(Self, impl Future<Output = ()> + Send + use<>), Error> {
         let unsure = Arc::new(AtomicBool::new(false));
         let lane = async || {
-            let db = connect(&store.location, Use::Lane).await?;
+            let db = OwnConnection::open(&store.location).await?;
             let (requests, receiver) = mpsc::channel(QUEUE_LENGTH);
             let lane = Lane { db, dialect: store.dialect, me, unsure: Arc::clone(&unsure) };
             Ok::<_, Error>((requests, lane.run(receiver)))
@@ -336,7 +337,7 @@ impl Writer {
 }
 
 struct Lane {
-    db: DatabaseConnection,
+    db: OwnConnection,
     dialect: Dialect,
     me: Incarnation,
     unsure: Arc<AtomicBool>,
@@ -447,7 +448,7 @@ impl Lane {
 
     async fn commit(&self, batch: &[Request]) -> Result<Answers, Error> {
         let Parts { claims, launches, checkpoints, writes } = Parts::of(batch);
-        let transaction = begin(&self.db).await?;
+        let transaction = self.db.begin().await?;
         let inserted = submit::insert(&transaction, self.dialect, &launches).await?;
         let pruned = prune::take_back_pruned(&transaction, self.dialect, inserted.into_keys()).await?;
         let claimed = fenced::claim(&transaction, self.dialect, self.me, &claims).await?;

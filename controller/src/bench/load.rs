@@ -25,9 +25,12 @@ const STATISTICS_PAUSE: Duration = Duration::from_millis(1_100);
 /// How often it is looked at whether all have ended; the database's times decide how long that took.
 const LOOK: Duration = Duration::from_millis(100);
 
-/// For how long one that was just told is not looked at: less than two commits take. Whoever looks all the time takes
-/// processor time from the broker, the worker and the database.
-const LEAVE_ALONE: Duration = Duration::from_micros(500);
+/// For how long one that was just told is not looked at: less than the commits and the confirm take. Whoever looks all the
+/// time takes processor time from the broker, the worker and the database.
+const LEAVE_ALONE: Duration = Duration::from_micros(1_000);
+
+/// Pause between two looks after that.
+const GLANCE: Duration = Duration::from_micros(50);
 
 /// How long nothing may happen.
 const STALL_LIMIT: Duration = Duration::from_secs(120);
@@ -124,10 +127,9 @@ async fn load(
 }
 
 /// A pause that is shorter than the timers of the runtime know.
-#[expect(clippy::disallowed_methods, reason = "it is on the blocking pool")]
-async fn leave_alone() -> Result<(), Failure> {
-    let pause = tokio::task::spawn_blocking(|| std::thread::sleep(LEAVE_ALONE));
-    pause.await.map_err(|failure| Failure::failed(failure.to_string()))
+#[expect(clippy::disallowed_methods, reason = "the thread of the command has nothing else to do")]
+fn leave_alone(pause: Duration) {
+    std::thread::sleep(pause);
 }
 
 /// How long processes have waited and worked, by the database's clock.
@@ -157,6 +159,7 @@ pub(super) async fn latency(bench: &Bench, arguments: &LatencyArguments) -> Resu
     let warm_up = format!("{}-warm-up", bench.session());
     pass(bench, &bench.store, 20, || noop(&bench.queue, &warm_up)).await?;
     let session = bench.session();
+    let watcher = bench.store.watcher().await?;
     let before = Reading::take(bench, &fleet).await?;
     let started = Instant::now();
     let mut lives = Vec::new();
@@ -165,8 +168,9 @@ pub(super) async fn latency(bench: &Bench, arguments: &LatencyArguments) -> Resu
         let pid = process.pid;
         let one = Instant::now();
         bench.submit(&bench.store, 1, || process.clone()).await?;
-        leave_alone().await?;
-        while !bench.store.has_ended(pid).await? {
+        leave_alone(LEAVE_ALONE);
+        while !watcher.has_ended(pid).await? {
+            leave_alone(GLANCE);
             if one.elapsed() > STALL_LIMIT {
                 return Err(Failure::failed(format!("{pid} has not ended within {} s", STALL_LIMIT.as_secs())));
             }

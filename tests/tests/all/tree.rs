@@ -49,6 +49,7 @@ fn every_wire_is_known_in_one_place_only() {
         ("lapin", "common/src/communicator"),
         ("async_rs", "common/src/communicator"),
         ("sea_orm", "common/src/store"),
+        ("sea_query_sqlx", "common/src/store"),
         ("russh", "worker/src/transport/"),
         ("object_store", "common/src/objects"),
     ] {
