@@ -176,6 +176,11 @@ impl From<std::io::Error> for Error {
     }
 }
 
+/// How a worker names itself in a pause of a process that cannot go on.
+pub fn by_worker(name: &str) -> String {
+    format!("worker {name}")
+}
+
 /// What a process may use during an advance.
 pub struct Context {
     pub(crate) shared: Arc<Shared>,

@@ -27,13 +27,16 @@ use tracing::{Instrument, debug, info, warn};
 
 use crate::held::{Drain, Live, Orders, SLEEPING, WRITING};
 use crate::incarnation::Shared;
-use crate::process::{Advance, Context, Draft, Error, Interrupt, Wait};
+use crate::process::{Advance, Context, Draft, Error, Interrupt, Wait, by_worker};
 use crate::registry::{AnyProcess, NotMade};
 use crate::shim::boottime_ms;
 
 /// Waits shorter than this are spent in memory, with the lease; longer ones are parked. A parked second costs two
 /// commits and a message, a held one nothing but memory.
 const PARK_FROM: Duration = Duration::from_secs(1);
+
+/// When a process that cannot go on, and cannot be paused either, is tried again.
+const STUCK_PAUSE: Duration = Duration::from_secs(10);
 
 /// The shortest and the longest pause of a process that needs another build: in a rolling upgrade the next worker may be
 /// the right one, and what waits for one for days shall cost next to nothing.
@@ -458,18 +461,24 @@ impl Run {
 
     /// Pauses the process as an operator would, with what somebody has to see to as the reason.
     async fn pause(&mut self, reason: String) -> Hold {
-        let pid = self.context.pid();
+        let Fence { pid, .. } = self.context.fence;
         warn!(%pid, reason, "it cannot go on by itself, and is paused");
-        let by = format!("worker {}", self.shared.name);
+        let by = by_worker(&self.shared.name);
         let request = Request { reason: Some(reason.clone()), ..Request::new(Desired::Pause, by) };
-        let ended = Some((How::Error, Some(reason)));
-        match self.shared.store.control(pid, &request).await {
-            // A kill that stands is obeyed.
+        let asked = tokio::select! {
+            biased;
+            asked = self.shared.store.control_held(self.context.fence, &request) => asked,
+            () = self.context.live.until(|orders| orders.abandon) => return Hold::Gone,
+        };
+        match asked {
+            // A kill that stands is obeyed; a lease that is lost, the write finds.
             Ok(Answer::Recorded(_) | Answer::Dying | Answer::Ended(_) | Answer::Absent) => {
-                self.write(Verb::Pause, None, ended).await
+                self.write(Verb::Pause, None, Some((How::Error, Some(reason)))).await
             }
-            // Another worker comes to the same end.
-            Err(_) => self.write(Verb::GiveBack, None, ended).await,
+            Err(error) => {
+                warn!(%pid, %error, "the pause is not recorded; it is tried again");
+                self.wait(Wait::pause(STUCK_PAUSE), false).await
+            }
         }
     }
 

@@ -44,7 +44,7 @@ const OUTPUT_MAX: usize = 16 << 20;
 const FIRST_LINES: usize = 3;
 const LAST_LINES: usize = 2;
 
-/// Most characters of each of these lines.
+/// Most characters of each of these lines, but for the mark where its middle was.
 const LINE_MAX: usize = 400;
 
 /// What went wrong. The texts hold no keys, passphrases or inputs.
@@ -109,7 +109,7 @@ pub enum Error {
         exit: Option<i32>,
         /// The signal that has ended it, without `SIG`.
         signal: Option<String>,
-        /// The end of its standard error.
+        /// What it has written to its standard error, shortened.
         stderr: String,
     },
     /// A file cannot be read or written, here or there.
@@ -186,9 +186,9 @@ impl Output {
     }
 
     /// What a command says of a file, in the system's own words: what follows the last colon.
-    fn reason(&self) -> Option<&str> {
-        let stderr = str::from_utf8(&self.stderr).unwrap_or_default();
-        stderr.trim_end().rsplit(": ").next().filter(|reason| !reason.is_empty())
+    fn reason(&self) -> Option<String> {
+        let stderr = String::from_utf8_lossy(&self.stderr);
+        stderr.trim_end().rsplit(": ").next().filter(|reason| !reason.is_empty()).map(str::to_owned)
     }
 
     /// The standard output of a command that has ended with exit code 0.
@@ -419,9 +419,20 @@ fn excerpt(text: &str) -> String {
         if n_left_out > 0 && idx + LAST_LINES == lines.len() {
             excerpt.push(format!("[{n_left_out} lines left out]"));
         }
-        excerpt.push(line.chars().take(LINE_MAX).collect());
+        excerpt.push(shortened(line));
     }
     excerpt.join("\n")
+}
+
+/// A line without its middle if it is long: the end tells the cause.
+fn shortened(line: &str) -> String {
+    let n_chars = line.chars().count();
+    if n_chars <= LINE_MAX {
+        return line.to_owned();
+    }
+    let begin: String = line.chars().take(LINE_MAX / 2).collect();
+    let end: String = line.chars().skip(n_chars - LINE_MAX / 2).collect();
+    format!("{begin} [...] {end}")
 }
 
 /// Quotes a word for a POSIX shell.
@@ -447,7 +458,8 @@ mod tests {
         assert_eq!((excerpt(""), excerpt("a\n"), excerpt("a\n\nb\r\n")), ("".into(), "a".into(), "a\nb".into()));
         assert_eq!(excerpt("1\n2\n3\n4\n5"), "1\n2\n3\n4\n5");
         assert_eq!(excerpt("1\n2\n3\n4\n5\n6\n7"), "1\n2\n3\n[2 lines left out]\n6\n7");
-        assert_eq!(excerpt(&"x".repeat(LINE_MAX + 1)).len(), LINE_MAX);
+        let long = format!("cp: {}: No space left", "x".repeat(LINE_MAX));
+        assert!(excerpt(&long).starts_with("cp: x") && excerpt(&long).ends_with("x: No space left"));
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! Requests of operators. One statement writes what is desired and, if nobody holds the process, applies it.
+//! Requests of operators, and of workers that cannot go on with a process. One statement writes what is desired and, if nobody holds the process, applies it.
 //!
 //! Every request leaves an event a process: who asked, when, and what it came to. The outcome is written by the statement
 //! that obeys: here where nobody holds the process, by the holder's fenced write, or by the sweep that frees it.
@@ -12,6 +12,7 @@ use super::blob::Outcome;
 use super::dialect::{Batch, Dialect, Kind};
 use super::select::{self, Order, Walk};
 use super::submit::Told;
+use super::writer::Fence;
 use super::{Error, Store, begin};
 use crate::border;
 use crate::id::{Incarnation, Pid, RequestId};
@@ -32,7 +33,7 @@ pub struct Request {
     /// Without asking the holder: `kill --force` ends the process in the database, and its holder, who loses the lease by
     /// it, drops it.
     pub force: bool,
-    /// Who asks, as they say themselves: user and host.
+    /// Who asks, as they say themselves: user and host, or the name of a worker.
     pub by: String,
     /// Whom the broker knows it from, for requests that came from outside; `None` is the database's own login.
     pub login: Option<String>,
@@ -96,9 +97,22 @@ impl Store {
     /// # Errors
     /// Nothing is recorded, or (when the commit's answer was lost) it is: the same call again is safe.
     pub async fn control(&self, pid: Pid, request: &Request) -> Result<Answer, Error> {
+        self.control_where("p.id = $1", vec![Uuid::from(pid).into()], request).await
+    }
+
+    /// Asks for something as the holder of a process: [`Answer::Absent`] when it is not that any more.
+    ///
+    /// # Errors
+    /// As [`Store::control`].
+    pub async fn control_held(&self, fence: Fence, request: &Request) -> Result<Answer, Error> {
+        let values = vec![Uuid::from(fence.pid).into(), fence.epoch.into()];
+        self.control_where("p.id = $1 AND p.epoch = $2 AND p.place = {held}", values, request).await
+    }
+
+    async fn control_where(&self, which: &str, values: Vec<Value>, request: &Request) -> Result<Answer, Error> {
         let transaction = begin(&self.db).await?;
-        let sql = format!("{BEFORE} WHERE p.id = $1 {{of_p}}");
-        let row = transaction.query_one_raw(self.dialect.statement(&sql, vec![Uuid::from(pid).into()])).await?;
+        let sql = format!("{BEFORE} WHERE {which} {{of_p}}");
+        let row = transaction.query_one_raw(self.dialect.statement(&sql, values)).await?;
         let Some(row) = row else { return Ok(Answer::Absent) };
         let before = before(&row)?;
         if before.state.is_final() {

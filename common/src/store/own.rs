@@ -48,7 +48,12 @@ impl OwnConnection {
     }
 
     fn give_back(&self) {
-        drop(self.kept());
+        if let Some((connection, used_at)) = self.kept()
+            && used_at.elapsed() >= FRESH
+        {
+            // The pool would ask the server whether it is alive, and wait for as long as that takes.
+            drop(connection.detach());
+        }
     }
 
     async fn take(&self) -> Result<PoolConnection<Postgres>, DbErr> {
@@ -58,7 +63,6 @@ impl OwnConnection {
             {
                 return Ok(connection);
             }
-            // The pool would ask once more, and wait.
             drop(connection.detach());
         }
         self.db.get_postgres_connection_pool().acquire().await.map_err(error)

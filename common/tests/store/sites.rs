@@ -7,6 +7,7 @@ use baton_common::id::{Incarnation, Pid, RequestId};
 use baton_common::message::Effect;
 use baton_common::select::Select;
 use baton_common::state::{Desired, Place, State};
+use baton_common::store::control::Answer;
 use baton_common::store::site::{Door, Intent, Seen};
 use baton_common::store::sweep::DEATHS_MAX;
 use baton_common::store::writer::{Fence, Verb};
@@ -20,6 +21,7 @@ on_both! {
     a_kill_with_a_job_outside_is_not_applied_before_it_has_ended
     a_holder_that_dies_with_a_job_outside_leaves_its_kill_to_another
     a_forced_kill_leaves_an_open_row
+    a_holder_pauses_its_own_process_and_nobody_elses
     the_end_of_a_job_wakes_its_process_even_while_it_parks
     a_process_that_is_killed_waits_for_its_job
     a_look_at_many_jobs_and_a_request_to_their_processes_do_not_deadlock
@@ -118,6 +120,22 @@ async fn a_holder_that_dies_with_a_job_outside_leaves_its_kill_to_another(scene:
     scene.store.leave(scene.me).await.unwrap();
     assert_eq!(scene.store.free().await.unwrap().queued["default"].len(), 1);
     assert_eq!(scene.state(pid).await.0, Place::Queued, "{DEATHS_MAX} deaths would end it");
+}
+
+async fn a_holder_pauses_its_own_process_and_nobody_elses(scene: Scene) {
+    let pid = scene.submit(SPEC).await;
+    let old = scene.claimed(pid).await.fence;
+    scene.write(old, Verb::GiveBack).await.unwrap();
+    let request = crate::request(Desired::Pause);
+    let pause = async |fence| scene.store.control_held(fence, &request).await.unwrap();
+    assert!(matches!(pause(old).await, Answer::Absent), "it is queued");
+    let fence = scene.claimed(pid).await.fence;
+    assert!(matches!(pause(old).await, Answer::Absent), "another holds it");
+    let row = scene.store.show(pid).await.unwrap().unwrap();
+    assert!(row.summary.desired == Desired::Run && row.events.is_empty(), "{row:?}");
+    assert!(matches!(pause(fence).await, Answer::Recorded(_)));
+    scene.write(fence, Verb::Pause).await.unwrap();
+    assert!(matches!(scene.state(pid).await, (Place::Parked, State::Paused(_))));
 }
 
 async fn a_forced_kill_leaves_an_open_row(scene: Scene) {

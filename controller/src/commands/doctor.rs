@@ -1,16 +1,26 @@
 //! `baton doctor`: what is reachable, which versions, what is wrong, and the remedy.
 
+use std::time::Duration;
+
 use baton_common::communicator::Broker;
+use baton_common::config;
+use baton_common::objects::{self, Objects};
 use baton_common::store::query::queue_name;
 use baton_common::store::{self, Location, Store};
-use baton_worker::cli::{exit, exit_code};
+use baton_worker::cli::{chain, exit, exit_code};
 use serde_json::{Value, json};
 
 use crate::cli::{Global, Output};
-use crate::client::DATABASE_FILE;
+use crate::client::{DATABASE_FILE, objects_of};
 use crate::failure::{Failure, broker_remedy};
-use crate::output;
+use crate::output::{self, one_line, span};
 use crate::overview::Overview;
+
+/// How long the store of objects may take for a small one, there and back.
+const OBJECTS_LIMIT: Duration = Duration::from_secs(20);
+
+/// Characters of a site's last error that fit into a line.
+const ERROR_CHARS_MAX: usize = 200;
 
 /// One thing that was looked at.
 struct Finding {
@@ -63,8 +73,12 @@ pub(crate) async fn run(global: &Global) -> Result<u8, Failure> {
         },
     };
     findings.extend(brokers(&resolved.broker_urls).await);
+    if let Ok(config) = objects_of(global, &resolved) {
+        findings.push(objects(&config).await);
+    }
     if let Some(store) = &store {
         findings.push(workers(store).await?);
+        findings.extend(sites(store).await?);
     }
     print(global, &findings)?;
     let code = findings.iter().find_map(|finding| match finding.verdict {
@@ -115,6 +129,60 @@ async fn brokers(urls: &[String]) -> Vec<Finding> {
         }
     });
     findings.collect()
+}
+
+/// Whether files that are submitted, and results, can be kept: a small object goes there, comes back and is removed.
+async fn objects(config: &config::Objects) -> Finding {
+    let objects = match Objects::open_existing(config) {
+        Ok(Some(objects)) => objects,
+        Ok(None) => return finding("objects", Verdict::Ok, "no folder yet; the first file makes it".into(), None),
+        Err(error) => return unusable(&error),
+    };
+    let there_and_back = async {
+        let probe = format!("baton doctor {}\n", uuid::Uuid::new_v4());
+        let digest = objects.put_bytes(probe.clone().into_bytes()).await?;
+        objects.get_bytes(digest, probe.len() as u64).await?;
+        objects.delete(digest).await
+    };
+    match tokio::time::timeout(OBJECTS_LIMIT, there_and_back).await {
+        Ok(Ok(())) => finding("objects", Verdict::Ok, objects.place(), None),
+        Ok(Err(error)) => unusable(&error),
+        Err(_) => {
+            let text = format!("{} does not answer within {} s", objects.place(), OBJECTS_LIMIT.as_secs());
+            finding("objects", Verdict::Warn, text, Some("correct `objects` in baton.toml, or the way there"))
+        }
+    }
+}
+
+/// Whoever submits no files can do without.
+fn unusable(error: &objects::Error) -> Finding {
+    finding(
+        "objects",
+        Verdict::Warn,
+        chain(error),
+        Some("see `objects` in baton.toml; its keys are in the environment"),
+    )
+}
+
+/// The sites that the fleet cannot reach.
+async fn sites(store: &Store) -> Result<Vec<Finding>, Failure> {
+    let sites = store.sites(None).await?;
+    if sites.is_empty() {
+        return Ok(vec![]);
+    }
+    let down = sites.iter().filter_map(|site| Some((site, site.retry_in?)));
+    let mut findings: Vec<Finding> = down
+        .map(|(site, retry_in)| {
+            let error = one_line(site.last_error.as_deref().unwrap_or_default(), ERROR_CHARS_MAX);
+            let text = format!("{} cannot be reached, and is tried again in {}: {error}", site.name, span(retry_in));
+            finding("sites", Verdict::Warn, text, Some(&format!("baton site test {}", site.name)))
+        })
+        .collect();
+    let n_up = sites.len() - findings.len();
+    if n_up > 0 {
+        findings.push(finding("sites", Verdict::Ok, format!("{n_up} up"), None));
+    }
+    Ok(findings)
 }
 
 async fn workers(store: &Store) -> Result<Finding, Failure> {

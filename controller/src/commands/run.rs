@@ -11,12 +11,14 @@ use baton_common::config;
 use baton_common::id::Pid;
 use baton_common::objects::Objects;
 use baton_common::spec::Spec;
-use baton_common::state::State;
+use baton_common::state::{Desired, State};
+use baton_common::store::control::Request;
 use baton_common::store::query::{Details, Filter, Summary, queue_name};
 use baton_common::store::submit::NewProcess;
 use baton_common::store::{Location, Store};
 use baton_common::telemetry::new_traceparent;
 use baton_worker::cli::{exit, host_name};
+use baton_worker::process::by_worker;
 use baton_worker::registry::Registry;
 use baton_worker::worker::{self, Limits, Options, Stop};
 
@@ -37,6 +39,9 @@ const OBJECTS_FOLDER: &str = "objects";
 
 /// How long a program has between TERM and KILL after Ctrl-C: a person waits for it.
 const GRACE: Duration = Duration::from_secs(5);
+
+/// The only worker of a home.
+const WORKER: &str = "baton-run";
 
 /// Exit code after Ctrl-C, as shells have it.
 const INTERRUPTED: u8 = 130;
@@ -61,12 +66,17 @@ pub(crate) async fn run(global: &Global, arguments: RunArguments) -> Result<u8, 
     let (pid, is_resumed) = find_or_submit(&store, &spec, arguments.new).await?;
     if is_resumed {
         output::note(&format!("going on with {pid}; --new starts another one"));
+        let row = store.list(&Filter::of(vec![pid])).await?.pop();
+        if row.is_some_and(|row| is_stuck(&row)) {
+            // Whoever runs it again has seen to what it was paused for.
+            store.control(pid, &Request::new(Desired::Run, whoami())).await?;
+        }
     }
     let config = global.connection.resolve()?.config;
     let objects = config::Objects { url: Some(home.join(OBJECTS_FOLDER).display().to_string()), ..Default::default() };
     let objects = Objects::open(&objects).map_err(|error| Failure::failed(baton_worker::cli::chain(&error)))?;
     let options = Options {
-        name: "baton-run".into(),
+        name: WORKER.into(),
         host: host_name(),
         // Whatever queue the spec names, there is only this worker.
         queues: queues(&store, &spec).await?,
@@ -111,6 +121,9 @@ pub(crate) async fn run(global: &Global, arguments: RunArguments) -> Result<u8, 
     };
     let details = store.show(pid).await?.ok_or_else(|| absent(pid))?;
     report(global, &details)?;
+    if is_stuck(&summary) {
+        output::note("  once that is mended, run this again: it goes on where it was");
+    }
     Ok(match summary.state {
         State::Finished => {
             let code = summary.outcome.as_ref().and_then(|outcome| outcome.exit).unwrap_or(0);
@@ -177,7 +190,12 @@ async fn queues(store: &Store, spec: &Spec) -> Result<Vec<String>, Failure> {
     Ok(queues.into_iter().collect())
 }
 
-/// Prints what the program writes and how far it is, until the process has ended.
+/// Whether the worker has paused it, since it cannot go on by itself.
+fn is_stuck(row: &Summary) -> bool {
+    matches!(row.state, State::Paused(_)) && row.paused.as_ref().is_some_and(|paused| paused.by == by_worker(WORKER))
+}
+
+/// Prints what the program writes and how far it is, until the process has ended or cannot go on.
 async fn follow(store: &Store, pid: Pid, home: &Path, how: Output) -> Result<Summary, Failure> {
     let mut shown = Shown::default();
     let mut progress: Option<(i64, State)> = None;
@@ -201,7 +219,7 @@ async fn follow(store: &Store, pid: Pid, home: &Path, how: Output) -> Result<Sum
                 told_at = Instant::now();
             }
         }
-        if row.state.is_final() {
+        if row.state.is_final() || is_stuck(&row) {
             return Ok(row);
         }
         tokio::time::sleep(LOOK).await;

@@ -62,7 +62,12 @@ async fn a_missing_or_refusing_server_is_named_without_its_password() {
     assert!(output.stdout.contains("refuses the credentials of user guest"), "{output:?}");
     let output = run(&[("BATON_BROKER_URL", "amqp://127.0.0.1:9")], &["doctor"]).await.exits(7);
     assert!(output.stdout.contains("start RabbitMQ"), "{output:?}");
-    scene.baton(&["doctor"]).await.ok();
+    let output = scene.baton(&["doctor"]).await.ok();
+    assert!(output.stdout.contains("objects"), "{output:?}");
+    std::fs::write(scene.path("file"), "no folder").unwrap();
+    let file = scene.path("file").display().to_string();
+    let output = run(&[("BATON_OBJECTS_URL", &file)], &["doctor"]).await.ok();
+    assert!(output.stdout.contains("warn  objects") && output.stdout.contains("Not a directory"), "{output:?}");
 }
 
 #[tokio::test]

@@ -286,6 +286,67 @@ async fn a_full_disk_at_the_site_is_said_with_its_words() {
     assert!(reason.contains("no space left on device"), "{reason}");
 }
 
+/// What leads out of a scope is refused at the way back, too; a disk that is full there pauses.
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn a_scope_that_leads_out_is_refused_and_a_full_one_is_waited_for() {
+    let scene = Scene::new().await;
+    let slurm = Slurm::start(&scene, "", "", "");
+    let _worker = slurm.worker(&scene, "w1", &[]).await;
+    std::fs::create_dir_all(scene.path("elsewhere")).unwrap();
+    std::fs::create_dir_all(scene.path("site/s/one/full")).unwrap();
+    symlink(scene.path("elsewhere"), scene.path("site/s/one/out")).unwrap();
+    let spec = |to: &str| {
+        let script = "head -c 3000000 /dev/zero > made";
+        format!("at: plain\nsession: one\nscript: '{script}'\nout: [{{from: made, to: 'session://{to}/'}}]\n")
+    };
+    let pid = slurm.submit(&scene, &spec("out"), 1).await.remove(0);
+    let shown = end(&scene, &pid).await;
+    let reason = shown["reason"].as_str().unwrap_or_default();
+    assert!(shown["state"] == "excepted" && reason.contains("leads out of its scope"), "{shown:#}");
+    assert!(!scene.path("elsewhere/made").exists());
+    let full = scene.path("site/s/one/full");
+    if !Command::new("mount").args(["-t", "tmpfs", "-o", "size=1m", "tmpfs"]).arg(&full).status().unwrap().success() {
+        assert!(!rustix_is_root(), "no disk in memory");
+        return;
+    }
+    let pid = slurm.submit(&scene, &spec("full"), 1).await.remove(0);
+    let reason = paused(&scene, &pid).await;
+    assert!(Command::new("umount").arg("-l").arg(&full).status().unwrap().success());
+    assert!(reason.contains("no space left on device"), "{reason}");
+    slurm.baton(&scene, &["play", &pid]).await.ok();
+    let shown = end(&scene, &pid).await;
+    assert_eq!(shown["exit"], 0, "{shown:#}");
+    assert_eq!(std::fs::metadata(full.join("made")).unwrap().len(), 3_000_000);
+}
+
+/// A file that something of the program still writes is taken when it is done, and the process is not paused for it.
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn an_output_that_grows_is_taken_when_it_has_grown() {
+    let scene = Scene::new().await;
+    let slurm = Slurm::start(&scene, "", "", "");
+    let _worker = slurm.worker(&scene, "w1", &[]).await;
+    let grow = "for i in $(seq 40); do head -c 500000 /dev/urandom >> big; echo $i >> small; sleep 0.1; done";
+    let script = format!("echo 0 > small; head -c 2000000 /dev/urandom > big; setsid sh -c \"{grow}\" &");
+    let spec = format!("at: plain\nscript: |\n  {}\nout: [big, small]\n", script.replace('$', "\\$"));
+    let pid = slurm.submit(&scene, &spec, 1).await.remove(0);
+    let shown = end(&scene, &pid).await;
+    assert_eq!((&shown["exit"], &shown["failures"]), (&0.into(), &0.into()), "{shown:#}");
+    slurm.baton(&scene, &["results", &pid, "--get", "results"]).await.ok();
+    assert_eq!(std::fs::metadata(scene.path("results/big")).unwrap().len(), 22_000_000);
+    assert_eq!(std::fs::read_to_string(scene.path("results/small")).unwrap().lines().count(), 41);
+}
+
+async fn paused(scene: &Scene, pid: &str) -> String {
+    let condition = format!("state = 3 AND place = 2 AND id = '{pid}'");
+    eventually("it is paused", LIMIT, async || {
+        if scene.count(&condition).await == 1 { Ok(()) } else { Err(scene.show(pid).await) }
+    })
+    .await;
+    scene.show(pid).await["paused_reason"].as_str().unwrap_or_default().to_lowercase()
+}
+
 /// What a job has made is not thrown away because it finds no room here.
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
@@ -313,14 +374,8 @@ async fn results_without_room_pause_the_process_until_there_is_some() {
         scene.path("large").display()
     );
     let pid = slurm.submit(&scene, &spec, 1).await.remove(0);
-    let condition = format!("state = 3 AND place = 2 AND id = '{pid}'");
-    eventually("it is paused", LIMIT, async || {
-        if scene.count(&condition).await == 1 { Ok(()) } else { Err(scene.show(&pid).await) }
-    })
-    .await;
-    let shown = scene.show(&pid).await;
-    let reason = shown["paused_reason"].as_str().unwrap_or_default().to_lowercase();
-    assert!(reason.starts_with("stage: ") && reason.contains("no space left on device"), "{shown:#}");
+    let reason = paused(&scene, &pid).await;
+    assert!(reason.starts_with("stage: ") && reason.contains("no space left on device"), "{reason}");
     assert!(mount("remount,size=64m"));
     slurm.baton(&scene, &["play", &pid]).await.ok();
     let shown = end(&scene, &pid).await;
@@ -354,6 +409,8 @@ async fn a_host_that_shows_another_key_is_not_used() {
     })
     .await;
     assert!(told.contains("host key"), "{told}");
+    let doctor = slurm.baton(&scene, &["doctor"]).await.ok().stdout;
+    assert!(doctor.contains("plain cannot be reached") && doctor.contains("baton site test plain"), "{doctor}");
     assert_eq!(slurm.sshd.logged("Accepted publickey"), 0);
     std::fs::write(slurm.sshd.file("known_hosts"), known).unwrap();
     let shown = end(&scene, &pid).await;

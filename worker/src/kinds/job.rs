@@ -100,6 +100,7 @@ impl Process for Job {
                         context.log(text);
                         Error::NotNow(Wait::pause(SETTLE_PAUSE))
                     }
+                    Error::Failed(text) if self.stage == Stage::Out => stuck(&text),
                     error @ (Error::Input(_)
                     | Error::Failed(_)
                     | Error::Interrupted(_)
@@ -111,10 +112,7 @@ impl Process for Job {
                     self.looks += 1;
                     Ok(Advance::After(SETTLE_PAUSE))
                 }
-                // The job has done its work, and that is not thrown away.
-                Err(Trouble::Content(text) | Trouble::Files(text)) if self.stage == Stage::Out => {
-                    Err(Error::Stuck(format!("stage: {text}; its files stay at the site; play it once that is mended")))
-                }
+                Err(Trouble::Content(text) | Trouble::Files(text)) if self.stage == Stage::Out => Err(stuck(&text)),
                 Err(Trouble::Content(text) | Trouble::Files(text)) => Err(Error::Failed(format!("stage: {text}"))),
                 Err(Trouble::Process(error)) => Err(error),
                 Ok(advance) => Ok(advance),
@@ -175,6 +173,11 @@ impl From<staging::Error> for Trouble {
             staging::Error::Stage(text) => Trouble::Process(Error::Failed(format!("stage: {text}"))),
         }
     }
+}
+
+/// The job has done its work, and that is not thrown away.
+fn stuck(text: &str) -> Error {
+    Error::Stuck(format!("stage: {text}; its files stay at the site: play it once that is mended"))
 }
 
 /// It is looked at again after this time, if nothing wakes it before.

@@ -63,7 +63,13 @@ pub(crate) enum Error {
 impl From<transport::Error> for Error {
     fn from(error: transport::Error) -> Self {
         // What a command or a file says is about the files, and the way is well.
-        if error.is_of_transport() { Error::Site(error) } else { Error::Files(error.to_string()) }
+        if error.is_of_transport() {
+            Error::Site(error)
+        } else if matches!(error, transport::Error::TooMuchOutput) {
+            Error::Stage(error.to_string())
+        } else {
+            Error::Files(error.to_string())
+        }
     }
 }
 
@@ -72,7 +78,9 @@ impl From<objects::Error> for Error {
         if error.is_transient() {
             return Error::Wait(Wait::pause(STORE_PAUSE));
         }
-        Error::Files(crate::process::Error::failed(error).to_string())
+        let is_asked_too_much = matches!(error, objects::Error::Manifest { .. } | objects::Error::TooLarge { .. });
+        let text = crate::process::Error::failed(error).to_string();
+        if is_asked_too_much { Error::Stage(text) } else { Error::Files(text) }
     }
 }
 
@@ -521,8 +529,7 @@ impl Staging<'_> {
             let (path, digest) = ((*path).to_owned(), *digest);
             Ok(Entry { path, digest, size: found.size, executable: found.executable })
         });
-        let manifest = Manifest::new(entries.collect::<Result<_, Error>>()?);
-        let manifest = manifest.map_err(|error| Error::Stage(error.to_string()))?;
+        let manifest = Manifest::new(entries.collect::<Result<_, Error>>()?)?;
         // It is no loss if this stays: nobody else uses it.
         let _ = std::fs::remove_dir_all(self.scratch_path());
         Ok(manifest)
@@ -571,7 +578,12 @@ impl Staging<'_> {
             .try_fold(0, |n_stored, _| std::future::ready(Ok(n_stored + 1)));
         let (unpacked, received, stored) = tokio::join!(unpacking, receiving, storing);
         let n_stored = stored?;
-        received?.ok()?;
+        let received = received?;
+        // So `tar` says that a file has changed or vanished while it was read.
+        if received.exit == Some(1) {
+            return Err(Error::Content(received.complaint()));
+        }
+        received.ok()?;
         unpacked?.map_err(|error| Error::Files(error.to_string()))?;
         if n_stored < files.len() {
             let text =
@@ -592,7 +604,7 @@ impl Staging<'_> {
         let is_known = async |digest| Ok::<_, Error>(objects.renew(digest, size).await?);
         let (digest, came) = session.get_unless(&there, &here, &progress, is_known).await?;
         let Some(came) = came else { return Ok(digest) };
-        if came != digest {
+        if came != digest || std::fs::metadata(&here).map(|meta| meta.len()).ok() != Some(size) {
             let _ = std::fs::remove_file(&here);
             let text = format!("{path} has come with another content, or is still being written");
             return Err(Error::Content(text));

@@ -8,7 +8,7 @@ use baton_common::digest::Digest;
 use super::landing::Landing;
 use super::{Error, Output, SILENCE_LIMIT, Session, quote_path};
 
-/// Fetches one file. See [`Session::get`].
+/// Fetches one file, as it is while it comes: whoever calls compares length and SHA-256. See [`Session::get`].
 pub(super) async fn get(
     session: &Session,
     from: &str,
@@ -16,21 +16,29 @@ pub(super) async fn get(
     progress: &(dyn Fn(u64) + Send + Sync),
 ) -> Result<Digest, Error> {
     let source = quote_path(from);
-    let of_source = |output: &Output| Error::file(from, output.reason().unwrap_or("it could not be read"));
     let said = session.exec(&format!("wc -c < {source}"), b"", SILENCE_LIMIT).await?;
-    let size = if said.exit == Some(0) { String::from_utf8_lossy(&said.stdout).trim().parse().ok() } else { None };
-    let size = size.ok_or_else(|| of_source(&said))?;
+    ended_well(&said, from)?;
+    let size = String::from_utf8_lossy(&said.stdout).trim().parse();
+    let size = size.map_err(|_| Error::file(from, "it has no length"))?;
     let mut target = Landing::open(to, size, progress).await?;
-    if target.done < size {
+    if !target.is_whole() {
         let command = format!("{{ dd bs=1 count=0 skip={} 2> /dev/null; cat; }} < {source}", target.done);
-        match session.receive(&command, &mut target).await {
-            Ok(output) if output.exit == Some(0) => {}
-            Ok(output) => return Err(of_source(&output)),
+        let read = session.receive(&command, &mut target).await;
+        match read {
+            Ok(output) => ended_well(&output, from)?,
+            // What comes beyond its length is no part of it any more.
+            Err(_) if target.is_whole() => {}
             Err(error) => return Err(target.fault().await.unwrap_or(error)),
         }
     }
-    if target.done < size {
-        return Err(Error::file(from, "it has become shorter while it was read"));
-    }
     target.finish(to).await
+}
+
+fn ended_well(output: &Output, from: &str) -> Result<(), Error> {
+    match output.exit {
+        Some(0) => Ok(()),
+        // It says nothing of the file that somebody there ends commands.
+        None | Some(128..) => Err(Error::Broken("what reads the file was ended there".to_owned())),
+        Some(_) => Err(Error::file(from, output.reason().unwrap_or_else(|| "it could not be read".to_owned()))),
+    }
 }

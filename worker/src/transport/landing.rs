@@ -11,7 +11,7 @@ use bytes::{Bytes, BytesMut};
 use tokio::io::{AsyncWrite, AsyncWriteExt};
 use tokio::sync::mpsc;
 use tokio::task::{JoinHandle, spawn_blocking};
-use tokio_util::sync::PollSender;
+use tokio_util::sync::{CancellationToken, DropGuard, PollSender};
 
 use super::Error;
 use super::local::{open_part, part_of};
@@ -34,6 +34,8 @@ pub(super) struct Landing<'a> {
     piece: BytesMut,
     pieces: PollSender<Bytes>,
     writing: JoinHandle<io::Result<Digest>>,
+    /// Without it nothing more is written: another may go on with the part.
+    here: DropGuard,
     progress: &'a (dyn Fn(u64) + Send + Sync),
 }
 
@@ -44,10 +46,23 @@ impl<'a> Landing<'a> {
         let (file, done) = open_part(&part, size).await?;
         progress(done);
         let file = file.into_std().await;
-        let (pieces, pieces_rx) = mpsc::channel(PIECES);
         let before = part.clone();
-        let writing = spawn_blocking(move || write(file, File::open(before)?.take(done), pieces_rx));
-        Ok(Self { part, size, done, piece: BytesMut::new(), pieces: PollSender::new(pieces), writing, progress })
+        // At once: while the rest comes, nobody may wait for this.
+        let hasher = spawn_blocking(move || hashed(File::open(before)?.take(done))).await;
+        let hasher = hasher.map_err(io::Error::other).and_then(|hasher| hasher);
+        let hasher = hasher.map_err(|error| Error::local_file(&part, &error))?;
+        let (pieces, pieces_rx) = mpsc::channel(PIECES);
+        let pieces = PollSender::new(pieces);
+        let gone = CancellationToken::new();
+        let is_gone = gone.clone();
+        let writing = spawn_blocking(move || write(file, hasher, pieces_rx, &is_gone));
+        let here = gone.drop_guard();
+        Ok(Self { part, size, done, piece: BytesMut::new(), pieces, writing, progress, here })
+    }
+
+    /// Whether all has come that was there when it was asked for.
+    pub(super) fn is_whole(&self) -> bool {
+        self.done >= self.size
     }
 
     /// Gives it its name.
@@ -66,6 +81,7 @@ impl<'a> Landing<'a> {
     async fn written(mut self) -> Result<Digest, Error> {
         // If nobody takes the last piece, the writing tells why.
         let _ = self.shutdown().await;
+        let _here = self.here;
         let digest = self.writing.await.map_err(io::Error::other).and_then(|digest| digest);
         digest.map_err(|error| Error::local_file(&self.part, &error))
     }
@@ -82,6 +98,11 @@ impl<'a> Landing<'a> {
 
 impl AsyncWrite for Landing<'_> {
     fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        let missing = usize::try_from(self.size - self.done).unwrap_or(usize::MAX);
+        let bytes = &bytes[..bytes.len().min(missing)];
+        if bytes.is_empty() {
+            return Poll::Ready(Err(io::Error::other("it has become longer while it was read")));
+        }
         if self.piece.len() + bytes.len() > PIECE {
             ready!(self.poll_send(context))?;
         }
@@ -90,9 +111,6 @@ impl AsyncWrite for Landing<'_> {
         }
         self.piece.extend_from_slice(bytes);
         self.done += bytes.len() as u64;
-        if self.done > self.size {
-            return Poll::Ready(Err(io::Error::other("it has become longer while it was read")));
-        }
         (self.progress)(self.done);
         Poll::Ready(Ok(bytes.len()))
     }
@@ -108,20 +126,31 @@ impl AsyncWrite for Landing<'_> {
     }
 }
 
-/// Writes what comes behind what came before, and gives the SHA-256 of both.
-fn write(mut file: File, mut before: io::Take<File>, mut pieces: mpsc::Receiver<Bytes>) -> io::Result<Digest> {
+fn hashed(mut before: impl Read) -> io::Result<Hasher> {
     let mut hasher = Hasher::default();
     let mut piece = vec![0; PIECE];
     loop {
         let count = before.read(&mut piece)?;
         if count == 0 {
-            break;
+            return Ok(hasher);
         }
         hasher.update(&piece[..count]);
     }
+}
+
+/// Writes what comes behind what came before, and gives the SHA-256 of both.
+fn write(
+    mut file: File,
+    mut hasher: Hasher,
+    mut pieces: mpsc::Receiver<Bytes>,
+    is_gone: &CancellationToken,
+) -> io::Result<Digest> {
     let mut n_unflushed = 0;
     let mut flushing: Option<JoinHandle<()>> = None;
     while let Some(piece) = pieces.blocking_recv() {
+        if is_gone.is_cancelled() {
+            return Err(io::Error::other("nobody waits for it any more"));
+        }
         file.write_all(&piece)?;
         hasher.update(&piece);
         n_unflushed += piece.len() as u64;

@@ -164,7 +164,11 @@ impl Running {
             match event {
                 Event::Stdout(piece) => match &mut sink {
                     Sink::Memory(stdout) => keep(stdout, &piece)?,
-                    Sink::Stream(output) => output.write_all(&piece).await.map_err(stream_error)?,
+                    Sink::Stream(output) => {
+                        output.write_all(&piece).await.map_err(stream_error)?;
+                        // Whoever takes it may have taken long.
+                        moved.now();
+                    }
                 },
                 Event::Stderr(piece) => keep(&mut stderr, &piece)?,
                 Event::Ended { exit, signal } => {

@@ -47,7 +47,10 @@ pub(super) async fn put(
     match output.exit {
         Some(0) => Ok(()),
         Some(CUT) => Err(Error::file(to, "it has another length there; was it changed meanwhile?")),
-        Some(_) | None => Err(Error::file(format!("{to}.part"), output.reason().unwrap_or("it could not be written"))),
+        Some(_) | None => Err(Error::file(
+            format!("{to}.part"),
+            output.reason().unwrap_or_else(|| "it could not be written".to_owned()),
+        )),
     }
 }
 
