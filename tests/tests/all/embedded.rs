@@ -240,3 +240,22 @@ async fn files_of_a_process_are_kept_beside_the_database() {
     let stored = home.baton(&["gc", "--older-than", "1d", "-o", "json"]).await.ok().json();
     assert_eq!(stored["young"]["objects"], 4, "two contents and two manifests: {stored}");
 }
+
+/// A run whose results have no place ends, and the next one goes on where it was: the program does not run again.
+#[tokio::test]
+async fn results_without_a_place_end_the_run_and_the_next_one_collects_them() {
+    let home = Home::new();
+    let site = "[sites.near]\ntransport = 'local'\nlauncher = 'fork'\npoll = '100ms'\nroot = 'SITE'\n";
+    std::fs::write(home.path("baton.toml"), site.replace("SITE", &home.path("site").display().to_string())).unwrap();
+    std::fs::create_dir_all(home.path("home/objects")).unwrap();
+    std::fs::write(home.path("home/objects/sha256"), "in the way").unwrap();
+    let script = format!("echo ran >> {}; echo result > made", home.path("runs").display());
+    let spec = home.spec(&format!("at: near\nscript: '{script}'\nout: [made]\n"));
+    let run = ["run", "--home", "home", &spec];
+    let output = home.baton(&run).await.exits(8);
+    assert!(output.stderr.contains("stage: ") && output.stderr.contains("run this again"), "{output:?}");
+    std::fs::remove_file(home.path("home/objects/sha256")).unwrap();
+    let output = home.baton(&run).await.ok();
+    assert!(output.stderr.contains("going on with"), "{output:?}");
+    assert_eq!(std::fs::read_to_string(home.path("runs")).unwrap(), "ran\n");
+}
