@@ -42,18 +42,9 @@ impl Digest {
     /// # Errors
     /// The file cannot be read.
     pub fn of_file(path: &Path) -> std::io::Result<(Self, u64)> {
-        let mut file = std::fs::File::open(path)?;
         let mut hasher = Hasher::default();
-        let mut piece = vec![0; PIECE_LEN];
-        let mut total_bytes = 0;
-        loop {
-            let len = file.read(&mut piece)?;
-            if len == 0 {
-                return Ok((hasher.finish(), total_bytes));
-            }
-            hasher.update(&piece[..len]);
-            total_bytes += len as u64;
-        }
+        let total_bytes = hasher.read(std::fs::File::open(path)?)?;
+        Ok((hasher.finish(), total_bytes))
     }
 }
 
@@ -61,6 +52,23 @@ impl Hasher {
     /// Takes the next piece.
     pub fn update(&mut self, piece: &[u8]) {
         self.0.update(piece);
+    }
+
+    /// Takes all that a reader gives, and says how many bytes that were. Blocks.
+    ///
+    /// # Errors
+    /// It cannot be read.
+    pub fn read(&mut self, mut reader: impl Read) -> std::io::Result<u64> {
+        let mut piece = vec![0; PIECE_LEN];
+        let mut total_bytes = 0;
+        loop {
+            let len = reader.read(&mut piece)?;
+            if len == 0 {
+                return Ok(total_bytes);
+            }
+            self.update(&piece[..len]);
+            total_bytes += len as u64;
+        }
     }
 
     /// The digest of all pieces.

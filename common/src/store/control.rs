@@ -1,4 +1,5 @@
-//! Requests of operators, and of workers that cannot go on with a process. One statement writes what is desired and, if nobody holds the process, applies it.
+//! Requests of operators, and of workers that cannot go on with a process. One statement writes what is desired and, if
+//! nobody holds the process, applies it.
 //!
 //! Every request leaves an event a process: who asked, when, and what it came to. The outcome is written by the statement
 //! that obeys: here where nobody holds the process, by the holder's fenced write, or by the sweep that frees it.

@@ -8,7 +8,7 @@ use baton_common::digest::Digest;
 use super::landing::Landing;
 use super::{Error, Output, SILENCE_LIMIT, Session, quote_path};
 
-/// Fetches one file, as it is while it comes: whoever calls compares length and SHA-256. See [`Session::get`].
+/// Fetches one file, as it is while it comes: whoever calls compares SHA-256. See [`Session::get`].
 pub(super) async fn get(
     session: &Session,
     from: &str,

@@ -126,16 +126,10 @@ impl AsyncWrite for Landing<'_> {
     }
 }
 
-fn hashed(mut before: impl Read) -> io::Result<Hasher> {
+fn hashed(before: impl Read) -> io::Result<Hasher> {
     let mut hasher = Hasher::default();
-    let mut piece = vec![0; PIECE];
-    loop {
-        let count = before.read(&mut piece)?;
-        if count == 0 {
-            return Ok(hasher);
-        }
-        hasher.update(&piece[..count]);
-    }
+    hasher.read(before)?;
+    Ok(hasher)
 }
 
 /// Writes what comes behind what came before, and gives the SHA-256 of both.
