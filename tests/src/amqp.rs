@@ -25,14 +25,13 @@ impl Amqp {
         Self { channel, _connection: connection }
     }
 
-    /// Publishes a body and waits for the broker's confirm.
+    /// Publishes a body and waits for the broker's confirm. There must be a queue for it: a worker that has just become
+    /// ready may not have declared its own yet, and the broker confirms what goes to none.
     pub async fn publish(&self, exchange: &str, key: &str, body: &[u8], properties: BasicProperties) {
-        self.channel
-            .basic_publish(exchange.into(), key.into(), BasicPublishOptions::default(), body, properties)
-            .await
-            .expect("the channel is open")
-            .await
-            .expect("confirmed");
+        let options = BasicPublishOptions { mandatory: true, ..BasicPublishOptions::default() };
+        let published = self.channel.basic_publish(exchange.into(), key.into(), options, body, properties).await;
+        let confirmed = published.expect("the channel is open").await.expect("confirmed");
+        assert!(confirmed.take_message().is_none(), "no queue takes what goes to {exchange:?} with the key {key:?}");
     }
 
     /// Publishes JSON.

@@ -63,7 +63,7 @@ impl Worker {
         Self { child, log, name: name.to_owned() }
     }
 
-    /// Waits until it takes tasks.
+    /// Waits until it has started: what it declares at the broker may come a moment later.
     pub async fn ready(&self) {
         self.says("worker ready").await;
     }

@@ -152,6 +152,9 @@ async fn a_launch_is_acknowledged_only_once_it_is_in_the_database() {
     let scene = Scene::new().await;
     journal::keep(&scene).await;
     let mut worker = scene.worker("w1", &[]).await;
+    // The queue is there once somebody has submitted to it.
+    let before = scene.submit("call: baton.noop", 1).await.remove(0);
+    ends(&scene, &before, "finished").await;
     let lock = "BEGIN; LOCK TABLE spec IN SHARE ROW EXCLUSIVE MODE; SELECT pg_sleep(3600)";
     let mut locking =
         Command::new("psql").args([&scene.database_url(), "-c", lock]).kill_on_drop(true).spawn().unwrap();
@@ -180,7 +183,7 @@ async fn a_launch_is_acknowledged_only_once_it_is_in_the_database() {
     ended.await;
     let _next = scene.worker("w2", &[]).await;
     ends(&scene, &pid, "finished").await;
-    History::read(&scene, vec![]).await.accepting(&[pid]).check();
+    History::read(&scene, vec![]).await.accepting(&[before, pid]).check();
 }
 
 #[tokio::test]
