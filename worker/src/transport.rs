@@ -19,13 +19,17 @@ mod shell;
 mod ssh;
 mod upload;
 
+use std::fmt::Display;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use baton_common::digest::Digest;
-use tokio::io::{AsyncRead, AsyncWrite};
+use bytes::Bytes;
+use futures_util::Sink;
+use tokio::io::AsyncRead;
 use tokio::time::timeout;
 
+use self::running::Limits;
 pub use self::shell::Shell;
 
 /// How long it may take to connect, all machines on the way included.
@@ -256,41 +260,47 @@ impl Session {
     /// Runs a command and feeds it everything that `input` gives.
     ///
     /// # Errors
-    /// As [`Self::exec`]; [`Error::TimedOut`] when no byte has moved for 60 s.
+    /// As [`Self::exec`]; [`Error::TimedOut`] when no byte has moved for 60 s while there is more, or for an hour when it
+    /// has got everything.
     pub async fn send(&self, command: &str, input: impl AsyncRead + Send + Unpin) -> Result<Output, Error> {
-        Box::pin(async { self.start(command, None).await?.exchange(input, Some(SILENCE_LIMIT)).await }).await
+        let limits = Limits { fed: SILENCE_LIMIT, after: DIGEST_LIMIT };
+        Box::pin(async { self.start(command, None).await?.exchange(input, Some(limits)).await }).await
     }
 
-    /// Runs a command and writes its standard output to `output`. What is given back has no standard output.
+    /// Runs a command and gives its standard output to `output` as it comes. What is given back has no standard output.
     ///
     /// # Errors
-    /// As [`Self::send`]; [`Error::File`] when `output` cannot be written.
-    pub async fn receive(&self, command: &str, output: impl AsyncWrite + Send + Unpin) -> Result<Output, Error> {
+    /// As [`Self::exec`]; [`Error::TimedOut`] when no byte has moved for 60 s; [`Error::File`] when `output` takes no
+    /// more.
+    pub async fn receive<E: Display>(
+        &self,
+        command: &str,
+        output: impl Sink<Bytes, Error = E> + Send + Unpin,
+    ) -> Result<Output, Error> {
         Box::pin(async { self.start(command, None).await?.receive(output, SILENCE_LIMIT).await }).await
     }
 
     /// Writes one file there: to `TO.part`, from where an earlier one was cut, and renamed to `to` when it is whole. Its
     /// parent folder must be there. `progress` is told how many bytes are there.
     ///
-    /// It verifies nothing, since a `.part` may be that of another file: whoever calls compares SHA-256.
+    /// It gives the SHA-256 of what is there now, and does not compare it: a `.part` may be that of another file.
     ///
     /// # Errors
     /// [`Error::File`], with what the server says, for a full disk among others; and those of the transport.
-    pub async fn put(&self, from: &Path, to: &str, progress: &(dyn Fn(u64) + Send + Sync)) -> Result<(), Error> {
+    pub async fn put(&self, from: &Path, to: &str, progress: &(dyn Fn(u64) + Send + Sync)) -> Result<Digest, Error> {
         match &self.way {
             Way::Local => local::copy(from, &local::at_home(to), progress).await,
             Way::Ssh(_) => Box::pin(upload::put(self, from, to, progress)).await,
         }
     }
 
-    /// Fetches one file, as [`Self::put`] writes one: by `TO.part` here. It gives the SHA-256 of what is here now, and does
-    /// not compare it.
+    /// Fetches one file, as [`Self::put`] writes one: by `TO.part` here. It gives the SHA-256 of what is here now.
     ///
     /// # Errors
     /// As [`Self::put`].
     pub async fn get(&self, from: &str, to: &Path, progress: &(dyn Fn(u64) + Send + Sync)) -> Result<Digest, Error> {
         match &self.way {
-            Way::Local => local::get(&local::at_home(from), to, progress).await,
+            Way::Local => local::copy(&local::at_home(from), to, progress).await,
             Way::Ssh(_) => Box::pin(download::get(self, from, to, progress)).await,
         }
     }
@@ -351,15 +361,8 @@ impl Session {
     /// # Errors
     /// [`Error::Command`] with what it says when the file cannot be read, and those of the transport.
     pub async fn digest(&self, path: &str) -> Result<Digest, Error> {
-        // With the processor's own instructions, which coreutils often do without: that is five times as fast.
-        let command = format!(
-            "if command -v openssl > /dev/null; then openssl dgst -sha256 -r; else sha256sum; fi < {}",
-            quote(path)
-        );
-        let stdout = self.exec(&command, b"", DIGEST_LIMIT).await?.ok()?;
-        let text = String::from_utf8_lossy(&stdout);
-        let digest = text.split_whitespace().next().and_then(|word| word.parse().ok());
-        digest.ok_or_else(|| Error::Broken(format!("sha256sum printed {text:?}")))
+        let command = format!("{{ {DIGEST}; }} < {}", quote(path));
+        digest_of(&self.exec(&command, b"", DIGEST_LIMIT).await?.ok()?)
     }
 
     /// A shell that stays open, on one channel.
@@ -407,6 +410,17 @@ impl Session {
             Way::Ssh(connection) => Ok(running::Running::Ssh(connection.start(command, limit).await?)),
         }
     }
+}
+
+/// A command that prints the SHA-256 of its standard input: by the processor's own instructions, which coreutils often do
+/// without. That is five times as fast.
+const DIGEST: &str = "if command -v openssl > /dev/null; then openssl dgst -sha256 -r; else sha256sum; fi";
+
+/// What such a command has printed.
+fn digest_of(printed: &[u8]) -> Result<Digest, Error> {
+    let text = String::from_utf8_lossy(printed);
+    let digest = text.split_whitespace().next().and_then(|word| word.parse().ok());
+    digest.ok_or_else(|| Error::Broken(format!("a digest was asked for, and {text:?} is none")))
 }
 
 /// The first and the last lines of a text.

@@ -311,7 +311,7 @@ const CLAIM: &str = "
       AND (deaths < $2
            OR (NOT EXISTS (SELECT 1 FROM process h WHERE h.owner = $1 AND h.place = {held} AND h.deaths >= $2)
                AND b_id = (SELECT s.id FROM process s JOIN b ON s.id = b_id
-                           WHERE s.place = {queued} AND s.deaths >= $2 ORDER BY s.id LIMIT 1)))
+                           WHERE s.place + 0 = {queued} AND s.deaths >= $2 ORDER BY s.id LIMIT 1)))
     RETURNING id, epoch, claimed_at, checkpoint, desired, urgent, try, deaths, outside, refused_at,
               (SELECT s.body FROM spec s WHERE s.id = process.id) AS body,
               (SELECT s.traceparent FROM spec s WHERE s.id = process.id) AS traceparent,

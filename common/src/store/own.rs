@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use sea_orm::prelude::async_trait::async_trait;
 use sea_orm::sqlx::pool::PoolConnection;
-use sea_orm::sqlx::{self, AssertSqlSafe, Connection, Postgres};
+use sea_orm::sqlx::{self, AssertSqlSafe, Connection, Executor, Postgres};
 use sea_orm::{
     ConnectionTrait, DatabaseConnection, DatabaseTransaction, DbBackend, DbErr, ExecResult, QueryResult, RuntimeErr,
     Statement, Values,
@@ -21,6 +21,13 @@ const FRESH: Duration = Duration::from_secs(30);
 /// How long the server has to say so.
 const PING_LIMIT: Duration = Duration::from_secs(2);
 
+/// Plans are used for so long. One that was made for a table with few rows reads a whole index of it, and the server keeps
+/// it until it has looked at the table again, which takes a minute at least: until then each statement would take longer
+/// than the one before.
+const PLANS_AGE: Duration = Duration::from_secs(1);
+
+const DISCARD_PLANS: &str = "DISCARD PLANS";
+
 /// One connection, used by one task at a time. On SQLite, which is in this program, it is the pool's.
 pub(super) struct OwnConnection {
     /// A pool of one, which opens the connection, also again.
@@ -28,19 +35,34 @@ pub(super) struct OwnConnection {
     is_postgres: bool,
     /// With the time of its last use; none while it is in use, and after something went wrong with it.
     kept: Mutex<Option<(PoolConnection<Postgres>, Instant)>>,
+    /// Since when the server may have made plans for its statements.
+    planned_at: Mutex<Instant>,
 }
 
 impl OwnConnection {
     pub(super) async fn open(location: &Location) -> Result<Self, Error> {
         let db = connect(location, Use::Lane).await?;
         let is_postgres = matches!(location, Location::Postgres(_));
-        Ok(Self { db, is_postgres, kept: Mutex::new(None) })
+        Ok(Self { db, is_postgres, kept: Mutex::new(None), planned_at: Mutex::new(Instant::now()) })
     }
 
     /// A transaction on this connection.
     pub(super) async fn begin(&self) -> Result<DatabaseTransaction, Error> {
         self.give_back();
+        if self.is_postgres && self.plans_are_old() {
+            self.db.execute_unprepared(DISCARD_PLANS).await?;
+        }
         begin(&self.db).await
+    }
+
+    /// Once for each age.
+    fn plans_are_old(&self) -> bool {
+        let mut planned_at = self.planned_at.lock().unwrap_or_else(PoisonError::into_inner);
+        let are_old = planned_at.elapsed() >= PLANS_AGE;
+        if are_old {
+            *planned_at = Instant::now();
+        }
+        are_old
     }
 
     fn kept(&self) -> Option<(PoolConnection<Postgres>, Instant)> {
@@ -109,6 +131,9 @@ impl ConnectionTrait for OwnConnection {
             return self.db.query_all_raw(statement).await;
         }
         let mut connection = self.take().await?;
+        if self.plans_are_old() {
+            connection.execute(DISCARD_PLANS).await.map_err(error)?;
+        }
         let values = SqlxValues(statement.values.unwrap_or(Values(Vec::new())));
         let query = sqlx::query_with(AssertSqlSafe(statement.sql), values);
         let rows = query.fetch_all(&mut *connection).await.map_err(error)?;

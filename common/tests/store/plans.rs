@@ -6,14 +6,20 @@ use std::time::Duration;
 
 use baton_common::id::Incarnation;
 use baton_common::select::Select;
+use baton_common::state::State;
+use baton_common::store::blob::{Checkpoint, Outcome};
 use baton_common::store::query::{Cursor, Filter};
 use baton_common::store::worker::Load;
+use baton_common::store::writer::{Attempt, Claim, Fenced, How, Verb};
 use baton_common::store::{Location, Store};
 
-use crate::{Scene, psql};
+use crate::{Scene, new_process, psql};
 
 /// Rows in each place. With fewer, reading all of them is cheap enough to be right.
 const ROWS: u32 = 20_000;
+
+/// Processes that come while a worker runs.
+const OTHERS: u64 = 3_000;
 
 /// What is called, under a name for its failure.
 type Call<'a> = (String, Box<dyn AsyncCall + 'a>);
@@ -101,9 +107,7 @@ async fn lists_and_sweeps_read_no_table_from_end_to_end() {
     let fill = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/bench/fill.sql");
     psql(&url, &["-v", &format!("n={ROWS}"), "-f", fill]).await;
     let scans = async |name: &str| {
-        // A session's counts are certain once it is gone.
-        let sessions = format!("SELECT COUNT(*) FROM pg_stat_activity WHERE application_name = '{name}'");
-        while psql(&url, &["-c", &sessions]).await.trim() != "0" {}
+        wait_for_the_end_of(&url, name).await;
         let scans = format!(
             "SELECT relname, seq_scan FROM pg_stat_user_tables WHERE schemaname = '{schema}'
              AND relname IN ('process', 'spec', 'attempt', 'label', 'event') ORDER BY relname"
@@ -135,6 +139,52 @@ async fn lists_and_sweeps_read_no_table_from_end_to_end() {
         }
     }
     panic!("{}", found.join("\n"));
+}
+
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn a_worker_that_began_with_empty_tables_reads_no_more_of_full_ones() {
+    let (url, schema) = Scene::schema().await;
+    let name = Incarnation::generate().to_string();
+    let store = Store::open(Location::parse(&format!("{url}&application_name={name}")).unwrap()).await.unwrap();
+    let writer = Scene::writer(&store, Incarnation::generate()).await;
+    let run = async |count: usize| {
+        let processes: Vec<_> = (0..count).map(|_| new_process("run: ['true']")).collect();
+        store.submit(&processes).await.unwrap();
+        for process in processes {
+            let claim = writer.claim(process.pid, "default".into(), None).await.unwrap();
+            let Claim::Claimed(claimed) = claim else { panic!("not claimed: {claim:?}") };
+            let first = Checkpoint { advances: 1, ..Checkpoint::default() };
+            assert!(writer.checkpoint(claimed.fence, first).await.unwrap().is_some());
+            let verb = Verb::End { state: State::Finished, outcome: Outcome::default() };
+            let ended = Some(Attempt { started_at: 1, how: How::Ok, reason: None });
+            let end = Fenced { fence: claimed.fence, verb, checkpoint: None, attempt: 1, ended, outputs: vec![] };
+            assert!(writer.write(end).await.unwrap().is_some());
+        }
+    };
+    // As after everything was pruned: the server knows that hardly anything is there.
+    psql(&url, &["-c", "VACUUM ANALYZE process", "-c", "VACUUM ANALYZE spec"]).await;
+    // Every lane has its plans now.
+    run(1).await;
+    let others: Vec<_> = (0..OTHERS).map(|_| new_process("run: ['true']")).collect();
+    store.submit(&others).await.unwrap();
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let read = format!(
+        "SELECT SUM(idx_tup_read) FROM pg_stat_user_indexes WHERE schemaname = '{schema}'
+         AND relname IN ('process', 'spec')"
+    );
+    let before: u64 = psql(&url, &["-c", &read]).await.trim().parse().unwrap();
+    run(10).await;
+    drop((writer, store));
+    wait_for_the_end_of(&url, &name).await;
+    let n_read = psql(&url, &["-c", &read]).await.trim().parse::<u64>().unwrap() - before;
+    assert!(n_read < OTHERS, "{n_read}");
+}
+
+/// A session's counts are certain once it is gone.
+async fn wait_for_the_end_of(url: &str, application_name: &str) {
+    let sessions = format!("SELECT COUNT(*) FROM pg_stat_activity WHERE application_name = '{application_name}'");
+    while psql(url, &["-c", &sessions]).await.trim() != "0" {}
 }
 
 #[tokio::test]

@@ -88,9 +88,9 @@ async fn put(config: &Config, arguments: SitePutArguments) -> Result<u8, Failure
     let bar = output::progress_bar(size, "sent");
     let progress = |bytes| bar.set_position(bytes);
     let sending = async { Ok::<_, Failure>(session.put(&arguments.from, &to, &progress).await?) };
-    let ((), digest) = tokio::try_join!(sending, digest_here(&arguments.from))?;
+    let (there, digest) = tokio::try_join!(sending, digest_here(&arguments.from))?;
     bar.finish_and_clear();
-    if session.digest(&to).await? != digest {
+    if there != digest {
         session.exec(&format!("rm -f {}", quote_path(&to)), b"", STEP_LIMIT).await?.ok()?;
         return Err(damaged(&to));
     }

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
+use baton_common::digest::Digest;
 use baton_tests::eventually;
 use baton_tests::proxy::{Fault, Proxy};
 use baton_tests::sshd::Sshd;
@@ -77,7 +78,7 @@ async fn a_stream_goes_in_and_comes_out() {
         let command = format!("cat {}; echo end >&2", quote(text(&there)));
         let output = session.receive(&command, &mut back).await.unwrap();
         assert_eq!((output.exit, output.stdout.len(), output.stderr.as_slice()), (Some(0), 0, &b"end\n"[..]));
-        assert!(back == content);
+        assert!(back.concat() == content);
     }
 }
 
@@ -158,7 +159,7 @@ async fn what_the_login_shell_prints_is_no_output() {
     assert_eq!(output.stdout, b"data");
     let mut back = Vec::new();
     session.receive("printf data", &mut back).await.unwrap().ok().unwrap();
-    assert_eq!(back, b"data");
+    assert_eq!(back.concat(), b"data");
     let mut shell = session.shell().await.unwrap();
     let output = shell.run("printf data; printf error >&2", LIMIT).await.unwrap();
     assert_eq!((output.stdout.as_slice(), output.stderr.as_slice()), (&b"data"[..], &b"error"[..]));
@@ -182,11 +183,13 @@ async fn a_file_goes_there_and_back() {
             let there = sshd.file("odd").join(name);
             // What is there already is replaced.
             std::fs::write(&there, "old").unwrap();
-            session.put(&source, text(&there), &nothing).await.unwrap();
+            let put = session.put(&source, text(&there), &nothing).await.unwrap();
+            assert_eq!(put, Digest::of(&content), "{name}");
             assert!(std::fs::read(&there).unwrap() == content, "{name}");
             let back = sshd.file("back").with_extension(name);
             let told = Mutex::new(Vec::new());
-            session.get(text(&there), &back, &|bytes| told.lock().unwrap().push(bytes)).await.unwrap();
+            let got = session.get(text(&there), &back, &|bytes| told.lock().unwrap().push(bytes)).await.unwrap();
+            assert_eq!(got, put, "{name}");
             assert!(std::fs::read(&back).unwrap() == content, "{name}");
             let told = told.into_inner().unwrap();
             assert!(told.is_sorted() && told.last() == Some(&(content.len() as u64)), "{told:?}");
@@ -206,8 +209,8 @@ async fn a_file_that_cannot_be_is_an_error_that_names_it() {
         for (result, name) in [
             (session.put(&source, text(&sshd.file("no/such/folder")), &nothing).await, "no/such/folder.part"),
             (session.put(&sshd.file("missing"), text(&sshd.file("there")), &nothing).await, "missing"),
-            (session.get(text(&sshd.file("missing")), &sshd.file("here"), &nothing).await.map(drop), "missing"),
-            (session.get(text(&source), &sshd.file("no/such/folder"), &nothing).await.map(drop), "no/such/folder.part"),
+            (session.get(text(&sshd.file("missing")), &sshd.file("here"), &nothing).await, "missing"),
+            (session.get(text(&source), &sshd.file("no/such/folder"), &nothing).await, "no/such/folder.part"),
         ] {
             let error = result.unwrap_err();
             assert!(matches!(&error, Error::File { path, .. } if path.ends_with(name)), "{name}: {error}");
@@ -241,6 +244,40 @@ async fn a_part_that_is_longer_than_the_file_is_begun_anew() {
 
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
+async fn a_digest_is_that_of_the_file_there_and_not_of_what_was_sent() {
+    let (sshd, sessions) = both().await;
+    let source = sshd.file("source");
+    let content = content(3_000_000);
+    std::fs::write(&source, &content).unwrap();
+    for (i, session) in sessions.into_iter().enumerate() {
+        let target = sshd.file(&format!("target-{i}"));
+        // The beginning of another file.
+        std::fs::write(sshd.file(&format!("target-{i}.part")), vec![1; 2_000_000]).unwrap();
+        let digest = session.put(&source, text(&target), &nothing).await.unwrap();
+        assert_ne!(digest, Digest::of(&content));
+        assert_eq!(digest, Digest::of(&std::fs::read(&target).unwrap()));
+    }
+}
+
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn a_digest_takes_no_more_than_the_plainest_tools() {
+    let tools = tempfile::tempdir().unwrap();
+    for tool in ["cat", "dd", "mv", "sha256sum", "sh", "wc"] {
+        std::os::unix::fs::symlink(format!("/usr/bin/{tool}"), tools.path().join(tool)).unwrap();
+    }
+    let sshd = Sshd::with(&format!(r#"ForceCommand PATH={} && eval "$SSH_ORIGINAL_COMMAND""#, text(tools.path())));
+    let session = connect(&sshd.section()).await.unwrap();
+    session.exec("command -v python3 || command -v openssl", b"", LIMIT).await.unwrap().ok().unwrap_err();
+    let (source, there) = (sshd.file("source"), sshd.file("there"));
+    std::fs::write(&source, content(3_000_000)).unwrap();
+    let put = session.put(&source, text(&there), &nothing).await.unwrap();
+    assert_eq!(put, Digest::of(&content(3_000_000)));
+    assert_eq!(session.digest(text(&there)).await.unwrap(), put);
+}
+
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
 async fn a_file_goes_on_where_it_was_cut() {
     let sshd = Sshd::start();
     let proxy = Proxy::start(&sshd.address()).await;
@@ -254,7 +291,7 @@ async fn a_file_goes_on_where_it_was_cut() {
             if put {
                 session.put(&source, text(&target), progress).await
             } else {
-                session.get(text(&source), &target, progress).await.map(drop)
+                session.get(text(&source), &target, progress).await
             }
         };
         let session = connect(&section).await.unwrap();
@@ -268,7 +305,8 @@ async fn a_file_goes_on_where_it_was_cut() {
 
         let session = connect(&section).await.unwrap();
         let first = Mutex::new(None);
-        copy(&session, &|bytes| _ = first.lock().unwrap().get_or_insert(bytes)).await.unwrap();
+        let copied = copy(&session, &|bytes| _ = first.lock().unwrap().get_or_insert(bytes)).await.unwrap();
+        assert_eq!(copied, Digest::of(&content));
         // The server may have gone on for a while with what it had got.
         let first = first.into_inner().unwrap().unwrap();
         assert!((cut_at..40_000_000).contains(&first), "{first}");

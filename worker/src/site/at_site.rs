@@ -71,8 +71,9 @@ impl<'a> AtSite<'a> {
         let path = from.to_owned();
         let (digest, _) = self.context.blocking(move || Digest::of_file(&path)).await??;
         let coming = format!("{to}.{digest}");
-        self.way(self.visit.session.put(from, &coming, &|_| ()).await).await?;
-        self.compare(digest, &coming).await?;
+        if self.way(self.visit.session.put(from, &coming, &|_| ()).await).await? != digest {
+            return Err(different(&coming));
+        }
         let moved = self.visit.exec(&format!("mv -fT {} {}", quote(&coming), quote(&to))).await;
         self.way(moved.and_then(Output::ok)).await.map(drop)
     }
@@ -95,13 +96,6 @@ impl<'a> AtSite<'a> {
 
     fn path(&self, path: &str) -> String {
         if path.starts_with('/') { path.to_owned() } else { format!("{}/{path}", self.folder) }
-    }
-
-    async fn compare(&self, here: Digest, there: &str) -> Result<(), Error> {
-        if self.way(self.visit.session.digest(there).await).await? != here {
-            return Err(different(there));
-        }
-        Ok(())
     }
 
     async fn way<T>(&self, result: Result<T, transport::Error>) -> Result<T, Error> {

@@ -13,10 +13,11 @@ use std::time::Duration;
 use baton_common::digest::Digest;
 use baton_common::objects::{self, Entry, Manifest};
 use baton_common::spec::on_site::{self, How, Input, OnSite, Output, Scope, When};
+use bytes::Bytes;
 use futures_util::{StreamExt, TryStreamExt};
 use globset::GlobMatcher;
-use tokio::io::AsyncWriteExt;
-use tokio_util::io::SyncIoBridge;
+use tokio_util::io::{StreamReader, SyncIoBridge};
+use tokio_util::sync::PollSender;
 
 use super::{Site, Visit, script};
 use crate::process::{Context, Wait};
@@ -27,6 +28,9 @@ const CACHED_FROM: u64 = 1 << 20;
 
 /// Bytes of the stream of small files that are under way between two tasks.
 const STREAM_BYTES: usize = 256 * 1024;
+
+/// Pieces of the stream that brings them, of some 32 KiB each.
+const STREAM_PIECES: usize = 16;
 
 /// Objects that are asked for or put at a time: an answer, or a disk, takes longer than the work.
 const OBJECTS_AT_ONCE: usize = 16;
@@ -319,8 +323,7 @@ impl Staging<'_> {
         let live = &self.context.live;
         let progress =
             |done: u64| live.set_last_line(&format!("sent {} of {} MiB of {digest}", done >> 20, size >> 20));
-        self.visit.session.put(&source, &coming, &progress).await?;
-        if self.visit.session.digest(&coming).await? != digest {
+        if self.visit.session.put(&source, &coming, &progress).await? != digest {
             self.run(&format!("rm -f {}", quote(&coming)), b"").await?;
             return Err(Error::Content(format!("{digest} has arrived with another content")));
         }
@@ -544,7 +547,10 @@ impl Staging<'_> {
         let names: Vec<u8> = files.keys().flat_map(|path| [b"./", path.as_bytes(), b"\0"].concat()).collect();
         let list = quote(&format!("{}/{}/fetch", self.dir, script::FOLDER));
         self.run(&format!("cat > {list}"), &names).await?;
-        let (reader, mut writer) = tokio::io::duplex(STREAM_BYTES);
+        let (pieces, mut pieces_rx) = tokio::sync::mpsc::channel(STREAM_PIECES);
+        let reader = StreamReader::new(futures_util::stream::poll_fn(move |context| {
+            pieces_rx.poll_recv(context).map(|piece: Option<Bytes>| piece.map(Ok::<_, io::Error>))
+        }));
         let (files_tx, mut files_rx) = tokio::sync::mpsc::channel::<(String, Vec<u8>)>(OBJECTS_AT_ONCE);
         let runtime = self.context.shared.blocking.clone();
         let unpacking = self.context.blocking(move || {
@@ -565,12 +571,7 @@ impl Staging<'_> {
         });
         let command =
             format!("cd {} && tar -chf - --hard-dereference --null --verbatim-files-from -T {list}", quote(self.dir));
-        let receiving = async {
-            let received = self.visit.session.receive(&command, &mut writer).await;
-            let _ = writer.shutdown().await;
-            drop(writer);
-            received
-        };
+        let receiving = self.visit.session.receive(&command, PollSender::new(pieces));
         let storing = futures_util::stream::poll_fn(move |context| files_rx.poll_recv(context))
             .map(|(path, bytes)| async move { Ok::<_, Error>((self.site.objects.put_bytes(bytes).await?, path)) })
             .buffer_unordered(OBJECTS_AT_ONCE)

@@ -7,8 +7,8 @@ use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
 use baton_common::digest::{Digest, Hasher};
-use bytes::{Bytes, BytesMut};
-use tokio::io::{AsyncWrite, AsyncWriteExt};
+use bytes::Bytes;
+use futures_util::{Sink, SinkExt};
 use tokio::sync::mpsc;
 use tokio::task::{JoinHandle, spawn_blocking};
 use tokio_util::sync::{CancellationToken, DropGuard, PollSender};
@@ -17,10 +17,10 @@ use super::Error;
 use super::local::{open_part, part_of};
 
 /// Bytes that are hashed and written at once: few enough to be in the processor's cache still.
-const PIECE: usize = 256 << 10;
+const BATCH_BYTES: usize = 256 << 10;
 
-/// Pieces that wait to be written.
-const PIECES: usize = 16;
+/// Batches that wait to be written.
+const BATCHES: usize = 16;
 
 /// So much is written to the disk at a time, while the next comes: at the end little is left.
 const FLUSH_BYTES: u64 = 64 << 20;
@@ -31,8 +31,10 @@ pub(super) struct Landing<'a> {
     size: u64,
     /// How much has come.
     pub(super) done: u64,
-    piece: BytesMut,
-    pieces: PollSender<Bytes>,
+    /// What goes to the writing next.
+    batch: Vec<Bytes>,
+    n_gathered: usize,
+    batches: PollSender<Vec<Bytes>>,
     writing: JoinHandle<io::Result<Digest>>,
     /// Without it nothing more is written: another may go on with the part.
     here: DropGuard,
@@ -51,13 +53,13 @@ impl<'a> Landing<'a> {
         let hasher = spawn_blocking(move || hashed(File::open(before)?.take(done))).await;
         let hasher = hasher.map_err(io::Error::other).and_then(|hasher| hasher);
         let hasher = hasher.map_err(|error| Error::local_file(&part, &error))?;
-        let (pieces, pieces_rx) = mpsc::channel(PIECES);
-        let pieces = PollSender::new(pieces);
+        let (batches, batches_rx) = mpsc::channel(BATCHES);
+        let batches = PollSender::new(batches);
         let gone = CancellationToken::new();
         let is_gone = gone.clone();
-        let writing = spawn_blocking(move || write(file, hasher, pieces_rx, &is_gone));
+        let writing = spawn_blocking(move || write(file, hasher, batches_rx, &is_gone));
         let here = gone.drop_guard();
-        Ok(Self { part, size, done, piece: BytesMut::new(), pieces, writing, progress, here })
+        Ok(Self { part, size, done, batch: Vec::new(), n_gathered: 0, batches, writing, progress, here })
     }
 
     /// Whether all has come that was there when it was asked for.
@@ -80,48 +82,49 @@ impl<'a> Landing<'a> {
 
     async fn written(mut self) -> Result<Digest, Error> {
         // If nobody takes the last piece, the writing tells why.
-        let _ = self.shutdown().await;
+        let _ = self.close().await;
         let _here = self.here;
         let digest = self.writing.await.map_err(io::Error::other).and_then(|digest| digest);
         digest.map_err(|error| Error::local_file(&self.part, &error))
     }
 
     fn poll_send(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        if !self.piece.is_empty() {
-            ready!(self.pieces.poll_reserve(context)).map_err(io::Error::other)?;
-            let piece = self.piece.split().freeze();
-            self.pieces.send_item(piece).map_err(io::Error::other)?;
+        if !self.batch.is_empty() {
+            ready!(self.batches.poll_reserve(context)).map_err(io::Error::other)?;
+            self.n_gathered = 0;
+            let batch = std::mem::take(&mut self.batch);
+            self.batches.send_item(batch).map_err(io::Error::other)?;
         }
         Poll::Ready(Ok(()))
     }
 }
 
-impl AsyncWrite for Landing<'_> {
-    fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        let missing = usize::try_from(self.size - self.done).unwrap_or(usize::MAX);
-        let bytes = &bytes[..bytes.len().min(missing)];
-        if bytes.is_empty() {
-            return Poll::Ready(Err(io::Error::other("it has become longer while it was read")));
+impl Sink<Bytes> for Landing<'_> {
+    type Error = io::Error;
+
+    fn poll_ready(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if self.n_gathered < BATCH_BYTES { Poll::Ready(Ok(())) } else { self.poll_send(context) }
+    }
+
+    fn start_send(mut self: Pin<&mut Self>, mut piece: Bytes) -> io::Result<()> {
+        if self.is_whole() {
+            return Err(io::Error::other("it has become longer while it was read"));
         }
-        if self.piece.len() + bytes.len() > PIECE {
-            ready!(self.poll_send(context))?;
-        }
-        if self.piece.is_empty() {
-            self.piece.reserve(PIECE.max(bytes.len()));
-        }
-        self.piece.extend_from_slice(bytes);
-        self.done += bytes.len() as u64;
+        piece.truncate(usize::try_from(self.size - self.done).unwrap_or(usize::MAX));
+        self.done += piece.len() as u64;
+        self.n_gathered += piece.len();
+        self.batch.push(piece);
         (self.progress)(self.done);
-        Poll::Ready(Ok(bytes.len()))
+        Ok(())
     }
 
     fn poll_flush(self: Pin<&mut Self>, _context: &mut Context<'_>) -> Poll<io::Result<()>> {
         Poll::Ready(Ok(()))
     }
 
-    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+    fn poll_close(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         ready!(self.poll_send(context))?;
-        self.pieces.close();
+        self.batches.close();
         Poll::Ready(Ok(()))
     }
 }
@@ -136,18 +139,20 @@ fn hashed(before: impl Read) -> io::Result<Hasher> {
 fn write(
     mut file: File,
     mut hasher: Hasher,
-    mut pieces: mpsc::Receiver<Bytes>,
+    mut batches: mpsc::Receiver<Vec<Bytes>>,
     is_gone: &CancellationToken,
 ) -> io::Result<Digest> {
     let mut n_unflushed = 0;
     let mut flushing: Option<JoinHandle<()>> = None;
-    while let Some(piece) = pieces.blocking_recv() {
+    while let Some(batch) = batches.blocking_recv() {
         if is_gone.is_cancelled() {
             return Err(io::Error::other("nobody waits for it any more"));
         }
-        file.write_all(&piece)?;
-        hasher.update(&piece);
-        n_unflushed += piece.len() as u64;
+        for piece in batch {
+            file.write_all(&piece)?;
+            hasher.update(&piece);
+            n_unflushed += piece.len() as u64;
+        }
         if n_unflushed >= FLUSH_BYTES && flushing.as_ref().is_none_or(JoinHandle::is_finished) {
             n_unflushed = 0;
             let file = file.try_clone()?;

@@ -154,17 +154,8 @@ pub(super) fn at_home(path: &str) -> PathBuf {
     }
 }
 
-/// Fetches one file that is here.
-pub(super) async fn get(from: &Path, to: &Path, progress: &(dyn Fn(u64) + Send + Sync)) -> Result<Digest, Error> {
-    copy(from, to, progress).await?;
-    let path = to.to_owned();
-    let digest = tokio::task::spawn_blocking(move || Digest::of_file(&path)).await;
-    let digest = digest.map_err(std::io::Error::other).and_then(|digest| digest);
-    digest.map(|(digest, _)| digest).map_err(|error| Error::local_file(to, &error))
-}
-
-/// Copies one file by way of `TO.part`.
-pub(super) async fn copy(from: &Path, to: &Path, progress: &(dyn Fn(u64) + Send + Sync)) -> Result<(), Error> {
+/// Copies one file by way of `TO.part`, and gives the SHA-256 of the copy.
+pub(super) async fn copy(from: &Path, to: &Path, progress: &(dyn Fn(u64) + Send + Sync)) -> Result<Digest, Error> {
     let part = part_of(to);
     let of_source = |error: std::io::Error| Error::local_file(from, &error);
     let of_part = |error: std::io::Error| Error::local_file(&part, &error);
@@ -186,7 +177,12 @@ pub(super) async fn copy(from: &Path, to: &Path, progress: &(dyn Fn(u64) + Send 
     }
     target.flush().await.map_err(of_part)?;
     drop(target);
-    tokio::fs::rename(&part, to).await.map_err(|error| Error::local_file(to, &error))
+    let of_target = |error: std::io::Error| Error::local_file(to, &error);
+    tokio::fs::rename(&part, to).await.map_err(of_target)?;
+    let path = to.to_owned();
+    let digest = tokio::task::spawn_blocking(move || Digest::of_file(&path)).await;
+    let digest = digest.map_err(std::io::Error::other).and_then(|digest| digest);
+    digest.map(|(digest, _)| digest).map_err(of_target)
 }
 
 /// What a file is called until it is whole.

@@ -1,16 +1,27 @@
 //! A command that runs, here or there: what it is fed, what it writes, and its end.
 
+use std::fmt::Display;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use futures_util::{Sink, SinkExt};
+use tokio::io::{AsyncRead, AsyncReadExt};
 use tokio::time::{Instant, sleep_until};
 
 use super::{Error, OUTPUT_MAX, Output, local, ssh};
 
 /// How much is read at a time from what a command is fed.
 const PIECE: usize = 64 << 10;
+
+/// For how long no byte may move, in either direction.
+#[derive(Clone, Copy)]
+pub(super) struct Limits {
+    /// While the command is fed.
+    pub(super) fed: Duration,
+    /// When it has got everything.
+    pub(super) after: Duration,
+}
 
 /// What comes from a command.
 pub(super) enum Event {
@@ -99,9 +110,9 @@ impl Moved {
 }
 
 /// Where a command's standard output goes.
-enum Sink<W> {
+enum Target<S> {
     Memory(Vec<u8>),
-    Stream(W),
+    Stream(S),
 }
 
 impl Running {
@@ -122,25 +133,25 @@ impl Running {
     pub(super) async fn exchange(
         self,
         input: impl AsyncRead + Send + Unpin,
-        silence: Option<Duration>,
+        limits: Option<Limits>,
     ) -> Result<Output, Error> {
-        self.run(input, Sink::<tokio::io::Sink>::Memory(Vec::new()), silence).await
+        self.run(input, Target::<Vec<Bytes>>::Memory(Vec::new()), limits).await
     }
 
-    /// Writes the command's standard output to a stream.
-    pub(super) async fn receive(
+    /// Gives the command's standard output away as it comes.
+    pub(super) async fn receive<E: Display>(
         self,
-        output: impl AsyncWrite + Send + Unpin,
+        output: impl Sink<Bytes, Error = E> + Send + Unpin,
         silence: Duration,
     ) -> Result<Output, Error> {
-        self.run(tokio::io::empty(), Sink::Stream(output), Some(silence)).await
+        self.run(tokio::io::empty(), Target::Stream(output), Some(Limits { fed: silence, after: silence })).await
     }
 
-    async fn run(
+    async fn run<E: Display>(
         mut self,
         input: impl AsyncRead + Send + Unpin,
-        mut sink: Sink<impl AsyncWrite + Send + Unpin>,
-        limit: Option<Duration>,
+        mut target: Target<impl Sink<Bytes, Error = E> + Send + Unpin>,
+        limits: Option<Limits>,
     ) -> Result<Output, Error> {
         let (stdin, mut events) = self.halves();
         let moved = Moved(Mutex::new(Instant::now()));
@@ -149,6 +160,7 @@ impl Running {
         let mut is_fed = false;
         let mut stderr = Vec::new();
         loop {
+            let limit = limits.map(|limits| if is_fed { limits.after } else { limits.fed });
             let event = tokio::select! {
                 event = events.next() => event?,
                 fed = &mut feeding, if !is_fed => {
@@ -162,19 +174,19 @@ impl Running {
             };
             moved.now();
             match event {
-                Event::Stdout(piece) => match &mut sink {
-                    Sink::Memory(stdout) => keep(stdout, &piece)?,
-                    Sink::Stream(output) => {
-                        output.write_all(&piece).await.map_err(stream_error)?;
+                Event::Stdout(piece) => match &mut target {
+                    Target::Memory(stdout) => keep(stdout, &piece)?,
+                    Target::Stream(output) => {
+                        output.feed(piece).await.map_err(stream_error)?;
                         // Whoever takes it may have taken long.
                         moved.now();
                     }
                 },
                 Event::Stderr(piece) => keep(&mut stderr, &piece)?,
                 Event::Ended { exit, signal } => {
-                    let stdout = match sink {
-                        Sink::Memory(stdout) => stdout,
-                        Sink::Stream(mut output) => {
+                    let stdout = match target {
+                        Target::Memory(stdout) => stdout,
+                        Target::Stream(mut output) => {
                             output.flush().await.map_err(stream_error)?;
                             Vec::new()
                         }
@@ -195,7 +207,7 @@ pub(super) fn keep(kept: &mut Vec<u8>, piece: &[u8]) -> Result<(), Error> {
     Ok(())
 }
 
-fn stream_error(error: std::io::Error) -> Error {
+fn stream_error(error: impl Display) -> Error {
     Error::file("what the command writes", error)
 }
 

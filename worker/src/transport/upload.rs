@@ -3,15 +3,19 @@
 //!
 //! A stream takes half the time of SFTP's requests and their answers, and `cat` says in the system's own words when a disk
 //! or a quota is full. What was cut is a shorter file, and never gets its name: `cat` ends well then, too.
+//!
+//! The file is hashed there while it grows, from what stands there and not from the stream. Without Python there, it is
+//! hashed when it is whole.
 
 use std::path::Path;
 use std::pin::Pin;
 use std::task::{Context, Poll};
 
+use baton_common::digest::Digest;
 use tokio::fs::File;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncSeekExt, ReadBuf, Take};
 
-use super::{Error, SILENCE_LIMIT, Session, quote_path};
+use super::{DIGEST, Error, SILENCE_LIMIT, Session, digest_of, quote, quote_path};
 
 /// Bytes that are read at once.
 const PIECE: usize = 1 << 20;
@@ -19,13 +23,32 @@ const PIECE: usize = 1 << 20;
 /// The exit for a file that has not come whole.
 const CUT: i32 = 45;
 
-/// Writes one file there. See [`Session::put`].
+/// Hashes its standard input, which another appends to for as long as that has its first name, and the other lives. A pipe
+/// between two programs that do this would take as long as the hashing.
+const FOLLOW: &str = "
+import hashlib, os, sys, time
+digest, buffer, is_whole = hashlib.sha256(), bytearray(1 << 18), False
+with os.fdopen(0, 'rb', 0) as file:
+    while os.getppid() == int(sys.argv[2]):
+        count = file.readinto(buffer)
+        if count:
+            digest.update(memoryview(buffer)[:count])
+        elif is_whole:
+            print(digest.hexdigest())
+            break
+        elif os.path.exists(sys.argv[1]):
+            time.sleep(0.02)
+        else:
+            is_whole = True
+";
+
+/// Writes one file there, and gives its SHA-256 there. See [`Session::put`].
 pub(super) async fn put(
     session: &Session,
     from: &Path,
     to: &str,
     progress: &(dyn Fn(u64) + Send + Sync),
-) -> Result<(), Error> {
+) -> Result<Digest, Error> {
     let of_source = |error: std::io::Error| Error::local_file(from, &error);
     let mut source = File::open(from).await.map_err(of_source)?;
     let size = source.metadata().await.map_err(of_source)?.len();
@@ -38,14 +61,18 @@ pub(super) async fn put(
     source.set_max_buf_size(PIECE);
     progress(done);
     let input = Counted { source: source.take(size - done), size, progress };
+    let follow = quote(FOLLOW);
     let command = format!(
-        "{make} {{ dd bs=1 count=0 seek={done} conv=notrunc 2> /dev/null; cat; }} 1<> {part} || exit 1
+        "{make} {{ :; }} 1<> {part} || exit 1
+         python3 -I -S -c {follow} {part} $$ < {part} 2> /dev/null &
+         {{ dd bs=1 count=0 seek={done} conv=notrunc 2> /dev/null; cat; }} 1<> {part} || exit 1
          [ \"$(wc -c < {part})\" -eq {size} ] || exit {CUT}
-         mv -fT {part} {target}"
+         mv -fT {part} {target} || exit 1
+         wait $! || {{ {DIGEST}; }} < {target}"
     );
     let output = session.send(&command, input).await?;
     match output.exit {
-        Some(0) => Ok(()),
+        Some(0) => digest_of(&output.stdout),
         Some(CUT) => Err(Error::file(to, "it has another length there; was it changed meanwhile?")),
         Some(_) | None => Err(Error::file(
             format!("{to}.part"),
