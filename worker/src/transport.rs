@@ -419,7 +419,7 @@ const DIGEST: &str = "if command -v openssl > /dev/null; then openssl dgst -sha2
 /// What such a command has printed.
 fn digest_of(printed: &[u8]) -> Result<Digest, Error> {
     let text = String::from_utf8_lossy(printed);
-    let digest = text.split_whitespace().next().and_then(|word| word.parse().ok());
+    let digest = text.lines().last().and_then(|line| line.split_whitespace().next()?.parse().ok());
     digest.ok_or_else(|| Error::Broken(format!("a digest was asked for, and {text:?} is none")))
 }
 

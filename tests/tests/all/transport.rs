@@ -1,5 +1,7 @@
 //! Commands and files to a site's machine, by a real OpenSSH server and on this machine.
 
+use std::fs::Permissions;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
@@ -262,18 +264,26 @@ async fn a_digest_is_that_of_the_file_there_and_not_of_what_was_sent() {
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
 async fn a_digest_takes_no_more_than_the_plainest_tools() {
-    let tools = tempfile::tempdir().unwrap();
-    for tool in ["cat", "dd", "mv", "sha256sum", "sh", "wc"] {
-        std::os::unix::fs::symlink(format!("/usr/bin/{tool}"), tools.path().join(tool)).unwrap();
+    // Without Python, with one that does not work, and with one that another program starts.
+    for python in [None, Some("echo hello"), Some("exit 1"), Some(r#"/usr/bin/python3 "$@"; exit"#)] {
+        let tools = tempfile::tempdir().unwrap();
+        for tool in ["cat", "dd", "mv", "sha256sum", "sh", "wc"] {
+            std::os::unix::fs::symlink(format!("/usr/bin/{tool}"), tools.path().join(tool)).unwrap();
+        }
+        if let Some(python) = python {
+            let path = tools.path().join("python3");
+            std::fs::write(&path, format!("#!/bin/sh\n{python}\n")).unwrap();
+            std::fs::set_permissions(&path, Permissions::from_mode(0o755)).unwrap();
+        }
+        let path = format!(r#"ForceCommand PATH={} && eval "$SSH_ORIGINAL_COMMAND""#, text(tools.path()));
+        let sshd = Sshd::with(&path);
+        let session = connect(&sshd.section()).await.unwrap();
+        let (source, there) = (sshd.file("source"), sshd.file("there"));
+        std::fs::write(&source, content(3_000_000)).unwrap();
+        let put = session.put(&source, text(&there), &nothing).await.unwrap();
+        assert_eq!(put, Digest::of(&content(3_000_000)), "{python:?}");
+        assert_eq!(session.digest(text(&there)).await.unwrap(), put);
     }
-    let sshd = Sshd::with(&format!(r#"ForceCommand PATH={} && eval "$SSH_ORIGINAL_COMMAND""#, text(tools.path())));
-    let session = connect(&sshd.section()).await.unwrap();
-    session.exec("command -v python3 || command -v openssl", b"", LIMIT).await.unwrap().ok().unwrap_err();
-    let (source, there) = (sshd.file("source"), sshd.file("there"));
-    std::fs::write(&source, content(3_000_000)).unwrap();
-    let put = session.put(&source, text(&there), &nothing).await.unwrap();
-    assert_eq!(put, Digest::of(&content(3_000_000)));
-    assert_eq!(session.digest(text(&there)).await.unwrap(), put);
 }
 
 #[tokio::test]

@@ -23,8 +23,12 @@ const PIECE: usize = 1 << 20;
 /// The exit for a file that has not come whole.
 const CUT: i32 = 45;
 
-/// Hashes its standard input, which another appends to for as long as that has its first name, and the other lives. A pipe
-/// between two programs that do this would take as long as the hashing.
+/// The exit of [`FOLLOW`] that has printed a digest: some other program of that name may say that it has ended well.
+const FOLLOWED: i32 = 46;
+
+/// Hashes its standard input, which its parent appends to for as long as that has its first name. It ends with its parent,
+/// or at once if another program stands between them. A pipe between two programs that do this would take as long as the
+/// hashing.
 const FOLLOW: &str = "
 import hashlib, os, sys, time
 digest, buffer, is_whole = hashlib.sha256(), bytearray(1 << 18), False
@@ -35,7 +39,7 @@ with os.fdopen(0, 'rb', 0) as file:
             digest.update(memoryview(buffer)[:count])
         elif is_whole:
             print(digest.hexdigest())
-            break
+            sys.exit(int(sys.argv[3]))
         elif os.path.exists(sys.argv[1]):
             time.sleep(0.02)
         else:
@@ -64,11 +68,11 @@ pub(super) async fn put(
     let follow = quote(FOLLOW);
     let command = format!(
         "{make} {{ :; }} 1<> {part} || exit 1
-         python3 -I -S -c {follow} {part} $$ < {part} 2> /dev/null &
+         python3 -I -S -c {follow} {part} $$ {FOLLOWED} < {part} 2> /dev/null &
          {{ dd bs=1 count=0 seek={done} conv=notrunc 2> /dev/null; cat; }} 1<> {part} || exit 1
          [ \"$(wc -c < {part})\" -eq {size} ] || exit {CUT}
          mv -fT {part} {target} || exit 1
-         wait $! || {{ {DIGEST}; }} < {target}"
+         wait $!; [ $? -eq {FOLLOWED} ] || {{ {DIGEST}; }} < {target}"
     );
     let output = session.send(&command, input).await?;
     match output.exit {
