@@ -260,10 +260,17 @@ impl Session {
     /// Runs a command and feeds it everything that `input` gives.
     ///
     /// # Errors
-    /// As [`Self::exec`]; [`Error::TimedOut`] when no byte has moved for 60 s while there is more, or for an hour when it
-    /// has got everything.
+    /// As [`Self::exec`]; [`Error::TimedOut`] when no byte has moved for 60 s.
     pub async fn send(&self, command: &str, input: impl AsyncRead + Send + Unpin) -> Result<Output, Error> {
-        let limits = Limits { fed: SILENCE_LIMIT, after: DIGEST_LIMIT };
+        self.send_within(Limits { fed: SILENCE_LIMIT, after: SILENCE_LIMIT }, command, input).await
+    }
+
+    async fn send_within(
+        &self,
+        limits: Limits,
+        command: &str,
+        input: impl AsyncRead + Send + Unpin,
+    ) -> Result<Output, Error> {
         Box::pin(async { self.start(command, None).await?.exchange(input, Some(limits)).await }).await
     }
 

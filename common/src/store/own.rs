@@ -21,10 +21,13 @@ const FRESH: Duration = Duration::from_secs(30);
 /// How long the server has to say so.
 const PING_LIMIT: Duration = Duration::from_secs(2);
 
-/// Plans are used for so long. One that was made for a table with few rows reads a whole index of it, and the server keeps
-/// it until it has looked at the table again, which takes a minute at least: until then each statement would take longer
-/// than the one before.
+/// Plans are used for so long by a connection that is busy. One that was made for a table with few rows reads a whole
+/// index of it, and the server keeps it until it has looked at the table again, which takes a minute at least: until then
+/// each statement would take longer than the one before.
 const PLANS_AGE: Duration = Duration::from_secs(1);
+
+/// The same for one that had no other statement in the last second: to each it adds a way there and back, and planning.
+const IDLE_PLANS_AGE: Duration = Duration::from_secs(60);
 
 const DISCARD_PLANS: &str = "DISCARD PLANS";
 
@@ -35,15 +38,23 @@ pub(super) struct OwnConnection {
     is_postgres: bool,
     /// With the time of its last use; none while it is in use, and after something went wrong with it.
     kept: Mutex<Option<(PoolConnection<Postgres>, Instant)>>,
-    /// Since when the server may have made plans for its statements.
-    planned_at: Mutex<Instant>,
+    plans: Mutex<Plans>,
+}
+
+/// The plans that the server keeps for a connection.
+struct Plans {
+    /// None is older.
+    made_at: Instant,
+    used_at: Instant,
 }
 
 impl OwnConnection {
     pub(super) async fn open(location: &Location) -> Result<Self, Error> {
         let db = connect(location, Use::Lane).await?;
         let is_postgres = matches!(location, Location::Postgres(_));
-        Ok(Self { db, is_postgres, kept: Mutex::new(None), planned_at: Mutex::new(Instant::now()) })
+        let now = Instant::now();
+        let plans = Mutex::new(Plans { made_at: now, used_at: now });
+        Ok(Self { db, is_postgres, kept: Mutex::new(None), plans })
     }
 
     /// A transaction on this connection.
@@ -55,12 +66,14 @@ impl OwnConnection {
         begin(&self.db).await
     }
 
-    /// Once for each age.
+    /// Whether the next statement should be planned anew; it is taken for done.
     fn plans_are_old(&self) -> bool {
-        let mut planned_at = self.planned_at.lock().unwrap_or_else(PoisonError::into_inner);
-        let are_old = planned_at.elapsed() >= PLANS_AGE;
+        let mut plans = self.plans.lock().unwrap_or_else(PoisonError::into_inner);
+        let age_max = if plans.used_at.elapsed() < PLANS_AGE { PLANS_AGE } else { IDLE_PLANS_AGE };
+        let are_old = plans.made_at.elapsed() >= age_max;
+        plans.used_at = Instant::now();
         if are_old {
-            *planned_at = Instant::now();
+            plans.made_at = plans.used_at;
         }
         are_old
     }

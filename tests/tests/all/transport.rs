@@ -264,26 +264,59 @@ async fn a_digest_is_that_of_the_file_there_and_not_of_what_was_sent() {
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
 async fn a_digest_takes_no_more_than_the_plainest_tools() {
-    // Without Python, with one that does not work, and with one that another program starts.
-    for python in [None, Some("echo hello"), Some("exit 1"), Some(r#"/usr/bin/python3 "$@"; exit"#)] {
+    // Large enough to be hashed while it grows, if there is a Python that does.
+    let content = content(20_000_000);
+    let python = |script: &str| format!("#!/bin/sh\n{script}\n");
+    let with_sha256sum =
+        [None, Some(python("printf hello")), Some(python("exit 1")), Some(python(r#"/usr/bin/python3 "$@"; exit"#))]
+            .map(|python| ("sha256sum", python));
+    for (hashes, python) in with_sha256sum.into_iter().chain([("python3", None)]) {
         let tools = tempfile::tempdir().unwrap();
-        for tool in ["cat", "dd", "mv", "sha256sum", "sh", "wc"] {
+        for tool in ["cat", "dd", "mv", "sh", "wc", hashes] {
             std::os::unix::fs::symlink(format!("/usr/bin/{tool}"), tools.path().join(tool)).unwrap();
         }
-        if let Some(python) = python {
+        if let Some(python) = &python {
             let path = tools.path().join("python3");
-            std::fs::write(&path, format!("#!/bin/sh\n{python}\n")).unwrap();
+            std::fs::write(&path, python).unwrap();
             std::fs::set_permissions(&path, Permissions::from_mode(0o755)).unwrap();
         }
         let path = format!(r#"ForceCommand PATH={} && eval "$SSH_ORIGINAL_COMMAND""#, text(tools.path()));
         let sshd = Sshd::with(&path);
         let session = connect(&sshd.section()).await.unwrap();
         let (source, there) = (sshd.file("source"), sshd.file("there"));
-        std::fs::write(&source, content(3_000_000)).unwrap();
-        let put = session.put(&source, text(&there), &nothing).await.unwrap();
-        assert_eq!(put, Digest::of(&content(3_000_000)), "{python:?}");
-        assert_eq!(session.digest(text(&there)).await.unwrap(), put);
+        std::fs::write(&source, &content).unwrap();
+        for n_there in [0, 7_000_000] {
+            std::fs::write(sshd.file("there.part"), &content[..n_there]).unwrap();
+            let put = session.put(&source, text(&there), &nothing).await.unwrap();
+            assert_eq!(put, Digest::of(&content), "{hashes} {python:?}");
+        }
     }
+}
+
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn a_part_that_another_makes_meanwhile_holds_nobody_up() {
+    let tools = tempfile::tempdir().unwrap();
+    // As if another began the same file right after this one has got its name.
+    let mv = tools.path().join("mv");
+    std::fs::write(&mv, "#!/bin/sh\n/usr/bin/mv \"$@\" && echo other > \"$2\"\n").unwrap();
+    std::fs::set_permissions(&mv, Permissions::from_mode(0o755)).unwrap();
+    let sshd =
+        Sshd::with(&format!(r#"ForceCommand PATH={}:/usr/bin && eval "$SSH_ORIGINAL_COMMAND""#, text(tools.path())));
+    let session = connect(&sshd.section()).await.unwrap();
+    let (source, there) = (sshd.file("source"), sshd.file("there"));
+    std::fs::write(&source, content(20_000_000)).unwrap();
+    let put = timeout(LIMIT, session.put(&source, text(&there), &nothing)).await.unwrap().unwrap();
+    assert_eq!(put, Digest::of(&content(20_000_000)));
+    assert_eq!(std::fs::read(sshd.file("there.part")).unwrap(), b"other\n");
+}
+
+/// The command lines that name a path.
+fn processes_about(path: &Path) -> Vec<String> {
+    let command_lines = std::fs::read_dir("/proc").unwrap().flatten();
+    let command_lines = command_lines.filter_map(|process| std::fs::read(process.path().join("cmdline")).ok());
+    let command_lines = command_lines.map(|line| String::from_utf8_lossy(&line).into_owned());
+    command_lines.filter(|line| line.contains(text(path))).collect()
 }
 
 #[tokio::test]
@@ -310,6 +343,11 @@ async fn a_file_goes_on_where_it_was_cut() {
         assert!(matches!(error, Error::Broken(_)) && error.is_of_transport(), "{error}");
         assert!(session.is_broken() && !target.exists());
         proxy.set(Fault::Pass);
+        eventually("nothing of it goes on", LIMIT, async || {
+            let left = processes_about(&part);
+            if left.is_empty() { Ok(()) } else { Err(left) }
+        })
+        .await;
         let cut_at = std::fs::metadata(&part).unwrap().len();
         assert!((1_000_000..40_000_000).contains(&cut_at), "{cut_at}");
 

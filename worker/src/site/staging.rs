@@ -579,7 +579,14 @@ impl Staging<'_> {
             .try_fold(0, |n_stored, _| std::future::ready(Ok(n_stored + 1)));
         let (unpacked, received, stored) = tokio::join!(unpacking, receiving, storing);
         let n_stored = stored?;
-        let received = received?;
+        let received = match received {
+            // Nobody took what came: whoever should have says why.
+            Err(error @ transport::Error::File { .. }) => {
+                unpacked?.map_err(|error| Error::Files(error.to_string()))?;
+                return Err(error.into());
+            }
+            received => received?,
+        };
         // So `tar` says that a file has changed or vanished while it was read.
         if received.exit == Some(1) {
             return Err(Error::Content(received.complaint()));

@@ -15,32 +15,51 @@ use baton_common::digest::Digest;
 use tokio::fs::File;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncSeekExt, ReadBuf, Take};
 
-use super::{DIGEST, Error, SILENCE_LIMIT, Session, digest_of, quote, quote_path};
+use super::{DIGEST, DIGEST_LIMIT, Error, Limits, SILENCE_LIMIT, Session, digest_of, quote, quote_path};
 
 /// Bytes that are read at once.
 const PIECE: usize = 1 << 20;
 
+/// What comes last may be the hashing of all that came before the stream was cut.
+const UPLOAD_LIMITS: Limits = Limits { fed: SILENCE_LIMIT, after: DIGEST_LIMIT };
+
 /// The exit for a file that has not come whole.
 const CUT: i32 = 45;
+
+/// The exit for a file that is there, and cannot be hashed.
+const UNREAD: i32 = 47;
 
 /// The exit of [`FOLLOW`] that has printed a digest: some other program of that name may say that it has ended well.
 const FOLLOWED: i32 = 46;
 
-/// Hashes its standard input, which its parent appends to for as long as that has its first name. It ends with its parent,
-/// or at once if another program stands between them. A pipe between two programs that do this would take as long as the
-/// hashing.
+/// Files of at least this size are hashed while they grow. With a smaller one it takes longer to start Python.
+const FOLLOWED_FROM: u64 = 16 << 20;
+
+/// Hashes its standard input for as long as that stands at the part's name, and what it has not read then. It prints a
+/// digest only of the very file that stands at the target in the end, with the length that this should have. It ends with
+/// its parent, and at once if another program stands between them. (A pipe through a hashing program would take as much of
+/// the processor as the hashing.)
 const FOLLOW: &str = "
 import hashlib, os, sys, time
-digest, buffer, is_whole = hashlib.sha256(), bytearray(1 << 18), False
+part, target, size, parent, followed = sys.argv[1], sys.argv[2], *map(int, sys.argv[3:])
+def is_at(path):
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(0))
+    except FileNotFoundError:
+        return False
+digest, buffer, total, is_whole = hashlib.sha256(), bytearray(1 << 18), 0, False
 with os.fdopen(0, 'rb', 0) as file:
-    while os.getppid() == int(sys.argv[2]):
+    while os.getppid() == parent:
         count = file.readinto(buffer)
         if count:
             digest.update(memoryview(buffer)[:count])
+            total += count
         elif is_whole:
-            print(digest.hexdigest())
-            sys.exit(int(sys.argv[3]))
-        elif os.path.exists(sys.argv[1]):
+            if total == size and is_at(target):
+                print(digest.hexdigest())
+                sys.exit(followed)
+            break
+        elif is_at(part):
             time.sleep(0.02)
         else:
             is_whole = True
@@ -65,23 +84,32 @@ pub(super) async fn put(
     source.set_max_buf_size(PIECE);
     progress(done);
     let input = Counted { source: source.take(size - done), size, progress };
-    let follow = quote(FOLLOW);
+    let (follow, unless_followed) = if size < FOLLOWED_FROM {
+        (String::new(), String::new())
+    } else {
+        let program = quote(FOLLOW);
+        (
+            format!("python3 -I -S -c {program} {part} {target} {size} $$ {FOLLOWED} < {part} 2> /dev/null &"),
+            format!("wait $!; [ $? -eq {FOLLOWED} ] ||"),
+        )
+    };
     let command = format!(
         "{make} {{ :; }} 1<> {part} || exit 1
-         python3 -I -S -c {follow} {part} $$ {FOLLOWED} < {part} 2> /dev/null &
+         {follow}
          {{ dd bs=1 count=0 seek={done} conv=notrunc 2> /dev/null; cat; }} 1<> {part} || exit 1
          [ \"$(wc -c < {part})\" -eq {size} ] || exit {CUT}
          mv -fT {part} {target} || exit 1
-         wait $!; [ $? -eq {FOLLOWED} ] || {{ {DIGEST}; }} < {target}"
+         {unless_followed} {{ echo; {DIGEST}; }} < {target} || exit {UNREAD}"
     );
-    let output = session.send(&command, input).await?;
+    let output = session.send_within(UPLOAD_LIMITS, &command, input).await?;
+    let reason = |otherwise: &str| output.reason().unwrap_or_else(|| otherwise.to_owned());
     match output.exit {
         Some(0) => digest_of(&output.stdout),
         Some(CUT) => Err(Error::file(to, "it has another length there; was it changed meanwhile?")),
-        Some(_) | None => Err(Error::file(
-            format!("{to}.part"),
-            output.reason().unwrap_or_else(|| "it could not be written".to_owned()),
-        )),
+        Some(UNREAD) => Err(Error::file(to, reason("it could not be read again"))),
+        // It says nothing of the file that somebody there ends commands.
+        None | Some(128..) => Err(Error::Broken("what writes the file was ended there".to_owned())),
+        Some(_) => Err(Error::file(format!("{to}.part"), reason("it could not be written"))),
     }
 }
 
