@@ -274,7 +274,7 @@ async fn a_process_that_blocks_its_thread_costs_only_its_thread() {
     let status = scene.baton(&["status", &blocking, "-o", "json"]).await.ok().json();
     assert!(status[0]["live"]["blocked_ms"].as_u64().unwrap() >= 5_000, "{status}");
     assert!(scene.baton(&["workers"]).await.ok().stdout.contains(&blocking));
-    let pause = scene.baton(&["pause", &other, "-o", "json"]).await.ok().json();
+    let pause = scene.baton(&["pause", "--wait", &other, "-o", "json"]).await.ok().json();
     assert_eq!((&pause[0]["outcome"], &pause[0]["nudged"]), (&"paused".into(), &true.into()));
     // Longer than many heartbeats of ten seconds: the connection lives, and the blocking process ends in peace.
     scene.baton(&["watch", &blocking, "--timeout", "90s"]).await.ok();
