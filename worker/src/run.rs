@@ -361,10 +361,11 @@ impl Run {
         let checkpoint = Checkpoint {
             advances: self.checkpoint.advances + 1,
             idle_advances: if idle && !waits { self.checkpoint.idle_advances + 1 } else { 0 },
+            failures: self.checkpoint.failures,
+            last_error: self.checkpoint.last_error.clone(),
             values,
             progress,
             state,
-            ..self.checkpoint.clone()
         };
         if let Some(reason) = self.shared.limits.broken_by(&checkpoint)
             && !matches!(advance, Advance::Finished { .. })
@@ -536,7 +537,7 @@ impl Run {
         }
         self.context.live.set_stage(WRITING);
         let fence = self.context.fence;
-        let write = self.shared.writer.checkpoint(fence, checkpoint.clone());
+        let write = self.shared.writer.checkpoint(fence, &checkpoint);
         let written = tokio::select! {
             biased;
             written = write => written,
@@ -566,7 +567,7 @@ impl Run {
         let fenced = Fenced {
             fence,
             verb,
-            checkpoint: checkpoint.clone(),
+            checkpoint: checkpoint.as_ref().map(Into::into),
             attempt: self.context.attempt() + more_tries,
             ended: ended.map(|(how, reason)| Attempt { started_at: self.claimed_at, how, reason }),
             outputs: self.context.draft.borrow_mut().take_outputs(),

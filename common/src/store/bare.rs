@@ -96,7 +96,7 @@ impl BareLane {
     /// # Errors
     /// [`Error::NoRow`] when not all of them are held under these fences; the database does not answer.
     pub async fn checkpoint(&self, fences: &[Fence]) -> Result<(), Error> {
-        let checkpoint = Checkpoint { advances: 1, state: vec![0x2a; 16], ..Checkpoint::default() };
+        let checkpoint = (&Checkpoint { advances: 1, state: vec![0x2a; 16], ..Checkpoint::default() }).into();
         let checkpoints = fences.iter().map(|fence| (*fence, &checkpoint)).collect::<Vec<_>>();
         let changed = fenced::checkpoint(&self.db, self.store.dialect, &checkpoints).await?;
         if changed.len() < fences.len() { Err(Error::NoRow) } else { Ok(()) }
@@ -108,7 +108,7 @@ fn end(claimed: &Claimed) -> Fenced {
     Fenced {
         fence: claimed.fence,
         verb: Verb::End { state: State::Finished, outcome },
-        checkpoint: Some(Checkpoint { advances: 1, ..Checkpoint::default() }),
+        checkpoint: Some((&Checkpoint { advances: 1, ..Checkpoint::default() }).into()),
         attempt: 1,
         ended: Some(Attempt { started_at: claimed.claimed_at, how: How::Ok, reason: None }),
         outputs: vec![],

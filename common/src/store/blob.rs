@@ -81,6 +81,21 @@ pub struct Outcome {
     pub results: Option<Digest>,
 }
 
+/// A checkpoint as it is written.
+#[derive(Clone, Debug)]
+pub struct PackedCheckpoint {
+    /// [`Checkpoint::advances`], which has a column of its own.
+    pub advances: u64,
+    /// The column's bytes.
+    pub bytes: Vec<u8>,
+}
+
+impl From<&Checkpoint> for PackedCheckpoint {
+    fn from(checkpoint: &Checkpoint) -> Self {
+        Self { advances: checkpoint.advances, bytes: checkpoint.to_bytes() }
+    }
+}
+
 impl Checkpoint {
     /// The column's bytes.
     pub fn to_bytes(&self) -> Vec<u8> {

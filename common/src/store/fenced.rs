@@ -9,7 +9,7 @@ use std::sync::LazyLock;
 use sea_orm::{ConnectionTrait, QueryResult, Value};
 use uuid::Uuid;
 
-use super::blob::{Checkpoint, Outcome};
+use super::blob::{Checkpoint, Outcome, PackedCheckpoint};
 use super::control::{settle, state};
 use super::dialect::{Batch, Dialect, Kind};
 use super::writer::{Attempt, Claimed, Fence, Fenced, Verb, Written};
@@ -139,7 +139,7 @@ pub(super) async fn own_end(
 pub(super) async fn checkpoint(
     connection: &impl ConnectionTrait,
     dialect: Dialect,
-    checkpoints: &[(Fence, &Checkpoint)],
+    checkpoints: &[(Fence, &PackedCheckpoint)],
 ) -> Result<HashMap<Pid, Written>, Error> {
     if checkpoints.is_empty() {
         return Ok(HashMap::new());
@@ -154,7 +154,7 @@ pub(super) async fn checkpoint(
         batch.push(vec![
             Uuid::from(fence.pid).into(),
             fence.epoch.into(),
-            checkpoint.to_bytes().into(),
+            checkpoint.bytes.clone().into(),
             checkpoint.advances.cast_signed().into(),
         ]);
     }
@@ -226,7 +226,7 @@ fn batch_of(writes: &[&Fenced]) -> Batch {
             Uuid::from(fenced.fence.pid).into(),
             fenced.fence.epoch.into(),
             verb.into(),
-            fenced.checkpoint.as_ref().map(Checkpoint::to_bytes).unwrap_or_default().into(),
+            fenced.checkpoint.as_ref().map(|checkpoint| checkpoint.bytes.clone()).unwrap_or_default().into(),
             fenced.checkpoint.as_ref().map_or(0, |checkpoint| checkpoint.advances.cast_signed()).into(),
             wake_us.into(),
             fenced.attempt.into(),

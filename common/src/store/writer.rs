@@ -16,7 +16,7 @@ use tokio::sync::{mpsc, oneshot};
 use tracing::{debug, warn};
 use uuid::Uuid;
 
-use super::blob::{Checkpoint, Outcome};
+use super::blob::{Checkpoint, Outcome, PackedCheckpoint};
 use super::dialect::{Batch, Dialect};
 use super::own::OwnConnection;
 use super::submit::NewProcess;
@@ -99,7 +99,7 @@ pub struct Fenced {
     /// What to do with the row.
     pub verb: Verb,
     /// The new progress; `None` leaves the old one.
-    pub checkpoint: Option<Checkpoint>,
+    pub checkpoint: Option<PackedCheckpoint>,
     /// The number of the try, from 1; 0 leaves it as it is.
     pub attempt: i64,
     /// The attempt's row, if this write ends the holding. A holding that ends in an ordinary wait leaves none.
@@ -254,7 +254,7 @@ enum Request {
     /// Progress, after which the process goes on under the same lease.
     Checkpoint {
         fence: Fence,
-        checkpoint: Box<Checkpoint>,
+        checkpoint: PackedCheckpoint,
         answer: oneshot::Sender<Option<Written>>,
     },
     Write {
@@ -315,9 +315,9 @@ impl Writer {
     ///
     /// # Errors
     /// As [`Writer::write`].
-    pub async fn checkpoint(&self, fence: Fence, checkpoint: Checkpoint) -> Result<Option<Written>, Error> {
+    pub async fn checkpoint(&self, fence: Fence, checkpoint: &Checkpoint) -> Result<Option<Written>, Error> {
         let (answer, receiver) = oneshot::channel();
-        let request = Request::Checkpoint { fence, checkpoint: Box::new(checkpoint), answer };
+        let request = Request::Checkpoint { fence, checkpoint: checkpoint.into(), answer };
         self.checkpoints.send(request).await.map_err(|_| Error::Stopped)?;
         receiver.await.map_err(|_| Error::Stopped)
     }
@@ -534,7 +534,7 @@ impl Answers {
 struct Parts<'a> {
     claims: Vec<(Pid, String)>,
     launches: Vec<NewProcess>,
-    checkpoints: Vec<(Fence, &'a Checkpoint)>,
+    checkpoints: Vec<(Fence, &'a PackedCheckpoint)>,
     writes: Vec<&'a Fenced>,
 }
 

@@ -109,6 +109,7 @@ impl Scene {
 
     async fn write_with(&self, fence: Fence, verb: Verb, checkpoint: Option<Checkpoint>) -> Option<Written> {
         let ended = Some(Attempt { started_at: 1, how: How::Ok, reason: None });
+        let checkpoint = checkpoint.as_ref().map(Into::into);
         let fenced = Fenced { fence, verb, checkpoint, attempt: 1, ended, outputs: vec![] };
         self.writer.write(fenced).await.unwrap()
     }
@@ -336,9 +337,9 @@ async fn a_checkpoint_whose_predecessor_is_not_there_changes_nothing(scene: Scen
     let pid = scene.submit("call: baton.noop").await;
     let fence = scene.claimed(pid).await.fence;
     let at = |advances: u64| Checkpoint { advances, ..Checkpoint::default() };
-    assert!(scene.writer.checkpoint(fence, at(1)).await.unwrap().is_some());
-    assert!(scene.writer.checkpoint(fence, at(1)).await.unwrap().is_some(), "sent again after a lost answer");
-    assert!(scene.writer.checkpoint(fence, at(3)).await.unwrap().is_none());
+    assert!(scene.writer.checkpoint(fence, &at(1)).await.unwrap().is_some());
+    assert!(scene.writer.checkpoint(fence, &at(1)).await.unwrap().is_some(), "sent again after a lost answer");
+    assert!(scene.writer.checkpoint(fence, &at(3)).await.unwrap().is_none());
     assert!(scene.write_with(fence, Verb::GiveBack, Some(at(3))).await.is_none());
     assert!(scene.write_with(fence, end(State::Finished), Some(at(0))).await.is_none());
     assert!(scene.write_with(fence, end(State::Finished), Some(at(2))).await.is_some());

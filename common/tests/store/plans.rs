@@ -155,7 +155,7 @@ async fn a_worker_that_began_with_empty_tables_reads_no_more_of_full_ones() {
             let claim = writer.claim(process.pid, "default".into(), None).await.unwrap();
             let Claim::Claimed(claimed) = claim else { panic!("not claimed: {claim:?}") };
             let first = Checkpoint { advances: 1, ..Checkpoint::default() };
-            assert!(writer.checkpoint(claimed.fence, first).await.unwrap().is_some());
+            assert!(writer.checkpoint(claimed.fence, &first).await.unwrap().is_some());
             let verb = Verb::End { state: State::Finished, outcome: Outcome::default() };
             let ended = Some(Attempt { started_at: 1, how: How::Ok, reason: None });
             let end = Fenced { fence: claimed.fence, verb, checkpoint: None, attempt: 1, ended, outputs: vec![] };

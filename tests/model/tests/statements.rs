@@ -95,7 +95,7 @@ impl Real {
                     Verb::End(state) => writer::Verb::End { state: *state, outcome: Outcome::default() },
                 };
                 let fence = Fence { pid: self.pid, epoch: i64::from(epoch) - i64::from(*n_old) };
-                let checkpoint = Some(Checkpoint::default());
+                let checkpoint = Some((&Checkpoint::default()).into());
                 let fenced = Fenced { fence, verb, checkpoint, attempt: 1, ended: None, outputs: vec![] };
                 self.writer.write(fenced).await.unwrap();
             }
