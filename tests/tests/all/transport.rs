@@ -249,7 +249,8 @@ async fn a_part_that_is_longer_than_the_file_is_begun_anew() {
 async fn a_digest_is_that_of_the_file_there_and_not_of_what_was_sent() {
     let (sshd, sessions) = both().await;
     let source = sshd.file("source");
-    let content = content(3_000_000);
+    // Large enough to be hashed while it grows.
+    let content = content(20_000_000);
     std::fs::write(&source, &content).unwrap();
     for (i, session) in sessions.into_iter().enumerate() {
         let target = sshd.file(&format!("target-{i}"));
