@@ -94,8 +94,12 @@ pub(crate) async fn claim(
     queue: String,
     permit: OwnedSemaphorePermit,
 ) {
-    match shared.writer.claim(pid, queue, None).await {
+    match shared.writer.claim(pid, queue.clone(), None).await {
         Ok(Claim::Claimed(claimed)) => intake::begin(&shared, &threads, claimed, permit).await,
+        Ok(Claim::NotBesideAnother) => {
+            shared.held.end_claim(pid, None);
+            shared.suspects.wait(pid, queue);
+        }
         Ok(Claim::NotQueued | Claim::Absent | Claim::OtherSpec | Claim::Pruned) => shared.held.end_claim(pid, None),
         Err(error) => {
             shared.held.end_claim(pid, None);

@@ -29,10 +29,11 @@ use crate::local::{self, Programs};
 use crate::registry::Registry;
 use crate::shim::boottime_ms;
 use crate::site::{Sites, actor};
+use crate::suspects::Suspects;
 use crate::sweeps::Timer;
 use crate::thread::Thread;
 use crate::worker::Options;
-use crate::{beat, control, direct, intake, peers, sweeps};
+use crate::{beat, control, direct, intake, peers, suspects, sweeps};
 
 /// Messages that wait to be published. Each stands for a row that is queued already, so a full channel only slows down
 /// whoever queues more.
@@ -64,6 +65,7 @@ pub(crate) struct Shared {
     pub(crate) held: Held,
     pub(crate) lease: Lease,
     pub(crate) timer: Timer,
+    pub(crate) suspects: Suspects,
     pub(crate) blocking: tokio::runtime::Handle,
     /// Cancelled to let the worker drain and end.
     pub(crate) drain: CancellationToken,
@@ -244,6 +246,7 @@ pub(crate) async fn run(options: &Options, drain: CancellationToken, hurry: Canc
         held: Held::default(),
         lease,
         timer: Timer::default(),
+        suspects: Suspects::default(),
         blocking: tokio::runtime::Handle::current(),
         drain,
         gone: CancellationToken::new(),
@@ -293,6 +296,7 @@ impl Incarnation {
         let beat = beat::run(Arc::clone(shared), Arc::clone(&self.threads));
         self.tasks.spawn(until_stop(Box::pin(beat)));
         self.tasks.spawn(until_stop(Box::pin(sweeps::run(Arc::clone(shared)))));
+        self.tasks.spawn(until_stop(Box::pin(suspects::run(Arc::clone(shared), Arc::clone(&self.threads)))));
         if !shared.store.is_embedded() {
             self.tasks.spawn(until_stop(Box::pin(peers::run(Arc::clone(shared)))));
             let direct = direct::run(Arc::clone(shared), Arc::clone(&self.threads));

@@ -78,6 +78,12 @@ async fn take(shared: Arc<Shared>, threads: Arc<Vec<Thread>>, delivery: Delivery
             answer_if_ended(&shared, &delivery).await;
             delivery.settle.ack().await;
         }
+        Ok(Claim::NotBesideAnother) => {
+            shared.held.end_claim(pid, None);
+            answer_launch(&shared, &delivery).await;
+            shared.suspects.wait(pid, delivery.queue.clone());
+            delivery.settle.ack().await;
+        }
         Ok(Claim::Absent) => {
             shared.held.end_claim(pid, None);
             refuse(&shared, delivery, "there is no such process in the database").await;

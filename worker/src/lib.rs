@@ -30,6 +30,7 @@ pub mod registry;
 mod run;
 pub mod shim;
 pub mod site;
+mod suspects;
 mod sweeps;
 mod thread;
 pub mod transport;

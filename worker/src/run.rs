@@ -77,6 +77,9 @@ pub(crate) async fn run(start: Start) {
     }
     Box::pin(run.leave(reply_to)).await;
     shared.held.remove(fence);
+    if run.is_suspect {
+        shared.suspects.next();
+    }
     drop(permit);
 }
 
@@ -89,6 +92,8 @@ struct Run {
     claimed_at: i64,
     /// It has, or may have, a job at a site.
     has_outside: bool,
+    /// No other suspect can be claimed, until this one's next checkpoint.
+    is_suspect: bool,
     /// What the last write left, once that is no longer `held`; `None` when the lease was lost.
     left: Option<Written>,
     outcome: Option<Outcome>,
@@ -123,6 +128,7 @@ impl From<Hold> for Next {
 impl Run {
     /// Makes the process anew, or says why that cannot be done.
     fn restore(claimed: Box<Claimed>, live: Arc<Live>, shared: &Arc<Shared>) -> (Box<Self>, Result<(), NotMade>) {
+        let is_suspect = claimed.is_suspect();
         let Claimed { fence, claimed_at, attempt, checkpoint, spec, has_outside, .. } = *claimed;
         let spec = spec.map(Rc::new).map_err(|error| unread("spec", &error));
         let checkpoint = checkpoint.transpose().map_err(|error| unread("checkpoint", &error));
@@ -143,6 +149,7 @@ impl Run {
             checkpoint: restored,
             claimed_at,
             has_outside,
+            is_suspect,
             left: None,
             outcome: None,
         });
@@ -592,6 +599,9 @@ impl Run {
                 if let Some(checkpoint) = checkpoint {
                     self.context.live.set_advances(checkpoint.advances);
                     self.checkpoint = checkpoint;
+                    if std::mem::take(&mut self.is_suspect) {
+                        self.shared.suspects.next();
+                    }
                 }
                 if written.place == Place::Held {
                     self.shared.held.order(Wish { fence, desired: written.desired, urgent: written.urgent });

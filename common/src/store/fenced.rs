@@ -19,7 +19,7 @@ use crate::state::{Desired, Place, State};
 
 /// From so many deaths of its holders on, a process is claimed only as a worker's sole such one, so that it takes no
 /// neighbours of its kind with it.
-const SUSPECT_DEATHS: i64 = 2;
+pub(super) const SUSPECT_DEATHS: i64 = 2;
 
 /// Takes the leases of those that are queued in the queue that their message came from, and of nothing else.
 pub(super) async fn claim(
@@ -28,16 +28,47 @@ pub(super) async fn claim(
     me: Incarnation,
     claims: &[(Pid, String)],
 ) -> Result<HashMap<Pid, Claimed>, Error> {
+    if claims.is_empty() {
+        return Ok(HashMap::new());
+    }
+    let scalars: Vec<Value> = vec![Uuid::from(me).into(), SUSPECT_DEATHS.into()];
+    let rows = connection.query_all_raw(dialect.hot_batch(CLAIM, scalars, batch_of_claims(claims))).await?;
+    rows.iter().map(|row| claimed(row).map(|claimed| (claimed.fence.pid, claimed))).collect()
+}
+
+/// A process that is there and was not claimed.
+pub(super) struct Missed {
+    /// Of its spec, which tells whether a launch means this process.
+    pub(super) digest: Vec<u8>,
+    /// It is where it was claimed, and a suspect.
+    pub(super) is_queued_suspect: bool,
+}
+
+/// What there is of those that were not claimed; a pid that is not among the answers is no process's.
+pub(super) async fn missed(
+    connection: &impl ConnectionTrait,
+    dialect: Dialect,
+    claims: Vec<(Pid, String)>,
+) -> Result<HashMap<Pid, Missed>, Error> {
+    if claims.is_empty() {
+        return Ok(HashMap::new());
+    }
+    let rows =
+        connection.query_all_raw(dialect.batch(MISSED, vec![SUSPECT_DEATHS.into()], batch_of_claims(&claims))).await?;
+    let missed = |row: &QueryResult| {
+        let missed =
+            Missed { digest: row.try_get("", "digest")?, is_queued_suspect: row.try_get("", "is_queued_suspect")? };
+        Ok((row.try_get::<Uuid>("", "id")?.into(), missed))
+    };
+    rows.iter().map(missed).collect()
+}
+
+fn batch_of_claims(claims: &[(Pid, String)]) -> Batch {
     let mut batch = Batch::new(&[("b_id", Kind::Uuid), ("b_queue", Kind::Text)]);
     for (pid, queue) in claims {
         batch.push(vec![Uuid::from(*pid).into(), queue.clone().into()]);
     }
-    if batch.is_empty() {
-        return Ok(HashMap::new());
-    }
-    let scalars: Vec<Value> = vec![Uuid::from(me).into(), SUSPECT_DEATHS.into()];
-    let rows = connection.query_all_raw(dialect.hot_batch(CLAIM, scalars, batch)).await?;
-    rows.iter().map(|row| claimed(row).map(|claimed| (claimed.fence.pid, claimed))).collect()
+    batch
 }
 
 fn claimed(row: &QueryResult) -> Result<Claimed, Error> {
@@ -316,6 +347,11 @@ const CLAIM: &str = "
               (SELECT s.body FROM spec s WHERE s.id = process.id) AS body,
               (SELECT s.traceparent FROM spec s WHERE s.id = process.id) AS traceparent,
               (SELECT s.reply_to FROM spec s WHERE s.id = process.id) AS reply_to";
+
+const MISSED: &str = "
+    WITH {rows}
+    SELECT p.id, s.digest, p.place = {queued} AND p.queue = b_queue AND p.deaths >= $1 AS is_queued_suspect
+    FROM b JOIN process p ON p.id = b_id JOIN spec s ON s.id = b_id";
 
 static CHECKPOINT: LazyLock<String> =
     LazyLock::new(|| CHECKPOINT_SQL.replace("{fence}", FENCE).replace("{follows}", FOLLOWS));

@@ -11,13 +11,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use futures_util::FutureExt;
-use sea_orm::ConnectionTrait;
 use tokio::sync::{mpsc, oneshot};
 use tracing::{debug, warn};
 use uuid::Uuid;
 
 use super::blob::{Checkpoint, Outcome, PackedCheckpoint};
-use super::dialect::{Batch, Dialect};
+use super::dialect::Dialect;
+use super::fenced::Missed;
 use super::own::OwnConnection;
 use super::submit::NewProcess;
 use super::{Error, Store, fenced, prune, submit};
@@ -83,6 +83,8 @@ pub enum Claim {
     Claimed(Box<Claimed>),
     /// Somebody holds it, or it is parked or ended, or queued elsewhere: the message means nothing any more.
     NotQueued,
+    /// It is queued, but two of its holders or more have died, and this worker has another such one at the moment.
+    NotBesideAnother,
     /// No such process.
     Absent,
     /// A launch whose pid belongs to a process with another spec.
@@ -261,6 +263,14 @@ enum Request {
         fenced: Box<Fenced>,
         answer: oneshot::Sender<Option<Written>>,
     },
+}
+
+impl Claimed {
+    /// Whether so many of its holders have died that a worker takes only one such process at a time, until its next
+    /// checkpoint.
+    pub fn is_suspect(&self) -> bool {
+        self.deaths >= fenced::SUSPECT_DEATHS
+    }
 }
 
 impl Writer {
@@ -452,34 +462,19 @@ impl Lane {
         let inserted = submit::insert(&transaction, self.dialect, &launches).await?;
         let pruned = prune::take_back_pruned(&transaction, self.dialect, inserted.into_keys()).await?;
         let claimed = fenced::claim(&transaction, self.dialect, self.me, &claims).await?;
-        let missed = claims.iter().map(|(pid, _)| *pid).filter(|pid| !claimed.contains_key(pid)).collect::<Vec<_>>();
-        let digests = self.digests(&transaction, missed).await?;
+        let missed = claims.into_iter().filter(|(pid, _)| !claimed.contains_key(pid)).collect::<Vec<_>>();
+        let missed = fenced::missed(&transaction, self.dialect, missed).await?;
         let mut written = fenced::checkpoint(&transaction, self.dialect, &checkpoints).await?;
         written.extend(fenced::write(&transaction, self.dialect, self.me, &writes).await?);
         transaction.commit().await?;
-        Ok(Answers { claimed, digests, pruned, written })
-    }
-
-    /// The digests of the specs of those that were not claimed: they tell "not queued" from "absent" and from "another".
-    async fn digests(
-        &self,
-        transaction: &sea_orm::DatabaseTransaction,
-        pids: Vec<Pid>,
-    ) -> Result<HashMap<Pid, Vec<u8>>, Error> {
-        if pids.is_empty() {
-            return Ok(HashMap::new());
-        }
-        let sql = "WITH {rows} SELECT id, digest FROM spec WHERE id IN (SELECT b_id FROM b)";
-        let batch = Batch::ids(pids.into_iter().map(Uuid::from));
-        let rows = transaction.query_all_raw(self.dialect.batch(sql, vec![], batch)).await?;
-        rows.iter().map(|row| Ok((row.try_get::<Uuid>("", "id")?.into(), row.try_get("", "digest")?))).collect()
+        Ok(Answers { claimed, missed, pruned, written })
     }
 }
 
 #[derive(Default)]
 struct Answers {
     claimed: HashMap<Pid, Claimed>,
-    digests: HashMap<Pid, Vec<u8>>,
+    missed: HashMap<Pid, Missed>,
     pruned: HashSet<Pid>,
     written: HashMap<Pid, Written>,
 }
@@ -511,11 +506,12 @@ impl Answers {
     fn send_missing(&self, request: Request) {
         match request {
             Request::Claim { pid, launch, answer, .. } => {
-                let other = |digest: &Vec<u8>| {
-                    launch.is_some_and(|launch| launch.spec.digest().as_slice() != digest.as_slice())
+                let other = |missed: &Missed| {
+                    launch.is_some_and(|launch| launch.spec.digest().as_slice() != missed.digest.as_slice())
                 };
-                let claim = match self.digests.get(&pid) {
-                    Some(digest) if other(digest) => Claim::OtherSpec,
+                let claim = match self.missed.get(&pid) {
+                    Some(missed) if other(missed) => Claim::OtherSpec,
+                    Some(missed) if missed.is_queued_suspect => Claim::NotBesideAnother,
                     Some(_) => Claim::NotQueued,
                     None if self.pruned.contains(&pid) => Claim::Pruned,
                     None => Claim::Absent,

@@ -453,8 +453,20 @@ async fn a_suspect_is_claimed_alone(scene: Scene) {
     }
     // Each of them may have killed the worker; together they would be tried for each other's crime.
     let (first, second) = tokio::join!(scene.claim(pids[0]), scene.claim(pids[1]));
-    let claimed = [&first, &second].into_iter().filter(|claim| matches!(claim, Claim::Claimed(_))).count();
-    assert_eq!(claimed, 1, "{first:?} {second:?}");
+    let (claimed, refused) = if matches!(first, Claim::Claimed(_)) { (first, second) } else { (second, first) };
+    assert!(matches!(refused, Claim::NotBesideAnother), "{refused:?}");
+    let Claim::Claimed(claimed) = claimed else { panic!("{claimed:?}") };
+    assert!(claimed.is_suspect());
+    let other = if claimed.fence.pid == pids[0] { pids[1] } else { pids[0] };
+    scene
+        .writer
+        .checkpoint(claimed.fence, &Checkpoint { advances: 1, ..Checkpoint::default() })
+        .await
+        .unwrap()
+        .unwrap();
+    // With a checkpoint it is none any more.
+    assert!(scene.claimed(other).await.is_suspect());
+    assert!(matches!(scene.claim(other).await, Claim::NotQueued), "it is held");
 }
 
 async fn a_gone_worker_beats_no_more(scene: Scene) {

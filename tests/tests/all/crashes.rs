@@ -77,10 +77,8 @@ fn repeated_holdings(history: &History) -> usize {
     history.processes.values().flat_map(|process| &process.attempts).filter(|attempt| attempt.how == "lost").count()
 }
 
-/// Those whose holders have died twice go on one by one, each when the head rule finds it, which takes up to four seconds:
-/// there may be as many as a worker has slots, which are twenty.
 async fn all_end(scene: &Scene) {
-    eventually("all have ended", Duration::from_secs(100), async || {
+    eventually("all have ended", Duration::from_secs(40), async || {
         let rest = scene.sql("SELECT id, place, state, epoch FROM process WHERE place <> 3").await;
         if rest.is_empty() { Ok(()) } else { Err(rest) }
     })

@@ -303,6 +303,26 @@ async fn a_process_that_kills_its_workers_is_excepted_after_five_deaths() {
 
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
+async fn suspects_go_on_one_after_the_other_without_a_pause() {
+    let scene = Scene::new().await;
+    // The first of them is held until its only advance has ended; the others must not need the head rule, which finds one
+    // in two seconds at most.
+    let spec = "{call: baton.block, with: {for: 2s}}";
+    scene.submit(spec, 1).await;
+    scene.submit("call: baton.noop", 30).await;
+    let steps = "{call: baton.count, with: {advances: 3, every: 600s}}";
+    scene.submit(steps, 10).await;
+    scene.sql("UPDATE process SET deaths = 2").await;
+    let since = Instant::now();
+    let _worker = scene.worker("w1", &["--slots", "50"]).await;
+    count_becomes(&scene, "state = 4", 31, 60).await;
+    count_becomes(&scene, "place <> 3 AND deaths = 0", 10, 60).await;
+    assert!(since.elapsed() < Duration::from_secs(20), "{:?}", since.elapsed());
+    assert_eq!(scene.sql("SELECT max(epoch) FROM process").await.trim(), "1");
+}
+
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
 async fn a_full_worker_leaves_the_rest_to_others_and_priorities_share() {
     let scene = Scene::new().await;
     let _full = scene.worker("full", &["--slots", "1"]).await;

@@ -1,0 +1,94 @@
+//! Processes whose holders have died again and again: a worker takes one at a time, and the next as soon as that one has
+//! made a checkpoint or has left.
+
+use std::collections::BTreeSet;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use baton_common::id::Pid;
+use baton_common::store::writer::Claim;
+use tokio::sync::Notify;
+use tracing::debug;
+
+use crate::incarnation::Shared;
+use crate::intake;
+use crate::thread::Thread;
+
+/// So many are remembered; the messages of the others are told again by the head rule.
+const WAITING_MAX: usize = 10_000;
+
+/// Those that could not be claimed beside another. Their messages are gone, so whoever forgets them costs them no more
+/// than the time until the head rule finds them.
+#[derive(Default)]
+pub(crate) struct Suspects {
+    waiting: Mutex<BTreeSet<(Pid, String)>>,
+    turn: Notify,
+}
+
+impl Suspects {
+    /// This one could not be claimed from this queue.
+    pub(crate) fn wait(&self, pid: Pid, queue: String) {
+        self.put(pid, queue);
+        // The other may have gone on since it was refused.
+        self.turn.notify_one();
+    }
+
+    /// One has made a checkpoint, or has left.
+    pub(crate) fn next(&self) {
+        self.turn.notify_one();
+    }
+
+    fn put(&self, pid: Pid, queue: String) {
+        let mut waiting = self.lock();
+        if waiting.len() < WAITING_MAX {
+            waiting.insert((pid, queue));
+        }
+    }
+
+    fn take(&self) -> Option<(Pid, String)> {
+        self.lock().pop_first()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeSet<(Pid, String)>> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Claims them, the oldest first, until it is dropped.
+pub(crate) async fn run(shared: Arc<Shared>, threads: Arc<Vec<Thread>>) {
+    loop {
+        shared.suspects.turn.notified().await;
+        while shared.takes_tasks() && claim_next(&shared, &threads).await {}
+    }
+}
+
+/// Whether the next can be tried, too.
+async fn claim_next(shared: &Arc<Shared>, threads: &Arc<Vec<Thread>>) -> bool {
+    let Ok(permit) = Arc::clone(&shared.slots).acquire_owned().await else { return false };
+    let Some((pid, queue)) = shared.suspects.take() else { return false };
+    // A claim of the same that is under way puts it back if it is refused.
+    if !shared.held.begin_claim(pid) {
+        return true;
+    }
+    match shared.writer.claim(pid, queue.clone(), None).await {
+        Ok(Claim::Claimed(claimed)) => {
+            // Whoever had it meanwhile may have made a checkpoint.
+            let is_suspect = claimed.is_suspect();
+            intake::begin(shared, threads, claimed, permit).await;
+            !is_suspect
+        }
+        Ok(Claim::NotBesideAnother) => {
+            shared.held.end_claim(pid, None);
+            shared.suspects.put(pid, queue);
+            false
+        }
+        Ok(Claim::NotQueued | Claim::Absent | Claim::OtherSpec | Claim::Pruned) => {
+            shared.held.end_claim(pid, None);
+            true
+        }
+        Err(error) => {
+            shared.held.end_claim(pid, None);
+            debug!(%pid, %error, "not claimed; the head rule tells it again");
+            false
+        }
+    }
+}
