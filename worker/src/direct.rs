@@ -68,34 +68,40 @@ async fn claim_page(shared: &Arc<Shared>, threads: &Arc<Vec<Thread>>, queue: &st
     if free == 0 || !shared.takes_tasks() || shared.communicator.delivers(queue) {
         return false;
     }
-    let pids = match shared.store.queued_in(queue, free).await {
+    // Those are claimed one after the other, and must not hide the others.
+    let suspects = shared.suspects.pids();
+    let pids = match shared.store.queued_in(queue, free + suspects.len()).await {
         Ok(pids) => pids,
         Err(error) => {
             debug!(queue, %error, "could not look for queued processes");
             return false;
         }
     };
-    let is_full = pids.len() == free;
+    let is_full = pids.len() == free + suspects.len();
     let mut claims = JoinSet::new();
-    for pid in pids {
+    for pid in pids.into_iter().filter(|pid| !suspects.contains(pid)) {
         let Ok(permit) = Arc::clone(&shared.slots).try_acquire_owned() else { break };
         if shared.held.begin_claim(pid) {
             claims.spawn(claim(Arc::clone(shared), Arc::clone(threads), pid, queue.to_owned(), permit));
         }
     }
-    claims.join_all().await;
-    is_full
+    let claimed = claims.join_all().await;
+    is_full && claimed.contains(&true)
 }
 
+/// Claims one that is told by no message; says whether it is this worker's now.
 pub(crate) async fn claim(
     shared: Arc<Shared>,
     threads: Arc<Vec<Thread>>,
     pid: Pid,
     queue: String,
     permit: OwnedSemaphorePermit,
-) {
-    match shared.writer.claim(pid, queue.clone(), None).await {
-        Ok(Claim::Claimed(claimed)) => intake::begin(&shared, &threads, claimed, permit).await,
+) -> bool {
+    match intake::claim(&shared, pid, &queue, None).await {
+        Ok(Claim::Claimed(claimed)) => {
+            intake::begin(&shared, &threads, claimed, permit).await;
+            return true;
+        }
         Ok(Claim::NotBesideAnother) => {
             shared.held.end_claim(pid, None);
             shared.suspects.wait(pid, queue);
@@ -106,4 +112,5 @@ pub(crate) async fn claim(
             debug!(%pid, %error, "not claimed; the next look tries again");
         }
     }
+    false
 }

@@ -161,6 +161,7 @@ impl Shared {
         self.communicator.consume(self.queues.clone(), Arc::clone(&self.slots)).await;
         self.communicator.consume_control().await;
         self.takes_tasks.store(true, Ordering::Release);
+        self.suspects.next();
     }
 
     /// Takes no tasks, but still broadcasts that have to be recorded.

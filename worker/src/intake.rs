@@ -7,6 +7,7 @@ use baton_common::communicator::Delivery;
 use baton_common::id::Pid;
 use baton_common::message::{Reply, Task};
 use baton_common::spec::{self, OnSite};
+use baton_common::store;
 use baton_common::store::submit::NewProcess;
 use baton_common::store::writer::{Claim, Claimed};
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
@@ -55,13 +56,7 @@ async fn take(shared: Arc<Shared>, threads: Arc<Vec<Thread>>, delivery: Delivery
         delivery.settle.ack().await;
         return;
     }
-    let claim = loop {
-        match shared.writer.claim(pid, delivery.queue.clone(), launch.clone()).await {
-            Ok(Claim::NotQueued) if shared.held.take_another(pid) => {}
-            claim => break claim,
-        }
-    };
-    match claim {
+    match claim(&shared, pid, &delivery.queue, launch).await {
         Ok(Claim::Claimed(claimed)) => {
             answer_launch(&shared, &delivery).await;
             border!("launch-answered");
@@ -102,6 +97,21 @@ async fn take(shared: Arc<Shared>, threads: Arc<Vec<Thread>>, delivery: Delivery
             shared.held.end_claim(pid, None);
             warn!(%pid, %error, "not claimed; the message comes again");
             delivery.settle.give_back().await;
+        }
+    }
+}
+
+/// Claims, and looks once more if another message for the same process has come meanwhile.
+pub(crate) async fn claim(
+    shared: &Shared,
+    pid: Pid,
+    queue: &str,
+    launch: Option<NewProcess>,
+) -> Result<Claim, store::Error> {
+    loop {
+        match shared.writer.claim(pid, queue.to_owned(), launch.clone()).await {
+            Ok(Claim::NotQueued) if shared.held.take_another(pid) => {}
+            claim => return claim,
         }
     }
 }

@@ -1,7 +1,7 @@
 //! Processes whose holders have died again and again: a worker takes one at a time, and the next as soon as that one has
 //! made a checkpoint or has left.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use baton_common::id::Pid;
@@ -37,6 +37,11 @@ impl Suspects {
         self.turn.notify_one();
     }
 
+    /// Those that wait.
+    pub(crate) fn pids(&self) -> HashSet<Pid> {
+        self.lock().iter().map(|(pid, _)| *pid).collect()
+    }
+
     fn put(&self, pid: Pid, queue: String) {
         let mut waiting = self.lock();
         if waiting.len() < WAITING_MAX {
@@ -64,12 +69,16 @@ pub(crate) async fn run(shared: Arc<Shared>, threads: Arc<Vec<Thread>>) {
 /// Whether the next can be tried, too.
 async fn claim_next(shared: &Arc<Shared>, threads: &Arc<Vec<Thread>>) -> bool {
     let Ok(permit) = Arc::clone(&shared.slots).acquire_owned().await else { return false };
+    // That may have taken long.
+    if !shared.takes_tasks() {
+        return false;
+    }
     let Some((pid, queue)) = shared.suspects.take() else { return false };
     // A claim of the same that is under way puts it back if it is refused.
     if !shared.held.begin_claim(pid) {
         return true;
     }
-    match shared.writer.claim(pid, queue.clone(), None).await {
+    match intake::claim(shared, pid, &queue, None).await {
         Ok(Claim::Claimed(claimed)) => {
             // Whoever had it meanwhile may have made a checkpoint.
             let is_suspect = claimed.is_suspect();

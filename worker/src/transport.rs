@@ -17,6 +17,7 @@ mod login;
 mod running;
 mod shell;
 mod ssh;
+mod uncached;
 mod upload;
 
 use std::fmt::Display;
@@ -29,7 +30,7 @@ use futures_util::Sink;
 use tokio::io::AsyncRead;
 use tokio::time::timeout;
 
-use self::running::Limits;
+use self::running::Limit;
 pub use self::shell::Shell;
 
 /// How long it may take to connect, all machines on the way included.
@@ -262,16 +263,16 @@ impl Session {
     /// # Errors
     /// As [`Self::exec`]; [`Error::TimedOut`] when no byte has moved for 60 s.
     pub async fn send(&self, command: &str, input: impl AsyncRead + Send + Unpin) -> Result<Output, Error> {
-        self.send_within(Limits { fed: SILENCE_LIMIT, after: SILENCE_LIMIT }, command, input).await
+        self.send_within(&|_| SILENCE_LIMIT, command, input).await
     }
 
     async fn send_within(
         &self,
-        limits: Limits,
+        limit: Limit<'_>,
         command: &str,
         input: impl AsyncRead + Send + Unpin,
     ) -> Result<Output, Error> {
-        Box::pin(async { self.start(command, None).await?.exchange(input, Some(limits)).await }).await
+        Box::pin(async { self.start(command, None).await?.exchange(input, Some(limit)).await }).await
     }
 
     /// Runs a command and gives its standard output to `output` as it comes. What is given back has no standard output.
@@ -284,7 +285,17 @@ impl Session {
         command: &str,
         output: impl Sink<Bytes, Error = E> + Send + Unpin,
     ) -> Result<Output, Error> {
-        Box::pin(async { self.start(command, None).await?.receive(output, SILENCE_LIMIT).await }).await
+        self.receive_within(&|_| SILENCE_LIMIT, command, output, &mut |_| ()).await
+    }
+
+    async fn receive_within<E: Display>(
+        &self,
+        limit: Limit<'_>,
+        command: &str,
+        output: impl Sink<Bytes, Error = E> + Send + Unpin,
+        show: &mut (dyn FnMut(&[u8]) + Send),
+    ) -> Result<Output, Error> {
+        Box::pin(async { self.start(command, None).await?.receive(output, show, limit).await }).await
     }
 
     /// Writes one file there: to `TO.part`, from where an earlier one was cut, and renamed to `to` when it is whole. Its
@@ -324,43 +335,16 @@ impl Session {
         progress: &(dyn Fn(u64) + Send + Sync),
         is_known: impl AsyncFnOnce(Digest) -> Result<bool, E>,
     ) -> Result<(Digest, Option<Digest>), E> {
-        enum Stop<E> {
-            Known(Digest),
-            Failed(E),
+        match &self.way {
+            Way::Local => {
+                let digest = self.digest(from).await?;
+                if is_known(digest).await? {
+                    return Ok((digest, None));
+                }
+                Ok((digest, Some(self.get(from, to, progress).await?)))
+            }
+            Way::Ssh(_) => Box::pin(download::get_unless(self, from, to, progress, is_known)).await,
         }
-        // A server that opens one channel, and no second, does one after the other.
-        let look = async {
-            match self.digest(from).await {
-                Ok(digest) => match is_known(digest).await {
-                    Ok(true) => Err(Stop::Known(digest)),
-                    Ok(false) => Ok(Some(digest)),
-                    Err(error) => Err(Stop::Failed(error)),
-                },
-                Err(Error::NoChannel(_)) => Ok(None),
-                Err(error) => Err(Stop::Failed(error.into())),
-            }
-        };
-        let come = async {
-            match self.get(from, to, progress).await {
-                Ok(digest) => Ok(Some(digest)),
-                Err(Error::NoChannel(_)) => Ok(None),
-                Err(error) => Err(Stop::Failed(error.into())),
-            }
-        };
-        let (there, came) = match Box::pin(async { tokio::try_join!(look, come) }).await {
-            Ok(both) => both,
-            Err(Stop::Known(digest)) => return Ok((digest, None)),
-            Err(Stop::Failed(error)) => return Err(error),
-        };
-        let there = match there {
-            Some(digest) => digest,
-            None => self.digest(from).await?,
-        };
-        let came = match came {
-            Some(digest) => digest,
-            None => self.get(from, to, progress).await?,
-        };
-        Ok((there, Some(came)))
     }
 
     /// The SHA-256 of a file there.
@@ -422,6 +406,10 @@ impl Session {
 /// A command that prints the SHA-256 of its standard input: by the processor's own instructions, which coreutils often do
 /// without. That is five times as fast.
 const DIGEST: &str = "if command -v openssl > /dev/null; then openssl dgst -sha256 -r; else sha256sum; fi";
+
+/// Files of at least this size are hashed there by a Python program while they come or go. With a smaller one it takes
+/// longer to start that.
+const HASHED_ON_THE_WAY_FROM: u64 = 16 << 20;
 
 /// What such a command has printed.
 fn digest_of(printed: &[u8]) -> Result<Digest, Error> {

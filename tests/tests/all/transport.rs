@@ -1,6 +1,7 @@
 //! Commands and files to a site's machine, by a real OpenSSH server and on this machine.
 
 use std::fs::Permissions;
+use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
@@ -268,9 +269,11 @@ async fn a_digest_takes_no_more_than_the_plainest_tools() {
     // Large enough to be hashed while it grows, if there is a Python that does.
     let content = content(20_000_000);
     let python = |script: &str| format!("#!/bin/sh\n{script}\n");
-    let with_sha256sum =
-        [None, Some(python("printf hello")), Some(python("exit 1")), Some(python(r#"/usr/bin/python3 "$@"; exit"#))]
-            .map(|python| ("sha256sum", python));
+    // As if it were so old that it lacked something.
+    let old = "program=\"import os\ndel os.pread\n$4\"; shift 4; exec /usr/bin/python3 -I -S -c \"$program\" \"$@\"";
+    let wrapped = r#"/usr/bin/python3 "$@"; exit"#;
+    let with_sha256sum = [None, Some("printf hello"), Some("exit 1"), Some("kill -KILL $$"), Some(old), Some(wrapped)]
+        .map(|script| ("sha256sum", script.map(python)));
     for (hashes, python) in with_sha256sum.into_iter().chain([("python3", None)]) {
         let tools = tempfile::tempdir().unwrap();
         for tool in ["cat", "dd", "mv", "sh", "wc", hashes] {
@@ -290,6 +293,61 @@ async fn a_digest_takes_no_more_than_the_plainest_tools() {
             std::fs::write(sshd.file("there.part"), &content[..n_there]).unwrap();
             let put = session.put(&source, text(&there), &nothing).await.unwrap();
             assert_eq!(put, Digest::of(&content), "{hashes} {python:?}");
+            let back = sshd.file("back");
+            std::fs::write(sshd.file("back.part"), &content[..n_there]).unwrap();
+            let got = session.get_unless(text(&there), &back, &nothing, unknown).await.unwrap();
+            assert_eq!(got, (put, Some(put)), "{hashes} {python:?}");
+            assert!(std::fs::read(&back).unwrap() == content, "{hashes} {python:?}");
+        }
+    }
+}
+
+async fn unknown(_: Digest) -> Result<bool, Error> {
+    Ok(false)
+}
+
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn what_is_known_already_does_not_come() {
+    let (sshd, sessions) = both().await;
+    let (source, here) = (sshd.file("source"), sshd.file("here"));
+    for len in [1_000, 20_000_000] {
+        std::fs::write(&source, content(len)).unwrap();
+        for session in &sessions {
+            let digest = Digest::of(&content(len));
+            let known = async |asked| Ok::<_, Error>(asked == digest);
+            assert_eq!(session.get_unless(text(&source), &here, &nothing, known).await.unwrap(), (digest, None));
+            let got = session.get_unless(text(&source), &here, &nothing, unknown).await.unwrap();
+            assert_eq!(got, (digest, Some(digest)));
+        }
+    }
+}
+
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn a_file_that_changes_while_it_comes_has_another_digest_here_than_there() {
+    let (sshd, sessions) = both().await;
+    let (source, here) = (sshd.file("source"), sshd.file("here"));
+    for session in sessions {
+        // A part of another file.
+        std::fs::write(&source, content(20_000_000)).unwrap();
+        std::fs::write(sshd.file("here.part"), vec![1; 2_000_000]).unwrap();
+        let got = session.get_unless(text(&source), &here, &nothing, unknown).await.unwrap();
+        let came = Digest::of(&std::fs::read(&here).unwrap());
+        assert_eq!(got, (Digest::of(&content(20_000_000)), Some(came)));
+        assert_ne!(got.0, came);
+
+        // It grows when its length has been asked for, and nothing has come yet.
+        let grow = |bytes| {
+            if bytes == 0 {
+                let mut file = std::fs::OpenOptions::new().append(true).open(&source).unwrap();
+                file.write_all(b"more").unwrap();
+            }
+        };
+        for len in [1_000, 20_000_000] {
+            std::fs::write(&source, content(len)).unwrap();
+            let (there, came) = session.get_unless(text(&source), &here, &grow, unknown).await.unwrap();
+            assert_ne!(Some(there), came);
         }
     }
 }

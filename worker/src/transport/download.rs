@@ -1,12 +1,71 @@
 //! Files that come from a site: one stream each, from where an earlier one was cut. A stream takes half the time of SFTP's
 //! requests and their answers.
+//!
+//! A large file is hashed there by the program that sends it, in the time in which nothing can be sent. Without Python there,
+//! one program hashes it while another sends it.
 
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use baton_common::digest::Digest;
+use tokio::sync::oneshot;
 
 use super::landing::Landing;
-use super::{Error, Output, SILENCE_LIMIT, Session, quote_path};
+use super::{
+    DIGEST, DIGEST_LIMIT, Error, HASHED_ON_THE_WAY_FROM, Output, SILENCE_LIMIT, Session, digest_of, quote, quote_path,
+};
+
+/// The exit for a file that has come, and cannot be hashed.
+const UNREAD: i32 = 47;
+
+/// The exit of [`SEND`] that has sent and hashed everything: some other program of that name may say that it has ended well.
+const SENT: i32 = 46;
+
+/// The exit of [`SEND`] that has sent a part of it.
+const CUT: i32 = 45;
+
+/// Sends its standard input, from a position to a length, to descriptor 3, and prints the SHA-256 of all of it to 4 as soon
+/// as that is known. What is sent is not copied, and it hashes whenever nobody takes more. A process that wraps this one
+/// may write to its own outputs what it likes.
+const SEND: &str = "
+import fcntl, hashlib, os, select, sys
+begin, size, all_sent, cut = map(int, sys.argv[1:])
+data, said, set_pipe_size = 3, 4, 1031
+position, digest, hashed, is_sent, is_hashed = begin, hashlib.sha256(), 0, False, False
+try:
+    try:
+        fcntl.fcntl(data, set_pipe_size, 1 << 20)
+    except OSError:
+        pass
+    os.set_blocking(data, False)
+    ready = select.poll()
+    ready.register(data, select.POLLOUT)
+    while not (is_sent and is_hashed):
+        if not is_hashed:
+            piece = os.pread(0, 1 << 18, hashed)
+            digest.update(piece)
+            hashed += len(piece)
+            if not piece:
+                is_hashed = True
+                os.write(said, ('\\n' + digest.hexdigest() + '\\n').encode())
+        if not is_sent:
+            try:
+                count = os.sendfile(data, 0, position, min(1 << 20, size - position)) if position < size else 0
+                position += count
+                is_sent = count == 0
+            except BlockingIOError:
+                if is_hashed:
+                    ready.poll()
+except BaseException as error:
+    os.set_blocking(data, True)
+    if position == begin:
+        sys.exit(1)
+    try:
+        os.write(said, ('\\npython3: ' + str(error) + '\\n').encode())
+    finally:
+        os._exit(cut)
+sys.exit(all_sent)
+";
 
 /// Fetches one file, as it is while it comes: whoever calls compares SHA-256. See [`Session::get`].
 pub(super) async fn get(
@@ -15,30 +74,157 @@ pub(super) async fn get(
     to: &Path,
     progress: &(dyn Fn(u64) + Send + Sync),
 ) -> Result<Digest, Error> {
-    let source = quote_path(from);
-    let said = session.exec(&format!("wc -c < {source}"), b"", SILENCE_LIMIT).await?;
+    let mut target = open(session, from, to, progress).await?;
+    if !target.is_whole() {
+        let command = format!("{} < {}", send_from(target.done), quote_path(from));
+        let read = session.receive(&command, &mut target).await;
+        target = came(target, read, from).await?;
+    }
+    target.finish(to).await
+}
+
+/// The same, and its digest there; `None` for what came if it was known. See [`Session::get_unless`].
+pub(super) async fn get_unless<E: From<Error>>(
+    session: &Session,
+    from: &str,
+    to: &Path,
+    progress: &(dyn Fn(u64) + Send + Sync),
+    is_known: impl AsyncFnOnce(Digest) -> Result<bool, E>,
+) -> Result<(Digest, Option<Digest>), E> {
+    enum Stop<E> {
+        Known(Digest),
+        Failed(E),
+    }
+    let done = AtomicU64::new(0);
+    let progress = |bytes| {
+        done.store(bytes, Ordering::Relaxed);
+        progress(bytes);
+    };
+    let mut target = open(session, from, to, &progress).await?;
+    if target.is_whole() {
+        let there = session.digest(from).await?;
+        let came = if is_known(there).await? { None } else { Some(target.finish(to).await?) };
+        return Ok((there, came));
+    }
+    let size = target.size;
+    // When all has come, there may be much to hash yet.
+    let limit = |_| if done.load(Ordering::Relaxed) < size { SILENCE_LIMIT } else { DIGEST_LIMIT };
+    let (digest_tx, digest_rx) = oneshot::channel();
+    let coming = async {
+        let mut digest_tx = Some(digest_tx);
+        let mut show = |stderr: &[u8]| {
+            if digest_tx.is_some()
+                && let Some(digest) = digest_in(stderr)
+            {
+                let _ = digest_tx.take().map(|digest_tx| digest_tx.send(digest));
+            }
+        };
+        let begin = target.done;
+        let mut read = Ok(Output::default());
+        for command in
+            [hash_and_send_at_once(from, begin, size), Some(hash_and_send(from, begin))].into_iter().flatten()
+        {
+            read = session.receive_within(&limit, &command, &mut target, &mut show).await;
+            // What cannot even begin is ended by the system.
+            if target.done > begin || !matches!(&read, Ok(output) if is_killed(output)) {
+                break;
+            }
+        }
+        drop(digest_tx);
+        came(target, read, from).await.map_err(|error| Stop::Failed(error.into()))
+    };
+    let asking = async {
+        let Ok(digest) = digest_rx.await else { return Ok(None) };
+        match is_known(digest).await {
+            Ok(true) => Err(Stop::Known(digest)),
+            Ok(false) => Ok(Some(digest)),
+            Err(error) => Err(Stop::Failed(error)),
+        }
+    };
+    match Box::pin(async { tokio::try_join!(coming, asking) }).await {
+        Ok((target, digest)) => {
+            // It has become longer, or the connection was cut when all had come.
+            let there = match digest {
+                Some(there) => there,
+                None => session.digest(from).await?,
+            };
+            Ok((there, Some(target.finish(to).await?)))
+        }
+        Err(Stop::Known(digest)) => Ok((digest, None)),
+        Err(Stop::Failed(error)) => Err(error),
+    }
+}
+
+async fn open<'a>(
+    session: &Session,
+    from: &str,
+    to: &Path,
+    progress: &'a (dyn Fn(u64) + Send + Sync),
+) -> Result<Landing<'a>, Error> {
+    let said = session.exec(&format!("wc -c < {}", quote_path(from)), b"", SILENCE_LIMIT).await?;
     ended_well(&said, from)?;
     let size = String::from_utf8_lossy(&said.stdout).trim().parse();
     let size = size.map_err(|_| Error::file(from, "it has no length"))?;
-    let mut target = Landing::open(to, size, progress).await?;
-    if !target.is_whole() {
-        let command = format!("{{ dd bs=1 count=0 skip={} 2> /dev/null; cat; }} < {source}", target.done);
-        let read = session.receive(&command, &mut target).await;
-        match read {
-            Ok(output) => ended_well(&output, from)?,
-            // What comes beyond its length is no part of it any more.
-            Err(_) if target.is_whole() => {}
-            Err(error) => return Err(target.fault().await.unwrap_or(error)),
-        }
+    Landing::open(to, size, progress).await
+}
+
+/// Gives the target back if what should come has come.
+async fn came<'a>(target: Landing<'a>, read: Result<Output, Error>, from: &str) -> Result<Landing<'a>, Error> {
+    match read {
+        Ok(output) => ended_well(&output, from).map(|()| target),
+        // What comes beyond its length is no part of it any more.
+        Err(_) if target.is_whole() => Ok(target),
+        Err(error) => Err(target.fault().await.unwrap_or(error)),
     }
-    target.finish(to).await
+}
+
+/// Sends standard input from a position on.
+fn send_from(position: u64) -> String {
+    format!("{{ dd bs=1 count=0 skip={position} 2> /dev/null; cat; }}")
+}
+
+/// A command that sends a file, and prints its digest on standard error.
+fn hash_and_send(from: &str, position: u64) -> String {
+    let (source, send) = (quote_path(from), send_from(position));
+    format!(
+        "exec 3>&1 4>&2
+         {{ echo; {DIGEST}; }} < {source} >&4 &
+         {send} < {source} || {{ kill $!; exit 1; }}
+         wait $! || exit {UNREAD}"
+    )
+}
+
+/// The same for a large file by [`SEND`], if there is a Python that does that.
+fn hash_and_send_at_once(from: &str, position: u64, size: u64) -> Option<String> {
+    if size < HASHED_ON_THE_WAY_FROM {
+        return None;
+    }
+    let (source, program, otherwise) = (quote_path(from), quote(SEND), hash_and_send(from, position));
+    Some(format!(
+        "exec 3>&1 4>&2
+         python3 -I -S -c {program} {position} {size} {SENT} {CUT} < {source} > /dev/null 2>&1
+         code=$?
+         [ $code -ne {SENT} ] || exit 0
+         [ $code -ne {CUT} ] && [ $code -lt 128 ] || exit $code
+         {otherwise}"
+    ))
+}
+
+/// The digest in what such a command has printed so far.
+fn digest_in(printed: &[u8]) -> Option<Digest> {
+    let n_whole = printed.iter().rposition(|byte| *byte == b'\n')?;
+    printed[..n_whole].split(|byte| *byte == b'\n').find_map(|line| digest_of(line).ok())
 }
 
 fn ended_well(output: &Output, from: &str) -> Result<(), Error> {
     match output.exit {
         Some(0) => Ok(()),
         // It says nothing of the file that somebody there ends commands.
-        None | Some(128..) => Err(Error::Broken("what reads the file was ended there".to_owned())),
-        Some(_) => Err(Error::file(from, output.reason().unwrap_or_else(|| "it could not be read".to_owned()))),
+        _ if is_killed(output) => Err(Error::Broken("what reads the file was ended there".to_owned())),
+        None | Some(_) => Err(Error::file(from, output.reason().unwrap_or_else(|| "it could not be read".to_owned()))),
     }
+}
+
+fn is_killed(output: &Output) -> bool {
+    matches!(output.exit, None | Some(128..))
 }

@@ -1,7 +1,7 @@
 //! Files that come piece by piece, and what they are when they are whole.
 
 use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
@@ -11,31 +11,30 @@ use bytes::Bytes;
 use futures_util::{Sink, SinkExt};
 use tokio::sync::mpsc;
 use tokio::task::{JoinHandle, spawn_blocking};
-use tokio_util::sync::{CancellationToken, DropGuard, PollSender};
+use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::Error;
 use super::local::{open_part, part_of};
+use super::uncached::{Block, Uncached};
 
-/// Bytes that are hashed and written at once: few enough to be in the processor's cache still.
-const BATCH_BYTES: usize = 256 << 10;
-
-/// Batches that wait to be written.
-const BATCHES: usize = 16;
-
-/// So much is written to the disk at a time, while the next comes: at the end little is left.
-const FLUSH_BYTES: u64 = 64 << 20;
+/// One that is filled, one that is hashed, one that is written, and one that waits.
+const BLOCKS: usize = 4;
 
 /// A file that comes piece by piece. What has come is hashed and written to the disk while the rest comes.
 pub(super) struct Landing<'a> {
     part: PathBuf,
-    size: u64,
+    /// How much should come.
+    pub(super) size: u64,
     /// How much has come.
     pub(super) done: u64,
-    /// What goes to the writing next.
-    batch: Vec<Bytes>,
-    n_gathered: usize,
-    batches: PollSender<Vec<Bytes>>,
-    writing: JoinHandle<io::Result<Digest>>,
+    /// What has come and is in no block yet.
+    rest: Bytes,
+    block: Option<Block>,
+    empty: mpsc::Receiver<Block>,
+    /// There is room for all blocks that there are.
+    full: Option<mpsc::Sender<Block>>,
+    hashing: JoinHandle<Digest>,
+    writing: JoinHandle<io::Result<()>>,
     /// Without it nothing more is written: another may go on with the part.
     here: DropGuard,
     progress: &'a (dyn Fn(u64) + Send + Sync),
@@ -53,13 +52,30 @@ impl<'a> Landing<'a> {
         let hasher = spawn_blocking(move || hashed(File::open(before)?.take(done))).await;
         let hasher = hasher.map_err(io::Error::other).and_then(|hasher| hasher);
         let hasher = hasher.map_err(|error| Error::local_file(&part, &error))?;
-        let (batches, batches_rx) = mpsc::channel(BATCHES);
-        let batches = PollSender::new(batches);
+        let (full_tx, full_rx) = mpsc::channel(BLOCKS);
+        let (hashed_tx, hashed_rx) = mpsc::channel(BLOCKS);
+        let (empty_tx, empty) = mpsc::channel(BLOCKS);
+        for _ in 1..BLOCKS {
+            // There is room for all of them.
+            let _ = empty_tx.try_send(Block::behind(0));
+        }
         let gone = CancellationToken::new();
         let is_gone = gone.clone();
-        let writing = spawn_blocking(move || write(file, hasher, batches_rx, &is_gone));
-        let here = gone.drop_guard();
-        Ok(Self { part, size, done, batch: Vec::new(), n_gathered: 0, batches, writing, progress, here })
+        let hashing = spawn_blocking(move || hash(hasher, full_rx, &hashed_tx));
+        let writing = spawn_blocking(move || write(Uncached::new(file, done), hashed_rx, &empty_tx, &is_gone));
+        Ok(Self {
+            part,
+            size,
+            done,
+            rest: Bytes::new(),
+            block: Some(Block::behind(done)),
+            empty,
+            full: Some(full_tx),
+            hashing,
+            writing,
+            here: gone.drop_guard(),
+            progress,
+        })
     }
 
     /// Whether all has come that was there when it was asked for.
@@ -84,18 +100,31 @@ impl<'a> Landing<'a> {
         // If nobody takes the last piece, the writing tells why.
         let _ = self.close().await;
         let _here = self.here;
-        let digest = self.writing.await.map_err(io::Error::other).and_then(|digest| digest);
-        digest.map_err(|error| Error::local_file(&self.part, &error))
+        let written = self.writing.await.map_err(io::Error::other).and_then(|written| written);
+        written.map_err(|error| Error::local_file(&self.part, &error))?;
+        self.hashing.await.map_err(|error| Error::local_file(&self.part, &io::Error::other(error)))
     }
 
-    fn poll_send(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        if !self.batch.is_empty() {
-            ready!(self.batches.poll_reserve(context)).map_err(io::Error::other)?;
-            self.n_gathered = 0;
-            let batch = std::mem::take(&mut self.batch);
-            self.batches.send_item(batch).map_err(io::Error::other)?;
+    /// Takes what has come into blocks.
+    fn poll_rest(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        while !self.rest.is_empty() {
+            if self.block.is_none() {
+                self.block = ready!(self.empty.poll_recv(context));
+            }
+            let Some(block) = &mut self.block else { return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into())) };
+            block.fill(&mut self.rest);
+            if block.is_full() {
+                self.give_block()?;
+            }
         }
         Poll::Ready(Ok(()))
+    }
+
+    fn give_block(&mut self) -> io::Result<()> {
+        match (self.block.take(), &self.full) {
+            (Some(block), Some(full)) => full.try_send(block).map_err(|_| io::ErrorKind::BrokenPipe.into()),
+            (Some(_), None) | (None, _) => Ok(()),
+        }
     }
 }
 
@@ -103,7 +132,7 @@ impl Sink<Bytes> for Landing<'_> {
     type Error = io::Error;
 
     fn poll_ready(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        if self.n_gathered < BATCH_BYTES { Poll::Ready(Ok(())) } else { self.poll_send(context) }
+        self.poll_rest(context)
     }
 
     fn start_send(mut self: Pin<&mut Self>, mut piece: Bytes) -> io::Result<()> {
@@ -112,20 +141,19 @@ impl Sink<Bytes> for Landing<'_> {
         }
         piece.truncate(usize::try_from(self.size - self.done).unwrap_or(usize::MAX));
         self.done += piece.len() as u64;
-        self.n_gathered += piece.len();
-        self.batch.push(piece);
+        self.rest = piece;
         (self.progress)(self.done);
         Ok(())
     }
 
-    fn poll_flush(self: Pin<&mut Self>, _context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Poll::Ready(Ok(()))
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.poll_rest(context)
     }
 
     fn poll_close(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        ready!(self.poll_send(context))?;
-        self.batches.close();
-        Poll::Ready(Ok(()))
+        let given = ready!(self.poll_rest(context)).and_then(|()| self.give_block());
+        self.full = None;
+        Poll::Ready(given)
     }
 }
 
@@ -135,30 +163,32 @@ fn hashed(before: impl Read) -> io::Result<Hasher> {
     Ok(hasher)
 }
 
-/// Writes what comes behind what came before, and gives the SHA-256 of both.
+/// Gives the SHA-256 of what came before and what comes.
+fn hash(mut hasher: Hasher, mut full: mpsc::Receiver<Block>, hashed: &mpsc::Sender<Block>) -> Digest {
+    while let Some(block) = full.blocking_recv() {
+        hasher.update(block.bytes());
+        if hashed.blocking_send(block).is_err() {
+            break;
+        }
+    }
+    hasher.finish()
+}
+
+/// Writes what comes behind what came before.
 fn write(
-    mut file: File,
-    mut hasher: Hasher,
-    mut batches: mpsc::Receiver<Vec<Bytes>>,
+    mut target: Uncached,
+    mut hashed: mpsc::Receiver<Block>,
+    empty: &mpsc::Sender<Block>,
     is_gone: &CancellationToken,
-) -> io::Result<Digest> {
-    let mut n_unflushed = 0;
-    let mut flushing: Option<JoinHandle<()>> = None;
-    while let Some(batch) = batches.blocking_recv() {
+) -> io::Result<()> {
+    while let Some(mut block) = hashed.blocking_recv() {
         if is_gone.is_cancelled() {
             return Err(io::Error::other("nobody waits for it any more"));
         }
-        for piece in batch {
-            file.write_all(&piece)?;
-            hasher.update(&piece);
-            n_unflushed += piece.len() as u64;
-        }
-        if n_unflushed >= FLUSH_BYTES && flushing.as_ref().is_none_or(JoinHandle::is_finished) {
-            n_unflushed = 0;
-            let file = file.try_clone()?;
-            // Only the last one has to succeed, and that is not this one.
-            flushing = Some(spawn_blocking(move || _ = file.sync_data()));
-        }
+        target.put(&block)?;
+        block.clear();
+        // Nobody takes it when all has come.
+        let _ = empty.try_send(block);
     }
-    Ok(hasher.finish())
+    Ok(())
 }

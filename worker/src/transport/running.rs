@@ -14,14 +14,9 @@ use super::{Error, OUTPUT_MAX, Output, local, ssh};
 /// How much is read at a time from what a command is fed.
 const PIECE: usize = 64 << 10;
 
-/// For how long no byte may move, in either direction.
-#[derive(Clone, Copy)]
-pub(super) struct Limits {
-    /// While the command is fed.
-    pub(super) fed: Duration,
-    /// When it has got everything.
-    pub(super) after: Duration,
-}
+/// For how long no byte may move, in either direction; asked again whenever one has moved, with whether the command has
+/// got everything.
+pub(super) type Limit<'a> = &'a (dyn Fn(bool) -> Duration + Sync);
 
 /// What comes from a command.
 pub(super) enum Event {
@@ -133,25 +128,27 @@ impl Running {
     pub(super) async fn exchange(
         self,
         input: impl AsyncRead + Send + Unpin,
-        limits: Option<Limits>,
+        limit: Option<Limit<'_>>,
     ) -> Result<Output, Error> {
-        self.run(input, Target::<Vec<Bytes>>::Memory(Vec::new()), limits).await
+        self.run(input, Target::<Vec<Bytes>>::Memory(Vec::new()), &mut |_| (), limit).await
     }
 
-    /// Gives the command's standard output away as it comes.
+    /// Gives the command's standard output away as it comes, and shows all of its standard error whenever that grows.
     pub(super) async fn receive<E: Display>(
         self,
         output: impl Sink<Bytes, Error = E> + Send + Unpin,
-        silence: Duration,
+        show: &mut (dyn FnMut(&[u8]) + Send),
+        limit: Limit<'_>,
     ) -> Result<Output, Error> {
-        self.run(tokio::io::empty(), Target::Stream(output), Some(Limits { fed: silence, after: silence })).await
+        self.run(tokio::io::empty(), Target::Stream(output), show, Some(limit)).await
     }
 
     async fn run<E: Display>(
         mut self,
         input: impl AsyncRead + Send + Unpin,
         mut target: Target<impl Sink<Bytes, Error = E> + Send + Unpin>,
-        limits: Option<Limits>,
+        show: &mut (dyn FnMut(&[u8]) + Send),
+        limit: Option<Limit<'_>>,
     ) -> Result<Output, Error> {
         let (stdin, mut events) = self.halves();
         let moved = Moved(Mutex::new(Instant::now()));
@@ -160,7 +157,7 @@ impl Running {
         let mut is_fed = false;
         let mut stderr = Vec::new();
         loop {
-            let limit = limits.map(|limits| if is_fed { limits.after } else { limits.fed });
+            let limit = limit.map(|limit| limit(is_fed));
             let event = tokio::select! {
                 event = events.next() => event?,
                 fed = &mut feeding, if !is_fed => {
@@ -182,7 +179,10 @@ impl Running {
                         moved.now();
                     }
                 },
-                Event::Stderr(piece) => keep(&mut stderr, &piece)?,
+                Event::Stderr(piece) => {
+                    keep(&mut stderr, &piece)?;
+                    show(&stderr);
+                }
                 Event::Ended { exit, signal } => {
                     let stdout = match target {
                         Target::Memory(stdout) => stdout,

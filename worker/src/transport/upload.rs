@@ -15,13 +15,12 @@ use baton_common::digest::Digest;
 use tokio::fs::File;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncSeekExt, ReadBuf, Take};
 
-use super::{DIGEST, DIGEST_LIMIT, Error, Limits, SILENCE_LIMIT, Session, digest_of, quote, quote_path};
+use super::{
+    DIGEST, DIGEST_LIMIT, Error, HASHED_ON_THE_WAY_FROM, SILENCE_LIMIT, Session, digest_of, quote, quote_path,
+};
 
 /// Bytes that are read at once.
 const PIECE: usize = 1 << 20;
-
-/// What comes last may be the hashing of all that came before the stream was cut.
-const UPLOAD_LIMITS: Limits = Limits { fed: SILENCE_LIMIT, after: DIGEST_LIMIT };
 
 /// The exit for a file that has not come whole.
 const CUT: i32 = 45;
@@ -31,9 +30,6 @@ const UNREAD: i32 = 47;
 
 /// The exit of [`FOLLOW`] that has printed a digest: some other program of that name may say that it has ended well.
 const FOLLOWED: i32 = 46;
-
-/// Files of at least this size are hashed while they grow. With a smaller one it takes longer to start Python.
-const FOLLOWED_FROM: u64 = 16 << 20;
 
 /// Hashes its standard input for as long as that stands at the part's name, and what it has not read then. It prints a
 /// digest only of the very file that stands at the target in the end, with the length that this should have. It ends with
@@ -84,7 +80,7 @@ pub(super) async fn put(
     source.set_max_buf_size(PIECE);
     progress(done);
     let input = Counted { source: source.take(size - done), size, progress };
-    let (follow, unless_followed) = if size < FOLLOWED_FROM {
+    let (follow, unless_followed) = if size < HASHED_ON_THE_WAY_FROM {
         (String::new(), String::new())
     } else {
         let program = quote(FOLLOW);
@@ -101,7 +97,9 @@ pub(super) async fn put(
          mv -fT {part} {target} || exit 1
          {unless_followed} {{ echo; {DIGEST}; }} < {target} || exit {UNREAD}"
     );
-    let output = session.send_within(UPLOAD_LIMITS, &command, input).await?;
+    // What comes last may be the hashing of all that came before the stream was cut.
+    let limit = |is_fed| if is_fed { DIGEST_LIMIT } else { SILENCE_LIMIT };
+    let output = session.send_within(&limit, &command, input).await?;
     let reason = |otherwise: &str| output.reason().unwrap_or_else(|| otherwise.to_owned());
     match output.exit {
         Some(0) => digest_of(&output.stdout),
