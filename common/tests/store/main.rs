@@ -191,6 +191,7 @@ macro_rules! on_both {
     };
 }
 
+mod deaths;
 mod lists;
 mod needed;
 mod plans;
@@ -213,15 +214,11 @@ on_both! {
     nobody_holds_it_so_control_applies_at_once
     play_returns_a_sleeper_to_its_sleep
     on_hold_means_accepted_and_not_run
-    five_deaths_without_a_checkpoint_end_it
-    a_suspect_is_claimed_alone
-    a_gone_worker_beats_no_more
     what_is_given_back_by_someone_who_does_not_know_it_keeps_its_try
     the_head_rule_tells_only_what_is_older
     many_are_controlled_by_labels
     every_condition_of_a_selection_narrows_it
     an_event_says_what_a_request_came_to
-    a_request_that_its_holder_did_not_live_to_obey_is_obeyed_when_it_is_freed
     force_ends_it_under_its_holder_and_leaves_the_attempt
     a_request_to_many_that_was_cut_off_goes_on_and_undoes_nothing
     fleet_and_worker_learn_at_the_beat_what_is_wanted
@@ -422,64 +419,6 @@ async fn on_hold_means_accepted_and_not_run(scene: Scene) {
     assert_eq!(scene.recorded(pid, Desired::Run).await.place, Place::Queued);
 }
 
-async fn five_deaths_without_a_checkpoint_end_it(scene: Scene) {
-    let pid = scene.submit("call: baton.noop").await;
-    for death in 1..=5 {
-        let me = Incarnation::generate();
-        scene.store.register(me, &worker("doomed")).await.unwrap();
-        let writer = Scene::writer(&scene.store, me).await;
-        assert!(matches!(writer.claim(pid, "default".into(), None).await.unwrap(), Claim::Claimed(_)));
-        assert!(scene.store.declare_gone(me, 0).await.unwrap());
-        let freed = scene.store.free().await.unwrap();
-        assert_eq!(freed.ended.len(), usize::from(death == 5));
-    }
-    let details = scene.store.show(pid).await.unwrap().unwrap();
-    assert_eq!(details.summary.state, State::Excepted);
-    assert_eq!(details.attempts.len(), 5);
-    assert!(details.summary.outcome.unwrap().reason.unwrap().contains("died 5 times"));
-}
-
-async fn a_suspect_is_claimed_alone(scene: Scene) {
-    let pids = [scene.submit("call: baton.noop").await, scene.submit("call: baton.noop").await];
-    for _ in 0..2 {
-        let me = Incarnation::generate();
-        scene.store.register(me, &worker("doomed")).await.unwrap();
-        let writer = Scene::writer(&scene.store, me).await;
-        for pid in pids {
-            assert!(matches!(writer.claim(pid, "default".into(), None).await.unwrap(), Claim::Claimed(_)));
-        }
-        scene.store.declare_gone(me, 0).await.unwrap();
-        scene.store.free().await.unwrap();
-    }
-    // Each of them may have killed the worker; together they would be tried for each other's crime.
-    let (first, second) = tokio::join!(scene.claim(pids[0]), scene.claim(pids[1]));
-    let (claimed, refused) = if matches!(first, Claim::Claimed(_)) { (first, second) } else { (second, first) };
-    assert!(matches!(refused, Claim::NotBesideAnother), "{refused:?}");
-    let Claim::Claimed(claimed) = claimed else { panic!("{claimed:?}") };
-    assert!(claimed.is_suspect());
-    let other = if claimed.fence.pid == pids[0] { pids[1] } else { pids[0] };
-    scene
-        .writer
-        .checkpoint(claimed.fence, &Checkpoint { advances: 1, ..Checkpoint::default() })
-        .await
-        .unwrap()
-        .unwrap();
-    // With a checkpoint it is none any more.
-    assert!(scene.claimed(other).await.is_suspect());
-    assert!(matches!(scene.claim(other).await, Claim::NotQueued), "it is held");
-}
-
-async fn a_gone_worker_beats_no_more(scene: Scene) {
-    let alive = Beat::Alive { beat: 1, drain: false, is_fleet_paused: false };
-    assert_eq!(scene.store.beat(scene.me, &Load::default()).await.unwrap(), alive);
-    let seen = scene.store.peers().await.unwrap();
-    assert_eq!((seen.len(), seen[0].beat), (1, 1));
-    assert!(!scene.store.declare_gone(scene.me, 0).await.unwrap(), "its beat has moved since");
-    assert!(scene.store.declare_gone(scene.me, 1).await.unwrap());
-    assert_eq!(scene.store.beat(scene.me, &Load::default()).await.unwrap(), Beat::Gone);
-    assert!(scene.store.peers().await.unwrap().is_empty());
-}
-
 async fn what_is_given_back_by_someone_who_does_not_know_it_keeps_its_try(scene: Scene) {
     let pid = scene.submit("call: baton.noop").await;
     let give_back = |fence, attempt| {
@@ -573,21 +512,6 @@ async fn an_event_says_what_a_request_came_to(scene: Scene) {
         was("kill", "ended"),
     ];
     assert_eq!(history(&scene, pid).await, expected);
-}
-
-async fn a_request_that_its_holder_did_not_live_to_obey_is_obeyed_when_it_is_freed(scene: Scene) {
-    for (verb, state) in [(Desired::Pause, State::Paused(Live::Running)), (Desired::Kill, State::Killed)] {
-        let me = Incarnation::generate();
-        scene.store.register(me, &worker("doomed")).await.unwrap();
-        let pid = scene.submit("call: baton.noop").await;
-        let writer = Scene::writer(&scene.store, me).await;
-        assert!(matches!(writer.claim(pid, "default".into(), None).await.unwrap(), Claim::Claimed(_)));
-        let asked = scene.recorded(pid, verb).await;
-        assert!(scene.store.declare_gone(me, 0).await.unwrap());
-        assert_eq!(scene.store.free().await.unwrap().count(), 1);
-        assert_eq!(scene.state(pid).await.1, state);
-        assert_eq!(scene.store.settled(asked.event).await.unwrap(), Some(Settled::Applied));
-    }
 }
 
 async fn force_ends_it_under_its_holder_and_leaves_the_attempt(scene: Scene) {
