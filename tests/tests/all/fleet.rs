@@ -92,7 +92,7 @@ async fn a_frozen_worker_writes_nothing_more_ends_its_programs_and_goes_on_as_a_
     let scene = Scene::new().await;
     journal::keep(&scene).await;
     let witness = scene.path("witness");
-    let frozen = scene.worker("frozen", &[]).await;
+    let frozen = scene.worker("frozen", &["--threads", "1"]).await;
     let mut pids = scene.submit(&count_spec(200, "100ms", &witness), 10).await;
     let program =
         scene.submit("{script: 'echo $$ >> ../../../../../started; sleep 1733; true', name: sleeper}", 1).await;
@@ -132,7 +132,12 @@ async fn a_frozen_worker_writes_nothing_more_ends_its_programs_and_goes_on_as_a_
         if count == 2 { Ok(()) } else { Err(count) }
     })
     .await;
-    assert_eq!(lines_of_frozen(" 1 "), before, "the frozen worker has advanced a process that it had lost");
+    // Its one thread may have been about to write the line of an advance that had begun; it begins no other.
+    let after = lines_of_frozen(" 1 ");
+    assert!(
+        (before..=before + 1).contains(&after),
+        "the frozen worker has advanced what it had lost: {before} {after}"
+    );
     // As a new incarnation it takes work again.
     let all = lines_of_frozen(" ");
     let more = scene.submit(&count_spec(5, "10ms", &witness), 300).await;

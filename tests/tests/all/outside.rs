@@ -85,8 +85,9 @@ async fn messages_that_the_library_cannot_read_go_to_the_dead_letters_and_stop_n
     .await;
     let amqp = scene.amqp().await;
     eventually("each is put aside, once", Duration::from_secs(30), async || {
-        let depths = (amqp.depth("baton.dead").await, amqp.depth("baton.task.default").await);
-        if depths == (5, 0) { Ok(()) } else { Err(depths) }
+        let tasks = amqp.depth("baton.task.default").await;
+        let depths = (amqp.depth("baton.dead").await, tasks, amqp.depth("baton.control").await);
+        if depths == (5, 0, 0) { Ok(()) } else { Err(depths) }
     })
     .await;
     let letters = scene.baton(&["dead", "list", "-o", "json"]).await.ok().json();
