@@ -55,6 +55,8 @@ const UNREADABLE: &str = r#"
 import sys, pika
 connection = pika.BlockingConnection(pika.URLParameters(sys.argv[1]))
 channel = connection.channel()
+# A quorum queue need not get what a channel that closes has published without confirms.
+channel.confirm_delivery()
 for exchange, key in [("baton.task", "default"), ("baton.task", "default"), ("baton.broadcast", "")]:
     channel.basic_publish(exchange, key, b"{}", pika.BasicProperties(message_id=b"\xff\xfe", delivery_mode=2))
 sys.setrecursionlimit(20000)
