@@ -403,13 +403,13 @@ impl Session {
     }
 }
 
-/// A command that prints the SHA-256 of its standard input: by the processor's own instructions, which coreutils often do
-/// without. That is five times as fast.
-const DIGEST: &str = "if command -v openssl > /dev/null; then openssl dgst -sha256 -r; else sha256sum; fi";
-
 /// Files of at least this size are hashed there by a Python program while they come or go. With a smaller one it takes
 /// longer to start that.
 const HASHED_ON_THE_WAY_FROM: u64 = 16 << 20;
+
+/// A command that prints the SHA-256 of its standard input: by the processor's own instructions, which coreutils often do
+/// without. That is five times as fast.
+const DIGEST: &str = "if command -v openssl > /dev/null; then openssl dgst -sha256 -r; else sha256sum; fi";
 
 /// What such a command has printed.
 fn digest_of(printed: &[u8]) -> Result<Digest, Error> {

@@ -5,7 +5,7 @@ use baton_common::state::{Desired, Live, State};
 use baton_common::store::blob::Checkpoint;
 use baton_common::store::control::Settled;
 use baton_common::store::worker::{Beat, Load};
-use baton_common::store::writer::Claim;
+use baton_common::store::writer::{Claim, Writer};
 
 use crate::{Scene, worker};
 
@@ -16,12 +16,17 @@ on_both! {
     a_request_that_its_holder_did_not_live_to_obey_is_obeyed_when_it_is_freed
 }
 
+/// A worker that will die, and its writer.
+async fn doomed(scene: &Scene) -> (Incarnation, Writer) {
+    let me = Incarnation::generate();
+    scene.store.register(me, &worker("doomed")).await.unwrap();
+    (me, Scene::writer(&scene.store, me).await)
+}
+
 async fn five_deaths_without_a_checkpoint_end_it(scene: Scene) {
     let pid = scene.submit("call: baton.noop").await;
     for death in 1..=5 {
-        let me = Incarnation::generate();
-        scene.store.register(me, &worker("doomed")).await.unwrap();
-        let writer = Scene::writer(&scene.store, me).await;
+        let (me, writer) = doomed(&scene).await;
         assert!(matches!(writer.claim(pid, "default".into(), None).await.unwrap(), Claim::Claimed(_)));
         assert!(scene.store.declare_gone(me, 0).await.unwrap());
         let freed = scene.store.free().await.unwrap();
@@ -36,9 +41,7 @@ async fn five_deaths_without_a_checkpoint_end_it(scene: Scene) {
 async fn a_suspect_is_claimed_alone(scene: Scene) {
     let pids = [scene.submit("call: baton.noop").await, scene.submit("call: baton.noop").await];
     for _ in 0..2 {
-        let me = Incarnation::generate();
-        scene.store.register(me, &worker("doomed")).await.unwrap();
-        let writer = Scene::writer(&scene.store, me).await;
+        let (me, writer) = doomed(&scene).await;
         for pid in pids {
             assert!(matches!(writer.claim(pid, "default".into(), None).await.unwrap(), Claim::Claimed(_)));
         }
@@ -76,10 +79,8 @@ async fn a_gone_worker_beats_no_more(scene: Scene) {
 
 async fn a_request_that_its_holder_did_not_live_to_obey_is_obeyed_when_it_is_freed(scene: Scene) {
     for (verb, state) in [(Desired::Pause, State::Paused(Live::Running)), (Desired::Kill, State::Killed)] {
-        let me = Incarnation::generate();
-        scene.store.register(me, &worker("doomed")).await.unwrap();
+        let (me, writer) = doomed(&scene).await;
         let pid = scene.submit("call: baton.noop").await;
-        let writer = Scene::writer(&scene.store, me).await;
         assert!(matches!(writer.claim(pid, "default".into(), None).await.unwrap(), Claim::Claimed(_)));
         let asked = scene.recorded(pid, verb).await;
         assert!(scene.store.declare_gone(me, 0).await.unwrap());

@@ -310,13 +310,11 @@ async fn a_process_that_kills_its_workers_is_excepted_after_five_deaths() {
 #[ignore = "needs services: run tests/run"]
 async fn suspects_go_on_one_after_the_other_without_a_pause() {
     let scene = Scene::new().await;
-    // The first of them is held until its only advance has ended; the others must not need the head rule, which finds one
-    // in two seconds at most.
-    let spec = "{call: baton.block, with: {for: 2s}}";
-    scene.submit(spec, 1).await;
+    // While one is held, the messages of the others come to nothing; with the head rule alone, one would go on in two
+    // seconds at best.
+    scene.submit("{call: baton.block, with: {for: 2s}}", 1).await;
     scene.submit("call: baton.noop", 30).await;
-    let steps = "{call: baton.count, with: {advances: 3, every: 600s}}";
-    scene.submit(steps, 10).await;
+    scene.submit("{call: baton.count, with: {advances: 3, every: 600s}}", 10).await;
     scene.sql("UPDATE process SET deaths = 2").await;
     let since = Instant::now();
     let _worker = scene.worker("w1", &["--slots", "50"]).await;

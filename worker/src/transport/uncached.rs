@@ -1,5 +1,5 @@
-//! Large files that are written past the page cache: they have to be on the disk before anything says that they are there,
-//! and the copy in memory would cost as much processor time as all else that is done to them here.
+//! Files that are written past the page cache: they have to be on the disk before anything says that they are there, and the
+//! copy in memory would only cost processor time.
 
 use std::fs::File;
 use std::io::{self, Write};
