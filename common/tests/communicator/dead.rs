@@ -515,9 +515,11 @@ async fn a_burial_that_has_to_be_repeated_is_one_letter_and_no_reason_is_too_lon
     let stranger = vhost.stranger().await;
     stranger.channel.queue_delete(DEAD.into(), QueueDeleteOptions::default()).await.unwrap();
     delivery.settle.dead(&"too long ".repeat(100_000)).await;
-    eventually("the queue is declared again", async || {
+    // A queue is listed some time before it can be consumed from; a letter that is there shows that it can.
+    eventually("the letter is in a queue that was declared again", async || {
         let queues = vhost.http("GET", "queues/{vhost}", None);
-        (queues.as_array().unwrap().iter().any(|queue| queue["name"] == DEAD), queues)
+        let holds = |queue: &serde_json::Value| queue["name"] == DEAD && queue["messages_ready"] == 1;
+        (queues.as_array().unwrap().iter().any(holds), queues)
     })
     .await;
     let dead = stranger.take(DEAD, 1).await.remove(0);
