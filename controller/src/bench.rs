@@ -26,7 +26,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use self::cost::PerProcess;
-use self::limits::Limits;
+use self::limits::{Combined, Limits};
 use crate::cli::bench::BenchCommand;
 use crate::cli::{Global, Output};
 use crate::client::{Client, whoami};
@@ -93,7 +93,8 @@ pub(crate) async fn run(global: &Global, command: BenchCommand) -> Result<u8, Fa
     let bench = Bench::open(global, &command).await?;
     let measured = match command {
         BenchCommand::Limits(arguments) => {
-            let combined = arguments.combined.then_some(arguments.count);
+            let of = Combined { count: arguments.count, steps: arguments.steps };
+            let combined = arguments.combined.then_some(of);
             limits::measure(&bench, arguments.each, combined)
                 .await
                 .map(|limits| json!({"bench": "limits", "limits": limits}))

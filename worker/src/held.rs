@@ -162,6 +162,14 @@ impl Live {
         }
     }
 
+    /// What the row says is desired.
+    pub(crate) fn wish(&self, desired: Desired, urgent: bool) {
+        self.order(|orders| {
+            orders.desired = desired;
+            orders.urgent = urgent;
+        });
+    }
+
     fn order(&self, change: impl FnOnce(&mut Orders)) {
         let mut orders = self.lock_orders();
         let before = *orders;
@@ -361,10 +369,7 @@ impl Held {
     /// What the row of a held process says; ignored if that holding has ended.
     pub(crate) fn order(&self, wish: Wish) {
         if let Some(entry) = self.lock().entries.get(&wish.fence.pid).filter(|entry| entry.fence == wish.fence) {
-            entry.live.order(|orders| {
-                orders.desired = wish.desired;
-                orders.urgent = wish.urgent;
-            });
+            entry.live.wish(wish.desired, wish.urgent);
         }
     }
 

@@ -19,11 +19,10 @@ use baton_common::state::{Desired, Place, State};
 use baton_common::store::Error as StoreError;
 use baton_common::store::blob::{Checkpoint, Outcome};
 use baton_common::store::control::{Answer, Request};
-use baton_common::store::worker::Wish;
 use baton_common::store::writer::{Attempt, Claimed, Fence, Fenced, How, Verb, Written};
 use futures_util::FutureExt;
 use tokio::sync::OwnedSemaphorePermit;
-use tracing::{Instrument, debug, info, warn};
+use tracing::{Instrument, Span, debug, info, warn};
 
 use crate::held::{Drain, Live, Orders, SLEEPING, WRITING};
 use crate::incarnation::Shared;
@@ -94,6 +93,8 @@ struct Run {
     has_outside: bool,
     /// No other suspect can be claimed, until this one's next checkpoint.
     is_suspect: bool,
+    /// In which it advances; none while it waits in memory, where thousands may.
+    span: Option<Span>,
     /// What the last write left, once that is no longer `held`; `None` when the lease was lost.
     left: Option<Written>,
     outcome: Option<Outcome>,
@@ -150,6 +151,7 @@ impl Run {
             claimed_at,
             has_outside,
             is_suspect,
+            span: None,
             left: None,
             outcome: None,
         });
@@ -303,13 +305,15 @@ impl Run {
         let context = Rc::clone(&self.context);
         context.draft.borrow_mut().renew(&self.checkpoint);
         context.live.set_stage("advancing");
-        let span = tracing::info_span!(
-            "advance",
-            process.id = %context.pid(),
-            process.kind = context.spec.kind(),
-            epoch = context.epoch(),
-            advance = context.advance_number(),
-        );
+        let span = self.span.get_or_insert_with(|| {
+            tracing::info_span!(
+                "process",
+                process.id = %context.pid(),
+                process.kind = context.spec.kind(),
+                epoch = context.epoch(),
+            )
+        });
+        let span = span.clone();
         let process = self.process.as_mut().expect("a process that was restored is there until it ends");
         let advanced = tokio::select! {
             biased;
@@ -404,6 +408,7 @@ impl Run {
     async fn linger(&mut self, pause: Duration) {
         self.context.live.set_stage(SLEEPING);
         // Thousands may wait for hours, and a map of values takes more room than all else that is kept of them.
+        self.span = None;
         let packed = (pause >= PARK_FROM).then(|| std::mem::take(&mut self.checkpoint).to_bytes().into_boxed_slice());
         // Whoever pauses or drains need not wait for it: a wait that is cut is an early advance later, no error.
         let _ = tokio::time::timeout(pause, self.context.live.until(Orders::are_any)).await;
@@ -604,7 +609,7 @@ impl Run {
                     }
                 }
                 if written.place == Place::Held {
-                    self.shared.held.order(Wish { fence, desired: written.desired, urgent: written.urgent });
+                    self.context.live.wish(written.desired, written.urgent);
                     return Hold::Held;
                 }
                 self.context.live.set_left_as(written.state);

@@ -65,14 +65,14 @@ impl BareTables {
 }
 
 impl BareLane {
-    /// Claims some and ends others, in one commit.
+    /// Claims some and ends others with their last advance, the number of which is `advances`, in one commit.
     ///
     /// # Errors
     /// The database does not answer.
-    pub async fn turn(&self, mut claims: Vec<Pid>, ends: &[Claimed]) -> Result<Vec<Claimed>, Error> {
+    pub async fn turn(&self, mut claims: Vec<Pid>, ends: &[Claimed], advances: u64) -> Result<Vec<Claimed>, Error> {
         claims.sort_unstable();
         let queued = claims.into_iter().map(|pid| (pid, "default".to_owned())).collect::<Vec<_>>();
-        let mut writes = ends.iter().map(end).collect::<Vec<_>>();
+        let mut writes = ends.iter().map(|claimed| end(claimed, advances)).collect::<Vec<_>>();
         writes.sort_unstable_by_key(|write| write.fence.pid);
         let writes = writes.iter().collect::<Vec<_>>();
         // One statement is its own transaction.
@@ -91,24 +91,25 @@ impl BareLane {
         Ok(claimed.into_values().collect())
     }
 
-    /// Writes the first checkpoint of each, or the same once more, in one statement and one commit.
+    /// Writes the checkpoint of each after so many advances, the next one or the same once more, in one statement and one
+    /// commit. They are in the order of their ids.
     ///
     /// # Errors
     /// [`Error::NoRow`] when not all of them are held under these fences; the database does not answer.
-    pub async fn checkpoint(&self, fences: &[Fence]) -> Result<(), Error> {
-        let checkpoint = (&Checkpoint { advances: 1, state: vec![0x2a; 16], ..Checkpoint::default() }).into();
+    pub async fn checkpoint(&self, fences: &[Fence], advances: u64) -> Result<(), Error> {
+        let checkpoint = (&Checkpoint { advances, state: vec![0x2a; 16], ..Checkpoint::default() }).into();
         let checkpoints = fences.iter().map(|fence| (*fence, &checkpoint)).collect::<Vec<_>>();
         let changed = fenced::checkpoint(&self.db, self.store.dialect, &checkpoints).await?;
         if changed.len() < fences.len() { Err(Error::NoRow) } else { Ok(()) }
     }
 }
 
-fn end(claimed: &Claimed) -> Fenced {
+fn end(claimed: &Claimed, advances: u64) -> Fenced {
     let outcome = Outcome { exit: Some(0), ok: true, ..Outcome::default() };
     Fenced {
         fence: claimed.fence,
         verb: Verb::End { state: State::Finished, outcome },
-        checkpoint: Some((&Checkpoint { advances: 1, ..Checkpoint::default() }).into()),
+        checkpoint: Some((&Checkpoint { advances, ..Checkpoint::default() }).into()),
         attempt: 1,
         ended: Some(Attempt { started_at: claimed.claimed_at, how: How::Ok, reason: None }),
         outputs: vec![],

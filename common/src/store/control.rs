@@ -240,7 +240,7 @@ impl Store {
             let controlled = controlled(answer, before, request)?;
             let is_pending = is_pending(controlled.place, request.verb);
             let outcome = if is_pending && request.verb != Desired::Run { "" } else { Settled::Applied.word() };
-            events.push(vec![Uuid::from(controlled.event).into(), before.id.into(), outcome.to_owned().into()]);
+            events.push([Uuid::from(controlled.event).into(), before.id.into(), outcome.to_owned().into()]);
             changed.push(controlled);
         }
         if !events.is_empty() {
@@ -353,7 +353,7 @@ pub(super) async fn settle(
             State::Killed => Desired::Kill.verb(),
             State::Created | State::Running | State::Waiting | State::Finished | State::Excepted => "",
         };
-        batch.push(vec![Uuid::from(*pid).into(), what.to_owned().into(), i16::from(state.is_final()).into()]);
+        batch.push([Uuid::from(*pid).into(), what.to_owned().into(), i16::from(state.is_final()).into()]);
     }
     if !batch.is_empty() {
         connection.execute_raw(dialect.batch(SETTLE, vec![], batch)).await?;

@@ -34,7 +34,8 @@ pub(crate) enum Kind {
 #[derive(Clone)]
 pub(crate) struct Batch {
     columns: &'static [(&'static str, Kind)],
-    rows: Vec<Vec<Value>>,
+    /// One list a column.
+    values: Vec<Vec<Value>>,
 }
 
 impl Dialect {
@@ -53,13 +54,13 @@ impl Dialect {
     /// `template` over the rows of `batch`, which it reads as the table `b` in its first common table expression
     /// (`WITH {rows} …`). `scalars` are `$1`, `$2`…
     pub(crate) fn batch(self, template: &str, scalars: Vec<Value>, batch: Batch) -> Statement {
-        let sql = self.batch_text(template, batch.columns, scalars.len() + 1, batch.rows.len());
+        let sql = self.batch_text(template, batch.columns, scalars.len() + 1, batch.len());
         self.bound(sql, scalars, batch)
     }
 
     /// The same for a template of the hot path, whose text for PostgreSQL does not depend on the rows and is kept.
     pub(crate) fn hot_batch(self, template: &'static str, scalars: Vec<Value>, batch: Batch) -> Statement {
-        let text = || self.batch_text(template, batch.columns, scalars.len() + 1, batch.rows.len());
+        let text = || self.batch_text(template, batch.columns, scalars.len() + 1, batch.len());
         let sql = match self {
             Dialect::Postgres => kept_text(template, text),
             Dialect::Sqlite => text(),
@@ -68,18 +69,19 @@ impl Dialect {
     }
 
     fn bound(self, sql: String, mut scalars: Vec<Value>, batch: Batch) -> Statement {
-        let n_rows = batch.rows.len();
         match self {
             Dialect::Postgres => {
-                let mut columns = batch.columns.iter().map(|_| Vec::with_capacity(n_rows)).collect::<Vec<_>>();
-                for (column, value) in batch.rows.into_iter().flat_map(|row| row.into_iter().enumerate()) {
-                    columns[column].push(value);
-                }
-                let arrays = batch.columns.iter().zip(columns);
+                let arrays = batch.columns.iter().zip(batch.values);
                 scalars
                     .extend(arrays.map(|((_, kind), column)| Value::Array(kind.array_type(), Some(Box::new(column)))));
             }
-            Dialect::Sqlite => scalars.extend(batch.rows.into_iter().flatten()),
+            Dialect::Sqlite => {
+                let mut columns = batch.values.into_iter().map(Vec::into_iter).collect::<Vec<_>>();
+                while let Some(first) = columns.first_mut().and_then(Iterator::next) {
+                    scalars.push(first);
+                    scalars.extend(columns[1..].iter_mut().filter_map(Iterator::next));
+                }
+            }
         }
         Statement::from_sql_and_values(self.backend(), sql, scalars)
     }
@@ -118,7 +120,10 @@ impl Dialect {
         for desired in [Desired::Run, Desired::Pause, Desired::Kill] {
             sql = sql.replace(&format!("{{{}}}", desired.verb()), &desired.code().to_string());
         }
-        let words: [(&str, &str, &str); 9] = [
+        let words: [(&str, &str, &str); 10] = [
+            // The row of the batch's id. PostgreSQL could turn a join by an equality round, and would go through the whole
+            // table for each batch while it takes that for empty; by a range it can only find the row of each id by an index.
+            ("{id_of_b}", "id BETWEEN b_id AND b_id", "id = b_id"),
             (
                 "{now}",
                 "(extract(epoch from now()) * 1000000)::bigint",
@@ -160,23 +165,30 @@ fn kept_text(template: &'static str, make: impl FnOnce() -> String) -> String {
 
 impl Batch {
     pub(crate) fn new(columns: &'static [(&'static str, Kind)]) -> Self {
-        Self { columns, rows: Vec::new() }
+        Self { columns, values: vec![Vec::new(); columns.len()] }
     }
 
-    pub(crate) fn push(&mut self, row: Vec<Value>) {
-        debug_assert_eq!(row.len(), self.columns.len());
-        self.rows.push(row);
+    /// Adds a row, which has a value for each column.
+    pub(crate) fn push<const N: usize>(&mut self, row: [Value; N]) {
+        debug_assert_eq!(N, self.columns.len());
+        for (column, value) in self.values.iter_mut().zip(row) {
+            column.push(value);
+        }
+    }
+
+    fn len(&self) -> usize {
+        self.values.first().map_or(0, Vec::len)
     }
 
     pub(crate) fn is_empty(&self) -> bool {
-        self.rows.is_empty()
+        self.len() == 0
     }
 
     /// A batch of ids only, as the column `b_id`.
     pub(crate) fn ids(ids: impl IntoIterator<Item = Uuid>) -> Self {
         let mut batch = Self::new(&[("b_id", Kind::Uuid)]);
         for id in ids {
-            batch.push(vec![id.into()]);
+            batch.push([id.into()]);
         }
         batch
     }

@@ -66,7 +66,7 @@ pub(super) async fn missed(
 fn batch_of_claims(claims: &[(Pid, String)]) -> Batch {
     let mut batch = Batch::new(&[("b_id", Kind::Uuid), ("b_queue", Kind::Text)]);
     for (pid, queue) in claims {
-        batch.push(vec![Uuid::from(*pid).into(), queue.clone().into()]);
+        batch.push([Uuid::from(*pid).into(), queue.clone().into()]);
     }
     batch
 }
@@ -182,7 +182,7 @@ pub(super) async fn checkpoint(
         ("b_seq", Kind::BigInt),
     ]);
     for (fence, checkpoint) in checkpoints {
-        batch.push(vec![
+        batch.push([
             Uuid::from(fence.pid).into(),
             fence.epoch.into(),
             checkpoint.bytes.clone().into(),
@@ -192,15 +192,16 @@ pub(super) async fn checkpoint(
     let rows = connection.query_all_raw(dialect.hot_batch(&CHECKPOINT, vec![], batch)).await?;
     rows.iter()
         .map(|row| {
+            let desired: i16 = row.try_get_by_index(1)?;
             let written = Written {
                 place: Place::Held,
                 state: State::Running,
-                desired: desired(row)?,
-                urgent: row.try_get("", "urgent")?,
+                desired: Desired::from_code(desired).ok_or_else(|| Error::Unreadable("no such desire".into()))?,
+                urgent: row.try_get_by_index(2)?,
                 queue: String::new(),
                 told_at: 0,
             };
-            Ok((Pid::from(row.try_get::<Uuid>("", "id")?), written))
+            Ok((Pid::from(row.try_get_by_index::<Uuid>(0)?), written))
         })
         .collect()
 }
@@ -253,7 +254,7 @@ fn batch_of(writes: &[&Fenced]) -> Batch {
             Some(Attempt { started_at, how, reason }) => (*started_at, how.word(), reason.clone().unwrap_or_default()),
             None => (0, "", String::new()),
         };
-        batch.push(vec![
+        batch.push([
             Uuid::from(fenced.fence.pid).into(),
             fenced.fence.epoch.into(),
             verb.into(),
@@ -306,7 +307,7 @@ async fn insert_outputs(
     ]);
     for fenced in writes {
         for output in &fenced.outputs {
-            batch.push(vec![
+            batch.push([
                 Uuid::from(fenced.fence.pid).into(),
                 fenced.fence.epoch.into(),
                 output.stream.code().into(),
@@ -330,18 +331,18 @@ fn desired(row: &QueryResult) -> Result<Desired, Error> {
     Desired::from_code(row.try_get("", "desired")?).ok_or_else(|| Error::Unreadable("no such desire".into()))
 }
 
-// `place + 0` here and in the fenced write: the row is found by its key. Without it a planner that believes that hardly
-// any process is queued goes through all that are, for each row of the batch.
+// `{id_of_b}` and `place + 0` here and in the fenced writes: the row is found by its key. A planner that believes that
+// hardly any process is there, or queued, would otherwise go through all that are, for each row of the batch.
 const CLAIM: &str = "
     WITH {rows}
     UPDATE process
     SET place = {held}, state = {running}, owner = $1, epoch = epoch + 1, claimed_at = {clock}, woken = false,
         queue_deadline = NULL, wake_at = NULL, changed_at = {clock}
     FROM b
-    WHERE id = b_id AND place + 0 = {queued} AND queue = b_queue
+    WHERE {id_of_b} AND place + 0 = {queued} AND queue = b_queue
       AND (deaths < $2
            OR (NOT EXISTS (SELECT 1 FROM process h WHERE h.owner = $1 AND h.place = {held} AND h.deaths >= $2)
-               AND b_id = (SELECT s.id FROM process s JOIN b ON s.id = b_id
+               AND b_id = (SELECT s.id FROM process s JOIN b ON {id_of_b}
                            WHERE s.place + 0 = {queued} AND s.deaths >= $2 ORDER BY s.id LIMIT 1)))
     RETURNING id, epoch, claimed_at, checkpoint, desired, urgent, try, deaths, outside, refused_at,
               (SELECT s.body FROM spec s WHERE s.id = process.id) AS body,
@@ -350,8 +351,9 @@ const CLAIM: &str = "
 
 const MISSED: &str = "
     WITH {rows}
-    SELECT p.id, s.digest, p.place = {queued} AND p.queue = b_queue AND p.deaths >= $1 AS is_queued_suspect
-    FROM b JOIN process p ON p.id = b_id JOIN spec s ON s.id = b_id";
+    SELECT id, (SELECT s.digest FROM spec s WHERE s.id = process.id) AS digest,
+           place + 0 = {queued} AND queue = b_queue AND deaths >= $1 AS is_queued_suspect
+    FROM b JOIN process ON {id_of_b}";
 
 static CHECKPOINT: LazyLock<String> =
     LazyLock::new(|| CHECKPOINT_SQL.replace("{fence}", FENCE).replace("{follows}", FOLLOWS));
@@ -361,7 +363,7 @@ const CHECKPOINT_SQL: &str = "
     UPDATE process
     SET seq = b_seq, checkpoint = b_checkpoint, deaths = 0, woken = false
     FROM b
-    WHERE id = b_id AND {fence} AND {follows}
+    WHERE {id_of_b} AND {fence} AND {follows}
     RETURNING id, desired, urgent";
 
 /// A checkpoint follows the one before it, or is the same once more: one whose predecessor is not there (the database was
@@ -423,7 +425,7 @@ fn fenced_sql(and: &str) -> String {
              ended_at = CASE WHEN b_verb = {END} THEN {{clock}} ELSE NULL END,
              outcome = CASE WHEN b_verb = {END} THEN b_outcome ELSE NULL END
          FROM b
-         WHERE id = b_id AND {FENCE} AND (length(b_checkpoint) = 0 OR {FOLLOWS}) {and}
+         WHERE {{id_of_b}} AND {FENCE} AND (length(b_checkpoint) = 0 OR {FOLLOWS}) {and}
          RETURNING id, place, state, before, desired, urgent, control, queue, told_at"
     )
 }

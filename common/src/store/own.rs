@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use sea_orm::prelude::async_trait::async_trait;
 use sea_orm::sqlx::pool::PoolConnection;
-use sea_orm::sqlx::{self, AssertSqlSafe, Connection, Executor, Postgres};
+use sea_orm::sqlx::{self, AssertSqlSafe, Connection, Postgres};
 use sea_orm::{
     ConnectionTrait, DatabaseConnection, DatabaseTransaction, DbBackend, DbErr, ExecResult, QueryResult, RuntimeErr,
     Statement, Values,
@@ -21,16 +21,6 @@ const FRESH: Duration = Duration::from_secs(30);
 /// How long the server has to say so.
 const PING_LIMIT: Duration = Duration::from_secs(2);
 
-/// Plans are used for so long by a connection that is busy. One that was made for a table with few rows reads a whole
-/// index of it, and the server keeps it until it has looked at the table again, which takes a minute at least: until then
-/// each statement would take longer than the one before.
-const PLANS_AGE: Duration = Duration::from_secs(1);
-
-/// The same for one that had no other statement in the last second: to each it adds a way there and back, and planning.
-const IDLE_PLANS_AGE: Duration = Duration::from_secs(60);
-
-const DISCARD_PLANS: &str = "DISCARD PLANS";
-
 /// One connection, used by one task at a time. On SQLite, which is in this program, it is the pool's.
 pub(super) struct OwnConnection {
     /// A pool of one, which opens the connection, also again.
@@ -38,44 +28,19 @@ pub(super) struct OwnConnection {
     is_postgres: bool,
     /// With the time of its last use; none while it is in use, and after something went wrong with it.
     kept: Mutex<Option<(PoolConnection<Postgres>, Instant)>>,
-    plans: Mutex<Plans>,
-}
-
-/// The plans that the server keeps for a connection.
-struct Plans {
-    /// None is older.
-    made_at: Instant,
-    used_at: Instant,
 }
 
 impl OwnConnection {
     pub(super) async fn open(location: &Location) -> Result<Self, Error> {
         let db = connect(location, Use::Lane).await?;
         let is_postgres = matches!(location, Location::Postgres(_));
-        let now = Instant::now();
-        let plans = Mutex::new(Plans { made_at: now, used_at: now });
-        Ok(Self { db, is_postgres, kept: Mutex::new(None), plans })
+        Ok(Self { db, is_postgres, kept: Mutex::new(None) })
     }
 
     /// A transaction on this connection.
     pub(super) async fn begin(&self) -> Result<DatabaseTransaction, Error> {
         self.give_back();
-        if self.is_postgres && self.plans_are_old() {
-            self.db.execute_unprepared(DISCARD_PLANS).await?;
-        }
         begin(&self.db).await
-    }
-
-    /// Whether the next statement should be planned anew; it is taken for done.
-    fn plans_are_old(&self) -> bool {
-        let mut plans = self.plans.lock().unwrap_or_else(PoisonError::into_inner);
-        let age_max = if plans.used_at.elapsed() < PLANS_AGE { PLANS_AGE } else { IDLE_PLANS_AGE };
-        let are_old = plans.made_at.elapsed() >= age_max;
-        plans.used_at = Instant::now();
-        if are_old {
-            plans.made_at = plans.used_at;
-        }
-        are_old
     }
 
     fn kept(&self) -> Option<(PoolConnection<Postgres>, Instant)> {
@@ -144,9 +109,6 @@ impl ConnectionTrait for OwnConnection {
             return self.db.query_all_raw(statement).await;
         }
         let mut connection = self.take().await?;
-        if self.plans_are_old() {
-            connection.execute(DISCARD_PLANS).await.map_err(error)?;
-        }
         let values = SqlxValues(statement.values.unwrap_or(Values(Vec::new())));
         let query = sqlx::query_with(AssertSqlSafe(statement.sql), values);
         let rows = query.fetch_all(&mut *connection).await.map_err(error)?;

@@ -133,13 +133,13 @@ pub(super) async fn take_back_pruned(
 /// Removes processes with everything that belongs to them; `rows` have the columns `id` and `labels`.
 async fn remove(transaction: &DatabaseTransaction, dialect: Dialect, rows: &[QueryResult]) -> Result<(), Error> {
     let mut ids: Vec<Uuid> = Vec::with_capacity(rows.len());
-    let mut labels: Vec<Vec<Value>> = Vec::new();
+    let mut labels: Vec<[Value; 3]> = Vec::new();
     for row in rows {
         let id: Uuid = row.try_get("", "id")?;
         let text: String = row.try_get("", "labels")?;
         let of_row: BTreeMap<String, String> =
             serde_json::from_str(&text).map_err(|error| Error::Unreadable(format!("labels of {id}: {error}")))?;
-        labels.extend(of_row.into_iter().map(|(key, value)| vec![key.into(), value.into(), id.into()]));
+        labels.extend(of_row.into_iter().map(|(key, value)| [key.into(), value.into(), id.into()]));
         ids.push(id);
     }
     for page in labels.chunks(LABELS_MAX) {

@@ -289,7 +289,7 @@ impl Store {
             ("b_ended", Kind::SmallInt),
         ]);
         for seen in seen {
-            jobs.push(vec![
+            jobs.push([
                 token(seen.pid, seen.attempt).into(),
                 seen.external_id.clone().unwrap_or_default().into(),
                 seen.look.status.clone().into(),
@@ -305,11 +305,11 @@ impl Store {
         gone.dedup_by_key(|seen| seen.pid);
         let mut ended = Batch::new(&[("b_id", Kind::Uuid), ("b_try", Kind::BigInt)]);
         for seen in &gone {
-            ended.push(vec![Uuid::from(seen.pid).into(), seen.attempt.into()]);
+            ended.push([Uuid::from(seen.pid).into(), seen.attempt.into()]);
         }
         // Rows are locked in the order in which everybody locks them.
         let mut tokens = Batch::new(&[("b_token", Kind::Text)]);
-        seen.iter().for_each(|seen| tokens.push(vec![token(seen.pid, seen.attempt).into()]));
+        seen.iter().for_each(|seen| tokens.push([token(seen.pid, seen.attempt).into()]));
         let transaction = begin(&self.db).await?;
         transaction.query_all_raw(self.dialect.batch(LOCK_JOBS, vec![], tokens)).await?;
         transaction.execute_raw(self.dialect.batch(RECORD_SEEN, vec![], jobs)).await?;
@@ -425,7 +425,7 @@ impl Store {
         }
         let mut batch = Batch::new(&[("b_queue", Kind::Text)]);
         for queue in queues {
-            batch.push(vec![queue.clone().into()]);
+            batch.push([queue.clone().into()]);
         }
         let sql = format!(
             "WITH {{rows}}

@@ -125,7 +125,7 @@ pub(super) async fn insert(
             i64::try_from(limit.unwrap_or_default().as_micros()).unwrap_or(i64::MAX).into()
         };
         let labels = serde_json::to_string(&spec.labels).expect("a map of strings is JSON");
-        batch.push(vec![
+        batch.push([
             Uuid::from(process.pid).into(),
             place.code().into(),
             state.code().into(),
@@ -172,7 +172,7 @@ pub(super) async fn insert(
     for page in labels.collect::<Vec<_>>().chunks(LABELS_MAX) {
         let mut batch = Batch::new(LABEL);
         for (pid, (key, value)) in page {
-            batch.push(vec![key.as_str().into(), value.as_str().into(), Uuid::from(*pid).into()]);
+            batch.push([key.as_str().into(), value.as_str().into(), Uuid::from(*pid).into()]);
         }
         connection.execute_raw(dialect.batch(INSERT_LABELS, vec![], batch)).await?;
     }

@@ -68,8 +68,8 @@ impl Store {
             } else {
                 excepted.clone()
             };
-            frees.push(vec![id.into(), outcome.to_bytes().into()]);
-            orphans.push(vec![
+            frees.push([id.into(), outcome.to_bytes().into()]);
+            orphans.push([
                 id.into(),
                 row.try_get::<i64>("", "epoch")?.into(),
                 row.try_get::<Uuid>("", "owner")?.into(),

@@ -62,21 +62,33 @@ pub(super) struct Limits {
     pub(super) combined_per_s: Option<f64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     combined_by: Option<String>,
+    /// How many advances each of these makes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    combined_steps: Option<u32>,
 }
 
-/// Measures all; each point for so long. `combined` is how many processes go through at each of its points.
-pub(super) async fn measure(bench: &Bench, each: Duration, combined: Option<u32>) -> Result<Limits, Failure> {
+/// Processes whose messages and rows go through together.
+#[derive(Clone, Copy)]
+pub(super) struct Combined {
+    /// How many at each point.
+    pub(super) count: u32,
+    /// How many advances each makes.
+    pub(super) steps: u32,
+}
+
+/// Measures all; each point for so long.
+pub(super) async fn measure(bench: &Bench, each: Duration, combined: Option<Combined>) -> Result<Limits, Failure> {
     output::note("measuring the limits of broker and database");
     let tables = BareTables::create(&bench.store, &format!("baton_bench_{}", bench.id)).await?;
     let measured = async {
         let (confirm_ms, messages) = messages(bench, each).await?;
         let (commits, rows) = rows(&tables, each).await?;
         let [accept_ms, claim_ms, end_ms] = path(&tables, each).await?;
-        let combined = match combined {
-            Some(count) => Some(best(combined_points(bench, &tables, count).await?)),
+        let together = match combined {
+            Some(combined) => Some(best(combined_points(bench, &tables, combined).await?)),
             None => None,
         };
-        let (combined_per_s, combined_by) = combined.unzip();
+        let (combined_per_s, combined_by) = together.unzip();
         let (messages_per_s, messages_by) = best(messages);
         let (rows_per_s, rows_by) = best(rows);
         Ok(Limits {
@@ -92,6 +104,7 @@ pub(super) async fn measure(bench: &Bench, each: Duration, combined: Option<u32>
             confirm_ms,
             combined_per_s,
             combined_by,
+            combined_steps: combined.map(|combined| combined.steps),
         })
     }
     .await;
@@ -172,7 +185,7 @@ async fn rows(tables: &BareTables, each: Duration) -> Result<(Vec<Duration>, Vec
     let started = Instant::now();
     while started.elapsed() < each {
         let one = Instant::now();
-        first.checkpoint(&fences[..1]).await?;
+        first.checkpoint(&fences[..1], 1).await?;
         commits.push(one.elapsed());
     }
     let mut points = Vec::new();
@@ -187,7 +200,7 @@ async fn rows(tables: &BareTables, each: Duration) -> Result<(Vec<Duration>, Vec
                     if started.elapsed() >= each {
                         break;
                     }
-                    lane.checkpoint(batch).await?;
+                    lane.checkpoint(batch, 1).await?;
                     changed += batch.len() as u64;
                 }
                 Ok::<_, Failure>(changed)
@@ -211,9 +224,9 @@ async fn path(tables: &BareTables, each: Duration) -> Result<[f64; 3], Failure> 
         let accepting = Instant::now();
         let pids = accept(tables, 1).await?.into_iter().map(|told| told.task.pid()).collect();
         let claiming = Instant::now();
-        let claimed = lane.turn(pids, &[]).await?;
+        let claimed = lane.turn(pids, &[], 1).await?;
         let ending = Instant::now();
-        lane.turn(vec![], &claimed).await?;
+        lane.turn(vec![], &claimed, 1).await?;
         for (times, time) in times.iter_mut().zip([claiming - accepting, ending - claiming, ending.elapsed()]) {
             times.push(time);
         }
@@ -226,7 +239,7 @@ async fn hold(tables: &BareTables, lane: &BareLane) -> Result<Vec<Fence>, Failur
     let mut fences = Vec::new();
     while fences.len() < HELD_ROWS {
         let pids = accept(tables, PAGE.min(HELD_ROWS - fences.len())).await?.into_iter().map(|told| told.task.pid());
-        let claimed = lane.turn(pids.collect(), &[]).await?;
+        let claimed = lane.turn(pids.collect(), &[], 1).await?;
         fences.extend(claimed.into_iter().map(|claimed| claimed.fence));
     }
     Ok(fences)
@@ -244,12 +257,17 @@ async fn accept(tables: &BareTables, count: usize) -> Result<Vec<Told>, Failure>
 }
 
 /// The rates of processes whose messages and rows go through together: accepted and published in pages; claimed and
-/// acknowledged in batches; ended, with the row of the attempt, together with the claims of the next batch.
-async fn combined_points(bench: &Bench, tables: &BareTables, count: u32) -> Result<Vec<(f64, String)>, Failure> {
+/// acknowledged in batches; each batch checkpointed after each advance but the last; ended, with the row of the attempt,
+/// together with the claims of the next batch.
+async fn combined_points(
+    bench: &Bench,
+    tables: &BareTables,
+    combined: Combined,
+) -> Result<Vec<(f64, String)>, Failure> {
     let mut points = Vec::new();
     for (lanes, batch) in COMBINED_POINTS {
         let queue = bench.bare_queue().await?;
-        let rate = combined_rate(&queue, tables, lanes, batch, count).await;
+        let rate = combined_rate(&queue, tables, lanes, batch, combined).await;
         queue.delete().await?;
         points.push((rate?, format!("{lanes} × batch {batch}")));
     }
@@ -261,15 +279,16 @@ async fn combined_rate(
     tables: &BareTables,
     lanes: usize,
     batch: usize,
-    count: u32,
+    combined: Combined,
 ) -> Result<f64, Failure> {
+    let Combined { count, steps } = combined;
     let publisher = queue.publisher(PAGE).await?;
     let (ended_tx, mut ended) = watch::channel(0);
     let mut working = JoinSet::new();
     for _ in 0..lanes {
         let (consumer, lane) =
             (queue.consumer(u16::try_from(2 * batch).unwrap_or(u16::MAX)).await?, tables.lane().await?);
-        working.spawn(work(consumer, lane, batch, ended_tx.clone()));
+        working.spawn(work(consumer, lane, batch, u64::from(steps), ended_tx.clone()));
     }
     let started = Instant::now();
     let launching = launch_all(tables, &publisher, count as usize);
@@ -321,6 +340,7 @@ async fn work(
     mut consumer: BareConsumer,
     lane: BareLane,
     batch: usize,
+    steps: u64,
     ended: watch::Sender<u64>,
 ) -> Result<Infallible, Failure> {
     let mut held: HashMap<Pid, Claimed> = HashMap::new();
@@ -332,8 +352,13 @@ async fn work(
             tokio::time::timeout(Duration::ZERO, consumer.take(batch)).await.unwrap_or(Ok(Vec::new()))?
         };
         let ends: Vec<Claimed> = held.drain().map(|(_, claimed)| claimed).collect();
-        let claimed = lane.turn(taken, &ends).await?;
+        let claimed = lane.turn(taken, &ends, steps).await?;
         consumer.acknowledge().await?;
+        let mut fences = claimed.iter().map(|claimed| claimed.fence).collect::<Vec<_>>();
+        fences.sort_unstable_by_key(|fence| fence.pid);
+        for advances in 1..steps {
+            lane.checkpoint(&fences, advances).await?;
+        }
         held = claimed.into_iter().map(|claimed| (claimed.fence.pid, claimed)).collect();
         ended.send_modify(|ended| *ended += ends.len() as u64);
     }

@@ -10,7 +10,7 @@ use serde_json::json;
 
 use super::cost::Reading;
 use super::fleet::Fleet;
-use super::limits::{self, Limits};
+use super::limits::{self, Combined, Limits};
 use super::{Bench, Report, Times, noop, per_second, process, rounded};
 use crate::cli::bench::{AdvancesArguments, FleetArguments, LatencyArguments, ThroughputArguments};
 use crate::failure::Failure;
@@ -39,7 +39,8 @@ const STALL_LIMIT: Duration = Duration::from_secs(120);
 const EACH: Duration = Duration::from_secs(1);
 
 pub(super) async fn throughput(bench: &Bench, arguments: &ThroughputArguments) -> Result<Report, Failure> {
-    let limits = limits_of(bench, &arguments.fleet, Some(arguments.count)).await?;
+    let combined = Combined { count: arguments.count, steps: 1 };
+    let limits = limits_of(bench, &arguments.fleet, Some(combined)).await?;
     let make = |session: &str| noop(&bench.queue, session);
     let mut report = Box::pin(load(bench, &arguments.fleet, arguments.count, make)).await?;
     report.bench = "throughput";
@@ -55,22 +56,34 @@ pub(super) async fn throughput(bench: &Bench, arguments: &ThroughputArguments) -
 }
 
 pub(super) async fn advances(bench: &Bench, arguments: &AdvancesArguments) -> Result<Report, Failure> {
-    let limits = limits_of(bench, &arguments.fleet, None).await?;
+    let combined = Combined { count: arguments.count, steps: arguments.steps };
+    let limits = limits_of(bench, &arguments.fleet, Some(combined)).await?;
     let with = json!({"advances": arguments.steps});
     let make = |session: &str| process(&bench.queue, session, "baton.count", with.clone());
     let mut report = Box::pin(load(bench, &arguments.fleet, arguments.count, make)).await?;
     report.bench = "advances";
     report.of = "durable advances";
+    let processes_per_s = report.rate_per_s;
     report.count *= u64::from(arguments.steps);
-    report.rate_per_s = rounded(report.rate_per_s * f64::from(arguments.steps));
+    report.rate_per_s = rounded(processes_per_s * f64::from(arguments.steps));
     if let Some(limits) = limits {
-        report.ratios.insert("rows_per_s", rounded(report.rate_per_s / limits.rows_per_s));
+        report.ratios.insert("advances_to_rows_per_s", rounded(report.rate_per_s / limits.rows_per_s));
+        if let Some(rows) = report.per_process.as_ref().and_then(|cost| cost.rows) {
+            report.ratios.insert("rows_per_s", rounded(processes_per_s * rows / limits.rows_per_s));
+        }
+        if let Some(combined) = limits.combined_per_s {
+            report.ratios.insert("combined_per_s", rounded(processes_per_s / combined));
+        }
         report.limits = Some(limits);
     }
     Ok(report)
 }
 
-async fn limits_of(bench: &Bench, fleet: &FleetArguments, combined: Option<u32>) -> Result<Option<Limits>, Failure> {
+async fn limits_of(
+    bench: &Bench,
+    fleet: &FleetArguments,
+    combined: Option<Combined>,
+) -> Result<Option<Limits>, Failure> {
     if fleet.no_limits {
         return Ok(None);
     }

@@ -99,6 +99,9 @@ pub(crate) struct LimitsArguments {
     /// How many processes go through at each point of --combined
     #[arg(short = 'n', long, default_value_t = 20_000, value_name = "N")]
     pub(crate) count: u32,
+    /// How many advances each of these makes
+    #[arg(long, default_value_t = 1, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) steps: u32,
     /// For how long each other point is measured
     #[arg(long, default_value = "2s", value_parser = duration::parse, value_name = "DURATION")]
     pub(crate) each: Duration,
