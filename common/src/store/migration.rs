@@ -9,7 +9,6 @@ mod m20261121_000001_processes;
 mod m20261121_000002_selections;
 mod m20261121_000003_refusals;
 mod m20261121_000004_sites;
-mod m20261128_000001_keys;
 #[cfg(feature = "next-version")]
 mod m20991231_000001_next;
 
@@ -27,7 +26,6 @@ impl MigratorTrait for Migrator {
             Box::new(m20261121_000002_selections::Migration),
             Box::new(m20261121_000003_refusals::Migration),
             Box::new(m20261121_000004_sites::Migration),
-            Box::new(m20261128_000001_keys::Migration),
             #[cfg(feature = "next-version")]
             Box::new(m20991231_000001_next::Migration),
         ]

@@ -22,6 +22,9 @@ const ROWS: u32 = 20_000;
 /// Processes that come while a worker runs.
 const OTHERS: u64 = 3_000;
 
+/// Entries of indexes that ten processes may read in their lives: some ten each, where one look too much would be [`OTHERS`].
+const N_READ_MAX: u64 = 1_000;
+
 /// What is called, under a name for its failure.
 type Call<'a> = (String, Box<dyn AsyncCall + 'a>);
 
@@ -152,9 +155,8 @@ async fn a_worker_that_began_with_empty_tables_reads_no_more_of_full_ones() {
     hot.run(1).await;
     hot.submit(OTHERS).await;
     tokio::time::sleep(Duration::from_secs(1)).await;
-    // Once for each of the three lanes it may be so, which were idle.
     let n_read = hot.count_read(10).await;
-    assert!(n_read < 5 * OTHERS, "{n_read}");
+    assert!(n_read < N_READ_MAX, "{n_read}");
 }
 
 #[tokio::test]
@@ -169,7 +171,7 @@ async fn rows_are_found_by_their_key_in_tables_that_the_server_takes_for_empty()
     }
     hot.submit(OTHERS).await;
     let n_read = hot.count_read(10).await;
-    assert!(n_read < 1_000, "{n_read}");
+    assert!(n_read < N_READ_MAX, "{n_read}");
 }
 
 /// A worker's writer, and what it reads.
