@@ -1,18 +1,18 @@
 //! A broker with nothing behind it: the messages of tasks on a queue of the same kind, published, delivered and
 //! acknowledged in plain loops. What Baton's own rates are compared with.
 
-use futures_util::stream::FuturesUnordered;
 use futures_util::{FutureExt, StreamExt};
 use lapin::options::{
     BasicAckOptions, BasicConsumeOptions, BasicPublishOptions, BasicQosOptions, ConfirmSelectOptions,
     QueueDeleteOptions,
 };
 use lapin::types::FieldTable;
-use lapin::{Acker, Channel, Connection, Consumer};
+use lapin::{Acker, Channel, Confirmation, Connection, Consumer};
 use tokio::time::timeout;
 
 use super::envelope::{Envelope, classes, short, task_queue};
 use super::link::{ANSWER_LIMIT, open, reason};
+use super::publish::Window;
 use super::topology::quorum_queue;
 use super::{CheckError, Down, Told};
 use crate::id::Pid;
@@ -122,27 +122,26 @@ impl BarePublisher {
     /// # Errors
     /// The broker refuses one, or is gone.
     pub async fn publish(&self, tasks: impl IntoIterator<Item = Told>) -> Result<(), Down> {
-        let mut unconfirmed = FuturesUnordered::new();
+        let mut window = Window::new(self.n_unconfirmed_max);
+        let down = |error: lapin::Error| Down(reason(&error));
         for told in tasks {
-            if unconfirmed.len() >= self.n_unconfirmed_max {
-                unconfirmed.next().await.unwrap_or(Ok(()))?;
-            }
             let envelope = Envelope::task(&told.task, told.traceparent);
             let properties = envelope.properties(true);
             let options = BasicPublishOptions::default();
             let publish =
                 self.channel.basic_publish("".into(), short(&self.queue), options, &envelope.body, properties);
-            let confirm = publish.await.map_err(|error| Down(reason(&error)))?;
-            unconfirmed.push(async move {
-                let confirmation = confirm.await.map_err(|error| Down(reason(&error)))?;
-                if confirmation.is_nack() { Err(Down("the broker refuses a message".to_owned())) } else { Ok(()) }
-            });
+            let confirm = publish.await.map_err(down)?;
+            all_stored(&window.push((), confirm).await.map_err(down)?)?;
         }
-        while let Some(confirmed) = unconfirmed.next().await {
-            confirmed?;
-        }
-        Ok(())
+        all_stored(&window.rest().await.map_err(down)?)
     }
+}
+
+fn all_stored(confirmed: &[((), Confirmation)]) -> Result<(), Down> {
+    if confirmed.iter().any(|((), confirmation)| confirmation.is_nack()) {
+        return Err(Down("the broker refuses a message".to_owned()));
+    }
+    Ok(())
 }
 
 impl BareConsumer {

@@ -1,13 +1,13 @@
 //! The connection that publishes: tasks, dead letters and state changes.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::sync::Arc;
 
 use futures_util::future::{BoxFuture, FusedFuture};
 use futures_util::stream::FuturesUnordered;
 use futures_util::{FutureExt, StreamExt};
 use lapin::options::{BasicPublishOptions, ConfirmSelectOptions};
-use lapin::{Channel, Connection};
+use lapin::{Channel, Confirmation, Connection, PublisherConfirm};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Duration, Instant, sleep, timeout, timeout_at};
 
@@ -47,6 +47,44 @@ pub(super) struct Job {
     pub(super) messages: Vec<Envelope>,
     pub(super) deadline: Instant,
     pub(super) done: oneshot::Sender<Result<(), TellError>>,
+}
+
+/// Messages that are published and not yet confirmed, in their order.
+///
+/// The broker confirms in this order, nearly always. So whoever waits for the youngest is woken once, and not once for each.
+pub(super) struct Window<T> {
+    n_unconfirmed_max: usize,
+    unconfirmed: VecDeque<(T, PublisherConfirm)>,
+}
+
+impl<T> Window<T> {
+    pub(super) fn new(n_unconfirmed_max: usize) -> Self {
+        Self { n_unconfirmed_max, unconfirmed: VecDeque::new() }
+    }
+
+    /// Adds one that was published. A window that is full waits until its older half is confirmed, and gives that.
+    pub(super) async fn push(&mut self, of: T, confirm: PublisherConfirm) -> lapin::Result<Vec<(T, Confirmation)>> {
+        self.unconfirmed.push_back((of, confirm));
+        if self.unconfirmed.len() < self.n_unconfirmed_max {
+            return Ok(Vec::new());
+        }
+        self.confirm(self.n_unconfirmed_max.div_ceil(2)).await
+    }
+
+    /// Waits for all that are left.
+    pub(super) async fn rest(mut self) -> lapin::Result<Vec<(T, Confirmation)>> {
+        self.confirm(self.unconfirmed.len()).await
+    }
+
+    async fn confirm(&mut self, count: usize) -> lapin::Result<Vec<(T, Confirmation)>> {
+        let mut confirmed = Vec::with_capacity(count);
+        let older = self.unconfirmed.drain(..count).collect::<Vec<_>>();
+        for (of, confirm) in older.into_iter().rev() {
+            confirmed.push((of, confirm.await?));
+            border!("publish-confirmed");
+        }
+        Ok(confirmed)
+    }
 }
 
 /// Where a job's messages go.
@@ -299,6 +337,20 @@ struct Answer {
     refused: HashSet<Option<String>>,
 }
 
+impl Answer {
+    fn add(&mut self, confirmed: Vec<(&Envelope, Confirmation)>) {
+        for (message, confirmation) in confirmed {
+            if confirmation.is_nack() {
+                self.refused.insert(message.message_id.clone());
+            }
+            if let Some(message) = confirmation.take_message() {
+                let id = message.delivery.properties.message_id();
+                self.returned.insert(id.as_ref().map(|id| id.as_str().to_owned()));
+            }
+        }
+    }
+}
+
 /// Publishes all and waits for every confirm.
 ///
 /// lapin may attach a returned message to the wrong confirm, but never to one of a later window: a return precedes its
@@ -314,36 +366,17 @@ async fn publish_all(
     let mandatory = !cfg!(feature = "without-mandatory");
     let options = BasicPublishOptions { mandatory, ..BasicPublishOptions::default() };
     let mut answer = Answer::default();
-    let mut rest = messages.iter();
-    let mut unconfirmed = FuturesUnordered::new();
-    loop {
-        while unconfirmed.len() < N_UNCONFIRMED_MAX
-            && let Some(message) = rest.next()
-        {
-            unconfirmed.push(async move {
-                let properties = message.properties(true);
-                let confirm =
-                    channel.basic_publish(short(exchange), short(key), options, &message.body, properties).await?;
-                border!("publish-sent");
-                let confirmation = confirm.await?;
-                border!("publish-confirmed");
-                Ok::<_, lapin::Error>((message, confirmation))
-            });
-        }
-        match unconfirmed.next().await {
-            None => break,
-            Some(Err(error)) => return Err(TellError::Unknown(reason(&error))),
-            Some(Ok((message, confirmation))) => {
-                if confirmation.is_nack() {
-                    answer.refused.insert(message.message_id.clone());
-                }
-                if let Some(message) = confirmation.take_message() {
-                    let id = message.delivery.properties.message_id();
-                    answer.returned.insert(id.as_ref().map(|id| id.as_str().to_owned()));
-                }
-            }
-        }
+    let mut window = Window::new(N_UNCONFIRMED_MAX);
+    let lost = |error: lapin::Error| TellError::Unknown(reason(&error));
+    for message in messages {
+        let properties = message.properties(true);
+        let publish = channel.basic_publish(short(exchange), short(key), options, &message.body, properties);
+        let confirm = publish.await.map_err(lost)?;
+        border!("publish-sent");
+        let confirmed = window.push(*message, confirm).await.map_err(lost)?;
+        answer.add(confirmed);
     }
+    answer.add(window.rest().await.map_err(lost)?);
     if let Target::Task(_) = target {
         let is_told = |id| !answer.returned.contains(id) && !answer.refused.contains(id);
         let told = messages.iter().filter(|message| is_told(&message.message_id));

@@ -32,6 +32,9 @@ const COMBINED_POINTS: [(usize, usize); 3] = [(1, 256), (2, 128), (2, 256)];
 /// Processes that are accepted and published together.
 const PAGE: usize = 1_000;
 
+/// Pause of a consumer in which deliveries gather: each acknowledgement is an entry in the log of a quorum queue.
+const GATHER: Duration = Duration::from_millis(1);
+
 /// Rows that are held while updates are measured.
 const HELD_ROWS: usize = 8_192;
 
@@ -153,19 +156,24 @@ async fn message_rate(queue: &BareQueue, lanes: usize, window: usize, each: Dura
         let publisher = queue.publisher(window).await?;
         let mut consumer = queue.consumer(u16::try_from(window).unwrap_or(u16::MAX)).await?;
         let taken_tx = taken_tx.clone();
+        // Made before: random numbers are no part of what the broker can do.
+        let launches = std::iter::repeat_with(launch).take(PAGE).collect::<Vec<_>>();
         publishing.spawn(async move {
             let mut count = 0_u64;
+            let mut launches = launches.iter().cycle();
             let due = std::iter::from_fn(|| {
+                let launch = launches.next().filter(|_| started.elapsed() < each)?;
                 count += 1;
-                (started.elapsed() < each).then(launch)
+                Some(launch.clone())
             });
-            publisher.publish(due).await.map(|()| count - 1)
+            publisher.publish(due).await.map(|()| count)
         });
         consuming.spawn(async move {
             loop {
                 let count = consumer.take(window / 2).await?.len() as u64;
                 consumer.acknowledge().await?;
                 taken_tx.send_modify(|taken| *taken += count);
+                tokio::time::sleep(GATHER).await;
             }
         });
     }
