@@ -18,11 +18,6 @@ use std::process::ExitCode;
 use clap::Parser;
 use cli::{Cli, Command};
 use failure::Failure;
-use mimalloc::MiMalloc;
-
-/// As in the worker, which `baton run` is, too.
-#[global_allocator]
-static ALLOCATOR: MiMalloc = MiMalloc;
 
 fn main() -> ExitCode {
     if std::env::args().nth(1).as_deref() == Some(baton_worker::shim::COMMAND) {
