@@ -156,11 +156,12 @@ async fn pause_against_park_and_wake() {
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
 async fn two_operators_at_once() {
-    let (race, _workers) = Race::new("{call: baton.count, with: {advances: 10, every: 20ms}}").await;
+    // On hold, so that each begins when its requests do.
+    let (race, _workers) = Race::new("{call: baton.count, hold: true, with: {advances: 10, every: 20ms}}").await;
     let answers = race
         .run(async |operators, pid, mut dice| {
+            let mut answers = vec![operators[0].ask(pid, Desired::Run).await];
             dice.pause(150).await;
-            let mut answers = Vec::new();
             for _ in 0..3 {
                 let verbs = [dice.verb(), dice.verb()];
                 let (first, second) = tokio::join!(operators[0].ask(pid, verbs[0]), operators[1].ask(pid, verbs[1]));
