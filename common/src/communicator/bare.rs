@@ -2,12 +2,13 @@
 //! acknowledged in plain loops. What Baton's own rates are compared with.
 
 use futures_util::{FutureExt, StreamExt};
+use lapin::message::Delivery;
 use lapin::options::{
     BasicAckOptions, BasicConsumeOptions, BasicPublishOptions, BasicQosOptions, ConfirmSelectOptions,
     QueueDeleteOptions,
 };
 use lapin::types::FieldTable;
-use lapin::{Acker, Channel, Confirmation, Connection, Consumer};
+use lapin::{Acker, BasicProperties, Channel, Confirmation, Connection, Consumer};
 use tokio::time::timeout;
 
 use super::envelope::{Envelope, classes, short, task_queue};
@@ -31,6 +32,16 @@ pub struct BarePublisher {
     n_unconfirmed_max: usize,
     _connection: Connection,
 }
+
+/// A task as it goes over the wire.
+#[derive(Clone)]
+pub struct BareMessage {
+    properties: BasicProperties,
+    body: Vec<u8>,
+}
+
+/// A message that was taken, and not read yet.
+pub struct BareDelivery(Delivery);
 
 /// Takes from a [`BareQueue`].
 pub struct BareConsumer {
@@ -116,20 +127,35 @@ impl BareQueue {
     }
 }
 
+impl From<Told> for BareMessage {
+    fn from(told: Told) -> Self {
+        let envelope = Envelope::task(&told.task, told.traceparent);
+        Self { properties: envelope.properties(true), body: envelope.body }
+    }
+}
+
+impl BareDelivery {
+    /// The process that it is about.
+    ///
+    /// # Errors
+    /// It is none of Baton's.
+    pub fn pid(self) -> Result<Pid, Down> {
+        let task = Envelope::from_amqp(&self.0.properties, self.0.data).read_task().map_err(Down)?;
+        Ok(task.pid())
+    }
+}
+
 impl BarePublisher {
     /// Publishes all, persistent, and waits until the last is confirmed.
     ///
     /// # Errors
     /// The broker refuses one, or is gone.
-    pub async fn publish(&self, tasks: impl IntoIterator<Item = Told>) -> Result<(), Down> {
+    pub async fn publish(&self, messages: impl IntoIterator<Item = BareMessage>) -> Result<(), Down> {
         let mut window = Window::new(self.n_unconfirmed_max);
         let down = |error: lapin::Error| Down(reason(&error));
-        for told in tasks {
-            let envelope = Envelope::task(&told.task, told.traceparent);
-            let properties = envelope.properties(true);
+        for BareMessage { properties, body } in messages {
             let options = BasicPublishOptions::default();
-            let publish =
-                self.channel.basic_publish("".into(), short(&self.queue), options, &envelope.body, properties);
+            let publish = self.channel.basic_publish("".into(), short(&self.queue), options, &body, properties);
             let confirm = publish.await.map_err(down)?;
             all_stored(&window.push((), confirm).await.map_err(down)?)?;
         }
@@ -148,8 +174,8 @@ impl BareConsumer {
     /// Waits for a delivery, and takes what has arrived, at most `max`.
     ///
     /// # Errors
-    /// The consumer was cancelled, or a message is none of Baton's.
-    pub async fn take(&mut self, max: usize) -> Result<Vec<Pid>, Down> {
+    /// The consumer was cancelled.
+    pub async fn take(&mut self, max: usize) -> Result<Vec<BareDelivery>, Down> {
         let mut taken = Vec::new();
         while taken.len() < max {
             let next = if taken.is_empty() {
@@ -159,9 +185,8 @@ impl BareConsumer {
             };
             let Some(delivery) = next else { break };
             let delivery = delivery.map_err(|error| Down(reason(&error)))?;
-            let task = Envelope::from_amqp(&delivery.properties, delivery.data).read_task().map_err(Down)?;
-            taken.push(task.pid());
-            self.last = Some(delivery.acker);
+            self.last = Some(delivery.acker.clone());
+            taken.push(BareDelivery(delivery));
         }
         if taken.is_empty() { Err(Down("the consumer has ended".to_owned())) } else { Ok(taken) }
     }

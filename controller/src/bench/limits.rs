@@ -5,7 +5,7 @@ use std::convert::Infallible;
 use std::time::{Duration, Instant};
 
 use baton_common::communicator::Told;
-use baton_common::communicator::bare::{BareConsumer, BarePublisher, BareQueue};
+use baton_common::communicator::bare::{BareConsumer, BareDelivery, BareMessage, BarePublisher, BareQueue};
 use baton_common::id::Pid;
 use baton_common::message::Task;
 use baton_common::store::bare::{BareLane, BareTables};
@@ -120,9 +120,9 @@ fn best(points: Vec<(f64, String)>) -> (f64, String) {
 }
 
 /// A launch as Baton publishes it.
-fn launch() -> Told {
+fn launch() -> BareMessage {
     let task = Task::Launch { pid: Pid::generate(), spec: None, wait: false, told_at: Some(1_000_000_000_000_000) };
-    Told { task, traceparent: Some(new_traceparent()) }
+    Told { task, traceparent: Some(new_traceparent()) }.into()
 }
 
 /// The median of a confirm in milliseconds, and the rates of the points.
@@ -156,7 +156,7 @@ async fn message_rate(queue: &BareQueue, lanes: usize, window: usize, each: Dura
         let publisher = queue.publisher(window).await?;
         let mut consumer = queue.consumer(u16::try_from(window).unwrap_or(u16::MAX)).await?;
         let taken_tx = taken_tx.clone();
-        // Made before: random numbers are no part of what the broker can do.
+        // Made before: to write a message is no part of what the broker can do.
         let launches = std::iter::repeat_with(launch).take(PAGE).collect::<Vec<_>>();
         publishing.spawn(async move {
             let mut count = 0_u64;
@@ -337,7 +337,7 @@ async fn launch_all(tables: &BareTables, publisher: &BarePublisher, count: usize
     };
     let publishing = async {
         while let Some(page) = pages.recv().await {
-            publisher.publish(page).await?;
+            publisher.publish(page.into_iter().map(BareMessage::from)).await?;
         }
         Ok(())
     };
@@ -359,6 +359,7 @@ async fn work(
         } else {
             tokio::time::timeout(Duration::ZERO, consumer.take(batch)).await.unwrap_or(Ok(Vec::new()))?
         };
+        let taken = taken.into_iter().map(BareDelivery::pid).collect::<Result<Vec<_>, _>>()?;
         let ends: Vec<Claimed> = held.drain().map(|(_, claimed)| claimed).collect();
         let claimed = lane.turn(taken, &ends, steps).await?;
         consumer.acknowledge().await?;
