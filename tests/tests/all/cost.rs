@@ -65,7 +65,9 @@ async fn many_at_once_share_commits_and_acknowledgements() {
     let report = bench(&scene, &["throughput", "-n", "3000", "--workers", "1", "--no-limits"]).await;
     assert_eq!(number(&report, "/per_process/confirms"), 1.0, "{report}");
     assert!(number(&report, "/per_process/message_bytes") < 80.0, "{report}");
-    for (path, max) in [("commits", 0.3), ("ack_frames", 0.3), ("event_messages", 0.3), ("rows", 5.3)] {
+    // Alone it would be three commits. How many share one depends on how fast they are told beside how fast they are taken,
+    // since no more than a page waits to be told.
+    for (path, max) in [("commits", 0.75), ("ack_frames", 0.3), ("event_messages", 0.3), ("rows", 5.3)] {
         assert!(number(&report, &format!("/per_process/{path}")) <= max, "{path} in {report}");
     }
     is_clean(&scene).await;
