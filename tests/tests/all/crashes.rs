@@ -34,7 +34,9 @@ async fn worker_crashes(border: &str, passes: &[u32]) {
         format!("{{call: baton.count, with: {{advances: {advances}, every: {every}, witness: {}}}}}", witness.display())
     };
     let mut pids = scene.submit(&count(6, "20ms"), QUICK).await;
-    pids.extend(scene.submit(&count(3, "1100ms"), SLEEPY).await);
+    // Those that fell asleep in one commit wake in one. They sleep three times, so that a worker wakes some twice after another
+    // has died over the first.
+    pids.extend(scene.submit(&count(4, "1100ms"), SLEEPY).await);
     let ran = scene.path("ran");
     pids.extend(scene.submit(&format!("script: 'echo ran >> {}'", ran.display()), PROGRAMS).await);
     for pass in passes {
