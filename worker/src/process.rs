@@ -26,7 +26,6 @@
 
 use std::cell::{Cell, RefCell};
 use std::path::Path;
-use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -186,7 +185,8 @@ pub struct Context {
     pub(crate) shared: Arc<Shared>,
     pub(crate) fence: Fence,
     pub(crate) attempt: Cell<i64>,
-    pub(crate) spec: Rc<Spec>,
+    /// None only while the process waits in memory for long.
+    pub(crate) spec: Option<Box<Spec>>,
     pub(crate) live: Arc<Live>,
     pub(crate) draft: RefCell<Draft>,
 }
@@ -302,12 +302,12 @@ impl Context {
 
     /// What the user wrote.
     pub fn spec(&self) -> &Spec {
-        &self.spec
+        self.spec.as_deref().expect("nobody asks for it while the process waits in memory")
     }
 
     /// The `with` of the spec.
     pub fn input(&self) -> &Value {
-        match &self.spec.what {
+        match &self.spec().what {
             Work::Call { with, .. } => with,
             Work::Run { .. } | Work::Script { .. } => &Value::Null,
         }

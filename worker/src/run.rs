@@ -14,10 +14,10 @@ use std::time::Duration;
 use baton_common::border;
 use baton_common::communicator::ReplyTo;
 use baton_common::id::Pid;
-use baton_common::spec::Spec;
+use baton_common::spec::{Spec, Work};
 use baton_common::state::{Desired, Place, State};
 use baton_common::store::Error as StoreError;
-use baton_common::store::blob::{Checkpoint, Outcome};
+use baton_common::store::blob::{Checkpoint, Outcome, spec_from_bytes, spec_to_bytes};
 use baton_common::store::control::{Answer, Request};
 use baton_common::store::writer::{Attempt, Claimed, Fence, Fenced, How, Verb, Written};
 use futures_util::FutureExt;
@@ -100,6 +100,13 @@ struct Run {
     outcome: Option<Outcome>,
 }
 
+/// What is kept of a process that waits in memory, where thousands may for hours: maps of values and inputs take more room
+/// than all else that is kept of them.
+struct Packed {
+    spec: Box<[u8]>,
+    checkpoint: Box<[u8]>,
+}
+
 /// Whether the process is still ours.
 #[derive(PartialEq)]
 enum Hold {
@@ -131,15 +138,18 @@ impl Run {
     fn restore(claimed: Box<Claimed>, live: Arc<Live>, shared: &Arc<Shared>) -> (Box<Self>, Result<(), NotMade>) {
         let is_suspect = claimed.is_suspect();
         let Claimed { fence, claimed_at, attempt, checkpoint, spec, has_outside, .. } = *claimed;
-        let spec = spec.map(Rc::new).map_err(|error| unread("spec", &error));
+        let spec = spec.map_err(|error| unread("spec", &error));
         let checkpoint = checkpoint.transpose().map_err(|error| unread("checkpoint", &error));
         let restored = checkpoint.as_ref().ok().cloned().flatten().unwrap_or_default();
-        let nothing = || Rc::new(Spec::new(baton_common::spec::Work::Run { argv: vec!["false".into()] }));
+        let (spec, read) = match spec {
+            Ok(spec) => (spec, Ok(())),
+            Err(not_made) => (Spec::new(Work::Run { argv: vec!["false".into()] }), Err(not_made)),
+        };
         let context = Context {
             shared: Arc::clone(shared),
             fence,
             attempt: Cell::new(attempt),
-            spec: spec.as_ref().map_or_else(|_| nothing(), Rc::clone),
+            spec: Some(Box::new(spec)),
             live,
             draft: RefCell::new(Draft::of(&restored)),
         };
@@ -155,15 +165,15 @@ impl Run {
             left: None,
             outcome: None,
         });
-        let made = spec.and_then(|spec| {
+        let made = read.and_then(|()| {
+            let spec = run.context.spec();
             let state = checkpoint?.map(|checkpoint| checkpoint.state).filter(|state| !state.is_empty());
             if let Some(on_site) = &spec.on_site
                 && shared.sites.get(&on_site.at).is_none()
             {
                 return Err(NotMade::OtherBuild(format!("this worker has no site `{}`", on_site.at)));
             }
-            let input = run.context.input().clone();
-            shared.registry.make(&spec, &input, state.as_deref())
+            shared.registry.make(spec, run.context.input(), state.as_deref())
         });
         let made = made.map(|process| run.process = Some(process));
         (run, made)
@@ -205,10 +215,10 @@ impl Run {
                 Some(Ok(advance)) => Box::pin(self.commit(advance)).await,
                 Some(Err(error)) => {
                     let hold = Box::pin(self.fail(error)).await;
-                    self.begin_again(hold).await.into()
+                    Box::pin(self.begin_again(hold)).await.into()
                 }
                 // Interrupted: what has to be obeyed is found at the top.
-                None => self.begin_again(Hold::Held).await.into(),
+                None => Box::pin(self.begin_again(Hold::Held)).await.into(),
             };
             match next {
                 Next::Advance => {}
@@ -232,7 +242,7 @@ impl Run {
             return Hold::Gone;
         }
         let state = Some(&*self.checkpoint.state).filter(|state| !state.is_empty());
-        match self.shared.registry.make(&self.context.spec, self.context.input(), state) {
+        match self.shared.registry.make(self.context.spec(), self.context.input(), state) {
             Ok(process) => {
                 self.process = Some(process);
                 Hold::Held
@@ -309,7 +319,7 @@ impl Run {
             tracing::info_span!(
                 "process",
                 process.id = %context.pid(),
-                process.kind = context.spec.kind(),
+                process.kind = context.spec().kind(),
                 epoch = context.epoch(),
             )
         });
@@ -407,20 +417,34 @@ impl Run {
     /// Waits in memory.
     async fn linger(&mut self, pause: Duration) {
         self.context.live.set_stage(SLEEPING);
-        // Thousands may wait for hours, and a map of values takes more room than all else that is kept of them.
         self.span = None;
-        let packed = (pause >= PARK_FROM).then(|| std::mem::take(&mut self.checkpoint).to_bytes().into_boxed_slice());
+        let packed = (pause >= PARK_FROM).then(|| self.pack());
         // Whoever pauses or drains need not wait for it: a wait that is cut is an early advance later, no error.
         let _ = tokio::time::timeout(pause, self.context.live.until(Orders::are_any)).await;
-        if let Some(bytes) = packed {
-            self.checkpoint = Checkpoint::from_bytes(&bytes).expect("this program has just written it");
+        if let Some(packed) = packed {
+            self.unpack(&packed);
         }
+    }
+
+    fn pack(&mut self) -> Packed {
+        let context = Rc::get_mut(&mut self.context).expect("an advance has it only while it is made");
+        let spec = context.spec.take().expect("it is packed once");
+        Packed {
+            spec: spec_to_bytes(&spec).into_boxed_slice(),
+            checkpoint: std::mem::take(&mut self.checkpoint).to_bytes().into_boxed_slice(),
+        }
+    }
+
+    fn unpack(&mut self, packed: &Packed) {
+        let spec = spec_from_bytes(&packed.spec).expect("this program has just written it");
+        let context = Rc::get_mut(&mut self.context).expect("an advance has it only while it is made");
+        context.spec = Some(Box::new(spec));
+        self.checkpoint = Checkpoint::from_bytes(&packed.checkpoint).expect("this program has just written it");
     }
 
     /// The process has come to its end by itself: well, or to be tried again, or not well.
     async fn finish(&mut self, exit: i32, checkpoint: Checkpoint) -> Hold {
-        let spec = Rc::clone(&self.context.spec);
-        let ok = spec.ok_exit.contains(&exit);
+        let ok = self.context.spec().ok_exit.contains(&exit);
         let outcome = self.context.draft.borrow().outcome.clone();
         let reason = outcome.reason.clone().or_else(|| (!ok).then(|| format!("exit {exit}")));
         if !ok && let Some(hold) = self.retry(reason.clone().unwrap_or_default()).await {
@@ -497,7 +521,7 @@ impl Run {
 
     /// Parks the process until its next try; `None` when there is none left.
     async fn retry(&mut self, reason: String) -> Option<Hold> {
-        let retry = self.context.spec.retry.clone();
+        let retry = self.context.spec().retry.clone();
         let failures = self.checkpoint.failures + 1;
         if failures >= retry.max {
             return None;
@@ -525,7 +549,7 @@ impl Run {
 
     fn place(&self, outcome: &Outcome) -> Option<String> {
         // One at a site says where that is.
-        let is_elsewhere = self.context.spec.on_site.is_some();
+        let is_elsewhere = self.context.spec().on_site.is_some();
         outcome
             .sandbox
             .as_ref()
