@@ -283,15 +283,16 @@ impl Many {
         while let Some(ids) = self.walk.next_ids(db, *dialect, PAGE_ROWS).await? {
             let mut values: Vec<Value> =
                 vec![self.asked_at.into(), self.request.verb.code().into(), self.request.force.into()];
-            let condition = select::condition(&self.select, &mut values);
+            let look = select::look(&self.select, &mut values);
             // What has moved meanwhile is judged anew, under its lock.
             let sql = format!(
                 "WITH {{rows}}
-                 {BEFORE} JOIN spec s ON s.id = p.id
-                 WHERE p.id IN (SELECT b_id FROM b) AND s.created_at <= $1 AND p.place <> {{ended}}
+                 {BEFORE}
+                 WHERE p.id IN (SELECT b_id FROM b) AND p.place <> {{ended}}
+                   AND (SELECT s.created_at FROM spec s WHERE s.id = p.id) <= $1
                    AND (p.desired NOT IN ($2, {{kill}}) OR $3)
                    AND (p.control = 0
-                        OR NOT EXISTS (SELECT 1 FROM event e WHERE e.pid = p.id AND e.at > $1)) {condition}
+                        OR NOT EXISTS (SELECT 1 FROM event e WHERE e.pid = p.id AND e.at > $1)){look}
                  ORDER BY p.id {{of_p}}"
             );
             let transaction = begin(db).await?;

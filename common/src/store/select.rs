@@ -202,18 +202,34 @@ fn is_by_time(select: &Select) -> bool {
     select.older_than.is_some() && select.pids.is_empty()
 }
 
-/// The condition on rows of `process p JOIN spec s`, but for the selection's ids, as ` AND …`; its values are added to
-/// `values`.
-pub(super) fn condition(select: &Select, values: &mut Vec<Value>) -> String {
-    let mut condition = process_condition(select, values);
-    condition.push_str(&spec_condition(select, values));
-    if !select.states.is_empty() {
-        let states = select.states.iter().map(|word| format!("{{{word}}}")).collect::<Vec<_>>();
-        condition.push_str(&format!(" AND p.state IN ({})", states.join(", ")));
+/// The condition on one row `process p` that has been found by its id, but for the selection's ids, as ` AND …`; its values are
+/// added to `values`.
+///
+/// Nothing in it leads a planner to other rows (`+ 0`, and sub-selects that give a value): of processes that were accepted
+/// just now it believes that one row meets each condition, and with joins it may compare each of them with each other.
+pub(super) fn look(select: &Select, values: &mut Vec<Value>) -> String {
+    look_but_for(select, None, values)
+}
+
+fn look_but_for(select: &Select, base: Option<Base>, values: &mut Vec<Value>) -> String {
+    let mut condition = String::new();
+    if let Some(worker) = &select.worker {
+        values.push(worker.clone().into());
+        let name = values.len();
+        condition.push_str(&format!(
+            " AND p.place + 0 = {{held}} AND (SELECT h.name FROM worker h WHERE h.id = p.owner) = ${name}"
+        ));
     }
-    for (key, value) in &select.labels {
+    condition.push_str(&state_condition("p.state + 0", select));
+    if base != Some(Base::Spec) {
+        let of_spec = spec_condition(select, values);
+        if !of_spec.is_empty() {
+            condition.push_str(&format!(" AND (SELECT true{of_spec} FROM spec s WHERE s.id = p.id)"));
+        }
+    }
+    for (key, value) in select.labels.iter().skip(usize::from(base == Some(Base::Label))) {
         let label = label_condition("l", key, value, values);
-        condition.push_str(&format!(" AND EXISTS (SELECT 1 FROM label l WHERE l.id = p.id{label})"));
+        condition.push_str(&format!(" AND (SELECT COUNT(*) FROM label l WHERE l.id = p.id{label}) = 1"));
     }
     condition
 }
@@ -223,6 +239,14 @@ fn process_condition(select: &Select, values: &mut Vec<Value>) -> String {
     values.push(worker.clone().into());
     let name = values.len();
     format!(" AND p.place = {{held}} AND p.owner IN (SELECT h.id FROM worker h WHERE h.name = ${name})")
+}
+
+fn state_condition(column: &str, select: &Select) -> String {
+    if select.states.is_empty() {
+        return String::new();
+    }
+    let states = select.states.iter().map(|word| format!("{{{word}}}")).collect::<Vec<_>>();
+    format!(" AND {column} IN ({})", states.join(", "))
 }
 
 fn spec_condition(select: &Select, values: &mut Vec<Value>) -> String {
@@ -245,6 +269,13 @@ fn label_condition(alias: &str, key: &str, value: &str, values: &mut Vec<Value>)
     format!(" AND {alias}.key = ${} AND {alias}.value = ${}", values.len() - 1, values.len())
 }
 
+/// The table by which a selection's rows are found when they are counted.
+#[derive(Clone, Copy, PartialEq)]
+enum Base {
+    Spec,
+    Label,
+}
+
 /// How many rows of `process p` are in a selection and meet a condition, by the code in one of their columns. `values`
 /// are the condition's.
 pub(super) async fn count(
@@ -254,21 +285,34 @@ pub(super) async fn count(
     also: &str,
     mut values: Vec<Value>,
 ) -> Result<BTreeMap<i16, u64>, Error> {
-    let condition = condition(select, &mut values);
-    let spec = if spec_condition(select, &mut vec![]).is_empty() { "" } else { " JOIN spec s ON s.id = p.id" };
-    let rest = format!("FROM process p{spec} WHERE {also} {condition}");
-    let statements: Vec<Statement> = if select.pids.is_empty() {
-        let sql = format!("SELECT p.{column} AS code, COUNT(*) AS n {rest} GROUP BY p.{column}");
-        vec![store.dialect.statement(&sql, values)]
-    } else {
+    // Each row is one look by its id, as for `look`.
+    let by_id = |base: &str, id: &str, found_by: &str, look: &str| {
+        format!(
+            "SELECT code, COUNT(*) AS n
+             FROM (SELECT (SELECT CASE WHEN {also}{look} THEN p.{column} END FROM process p WHERE p.id = {id}) AS code
+                   FROM {base} WHERE true{found_by}) AS c
+             WHERE code IS NOT NULL GROUP BY code"
+        )
+    };
+    let statements: Vec<Statement> = if !select.pids.is_empty() {
+        let sql = format!("WITH {{rows}} {}", by_id("b", "b_id", "", &look(select, &mut values)));
         let pids: BTreeSet<Pid> = select.pids.iter().copied().collect();
         let pids: Vec<Uuid> = pids.into_iter().map(Uuid::from).collect();
-        let sql = format!(
-            "WITH {{rows}} SELECT p.{column} AS code, COUNT(*) AS n {rest} AND p.id IN (SELECT b_id FROM b)
-             GROUP BY p.{column}"
-        );
         let of = |chunk: &[Uuid]| store.dialect.batch(&sql, values.clone(), Batch::ids(chunk.iter().copied()));
         pids.chunks(PIDS_MAX).map(of).collect()
+    } else {
+        let of_spec = spec_condition(select, &mut values);
+        let sql = if !of_spec.is_empty() {
+            by_id("spec s", "s.id", &of_spec, &look_but_for(select, Some(Base::Spec), &mut values))
+        } else if let Some((key, value)) = select.labels.iter().next() {
+            let of_label = label_condition("f", key, value, &mut values);
+            by_id("label f", "f.id", &of_label, &look_but_for(select, Some(Base::Label), &mut values))
+        } else {
+            let condition =
+                format!("{also}{}{}", process_condition(select, &mut values), state_condition("p.state", select));
+            format!("SELECT p.{column} AS code, COUNT(*) AS n FROM process p WHERE {condition} GROUP BY p.{column}")
+        };
+        vec![store.dialect.statement(&sql, values)]
     };
     let mut counts = BTreeMap::new();
     for statement in statements {

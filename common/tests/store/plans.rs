@@ -4,10 +4,11 @@
 
 use std::time::Duration;
 
-use baton_common::id::Incarnation;
+use baton_common::id::{Incarnation, RequestId};
 use baton_common::select::Select;
-use baton_common::state::State;
+use baton_common::state::{Desired, State};
 use baton_common::store::blob::{Checkpoint, Outcome};
+use baton_common::store::control::Request;
 use baton_common::store::query::{Cursor, Filter};
 use baton_common::store::submit::NewProcess;
 use baton_common::store::worker::Load;
@@ -24,6 +25,14 @@ const OTHERS: u64 = 3_000;
 
 /// Entries of indexes that ten processes may read in their lives: some ten each, where one look too much would be [`OTHERS`].
 const N_READ_MAX: u64 = 1_000;
+
+/// Entries of indexes that a call to a session may read for each of its processes: a few looks, where a comparison of each
+/// with each other would be [`OTHERS`] for each further condition.
+const N_LOOKS_MAX: u64 = 30;
+
+/// And where it goes in pages of a thousand, within which each may be compared with those before it, for two further
+/// conditions.
+const N_LOOKS_OF_PAGES_MAX: u64 = 1_000 + N_LOOKS_MAX;
 
 /// What is called, under a name for its failure.
 type Call<'a> = (String, Box<dyn AsyncCall + 'a>);
@@ -174,6 +183,64 @@ async fn rows_are_found_by_their_key_in_tables_that_the_server_takes_for_empty()
     assert!(n_read < N_READ_MAX, "{n_read}");
 }
 
+/// Just after many of a session were accepted, the server knows of none of them: each condition about them seems to be met by
+/// one row, and any order of tables as good as any other.
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn what_is_asked_of_a_session_just_accepted_compares_no_process_with_each_other() {
+    let fresh = Some("fresh".to_owned());
+    let paused = Select { session: fresh, states: vec!["paused".into()], ..Select::default() };
+    let labelled = Select { labels: [("campaign".to_owned(), "si".to_owned())].into(), ..paused.clone() };
+    let mut found = Vec::new();
+    for select in [paused, labelled] {
+        let calls: Vec<(Call<'_>, u64)> = vec![
+            (list("", select.clone()), N_LOOKS_MAX),
+            (
+                (
+                    "count_selected".into(),
+                    Box::new(async |store: &Store| {
+                        let counts = store.count_selected(&select, Desired::Kill).await.unwrap();
+                        assert_eq!(counts["parked"], OTHERS);
+                    }),
+                ),
+                N_LOOKS_MAX,
+            ),
+            (
+                (
+                    "control_many".into(),
+                    Box::new(async |store: &Store| {
+                        assert_eq!(kill(store, &select).await, OTHERS);
+                    }),
+                ),
+                N_LOOKS_OF_PAGES_MAX,
+            ),
+        ];
+        for ((what, call), n_looks_max) in calls {
+            let hot = HotPath::begin().await;
+            hot.submit_as("labels: {campaign: cu}\nsession: old\nhold: true\nrun: ['true']", OTHERS / 10).await;
+            kill(&hot.store, &Select { session: Some("old".into()), ..Select::default() }).await;
+            psql(&hot.url, &["-c", "VACUUM ANALYZE process, spec, label"]).await;
+            hot.submit_as("labels: {campaign: si}\nsession: fresh\nhold: true\nrun: ['true']", OTHERS).await;
+            let n_read = hot.count_read_by(&*call).await;
+            if n_read > n_looks_max * OTHERS {
+                found.push(format!("{what} of {select:?}: {n_read}"));
+            }
+        }
+    }
+    assert!(found.is_empty(), "{found:#?}");
+}
+
+/// Kills a selection, and says how many that were.
+async fn kill(store: &Store, select: &Select) -> u64 {
+    let kill = Request::new(Desired::Kill, "test");
+    let mut many = store.control_many(RequestId::generate(), select, &kill).await.unwrap().unwrap();
+    let mut n_asked = 0;
+    while let Some(page) = many.next().await.unwrap() {
+        n_asked += page.len() as u64;
+    }
+    n_asked
+}
+
 /// A worker's writer, and what it reads.
 struct HotPath {
     url: String,
@@ -194,7 +261,11 @@ impl HotPath {
     }
 
     async fn submit(&self, count: u64) -> Vec<NewProcess> {
-        let processes: Vec<_> = (0..count).map(|_| new_process("run: ['true']")).collect();
+        self.submit_as("run: ['true']", count).await
+    }
+
+    async fn submit_as(&self, spec: &str, count: u64) -> Vec<NewProcess> {
+        let processes: Vec<_> = (0..count).map(|_| new_process(spec)).collect();
         self.store.submit(&processes).await.unwrap();
         processes
     }
@@ -215,13 +286,22 @@ impl HotPath {
 
     /// How many entries of indexes are read while so many go through.
     async fn count_read(self, count: u64) -> u64 {
+        self.count(async |hot| hot.run(count).await).await
+    }
+
+    async fn count_read_by(self, call: &dyn AsyncCall) -> u64 {
+        self.count(async |hot| call.call(&hot.store).await).await
+    }
+
+    async fn count(self, measured: impl AsyncFnOnce(&Self)) -> u64 {
         let sql = format!(
-            "SELECT SUM(idx_tup_read) FROM pg_stat_user_indexes WHERE schemaname = '{}' AND relname IN ('process', 'spec')",
+            "SELECT SUM(idx_tup_read) FROM pg_stat_user_indexes
+             WHERE schemaname = '{}' AND relname IN ('process', 'spec', 'label')",
             self.schema
         );
         let read = async || psql(&self.url, &["-c", &sql]).await.trim().parse::<u64>().unwrap();
         let before = read().await;
-        self.run(count).await;
+        measured(&self).await;
         drop((self.writer, self.store));
         wait_for_the_end_of(&self.url, &self.name).await;
         read().await - before
