@@ -531,8 +531,9 @@ async fn a_full_disk_there_is_an_error_about_the_file() {
     let (sshd, sessions) = both().await;
     let disk = sshd.small_disk();
     let source = sshd.file("source");
-    std::fs::write(&source, content(3_000_000)).unwrap();
-    for session in sessions {
+    let lens = [3_000_000, 20_000_000];
+    for (session, len) in sessions.iter().flat_map(|session| lens.map(|len| (session, len))) {
+        std::fs::write(&source, content(len)).unwrap();
         let there = disk.join("there");
         let error = session.put(&source, text(&there), &nothing).await.unwrap_err();
         assert!(matches!(&error, Error::File { path, .. } if path.ends_with("there.part")), "{error}");

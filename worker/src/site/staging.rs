@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, Read, Write};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use baton_common::digest::Digest;
@@ -320,9 +321,7 @@ impl Staging<'_> {
             }
         };
         let coming = format!("{path}.new");
-        let live = &self.context.live;
-        let progress =
-            |done: u64| live.set_last_line(&format!("sent {} of {} MiB of {digest}", done >> 20, size >> 20));
+        let progress = self.telling(|mib| format!("sent {mib} of {} MiB of {digest}", size >> 20));
         if self.visit.session.put(&source, &coming, &progress).await? != digest {
             self.run(&format!("rm -f {}", quote(&coming)), b"").await?;
             return Err(Error::Content(format!("{digest} has arrived with another content")));
@@ -333,6 +332,18 @@ impl Staging<'_> {
         let mode = if executable { 555 } else { 444 };
         self.run(&format!("chmod {mode} {0} && mv -f {0} {1}", quote(&coming), quote(path)), b"").await?;
         self.shrink_cache().await
+    }
+
+    /// Tells in a line how far a file is, whenever it is another MiB.
+    fn telling(&self, line: impl Fn(u64) -> String + Send + Sync) -> impl Fn(u64) + Send + Sync {
+        let live = Arc::clone(&self.context.live);
+        let told = AtomicU64::new(u64::MAX);
+        move |done| {
+            let mib = done >> 20;
+            if told.swap(mib, Ordering::Relaxed) != mib {
+                live.set_last_line(&line(mib));
+            }
+        }
     }
 
     /// Removes what the cache may not keep: the longest unused first, and nothing that a sandbox links.
@@ -606,9 +617,7 @@ impl Staging<'_> {
         let (session, objects) = (&self.visit.session, &self.site.objects);
         let there = format!("{}/{path}", self.dir);
         let here = self.scratch()?.join(Digest::of(path.as_bytes()).to_string());
-        let live = &self.context.live;
-        let progress =
-            |done: u64| live.set_last_line(&format!("fetched {} of {} MiB of {path}", done >> 20, size >> 20));
+        let progress = self.telling(|mib| format!("fetched {mib} of {} MiB of {path}", size >> 20));
         let is_known = async |digest| Ok::<_, Error>(objects.renew(digest, size).await?);
         let (digest, came) = session.get_unless(&there, &here, &progress, is_known).await?;
         let Some(came) = came else { return Ok(digest) };
