@@ -37,17 +37,11 @@ const HEADER_BYTES_MAX: usize = 1024 * 1024;
 /// Most that is read at once.
 const READ_BYTES: usize = 64 * 1024;
 
-/// Largest frame that is asked for where the address says nothing (`?frame_max=`); a larger body goes in several. The
-/// library has two buffers of 32 frames for each connection and goes through all of each in turn, so that the 128 KiB that
-/// the broker offers are 8 MiB of memory for messages of 100 bytes.
-const FRAME_BYTES_MAX: u32 = 16 * 1024;
-
-/// Connects as the library does by itself, but for the size of its frames.
+/// Connects as the library does by itself.
 ///
 /// # Errors
 /// Those of the library.
-pub(super) async fn connect(mut uri: AMQPUri, properties: ConnectionProperties) -> lapin::Result<Connection> {
-    uri.query.frame_max.get_or_insert(FRAME_BYTES_MAX);
+pub(super) async fn connect(uri: AMQPUri, properties: ConnectionProperties) -> lapin::Result<Connection> {
     let handle = tokio::runtime::Handle::current();
     let runtime = TokioRuntime::tokio_with_handle(handle.clone());
     let dial = async move |uri: AMQPUri, _: Runtime<Kit>| {
