@@ -527,3 +527,25 @@ async fn a_burial_that_has_to_be_repeated_is_one_letter_and_no_reason_is_too_lon
     header(&dead, "x-baton-dead-id").parse::<LetterId>().unwrap();
     worker.shutdown().await;
 }
+
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn headers_that_are_nearly_too_large_to_be_kept_fit_into_a_frame() {
+    let vhost = Vhost::new();
+    let (worker, mut incoming) = start(&vhost.broker(), "w1", None).await;
+    worker.consume(vec!["default".into()], slots(1)).await;
+    // Its queue is there when this has come.
+    worker.tell("default", many(1).1).await.unwrap();
+    task(&mut incoming).await.settle.ack().await;
+    let stranger = vhost.stranger().await;
+    let note = "n".repeat(31_000);
+    let headers = table([("note", long(&note))]);
+    let properties = BasicProperties::default().with_content_type("application/json".into()).with_headers(headers);
+    stranger.publish_with("", "baton.task.default", properties, b"{").await;
+    let dead = stranger.take(DEAD, 1).await.remove(0);
+    // As the worker has read it: with a reason of its own, and not as what has ended a connection.
+    let reason = header(&dead, "x-baton-reason");
+    assert!(reason.contains("malformed JSON"), "{reason}");
+    assert_eq!(header(&dead, "note"), note);
+    worker.shutdown().await;
+}
