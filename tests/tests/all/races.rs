@@ -105,16 +105,19 @@ impl Race {
 async fn kill_against_end() {
     let spec = "{call: baton.count, hold: true, with: {advances: 3, every: 10ms}}";
     let (race, _workers) = Race::new(spec).await;
-    // A kill that came in time lets the next ones come later, and one that came too late earlier: so they keep to the end,
-    // however fast the machine is.
+    // A kill that came in time lets the next ones come later, and one that came too late earlier, down to the moment of the
+    // `play` itself: so they keep to the end, however slow the machine makes a request.
     let delay_us = Cell::new(50_000);
     let answers = race
         .run(async |operators, pid, mut dice| {
-            let played = operators[0].ask(pid, Desired::Run).await;
-            tokio::time::sleep(Duration::from_micros(dice.next(2 * delay_us.get()))).await;
-            let killed = operators[0].ask(pid, Desired::Kill).await;
-            let (sooner_us, later_us) = (delay_us.get() * 15 / 16, delay_us.get() * 17 / 16);
-            delay_us.set(if killed.is_some() { later_us } else { sooner_us.max(1_000) });
+            let kill = async {
+                tokio::time::sleep(Duration::from_micros(dice.next(2 * delay_us.get()))).await;
+                let killed = operators[0].ask(pid, Desired::Kill).await;
+                let (sooner_us, later_us) = (delay_us.get() * 15 / 16, delay_us.get() * 17 / 16);
+                delay_us.set(if killed.is_some() { later_us } else { sooner_us.max(1_000) });
+                killed
+            };
+            let (played, killed) = tokio::join!(operators[0].ask(pid, Desired::Run), kill);
             vec![played, killed]
         })
         .await;
