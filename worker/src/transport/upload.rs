@@ -35,9 +35,18 @@ const FOLLOWED: i32 = 46;
 /// digest only of the very file that stands at the target in the end, with the length that this should have. It ends with
 /// its parent, and at once if another program stands between them. (A pipe through a hashing program would take as much of
 /// the processor as the hashing.)
+///
+/// Descriptor 3 is the pipe by which the file comes. It is made as large as Linux lets anyone: of the usual 64 KB, who fills
+/// it and who empties it wait for each other after every piece, which takes a sixth of a large file's time on two cores.
 const FOLLOW: &str = "
-import hashlib, os, sys, time
+import fcntl, hashlib, os, sys, time
 part, target, size, parent, followed = sys.argv[1], sys.argv[2], *map(int, sys.argv[3:])
+set_pipe_size = 1031
+try:
+    fcntl.fcntl(3, set_pipe_size, 1 << 20)
+except OSError:
+    pass
+os.close(3)
 def is_at(path):
     try:
         return os.path.samestat(os.stat(path), os.fstat(0))
@@ -85,7 +94,11 @@ pub(super) async fn put(
     } else {
         let program = quote(FOLLOW);
         (
-            format!("python3 -I -S -c {program} {part} {target} {size} $$ {FOLLOWED} < {part} 2> /dev/null &"),
+            format!(
+                "exec 3<&0
+                 python3 -I -S -c {program} {part} {target} {size} $$ {FOLLOWED} < {part} 2> /dev/null &
+                 exec 3<&-"
+            ),
             format!("wait $!; [ $? -eq {FOLLOWED} ] ||"),
         )
     };
