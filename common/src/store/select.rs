@@ -1,12 +1,16 @@
 //! A selection as SQL: a condition on rows that are there, and pages of ids in an order that an index has.
 //!
 //! A page reads only the tables that its conditions are about. Each condition has an index that ends in the id, so the
-//! first of a page are found at once, whether a million rows meet it or none.
+//! first of a page are found at once, whether a million rows meet it or none; those that meet several, by leaps.
+
+mod leap;
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use sea_orm::{ConnectionTrait, Statement, Value};
 use uuid::Uuid;
+
+use leap::Line;
 
 use super::dialect::{Batch, Dialect};
 use super::query::Cursor;
@@ -22,6 +26,24 @@ const PIDS_MAX: usize = 1_000;
 pub(super) enum Order {
     NewestFirst,
     OldestFirst,
+}
+
+impl Order {
+    /// The direction in which it is sorted, and how an id compares with those before it.
+    fn words(self) -> (&'static str, &'static str) {
+        match self {
+            Self::NewestFirst => ("DESC", "<"),
+            Self::OldestFirst => ("ASC", ">"),
+        }
+    }
+
+    /// An id that no process has.
+    fn before_all(self) -> Uuid {
+        match self {
+            Self::NewestFirst => Uuid::max(),
+            Self::OldestFirst => Uuid::nil(),
+        }
+    }
 }
 
 /// A walk through a selection, page by page.
@@ -55,10 +77,11 @@ impl Walk {
         Self { select: Select { pids: vec![], ..select.clone() }, order, pids, after, is_at_end }
     }
 
-    /// The same walk past what has ended, where nothing narrower leads to what is asked for. A selection by facts still
-    /// meets what has ended; to look at each such row here would make its first page as long as all of them.
+    /// The same walk past what has ended. A selection by age still meets that; to look at each such row here would make its
+    /// first page as long as all of them.
     pub(super) fn past_ended(mut self) -> Self {
-        if self.pids.is_none() && self.select.is_all() {
+        let is_by_state = !self.select.states.is_empty() || self.select.worker.is_some();
+        if self.pids.is_none() && !is_by_state && !is_by_time(&self.select) {
             self.select.states = ["created", "running", "waiting", "paused"].map(str::to_owned).to_vec();
         }
         self
@@ -147,24 +170,24 @@ impl Walk {
         if of_pids {
             condition.push_str(" AND p.id IN (SELECT b_id FROM b)");
         }
-        let (direction, past) = match self.order {
-            Order::NewestFirst => ("DESC", "<"),
-            Order::OldestFirst => ("ASC", ">"),
-        };
-        let base = &tables[0].1;
+        // Of each table, since the planner carries only equalities from one to the other.
+        let of_each =
+            |on_id: &str| tables.iter().map(|(_, alias)| format!(" AND {alias}.id {on_id}")).collect::<String>();
+        let (direction, behind) = self.order.words();
+        let mut start = None;
+        let mut past = String::new();
         if let Some(after) = self.after.filter(|_| !of_pids) {
             values.push(Uuid::from(after.pid).into());
-            let id = values.len();
+            let id = format!("${}", values.len());
             if by_time {
                 values.push(after.created_at.into());
-                condition.push_str(&format!(" AND (s.created_at, s.id) {past} (${}, ${id})", values.len()));
+                past = format!(" AND (s.created_at, s.id) {behind} (${}, {id})", values.len());
             } else {
-                // Of each table, since the planner carries only equalities from one to the other.
-                for (_, alias) in &tables {
-                    condition.push_str(&format!(" AND {alias}.id {past} ${id}"));
-                }
+                past = of_each(&format!("{behind} {id}"));
             }
+            start = Some(id);
         }
+        let base = &tables[0].1;
         let joined: String = tables[1..]
             .iter()
             .map(|(table, alias)| format!(" JOIN {table} {alias} ON {alias}.id = {base}.id"))
@@ -175,25 +198,39 @@ impl Walk {
         } else {
             ("CAST(0 AS bigint)", format!("{base}.id {direction}"), format!("id {direction}"))
         };
-        let branch = |state: &str| {
+        let join = |of_state: &str, past: &str| {
             format!(
-                "SELECT {base}.id, {created_at} AS created_at FROM {} {base}{joined} WHERE true{state}{condition}
+                "SELECT {base}.id, {created_at} AS created_at FROM {} {base}{joined} WHERE true{of_state}{condition}{past}
                  ORDER BY {sorted} LIMIT {limit}",
                 tables[0].0
             )
         };
-        let states: BTreeSet<&String> = select.states.iter().collect();
-        // Their words are those of the templates; anything else was refused before. Each state is an ordered walk of its own.
-        let mut branches: Vec<String> =
-            states.iter().map(|word| branch(&format!(" AND p.state = {{{word}}}"))).collect();
-        match branches.len() {
-            0 => branch(""),
-            1 => branches.remove(0),
-            _ => {
-                let parts = branches.iter().enumerate().map(|(n, sql)| format!("SELECT * FROM ({sql}) AS b{n}"));
-                format!("{} ORDER BY {merged} LIMIT {limit}", parts.collect::<Vec<_>>().join(" UNION ALL "))
+        // A worker's processes are in no order of ids, and few.
+        let is_in_lines = !of_pids && !by_time && select.worker.is_none();
+        let lines = if is_in_lines { Line::of(select, values) } else { vec![] };
+        let mut branch = |state: Option<&String>| {
+            let of_state = state.map(|word| format!(" AND p.state = {{{word}}}")).unwrap_or_default();
+            let lines: Vec<Line> = state.map(|word| Line::of_state(word)).into_iter().chain(lines.clone()).collect();
+            if !is_in_lines || lines.len() < 2 {
+                return join(&of_state, &past);
             }
+            let start = start.get_or_insert_with(|| {
+                values.push(self.order.before_all().into());
+                format!("${}", values.len())
+            });
+            leap::page_sql(&lines, self.order, start, limit, |on_id| join(&of_state, &of_each(on_id)))
+        };
+        let states: BTreeSet<&String> = select.states.iter().collect();
+        if states.is_empty() {
+            return branch(None);
         }
+        // Their words are those of the templates; anything else was refused before. Each state is an ordered walk of its own.
+        let mut branches: Vec<String> = states.iter().map(|word| branch(Some(word))).collect();
+        if branches.len() == 1 {
+            return branches.remove(0);
+        }
+        let parts = branches.iter().enumerate().map(|(n, sql)| format!("SELECT * FROM ({sql}) AS b{n}"));
+        format!("{} ORDER BY {merged} LIMIT {limit}", parts.collect::<Vec<_>>().join(" UNION ALL "))
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use baton_common::id::Pid;
+use baton_common::id::{Pid, RequestId};
 use baton_common::select::Select;
 use baton_common::state::Desired;
 use baton_common::store::query::{Cursor, Filter, Listing};
@@ -13,6 +13,7 @@ use crate::{Scene, new_process};
 
 on_both! {
     every_row_is_in_exactly_one_page_with_each_filter
+    what_meets_conditions_that_hardly_ever_meet_is_found
     a_page_begins_after_a_process_that_is_gone
     explicit_processes_are_paged_and_narrowed
     labels_belong_to_the_spec_that_was_accepted
@@ -100,6 +101,27 @@ async fn every_row_is_in_exactly_one_page_with_each_filter(scene: Scene) {
             },
             is(&|n| n / 5 == 3 && n % 3 != 0 && (created(n) || paused(n))),
         ),
+        (Select { session: Some("night".into()), queue: Some("gpu".into()), ..all.clone() }, is(&|n| n % 4 == 1)),
+        (
+            Select { kind: Some("baton.sleep".into()), states: words(&["killed"]), ..all.clone() },
+            is(&|n| n % 3 == 0 && killed(n)),
+        ),
+        (Select { session: Some("night".into()), states: words(&["finished"]), ..all.clone() }, vec![]),
+        (
+            Select {
+                states: words(&["created", "running", "waiting", "paused", "killed"]),
+                session: Some("night".into()),
+                queue: Some("default".into()),
+                kind: Some("baton.noop".into()),
+                labels: labels(&[("all", "yes"), ("o'dd", "a\"b")]),
+                ..all.clone()
+            },
+            is(&|n| n % 4 == 0 && n % 3 != 0),
+        ),
+        (
+            Select { worker: Some("w1".into()), kind: Some("baton.noop".into()), ..all.clone() },
+            is(&|n| running(n) && n % 3 != 0),
+        ),
         (Select { older_than: Some(Duration::from_secs(3600)), ..all.clone() }, vec![]),
         (Select { older_than: Some(Duration::ZERO), ..all.clone() }, accepted.iter().rev().copied().collect()),
         (
@@ -135,6 +157,37 @@ async fn every_row_is_in_exactly_one_page_with_each_filter(scene: Scene) {
         let n = expected.iter().filter(|pid| !is(&|n| killed(n) || paused(n)).contains(pid)).count();
         assert_eq!(asked.values().sum::<u64>(), n as u64, "{select:?}");
     }
+}
+
+/// Of two labels, each process bears one or the other, and few of the oldest and of the newest both.
+async fn what_meets_conditions_that_hardly_ever_meet_is_found(scene: Scene) {
+    let labels_of = |n: usize| match n {
+        0..3 | 1_500 | 2_995.. => "{a: 'yes', b: 'yes'}",
+        _ if n.is_multiple_of(2) => "{a: 'yes'}",
+        _ => "{b: 'yes'}",
+    };
+    let processes: Vec<NewProcess> =
+        (0..3_000).map(|n| new_process(&format!("{{call: baton.noop, labels: {}}}", labels_of(n)))).collect();
+    for page in processes.chunks(1_000) {
+        scene.store.submit(page).await.unwrap();
+    }
+    let both = Select { labels: labels(&[("a", "yes"), ("b", "yes")]), ..Select::default() };
+    let expected: Vec<Pid> = [0, 1, 2, 1_500, 2_995, 2_996, 2_997, 2_998, 2_999].map(|n| processes[n].pid).into();
+    for limit in [1, 3, 8, 20] {
+        let mut listing = Listing::new(&both, None);
+        let mut listed = Vec::new();
+        loop {
+            let page = listing.next(&scene.store, limit).await.unwrap();
+            if page.is_empty() {
+                break;
+            }
+            listed.extend(page.iter().map(|row| row.pid));
+        }
+        listed.reverse();
+        assert_eq!(listed, expected, "by {limit}");
+    }
+    let killed = scene.ask_many(RequestId::generate(), &both, Desired::Kill).await.unwrap();
+    assert_eq!(killed, expected);
 }
 
 async fn a_page_begins_after_a_process_that_is_gone(scene: Scene) {
@@ -175,7 +228,7 @@ async fn explicit_processes_are_paged_and_narrowed(scene: Scene) {
     let select = Select { pids: asked.clone(), ..Select::default() };
     let counts = scene.store.count_selected(&select, Desired::Pause).await.unwrap();
     assert_eq!(counts, [("queued".to_owned(), 1_499)].into());
-    let killed = scene.ask_many(baton_common::id::RequestId::generate(), &select, Desired::Kill).await.unwrap();
+    let killed = scene.ask_many(RequestId::generate(), &select, Desired::Kill).await.unwrap();
     assert_eq!(killed.len(), 1_500);
 }
 
