@@ -6,8 +6,8 @@
 //! million that meet one condition are passed in one leap where none of them meets another; a join would go past each of
 //! them.
 //!
-//! Lines that run side by side and hardly meet are another matter: a leap takes ten times as long as a step of a join.
-//! Beyond a number of leaps, a join looks for the rest of the page.
+//! Lines that run side by side and hardly meet are another matter: a leap takes as long as dozens of steps of a join. Beyond
+//! a number of leaps, a join looks for the rest of the page.
 
 use sea_orm::Value;
 
@@ -84,8 +84,8 @@ impl Line {
     }
 }
 
-/// A page of at most `limit` ids, with a column `created_at` that says nothing, of those that stand in all of at least two lines behind `start`.
-/// `join` gives the same page for a condition on its ids (`<= …`).
+/// A page of at most `limit` ids behind `start`, of those that stand in all of two lines or more; its column `created_at` says
+/// nothing. `join` gives the same page for a condition on its ids (`<= …`).
 pub(super) fn page_sql(
     lines: &[Line],
     order: Order,
