@@ -16,7 +16,7 @@ use crate::select::Select;
 
 /// How many leaps there may be for each row that is asked for and for each line: where every row of a line meets all
 /// conditions, it is one.
-const LEAPS_MAX: usize = 8;
+const LEAPS_MAX: usize = 4;
 
 /// So many rows are leaped for, even if fewer are asked for.
 const ROWS_MIN: u32 = 100;
