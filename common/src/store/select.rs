@@ -285,13 +285,17 @@ fn state_condition(column: &str, select: &Select) -> String {
     format!(" AND {column} IN ({})", states.join(", "))
 }
 
+/// The columns of `spec` that a selection gives a value to, each with an index of its own, and these values.
+fn spec_facts(select: &Select) -> impl Iterator<Item = (&'static str, &str)> {
+    let facts = [("session", &select.session), ("queue", &select.queue), ("kind", &select.kind)];
+    facts.into_iter().filter_map(|(column, wanted)| Some((column, wanted.as_deref()?)))
+}
+
 fn spec_condition(select: &Select, values: &mut Vec<Value>) -> String {
     let mut condition = String::new();
-    for (column, wanted) in [("session", &select.session), ("queue", &select.queue), ("kind", &select.kind)] {
-        if let Some(wanted) = wanted {
-            values.push(wanted.clone().into());
-            condition.push_str(&format!(" AND s.{column} = ${}", values.len()));
-        }
+    for (column, wanted) in spec_facts(select) {
+        values.push(wanted.into());
+        condition.push_str(&format!(" AND s.{column} = ${}", values.len()));
     }
     if let Some(age) = select.older_than {
         values.push(i64::try_from(age.as_micros()).unwrap_or(i64::MAX / 2).into());

@@ -11,7 +11,7 @@
 
 use sea_orm::Value;
 
-use super::Order;
+use super::{Order, spec_facts};
 use crate::select::Select;
 
 /// How many leaps there may be for each row that is asked for and for each line: where every row of a line meets all
@@ -44,16 +44,10 @@ impl Line {
             values.push(value.into());
             format!("${}", values.len())
         };
-        let of_spec = [
-            ("session", &select.session, " AND session IS NOT NULL"),
-            ("queue", &select.queue, ""),
-            ("kind", &select.kind, ""),
-        ];
         let mut lines = Vec::new();
-        for (column, value, condition) in of_spec {
-            if let Some(value) = value {
-                lines.push(Self { table: "spec", columns: vec![(column, parameter(value))], condition });
-            }
+        for (column, value) in spec_facts(select) {
+            let condition = if column == "session" { " AND session IS NOT NULL" } else { "" };
+            lines.push(Self { table: "spec", columns: vec![(column, parameter(value))], condition });
         }
         for (key, value) in &select.labels {
             let columns = vec![("key", parameter(key)), ("value", parameter(value))];
