@@ -151,16 +151,28 @@ impl BarePublisher {
     /// # Errors
     /// The broker refuses one, or is gone.
     pub async fn publish(&self, messages: impl IntoIterator<Item = BareMessage>) -> Result<(), Down> {
-        let mut window = Window::new(self.n_unconfirmed_max);
-        let down = |error: lapin::Error| Down(reason(&error));
-        for BareMessage { properties, body } in messages {
+        let publish = async |message: BareMessage| {
+            let BareMessage { properties, body } = message;
             let options = BasicPublishOptions::default();
             let publish = self.channel.basic_publish("".into(), short(&self.queue), options, &body, properties);
-            let confirm = publish.await.map_err(down)?;
-            all_stored(&window.push((), confirm).await.map_err(down)?)?;
+            Ok(((), publish.await?))
+        };
+        // Those of two pages are unconfirmed.
+        let n_page = self.n_unconfirmed_max.div_ceil(2);
+        let mut messages = messages.into_iter();
+        let mut window = Window::new();
+        loop {
+            let page: Vec<_> = messages.by_ref().take(n_page).map(|message| publish(message)).collect();
+            if page.is_empty() {
+                return all_stored(&window.rest().await.map_err(down)?);
+            }
+            all_stored(&window.push(page).await.map_err(down)?)?;
         }
-        all_stored(&window.rest().await.map_err(down)?)
     }
+}
+
+fn down(error: lapin::Error) -> Down {
+    Down(reason(&error))
 }
 
 fn all_stored(confirmed: &[((), Confirmation)]) -> Result<(), Down> {

@@ -1,9 +1,9 @@
 //! The connection that publishes: tasks, dead letters and state changes.
 
-use std::collections::{BTreeMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 
-use futures_util::future::{BoxFuture, FusedFuture};
+use futures_util::future::{BoxFuture, FusedFuture, try_join_all};
 use futures_util::stream::FuturesUnordered;
 use futures_util::{FutureExt, StreamExt};
 use lapin::options::{BasicPublishOptions, ConfirmSelectOptions};
@@ -23,8 +23,9 @@ use crate::message::{Encoding, Event, Events, VERSION};
 /// job on whose channel it came back, and a queue without a majority holds up no other.
 const N_LANES: usize = 8;
 
-/// Unconfirmed messages of one job. Confirms come in batches of a disk write; beyond some hundreds nothing is gained.
-const N_UNCONFIRMED_MAX: usize = 500;
+/// Messages of one job that are written together; twice as many are unconfirmed. Confirms come in batches of a disk write;
+/// beyond some hundreds nothing is gained.
+const N_PAGE: usize = 250;
 
 /// Pause before messages that the broker refused are sent again. A queue finds its leader within some 100 ms.
 const REFUSED_PAUSE: Duration = Duration::from_millis(100);
@@ -49,42 +50,44 @@ pub(super) struct Job {
     pub(super) done: oneshot::Sender<Result<(), TellError>>,
 }
 
-/// Messages that are published and not yet confirmed, in their order.
+/// A page of messages that are published and not yet confirmed.
 ///
-/// The broker confirms in this order, nearly always. So whoever waits for the youngest is woken once, and not once for each.
+/// The library says of each message when it is written. Whoever waits for that before he gives it the next pays a system
+/// call and two changes of threads for each; what is given together is written together. The broker confirms in the same
+/// order, nearly always: whoever waits for the youngest is woken once, and not once for each.
 pub(super) struct Window<T> {
-    n_unconfirmed_max: usize,
-    unconfirmed: VecDeque<(T, PublisherConfirm)>,
+    unconfirmed: Vec<(T, PublisherConfirm)>,
 }
 
 impl<T> Window<T> {
-    pub(super) fn new(n_unconfirmed_max: usize) -> Self {
-        Self { n_unconfirmed_max, unconfirmed: VecDeque::new() }
+    pub(super) fn new() -> Self {
+        Self { unconfirmed: Vec::new() }
     }
 
-    /// Adds one that was published. A window that is full waits until its older half is confirmed, and gives that.
-    pub(super) async fn push(&mut self, of: T, confirm: PublisherConfirm) -> lapin::Result<Vec<(T, Confirmation)>> {
-        self.unconfirmed.push_back((of, confirm));
-        if self.unconfirmed.len() < self.n_unconfirmed_max {
-            return Ok(Vec::new());
-        }
-        self.confirm(self.n_unconfirmed_max.div_ceil(2)).await
+    /// Publishes a page, and waits for the confirms of the page before it. Each publish gives back what its confirmation is
+    /// given with.
+    pub(super) async fn push(
+        &mut self,
+        page: impl IntoIterator<Item = impl Future<Output = lapin::Result<(T, PublisherConfirm)>>>,
+    ) -> lapin::Result<Vec<(T, Confirmation)>> {
+        let published = try_join_all(page).await?;
+        published.iter().for_each(|_| border!("publish-sent"));
+        confirmed(std::mem::replace(&mut self.unconfirmed, published)).await
     }
 
-    /// Waits for all that are left.
-    pub(super) async fn rest(mut self) -> lapin::Result<Vec<(T, Confirmation)>> {
-        self.confirm(self.unconfirmed.len()).await
+    /// Waits for the last page.
+    pub(super) async fn rest(self) -> lapin::Result<Vec<(T, Confirmation)>> {
+        confirmed(self.unconfirmed).await
     }
+}
 
-    async fn confirm(&mut self, count: usize) -> lapin::Result<Vec<(T, Confirmation)>> {
-        let mut confirmed = Vec::with_capacity(count);
-        let older = self.unconfirmed.drain(..count).collect::<Vec<_>>();
-        for (of, confirm) in older.into_iter().rev() {
-            confirmed.push((of, confirm.await?));
-            border!("publish-confirmed");
-        }
-        Ok(confirmed)
+async fn confirmed<T>(page: Vec<(T, PublisherConfirm)>) -> lapin::Result<Vec<(T, Confirmation)>> {
+    let mut confirmed = Vec::with_capacity(page.len());
+    for (of, confirm) in page.into_iter().rev() {
+        confirmed.push((of, confirm.await?));
+        border!("publish-confirmed");
     }
+    Ok(confirmed)
 }
 
 /// Where a job's messages go.
@@ -353,28 +356,29 @@ impl Answer {
 
 /// Publishes all and waits for every confirm.
 ///
-/// lapin may attach a returned message to the wrong confirm, but never to one of a later window: a return precedes its
-/// own confirm. So the ids are gathered over the whole window, and only then anything is decided.
-async fn publish_all(
+/// lapin may attach a returned message to the wrong confirm, but never to one of a later job: a return precedes its own
+/// confirm. So the ids are gathered over all of them, and only then anything is decided.
+async fn publish_all<'a>(
     dial: &Dial,
     channel: &Channel,
     target: &Target,
-    messages: &[&Envelope],
+    messages: &[&'a Envelope],
 ) -> Result<Answer, TellError> {
     let (exchange, key) = target.address();
     // Without it the broker confirms what it throws away.
     let mandatory = !cfg!(feature = "without-mandatory");
     let options = BasicPublishOptions { mandatory, ..BasicPublishOptions::default() };
-    let mut answer = Answer::default();
-    let mut window = Window::new(N_UNCONFIRMED_MAX);
-    let lost = |error: lapin::Error| TellError::Unknown(reason(&error));
-    for message in messages {
+    let publish = async |message: &'a Envelope| {
         let properties = message.properties(true);
         let publish = channel.basic_publish(short(exchange), short(key), options, &message.body, properties);
-        let confirm = publish.await.map_err(lost)?;
-        border!("publish-sent");
-        let confirmed = window.push(*message, confirm).await.map_err(lost)?;
-        answer.add(confirmed);
+        Ok((message, publish.await?))
+    };
+    let lost = |error: lapin::Error| TellError::Unknown(reason(&error));
+    let mut answer = Answer::default();
+    let mut window = Window::new();
+    for page in messages.chunks(N_PAGE) {
+        let publishes: Vec<_> = page.iter().map(|message| publish(message)).collect();
+        answer.add(window.push(publishes).await.map_err(lost)?);
     }
     answer.add(window.rest().await.map_err(lost)?);
     if let Target::Task(_) = target {
