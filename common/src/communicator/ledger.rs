@@ -50,7 +50,7 @@ pub(super) struct Receipt {
 impl Ledger {
     /// Of a channel that has so many deliveries at most.
     pub(super) fn new(prefetch: u16) -> Self {
-        Self { many: usize::from(prefetch / 4).max(1), turn: tokio::sync::Mutex::default(), book: Mutex::default() }
+        Self { many: usize::from(prefetch / 2).max(1), turn: tokio::sync::Mutex::default(), book: Mutex::default() }
     }
 
     /// Enters a delivery.

@@ -27,7 +27,7 @@ const N_UNDER_WAY_MAX: usize = 1024;
 /// deliver more, and so they do not wait when there are many. Each frame is an entry in the log of a quorum queue; without
 /// this pause a busy broker answers each small acknowledgement with as few deliveries, which are claimed and acknowledged
 /// as few again.
-const ACK_PAUSE: Duration = Duration::from_millis(3);
+const ACK_PAUSE: Duration = Duration::from_millis(10);
 
 /// Settles until told to stop, and then what had been asked before.
 pub(super) async fn run(

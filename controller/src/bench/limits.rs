@@ -33,7 +33,7 @@ const COMBINED_POINTS: [(usize, usize); 3] = [(1, 256), (2, 128), (2, 256)];
 const PAGE: usize = 1_000;
 
 /// Pause of a consumer in which deliveries gather: each acknowledgement is an entry in the log of a quorum queue.
-const GATHER: Duration = Duration::from_millis(1);
+const GATHER: Duration = Duration::from_millis(8);
 
 /// Rows that are held while updates are measured.
 const HELD_ROWS: usize = 8_192;
