@@ -162,7 +162,7 @@ impl BarePublisher {
         let mut messages = messages.into_iter();
         let mut window = Window::new();
         loop {
-            let page: Vec<_> = messages.by_ref().take(n_page).map(|message| publish(message)).collect();
+            let page: Vec<_> = messages.by_ref().take(n_page).map(&publish).collect();
             if page.is_empty() {
                 return all_stored(&window.rest().await.map_err(down)?);
             }
