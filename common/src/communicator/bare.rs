@@ -78,7 +78,8 @@ impl BareQueue {
         Err(CheckError::of_all(errors))
     }
 
-    /// A publisher on a connection of its own, which waits for confirms when so many messages are unconfirmed.
+    /// A publisher on a connection of its own, with so many unconfirmed messages in two pages: it waits for the confirms of
+    /// one when the next is written.
     ///
     /// # Errors
     /// The broker does not take it.
@@ -157,7 +158,6 @@ impl BarePublisher {
             let publish = self.channel.basic_publish("".into(), short(&self.queue), options, &body, properties);
             Ok(((), publish.await?))
         };
-        // Those of two pages are unconfirmed.
         let n_page = self.n_unconfirmed_max.div_ceil(2);
         let mut messages = messages.into_iter();
         let mut window = Window::new();

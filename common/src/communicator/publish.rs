@@ -52,7 +52,7 @@ pub(super) struct Job {
 
 /// A page of messages that are published and not yet confirmed.
 ///
-/// The library says of each message when it is written. Whoever waits for that before he gives it the next pays a system
+/// The library says of each message when it is written. Whoever waits for that before giving it the next pays a system
 /// call and two changes of threads for each; what is given together is written together. The broker confirms in the same
 /// order, nearly always: whoever waits for the youngest is woken once, and not once for each.
 pub(super) struct Window<T> {
@@ -356,8 +356,9 @@ impl Answer {
 
 /// Publishes all and waits for every confirm.
 ///
-/// lapin may attach a returned message to the wrong confirm, but never to one of a later job: a return precedes its own
-/// confirm. So the ids are gathered over all of them, and only then anything is decided.
+/// lapin may attach a returned message to the wrong confirm, but never to that of a message which is published when all of
+/// these are confirmed: a return precedes its own confirm. So the ids are gathered over all of them, and only then anything
+/// is decided.
 async fn publish_all<'a>(
     dial: &Dial,
     channel: &Channel,
