@@ -206,9 +206,10 @@ impl Bench {
 
     /// Waits until so many of the run's processes are in this place.
     async fn until(&self, place: Place, count: u32, limit: Duration, look: Duration) -> Result<(), Failure> {
+        let watcher = self.store.watcher().await?;
         let started = Instant::now();
         loop {
-            let reached = self.store.count_in(&self.session(), place).await?;
+            let reached = watcher.count_in(&self.session(), place).await?;
             if reached == u64::from(count) {
                 return Ok(());
             }

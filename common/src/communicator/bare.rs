@@ -196,11 +196,11 @@ impl BareConsumer {
                 self.consumer.next().now_or_never().flatten()
             };
             let Some(delivery) = next else { break };
-            let delivery = delivery.map_err(|error| Down(reason(&error)))?;
-            self.last = Some(delivery.acker.clone());
-            taken.push(BareDelivery(delivery));
+            taken.push(BareDelivery(delivery.map_err(|error| Down(reason(&error)))?));
         }
-        if taken.is_empty() { Err(Down("the consumer has ended".to_owned())) } else { Ok(taken) }
+        let Some(BareDelivery(last)) = taken.last() else { return Err(Down("the consumer has ended".to_owned())) };
+        self.last = Some(last.acker.clone());
+        Ok(taken)
     }
 
     /// Acknowledges everything that was taken, in one frame.

@@ -1,6 +1,6 @@
 //! What the database says of its own work, for benchmarks.
 
-use sea_orm::{ConnectionTrait, Value};
+use sea_orm::{ConnectionTrait, QueryResult, Value};
 
 use super::dialect::Dialect;
 use super::own::OwnConnection;
@@ -19,7 +19,11 @@ pub struct Meters {
     pub rows: u64,
 }
 
-/// Somebody who looks often.
+/// Somebody who looks often, or at many.
+///
+/// Of a session just accepted the server may know nothing, and of emptied tables that nothing is there. So this is a
+/// connection that finds rows by indexes, with subqueries, which no planner turns round; and they name the states too: by
+/// the id alone it might go through all of an index of states and ids, for each process of the session.
 pub struct Watcher {
     connection: OwnConnection,
     dialect: Dialect,
@@ -35,6 +39,52 @@ impl Watcher {
         let statement = self.dialect.statement(sql, vec![uuid::Uuid::from(pid).into()]);
         let row = self.connection.query_one_raw(statement).await?;
         Ok(row.map(|row| row.try_get("", "ended")).transpose()?.unwrap_or(false))
+    }
+
+    /// How many of the processes of a session are held, or have ended.
+    ///
+    /// # Errors
+    /// The database does not answer.
+    pub async fn count_in(&self, session: &str, place: crate::state::Place) -> Result<u64, Error> {
+        let sql = "SELECT COUNT(*) AS n FROM spec s
+                   WHERE s.session = $1 AND (SELECT p.place FROM process p WHERE p.id = s.id AND p.state IN
+                         ({created}, {running}, {waiting}, {paused}, {finished}, {excepted}, {killed})) = $2";
+        let values: Vec<Value> = vec![session.to_owned().into(), place.code().into()];
+        let row = self.query(sql, values).await?.into_iter().next().ok_or(Error::NoRow)?;
+        Ok(row.try_get::<i64>("", "n")?.cast_unsigned())
+    }
+
+    /// How the processes of a session have come out.
+    ///
+    /// # Errors
+    /// The database does not answer.
+    pub async fn sums(&self, session: &str) -> Result<Sums, Error> {
+        let sql = "SELECT s.created_at,
+                          (SELECT a.started_at FROM attempt a WHERE a.pid = s.id AND a.epoch = 1 AND a.how = 'ok')
+                          AS started_at,
+                          (SELECT p.ended_at FROM process p WHERE p.id = s.id AND p.epoch = 1
+                              AND p.place + 0 = {ended} AND p.state = {finished}) AS ended_at
+                   FROM spec s WHERE s.session = $1";
+        let mut sums = Sums::default();
+        let (mut first, mut last) = (i64::MAX, i64::MIN);
+        for row in self.query(sql, vec![session.to_owned().into()]).await? {
+            let time = |name: &str| row.try_get::<Option<i64>>("", name);
+            let (Some(created_at), Some(claimed_at), Some(ended_at)) =
+                (time("created_at")?, time("started_at")?, time("ended_at")?)
+            else {
+                continue;
+            };
+            sums.good += 1;
+            (first, last) = (first.min(created_at), last.max(ended_at));
+            sums.waits_us.push(claimed_at - created_at);
+            sums.works_us.push(ended_at - claimed_at);
+        }
+        sums.span_us = last.saturating_sub(first).max(0);
+        Ok(sums)
+    }
+
+    async fn query(&self, sql: &str, values: Vec<Value>) -> Result<Vec<QueryResult>, Error> {
+        Ok(self.connection.query_all_raw(self.dialect.statement(sql, values)).await?)
     }
 }
 
@@ -80,55 +130,12 @@ impl Store {
         Ok(row.try_get("", "busy")?)
     }
 
-    /// A connection for somebody who looks often.
+    /// A connection for somebody who looks often, or at many.
     ///
     /// # Errors
     /// The database does not answer.
     pub async fn watcher(&self) -> Result<Watcher, Error> {
         Ok(Watcher { connection: OwnConnection::open(&self.location).await?, dialect: self.dialect })
-    }
-
-    /// How many of the processes of a session are held, or have ended.
-    ///
-    /// # Errors
-    /// The database does not answer.
-    pub async fn count_in(&self, session: &str, place: crate::state::Place) -> Result<u64, Error> {
-        let sql = "SELECT COUNT(*) AS n FROM spec s
-                   WHERE s.session = $1 AND (SELECT p.place FROM process p WHERE p.id = s.id) = $2";
-        let values: Vec<Value> = vec![session.to_owned().into(), place.code().into()];
-        let row = self.query(sql, values).await?.into_iter().next().ok_or(Error::NoRow)?;
-        Ok(row.try_get::<i64>("", "n")?.cast_unsigned())
-    }
-
-    /// How the processes of a session have come out.
-    ///
-    /// # Errors
-    /// The database does not answer.
-    pub async fn sums(&self, session: &str) -> Result<Sums, Error> {
-        // Subqueries, which no planner turns round: what it knows of the tables is from before this session, and with joins
-        // it may compare each process of the session with each that has ended.
-        let sql = "SELECT s.created_at,
-                          (SELECT a.started_at FROM attempt a WHERE a.pid = s.id AND a.epoch = 1 AND a.how = 'ok')
-                          AS started_at,
-                          (SELECT p.ended_at FROM process p WHERE p.id = s.id AND p.epoch = 1
-                              AND p.place + 0 = {ended} AND p.state + 0 = {finished}) AS ended_at
-                   FROM spec s WHERE s.session = $1";
-        let mut sums = Sums::default();
-        let (mut first, mut last) = (i64::MAX, i64::MIN);
-        for row in self.query(sql, vec![session.to_owned().into()]).await? {
-            let time = |name: &str| row.try_get::<Option<i64>>("", name);
-            let (Some(created_at), Some(claimed_at), Some(ended_at)) =
-                (time("created_at")?, time("started_at")?, time("ended_at")?)
-            else {
-                continue;
-            };
-            sums.good += 1;
-            (first, last) = (first.min(created_at), last.max(ended_at));
-            sums.waits_us.push(claimed_at - created_at);
-            sums.works_us.push(ended_at - claimed_at);
-        }
-        sums.span_us = last.saturating_sub(first).max(0);
-        Ok(sums)
     }
 
     /// Ends this store's connections, by which the server's statistics learn what they have done.

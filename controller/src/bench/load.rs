@@ -117,7 +117,7 @@ async fn load(
     if is_own {
         cost.per_process.rows = Some(before.rows_until(&bench.store.meters().await?, u64::from(count)));
     }
-    let sums = bench.store.sums(&session).await?;
+    let sums = bench.store.watcher().await?.sums(&session).await?;
     let times_ms = times_of(&sums);
     if sums.good != u64::from(count) {
         return Err(Failure::failed(format!(
@@ -202,7 +202,7 @@ pub(super) async fn latency(bench: &Bench, arguments: &LatencyArguments) -> Resu
         workers,
         seconds: rounded(elapsed.as_secs_f64()),
         rate_per_s: per_second(u64::from(arguments.count), elapsed),
-        times_ms: times_of(&bench.store.sums(&session).await?),
+        times_ms: times_of(&watcher.sums(&session).await?),
         per_process: Some(cost.per_process),
         cpu_seconds: cost.cpu,
         ..Report::default()
