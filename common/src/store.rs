@@ -60,7 +60,7 @@ const CONNECTIONS_MAX: u32 = 4;
 /// How a lane's statements are planned: over the rows of the batch, in their order, each found by the key. Which plan is
 /// right never depends on how large a table is, so it is not left to its statistics: those of a table that has grown
 /// within minutes are wrong, and a plan that reads the whole table costs more than all the rest. What the settings leave
-/// open, `{id_of_b}` decides.
+/// open, `{id_of_b}` decides, and that no other index than the key can be searched by the id alone.
 const LANE_PLANS: [(&str, &str); 5] = [
     ("plan_cache_mode", "force_generic_plan"),
     ("enable_seqscan", "off"),

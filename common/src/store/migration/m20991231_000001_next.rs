@@ -20,5 +20,5 @@ const STATEMENTS: [&str; 4] = [
     "ALTER TABLE process ADD COLUMN next_note text NOT NULL DEFAULT 'next'",
     "ALTER TABLE worker ADD COLUMN next_kinds text",
     "CREATE TABLE next_thing (id bigint PRIMARY KEY)",
-    "CREATE INDEX spec_next ON spec (created_by, id)",
+    "CREATE INDEX spec_next ON spec (created_by, id) WHERE created_by <> ''",
 ];

@@ -11,7 +11,7 @@
 
 use sea_orm::Value;
 
-use super::{Order, spec_facts};
+use super::{Order, in_index_of, spec_facts};
 use crate::select::Select;
 
 /// How many leaps there may be for each row that is asked for and for each line: where every row of a line meets all
@@ -27,15 +27,15 @@ pub(super) struct Line {
     table: &'static str,
     /// The columns, and their values as SQL.
     columns: Vec<(&'static str, String)>,
-    /// The condition of an index that does not have all rows. (Any other, PostgreSQL puts between the values by which it
-    /// finds the place in the index, and then begins far from it.)
-    condition: &'static str,
+    /// What only rows of the index meet, if it is not for all; a comparison of rows does not imply it. (Any other condition,
+    /// PostgreSQL puts between the values by which it finds the place in the index, and then begins far from it.)
+    condition: String,
 }
 
 impl Line {
     /// Those in a state.
     pub(super) fn of_state(word: &str) -> Self {
-        Self { table: "process", columns: vec![("state", format!("{{{word}}}"))], condition: "" }
+        Self { table: "process", columns: vec![("state", format!("{{{word}}}"))], condition: " AND state <> -1".into() }
     }
 
     /// The lines of a selection's other conditions, whose values are added to `values`.
@@ -46,12 +46,12 @@ impl Line {
         };
         let mut lines = Vec::new();
         for (column, value) in spec_facts(select) {
-            let condition = if column == "session" { " AND session IS NOT NULL" } else { "" };
+            let condition = in_index_of("", column);
             lines.push(Self { table: "spec", columns: vec![(column, parameter(value))], condition });
         }
         for (key, value) in &select.labels {
             let columns = vec![("key", parameter(key)), ("value", parameter(value))];
-            lines.push(Self { table: "label", columns, condition: "" });
+            lines.push(Self { table: "label", columns, condition: String::new() });
         }
         lines
     }
