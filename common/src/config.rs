@@ -212,7 +212,8 @@ pub struct Ssh {
     pub known_hosts: Option<PathBuf>,
     /// The configuration of OpenSSH to read; the usual one if absent.
     pub config: Option<PathBuf>,
-    /// Machines on the way, `USER@HOST:PORT`, separated by commas.
+    /// Machines on the way, `USER@HOST:PORT`, separated by commas, or `none`; if absent, what the configuration of OpenSSH
+    /// says, be it `ProxyJump` or `ProxyCommand`.
     pub jump: Option<String>,
     /// Most sessions of the whole fleet.
     #[serde(default = "max_connections_default")]

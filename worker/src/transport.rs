@@ -14,6 +14,7 @@ mod known_hosts;
 mod landing;
 mod local;
 mod login;
+mod proxy;
 mod running;
 mod shell;
 mod ssh;

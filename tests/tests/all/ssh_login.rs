@@ -218,9 +218,6 @@ async fn what_is_not_said_is_what_openssh_does() {
     sshd.know("other", "host_ed25519.pub");
     works(&section).await;
 
-    std::fs::write(&config, format!("{text}  ProxyCommand nc %h %p\n")).unwrap();
-    let error = connect(&section).await.unwrap_err();
-    assert!(matches!(error, Error::Config(_)) && error.to_string().contains("ProxyCommand"), "{error}");
     std::fs::write(&config, "Nonsense yes\n").unwrap();
     let error = connect(&section).await.unwrap_err();
     assert!(matches!(error, Error::Config(_)) && error.to_string().contains("nonsense"), "{error}");
@@ -270,6 +267,119 @@ async fn machines_on_the_way_lead_there_and_are_checked_as_well() {
     target.kill();
     let error = connect(&section).await.unwrap_err();
     assert!(matches!(error, Error::Unreachable { .. }) && error.is_of_transport(), "{error}");
+}
+
+/// OpenSSH's configuration of a machine `target`, with a `ProxyCommand`.
+struct ProxyConfig {
+    file: PathBuf,
+    /// A program that connects to a machine by itself: host, port, and for how many seconds it stays when that has ended.
+    relay: String,
+    /// Where the program's number is then.
+    pid: PathBuf,
+}
+
+impl ProxyConfig {
+    fn beside(sshd: &Sshd) -> Self {
+        let (pid, relay) = (sshd.file("pid"), sshd.file("relay"));
+        let script = format!(
+            "#!/bin/bash\ntrap '' HUP PIPE\necho $$ > {}\nexec 3<>\"/dev/tcp/$1/$2\" || exit 1\ncat <&3 &\ncat >&3\nsleep $3\n",
+            pid.display()
+        );
+        std::fs::write(&relay, script).unwrap();
+        std::fs::set_permissions(&relay, std::fs::Permissions::from_mode(0o755)).unwrap();
+        Self { file: sshd.file("proxied"), relay: relay.display().to_string(), pid }
+    }
+
+    fn write(&self, sshd: &Sshd, command: &str) {
+        let port = sshd.section().port.unwrap();
+        let text = format!("Host target\n  HostName 127.0.0.1\n  Port {port}\n  ProxyCommand {command}\n");
+        std::fs::write(&self.file, text).unwrap();
+    }
+
+    /// The relay's or the last one's state, or nothing once it has ended.
+    fn is_running(&self) -> bool {
+        let pid = std::fs::read_to_string(&self.pid).unwrap();
+        std::fs::read_to_string(format!("/proc/{}/stat", pid.trim())).is_ok_and(|stat| !stat.contains(") Z "))
+    }
+
+    fn section(&self, sshd: &Sshd) -> Ssh {
+        Ssh { host: "target".to_owned(), port: None, config: Some(self.file.clone()), ..sshd.section() }
+    }
+}
+
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn a_proxy_command_leads_there_and_ends_with_the_session() {
+    let (gate, target) = (Sshd::start(), Sshd::start());
+    gate.let_in(&target.file("id_ed25519.pub"));
+    let config = ProxyConfig::beside(&target);
+    let section = config.section(&target);
+    let through_gate = format!("exec ssh -F {} -W %h:%p login", gate.file("ssh_config").display());
+    for command in [
+        format!("sh -c 'echo $$ > {}; {through_gate}'", config.pid.display()),
+        // This one stays when its connection has ended.
+        format!("{} %h %p 60", config.relay),
+    ] {
+        config.write(&target, &command);
+        let session = connect(&section).await.unwrap();
+        let output = session.exec("head -c 3000000 /dev/zero", b"", LIMIT).await.unwrap();
+        assert_eq!(output.ok().unwrap().len(), 3_000_000);
+        assert!(config.is_running());
+        drop(session);
+        eventually("the command has ended", LIMIT, async || if config.is_running() { Err(&command) } else { Ok(()) })
+            .await;
+    }
+    assert_eq!((gate.logged("Accepted publickey"), target.logged("Accepted publickey")), (1, 2));
+}
+
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn a_proxy_command_that_leads_nowhere_says_why() {
+    let target = Sshd::start();
+    let config = ProxyConfig::beside(&target);
+    let section = config.section(&target);
+    for (command, expected) in [
+        ("sh -c 'echo no way to %h, %n >&2; exit 3'", "has ended: no way to 127.0.0.1, target"),
+        ("sh -c 'sleep 5 > /dev/null & exit 4'", "has ended: exit code 4"),
+        ("sh -c 'yes >&2 & sleep 1; kill -KILL $$'", "has ended: y"),
+        ("sh -c 'kill -KILL $$'", "has ended: signal KILL"),
+        ("/there/is/none", "not found"),
+        ("echo HTTP/1.1 400 Bad Request", "has ended: exit code 0"),
+    ] {
+        config.write(&target, command);
+        let error = connect(&section).await.unwrap_err();
+        assert!(matches!(error, Error::Unreachable { .. }) && error.is_of_transport(), "{command}: {error}");
+        let text = error.to_string();
+        assert!(text.contains("ProxyCommand") && text.contains(expected), "{command}: {text}");
+    }
+    config.write(&target, "false\n  ProxyUseFdpass yes");
+    assert!(matches!(connect(&section).await, Err(Error::Config(text)) if text.contains("ProxyUseFdpass")));
+}
+
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn a_proxy_command_leads_to_the_nearest_machine_only() {
+    let (gate, target) = (Sshd::start(), Sshd::start());
+    gate.let_in(&target.file("id_ed25519.pub"));
+    let config = ProxyConfig::beside(&target);
+    let mut section = config.section(&target);
+    config.write(&target, "false");
+    assert!(connect(&section).await.is_err());
+    // What the section itself says of the way counts.
+    section.jump = Some("none".to_owned());
+    works(&section).await;
+
+    let port = gate.section().port.unwrap();
+    std::fs::copy(gate.file("host_ed25519.pub"), target.file("gate.pub")).unwrap();
+    target.know(&format!("[127.0.0.1]:{port}"), "gate.pub");
+    let host = format!("Host gate\n  HostName 127.0.0.1\n  Port {port}\n  ProxyCommand {} %h %p 60\n", config.relay);
+    std::fs::write(&config.file, std::fs::read_to_string(&config.file).unwrap() + &host).unwrap();
+    section.jump = Some("gate".to_owned());
+    works(&section).await;
+    assert_eq!((gate.logged("Accepted publickey"), target.logged("Accepted publickey")), (1, 2));
+    gate.kill();
+    let error = connect(&section).await.unwrap_err();
+    assert!(error.to_string().contains("Connection refused"), "{error}");
 }
 
 #[tokio::test]

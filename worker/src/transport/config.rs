@@ -25,6 +25,8 @@ pub(super) const PORT: u16 = 22;
 pub(super) struct Route {
     /// The nearest first, the site's own last.
     pub(super) hops: Vec<Hop>,
+    /// The command that leads to the nearest, if it is not reached by its address.
+    pub(super) proxy: Option<String>,
     /// A connection that is silent for so long is asked whether it lives.
     pub(super) keepalive: Duration,
 }
@@ -68,12 +70,7 @@ struct Place {
 pub(super) async fn resolve(section: &Ssh) -> Result<Route, Error> {
     let place = Place { host: section.host.clone(), user: section.user.clone(), port: section.port };
     let (target, answer) = hop(section, &place).await?;
-    if section.jump.is_none() && answer.one("proxycommand").is_some() {
-        return Err(Error::Config(format!(
-            "OpenSSH reaches {} by a ProxyCommand, which Baton does not run; name the machines on the way with `jump`",
-            section.host
-        )));
-    }
+    let mut proxy = if section.jump.is_none() { answer.proxy(&place, &target)? } else { None };
     let mut via = section.jump.clone().or_else(|| answer.one("proxyjump").map(str::to_owned));
     let mut hops = vec![target];
     // The nearest of the machines may have some before it.
@@ -83,6 +80,7 @@ pub(super) async fn resolve(section: &Ssh) -> Result<Route, Error> {
             let (hop, answer) = hop(section, &place).await?;
             if nearer.is_empty() {
                 via = answer.one("proxyjump").map(str::to_owned);
+                proxy = answer.proxy(&place, &hop)?;
             }
             nearer.push(hop);
         }
@@ -91,7 +89,7 @@ pub(super) async fn resolve(section: &Ssh) -> Result<Route, Error> {
             return Err(Error::Config(format!("more than {HOPS_MAX} machines are on the way to {}", section.host)));
         }
     }
-    Ok(Route { hops, keepalive: section.keepalive })
+    Ok(Route { hops, proxy, keepalive: section.keepalive })
 }
 
 fn jumps(text: &str) -> Result<Vec<Place>, Error> {
@@ -170,6 +168,20 @@ impl Answer {
         self.0.iter().filter(move |(name, _)| name == key).map(|(_, value)| value.as_str())
     }
 
+    /// The command that leads to a machine.
+    fn proxy(&self, place: &Place, hop: &Hop) -> Result<Option<String>, Error> {
+        let Some(command) = self.one("proxycommand") else { return Ok(None) };
+        if self.one("proxyusefdpass") == Some("yes") {
+            return Err(Error::Config(format!(
+                "OpenSSH gets its connection to {} from a ProxyCommand (ProxyUseFdpass), and Baton does not",
+                place.host
+            )));
+        }
+        let port = hop.port.to_string();
+        let tokens = [('h', hop.name.as_str()), ('n', &place.host), ('p', &port), ('r', &hop.user), ('%', "%")];
+        Ok(Some(with_tokens(command, &tokens)))
+    }
+
     fn known_hosts(&self) -> Vec<PathBuf> {
         let files: Vec<_> = self
             .all("userknownhostsfile")
@@ -192,7 +204,7 @@ impl Answer {
             None | Some("SSH_AUTH_SOCK") => variable("SSH_AUTH_SOCK"),
             Some("none") => None,
             Some(name) if name.starts_with('$') => variable(name.trim_start_matches('$')),
-            Some(path) => Some(at_home(Path::new(&with_tokens(path, host, user)))),
+            Some(path) => Some(file_with_tokens(path, host, user)),
         }
     }
 
@@ -200,7 +212,7 @@ impl Answer {
         let files: Vec<_> = self
             .all("identityfile")
             .filter(|file| *file != "none")
-            .map(|file| at_home(Path::new(&with_tokens(file, host, user))))
+            .map(|file| file_with_tokens(file, host, user))
             .collect();
         if self.0.is_empty() {
             ["id_ed25519", "id_ecdsa", "id_rsa"].map(|name| at_home(&Path::new("~/.ssh").join(name))).to_vec()
@@ -210,13 +222,30 @@ impl Answer {
     }
 }
 
-/// The tokens of `ssh_config` that make sense in the name of a key's file.
-fn with_tokens(text: &str, host: &str, user: &str) -> String {
+/// The tokens of `ssh_config` that make sense in the name of a file.
+fn file_with_tokens(text: &str, host: &str, user: &str) -> PathBuf {
     let home = std::env::home_dir().unwrap_or_default();
     let own = own_name().unwrap_or_default();
-    let tokens = [("%d", home.to_string_lossy().as_ref()), ("%h", host), ("%r", user), ("%u", &own), ("%%", "%")]
-        .map(|(token, value)| (token, value.to_owned()));
-    tokens.iter().fold(text.to_owned(), |text, (token, value)| text.replace(token, value))
+    let tokens = [('d', home.to_string_lossy().into_owned()), ('u', own)];
+    let tokens = tokens.iter().map(|(token, value)| (*token, value.as_str()));
+    let tokens: Vec<_> = tokens.chain([('h', host), ('r', user), ('%', "%")]).collect();
+    at_home(Path::new(&with_tokens(text, &tokens)))
+}
+
+/// A text in which each `%` with the letter after it stands for a value; others stay.
+fn with_tokens(text: &str, tokens: &[(char, &str)]) -> String {
+    let mut parts = text.split('%');
+    let mut whole = parts.next().unwrap_or_default().to_owned();
+    while let Some(part) = parts.next() {
+        // Between the two signs of `%%` there is nothing.
+        let letter = part.chars().next().unwrap_or('%');
+        match tokens.iter().find(|(token, _)| *token == letter) {
+            Some((_, value)) if part.is_empty() => whole.extend([*value, parts.next().unwrap_or_default()]),
+            Some((_, value)) => whole.extend([*value, &part[letter.len_utf8()..]]),
+            None => whole.extend(["%", part]),
+        }
+    }
+    whole
 }
 
 /// Asks OpenSSH how it would reach a machine.
@@ -283,6 +312,46 @@ mod tests {
         let home = std::env::home_dir().unwrap();
         assert_eq!(answer.identities("h", "me"), [PathBuf::from("/k/me@h"), home.join(".ssh/b")]);
         assert_eq!(answer.known_hosts(), [PathBuf::from("/a"), PathBuf::from("/b")]);
+        assert_eq!(answer.proxy(&Place::default(), &target()).unwrap(), None);
         assert_eq!(Answer::default().known_hosts()[1], PathBuf::from("/etc/ssh/ssh_known_hosts"));
+    }
+    #[test]
+    fn tokens_are_replaced_once() {
+        let tokens = [('h', "%p"), ('p', "22"), ('%', "%")];
+        for (text, expected) in [
+            ("nc %h %p", "nc %p 22"),
+            ("%%h %%%p", "%h %22"),
+            ("%%", "%"),
+            ("100%", "100%"),
+            ("%x%", "%x%"),
+            ("", ""),
+            ("%é%p", "%é22"),
+        ] {
+            assert_eq!(with_tokens(text, &tokens), expected, "{text}");
+        }
+    }
+
+    #[test]
+    fn a_proxy_command_is_told_the_machine() {
+        let place = Place { host: "alias".into(), ..Place::default() };
+        let proxy = |text: &str| parse(text).proxy(&place, &target());
+        let command = proxy("proxyusefdpass no\nproxycommand ssh -W %h:%p -l %r gate-of-%n\n").unwrap();
+        assert_eq!(command.as_deref(), Some("ssh -W h.example:2222 -l me gate-of-alias"));
+        let error = proxy("proxycommand x\nproxyusefdpass yes\n").unwrap_err();
+        assert!(error.to_string().contains("ProxyUseFdpass"), "{error}");
+    }
+
+    fn target() -> Hop {
+        Hop {
+            name: "h.example".into(),
+            port: 2222,
+            user: "me".into(),
+            alias: None,
+            known_hosts: vec![],
+            keys: vec![],
+            is_key_named: false,
+            only_these_keys: false,
+            agent: None,
+        }
     }
 }

@@ -45,15 +45,8 @@ pub(super) struct Events {
 
 impl Command {
     pub(super) fn start(command: &str) -> Result<Self, Error> {
-        let inherited = INHERITED.iter().filter_map(|name| std::env::var_os(name).map(|value| (name, value)));
-        let mut shell = tokio::process::Command::new("/bin/sh");
-        shell.arg("-c").arg(command).env_clear().envs(inherited).process_group(0);
-        shell.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        if let Some(home) = std::env::home_dir().filter(|home| home.is_dir()) {
-            shell.current_dir(home);
-        }
-        let mut child = shell.spawn().map_err(|error| Error::file("/bin/sh", error))?;
-        let group = child.id().and_then(|id| Pid::from_raw(id.cast_signed()));
+        let mut child = shell(command).spawn().map_err(|error| Error::file("/bin/sh", error))?;
+        let group = group_of(&child);
         let (stdin, stdout, stderr) = (child.stdin.take(), child.stdout.take(), child.stderr.take());
         Ok(Self { input: Input(stdin), events: Events { child, group, stdout, stderr } })
     }
@@ -61,6 +54,23 @@ impl Command {
     pub(super) fn halves(&mut self) -> (&mut Input, &mut Events) {
         (&mut self.input, &mut self.events)
     }
+}
+
+/// What runs a command in a process group of its own, with pipes.
+pub(super) fn shell(command: &str) -> tokio::process::Command {
+    let inherited = INHERITED.iter().filter_map(|name| std::env::var_os(name).map(|value| (name, value)));
+    let mut shell = tokio::process::Command::new("/bin/sh");
+    shell.arg("-c").arg(command).env_clear().envs(inherited).process_group(0);
+    shell.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    if let Some(home) = std::env::home_dir().filter(|home| home.is_dir()) {
+        shell.current_dir(home);
+    }
+    shell
+}
+
+/// The process group of what [`shell`] has started.
+pub(super) fn group_of(child: &Child) -> Option<Pid> {
+    child.id().and_then(|id| Pid::from_raw(id.cast_signed()))
 }
 
 impl Drop for Events {
@@ -110,8 +120,7 @@ impl Events {
         }
         let status = self.child.wait().await.map_err(|error| Error::Broken(error.to_string()))?;
         self.group = None;
-        let signal = std::os::unix::process::ExitStatusExt::signal(&status).map(signal_name);
-        Ok(Event::Ended { exit: status.code(), signal })
+        Ok(Event::Ended { exit: status.code(), signal: signal_of(&status) })
     }
 }
 
@@ -123,6 +132,11 @@ async fn read(
         Some(pipe) => pipe.read_buf(buffer).await,
         None => Ok(0),
     }
+}
+
+/// The signal that has ended a program, without `SIG`.
+pub(super) fn signal_of(status: &std::process::ExitStatus) -> Option<String> {
+    std::os::unix::process::ExitStatusExt::signal(status).map(signal_name)
 }
 
 /// As SSH names signals, which is without `SIG`.

@@ -15,6 +15,7 @@ use tokio::net::{TcpStream, UnixStream};
 use super::Error;
 use super::config::{Hop, Route};
 use super::known_hosts::KnownKeys;
+use super::proxy::Proxy;
 
 /// How many bytes the server may send ahead on one channel.
 const WINDOW: u32 = 8 << 20;
@@ -105,10 +106,20 @@ fn text_of(error: &russh::Error) -> String {
     error.to_string()
 }
 
-/// Connects to every machine of a route by the one before it, and logs in. Gives back their handles in this order, and why
-/// the last will have ended.
-pub(super) async fn log_in(route: &Route) -> Result<(Vec<Handle<Verifier>>, Ending), Error> {
+/// The connections to all machines of a route.
+pub(super) struct LoggedIn {
+    /// In the order of the route.
+    pub(super) handles: Vec<Handle<Verifier>>,
+    /// Why the last will have ended.
+    pub(super) ending: Ending,
+    /// What leads to the first.
+    pub(super) proxy: Option<Proxy>,
+}
+
+/// Connects to every machine of a route by the one before it, and logs in.
+pub(super) async fn log_in(route: &Route) -> Result<LoggedIn, Error> {
     let mut handles: Vec<Handle<Verifier>> = Vec::new();
+    let mut proxy = None;
     let mut ending = Ending::default();
     for (i, hop) in route.hops.iter().enumerate() {
         let nearer = i.checked_sub(1).and_then(|i| route.hops.get(i));
@@ -116,15 +127,20 @@ pub(super) async fn log_in(route: &Route) -> Result<(Vec<Handle<Verifier>>, Endi
         let config = Arc::new(client_config(route.keepalive, &known));
         ending = Ending::default();
         let verifier = Verifier { known, ending: ending.clone() };
-        let connected = match handles.last() {
-            None => {
+        let connected = match (handles.last(), &route.proxy) {
+            (None, Some(command)) => {
+                let (started, stream) = Proxy::start(command)?;
+                proxy = Some(started);
+                client::connect_stream(config, stream, verifier).await
+            }
+            (None, None) => {
                 let stream = TcpStream::connect((hop.name.as_str(), hop.port))
                     .await
                     .and_then(|stream| stream.set_nodelay(true).map(|()| stream))
                     .map_err(|error| unreachable(hop, &error.to_string()))?;
                 client::connect_stream(config, stream, verifier).await
             }
-            Some(outer) => {
+            (Some(outer), _) => {
                 let channel = outer
                     .channel_open_direct_tcpip(hop.name.as_str(), hop.port.into(), "127.0.0.1", 0)
                     .await
@@ -132,14 +148,21 @@ pub(super) async fn log_in(route: &Route) -> Result<(Vec<Handle<Verifier>>, Endi
                 client::connect_stream(config, channel.into_stream(), verifier).await
             }
         };
-        let mut handle = connected.map_err(|failure| match failure {
-            Failure::HostKey(error) => error,
-            Failure::Connection(error) => unreachable(hop, &text_of(&error)),
-        })?;
+        let mut handle = match connected {
+            Ok(handle) => handle,
+            Err(Failure::HostKey(error)) => return Err(error),
+            Err(Failure::Connection(error)) => {
+                let complaint = match proxy.take().filter(|_| handles.is_empty()) {
+                    Some(proxy) => proxy.complaint().await,
+                    None => None,
+                };
+                return Err(unreachable(hop, &complaint.unwrap_or_else(|| text_of(&error))));
+            }
+        };
         authenticate(&mut handle, hop, &ending).await?;
         handles.push(handle);
     }
-    Ok((handles, ending))
+    Ok(LoggedIn { handles, ending, proxy })
 }
 
 /// Why a machine does not lead us to the next.

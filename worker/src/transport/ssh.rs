@@ -12,7 +12,8 @@ use tokio_util::task::TaskTracker;
 
 use super::Error;
 use super::config::Route;
-use super::login::{self, Ending, Verifier};
+use super::login::{self, Ending, LoggedIn, Verifier};
+use super::proxy::Proxy;
 use super::running::Event;
 
 /// How long the server may take to open a channel.
@@ -36,6 +37,8 @@ struct Inner {
     handle: Handle<Verifier>,
     /// Those of the machines on the way, the nearest first. Their connections carry this one.
     outer: Vec<Handle<Verifier>>,
+    /// The program that leads to the first machine; it is killed with the connection.
+    _proxy: Option<Proxy>,
     /// Why the connection has ended.
     ending: Ending,
     /// What comes before the output of every command.
@@ -53,12 +56,13 @@ impl std::fmt::Debug for Inner {
 
 impl Connection {
     pub(super) async fn open(route: &Route) -> Result<Self, Error> {
-        let (mut handles, ending) = login::log_in(route).await?;
+        let LoggedIn { mut handles, ending, proxy } = login::log_in(route).await?;
         let handle = handles.pop().ok_or_else(|| Error::Config("no host is named".to_owned()))?;
         let inner = Inner {
             host: route.target().name.clone(),
             handle,
             outer: handles,
+            _proxy: proxy,
             ending,
             mark: format!("baton-{}\n", uuid::Uuid::new_v4().simple()),
             closing: TaskTracker::new(),
