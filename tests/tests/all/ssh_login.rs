@@ -69,6 +69,74 @@ async fn another_host_key_is_an_error_that_names_the_line() {
 
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
+async fn an_authority_that_is_known_vouches_for_a_host() {
+    let sshd = Sshd::start();
+    let section = sshd.section();
+    let (authority, other) = (sshd.file("authority"), sshd.file("other"));
+    for file in [&authority, &other] {
+        key_gen(&["-qt", "ed25519", "-N", "", "-f", file.to_str().unwrap()]);
+    }
+    let certificate = sshd.file("host_ed25519-cert.pub");
+    // The server shows its key with a certificate by somebody, made with these options.
+    let show = |by: &Path, options: &[&str]| {
+        let public = sshd.file("host_ed25519.pub");
+        let always = ["-qs", by.to_str().unwrap(), "-I", "login"];
+        key_gen(&[&always, options, &[public.to_str().unwrap()]].concat());
+        sshd.kill();
+        sshd.start_again(&format!("HostCertificate {}", certificate.display()));
+    };
+    let known = std::fs::read_to_string(sshd.file("known_hosts")).unwrap();
+    let know = |lines: &[&str]| {
+        std::fs::write(sshd.file("known_hosts"), "").unwrap();
+        for line in lines {
+            sshd.know(line, "authority.pub");
+        }
+    };
+    let host = format!("[127.0.0.1]:{}", section.port.unwrap());
+    show(&authority, &["-h", "-n", "login.example,127.0.0.1", "-V", "-1h:+1h"]);
+    for hosts in ["@cert-authority 127.0.0.*", "@cert-authority *", &format!("@cert-authority other,{host}")] {
+        know(&[hosts]);
+        works(&section).await;
+    }
+    know(&["@cert-authority *,!127.0.0.1"]);
+    assert!(matches!(connect(&section).await, Err(Error::UnknownHostKey { .. })));
+    know(&["@cert-authority *", "@revoked *"]);
+    assert!(matches!(connect(&section).await, Err(Error::UnknownHostKey { remedy, .. }) if remedy.contains("line 2")));
+    know(&["@cert-authority *"]);
+    sshd.know("@revoked *", "host_ed25519.pub");
+    assert!(matches!(connect(&section).await, Err(Error::UnknownHostKey { remedy, .. }) if remedy.contains("line 2")));
+
+    know(&["@cert-authority *"]);
+    for (options, reason) in [
+        (&["-h", "-n", "login.example"][..], "is for [\"login.example\"]"),
+        (&["-h"], "is for []"),
+        (&["-n", "127.0.0.1"], "is one for users"),
+        (&["-h", "-n", "127.0.0.1", "-V", "-2h:-1h"], "is not valid now"),
+        (&["-h", "-n", "127.0.0.1", "-V", "+1h:+2h"], "is not valid now"),
+        (&["-h", "-n", "127.0.0.1", "-O", "critical:x@y=z"], "x@y"),
+    ] {
+        show(&authority, options);
+        let error = connect(&section).await.unwrap_err();
+        let text = error.to_string();
+        assert!(matches!(error, Error::UnknownHostKey { .. }) && text.contains(reason), "{options:?}: {text}");
+        assert!(text.contains(&fingerprint(&sshd.file("host_ed25519.pub"))) && text.contains("line 1"), "{text}");
+    }
+
+    // By another authority, it is the host's key that counts.
+    show(&other, &["-h", "-n", "127.0.0.1"]);
+    let error = connect(&section).await.unwrap_err();
+    assert!(matches!(&error, Error::UnknownHostKey { remedy, .. } if remedy.contains("ssh-keyscan")), "{error}");
+    std::fs::write(sshd.file("known_hosts"), known).unwrap();
+    sshd.know("@cert-authority *", "authority.pub");
+    works(&section).await;
+    // A server without a certificate shows its key.
+    sshd.kill();
+    sshd.start_again("");
+    works(&section).await;
+}
+
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
 async fn the_server_is_asked_for_the_kind_of_key_that_is_known() {
     let sshd = Sshd::start();
     let section = sshd.section();

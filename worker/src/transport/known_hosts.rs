@@ -1,15 +1,21 @@
-//! Whether a host's key is the one that the files of known hosts name. Nothing is ever added to them.
+//! Whether a host's key is one that the files of known hosts name, or that an authority which they name vouches for. Nothing
+//! is ever added to them.
 
 use std::path::PathBuf;
 
 use russh::keys::known_hosts::known_host_keys_path;
-use russh::keys::{HashAlg, PublicKey, parse_public_key_base64};
+use russh::keys::ssh_key::certificate::CertType;
+use russh::keys::ssh_key::public::KeyData;
+use russh::keys::{Certificate, HashAlg, PublicKey, parse_public_key_base64};
 
 use super::Error;
 use super::config::{Hop, PORT};
 
 /// What files of known hosts call a key that nobody may trust any more, whatever else they say.
 const REVOKED: &str = "@revoked";
+
+/// What they call a key whose certificates for hosts are believed.
+const AUTHORITY: &str = "@cert-authority";
 
 /// A key that a file names.
 struct Known {
@@ -22,8 +28,11 @@ struct Known {
 pub(super) struct KnownKeys {
     /// As it stands in the files.
     host: String,
+    /// As certificates name it.
+    name: String,
     files: Vec<PathBuf>,
     keys: Vec<Known>,
+    authorities: Vec<Known>,
     /// Of whatever host.
     revoked: Vec<Known>,
 }
@@ -37,14 +46,18 @@ impl KnownKeys {
             None => (hop.name.as_str(), hop.port),
         };
         let host = if port == PORT { name.to_owned() } else { format!("[{name}]:{port}") };
-        let (mut keys, mut revoked) = (Vec::new(), Vec::new());
+        let (mut keys, mut authorities, mut revoked) = (Vec::new(), Vec::new(), Vec::new());
         for file in &hop.known_hosts {
             let text = String::from_utf8_lossy(&std::fs::read(file).unwrap_or_default()).into_owned();
             for (i, line) in text.lines().enumerate() {
                 let known = |key| Known { key, file: file.clone(), line: i + 1 };
                 match line.split_whitespace().collect::<Vec<_>>()[..] {
                     [REVOKED, _, _, key, ..] => revoked.extend(parse_public_key_base64(key).ok().map(known)),
-                    [hosts, _, key, ..] if is_named(hosts, &host) => {
+                    // As for OpenSSH, one for the host's name is one for all of its ports.
+                    [AUTHORITY, hosts, _, key, ..] if is_named(hosts, &[&host, name]) => {
+                        authorities.extend(parse_public_key_base64(key).ok().map(known));
+                    }
+                    [hosts, _, key, ..] if is_named(hosts, &[&host]) => {
                         keys.extend(parse_public_key_base64(key).ok().map(known));
                     }
                     _ => {}
@@ -55,7 +68,7 @@ impl KnownKeys {
                 .map_err(|error| Error::Config(format!("{}: {error}", file.display())))?;
             keys.extend(found.into_iter().map(|(line, key)| Known { key, file: file.clone(), line: nth(&text, line) }));
         }
-        Ok(Self { host, files: hop.known_hosts.clone(), keys, revoked })
+        Ok(Self { host, name: name.to_owned(), files: hop.known_hosts.clone(), keys, authorities, revoked })
     }
 
     /// The kinds of keys that are known, so that the server is asked for one of them.
@@ -63,22 +76,64 @@ impl KnownKeys {
         self.keys.iter().map(|known| known.key.algorithm())
     }
 
+    /// Whether a certificate of an authority would be believed, so that the server is asked for one.
+    pub(super) fn has_authorities(&self) -> bool {
+        !self.authorities.is_empty()
+    }
+
     /// Compares the key that a host has shown.
     pub(super) fn check(&self, shown: &PublicKey) -> Result<(), Error> {
-        let (host, fingerprint) = (self.host.clone(), shown.fingerprint(HashAlg::Sha256).to_string());
-        let is_shown = |known: &&Known| known.key.key_data() == shown.key_data();
-        if let Some(known) = self.revoked.iter().find(is_shown) {
-            let remedy = format!("it is revoked in {}, line {}", known.file.display(), known.line);
-            return Err(Error::UnknownHostKey { host, fingerprint, remedy });
-        }
-        if self.keys.iter().any(|known| is_shown(&known)) {
+        let key = shown.key_data();
+        self.check_revoked(key)?;
+        if find(&self.keys, key).is_some() {
             return Ok(());
         }
+        let (host, fingerprint) = (self.host.clone(), fingerprint(key));
         // A host of several machines has several keys of a kind, and other kinds may have been added.
         match self.keys.iter().find(|known| known.key.algorithm() == shown.algorithm()) {
             Some(known) => Err(Error::HostKeyChanged { host, fingerprint, file: known.file.clone(), line: known.line }),
             None => Err(Error::UnknownHostKey { remedy: self.remedy(), host, fingerprint }),
         }
+    }
+
+    /// The same for a certificate. That of an authority which is not known is as good as the key in it.
+    pub(super) fn check_certificate(&self, shown: &Certificate) -> Result<(), Error> {
+        self.check_revoked(shown.signature_key())?;
+        let Some(authority) = find(&self.authorities, shown.signature_key()) else {
+            return self.check(&PublicKey::new(shown.public_key().clone(), ""));
+        };
+        self.check_revoked(shown.public_key())?;
+        let Err(reason) = self.is_vouched_for(shown) else { return Ok(()) };
+        let remedy = format!(
+            "its certificate by the authority of {}, line {}, {reason}; tell the site",
+            authority.file.display(),
+            authority.line
+        );
+        Err(Error::UnknownHostKey { host: self.host.clone(), fingerprint: fingerprint(shown.public_key()), remedy })
+    }
+
+    /// Whether a certificate says what it has to, by the rules of OpenSSH's PROTOCOL.certkeys. One that names no host, which
+    /// is one for all of them there, is not believed.
+    fn is_vouched_for(&self, shown: &Certificate) -> Result<(), String> {
+        if shown.cert_type() != CertType::Host {
+            return Err("is one for users".to_owned());
+        }
+        let names = shown.valid_principals();
+        if !names.iter().any(|pattern| matches(pattern.as_bytes(), self.name.as_bytes())) {
+            return Err(format!("is for {names:?}"));
+        }
+        if let Some((option, _)) = shown.critical_options().iter().next() {
+            return Err(format!("has the option {option:?}, which is not known"));
+        }
+        let authority = shown.signature_key().fingerprint(HashAlg::Sha256);
+        // It compares times and the signature.
+        shown.validate([&authority]).map_err(|_| "is not valid now".to_owned())
+    }
+
+    fn check_revoked(&self, key: &KeyData) -> Result<(), Error> {
+        let Some(known) = find(&self.revoked, key) else { return Ok(()) };
+        let remedy = format!("it is revoked in {}, line {}", known.file.display(), known.line);
+        Err(Error::UnknownHostKey { host: self.host.clone(), fingerprint: fingerprint(key), remedy })
     }
 
     fn remedy(&self) -> String {
@@ -95,20 +150,30 @@ impl KnownKeys {
     }
 }
 
+fn find<'a>(known: &'a [Known], key: &KeyData) -> Option<&'a Known> {
+    known.iter().find(|known| known.key.key_data() == key)
+}
+
+fn fingerprint(key: &KeyData) -> String {
+    key.fingerprint(HashAlg::Sha256).to_string()
+}
+
 /// The line of a file that is the nth without the comment lines, from 1.
 fn nth(text: &str, counted: usize) -> usize {
     let lines = text.lines().enumerate().filter(|(_, line)| !line.starts_with('#'));
     lines.map(|(i, _)| i + 1).nth(counted.saturating_sub(1)).unwrap_or(counted)
 }
 
-/// Whether a line's first word, names with `*` and `?`, names a host. One with `!` before it takes the host out.
-fn is_named(hosts: &str, host: &str) -> bool {
+/// Whether a line's first word, names with `*` and `?`, names a host by one of its names. One with `!` before it takes the
+/// host out.
+fn is_named(hosts: &str, names: &[&str]) -> bool {
+    let is_one = |pattern: &str| names.iter().any(|name| matches(pattern.as_bytes(), name.as_bytes()));
     let mut is_named = false;
     for pattern in hosts.split(',') {
         match pattern.strip_prefix('!') {
-            Some(pattern) if matches(pattern.as_bytes(), host.as_bytes()) => return false,
+            Some(pattern) if is_one(pattern) => return false,
             Some(_) => {}
-            None => is_named |= matches(pattern.as_bytes(), host.as_bytes()),
+            None => is_named |= is_one(pattern),
         }
     }
     is_named

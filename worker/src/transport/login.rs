@@ -84,8 +84,9 @@ impl client::Handler for Verifier {
             PublicKeyOrCertificate::PublicKey { key, .. } => {
                 self.known.check(key).map(|()| true).map_err(Failure::HostKey)
             }
-            // We never ask for one.
-            PublicKeyOrCertificate::Certificate(_) => Ok(false),
+            PublicKeyOrCertificate::Certificate(certificate) => {
+                self.known.check_certificate(certificate).map(|()| true).map_err(Failure::HostKey)
+            }
         }
     }
 
@@ -186,6 +187,7 @@ async fn known_keys(hop: &Hop) -> Result<KnownKeys, Error> {
 }
 
 fn client_config(keepalive: Duration, known: &KnownKeys) -> client::Config {
+    let key = host_key_algorithms(known);
     let keepalive = keepalive.max(Duration::from_secs(1));
     client::Config {
         window_size: WINDOW,
@@ -198,7 +200,9 @@ fn client_config(keepalive: Duration, known: &KnownKeys) -> client::Config {
         inactivity_timeout: Some(keepalive * 2 + Duration::from_secs(5)),
         preferred: Preferred {
             cipher: Cow::Borrowed(&CIPHERS),
-            key: Cow::Owned(host_key_algorithms(known)),
+            // A server that is asked for a certificate shows no key that may be known.
+            host_key_certificates: if known.has_authorities() { Cow::Owned(key.clone()) } else { Cow::Borrowed(&[]) },
+            key: Cow::Owned(key),
             ..Preferred::DEFAULT
         },
         ..client::Config::default()
