@@ -23,20 +23,23 @@ impl MigrationTrait for Migration {
         }
         // Millions of rows take longer than any other statement may.
         connection.execute_unprepared("SET LOCAL statement_timeout = 0").await?;
-        for statement in STATEMENTS {
-            connection.execute_unprepared(statement).await?;
+        // What only reads goes on until the old ones go, in a moment.
+        for (index, table, column, nobody) in INDEXES {
+            let sql = format!("CREATE INDEX {index}_new ON {table} ({column}, id) WHERE {column} <> {nobody}");
+            connection.execute_unprepared(&sql).await?;
+        }
+        for (index, ..) in INDEXES {
+            let sql = format!("DROP INDEX {index}; ALTER INDEX {index}_new RENAME TO {index}");
+            connection.execute_unprepared(&sql).await?;
         }
         Ok(())
     }
 }
 
-const STATEMENTS: [&str; 8] = [
-    "DROP INDEX process_state",
-    "CREATE INDEX process_state ON process (state, id) WHERE state <> -1",
-    "DROP INDEX spec_kind",
-    "CREATE INDEX spec_kind ON spec (kind, id) WHERE kind <> ''",
-    "DROP INDEX spec_queue",
-    "CREATE INDEX spec_queue ON spec (queue, id) WHERE queue <> ''",
-    "DROP INDEX spec_created",
-    "CREATE INDEX spec_created ON spec (created_at, id) WHERE created_at <> -1",
+/// Each with its table, the column that it begins with, and a value of that which no row has.
+const INDEXES: [(&str, &str, &str, &str); 4] = [
+    ("process_state", "process", "state", "-1"),
+    ("spec_kind", "spec", "kind", "''"),
+    ("spec_queue", "spec", "queue", "''"),
+    ("spec_created", "spec", "created_at", "-1"),
 ];
