@@ -286,6 +286,7 @@ async fn kill(store: &Store, select: &Select) -> u64 {
     n_asked
 }
 
+/// What was read of processes, specs and labels.
 #[derive(Debug)]
 struct Read {
     /// Entries of indexes, and rows of tables that were gone through.

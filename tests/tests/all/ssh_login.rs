@@ -342,7 +342,7 @@ struct ProxyConfig {
     file: PathBuf,
     /// A program that connects to a machine by itself: host, port, and for how many seconds it stays when that has ended.
     relay: String,
-    /// Where the program's number is then.
+    /// Where it writes its number.
     pid: PathBuf,
 }
 
@@ -364,7 +364,7 @@ impl ProxyConfig {
         std::fs::write(&self.file, text).unwrap();
     }
 
-    /// The relay's or the last one's state, or nothing once it has ended.
+    /// Whether the program runs whose number was written last.
     fn is_running(&self) -> bool {
         let pid = std::fs::read_to_string(&self.pid).unwrap();
         std::fs::read_to_string(format!("/proc/{}/stat", pid.trim())).is_ok_and(|stat| !stat.contains(") Z "))

@@ -130,7 +130,8 @@ pub(super) async fn log_in(route: &Route) -> Result<LoggedIn, Error> {
         let verifier = Verifier { known, ending: ending.clone() };
         let connected = match (handles.last(), &route.proxy) {
             (None, Some(command)) => {
-                let (started, stream) = Proxy::start(command)?;
+                let (started, stream) = Proxy::start(command)
+                    .map_err(|error| unreachable(hop, &format!("its ProxyCommand cannot be started: {error}")))?;
                 proxy = Some(started);
                 client::connect_stream(config, stream, verifier).await
             }
@@ -200,7 +201,7 @@ fn client_config(keepalive: Duration, known: &KnownKeys) -> client::Config {
         inactivity_timeout: Some(keepalive * 2 + Duration::from_secs(5)),
         preferred: Preferred {
             cipher: Cow::Borrowed(&CIPHERS),
-            // A server that is asked for a certificate shows no key that may be known.
+            // A server that may show a certificate does not show its key, which may be all that is known of it.
             host_key_certificates: if known.has_authorities() { Cow::Owned(key.clone()) } else { Cow::Borrowed(&[]) },
             key: Cow::Owned(key),
             ..Preferred::DEFAULT

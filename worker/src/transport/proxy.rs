@@ -10,7 +10,7 @@ use tokio::process::{Child, ChildStderr, ChildStdin, ChildStdout};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
-use super::{Error, Output, local};
+use super::{Output, local};
 
 /// Variables that such a program sees beside those of any command: what it may log in with at another machine.
 const INHERITED: [&str; 2] = ["SSH_AUTH_SOCK", "KRB5CCNAME"];
@@ -35,10 +35,10 @@ pub(super) struct Proxy {
 
 impl Proxy {
     /// Starts it by `/bin/sh`. (OpenSSH takes the user's shell, and accounts of services have none.)
-    pub(super) fn start(command: &str) -> Result<(Self, Join<ChildStdout, ChildStdin>), Error> {
+    pub(super) fn start(command: &str) -> std::io::Result<(Self, Join<ChildStdout, ChildStdin>)> {
         let mut shell = local::shell(&format!("exec {command}"));
         shell.envs(INHERITED.iter().filter_map(|name| std::env::var_os(name).map(|value| (name, value))));
-        let mut child = shell.spawn().map_err(|error| Error::file("/bin/sh", error))?;
+        let mut child = shell.spawn()?;
         let group = local::group_of(&child);
         let pipes = (child.stdin.take(), child.stdout.take(), child.stderr.take());
         let (Some(stdin), Some(stdout), Some(stderr)) = pipes else { unreachable!("all three are piped") };
