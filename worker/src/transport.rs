@@ -29,7 +29,10 @@ use baton_common::digest::Digest;
 use bytes::Bytes;
 use futures_util::Sink;
 use tokio::io::AsyncRead;
+use tokio::runtime::Handle;
+use tokio::task::JoinError;
 use tokio::time::timeout;
+use tokio_util::task::AbortOnDropHandle;
 
 use self::running::Limit;
 pub use self::shell::Shell;
@@ -284,19 +287,42 @@ impl Session {
     pub async fn receive<E: Display>(
         &self,
         command: &str,
-        output: impl Sink<Bytes, Error = E> + Send + Unpin,
+        output: impl Sink<Bytes, Error = E> + Send + Unpin + 'static,
     ) -> Result<Output, Error> {
-        self.receive_within(&|_| SILENCE_LIMIT, command, output, &mut |_| ()).await
+        self.receive_within(|_| SILENCE_LIMIT, command, output, |_| ()).await.0
     }
 
-    async fn receive_within<E: Display>(
+    /// The same, and gives `output` back. What comes by SSH goes from the task that decrypts it to one beside it, and not
+    /// to the caller's thread, which may have much else to do.
+    async fn receive_within<S, E>(
         &self,
-        limit: Limit<'_>,
+        limit: impl Fn(bool) -> Duration + Send + Sync + 'static,
         command: &str,
-        output: impl Sink<Bytes, Error = E> + Send + Unpin,
-        show: &mut (dyn FnMut(&[u8]) + Send),
-    ) -> Result<Output, Error> {
-        Box::pin(async { self.start(command, None).await?.receive(output, show, limit).await }).await
+        mut output: S,
+        mut show: impl FnMut(&[u8]) + Send + 'static,
+    ) -> (Result<Output, Error>, S)
+    where
+        S: Sink<Bytes, Error = E> + Send + Unpin + 'static,
+        E: Display,
+    {
+        let running = match Box::pin(self.start(command, None)).await {
+            Ok(running) => running,
+            Err(error) => return (Err(error), output),
+        };
+        let runtime = match &self.way {
+            Way::Local => Handle::current(),
+            Way::Ssh(connection) => connection.runtime().clone(),
+        };
+        let receiving = runtime.spawn(async move {
+            let received = running.receive(&mut output, &mut show, &limit).await;
+            (received, output)
+        });
+        match AbortOnDropHandle::new(receiving).await.map_err(JoinError::try_into_panic) {
+            Ok(received) => received,
+            Err(Ok(panic)) => std::panic::resume_unwind(panic),
+            // The runtime ends, and everything with it.
+            Err(Err(_)) => std::future::pending().await,
+        }
     }
 
     /// Writes one file there: to `TO.part`, from where an earlier one was cut, and renamed to `to` when it is whole. Its

@@ -11,8 +11,10 @@ use baton_common::digest::Digest;
 use baton_tests::eventually;
 use baton_tests::proxy::{Fault, Proxy};
 use baton_tests::sshd::Sshd;
-use baton_worker::transport::{Error, Session, connect, quote};
+use baton_worker::transport::{Error, Output, Session, connect, quote};
+use tokio::sync::mpsc;
 use tokio::time::timeout;
+use tokio_util::sync::PollSender;
 
 const LIMIT: Duration = Duration::from_secs(20);
 
@@ -67,6 +69,21 @@ async fn a_command_gets_its_input_and_gives_back_its_outputs_and_its_end() {
     }
 }
 
+/// A command, and what it has written to its standard output.
+async fn received(session: &Session, command: &str) -> (Output, Vec<u8>) {
+    let (pieces_tx, mut pieces) = mpsc::channel(1);
+    let receiving = session.receive(command, PollSender::new(pieces_tx));
+    let collecting = async {
+        let mut all = Vec::new();
+        while let Some(piece) = pieces.recv().await {
+            all.extend_from_slice(&piece);
+        }
+        all
+    };
+    let (output, all) = tokio::join!(receiving, collecting);
+    (output.unwrap(), all)
+}
+
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
 async fn a_stream_goes_in_and_comes_out() {
@@ -77,11 +94,9 @@ async fn a_stream_goes_in_and_comes_out() {
         let output = session.send(&format!("cat > {}; exit 3", quote(text(&there))), content.as_slice()).await.unwrap();
         assert_eq!(output.exit, Some(3));
         assert!(std::fs::read(&there).unwrap() == content);
-        let mut back = Vec::new();
-        let command = format!("cat {}; echo end >&2", quote(text(&there)));
-        let output = session.receive(&command, &mut back).await.unwrap();
+        let (output, back) = received(&session, &format!("cat {}; echo end >&2", quote(text(&there)))).await;
         assert_eq!((output.exit, output.stdout.len(), output.stderr.as_slice()), (Some(0), 0, &b"end\n"[..]));
-        assert!(back.concat() == content);
+        assert!(back == content);
     }
 }
 
@@ -160,9 +175,9 @@ async fn what_the_login_shell_prints_is_no_output() {
     let session = connect(&sshd.section()).await.unwrap();
     let output = session.exec("printf data", b"", LIMIT).await.unwrap();
     assert_eq!(output.stdout, b"data");
-    let mut back = Vec::new();
-    session.receive("printf data", &mut back).await.unwrap().ok().unwrap();
-    assert_eq!(back.concat(), b"data");
+    let (output, back) = received(&session, "printf data").await;
+    output.ok().unwrap();
+    assert_eq!(back, b"data");
     let mut shell = session.shell().await.unwrap();
     let output = shell.run("printf data; printf error >&2", LIMIT).await.unwrap();
     assert_eq!((output.stdout.as_slice(), output.stderr.as_slice()), (&b"data"[..], &b"error"[..]));

@@ -4,11 +4,11 @@
 //! A large file is hashed there by the program that sends it, in the time in which nothing can be sent. Without Python there,
 //! one program hashes it while another sends it.
 
+use std::convert::Infallible;
 use std::path::Path;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use baton_common::digest::Digest;
-use tokio::sync::oneshot;
+use tokio::sync::{mpsc, watch};
 
 use super::landing::Landing;
 use super::{
@@ -25,10 +25,11 @@ const SENT: i32 = 46;
 const CUT: i32 = 45;
 
 /// Sends its standard input, from a position to a length, to descriptor 3, and prints the SHA-256 of all of it to 4 as soon
-/// as that is known. What is sent is not copied, and it hashes whenever nobody takes more. A process that wraps this one
-/// may write to its own outputs what it likes.
+/// as that is known. What is sent is not copied, and it hashes whenever nobody takes more. When all is hashed, it waits
+/// until there is more room than for the first page: what takes some 400 MB/s takes 200 KB meanwhile, of the 1 MB that wait
+/// in the pipe. A process that wraps this one may write to its own outputs what it likes.
 const SEND: &str = "
-import fcntl, hashlib, os, select, sys
+import fcntl, hashlib, os, select, sys, time
 begin, size, all_sent, cut = map(int, sys.argv[1:])
 data, said, set_pipe_size = 3, 4, 1031
 position, digest, hashed, is_sent, is_hashed = begin, hashlib.sha256(), 0, False, False
@@ -42,7 +43,7 @@ try:
     ready.register(data, select.POLLOUT)
     while not (is_sent and is_hashed):
         if not is_hashed:
-            piece = os.pread(0, 1 << 18, hashed)
+            piece = os.pread(0, 1 << 19, hashed)
             digest.update(piece)
             hashed += len(piece)
             if not piece:
@@ -56,6 +57,7 @@ try:
             except BlockingIOError:
                 if is_hashed:
                     ready.poll()
+                    time.sleep(0.0005)
 except BaseException as error:
     os.set_blocking(data, True)
     if position == begin:
@@ -74,13 +76,17 @@ pub(super) async fn get(
     to: &Path,
     progress: &(dyn Fn(u64) + Send + Sync),
 ) -> Result<Digest, Error> {
-    let mut target = open(session, from, to, progress).await?;
-    if !target.is_whole() {
-        let command = format!("{} < {}", send_from(target.done), quote_path(from));
-        let read = session.receive(&command, &mut target).await;
-        target = came(target, read, from).await?;
-    }
-    target.finish(to).await
+    let mut target = open(session, from, to).await?;
+    let told = target.told();
+    let coming = async {
+        if !target.is_whole() {
+            let command = format!("{} < {}", send_from(target.done), quote_path(from));
+            let (read, back) = session.receive_within(|_| SILENCE_LIMIT, &command, target, |_| ()).await;
+            target = came(back, read, from).await?;
+        }
+        target.finish(to).await
+    };
+    telling(progress, told, coming).await
 }
 
 /// The same, and its digest there; `None` for what came if it was known. See [`Session::get_unless`].
@@ -95,36 +101,32 @@ pub(super) async fn get_unless<E: From<Error>>(
         Known(Digest),
         Failed(E),
     }
-    let done = AtomicU64::new(0);
-    let progress = |bytes| {
-        done.store(bytes, Ordering::Relaxed);
-        progress(bytes);
-    };
-    let mut target = open(session, from, to, &progress).await?;
+    let mut target = open(session, from, to).await?;
+    let told = target.told();
     if target.is_whole() {
+        progress(target.done);
         let there = session.digest(from).await?;
         let came = if is_known(there).await? { None } else { Some(target.finish(to).await?) };
         return Ok((there, came));
     }
-    let size = target.size;
-    // When all has come, there may be much to hash yet.
-    let limit = |_| if done.load(Ordering::Relaxed) < size { SILENCE_LIMIT } else { DIGEST_LIMIT };
-    let (digest_tx, digest_rx) = oneshot::channel();
+    let (digest_tx, mut digest_rx) = mpsc::channel(1);
+    let (begin, size) = (target.done, target.size);
     let coming = async {
-        let mut digest_tx = Some(digest_tx);
-        let mut show = |stderr: &[u8]| {
-            if digest_tx.is_some()
-                && let Some(digest) = digest_in(stderr)
-            {
-                let _ = digest_tx.take().map(|digest_tx| digest_tx.send(digest));
-            }
-        };
-        let begin = target.done;
         let mut read = Ok(Output::default());
         for command in
             [hash_and_send_at_once(from, begin, size), Some(hash_and_send(from, begin))].into_iter().flatten()
         {
-            read = session.receive_within(&limit, &command, &mut target, &mut show).await;
+            let told = told.clone();
+            // When all has come, there may be much to hash yet.
+            let limit = move |_| if *told.borrow() < size { SILENCE_LIMIT } else { DIGEST_LIMIT };
+            let digest_tx = digest_tx.clone();
+            // The first is the one that counts.
+            let show = move |stderr: &[u8]| {
+                if let Some(digest) = digest_in(stderr) {
+                    let _ = digest_tx.try_send(digest);
+                }
+            };
+            (read, target) = session.receive_within(limit, &command, target, show).await;
             // What cannot even begin is ended by the system.
             if target.done > begin || !matches!(&read, Ok(output) if is_killed(output)) {
                 break;
@@ -134,14 +136,14 @@ pub(super) async fn get_unless<E: From<Error>>(
         came(target, read, from).await.map_err(|error| Stop::Failed(error.into()))
     };
     let asking = async {
-        let Ok(digest) = digest_rx.await else { return Ok(None) };
+        let Some(digest) = digest_rx.recv().await else { return Ok(None) };
         match is_known(digest).await {
             Ok(true) => Err(Stop::Known(digest)),
             Ok(false) => Ok(Some(digest)),
             Err(error) => Err(Stop::Failed(error)),
         }
     };
-    match Box::pin(async { tokio::try_join!(coming, asking) }).await {
+    match Box::pin(telling(progress, told.clone(), async { tokio::try_join!(coming, asking) })).await {
         Ok((target, digest)) => {
             // It has become longer, or the connection was cut when all had come.
             let there = match digest {
@@ -155,21 +157,37 @@ pub(super) async fn get_unless<E: From<Error>>(
     }
 }
 
-async fn open<'a>(
-    session: &Session,
-    from: &str,
-    to: &Path,
-    progress: &'a (dyn Fn(u64) + Send + Sync),
-) -> Result<Landing<'a>, Error> {
+async fn open(session: &Session, from: &str, to: &Path) -> Result<Landing, Error> {
     let said = session.exec(&format!("wc -c < {}", quote_path(from)), b"", SILENCE_LIMIT).await?;
     ended_well(&said, from)?;
     let size = String::from_utf8_lossy(&said.stdout).trim().parse();
     let size = size.map_err(|_| Error::file(from, "it has no length"))?;
-    Landing::open(to, size, progress).await
+    Landing::open(to, size).await
+}
+
+/// Tells how much has come while more of it comes.
+async fn telling<T>(
+    progress: &(dyn Fn(u64) + Send + Sync),
+    mut told: watch::Receiver<u64>,
+    coming: impl Future<Output = T>,
+) -> T {
+    let telling = async {
+        loop {
+            progress(*told.borrow_and_update());
+            if told.changed().await.is_err() {
+                return std::future::pending::<Infallible>().await;
+            }
+        }
+    };
+    tokio::select! {
+        biased;
+        never = telling => match never {},
+        came = coming => came,
+    }
 }
 
 /// Gives the target back if what should come has come.
-async fn came<'a>(target: Landing<'a>, read: Result<Output, Error>, from: &str) -> Result<Landing<'a>, Error> {
+async fn came(target: Landing, read: Result<Output, Error>, from: &str) -> Result<Landing, Error> {
     match read {
         Ok(output) => ended_well(&output, from).map(|()| target),
         // What comes beyond its length is no part of it any more.

@@ -9,7 +9,7 @@ use std::task::{Context, Poll, ready};
 use baton_common::digest::{Digest, Hasher};
 use bytes::Bytes;
 use futures_util::{Sink, SinkExt};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::task::{JoinHandle, spawn_blocking};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
@@ -20,8 +20,11 @@ use super::uncached::{Block, Uncached};
 /// One that is filled, one that is hashed, one that is written, and one that waits.
 const BLOCKS: usize = 4;
 
+/// Bytes between two that are told of: who is told is woken for it.
+const TOLD_BYTES: u64 = 512 << 10;
+
 /// A file that comes piece by piece. What has come is hashed and written to the disk while the rest comes.
-pub(super) struct Landing<'a> {
+pub(super) struct Landing {
     part: PathBuf,
     /// How much should come.
     pub(super) size: u64,
@@ -37,15 +40,14 @@ pub(super) struct Landing<'a> {
     writing: JoinHandle<io::Result<()>>,
     /// Without it nothing more is written: another may go on with the part.
     here: DropGuard,
-    progress: &'a (dyn Fn(u64) + Send + Sync),
+    told: watch::Sender<u64>,
 }
 
-impl<'a> Landing<'a> {
+impl Landing {
     /// Goes on where an earlier one was cut.
-    pub(super) async fn open(to: &Path, size: u64, progress: &'a (dyn Fn(u64) + Send + Sync)) -> Result<Self, Error> {
+    pub(super) async fn open(to: &Path, size: u64) -> Result<Self, Error> {
         let part = part_of(to);
         let (file, done) = open_part(&part, size).await?;
-        progress(done);
         let file = file.into_std().await;
         let before = part.clone();
         // At once: while the rest comes, nobody may wait for this.
@@ -74,13 +76,18 @@ impl<'a> Landing<'a> {
             hashing,
             writing,
             here: gone.drop_guard(),
-            progress,
+            told: watch::Sender::new(done),
         })
     }
 
     /// Whether all has come that was there when it was asked for.
     pub(super) fn is_whole(&self) -> bool {
         self.done >= self.size
+    }
+
+    /// About how much has come; exactly, when that is all.
+    pub(super) fn told(&self) -> watch::Receiver<u64> {
+        self.told.subscribe()
     }
 
     /// Gives it its name.
@@ -128,7 +135,7 @@ impl<'a> Landing<'a> {
     }
 }
 
-impl Sink<Bytes> for Landing<'_> {
+impl Sink<Bytes> for Landing {
     type Error = io::Error;
 
     fn poll_ready(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -140,9 +147,12 @@ impl Sink<Bytes> for Landing<'_> {
             return Err(io::Error::other("it has become longer while it was read"));
         }
         piece.truncate(usize::try_from(self.size - self.done).unwrap_or(usize::MAX));
+        let n_told = self.done / TOLD_BYTES;
         self.done += piece.len() as u64;
         self.rest = piece;
-        (self.progress)(self.done);
+        if self.done / TOLD_BYTES > n_told || self.is_whole() {
+            self.told.send_replace(self.done);
+        }
         Ok(())
     }
 

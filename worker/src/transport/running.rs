@@ -136,7 +136,7 @@ impl Running {
     /// Gives the command's standard output away as it comes, and shows all of its standard error whenever that grows.
     pub(super) async fn receive<E: Display>(
         self,
-        output: impl Sink<Bytes, Error = E> + Send + Unpin,
+        output: &mut (impl Sink<Bytes, Error = E> + Send + Unpin),
         show: &mut (dyn FnMut(&[u8]) + Send),
         limit: Limit<'_>,
     ) -> Result<Output, Error> {

@@ -71,6 +71,11 @@ impl Connection {
         Ok(Self(Arc::new(inner)))
     }
 
+    /// Where what belongs to the connection runs.
+    pub(super) fn runtime(&self) -> &tokio::runtime::Handle {
+        &self.0.runtime
+    }
+
     pub(super) fn is_closed(&self) -> bool {
         self.0.handle.is_closed()
     }
