@@ -232,6 +232,26 @@ impl Store {
         Ok(Intent::Recorded)
     }
 
+    /// Takes back the intent of a try of which nothing has gone to the site, as its holder knows; without the lease, whoever
+    /// has it finds out.
+    ///
+    /// # Errors
+    /// The intent stays, or (when the commit's answer was lost) it does not: both can be gone on from.
+    pub async fn withdraw(&self, fence: Fence, attempt: i64) -> Result<(), Error> {
+        let holder = [Uuid::from(fence.pid).into(), fence.epoch.into()];
+        let transaction = begin(&self.db).await?;
+        // The job first, as everybody locks them.
+        let sql = "DELETE FROM job WHERE token = $3 AND external_id IS NULL AND ended_at IS NULL
+                   AND EXISTS (SELECT 1 FROM process WHERE id = $1 AND epoch = $2 AND place = {held})";
+        let values = holder.iter().cloned().chain([token(fence.pid, attempt).into()]).collect();
+        transaction.execute_raw(self.dialect.statement(sql, values)).await?;
+        let sql = "UPDATE process SET outside = EXISTS (SELECT 1 FROM job WHERE pid = $1 AND ended_at IS NULL)
+                   WHERE id = $1 AND epoch = $2 AND place = {held}";
+        transaction.execute_raw(self.dialect.statement(sql, holder.to_vec())).await?;
+        transaction.commit().await?;
+        Ok(())
+    }
+
     /// Records what the launcher calls a job. This is a fact, which needs no lease.
     ///
     /// # Errors

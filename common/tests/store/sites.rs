@@ -17,6 +17,7 @@ use crate::{Scene, end};
 
 on_both! {
     an_intent_is_recorded_once_and_only_by_the_holder
+    an_intent_is_taken_back_by_the_holder_only_and_not_once_there_is_a_job
     limits_of_a_site_are_counted_over_all
     a_kill_with_a_job_outside_is_not_applied_before_it_has_ended
     a_holder_that_dies_with_a_job_outside_leaves_its_kill_to_another
@@ -74,6 +75,32 @@ async fn an_intent_is_recorded_once_and_only_by_the_holder(scene: Scene) {
     assert_eq!((job.external_id.as_deref(), job.is_doomed), (Some("7"), false), "what is known stays");
     scene.write(fence, wait("", false)).await.unwrap();
     assert_eq!(intend(fence).await, Intent::Lost, "it is not held");
+}
+
+async fn an_intent_is_taken_back_by_the_holder_only_and_not_once_there_is_a_job(scene: Scene) {
+    scene.site().await;
+    let pid = scene.submit(SPEC).await;
+    let old = scene.claimed(pid).await.fence;
+    scene.write(old, Verb::GiveBack).await.unwrap();
+    let claimed = scene.claimed(pid).await;
+    let intend = async || scene.store.intend(claimed.fence, 1, "s", NO_LIMITS).await.unwrap();
+    let withdraw = async |fence| {
+        scene.store.withdraw(fence, 1).await.unwrap();
+        scene.store.job(pid, 1).await.unwrap().is_some()
+    };
+    assert_eq!(intend().await, Intent::Recorded);
+    assert!(withdraw(old).await, "an old epoch");
+    assert!(!withdraw(claimed.fence).await);
+    assert_eq!(intend().await, Intent::Recorded, "it is as if there had been none");
+    assert!(!withdraw(claimed.fence).await);
+    scene.write(claimed.fence, Verb::GiveBack).await.unwrap();
+    let claimed = scene.claimed(pid).await;
+    assert!(!claimed.has_outside, "a kill need not look there");
+    assert_eq!(scene.store.intend(claimed.fence, 1, "s", NO_LIMITS).await.unwrap(), Intent::Recorded);
+    scene.store.submitted(pid, 1, "7").await.unwrap();
+    assert!(withdraw(claimed.fence).await, "there is a job");
+    scene.write(claimed.fence, Verb::GiveBack).await.unwrap();
+    assert!(scene.claimed(pid).await.has_outside);
 }
 
 async fn limits_of_a_site_are_counted_over_all(scene: Scene) {

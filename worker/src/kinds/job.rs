@@ -353,6 +353,11 @@ impl Job {
         );
         let answer = visit.session.exec(&command, b"", limit + SUBMIT_MARGIN).await;
         border!("job-submitted");
+        if let Err(error @ transport::Error::NoChannel(_)) = answer {
+            // Nothing has gone there, so the try is as it was before.
+            at.site.store.withdraw(fence, self.attempt).await?;
+            return Err(error.into());
+        }
         let Some(row) = at.row().await? else { return Err(Error::failed("its intent is not there any more").into()) };
         self.stage = Stage::Settle;
         let output = match answer {
