@@ -9,6 +9,7 @@ use std::path::Path;
 
 use baton_common::digest::Digest;
 use tokio::sync::{mpsc, watch};
+use tokio_util::sync::DropGuard;
 
 use super::landing::Landing;
 use super::{
@@ -76,7 +77,7 @@ pub(super) async fn get(
     to: &Path,
     progress: &(dyn Fn(u64) + Send + Sync),
 ) -> Result<Digest, Error> {
-    let mut target = open(session, from, to).await?;
+    let (mut target, _here) = open(session, from, to).await?;
     let told = target.told();
     let coming = async {
         if !target.is_whole() {
@@ -101,7 +102,7 @@ pub(super) async fn get_unless<E: From<Error>>(
         Known(Digest),
         Failed(E),
     }
-    let mut target = open(session, from, to).await?;
+    let (mut target, _here) = open(session, from, to).await?;
     let told = target.told();
     if target.is_whole() {
         progress(target.done);
@@ -157,7 +158,7 @@ pub(super) async fn get_unless<E: From<Error>>(
     }
 }
 
-async fn open(session: &Session, from: &str, to: &Path) -> Result<Landing, Error> {
+async fn open(session: &Session, from: &str, to: &Path) -> Result<(Landing, DropGuard), Error> {
     let said = session.exec(&format!("wc -c < {}", quote_path(from)), b"", SILENCE_LIMIT).await?;
     ended_well(&said, from)?;
     let size = String::from_utf8_lossy(&said.stdout).trim().parse();

@@ -38,14 +38,13 @@ pub(super) struct Landing {
     full: Option<mpsc::Sender<Block>>,
     hashing: JoinHandle<Digest>,
     writing: JoinHandle<io::Result<()>>,
-    /// Without it nothing more is written: another may go on with the part.
-    here: DropGuard,
     told: watch::Sender<u64>,
 }
 
 impl Landing {
-    /// Goes on where an earlier one was cut.
-    pub(super) async fn open(to: &Path, size: u64) -> Result<Self, Error> {
+    /// Goes on where an earlier one was cut. Without the guard nothing more is written: another may go on with the part, as
+    /// soon as whoever holds it waits no longer, whatever task this is in.
+    pub(super) async fn open(to: &Path, size: u64) -> Result<(Self, DropGuard), Error> {
         let part = part_of(to);
         let (file, done) = open_part(&part, size).await?;
         let file = file.into_std().await;
@@ -65,7 +64,7 @@ impl Landing {
         let is_gone = gone.clone();
         let hashing = spawn_blocking(move || hash(hasher, full_rx, &hashed_tx));
         let writing = spawn_blocking(move || write(Uncached::new(file, done), hashed_rx, &empty_tx, &is_gone));
-        Ok(Self {
+        let landing = Self {
             part,
             size,
             done,
@@ -75,9 +74,9 @@ impl Landing {
             full: Some(full_tx),
             hashing,
             writing,
-            here: gone.drop_guard(),
             told: watch::Sender::new(done),
-        })
+        };
+        Ok((landing, gone.drop_guard()))
     }
 
     /// Whether all has come that was there when it was asked for.
@@ -106,7 +105,6 @@ impl Landing {
     async fn written(mut self) -> Result<Digest, Error> {
         // If nobody takes the last piece, the writing tells why.
         let _ = self.close().await;
-        let _here = self.here;
         let written = self.writing.await.map_err(io::Error::other).and_then(|written| written);
         written.map_err(|error| Error::local_file(&self.part, &error))?;
         self.hashing.await.map_err(|error| Error::local_file(&self.part, &io::Error::other(error)))
