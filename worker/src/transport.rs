@@ -350,14 +350,15 @@ impl Session {
         }
     }
 
-    /// Fetches one file while its SHA-256 is made there. As soon as that is known, `is_known` says whether the file need not
-    /// come. It gives the digest there, and that of what has come.
+    /// Fetches one file of so many bytes while its SHA-256 is made there. As soon as that is known, `is_known` says whether
+    /// the file need not come. It gives the digest there, and that of what has come, which is less when it has become shorter.
     ///
     /// # Errors
     /// As [`Self::get`], and those of `is_known`.
     pub async fn get_unless<E: From<Error>>(
         &self,
         from: &str,
+        size: u64,
         to: &Path,
         progress: &(dyn Fn(u64) + Send + Sync),
         is_known: impl AsyncFnOnce(Digest) -> Result<bool, E>,
@@ -370,8 +371,16 @@ impl Session {
                 }
                 Ok((digest, Some(self.get(from, to, progress).await?)))
             }
-            Way::Ssh(_) => Box::pin(download::get_unless(self, from, to, progress, is_known)).await,
+            Way::Ssh(_) => Box::pin(download::get_unless(self, from, size, to, progress, is_known)).await,
         }
+    }
+
+    /// How many bytes a file there has.
+    ///
+    /// # Errors
+    /// [`Error::File`] when it cannot be read, and those of the transport.
+    pub async fn size(&self, path: &str) -> Result<u64, Error> {
+        download::size(self, path).await
     }
 
     /// The SHA-256 of a file there.

@@ -106,10 +106,10 @@ async fn get(config: &Config, arguments: SiteGetArguments) -> Result<u8, Failure
         to.push(from.rsplit('/').next().unwrap_or(&from));
     }
     let session = open(config, site).await?;
-    let size = session.exec(&format!("wc -c < {}", quote_path(&from)), b"", STEP_LIMIT).await?.ok()?;
-    let bar = output::progress_bar(String::from_utf8_lossy(&size).trim().parse().unwrap_or(0), "fetched");
+    let size = session.size(&from).await?;
+    let bar = output::progress_bar(size, "fetched");
     let progress = |bytes| bar.set_position(bytes);
-    let (digest, came) = session.get_unless(&from, &to, &progress, async |_| Ok::<_, Error>(false)).await?;
+    let (digest, came) = session.get_unless(&from, size, &to, &progress, async |_| Ok::<_, Error>(false)).await?;
     bar.finish_and_clear();
     if came != Some(digest) {
         std::fs::remove_file(&to)?;

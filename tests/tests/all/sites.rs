@@ -151,6 +151,41 @@ async fn a_worker_that_dies_at_any_border_costs_no_second_run(border: &str) {
 }
 
 /// Two workers in a row die with the try given up, while its process is being killed: nobody waits for ever.
+/// The two that are kept whole, and the one that is not, lie next to each other in what the site answers.
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn of_what_a_job_writes_the_beginning_and_the_end_are_kept() {
+    const PART: usize = 32 * 1024;
+    let scene = Scene::new().await;
+    let slurm = Slurm::start(&scene, "", "", "");
+    let _worker = slurm.worker(&scene, "w1", &[]).await;
+    let write = |n_bytes: usize| format!("printf a; yes b | tr -d '\\n' | head -c {}; printf '\\nc'", n_bytes - 3);
+    let kept = |n_bytes: usize| match n_bytes {
+        0 => String::new(),
+        _ if n_bytes <= 2 * PART => format!("a{}\nc", "b".repeat(n_bytes - 3)),
+        _ => format!(
+            "a{}\n[… {} bytes are not kept …]\n{}\nc",
+            "b".repeat(PART - 1),
+            n_bytes - 2 * PART,
+            "b".repeat(PART - 2)
+        ),
+    };
+    let lengths = [(0, 100_000), (2 * PART, 3), (2 * PART + 1, 0)];
+    let stream = |n_bytes| if n_bytes == 0 { "true".to_owned() } else { write(n_bytes) };
+    let mut pids = Vec::new();
+    for (stdout, stderr) in lengths {
+        let script = format!("{{ {}; }} >&2; {}", stream(stderr), stream(stdout));
+        pids.extend(slurm.submit(&scene, &format!("at: plain\nscript: |\n  {script}\n"), 1).await);
+    }
+    finished(&scene, &pids, LIMIT).await;
+    for (pid, (stdout, stderr)) in pids.iter().zip(lengths) {
+        let logs = slurm.baton(&scene, &["logs", pid]).await.ok();
+        for (written, n_bytes) in [(&logs.stdout, stdout), (&logs.stderr, stderr)] {
+            assert!(written.trim_end() == kept(n_bytes), "{n_bytes} bytes: {logs:?}");
+        }
+    }
+}
+
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
 async fn a_kill_of_an_unanswered_submission_ends_whoever_dies_over_it() {

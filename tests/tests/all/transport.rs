@@ -310,7 +310,7 @@ async fn a_digest_takes_no_more_than_the_plainest_tools() {
             assert_eq!(put, Digest::of(&content), "{hashes} {python:?}");
             let back = sshd.file("back");
             std::fs::write(sshd.file("back.part"), &content[..n_there]).unwrap();
-            let got = session.get_unless(text(&there), &back, &nothing, unknown).await.unwrap();
+            let got = session.get_unless(text(&there), content.len() as u64, &back, &nothing, unknown).await.unwrap();
             assert_eq!(got, (put, Some(put)), "{hashes} {python:?}");
             assert!(std::fs::read(&back).unwrap() == content, "{hashes} {python:?}");
         }
@@ -332,8 +332,9 @@ async fn what_is_known_already_does_not_come() {
         for session in &sessions {
             let digest = Digest::of(&content(len));
             let known = async |asked| Ok::<_, Error>(asked == digest);
-            assert_eq!(session.get_unless(text(&source), &here, &nothing, known).await.unwrap(), (digest, None));
-            let got = session.get_unless(text(&source), &here, &nothing, unknown).await.unwrap();
+            let size = len as u64;
+            assert_eq!(session.get_unless(text(&source), size, &here, &nothing, known).await.unwrap(), (digest, None));
+            let got = session.get_unless(text(&source), size, &here, &nothing, unknown).await.unwrap();
             assert_eq!(got, (digest, Some(digest)));
         }
     }
@@ -348,7 +349,7 @@ async fn a_file_that_changes_while_it_comes_has_another_digest_here_than_there()
         // A part of another file.
         std::fs::write(&source, content(20_000_000)).unwrap();
         std::fs::write(sshd.file("here.part"), vec![1; 2_000_000]).unwrap();
-        let got = session.get_unless(text(&source), &here, &nothing, unknown).await.unwrap();
+        let got = session.get_unless(text(&source), 20_000_000, &here, &nothing, unknown).await.unwrap();
         let came = Digest::of(&std::fs::read(&here).unwrap());
         assert_eq!(got, (Digest::of(&content(20_000_000)), Some(came)));
         assert_ne!(got.0, came);
@@ -362,8 +363,12 @@ async fn a_file_that_changes_while_it_comes_has_another_digest_here_than_there()
         };
         for len in [1_000, 20_000_000] {
             std::fs::write(&source, content(len)).unwrap();
-            let (there, came) = session.get_unless(text(&source), &here, &grow, unknown).await.unwrap();
+            let (there, came) = session.get_unless(text(&source), len as u64, &here, &grow, unknown).await.unwrap();
             assert_ne!(Some(there), came);
+            // It has become shorter.
+            std::fs::write(&source, content(len - 10)).unwrap();
+            session.get_unless(text(&source), len as u64, &here, &nothing, unknown).await.unwrap();
+            assert_eq!(std::fs::read(&here).unwrap(), content(len - 10));
         }
     }
 }

@@ -471,12 +471,12 @@ impl Job {
         at.context.set_stage("stage-out");
         let visit = at.enter().await?;
         let dir = at.sandbox(&visit);
-        let Some(bytes) = visit.read(&format!("{dir}/.baton/done.json")).await? else {
-            return self.without_mark(at, &visit, &dir).await;
+        let Left { done, outputs } = left(&visit, &dir).await?;
+        let Some(done) = done else {
+            return self.without_mark(at, &visit, &dir, outputs).await;
         };
-        let done: Done = serde_json::from_slice(&bytes)
+        let done: Done = serde_json::from_slice(&done)
             .map_err(|error| Error::Failed(format!("stage: its done.json is not what a script writes: {error}")))?;
-        let outputs = capture(&visit, &dir).await?;
         at.context.draft.borrow_mut().outputs = outputs;
         if done.phase == "pre" {
             return Err(Error::Failed(format!("env: a line of `pre` failed with exit {}", done.exit)).into());
@@ -494,7 +494,13 @@ impl Job {
     }
 
     /// The job is gone, and its script has not said how the program ended.
-    async fn without_mark(&mut self, at: &At<'_>, visit: &Visit, dir: &str) -> Result<Advance, Trouble> {
+    async fn without_mark(
+        &mut self,
+        at: &At<'_>,
+        visit: &Visit,
+        dir: &str,
+        outputs: Vec<Output>,
+    ) -> Result<Advance, Trouble> {
         let Some(row) = at.row().await? else { return Err(Error::failed("its job is not recorded any more").into()) };
         if visit.exec(&format!("[ ! -L {}/.baton/started ]", quote(dir))).await?.exit != Some(0) {
             at.context.log(format!("{}: the try was given up before its job came; it is done again", at.site.name));
@@ -506,7 +512,6 @@ impl Job {
             self.looks += 1;
             return Ok(Advance::After(SETTLE_PAUSE));
         }
-        let outputs = capture(visit, dir).await?;
         at.context.draft.borrow_mut().outputs = outputs;
         match status.as_str() {
             "TIMEOUT" | "DEADLINE" => {
@@ -549,26 +554,56 @@ fn walltime(spec: &Spec) -> String {
     }
 }
 
-/// What is kept of both streams.
-async fn capture(visit: &Visit, dir: &str) -> Result<Vec<Output>, transport::Error> {
+/// What a job has left beside the files of its program.
+struct Left {
+    /// Its `done.json`.
+    done: Option<Vec<u8>>,
+    /// What is kept of both streams.
+    outputs: Vec<Output>,
+}
+
+/// All of it by one command: a login node starts a shell for each.
+async fn left(visit: &Visit, dir: &str) -> Result<Left, Trouble> {
+    let part = STREAM_PART_BYTES;
+    let script = format!(
+        "for file in {0}/done.json {0}/stderr {0}/stdout; do
+           [ -f \"$file\" ] || {{ echo -; continue; }}
+           size=$(wc -c < \"$file\") || exit 1
+           echo $size
+           [ $size -gt {1} ] || {{ head -c $size \"$file\" || exit 1; continue; }}
+           head -c {part} \"$file\" && tail -c {part} \"$file\" || exit 1
+         done",
+        quote(&format!("{dir}/.baton")),
+        2 * part
+    );
+    let bytes = visit.exec(&script).await?.ok()?;
+    let mut rest = &bytes[..];
+    let done = next_left(&mut rest)?.map(|(content, _)| content);
     let mut outputs = Vec::new();
-    for (stream, name) in [(Stream::Stderr, "stderr"), (Stream::Stdout, "stdout")] {
-        let path = quote(&format!("{dir}/.baton/{name}"));
-        let part = STREAM_PART_BYTES;
-        let script = format!(
-            "[ -f {path} ] || exit 0
-             size=$(wc -c < {path}); echo $size
-             if [ $size -le {} ]; then cat {path}; else head -c {part} {path}; tail -c {part} {path}; fi",
-            2 * part
-        );
-        let bytes = visit.exec(&script).await?.ok()?;
-        let Some(end) = bytes.iter().position(|byte| *byte == b'\n') else { continue };
-        let total_bytes = String::from_utf8_lossy(&bytes[..end]).trim().parse().unwrap_or(0);
-        let content = &bytes[end + 1..];
-        if !content.is_empty() {
-            let (head, tail) = content.split_at(content.len().min(part));
-            outputs.push(Output { stream, head: head.to_vec(), tail: tail.to_vec(), total_bytes });
+    for stream in [Stream::Stderr, Stream::Stdout] {
+        if let Some((mut head, total_bytes)) = next_left(&mut rest)?
+            && total_bytes > 0
+        {
+            let tail = head.split_off(head.len().min(part));
+            outputs.push(Output { stream, head, tail, total_bytes });
         }
     }
-    Ok(outputs)
+    Ok(Left { done, outputs })
+}
+
+/// What was printed of the next file, and its length.
+fn next_left(rest: &mut &[u8]) -> Result<Option<(Vec<u8>, u64)>, Trouble> {
+    let changed = || Trouble::Content("what the job has left changes while it is read".to_owned());
+    let end = rest.iter().position(|byte| *byte == b'\n').ok_or_else(changed)?;
+    let (line, content) = (&rest[..end], &rest[end + 1..]);
+    *rest = content;
+    if line == b"-" {
+        return Ok(None);
+    }
+    let total_bytes: u64 =
+        std::str::from_utf8(line).ok().and_then(|line| line.trim().parse().ok()).ok_or_else(changed)?;
+    let count = usize::try_from(total_bytes).unwrap_or(usize::MAX).min(2 * STREAM_PART_BYTES);
+    let (content, rest_of_all) = content.split_at_checked(count).ok_or_else(changed)?;
+    *rest = rest_of_all;
+    Ok(Some((content.to_vec(), total_bytes)))
 }

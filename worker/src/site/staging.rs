@@ -619,7 +619,7 @@ impl Staging<'_> {
         let here = self.scratch()?.join(Digest::of(path.as_bytes()).to_string());
         let progress = self.telling(|mib| format!("fetched {mib} of {} MiB of {path}", size >> 20));
         let is_known = async |digest| Ok::<_, Error>(objects.renew(digest, size).await?);
-        let (digest, came) = session.get_unless(&there, &here, &progress, is_known).await?;
+        let (digest, came) = session.get_unless(&there, size, &here, &progress, is_known).await?;
         let Some(came) = came else { return Ok(digest) };
         if came != digest || std::fs::metadata(&here).map(|meta| meta.len()).ok() != Some(size) {
             let _ = std::fs::remove_file(&here);

@@ -9,7 +9,6 @@ use std::path::Path;
 
 use baton_common::digest::Digest;
 use tokio::sync::{mpsc, watch};
-use tokio_util::sync::DropGuard;
 
 use super::landing::Landing;
 use super::{
@@ -70,6 +69,13 @@ except BaseException as error:
 sys.exit(all_sent)
 ";
 
+/// See [`Session::size`].
+pub(super) async fn size(session: &Session, path: &str) -> Result<u64, Error> {
+    let said = session.exec(&format!("wc -c < {}", quote_path(path)), b"", SILENCE_LIMIT).await?;
+    ended_well(&said, path)?;
+    String::from_utf8_lossy(&said.stdout).trim().parse().map_err(|_| Error::file(path, "it has no length"))
+}
+
 /// Fetches one file, as it is while it comes: whoever calls compares SHA-256. See [`Session::get`].
 pub(super) async fn get(
     session: &Session,
@@ -77,7 +83,7 @@ pub(super) async fn get(
     to: &Path,
     progress: &(dyn Fn(u64) + Send + Sync),
 ) -> Result<Digest, Error> {
-    let (mut target, _here) = open(session, from, to).await?;
+    let (mut target, _here) = Landing::open(to, size(session, from).await?).await?;
     let told = target.told();
     let coming = async {
         if !target.is_whole() {
@@ -94,6 +100,7 @@ pub(super) async fn get(
 pub(super) async fn get_unless<E: From<Error>>(
     session: &Session,
     from: &str,
+    size: u64,
     to: &Path,
     progress: &(dyn Fn(u64) + Send + Sync),
     is_known: impl AsyncFnOnce(Digest) -> Result<bool, E>,
@@ -102,7 +109,7 @@ pub(super) async fn get_unless<E: From<Error>>(
         Known(Digest),
         Failed(E),
     }
-    let (mut target, _here) = open(session, from, to).await?;
+    let (mut target, _here) = Landing::open(to, size).await?;
     let told = target.told();
     if target.is_whole() {
         progress(target.done);
@@ -111,7 +118,7 @@ pub(super) async fn get_unless<E: From<Error>>(
         return Ok((there, came));
     }
     let (digest_tx, mut digest_rx) = mpsc::channel(1);
-    let (begin, size) = (target.done, target.size);
+    let begin = target.done;
     let coming = async {
         let mut read = Ok(Output::default());
         for command in
@@ -156,14 +163,6 @@ pub(super) async fn get_unless<E: From<Error>>(
         Err(Stop::Known(digest)) => Ok((digest, None)),
         Err(Stop::Failed(error)) => Err(error),
     }
-}
-
-async fn open(session: &Session, from: &str, to: &Path) -> Result<(Landing, DropGuard), Error> {
-    let said = session.exec(&format!("wc -c < {}", quote_path(from)), b"", SILENCE_LIMIT).await?;
-    ended_well(&said, from)?;
-    let size = String::from_utf8_lossy(&said.stdout).trim().parse();
-    let size = size.map_err(|_| Error::file(from, "it has no length"))?;
-    Landing::open(to, size).await
 }
 
 /// Tells how much has come while more of it comes.
