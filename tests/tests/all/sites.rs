@@ -150,7 +150,6 @@ async fn a_worker_that_dies_at_any_border_costs_no_second_run(border: &str) {
     History::read(&scene, vec![]).await.accepting(&pids).check();
 }
 
-/// Two workers in a row die with the try given up, while its process is being killed: nobody waits for ever.
 /// The two that are kept whole, and the one that is not, lie next to each other in what the site answers.
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
@@ -186,6 +185,7 @@ async fn of_what_a_job_writes_the_beginning_and_the_end_are_kept() {
     }
 }
 
+/// Two workers in a row die with the try given up, while its process is being killed: nobody waits for ever.
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
 async fn a_kill_of_an_unanswered_submission_ends_whoever_dies_over_it() {
@@ -345,6 +345,21 @@ async fn a_session_that_is_killed_costs_only_time() {
     finished(&scene, &pids, LIMIT).await;
     assert_eq!(runs(&path), 20);
     drop(worker);
+}
+
+/// Whoever recorded the intent to submit, and then found all channels taken that the server allows, has submitted nothing.
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn a_submission_that_the_server_refuses_a_channel_is_made_later_as_the_same_try() {
+    let scene = Scene::new().await;
+    let slurm = Slurm::start(&scene, "", "", "");
+    let worker = slurm.worker(&scene, "w1", &[("FAILPOINTS", "submission-refused=3*return->off")]).await;
+    let (path, spec) = witness(&scene, "cluster", "true");
+    let pids = slurm.submit(&scene, &spec, 5).await;
+    finished(&scene, &pids, LIMIT * 2).await;
+    assert_eq!((runs(&path), scene.count("try = 1").await), (5, 5), "{}", scene.sql("SELECT * FROM job").await);
+    assert!(worker.log().contains("the server allows fewer channels"), "{}", worker.log());
+    History::read(&scene, vec![]).await.accepting(&pids).check();
 }
 
 /// One slot for three workers; the one that has it dies.

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use baton_common::border;
 use baton_common::duration;
+use baton_common::failpoint::fail_point;
 use baton_common::spec::{OnSite, Spec};
 use baton_common::store::site::{Intent, Job as Row, NEVER, Seen, token};
 use baton_common::store::writer::{Output, Stream};
@@ -351,7 +352,11 @@ impl Job {
             limit.as_secs().max(1),
             quote(at.site.launcher.submit())
         );
-        let answer = visit.session.exec(&command, b"", limit + SUBMIT_MARGIN).await;
+        let answer = async {
+            fail_point!("submission-refused", |_| Err(transport::Error::NoChannel("no more sessions".to_owned())));
+            visit.session.exec(&command, b"", limit + SUBMIT_MARGIN).await
+        };
+        let answer = answer.await;
         border!("job-submitted");
         if let Err(error @ transport::Error::NoChannel(_)) = answer {
             // Nothing has gone there, so the try is as it was before.
