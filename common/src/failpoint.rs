@@ -4,6 +4,9 @@
 //! They are there only in builds with the feature `failpoints`. `FAILPOINTS` names one and what happens there, in the words
 //! of the crate `fail`: `FAILPOINTS='claim-committed=49*off->return'` ends the program at the fiftieth claim, and
 //! `pause`, `sleep(500)` and `panic` do what they say.
+//!
+//! Where `return` is something else, the name is not among [`ALL`]: at `claim-unanswered`, `checkpoint-unanswered` and
+//! `departure-unanswered` the answer to a commit is lost, and at `submission-refused` a server has no channel left.
 
 pub use fail::fail_point;
 

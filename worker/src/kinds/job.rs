@@ -352,11 +352,11 @@ impl Job {
             limit.as_secs().max(1),
             quote(at.site.launcher.submit())
         );
-        let answer = async {
+        let submitting = async {
             fail_point!("submission-refused", |_| Err(transport::Error::NoChannel("no more sessions".to_owned())));
             visit.session.exec(&command, b"", limit + SUBMIT_MARGIN).await
         };
-        let answer = answer.await;
+        let answer = submitting.await;
         border!("job-submitted");
         if let Err(error @ transport::Error::NoChannel(_)) = answer {
             // Nothing has gone there, so the try is as it was before.
