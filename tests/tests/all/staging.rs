@@ -57,12 +57,16 @@ async fn files_come_from_every_scope_and_go_to_every_scope() {
         Command::new("tar").args(["-czf", "archive.tgz", "-C", "packed", "."]).current_dir(scene.folder()).status();
     assert!(tar.unwrap().success());
     write(&scene.path("site/r/basis/Si"), "shared\n");
+    symlink("Si", scene.path("site/r/basis/same")).unwrap();
+    write(&scene.path("site/s/one/all/more/of/it"), "content\n");
     let spec = "at: cluster
 session: one
 script: |
   set -e
   cat many/*/* | wc -l; sha256sum < large; ./tool; cat box/deep/inside Si own
   [ -L Si ] && [ ! -L own ] && echo more >> own
+  [ -L basis ] && [ -L some/basis ] && [ ! -L copied ] && cat basis/Si some/basis/Si copied/Si more/of/it
+  [ ! -e basis/basis ] && [ ! -e copied/basis ] && [ $(readlink copied/same) = Si ] && echo more >> copied/Si
   mkdir -p out && cp large out/large && echo small > out/small && echo kept > keep
 in:
   - client://many/
@@ -71,6 +75,10 @@ in:
   - {from: client://archive.tgz, to: box/, how: unpack}
   - {from: resource://basis/Si, how: link}
   - {from: resource://basis/Si, to: own, how: copy}
+  - resource://basis/
+  - resource://basis/ > some/basis/
+  - {from: resource://basis/, to: copied, how: copy}
+  - {from: session://all/, to: 'task://', how: copy}
   - {from: resource://nothing, optional: true}
 out:
   - out/
@@ -81,7 +89,7 @@ out:
     assert_eq!(shown["exit"], 0, "{shown:#}");
     let logs = slurm.baton(&scene, &["logs", &pid]).await.ok().stdout;
     let digest = baton_common::digest::Digest::of(&large);
-    assert_eq!(logs, format!("40\n{digest}  -\ntool\nunpacked\nshared\nshared\n"));
+    assert_eq!(logs, format!("40\n{digest}  -\ntool\nunpacked\nshared\nshared\nshared\nshared\nshared\ncontent\n"));
     slurm.baton(&scene, &["results", &pid, "--get", "results"]).await.ok();
     assert!(std::fs::read(scene.path("results/out/large")).unwrap() == large);
     assert_eq!(std::fs::read_to_string(scene.path("results/out/small")).unwrap(), "small\n");
@@ -128,6 +136,8 @@ retry: {max: 2, wait: 1s}
     assert!(!scene.path("site/s/one/seed").exists(), "it was moved");
     let read = |path: &str| std::fs::read_to_string(scene.path(&format!("site/s/one/{path}"))).unwrap();
     assert_eq!(["all/a/x", "all/b/x", "checkpoints/c.chk", "tree/leaf"].map(read), ["a\n", "b\n", "c\n", "leaf\n"]);
+    let left = Command::new("find").arg(scene.path("site/s")).args(["-name", ".baton-*"]).output().unwrap().stdout;
+    assert!(left.is_empty(), "files that are not whole: {}", String::from_utf8_lossy(&left));
     let results = slurm.baton(&scene, &["results", &pid]).await.ok().stdout;
     assert!(results.contains("c.chk"), "what is moved is a result as well: {results}");
 }
@@ -168,11 +178,27 @@ async fn what_leads_out_of_its_scope_is_refused() {
     };
     tar(&["-cf", "link.tar", "-C", "bad", "link"]);
     tar(&["-cPf", "above.tar", "-C", "bad", "../secret"]);
+    // Names that a line-wise reader would take for others.
+    std::fs::create_dir_all(scene.path("strange")).unwrap();
+    symlink("/etc/hostname", scene.path("strange/blank ")).unwrap();
+    tar(&["-cf", "blank.tar", "-C", "strange", "."]);
+    std::fs::rename(scene.path("strange/blank "), scene.path("strange/two\nlines")).unwrap();
+    tar(&["-cf", "lines.tar", "-C", "strange", "."]);
+    write(&scene.path("site/r/tree/deep/leaf"), "leaf\n");
+    symlink("../../../../secret", scene.path("site/r/tree/deep/out")).unwrap();
+    std::fs::create_dir_all(scene.path("site/r/plain")).unwrap();
+    write(&scene.path("site/r/plain/shared"), "shared\n");
     let inputs = [
         "{from: resource://link, how: copy}",
         "resource://folder/secret",
         "{from: client://link.tar, how: unpack}",
         "{from: client://above.tar, how: unpack}",
+        "{from: client://blank.tar, how: unpack}",
+        "{from: client://lines.tar, how: unpack}",
+        "{from: resource://tree/, how: copy}",
+        "{from: resource://tree, to: a, how: copy}",
+        "{from: resource://plain/shared, to: 'resource://folder/new/one', how: copy}",
+        "{from: resource://plain/, to: p}, {from: resource://tree/deep/leaf, to: p/new, how: copy}",
     ];
     for input in inputs {
         let spec = format!("at: plain\nscript: cat *\nin: [{{from: client://secret, to: mine}}, {input}]\n");
@@ -184,11 +210,75 @@ async fn what_leads_out_of_its_scope_is_refused() {
             "{input}: {shown:#}"
         );
     }
+    assert!(!scene.path("new").exists(), "a folder was made out of the scope");
+    assert!(!scene.path("site/r/plain/new").exists(), "a file was put through a link");
     // A link that the program makes keeps nothing that is not its own.
     let spec = format!("at: plain\nscript: ln -s {} stolen\nout: [stolen]\n", scene.path("secret").display());
     let pid = slurm.submit(&scene, &spec, 1).await.remove(0);
     let shown = end(&scene, &pid).await;
     assert!(shown["state"] == "excepted" && shown["results"].is_null(), "{shown:#}");
+    let values = scene.path("values");
+    write(&values, r#"{"secret": 1}"#);
+    let spec = format!("at: plain\nscript: ln -s {} values\nvalues: values\n", values.display());
+    let pid = slurm.submit(&scene, &spec, 1).await.remove(0);
+    let shown = end(&scene, &pid).await;
+    let reason = shown["reason"].as_str().unwrap_or_default();
+    assert!(reason.contains("leads out of its scope") && !shown.to_string().contains("secret"), "{shown:#}");
+}
+
+/// What a sandbox has from others is theirs: what takes its name in the sandbox replaces it there only. An archive of
+/// another sandbox brings no end of a program that has not run.
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn what_takes_the_place_of_something_shared_leaves_that_as_it_is() {
+    let scene = Scene::new().await;
+    let slurm = Slurm::start(&scene, "", "", "");
+    let _worker = slurm.worker(&scene, "w1", &[]).await;
+    let large = noise(2_000_000);
+    write(&scene.path("data/large"), &large);
+    write(&scene.path("site/r/shared"), "shared\n");
+    write(&scene.path("site/r/new/more"), "more\n");
+    write(&scene.path("other/shared"), "other\n");
+    let tar = |name: &str| {
+        let status = Command::new("tar").args(["-cf", name, "-C", "other", "."]).current_dir(scene.folder()).status();
+        assert!(status.unwrap().success());
+    };
+    tar("other.tar");
+    let spec = "at: plain
+script: cat shared data/more; echo mine >> data/more
+in:
+  - client://data/
+  - {from: resource://shared, how: link}
+  - {from: client://other.tar, how: unpack}
+  - {from: resource://new/, to: data/, how: copy}
+";
+    let pid = slurm.submit(&scene, spec, 1).await.remove(0);
+    let shown = end(&scene, &pid).await;
+    assert_eq!(shown["exit"], 0, "{shown:#}");
+    assert_eq!(slurm.baton(&scene, &["logs", &pid]).await.ok().stdout, "other\nmore\n");
+    let read = |path: &str| std::fs::read_to_string(scene.path(path)).unwrap();
+    assert_eq!([read("site/r/shared"), read("site/r/new/more")], ["shared\n", "more\n"]);
+    let cached = std::fs::read_dir(scene.path("site/cache")).unwrap().map(|entry| entry.unwrap());
+    let modes: Vec<u32> = cached.map(|entry| entry.metadata().unwrap().permissions().mode() & 0o777).collect();
+    assert_eq!(modes, [0o444; 2], "what the cache has is nobody's to write to");
+
+    std::fs::create_dir_all(scene.path("other/.baton/started")).unwrap();
+    write(&scene.path("other/.baton/done.json"), r#"{"exit":0,"phase":"program","started_at":1,"ended_at":2}"#);
+    tar("sandbox.tar");
+    write(&scene.path("site/r/sandbox/.baton/done.json"), "{}");
+    let inputs = ["{from: client://sandbox.tar, how: unpack}", "{from: resource://sandbox/, to: 'task://', how: copy}"];
+    for input in inputs {
+        let spec = format!("at: plain\nrun: [echo, ran]\nin: [{input}]\n");
+        let pid = slurm.submit(&scene, &spec, 1).await.remove(0);
+        let shown = end(&scene, &pid).await;
+        let reason = shown["reason"].as_str().unwrap_or_default();
+        assert!(shown["state"] == "excepted" && reason.contains("belongs to Baton"), "{input}: {shown:#}");
+    }
+    // In a folder of its own it is nobody's but the program's.
+    let spec =
+        "at: plain\nrun: [cat, old/.baton/done.json]\nin: [{from: client://sandbox.tar, to: old/, how: unpack}]\n";
+    let pid = slurm.submit(&scene, spec, 1).await.remove(0);
+    assert_eq!(end(&scene, &pid).await["exit"], 0);
 }
 
 /// The connection is cut again and again at the same number of bytes: only what goes on where it was comes to an end.

@@ -1,0 +1,306 @@
+//! What goes to a site before a job.
+
+use std::collections::BTreeMap;
+use std::io::{self, Write};
+use std::sync::Arc;
+use std::time::Duration;
+
+use baton_common::digest::Digest;
+use baton_common::objects::Entry;
+use baton_common::spec::on_site::{How, Input, OnSite, Scope};
+use tokio_util::io::SyncIoBridge;
+
+use super::{CACHED_FROM, Error, INSIDE, Staging, links_inside};
+use crate::process::{Context, Wait};
+use crate::site::{Site, Visit, script};
+use crate::transport::quote;
+
+/// Bytes of the stream of small files that are under way between two tasks.
+const STREAM_BYTES: usize = 256 * 1024;
+
+/// At the latest after so long a process looks again whether what another sends is there.
+const SENT_PAUSE: Duration = Duration::from_secs(20);
+
+/// Makes the folder of a try with everything that its job needs, and verifies it.
+pub(crate) async fn stage_in(
+    site: &Arc<Site>,
+    visit: &Visit,
+    context: &Context,
+    on_site: &OnSite,
+    dir: &str,
+    script: &str,
+) -> Result<(), Error> {
+    let staging = Staging { site, visit, context, dir };
+    let manifest = match on_site.staged {
+        Some(digest) => site.objects.get_manifest(digest).await?.into_entries(),
+        None => vec![],
+    };
+    let (large, small): (Vec<Entry>, Vec<Entry>) = manifest.into_iter().partition(|entry| entry.size >= CACHED_FROM);
+    let mut own = script::companions(context.spec());
+    own.push((format!("{}/run.sh", script::FOLDER), script.as_bytes().to_vec()));
+    staging.send_small(small, own).await?;
+    for entry in &large {
+        let cached = staging.cached(entry.digest, entry.size, entry.executable).await?;
+        staging.link(&cached, &entry.path).await?;
+    }
+    for (idx, input) in on_site.inputs.iter().enumerate() {
+        staging.place(idx, input).await?;
+    }
+    Ok(())
+}
+
+impl Staging<'_> {
+    /// The small files and Baton's own, as one stream.
+    async fn send_small(&self, entries: Vec<Entry>, own: Vec<(String, Vec<u8>)>) -> Result<(), Error> {
+        let mut expected: BTreeMap<String, Digest> =
+            own.iter().map(|(path, bytes)| (path.clone(), Digest::of(bytes))).collect();
+        expected.extend(entries.iter().map(|entry| (entry.path.clone(), entry.digest)));
+        self.tell(&format!("sending {} files", expected.len()));
+        let (reader, writer) = tokio::io::duplex(STREAM_BYTES);
+        let objects = self.site.objects.clone();
+        let runtime = self.context.shared.blocking.clone();
+        let packing = self.context.blocking(move || {
+            let mut archive = tar::Builder::new(SyncIoBridge::new_with_handle(writer, runtime.clone()));
+            for (path, bytes) in &own {
+                append(&mut archive, path, bytes, false)?;
+            }
+            for entry in &entries {
+                // What the folder does not have, the store says with its name.
+                let local = objects.local_path(entry.digest).and_then(|path| std::fs::read(path).ok());
+                let bytes = match local {
+                    Some(bytes) => bytes,
+                    None => runtime.block_on(objects.get_bytes(entry.digest, CACHED_FROM))?,
+                };
+                append(&mut archive, &entry.path, &bytes, entry.executable)?;
+            }
+            let finish = || archive.into_inner()?.shutdown();
+            finish().map_err(not_packed)
+        });
+        let dir = quote(self.dir);
+        let command = format!("umask 077; mkdir -p {dir} && tar -xof - -C {dir}");
+        let (packed, sent) = tokio::join!(packing, self.visit.session.send(&command, reader));
+        sent?.ok()?;
+        packed??;
+        self.verify(self.dir, &expected).await
+    }
+
+    /// Compares the SHA-256 of files there with what they should be.
+    async fn verify(&self, dir: &str, expected: &BTreeMap<String, Digest>) -> Result<(), Error> {
+        let found = self.digests(dir, expected.keys().map(String::as_str)).await?;
+        for (path, digest) in expected {
+            if found.get(path) != Some(digest) {
+                return Err(Error::Content(format!("{path} has arrived with another content")));
+            }
+        }
+        Ok(())
+    }
+
+    /// A file in the site's cache; it is sent if it is not there, by one worker of the fleet.
+    async fn cached(&self, digest: Digest, size: u64, executable: bool) -> Result<String, Error> {
+        let cache = format!("{}/cache", self.visit.root);
+        let path = format!("{cache}/{digest}{}", if executable { ".x" } else { "" });
+        let (folder, quoted) = (quote(&cache), quote(&path));
+        // What is used is young.
+        let look = format!(
+            "umask 077; mkdir -p {folder} && {{ [ ! -f {quoted} ] || {{ touch -c -a {quoted}; echo there; }}; }}"
+        );
+        if self.run(&look, b"").await?.starts_with(b"there") {
+            return Ok(path);
+        }
+        let permit = format!("sent/{}/{digest}", self.site.name);
+        let Some(_sending) = self.site.begin_sending(&permit, &self.context.shared).await? else {
+            return Err(Error::Wait(Wait { waits_for: permit, at_most: SENT_PAUSE }));
+        };
+        self.send_to_cache(digest, size, executable, &path).await.map(|()| path)
+    }
+
+    async fn send_to_cache(&self, digest: Digest, size: u64, executable: bool, path: &str) -> Result<(), Error> {
+        // Another may have sent it between the look and the permit.
+        if self.run(&format!("[ ! -f {} ] || echo there", quote(path)), b"").await?.starts_with(b"there") {
+            return Ok(());
+        }
+        let source = match self.site.objects.local_path(digest) {
+            Some(path) => path,
+            None => {
+                let path = self.scratch()?.join(digest.to_string());
+                self.site.objects.get_file(digest, &path, |_| ()).await?;
+                path
+            }
+        };
+        let coming = format!("{path}.new");
+        let progress = self.telling(|mib| format!("sent {mib} of {} MiB of {digest}", size >> 20));
+        if self.visit.session.put(&source, &coming, &progress).await? != digest {
+            self.run(&format!("rm -f {}", quote(&coming)), b"").await?;
+            return Err(Error::Content(format!("{digest} has arrived with another content")));
+        }
+        if self.site.objects.local_path(digest).is_none() {
+            let _ = std::fs::remove_file(&source);
+        }
+        let mode = if executable { 555 } else { 444 };
+        self.run(&format!("chmod {mode} {0} && mv -f {0} {1}", quote(&coming), quote(path)), b"").await?;
+        self.shrink_cache().await
+    }
+
+    /// Removes what the cache may not keep: the longest unused first, and nothing that a sandbox links.
+    async fn shrink_cache(&self) -> Result<(), Error> {
+        let cache = self.site.config.cache;
+        let script = format!(
+            "cd {} || exit 0
+             total=$(du -sk . | cut -f 1)
+             find . -maxdepth 1 -type f -links 1 -printf '%A@ %k %P\\n' | sort -n | while read -r at size name; do
+               age=$(( $(date +%s) - ${{at%.*}} ))
+               case $name in *.part|*.new) [ $age -gt 86400 ] || continue ;; esac
+               [ $age -gt {} ] || [ $total -gt {} ] || continue
+               [ $age -gt 60 ] || continue
+               rm -f \"$name\"; total=$(( total - size ))
+             done",
+            quote(&format!("{}/cache", self.visit.root)),
+            cache.max_age.as_secs(),
+            cache.max_bytes >> 10
+        );
+        self.run(&script, b"").await.map(drop)
+    }
+
+    /// A file of the cache under its name in the sandbox; a hard link, so that the cache cannot lose it.
+    async fn link(&self, cached: &str, path: &str) -> Result<(), Error> {
+        let to = format!("{}/{path}", self.dir);
+        let folder = to.rsplit_once('/').map_or(self.dir, |(folder, _)| folder);
+        let (cached, to) = (quote(cached), quote(&to));
+        let command =
+            format!("umask 077; mkdir -p {} && {{ ln -fT {cached} {to} || cp -fpT {cached} {to}; }}", quote(folder));
+        self.run(&command, b"").await.map(drop)
+    }
+
+    /// A line of `in` whose source is at the site or in the object store. Whoever does this again does the same again.
+    async fn place(&self, idx: usize, input: &Input) -> Result<(), Error> {
+        let (from, from_scope) = match input.from.scope {
+            Scope::Store => {
+                let digest: Digest =
+                    input.from.path.parse().map_err(|_| Error::Stage(format!("`{}` is no digest", input.from)))?;
+                let cached = self.cached(digest, 0, false).await?;
+                (cached, format!("{}/cache", self.visit.root))
+            }
+            Scope::Session | Scope::Resource | Scope::Task => {
+                let scope = self.scope(input.from.scope)?;
+                (format!("{scope}/{}", input.from.path.trim_end_matches('/')), scope)
+            }
+            Scope::Client => {
+                return Err(Error::Stage(format!("`{}` was not captured when it was submitted", input.from)));
+            }
+        };
+        let to_scope = self.scope(input.to.scope)?;
+        let path = input.to.path.trim_end_matches('/');
+        let is_whole_scope = path.is_empty();
+        let to = if is_whole_scope { to_scope.clone() } else { format!("{to_scope}/{path}") };
+        let act = match input.how {
+            How::Auto if input.from.scope == Scope::Store => "ln -fT \"$from\" \"$to\" 2>/dev/null || copy_file",
+            // The folder of a scope is there already, and cannot become a link.
+            How::Auto if is_whole_scope => "copy",
+            How::Auto | How::Link => "ln -sfnT \"$from\" \"$to\"",
+            How::Copy => "copy",
+            How::Move => {
+                "{ [ ! -d \"$from\" ] || links_inside \"$from\" \"$from_scope\"; } && mv -fT \"$from\" \"$to\""
+            }
+            How::Unpack => "unpack",
+        };
+        // A try that is staged again has it; one that follows another takes it from there.
+        let taken = if input.how == How::Move {
+            "if [ ! -e \"$from\" ]; then
+               if [ -e \"$to\" ]; then exit 0; fi
+               for old in \"${dir%/*}\"/*\"${to#\"$dir\"}\"; do [ ! -e \"$old\" ] || { from=$old; from_scope=${dir%/*}; }; done
+             fi"
+        } else {
+            ""
+        };
+        let is_optional = if input.optional { "exit 0" } else { "{ echo \"$from is not there\" >&2; exit 1; }" };
+        let is_folder = if input.from.is_folder() {
+            "[ -d \"$from\" ] || { echo \"$from is a file; write it without the / at its end\" >&2; exit 1; }"
+        } else {
+            ""
+        };
+        let parent =
+            if is_whole_scope { "" } else { "inside \"${to%/*}\" \"$to_scope\" && mkdir -p \"${to%/*}\" || exit 1" };
+        let script = format!(
+            "umask 077
+             {INSIDE}
+             {}
+             {PLACING}
+             from={}; to={}; from_scope={}; to_scope={}; dir={}; part={}; work={}
+             mkdir -p \"$from_scope\" \"$to_scope\" || exit 1
+             {taken}
+             [ -e \"$from\" ] || {is_optional}
+             {is_folder}
+             inside \"$from\" \"$from_scope\" || exit 1
+             from=$(readlink -f \"$from\")
+             {parent}
+             {act}",
+            links_inside(),
+            quote(&from),
+            quote(&to),
+            quote(&from_scope),
+            quote(&to_scope),
+            quote(self.dir),
+            quote(&self.part()),
+            quote(&format!("{}/{}/place.{idx}", self.dir, script::FOLDER)),
+        );
+        self.run(&script, b"").await.map(drop)
+    }
+}
+
+fn append(archive: &mut tar::Builder<impl Write>, path: &str, bytes: &[u8], executable: bool) -> Result<(), Error> {
+    let mut header = tar::Header::new_gnu();
+    header.set_size(bytes.len() as u64);
+    header.set_mode(if executable { 0o700 } else { 0o600 });
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    header.set_mtime(now.as_secs());
+    archive.append_data(&mut header, path, bytes).map_err(not_packed)
+}
+
+/// Whoever takes the stream says why, if it does not take all of it.
+fn not_packed(error: io::Error) -> Error {
+    Error::Stage(error.to_string())
+}
+
+/// What [`Staging::place`] does with a file or a folder that is to be the program's own. Its variables are `from`, a file
+/// or a folder without links; `to`; the folders of the scopes of both; `part`, the name of a file that is not whole; and
+/// `work`, a folder in which nothing of the try is.
+///
+/// A file takes its place by a rename and a folder's files by links, so that what is there already, which may be linked from
+/// the cache or lead to a scope that others share, is replaced and never written to.
+const PLACING: &str = r#"
+copy() {
+  if [ -d "$from" ]; then copy_folder
+  elif [ -f "$from" ]; then copy_file
+  else echo "$from is neither a file nor a folder" >&2; return 1
+  fi
+}
+copy_file() {
+  part=${to%/*}/$part
+  rm -f "$part"
+  cp -T --preserve=mode,timestamps "$from" "$part" && chmod u+w "$part" && mv -fT "$part" "$to" ||
+    { rm -f "$part"; return 1; }
+}
+copy_folder() {
+  new_work && cp -RP --preserve=timestamps "$from"/. "$work"/ && links_inside "$work" "$from_scope" && merge
+}
+unpack() {
+  if tar -tf "$from" | grep -Eq '^/|(^|/)\.\.(/|$)'; then
+    echo "$from has a path that leads out of it" >&2
+    return 1
+  fi
+  new_work && tar -xof "$from" -C "$work" && links_inside "$work" "$work" && merge
+}
+new_work() {
+  chmod -R u+w "$work" 2>/dev/null
+  rm -rf "$work" && mkdir -p "$work"
+}
+merge() {
+  if [ "$to" = "$dir" ] && { [ -e "$work/.baton" ] || [ -L "$work/.baton" ]; }; then
+    echo "$from has .baton, which belongs to Baton in task://; take another folder for it" >&2
+    return 1
+  fi
+  inside "$to" "$to_scope" && mkdir -p "$to" && chmod -R u+w "$work" || return 1
+  cp -RPl --remove-destination "$work"/. "$to"/ 2>/dev/null ||
+    cp -RP --preserve=timestamps --remove-destination "$work"/. "$to"/ || return 1
+  rm -rf "$work"
+}"#;
