@@ -125,7 +125,7 @@ pub struct Site {
     #[serde(default)]
     pub pre: Vec<String>,
     /// Options of every job, by their long names.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "native")]
     pub native: BTreeMap<String, String>,
     /// What the whole fleet keeps to.
     #[serde(default)]
@@ -241,6 +241,15 @@ fn poll_default() -> Duration {
 
 fn submit_timeout_default() -> Duration {
     Duration::from_secs(30)
+}
+
+fn native<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<BTreeMap<String, String>, D::Error> {
+    let native = BTreeMap::<String, String>::deserialize(deserializer)?;
+    for name in native.keys() {
+        crate::spec::on_site::check_native(name)
+            .map_err(|problem| serde::de::Error::custom(format!("`{name}` {problem}")))?;
+    }
+    Ok(native)
 }
 
 fn settle_default() -> Duration {

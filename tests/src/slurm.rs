@@ -142,6 +142,18 @@ impl Slurm {
         assert!(command.status().expect("Slurm is installed").success());
     }
 
+    /// Has it start all jobs again, whatever they asked for.
+    pub fn requeue_all(&self) {
+        let ids = self.jobs("RUNNING").into_iter().filter_map(|line| line.split(' ').next().map(str::to_owned));
+        for id in ids {
+            for arguments in [["update", &format!("jobid={id}"), "requeue=1"].as_slice(), &["requeue", &id]] {
+                let mut command = Command::new("scontrol");
+                command.env("SLURM_CONF", self.folder.path().join("slurm.conf")).args(arguments);
+                assert!(command.status().expect("Slurm is installed").success());
+            }
+        }
+    }
+
     /// Stops its controller; jobs run on.
     pub fn stop_controller(&self) {
         run(self.folder.path(), &["stop-controller"]);

@@ -29,7 +29,7 @@ pub(crate) mod pool;
 pub(crate) mod script;
 mod slurm;
 pub(crate) mod staging;
-mod watch;
+pub(crate) mod watch;
 
 use launcher::Launcher;
 use pool::{Lease, Pool};
@@ -181,7 +181,8 @@ impl Site {
     /// What an advance ends with after this: if the way is at fault, it waits until the site can be reached again.
     pub(crate) async fn trouble(&self, context: &Context, error: &transport::Error) -> Error {
         let is_full = matches!(error, transport::Error::NoChannel(_));
-        if !is_full && !error.is_of_transport() {
+        // A server that has let us in and runs nothing for a while is no better than one that is away.
+        if !is_full && !error.is_of_transport() && !matches!(error, transport::Error::Refused { .. }) {
             return Error::Failed(format!("{}: {error}", self.name));
         }
         if !is_full {

@@ -9,6 +9,33 @@ use crate::digest::Digest;
 /// The folder of each sandbox that belongs to Baton: the program's streams, and how it ended.
 pub const RESERVED: &str = ".baton";
 
+/// Options that would make a job another one than Baton looks for, or none.
+const OPTIONS_OF_BATON: [&str; 12] = [
+    "array",
+    "chdir",
+    "clusters",
+    "error",
+    "job-name",
+    "no-requeue",
+    "output",
+    "parsable",
+    "requeue",
+    "test-only",
+    "wait",
+    "wrap",
+];
+
+/// Whether an option of a launcher, by its long name, may stand in `native`.
+///
+/// # Errors
+/// Why not.
+pub fn check_native(name: &str) -> Result<(), String> {
+    if OPTIONS_OF_BATON.contains(&name) {
+        return Err(format!("is not for `native`: Baton sets or forbids `{name}`, by which it finds the job again"));
+    }
+    Ok(())
+}
+
 /// Where and with what a program runs that a site's launcher starts.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]

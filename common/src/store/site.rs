@@ -290,6 +290,17 @@ impl Store {
         self.query(&sql, vec![site.into()]).await?.iter().map(job).collect()
     }
 
+    /// Of jobs by their names, those that are known to be gone.
+    ///
+    /// # Errors
+    /// The database does not answer.
+    pub async fn ended_jobs(&self, tokens: impl Iterator<Item = &str>) -> Result<Vec<String>, Error> {
+        let mut batch = Batch::new(&[("b_token", Kind::Text)]);
+        tokens.for_each(|token| batch.push([token.into()]));
+        let rows = self.db.query_all_raw(self.dialect.batch(ENDED_JOBS, vec![], batch)).await?;
+        rows.iter().map(|row| Ok(row.try_get("", "token")?)).collect()
+    }
+
     /// Records what was found at a site, and wakes the processes whose jobs are gone: publish what is returned.
     ///
     /// # Errors
@@ -574,6 +585,10 @@ const JOB: &str = "
     SELECT j.pid, j.try, j.intent_at, j.external_id, j.status, j.reason, j.position, j.starts_at, j.absent, j.ended_at,
            CAST(CASE WHEN p.id IS NULL OR p.place = {ended} OR p.try > j.try THEN 1 ELSE 0 END AS bigint) AS is_doomed
     FROM job j LEFT JOIN process p ON p.id = j.pid";
+
+const ENDED_JOBS: &str = "
+    WITH {rows}
+    SELECT token FROM b JOIN job ON token = b_token WHERE ended_at IS NOT NULL";
 
 const LOCK_JOBS: &str = "
     WITH {rows}

@@ -163,7 +163,9 @@ async fn a_kill_leaves_no_job(kind: Kind) {
     let scene = Scene::new().await;
     let slurm = Slurm::start(&scene, "submit_timeout = '3s'\nsettle = '6s'", "", "");
     let _worker = slurm.worker(&scene, "w1", &[]).await;
-    let (path, spec) = witness(&scene, kind.at, "sleep 600");
+    let (path, mut spec) = witness(&scene, kind.at, "sleep 600");
+    // What keeps the time may give the program a group of its own.
+    writeln!(spec, "needs: {{time: 20m}}").unwrap();
     let mut all = slurm.submit(&scene, &spec, 3).await;
     all_run(&path, 3).await;
     slurm.replace("timeout", "[ \"$1 $2\" != '-k 5' ] || sleep 2; exec $REAL \"$@\"");
@@ -184,6 +186,7 @@ async fn a_kill_leaves_no_job(kind: Kind) {
     // What was still on its way has come by now.
     tokio::time::sleep(Duration::from_secs(4)).await;
     slurm.is_empty().await;
+    all_gone(&path).await;
     assert_eq!(runs(&path), 3, "a job that was killed before it was submitted ran");
     all_accounted_for(&scene).await;
 }
@@ -239,6 +242,144 @@ async fn an_answer_that_is_none_ends_nothing(kind: Kind) {
     std::fs::write(scene.path("go"), "").unwrap();
     finished(&scene, &pids, LIMIT).await;
     assert_eq!((runs(&path), scene.count("try = 1").await), (3, 3));
+}
+
+/// The script's shell is gone, and its program is not.
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn a_program_that_outlives_its_shell_is_no_lost_job() {
+    let scene = Scene::new().await;
+    let slurm = Slurm::start(&scene, "submit_timeout = '3s'\nsettle = '5s'", "", "");
+    let _worker = slurm.worker(&scene, "w1", &[]).await;
+    let (path, spec) = witness(&scene, "plain", "sleep 600");
+    let pids = slurm.submit(&scene, &spec, 1).await;
+    all_run(&path, 1).await;
+    let id = eventually("the job is known", LIMIT, async || {
+        let id = scene.sql("SELECT external_id FROM job").await.trim().to_owned();
+        if id.is_empty() { Err(()) } else { Ok(id) }
+    })
+    .await;
+    let shell = id.split('.').next().unwrap();
+    assert!(std::process::Command::new("kill").args(["-KILL", shell]).status().unwrap().success());
+    // Several looks, none of which may take it for lost.
+    tokio::time::sleep(Duration::from_secs(8)).await;
+    assert_eq!((runs(&path), scene.sql("SELECT try FROM process").await.trim()), (1, "1"));
+    slurm.baton(&scene, &["kill", &pids[0]]).await.ok();
+    ended(&scene, &pids, LIMIT).await;
+    all_gone(&path).await;
+    all_accounted_for(&scene).await;
+}
+
+/// Slurm's list is empty for much longer than a job may be missing: the controller itself says nothing of the job's end.
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn an_empty_list_loses_no_job() {
+    let scene = Scene::new().await;
+    let slurm = Slurm::start(&scene, "submit_timeout = '2s'\nsettle = '2s'", "", "");
+    let _worker = slurm.worker(&scene, "w1", &[]).await;
+    let go = scene.path("go");
+    let (path, spec) = witness(&scene, "cluster", &format!("while [ ! -e {} ]; do sleep 0.5; done", go.display()));
+    let pids = slurm.submit(&scene, &spec, 2).await;
+    all_run(&path, 2).await;
+    slurm.replace("squeue", "exit 0");
+    eventually("both are missing in many lists", LIMIT, async || {
+        match scene.sql("SELECT count(*) FROM job WHERE absent > 8").await.trim() {
+            "2" => Ok(()),
+            other => Err(other.to_owned()),
+        }
+    })
+    .await;
+    assert_eq!(scene.sql("SELECT count(*) FROM job WHERE ended_at IS NOT NULL").await.trim(), "0");
+    slurm.mend("squeue");
+    std::fs::write(go, "").unwrap();
+    finished(&scene, &pids, LIMIT).await;
+    assert_eq!((runs(&path), scene.count("try = 1").await), (2, 2));
+}
+
+/// A kill when `scancel` fails and the list is empty: the job is ended as soon as it can be.
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn a_job_that_could_not_be_cancelled_is_not_taken_for_gone() {
+    let scene = Scene::new().await;
+    let slurm = Slurm::start(&scene, "submit_timeout = '2s'\nsettle = '2s'", "", "");
+    let _worker = slurm.worker(&scene, "w1", &[]).await;
+    let (path, spec) = witness(&scene, "cluster", "sleep 600");
+    let pids = slurm.submit(&scene, &spec, 1).await;
+    all_run(&path, 1).await;
+    slurm.replace("scancel", "echo 'scancel: error: Socket timed out on send/recv operation' >&2; exit 1");
+    slurm.replace("squeue", "exit 0");
+    slurm.baton(&scene, &["kill", &pids[0]]).await;
+    tokio::time::sleep(Duration::from_secs(6)).await;
+    assert_eq!(scene.sql("SELECT count(*) FROM job WHERE ended_at IS NULL").await.trim(), "1");
+    slurm.mend("squeue");
+    slurm.mend("scancel");
+    ended(&scene, &pids, LIMIT).await;
+    slurm.is_empty().await;
+    all_gone(&path).await;
+    all_accounted_for(&scene).await;
+}
+
+/// `sbatch` is refused, as it says, and its job comes all the same: it runs nothing.
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn a_job_whose_submission_was_taken_for_refused_runs_nothing() {
+    let scene = Scene::new().await;
+    let slurm = Slurm::start(&scene, "", "", "");
+    let _worker = slurm.worker(&scene, "w1", &[]).await;
+    let (path, spec) = witness(&scene, "cluster", "true");
+    let came = slurm.file("came");
+    slurm.replace(
+        "sbatch",
+        &format!(
+            "(setsid sh -c 'sleep 3; \"$@\"; touch {}' x $REAL \"$@\" > /dev/null 2>&1 &)
+             echo 'sbatch: error: a word that nobody knows' >&2; exit 1",
+            came.display()
+        ),
+    );
+    let pids = slurm.submit(&scene, &spec, 1).await;
+    ended(&scene, &pids, LIMIT).await;
+    eventually("the job has come", LIMIT, async || if came.exists() { Ok(()) } else { Err(slurm.jobs("all")) }).await;
+    slurm.is_empty().await;
+    assert_eq!(runs(&path), 0, "{:?}", slurm.jobs("all"));
+    let shown = scene.show(&pids[0]).await;
+    assert!(shown["reason"].as_str().unwrap().contains("a word that nobody knows"), "{shown:#}");
+}
+
+/// An option that Slurm does not know is the spec's failure, and said; a value may have blanks.
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn an_option_that_slurm_refuses_is_told_and_one_with_blanks_is_not() {
+    let scene = Scene::new().await;
+    let slurm = Slurm::start(&scene, "", "", "");
+    let _worker = slurm.worker(&scene, "w1", &[]).await;
+    let spec = |native: &str| format!("at: cluster\nrun: ['true']\nnative: {native}\n");
+    let pids = slurm.submit(&scene, &spec("{acount: x}"), 1).await;
+    ended(&scene, &pids, LIMIT).await;
+    let shown = scene.show(&pids[0]).await;
+    let reason = shown["reason"].as_str().unwrap_or_default();
+    assert!(shown["state"] == "excepted" && reason.starts_with("scheduler: "), "{shown:#}");
+    scene.sql("DELETE FROM process; DELETE FROM job").await;
+    let pids = slurm.submit(&scene, &spec(r#"{comment: 'it is "two" words'}"#), 1).await;
+    finished(&scene, &pids, LIMIT).await;
+}
+
+/// Slurm starts the job again, since its first run was cut: the site has lost it, and it is submitted again at no charge.
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn a_job_that_slurm_starts_again_is_submitted_again() {
+    let scene = Scene::new().await;
+    let slurm = Slurm::start(&scene, "submit_timeout = '2s'\nsettle = '3s'", "", "");
+    let _worker = slurm.worker(&scene, "w1", &[]).await;
+    let (path, spec) = witness(&scene, "cluster", "[ \"${PWD##*/}\" != 1 ] || sleep 600");
+    let pids = slurm.submit(&scene, &spec, 1).await;
+    all_run(&path, 1).await;
+    slurm.requeue_all();
+    finished(&scene, &pids, LIMIT * 3).await;
+    let shown = scene.show(&pids[0]).await;
+    assert_eq!((&shown["try"], &shown["failures"]), (&2.into(), &0.into()), "{shown:#}");
+    all_gone(&path).await;
+    assert_eq!(runs(&path), 2);
+    all_accounted_for(&scene).await;
 }
 
 /// Makes a test of each of these for each of the launchers.

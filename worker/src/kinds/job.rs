@@ -19,14 +19,19 @@ use serde_json::Value;
 use crate::process::{Advance, Context, Error, Process, Wait};
 use crate::site::launcher::{Listed, Phase};
 use crate::site::script::{self, Done, GIVEN_UP, UNMARKED};
+use crate::site::watch::{ENDED, LOST};
 use crate::site::{LOOK_AGAIN, Site, Visit, staging};
 use crate::transport::{self, quote};
 
 /// Pause between two looks for a job whose submission was not answered, and for what a job should have left.
 const SETTLE_PAUSE: Duration = Duration::from_secs(3);
 
-/// Looks for what a job should have left: file systems may show it late.
+/// Looks for files that are not what they should be: file systems may show them late.
 const LOOKS_MAX: u32 = 5;
+
+/// For how long the end of a job is waited for that something else than its script has ended; where the script should have
+/// said it, that is the site's time of settling.
+const END_PATIENCE: Duration = Duration::from_secs(15);
 
 /// Jobs of a process that the site may lose before it is the process's failure.
 const LOST_MAX: u32 = 10;
@@ -39,6 +44,9 @@ const CANCEL_PAUSE: Duration = Duration::from_secs(2);
 
 /// Bytes of a stream that are kept of its beginning, and as many of its end.
 const STREAM_PART_BYTES: usize = 32 * 1024;
+
+/// What the script of a job leaves that was started again, and what is printed of it.
+const AGAIN: &str = "again";
 
 /// Exits of Baton's own commands there.
 const NO_FOLDER: i32 = 41;
@@ -53,7 +61,7 @@ pub(crate) struct Job {
     /// Jobs that the site has lost.
     #[serde(default)]
     lost: u32,
-    /// Looks for what the job should have left.
+    /// Looks for files that are not what they should be.
     #[serde(default)]
     looks: u32,
 }
@@ -227,9 +235,13 @@ impl<'a> At<'a> {
 
     /// Whether whatever was on its way when it was submitted has come by now.
     async fn is_settled(&self, row: &Row) -> Result<bool, Trouble> {
-        let settled = self.site.config.submit_timeout + self.site.config.settle;
-        let age = self.site.store.now().await? - row.intent_at;
-        Ok(age > i64::try_from(settled.as_micros()).unwrap_or(i64::MAX))
+        self.has_passed(row.intent_at, self.site.config.submit_timeout + self.site.config.settle).await
+    }
+
+    /// Whether so much time has passed since then, in microseconds.
+    async fn has_passed(&self, since: i64, time: Duration) -> Result<bool, Trouble> {
+        let age = self.site.store.now().await? - since;
+        Ok(age > i64::try_from(time.as_micros()).unwrap_or(i64::MAX))
     }
 
     /// Records that the job of this try is gone, or that there is none.
@@ -299,16 +311,18 @@ impl<'a> At<'a> {
             self.record_ended(&row, "CANCELLED").await?;
             return Ok(());
         }
-        visit.exec(&self.site.launcher.cancel(&id)).await?;
+        let cancelled = visit.exec(&self.site.launcher.cancel(&id)).await?;
         border!("job-cancelled");
-        match self.find(&visit, &row).await? {
-            Ok(Some(found)) if found.phase != Phase::Ended => Err(not_yet(CANCEL_PAUSE)),
-            Ok(_) => {
-                self.record_ended(&row, "CANCELLED").await?;
-                Ok(())
-            }
-            Err(_) => Err(not_yet(CANCEL_PAUSE)),
+        let is_gone = match self.find(&visit, &row).await? {
+            Ok(Some(found)) => found.phase == Phase::Ended,
+            // A list without it is no proof that it has ended.
+            Ok(None) => self.site.launcher.is_cancelled(&cancelled),
+            Err(_) => false,
+        };
+        if !is_gone {
+            return Err(not_yet(CANCEL_PAUSE));
         }
+        self.record_ended(&row, "CANCELLED").await
     }
 }
 
@@ -388,11 +402,17 @@ impl Job {
             at.record_ended(&row, NEVER).await?;
             return Err(Error::failed("stage: its folder at the site is gone").into());
         }
+        let complaint = output.complaint();
         if output.exit == Some(ALREADY_TAKEN) || at.site.launcher.is_unsure(&output) {
+            at.context.log(format!("{}: the submission may have made a job: {complaint}", at.site.name));
+            return Ok(Advance::Again);
+        }
+        // Whatever was refused so, no job of it can run its program.
+        if !gives_up(&visit.exec(&script::give_up(&at.sandbox(&visit))).await?.ok()?) {
             return Ok(Advance::Again);
         }
         at.record_ended(&row, NEVER).await?;
-        Err(Error::Failed(format!("scheduler: {}", output.complaint())).into())
+        Err(Error::Failed(format!("scheduler: {complaint}")).into())
     }
 
     /// Finds out what became of a submission without an answer.
@@ -415,8 +435,14 @@ impl Job {
         let dir = quote(&sandbox);
         let is_settled = at.is_settled(&row).await?;
         // If nobody has taken the submission yet, nobody can any more.
-        let free = format!("mkdir -p {dir}/.baton && mkdir {dir}/.baton/submit 2>/dev/null && echo free; true");
-        if visit.exec(&free).await?.ok()?.starts_with(b"free") {
+        let give_up = script::give_up(&sandbox);
+        let take = format!(
+            "mkdir -p {dir}/.baton || exit 1
+             if mkdir {dir}/.baton/submit 2>/dev/null; then
+               {give_up}
+             fi"
+        );
+        if gives_up(&visit.exec(&take).await?.ok()?) {
             at.record_ended(&row, NEVER).await?;
             border!("job-never");
             at.context.begin_next_try();
@@ -425,7 +451,7 @@ impl Job {
         let found = at.find(&visit, &row).await?;
         // When the time is over, the try is given up: then no job of it can run its program any more.
         let is_missing = is_settled && matches!(found, Ok(None));
-        let give_up = if is_missing { script::give_up(&sandbox) } else { String::new() };
+        let give_up = if is_missing { give_up } else { String::new() };
         let look = script::look_for_mark(&sandbox);
         let stdout = visit.exec(&format!("{give_up}{look}")).await?.ok()?;
         let text = String::from_utf8_lossy(&stdout);
@@ -481,7 +507,7 @@ impl Job {
             return self.without_mark(at, &visit, &dir, outputs).await;
         };
         let done: Done = serde_json::from_slice(&done)
-            .map_err(|error| Error::Failed(format!("stage: its done.json is not what a script writes: {error}")))?;
+            .map_err(|error| Trouble::Content(format!("its done.json is not what a script writes: {error}")))?;
         at.context.draft.borrow_mut().outputs = outputs;
         if done.phase == "pre" {
             return Err(Error::Failed(format!("env: a line of `pre` failed with exit {}", done.exit)).into());
@@ -507,14 +533,24 @@ impl Job {
         outputs: Vec<Output>,
     ) -> Result<Advance, Trouble> {
         let Some(row) = at.row().await? else { return Err(Error::failed("its job is not recorded any more").into()) };
-        if visit.exec(&format!("[ ! -L {}/.baton/started ]", quote(dir))).await?.exit != Some(0) {
+        let folder = quote(&format!("{dir}/{}", script::FOLDER));
+        let look = format!(
+            "[ ! -L {folder}/started ] || echo {GIVEN_UP}
+             [ ! -e {folder}/again ] || echo {AGAIN}"
+        );
+        let stdout = visit.exec(&format!("{look}\ntrue")).await?.ok()?;
+        if gives_up(&stdout) {
             at.context.log(format!("{}: the try was given up before its job came; it is done again", at.site.name));
             at.context.begin_next_try();
             return Ok(Advance::Again);
         }
-        let status = row.look.status.clone();
-        if matches!(status.as_str(), "COMPLETED" | "FAILED" | "ENDED" | "") && self.looks < LOOKS_MAX {
-            self.looks += 1;
+        let is_again = has_line(&stdout, AGAIN);
+        let status = if is_again { "REQUEUED".to_owned() } else { row.look.status.clone() };
+        let patience = match status.as_str() {
+            "TIMEOUT" | "DEADLINE" | "OUT_OF_MEMORY" | "CANCELLED" | LOST => END_PATIENCE,
+            _ => at.site.config.settle.max(END_PATIENCE),
+        };
+        if !at.has_passed(row.ended_at.unwrap_or(row.intent_at), patience).await? {
             return Ok(Advance::After(SETTLE_PAUSE));
         }
         at.context.draft.borrow_mut().outputs = outputs;
@@ -528,7 +564,7 @@ impl Job {
                 Ok(Advance::Finished { exit: 137 })
             }
             "CANCELLED" => Err(Error::Failed("scheduler: the job was cancelled at the site".into()).into()),
-            "COMPLETED" | "FAILED" | "ENDED" | "" => {
+            "COMPLETED" | "FAILED" | ENDED | "" => {
                 let said = visit.read(&format!("{dir}/.baton/launcher.out")).await?.unwrap_or_default();
                 let said = String::from_utf8_lossy(&said);
                 let last = said.lines().last().unwrap_or("nothing");
@@ -552,6 +588,15 @@ impl Job {
     }
 }
 
+/// Whether what was printed says that the try is given up.
+fn gives_up(stdout: &[u8]) -> bool {
+    has_line(stdout, GIVEN_UP)
+}
+
+fn has_line(stdout: &[u8], word: &str) -> bool {
+    stdout.split(|byte| *byte == b'\n').any(|line| line == word.as_bytes())
+}
+
 fn walltime(spec: &Spec) -> String {
     match spec.time {
         Some(limit) => format!("walltime: its time limit of {} has passed", duration::format(limit)),
@@ -571,7 +616,8 @@ struct Left {
 async fn left(visit: &Visit, dir: &str) -> Result<Left, Trouble> {
     let part = STREAM_PART_BYTES;
     let script = format!(
-        "for file in {0}/done.json {0}/stderr {0}/stdout; do
+        "[ -d {0} ] || {{ echo 'its folder at the site is not there' >&2; exit {NO_FOLDER}; }}
+         for file in {0}/done.json {0}/stderr {0}/stdout; do
            [ -f \"$file\" ] || {{ echo -; continue; }}
            size=$(wc -c < \"$file\") || exit 1
            echo $size
@@ -581,7 +627,11 @@ async fn left(visit: &Visit, dir: &str) -> Result<Left, Trouble> {
         quote(&format!("{dir}/.baton")),
         2 * part
     );
-    let bytes = visit.exec(&script).await?.ok()?;
+    let output = visit.exec(&script).await?;
+    if output.exit == Some(NO_FOLDER) {
+        return Err(Trouble::Content(output.complaint()));
+    }
+    let bytes = output.ok()?;
     let mut rest = &bytes[..];
     let done = next_left(&mut rest)?.map(|(content, _)| content);
     let mut outputs = Vec::new();

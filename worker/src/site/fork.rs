@@ -15,9 +15,22 @@ pub(crate) struct Fork;
 /// What says which process it is: its number and when it started, since numbers come again.
 const JOB_ID: &str = "$$.$(cut -d ' ' -f 22 /proc/$$/stat)";
 
+/// A job is its session: the script's shell may be gone, or have given its program a group of its own. `alive ID` is true
+/// while a process of it runs; a number is not given to another as long as a session has it.
+const ALIVE: &str = r#"
+members() { sed -n "s/^\([0-9]*\) (.*) [^ZX] [0-9]* [0-9]* $1 .*/\1/p" /proc/[0-9]*/stat 2>/dev/null; }
+alive() {
+  if [ -e "/proc/${1%.*}" ]; then
+    set -- "$1" $(cut -d ' ' -f 3,22 "/proc/${1%.*}/stat" 2>/dev/null)
+    [ "${3:-${1#*.}}" = "${1#*.}" ] || return 1
+    case $2 in [ZX] | "") ;; *) return 0 ;; esac
+  fi
+  [ -n "$(members "${1%.*}")" ]
+}
+"#;
+
 /// Prints what a job does: `TOKEN|ID|STATUS`, or nothing if it is not known here.
 const LOOK: &str = r#"
-alive() { [ "$(cut -d ' ' -f 22 "/proc/${1%.*}/stat" 2>/dev/null)" = "${1#*.}" ]; }
 look() {
   if [ -s "$2/.baton/started/job" ]; then id=$(cat "$2/.baton/started/job"); else id=$3; fi
   [ -n "$id" ] || return 0
@@ -52,7 +65,7 @@ impl Launcher for Fork {
     }
 
     fn list(&self, jobs: &[(&Job, String)], _token: Option<&str>) -> String {
-        let mut script = LOOK.to_owned();
+        let mut script = [ALIVE, LOOK].concat();
         for (job, dir) in jobs {
             let id = job.external_id.as_deref().unwrap_or_default();
             let _ = writeln!(script, "look {} {} {}", quote(&job.token()), quote(dir), quote(id));
@@ -73,18 +86,27 @@ impl Launcher for Fork {
         None
     }
 
+    fn confirm(&self, _external_ids: &[&str]) -> Option<String> {
+        None
+    }
+
     fn cancel(&self, external_id: &str) -> String {
         let pid = external_id.split('.').next().unwrap_or_default();
         let id = quote(external_id);
         format!(
-            "{LOOK}
+            "{ALIVE}
+             signal() {{ all=$(members {pid}); [ -z \"$all\" ] || kill -s \"$1\" $all 2>/dev/null; }}
              if alive {id}; then
-               kill -s TERM -- -{pid} 2>/dev/null
+               signal TERM
                for i in 1 2 3 4 5 6 7 8 9 10; do alive {id} || break; sleep 0.2; done
-               kill -s KILL -- -{pid} 2>/dev/null
+               for i in 1 2 3 4 5 6 7 8 9 10; do alive {id} || break; signal KILL; sleep 0.1; done
              fi
-             true"
+             ! alive {id}"
         )
+    }
+
+    fn is_cancelled(&self, output: &Output) -> bool {
+        output.exit == Some(0)
     }
 }
 

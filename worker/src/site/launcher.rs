@@ -25,7 +25,7 @@ pub(crate) trait Launcher: Send + Sync {
     /// Whether a submission that failed may have made a job nevertheless.
     fn is_unsure(&self, output: &Output) -> bool;
 
-    /// A script that lists jobs: all of Baton's there, or that of one token. `jobs` are those of interest with their
+    /// A script that lists jobs: all of this user's there, or that of one token. `jobs` are those of interest with their
     /// folders.
     fn list(&self, jobs: &[(&Job, String)], token: Option<&str>) -> String;
 
@@ -38,8 +38,15 @@ pub(crate) trait Launcher: Send + Sync {
     /// A script that lists the priorities of all that wait, if there is such a thing: a number in each line.
     fn waiting(&self) -> Option<&'static str>;
 
-    /// A command that ends a job, whatever it does; that there is no such job is no failure.
+    /// A script that asks for jobs that are in no list, each by itself, and prints `ID|WORD` for each of which the launcher
+    /// says that it is gone; `None` where a list says so.
+    fn confirm(&self, external_ids: &[&str]) -> Option<String>;
+
+    /// A command that ends a job, whatever it does.
     fn cancel(&self, external_id: &str) -> String;
+
+    /// Whether such a command has reached its job, or found that there is none.
+    fn is_cancelled(&self, output: &Output) -> bool;
 }
 
 /// A job in a list.

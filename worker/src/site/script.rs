@@ -3,7 +3,9 @@
 //! Its first act is to make the folder `.baton/started`, which can be done once in a try: a second job of the same try ends
 //! without running the program, and whoever gives a try up puts a link there instead, so that no job of it can run any more
 //! and everybody sees why. Its last act is to write
-//! `.baton/done.json` under its final name by a rename; nothing but that file says how the program ended.
+//! `.baton/done.json` under its final name by a rename; nothing but that file says how the program ended. A launcher that
+//! starts the same job again, since it has lost what it had started, finds its own name in `.baton/started/job` and leaves
+//! `.baton/again`.
 
 use std::fmt::Write as _;
 
@@ -15,6 +17,9 @@ use crate::transport::quote;
 
 /// Where a script and what it leaves are, below the folder of a try.
 pub(crate) const FOLDER: &str = ".baton";
+
+/// Room for `done.json`, in bytes: blanks behind its one line mean nothing.
+const DONE_BYTES: usize = 127;
 
 /// The exit of `timeout` for a program that it has ended.
 const TIMED_OUT: i32 = 124;
@@ -48,34 +53,48 @@ pub(crate) fn render(
         text.push('\n');
     };
     line(&format!("cd {} || exit 1", quote(dir)));
-    line("if ! mkdir .baton/started 2>/dev/null; then");
+    // A line of `pre` may go elsewhere, and the program with it.
+    line(&format!("baton_dir={}", quote(&format!("{dir}/{FOLDER}"))));
+    line("if ! mkdir \"$baton_dir/started\" 2>/dev/null; then");
+    line(&format!(
+        "  [ \"$(cat \"$baton_dir/started/job\" 2>/dev/null)\" != \"{job_id}\" ] || : > \"$baton_dir/again\""
+    ));
     line("  echo 'baton: this try has been started or given up before; nothing is run' >&2");
     line("  exit 0");
     line("fi");
     line(&format!(
-        "echo \"{job_id}\" > .baton/started/job.part && mv .baton/started/job.part .baton/started/job || exit 1"
+        "echo \"{job_id}\" > \"$baton_dir/started/job.part\" && mv \"$baton_dir/started/job.part\" \"$baton_dir/started/job\" || exit 1"
     ));
+    // It has its room from the beginning: whatever the program fills, it can say how it ended.
+    line(&format!("printf '%{DONE_BYTES}s\\n' '' > \"$baton_dir/done.json.part\" || exit 1"));
     line("baton_started=$(date +%s)");
     line("baton_done() {");
-    line("  printf '{\"exit\":%d,\"phase\":\"%s\",\"started_at\":%s,\"ended_at\":%s}\\n' \"$1\" \"$2\" \\");
-    line("    \"$baton_started\" \"$(date +%s)\" > .baton/done.json.part &&");
-    line("    mv .baton/done.json.part .baton/done.json");
+    line("  trap - EXIT");
+    line("  for baton_try in 1 2 3 4 5 6 7 8 9 10 11 12; do");
+    line("    printf '{\"exit\":%d,\"phase\":\"%s\",\"started_at\":%s,\"ended_at\":%s}' \"$1\" \"$2\" \\");
+    line("      \"$baton_started\" \"$(date +%s)\" 1<> \"$baton_dir/done.json.part\" &&");
+    line("      mv \"$baton_dir/done.json.part\" \"$baton_dir/done.json\" && break");
+    line("    sleep 5");
+    line("  done");
     line("  exit \"$1\"");
     line("}");
-    line("exec > .baton/stdout 2> .baton/stderr");
+    line("exec > \"$baton_dir/stdout\" 2> \"$baton_dir/stderr\"");
+    // A line may end the shell, or make it end at the first failure.
+    line("trap 'baton_done $? pre' EXIT");
     for pre in site.pre.iter().chain(&on_site.pre) {
         // In this very shell, so that what it sets is there for the program.
         line(&format!("{pre}\nbaton_exit=$?; [ $baton_exit -eq 0 ] || baton_done $baton_exit pre"));
     }
+    line("set +eu; trap - EXIT");
     for (name, value) in &spec.vars {
         line(&format!("export {name}={}", quote(value)));
     }
     let program = match &spec.what {
         Work::Run { argv } => argv.iter().map(|word| quote(word)).collect::<Vec<_>>().join(" "),
-        Work::Script { .. } => "/bin/sh .baton/script".to_owned(),
+        Work::Script { .. } => "/bin/sh \"$baton_dir/script\"".to_owned(),
         Work::Call { .. } => "false".to_owned(),
     };
-    let stdin = if spec.stdin.is_some() { ".baton/stdin" } else { "/dev/null" };
+    let stdin = if spec.stdin.is_some() { "\"$baton_dir/stdin\"" } else { "/dev/null" };
     // Slurm keeps the time itself; a plain machine does not.
     let timeout = match (site.launcher, spec.time) {
         (config::Launcher::Fork, Some(time)) => format!("timeout -k 10 {} ", time.as_secs().max(1)),
@@ -132,16 +151,26 @@ impl Done {
     }
 }
 
+/// A value in a line that `sbatch` reads: it takes blanks and quotes for its own, but for those in double quotes.
+fn header_word(value: &str) -> String {
+    let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b"_-./:,=@%+".contains(&byte);
+    if !value.is_empty() && value.bytes().all(is_plain) {
+        return value.to_owned();
+    }
+    format!("\"{}\"", value.replace('\\', "\\\\").replace('"', "\\\""))
+}
+
 /// The lines that Slurm reads.
 pub(crate) fn slurm_header(spec: &Spec, on_site: &OnSite, site: &config::Site, dir: &str, token: &str) -> String {
     let mut header = String::new();
     let mut option = |name: &str, value: Option<String>| {
-        let value = value.map(|value| format!("={value}")).unwrap_or_default();
+        let value = value.map(|value| format!("={}", header_word(&value))).unwrap_or_default();
         let _ = writeln!(header, "#SBATCH --{name}{value}");
     };
     option("job-name", Some(token.to_owned()));
     option("chdir", Some(dir.to_owned()));
-    option("output", Some(format!("{dir}/{FOLDER}/launcher.out")));
+    // `%` begins a pattern there.
+    option("output", Some(format!("{}/{FOLDER}/launcher.out", dir.replace('%', "%%"))));
     // A job that the scheduler starts again would find `started` taken.
     option("no-requeue", None);
     let needs = &on_site.needs;
@@ -232,6 +261,48 @@ mod tests {
         spec.time = Some(Duration::from_secs(1));
         run(&spec, dir.path());
         assert!(done(dir.path()).unwrap().is_timed_out(&site("fork"), &spec));
+    }
+
+    #[test]
+    fn a_line_before_the_program_may_go_elsewhere_and_be_strict() {
+        let elsewhere = tempfile::tempdir().unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let mut spec = spec(Work::Script { text: "cat > here; false; exit 7".into() });
+        spec.stdin = Some("in".into());
+        let pre = vec!["set -eu".to_owned(), format!("cd '{}'", elsewhere.path().display())];
+        spec.on_site.as_mut().unwrap().pre = pre;
+        run(&spec, dir.path());
+        let said = done(dir.path()).unwrap();
+        assert_eq!((said.exit, said.phase.as_str()), (7, "program"));
+        assert_eq!(std::fs::read_to_string(elsewhere.path().join("here")).unwrap(), "in");
+        for (line, exit) in [("exit 5", 5), ("set -e\nfalse\ntrue", 1)] {
+            let dir = tempfile::tempdir().unwrap();
+            spec.on_site.as_mut().unwrap().pre = vec![line.to_owned()];
+            run(&spec, dir.path());
+            let said = done(dir.path()).unwrap();
+            assert_eq!((said.exit, said.phase.as_str()), (exit, "pre"), "{line}");
+        }
+    }
+
+    #[test]
+    fn a_job_that_its_launcher_starts_again_says_so() {
+        let dir = tempfile::tempdir().unwrap();
+        let spec = spec(Work::Run { argv: vec!["true".into()] });
+        run(&spec, dir.path());
+        run(&spec, dir.path());
+        assert!(!dir.path().join(".baton/again").exists(), "another job");
+        let text =
+            render(&spec, spec.on_site.as_ref().unwrap(), &site("slurm"), &dir.path().display().to_string(), "", "7");
+        std::fs::write(dir.path().join(".baton/started/job"), "7\n").unwrap();
+        assert!(Command::new("/bin/sh").arg("-c").arg(text).status().unwrap().success());
+        assert!(dir.path().join(".baton/again").exists());
+    }
+
+    #[test]
+    fn a_value_with_blanks_is_one_word_for_slurm() {
+        assert_eq!(header_word("a/b:c"), "a/b:c");
+        assert_eq!(header_word("two words"), r#""two words""#);
+        assert_eq!(header_word(r#"a"b\c"#), r#""a\"b\\c""#);
     }
 
     #[test]

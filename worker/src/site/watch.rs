@@ -2,10 +2,11 @@
 //! shell that stays open.
 //!
 //! What a launcher's list says ends no process: it wakes it, and the process reads what its script has left. A job that is
-//! not in a list has ended only if its script says so, or if it is missing again and again; a list that cannot be had, or
-//! is none, says nothing about any job. Jobs that nobody wants any more are ended here as well.
+//! not in a list has ended only if its script says so, or if it is missing again and again and the launcher, asked for it
+//! alone, says that there is no such job; a list that cannot be had, or is none, says nothing about any job. Jobs that nobody
+//! wants any more are ended here as well, and those that come or come back after they were taken for gone.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fmt::Write as _;
 use std::time::{Duration, Instant};
 
@@ -25,8 +26,20 @@ const ABSENT_MIN: i64 = 3;
 /// What the row of such a job says.
 pub(crate) const LOST: &str = "LOST";
 
+/// What the row of a job says whose script has said how its program ended.
+pub(crate) const ENDED: &str = "ENDED";
+
+/// The word of launchers for a job that waits for the first time.
+const WAITING: &str = "PENDING";
+
 /// Jobs that are ended in one look.
 const REAPED_MAX: usize = 50;
+
+/// Jobs of which it is asked in one look whether they are gone: each is a command or two.
+const CONFIRMED_MAX: usize = 20;
+
+/// How the names begin that Baton gives to jobs.
+const PREFIX: &str = "baton-";
 
 /// For how long without any job the watch is kept.
 const KEPT: Duration = Duration::from_secs(10);
@@ -95,7 +108,11 @@ impl Watch {
         self.next = Some(now + site.config.poll.mul_f64(0.9));
         let Some(open) = &mut self.open else { return };
         match poll(shared, site, open).await {
-            Ok(()) => self.has_complained = false,
+            Ok(()) => {
+                self.has_complained = false;
+                // It answers: what failed before is over.
+                let _ = site.store.note_site(&site.name, None).await;
+            }
             Err(Failure::Transport(error)) => {
                 self.open = None;
                 site.failed(&error).await;
@@ -162,31 +179,36 @@ async fn poll(shared: &Shared, site: &Site, open: &mut Open) -> Result<(), Failu
         jobs.iter().map(|job| (job, format!("{}/p/{}/{}", open.root, job.pid, job.attempt))).collect();
     let output = open.run(&site.launcher.list(&dirs, None)).await?;
     let listed = site.launcher.listed(&output).map_err(Failure::Launcher)?;
-    let positions = positions(site, open, &listed).await?;
-    let mut by_token: HashMap<&str, &Listed> = HashMap::new();
-    for one in &listed {
-        let entry = by_token.entry(&one.token).or_insert(one);
-        // One that is still there counts more than one that has ended.
-        if entry.phase == Phase::Ended {
-            *entry = one;
-        }
-    }
-    let missing: Vec<&(&Job, String)> = dirs
-        .iter()
-        .filter(|(job, _)| job.external_id.is_some() && !by_token.contains_key(job.token().as_str()))
-        .collect();
-    let marks = marks(open, &missing).await?;
+    let found = Found::of(&listed);
+    let positions = positions(site, open, dirs.iter().filter_map(|(job, _)| found.job(job))).await?;
+    let missing = dirs.iter().filter(|(job, _)| job.external_id.is_some() && found.job(job).is_none());
+    // One that waits after it has run, or in no ordinary way, may have done its work.
+    let odd = dirs.iter().filter(|(job, _)| {
+        let waits = found.job(job).filter(|found| found.phase == Phase::Waiting);
+        waits.is_some_and(|found| found.status != WAITING || ![WAITING, ""].contains(&job.look.status.as_str()))
+    });
+    let done = done(open, missing.chain(odd)).await?;
     let settling = site.config.settle.as_millis() / site.config.poll.as_millis().max(1);
     let absent_max = i64::try_from(settling).unwrap_or(i64::MAX).max(ABSENT_MIN);
+    let is_long_absent =
+        |job: &Job| found.job(job).is_none() && !done.contains(&job.token()) && job.look.absent + 1 >= absent_max;
+    let absent: Vec<&Job> = dirs.iter().map(|(job, _)| *job).filter(|job| is_long_absent(job)).collect();
+    let gone = gone(site, open, &absent).await?;
     let mut seen = Vec::new();
     let mut unwanted = Vec::new();
     for (job, dir) in &dirs {
-        let token = job.token();
-        let found = by_token.get(token.as_str()).copied();
         let before =
             Seen { pid: job.pid, attempt: job.attempt, external_id: None, look: job.look.clone(), is_ended: false };
-        let now = match found {
-            Some(found) => Seen {
+        let ended = |status: &str| Seen {
+            look: Look { status: status.to_owned(), ..job.look.clone() },
+            is_ended: true,
+            ..before.clone()
+        };
+        let listed = found.job(job);
+        let is_done = done.contains(&job.token());
+        let now = match (listed, job.external_id.as_deref()) {
+            (_, _) if is_done => ended(ENDED),
+            (Some(found), _) => Seen {
                 external_id: job.external_id.is_none().then(|| found.external_id.clone()),
                 look: Look {
                     status: found.status.clone(),
@@ -201,17 +223,15 @@ async fn poll(shared: &Shared, site: &Site, open: &mut Open) -> Result<(), Failu
                 is_ended: found.phase == Phase::Ended,
                 ..before.clone()
             },
-            None if job.external_id.is_none() => before.clone(),
-            None if marks.get(&token).is_some_and(|mark| mark == "done") => Seen { is_ended: true, ..before.clone() },
-            None => {
-                let absent = job.look.absent + 1;
-                let is_ended = absent >= absent_max;
-                let status = if is_ended { LOST.to_owned() } else { job.look.status.clone() };
-                Seen { look: Look { absent, status, ..job.look.clone() }, is_ended, ..before.clone() }
-            }
+            (None, None) => before.clone(),
+            (None, Some(id)) => match gone.get(id) {
+                Some(status) => ended(status),
+                None => Seen { look: Look { absent: job.look.absent + 1, ..job.look.clone() }, ..before.clone() },
+            },
         };
-        if job.is_doomed && !now.is_ended {
-            unwanted.push((*job, dir, found));
+        // What waits there again although its program has ended is nobody's.
+        if (job.is_doomed && !now.is_ended) || (is_done && listed.is_some()) {
+            unwanted.push((*job, dir, listed));
         }
         if now != before {
             seen.push(now);
@@ -227,23 +247,88 @@ async fn poll(shared: &Shared, site: &Site, open: &mut Open) -> Result<(), Failu
     for (job, dir, found) in unwanted.into_iter().take(REAPED_MAX) {
         reap(site, open, job, dir, found).await?;
     }
+    end_strays(site, open, &jobs, &found).await
+}
+
+/// What a list says of jobs.
+struct Found<'a> {
+    by_token: HashMap<&'a str, &'a Listed>,
+    /// A site may give a job another name.
+    by_id: HashMap<&'a str, &'a Listed>,
+}
+
+impl<'a> Found<'a> {
+    fn of(listed: &'a [Listed]) -> Self {
+        let mut by_token: HashMap<&str, &Listed> = HashMap::new();
+        for one in listed.iter().filter(|one| one.token.starts_with(PREFIX)) {
+            let entry = by_token.entry(&one.token).or_insert(one);
+            // One that is still there counts more than one that has ended.
+            if entry.phase == Phase::Ended {
+                *entry = one;
+            }
+        }
+        Found { by_token, by_id: listed.iter().map(|one| (one.external_id.as_str(), one)).collect() }
+    }
+
+    fn job(&self, job: &Job) -> Option<&'a Listed> {
+        let by_token = self.by_token.get(job.token().as_str());
+        by_token.or_else(|| self.by_id.get(job.external_id.as_deref()?)).copied()
+    }
+}
+
+/// Those of jobs in no list of which the launcher itself says that they are gone, each with its word for how. A list that
+/// is empty, or cut, is no such word.
+async fn gone(site: &Site, open: &mut Open, absent: &[&Job]) -> Result<HashMap<String, String>, Failure> {
+    let mut ids: Vec<&str> = absent.iter().filter_map(|job| job.external_id.as_deref()).collect();
+    let Some(n_looks) = absent.iter().map(|job| job.look.absent).max() else { return Ok(HashMap::new()) };
+    // Others in each look, should it know nothing of the first.
+    let n_asked = usize::try_from(n_looks).unwrap_or(0).saturating_mul(CONFIRMED_MAX);
+    let first_idx = n_asked.checked_rem(ids.len()).unwrap_or(0);
+    ids.rotate_left(first_idx);
+    ids.truncate(CONFIRMED_MAX);
+    let Some(script) = site.launcher.confirm(&ids) else {
+        return Ok(ids.into_iter().map(|id| (id.to_owned(), LOST.to_owned())).collect());
+    };
+    let output = open.run(&script).await?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    let pairs = text.lines().filter_map(|line| line.split_once('|'));
+    Ok(pairs.map(|(id, word)| (id.to_owned(), word.to_owned())).collect())
+}
+
+/// Ends jobs that are there although they were known to be gone: a submission that took effect when nobody waited for it
+/// any more, or one of which the launcher had lost sight. A name that no row has is another fleet's.
+async fn end_strays(site: &Site, open: &mut Open, jobs: &[Job], found: &Found<'_>) -> Result<(), Failure> {
+    let known: HashSet<String> = jobs.iter().map(Job::token).collect();
+    let strange = found.by_token.values().filter(|one| one.phase != Phase::Ended && !known.contains(&one.token));
+    let strange: HashMap<&str, &str> =
+        strange.map(|one| (one.token.as_str(), one.external_id.as_str())).take(REAPED_MAX).collect();
+    if strange.is_empty() {
+        return Ok(());
+    }
+    let ended = site.store.ended_jobs(strange.keys().copied()).await?;
+    for id in ended.iter().filter_map(|token| strange.get(token.as_str())) {
+        info!(site = site.name, job = id, "ending a job that was taken for gone");
+        open.run(&site.launcher.cancel(id)).await?;
+    }
     Ok(())
 }
 
-/// What the scripts of jobs have left that are in no list.
-async fn marks(open: &mut Open, jobs: &[&(&Job, String)]) -> Result<HashMap<String, String>, Failure> {
-    if jobs.is_empty() {
-        return Ok(HashMap::new());
-    }
-    let mut script =
-        String::from("mark() { if [ -f \"$2/.baton/done.json\" ]; then echo \"$1 done\"; else echo \"$1 -\"; fi; }\n");
+/// Those of some jobs whose scripts have said how their programs ended.
+async fn done<'a>(
+    open: &mut Open,
+    jobs: impl Iterator<Item = &'a (&'a Job, String)>,
+) -> Result<HashSet<String>, Failure> {
+    let mut script = String::from("mark() { [ ! -f \"$2/.baton/done.json\" ] || echo \"$1\"; }\n");
+    let mut is_any = false;
     for (job, dir) in jobs {
+        is_any = true;
         let _ = writeln!(script, "mark {} {}", job.token(), quote(dir));
     }
+    if !is_any {
+        return Ok(HashSet::new());
+    }
     let stdout = open.run(&script).await?.ok()?;
-    let text = String::from_utf8_lossy(&stdout);
-    let pairs = text.lines().filter_map(|line| line.split_once(' '));
-    Ok(pairs.map(|(token, mark)| (token.to_owned(), mark.to_owned())).collect())
+    Ok(String::from_utf8_lossy(&stdout).lines().map(str::to_owned).collect())
 }
 
 /// The priorities of all that wait at a site, the largest first.
@@ -256,8 +341,12 @@ impl Positions {
     }
 }
 
-async fn positions(site: &Site, open: &mut Open, listed: &[Listed]) -> Result<Positions, Failure> {
-    let is_any_waiting = listed.iter().any(|one| one.phase == Phase::Waiting);
+async fn positions(
+    site: &Site,
+    open: &mut Open,
+    mut ours: impl Iterator<Item = &Listed>,
+) -> Result<Positions, Failure> {
+    let is_any_waiting = ours.any(|one| one.phase == Phase::Waiting);
     let Some(script) = site.launcher.waiting().filter(|_| is_any_waiting) else { return Ok(Positions(vec![])) };
     let output = open.run(script).await?;
     let text = String::from_utf8_lossy(&output.stdout);

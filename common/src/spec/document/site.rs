@@ -249,6 +249,13 @@ fn input(line: Line) -> Read<Input> {
             },
         )?;
     not_reserved(&to, &line.from)?;
+    if to.path.is_empty() && matches!(how, How::Link | How::Move) {
+        let word = if how == How::Link { "link" } else { "move" };
+        let scope = to.scope.word();
+        return Err(format!(
+            "`how: {word}` cannot put a folder in the place of {scope}://; name a folder in `to`, or use copy"
+        ));
+    }
     Ok(Input { from, to, how, optional: line.is_optional })
 }
 
@@ -444,7 +451,7 @@ fn option_name(name: &str) -> Read<()> {
     if !is_made_of(name, NAME_BYTES_MAX, |c| c.is_ascii_alphanumeric() || "-_".contains(c)) || name.starts_with('-') {
         return Err("must be an option's long name without the `--` before it, such as `account`".to_owned());
     }
-    Ok(())
+    on_site::check_native(name)
 }
 
 fn option_value(value: &str) -> Read<()> {

@@ -186,6 +186,11 @@ fn each_mistake_about_a_site_is_told_with_its_line_and_its_remedy() {
             "the key `native.--account` must be an option's long name without the `--` before it, such as `account`"
                 .to_owned(),
         ),
+        (
+            "native: {job-name: a}",
+            "the key `native.job-name` is not for `native`: Baton sets or forbids `job-name`, by which it finds the job again"
+                .to_owned(),
+        ),
         ("native: {account: \"a\\nb\"}", "`native.account` must be one line without control characters".to_owned()),
         ("native: {nodes: 2}", "`native.nodes` must be text, not a number; put quotes around it: \"2\"".to_owned()),
         ("pre: module load", "`pre` must be a list of shell lines such as [module load gcc], not text".to_owned()),
@@ -243,6 +248,10 @@ fn each_mistake_about_inputs_is_told() {
         (
             &format!("{{from: {of_store}, to: a, how: link}}"),
             "`how: link` needs a source on the site, session:// or resource://; leave `how` out",
+        ),
+        (
+            "{from: resource://a/, to: 'task://', how: link}",
+            "`how: link` cannot put a folder in the place of task://; name a folder in `to`, or use copy",
         ),
         ("{from: client://a/, how: unpack}", "`client://a/` is a folder; `how: unpack` needs an archive"),
         ("client://a > session://a", "session:// needs the key `session`, which names it"),
