@@ -70,6 +70,47 @@ pub(crate) async fn finished(scene: &Scene, pids: &[String], limit: Duration) {
     }
 }
 
+/// A file system shows the file late in which the script says how its program ended.
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn an_end_that_shows_late_is_waited_for() {
+    let scene = Scene::new().await;
+    let slurm = Slurm::start(&scene, "", "", "");
+    let _worker = slurm.worker(&scene, "w1", &[]).await;
+    let done = r#"{"exit":0,"phase":"program","started_at":1,"ended_at":2}"#;
+    let late = "setsid sh -c 'sleep 8; mv late .baton/done.json' > /dev/null 2>&1 & kill -9 $PPID";
+    let (path, spec) = witness(&scene, "plain", &format!("echo '{done}' > late; {late}"));
+    let pids = slurm.submit(&scene, &spec, 1).await;
+    finished(&scene, &pids, LIMIT).await;
+    assert_eq!((runs(&path), scene.sql("SELECT try FROM process").await.trim()), (1, "1"));
+}
+
+/// What a job has left cannot be read, since its file system is away: it is not taken for nothing.
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn a_sandbox_that_is_away_pauses_its_process() {
+    let scene = Scene::new().await;
+    let slurm = Slurm::start(&scene, "", "", "");
+    let mut worker = slurm.worker(&scene, "w1", &[("FAILPOINTS", "job-seen=return")]).await;
+    let (path, spec) = witness(&scene, "plain", "echo said");
+    let pids = slurm.submit(&scene, &spec, 1).await;
+    worker.ended(LIMIT).await;
+    let (folder, away) = (scene.path(&format!("site/p/{}/1/.baton", pids[0])), scene.path("away"));
+    std::fs::rename(&folder, &away).unwrap();
+    let _worker = slurm.worker(&scene, "w2", &[]).await;
+    eventually("it is paused", LIMIT, async || {
+        let shown = scene.show(&pids[0]).await;
+        let reason = shown["paused_reason"].as_str().unwrap_or_default();
+        if reason.contains("is not there") { Ok(()) } else { Err(shown) }
+    })
+    .await;
+    std::fs::rename(&away, &folder).unwrap();
+    slurm.baton(&scene, &["play", &pids[0]]).await.ok();
+    finished(&scene, &pids, LIMIT).await;
+    assert_eq!(runs(&path), 1);
+    assert_eq!(slurm.baton(&scene, &["logs", &pids[0]]).await.ok().stdout, "said\n");
+}
+
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
 async fn a_job_is_submitted_watched_and_collected() {
