@@ -12,7 +12,7 @@ use crate::services::folder;
 use crate::sshd::Sshd;
 
 /// Commands that a test may put something else in the place of, as they are found over SSH.
-const COMMANDS: [&str; 5] = ["sbatch", "squeue", "scancel", "timeout", "cat"];
+const COMMANDS: [&str; 6] = ["sbatch", "squeue", "sacct", "scancel", "timeout", "cat"];
 
 /// A login node with Slurm behind it: the site `cluster`. Gone when this is dropped.
 pub struct Slurm {

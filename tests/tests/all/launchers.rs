@@ -296,6 +296,33 @@ async fn an_empty_list_loses_no_job() {
     assert_eq!((runs(&path), scene.count("try = 1").await), (2, 2));
 }
 
+/// What the controller has forgotten the accounting knows. One that comes back after it was taken for gone is ended.
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn the_accounting_says_how_a_forgotten_job_has_ended() {
+    let scene = Scene::new().await;
+    let slurm = Slurm::start(&scene, "submit_timeout = '2s'\nsettle = '2s'", "", "");
+    let _worker = slurm.worker(&scene, "w1", &[]).await;
+    let (path, spec) = witness(&scene, "cluster", "sleep 600");
+    let pids = slurm.submit(&scene, &spec, 1).await;
+    all_run(&path, 1).await;
+    slurm.replace("sacct", "echo '1|CANCELLED by 0'");
+    let unknown = "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1";
+    slurm.replace("squeue", &format!("case \" $* \" in *' -j '*) {unknown} ;; esac"));
+    ended(&scene, &pids, LIMIT).await;
+    let shown = scene.show(&pids[0]).await;
+    assert!(shown["reason"].as_str().unwrap().contains("the job was cancelled at the site"), "{shown:#}");
+    slurm.mend("squeue");
+    // The site is looked at as long as there is a job.
+    let (_, spec) = witness(&scene, "cluster", "sleep 3");
+    slurm.submit(&scene, &spec, 1).await;
+    eventually("it is ended", LIMIT, async || {
+        let jobs = slurm.jobs("RUNNING");
+        if jobs.iter().any(|job| job.contains(&pids[0])) { Err(jobs) } else { Ok(()) }
+    })
+    .await;
+}
+
 /// A kill when `scancel` fails and the list is empty: the job is ended as soon as it can be.
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]

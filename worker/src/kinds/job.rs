@@ -18,7 +18,7 @@ use serde_json::Value;
 
 use crate::process::{Advance, Context, Error, Process, Wait};
 use crate::site::launcher::{Listed, Phase};
-use crate::site::script::{self, Done, GIVEN_UP, UNMARKED};
+use crate::site::script::{self, Done, GIVEN_UP, IN_PRE, UNMARKED};
 use crate::site::watch::{ENDED, LOST};
 use crate::site::{LOOK_AGAIN, Site, Visit, staging};
 use crate::transport::{self, quote};
@@ -536,7 +536,9 @@ impl Job {
         let folder = quote(&format!("{dir}/{}", script::FOLDER));
         let look = format!(
             "[ ! -L {folder}/started ] || echo {GIVEN_UP}
-             [ ! -e {folder}/again ] || echo {AGAIN}"
+             [ ! -e {folder}/again ] || echo {AGAIN}
+             head -c {} {folder}/done.json.part 2>/dev/null",
+            IN_PRE.len()
         );
         let stdout = visit.exec(&format!("{look}\ntrue")).await?.ok()?;
         if gives_up(&stdout) {
@@ -564,6 +566,9 @@ impl Job {
                 Ok(Advance::Finished { exit: 137 })
             }
             "CANCELLED" => Err(Error::Failed("scheduler: the job was cancelled at the site".into()).into()),
+            "COMPLETED" | "FAILED" | ENDED | "" if has_line(&stdout, IN_PRE) => {
+                Err(Error::Failed("env: a line of `pre` has ended the script".to_owned()).into())
+            }
             "COMPLETED" | "FAILED" | ENDED | "" => {
                 let said = visit.read(&format!("{dir}/.baton/launcher.out")).await?.unwrap_or_default();
                 let said = String::from_utf8_lossy(&said);
@@ -571,15 +576,15 @@ impl Job {
                 Err(Error::Failed(format!("scheduler: the job ended without its mark; its script said: {last}")).into())
             }
             status => {
+                // No job of this try may run any more, and none may still do so.
+                let cancel = row.external_id.map(|id| at.site.launcher.cancel(&id)).unwrap_or_default();
+                visit.exec(&format!("{}{cancel}\ntrue", script::give_up(dir))).await?;
                 self.lost += 1;
                 if self.lost > LOST_MAX {
                     return Err(
                         Error::Failed(format!("lost: the site has lost {LOST_MAX} jobs of it ({status})")).into()
                     );
                 }
-                // No job of this try may run any more, and none may still do so.
-                let cancel = row.external_id.map(|id| at.site.launcher.cancel(&id)).unwrap_or_default();
-                visit.exec(&format!("{}{cancel}\ntrue", script::give_up(dir))).await?;
                 at.context.log(format!("{}: the job was lost ({status}); it is submitted again", at.site.name));
                 at.context.begin_next_try();
                 Ok(Advance::Again)

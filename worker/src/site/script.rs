@@ -21,6 +21,9 @@ pub(crate) const FOLDER: &str = ".baton";
 /// Room for `done.json`, in bytes: blanks behind its one line mean nothing.
 const DONE_BYTES: usize = 127;
 
+/// What stands there while the lines before the program run, any of which may end the script.
+pub(crate) const IN_PRE: &str = "pre";
+
 /// The exit of `timeout` for a program that it has ended.
 const TIMED_OUT: i32 = 124;
 
@@ -66,10 +69,9 @@ pub(crate) fn render(
         "echo \"{job_id}\" > \"$baton_dir/started/job.part\" && mv \"$baton_dir/started/job.part\" \"$baton_dir/started/job\" || exit 1"
     ));
     // It has its room from the beginning: whatever the program fills, it can say how it ended.
-    line(&format!("printf '%{DONE_BYTES}s\\n' '' > \"$baton_dir/done.json.part\" || exit 1"));
+    line(&format!("printf '%-{DONE_BYTES}s\\n' {IN_PRE} > \"$baton_dir/done.json.part\" || exit 1"));
     line("baton_started=$(date +%s)");
     line("baton_done() {");
-    line("  trap - EXIT");
     line("  for baton_try in 1 2 3 4 5 6 7 8 9 10 11 12; do");
     line("    printf '{\"exit\":%d,\"phase\":\"%s\",\"started_at\":%s,\"ended_at\":%s}' \"$1\" \"$2\" \\");
     line("      \"$baton_started\" \"$(date +%s)\" 1<> \"$baton_dir/done.json.part\" &&");
@@ -79,13 +81,12 @@ pub(crate) fn render(
     line("  exit \"$1\"");
     line("}");
     line("exec > \"$baton_dir/stdout\" 2> \"$baton_dir/stderr\"");
-    // A line may end the shell, or make it end at the first failure.
-    line("trap 'baton_done $? pre' EXIT");
     for pre in site.pre.iter().chain(&on_site.pre) {
-        // In this very shell, so that what it sets is there for the program.
-        line(&format!("{pre}\nbaton_exit=$?; [ $baton_exit -eq 0 ] || baton_done $baton_exit pre"));
+        // In this very shell, so that what it sets is there for the program; `set -e` does not count on this side of `||`.
+        line(&format!("{{\n{pre}\n}} || baton_done $? pre"));
     }
-    line("set +eu; trap - EXIT");
+    line("set +eu");
+    line(&format!("printf '%-{}s' '' 1<> \"$baton_dir/done.json.part\"", IN_PRE.len()));
     for (name, value) in &spec.vars {
         line(&format!("export {name}={}", quote(value)));
     }
@@ -275,12 +276,19 @@ mod tests {
         let said = done(dir.path()).unwrap();
         assert_eq!((said.exit, said.phase.as_str()), (7, "program"));
         assert_eq!(std::fs::read_to_string(elsewhere.path().join("here")).unwrap(), "in");
-        for (line, exit) in [("exit 5", 5), ("set -e\nfalse\ntrue", 1)] {
+        for (line, exit) in [("set -e\nfalse\ntrue", None), ("set -e; false", Some(1)), ("exit 5", None)] {
             let dir = tempfile::tempdir().unwrap();
-            spec.on_site.as_mut().unwrap().pre = vec![line.to_owned()];
+            spec.on_site.as_mut().unwrap().pre = vec![line.to_owned(), "true # a word".to_owned()];
             run(&spec, dir.path());
-            let said = done(dir.path()).unwrap();
-            assert_eq!((said.exit, said.phase.as_str()), (exit, "pre"), "{line}");
+            let part = std::fs::read_to_string(dir.path().join(".baton/done.json.part")).unwrap_or_default();
+            let said = done(dir.path()).map(|done| (done.exit, done.phase));
+            match exit {
+                Some(exit) => assert_eq!(said, Some((exit, "pre".to_owned())), "{line}"),
+                None if line.starts_with("exit") => {
+                    assert!(said.is_none() && part.starts_with(IN_PRE), "{line}: {part}")
+                }
+                None => assert_eq!(said.unwrap().1, "program", "{line}"),
+            }
         }
     }
 

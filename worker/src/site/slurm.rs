@@ -26,13 +26,13 @@ const UNSURE: [&str; 10] = [
     "timed out",
     "timeout",
     "unable to contact",
-    "connect",
+    "connection",
     "communication",
     "zero bytes",
-    "message",
+    "unexpected message",
+    "insane message",
+    "message receive failure",
     "header lengths",
-    "unspecified error",
-    "authentication error",
 ];
 
 /// The exit of `timeout` when the time is over, and those of a command that a signal ended. `sbatch` itself ends with 255
@@ -79,7 +79,8 @@ impl Launcher for Slurm {
         }
         let text = std::str::from_utf8(&output.stdout).map_err(|_| "squeue printed no text".to_owned())?;
         let lines = text.lines().filter(|line| !line.trim().is_empty());
-        lines.map(|line| read(line).ok_or_else(|| format!("squeue printed {line:?}"))).collect()
+        let listed = lines.map(|line| read(line).ok_or_else(|| format!("squeue printed {line:?}")));
+        listed.filter(|listed| listed.as_ref().map_or(true, |listed| listed.token.starts_with("baton-"))).collect()
     }
 
     fn waiting(&self) -> Option<&'static str> {
@@ -108,12 +109,14 @@ impl Launcher for Slurm {
     }
 }
 
-/// `confirm ID`: prints `ID|WORD` if the controller says that it has no such job; the word is that of the accounting, where
-/// there is one that is an end's.
+/// `confirm ID`: prints `ID|WORD` if the controller says that it has no such job, or that another user has that number now;
+/// the word is that of the accounting, where there is one that is an end's. It ends all if the controller does not answer.
 const CONFIRM: &str = r#"confirm() {
-  case $(timeout -k 10 5 squeue -h -t all -j "$1" -o %T 2>&1) in
+  said=$(timeout -k 10 5 squeue -h -t all -j "$1" -o %u 2>&1)
+  [ $? -ne 124 ] || exit 0
+  case $said in
     *[Ii]"nvalid job id"*) ;;
-    *) return 0 ;;
+    "" | *" "* | "$(id -un)") return 0 ;;
   esac
   word=$(printf '%s\n' "$past" | sed -n "s/^$1|\([A-Z_]*\).*/\1/p" | tail -n 1)
   case $word in
@@ -175,7 +178,7 @@ mod tests {
     fn lists_are_read_and_nonsense_is_no_list() {
         let text = "7|PENDING|baton-a-1|4294901748|1795296000|Resources\n8|RUNNING|other|1|N/A|None\n";
         let listed = Slurm.listed(&output(0, text, "")).unwrap();
-        assert_eq!(listed.len(), 2);
+        assert_eq!(listed.len(), 1);
         assert_eq!((listed[0].phase, listed[0].reason.as_str()), (Phase::Waiting, "Resources"));
         assert_eq!(listed[0].starts_at, Some(1_795_296_000_000_000));
         assert_eq!(Slurm.listed(&output(0, "", "")).unwrap(), []);

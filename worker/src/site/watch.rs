@@ -35,11 +35,8 @@ const WAITING: &str = "PENDING";
 /// Jobs that are ended in one look.
 const REAPED_MAX: usize = 50;
 
-/// Jobs of which it is asked in one look whether they are gone: each is a command or two.
-const CONFIRMED_MAX: usize = 20;
-
-/// How the names begin that Baton gives to jobs.
-const PREFIX: &str = "baton-";
+/// Jobs of which it is asked in one look whether they are gone: each is a command, and may take as long as all others.
+const CONFIRMED_MAX: usize = 5;
 
 /// For how long without any job the watch is kept.
 const KEPT: Duration = Duration::from_secs(10);
@@ -110,8 +107,10 @@ impl Watch {
         match poll(shared, site, open).await {
             Ok(()) => {
                 self.has_complained = false;
-                // It answers: what failed before is over.
-                let _ = site.store.note_site(&site.name, None).await;
+                if site.pool.slots() == 0 {
+                    // No session is opened, which says so elsewhere: this machine answers, and what failed before is over.
+                    let _ = site.store.note_site(&site.name, None).await;
+                }
             }
             Err(Failure::Transport(error)) => {
                 self.open = None;
@@ -250,29 +249,24 @@ async fn poll(shared: &Shared, site: &Site, open: &mut Open) -> Result<(), Failu
     end_strays(site, open, &jobs, &found).await
 }
 
-/// What a list says of jobs.
-struct Found<'a> {
-    by_token: HashMap<&'a str, &'a Listed>,
-    /// A site may give a job another name.
-    by_id: HashMap<&'a str, &'a Listed>,
-}
+/// What a list says of jobs, by their names.
+struct Found<'a>(HashMap<&'a str, &'a Listed>);
 
 impl<'a> Found<'a> {
     fn of(listed: &'a [Listed]) -> Self {
         let mut by_token: HashMap<&str, &Listed> = HashMap::new();
-        for one in listed.iter().filter(|one| one.token.starts_with(PREFIX)) {
+        for one in listed {
             let entry = by_token.entry(&one.token).or_insert(one);
             // One that is still there counts more than one that has ended.
             if entry.phase == Phase::Ended {
                 *entry = one;
             }
         }
-        Found { by_token, by_id: listed.iter().map(|one| (one.external_id.as_str(), one)).collect() }
+        Found(by_token)
     }
 
     fn job(&self, job: &Job) -> Option<&'a Listed> {
-        let by_token = self.by_token.get(job.token().as_str());
-        by_token.or_else(|| self.by_id.get(job.external_id.as_deref()?)).copied()
+        self.0.get(job.token().as_str()).copied()
     }
 }
 
@@ -299,7 +293,7 @@ async fn gone(site: &Site, open: &mut Open, absent: &[&Job]) -> Result<HashMap<S
 /// any more, or one of which the launcher had lost sight. A name that no row has is another fleet's.
 async fn end_strays(site: &Site, open: &mut Open, jobs: &[Job], found: &Found<'_>) -> Result<(), Failure> {
     let known: HashSet<String> = jobs.iter().map(Job::token).collect();
-    let strange = found.by_token.values().filter(|one| one.phase != Phase::Ended && !known.contains(&one.token));
+    let strange = found.0.values().filter(|one| one.phase != Phase::Ended && !known.contains(&one.token));
     let strange: HashMap<&str, &str> =
         strange.map(|one| (one.token.as_str(), one.external_id.as_str())).take(REAPED_MAX).collect();
     if strange.is_empty() {

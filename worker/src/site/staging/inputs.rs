@@ -300,7 +300,11 @@ merge() {
     return 1
   fi
   inside "$to" "$to_scope" && mkdir -p "$to" && chmod -R u+w "$work" || return 1
-  cp -RPl --remove-destination "$work"/. "$to"/ 2>/dev/null ||
-    cp -RP --preserve=timestamps --remove-destination "$work"/. "$to"/ || return 1
+  for again in 1 2 3; do
+    # Another may put the same there at the same time. What lies on another disk cannot be linked.
+    cp -RPlf "$work"/. "$to"/ 2>/dev/null && break
+    cp -RP --preserve=timestamps --remove-destination "$work"/. "$to"/ && break
+    [ $again != 3 ] || return 1
+  done
   rm -rf "$work"
 }"#;
