@@ -30,12 +30,21 @@ const PIECE_BYTES: usize = 4 << 20;
 /// The kind of a process whose program runs at a site.
 const JOB: &str = "job";
 
-/// How far both streams of one attempt have been printed.
-#[derive(Default)]
+/// How far both streams have been printed: of one holding of a local program, or of one attempt of a job at a site, which
+/// several holdings see to.
+#[derive(Clone, Copy, Default)]
 struct Printed {
     epoch: i64,
+    attempt: i64,
     stdout: u64,
     stderr: u64,
+}
+
+impl Printed {
+    /// The same, or the beginning of the streams of another holding.
+    fn of_holding(self, epoch: i64) -> Self {
+        if self.epoch == epoch { self } else { Self { epoch, ..Self::default() } }
+    }
 }
 
 pub(crate) async fn run(global: &Global, arguments: LogsArguments) -> Result<u8, Failure> {
@@ -55,7 +64,10 @@ pub(crate) async fn run(global: &Global, arguments: LogsArguments) -> Result<u8,
             None if !summary.state.is_final() && summary.kind == JOB => {
                 at_site(global, &client, &summary, &mut open, &mut printed).await?
             }
-            None => stored(&client, pid, &mut printed, open.is_some()).await?,
+            None => {
+                let is_same_try = printed.attempt == summary.attempt;
+                stored(&client, pid, &mut printed, is_same_try).await?
+            }
         };
         if summary.state.is_final() || !arguments.follow {
             break;
@@ -73,19 +85,28 @@ async fn live(client: &Client, summary: &Summary, printed: &mut Printed) -> Resu
     let Some(owner) = summary.owner else { return Ok(None) };
     let Some(queue) = client.store.control_queue_of(owner).await? else { return Ok(None) };
     let Ok(Some(communicator)) = client.broker().await else { return Ok(None) };
-    if summary.epoch != printed.epoch {
-        *printed = Printed { epoch: summary.epoch, ..Printed::default() };
-    }
-    let control = Control::Output { pid: summary.pid, stdout_offset: printed.stdout, stderr_offset: printed.stderr };
+    // A holding that has written nothing yet begins no streams: those before it may still be printed.
+    let from = printed.of_holding(summary.epoch);
+    let control = Control::Output { pid: summary.pid, stdout_offset: from.stdout, stderr_offset: from.stderr };
     let Ok(reply) = communicator.request(&queue, control, HOLDER_LIMIT).await else { return Ok(None) };
     let Some(chunk) = reply.output else { return Ok(None) };
+    let begun = from.of_holding(chunk.epoch);
+    if (begun.stdout, begun.stderr) != (from.stdout, from.stderr) {
+        // It was claimed again since, and these bytes are not the first of its streams.
+        *printed = begun;
+        return Ok(Some(true));
+    }
     write(&chunk.stdout, &chunk.stderr)?;
-    printed.stdout += chunk.stdout.len() as u64;
-    printed.stderr += chunk.stderr.len() as u64;
+    *printed = Printed {
+        stdout: begun.stdout + chunk.stdout.len() as u64,
+        stderr: begun.stderr + chunk.stderr.len() as u64,
+        ..begun
+    };
     Ok(Some(!chunk.stdout.is_empty() || !chunk.stderr.is_empty()))
 }
 
-/// Prints what a job at a site has written since, over a session of this command's own.
+/// Prints what a job at a site has written since, over a session of this command's own: of the attempt that is being
+/// printed, and then of the one that has come after it.
 async fn at_site(
     global: &Global,
     client: &Client,
@@ -103,7 +124,10 @@ async fn at_site(
         *open = Some((site::open(&config, site).await?, site::there(site, "p")));
     }
     let Some((session, folder)) = open else { return Ok(false) };
-    let dir = format!("{folder}/{}/{}/.baton", summary.pid, summary.attempt);
+    if printed.attempt == 0 {
+        printed.attempt = summary.attempt;
+    }
+    let dir = format!("{folder}/{}/{}/.baton", summary.pid, printed.attempt);
     let mut has_grown = false;
     for (name, offset) in [("stdout", &mut printed.stdout), ("stderr", &mut printed.stderr)] {
         let path = quote(&format!("{dir}/{name}"));
@@ -113,10 +137,15 @@ async fn at_site(
         has_grown |= !bytes.is_empty();
         if name == "stdout" { write(&bytes, &[])? } else { write(&[], &bytes)? }
     }
-    if !has_grown {
-        tokio::time::sleep(SITE_LOOK).await;
+    if has_grown {
+        return Ok(true);
     }
-    Ok(has_grown)
+    if printed.attempt < summary.attempt {
+        *printed = Printed { attempt: summary.attempt, ..Printed::default() };
+        return Ok(true);
+    }
+    tokio::time::sleep(SITE_LOOK).await;
+    Ok(false)
 }
 
 /// Prints what the database keeps beyond what has been printed: of the same holding, or of the same try at a site.

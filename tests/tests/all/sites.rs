@@ -191,6 +191,43 @@ async fn a_worker_that_dies_at_any_border_costs_no_second_run(border: &str) {
     History::read(&scene, vec![]).await.accepting(&pids).check();
 }
 
+/// Its lines come from the site, while a worker sees to what it has left, and from the database, and each of them once.
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn whoever_follows_a_job_sees_each_line_once() {
+    let scene = Scene::new().await;
+    let slurm = Slurm::start(&scene, "", "", "");
+    // The worker holds it for several looks before its end.
+    let _worker = slurm.worker(&scene, "w1", &[("FAILPOINTS", "job-collected=sleep(4000)")]).await;
+    let spec = "at: plain
+script: |
+  for i in 1 2 3 4 5 6; do echo line $i; echo wrong $i >&2; sleep 0.5; done; echo x > made
+out: [made]
+";
+    let pid = slurm.submit(&scene, spec, 1).await.remove(0);
+    let logs = slurm.baton(&scene, &["logs", "-f", &pid]).await.ok();
+    let lines = |word: &str| (1..=6).map(|n| format!("{word} {n}\n")).collect::<String>();
+    assert_eq!((logs.stdout, logs.stderr), (lines("line"), lines("wrong")));
+}
+
+/// The streams of each try begin anew, and what the one before has written last is not left out.
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn whoever_follows_a_job_sees_its_second_try_from_the_beginning() {
+    let scene = Scene::new().await;
+    let slurm = Slurm::start(&scene, "", "", "");
+    let _worker = slurm.worker(&scene, "w1", &[]).await;
+    let spec = "at: plain
+script: |
+  try=${PWD##*/}; for i in 1 2 3 4; do echo line $try $i; sleep 0.7; done; echo last $try; [ $try != 1 ]
+retry: {max: 2, wait: 1s}
+";
+    let pid = slurm.submit(&scene, spec, 1).await.remove(0);
+    let logs = slurm.baton(&scene, &["logs", "-f", &pid]).await.ok();
+    let of_try = |n: u32| (1..=4).map(|i| format!("line {n} {i}\n")).collect::<String>() + &format!("last {n}\n");
+    assert_eq!(logs.stdout, of_try(1) + &of_try(2));
+}
+
 /// The mark of its end and both streams come in one answer of the site, whole or not, and none takes a byte of the next.
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
