@@ -193,20 +193,19 @@ impl Client {
     }
 }
 
-/// Where the files of processes are: the place that is named, or else beside an embedded database, or else that of all
-/// others.
+/// Where the files of processes are: beside an embedded database, and else in the place that is configured.
 pub(crate) fn objects_of(global: &Global, resolved: &Resolved) -> Result<config::Objects, Failure> {
     match resolved.database_url.as_deref().map(Location::parse).transpose()? {
-        None => Ok(objects_beside(&global.home, resolved)),
-        Some(Location::Sqlite(file)) => Ok(objects_beside(file.parent().unwrap_or(Path::new("")), resolved)),
+        None => Ok(objects_beside(&global.home)),
+        Some(Location::Sqlite(file)) => Ok(objects_beside(file.parent().unwrap_or(Path::new("")))),
         Some(Location::Postgres(_)) => Ok(resolved.objects.clone()),
     }
 }
 
-/// Where the files of an embedded database in this folder are.
-pub(crate) fn objects_beside(folder: &Path, resolved: &Resolved) -> config::Objects {
-    let beside = || folder.join(OBJECTS_FOLDER).display().to_string();
-    config::Objects { url: resolved.objects.url.clone().or_else(|| Some(beside())), ..resolved.objects.clone() }
+/// Where the files of an embedded database in this folder are. The place that is configured is a fleet's, whose database
+/// knows nothing of them.
+pub(crate) fn objects_beside(folder: &Path) -> config::Objects {
+    config::Objects { url: Some(folder.join(OBJECTS_FOLDER).display().to_string()), ..config::Objects::default() }
 }
 
 /// A spec, and the folder that its `client://` stands for.

@@ -7,7 +7,6 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use baton_common::communicator::Broker;
-use baton_common::config;
 use baton_common::id::Pid;
 use baton_common::objects::Objects;
 use baton_common::spec::Spec;
@@ -34,9 +33,6 @@ const LOOK: Duration = Duration::from_millis(50);
 /// Processes of the same home that are still unfinished go on beside the one that was asked for.
 const SLOTS: u32 = 16;
 
-/// The folder of objects beside the database.
-const OBJECTS_FOLDER: &str = "objects";
-
 /// How long a program has between TERM and KILL after Ctrl-C: a person waits for it.
 const GRACE: Duration = Duration::from_secs(5);
 
@@ -48,8 +44,8 @@ const INTERRUPTED: u8 = 130;
 
 pub(crate) async fn run(global: &Global, arguments: RunArguments) -> Result<u8, Failure> {
     let Document { spec, folder } = read_spec(&arguments.file)?;
-    let resolved = global.connection.resolve()?;
-    check_site(&spec, &resolved.config.sites)?;
+    let config = global.connection.resolve()?.config;
+    check_site(&spec, &config.sites)?;
     let plan = capture::plan(&spec, &folder)?;
     let home = std::path::absolute(&global.home)?;
     std::fs::create_dir_all(&home)
@@ -57,12 +53,8 @@ pub(crate) async fn run(global: &Global, arguments: RunArguments) -> Result<u8, 
     // Held until the program ends: the lock is what tells that every other incarnation is gone.
     let _lock = lock(&home)?;
     let store = Store::open(Location::Sqlite(home.join(DATABASE_FILE))).await?;
-    let spec = if plan.files.is_empty() {
-        spec
-    } else {
-        let objects = Objects::open(&objects_beside(&home, &resolved))?;
-        Box::pin(capture::capture(&spec, plan, &objects)).await?
-    };
+    let objects = Objects::open(&objects_beside(&home))?;
+    let spec = if plan.files.is_empty() { spec } else { Box::pin(capture::capture(&spec, plan, &objects)).await? };
     let (pid, is_resumed) = find_or_submit(&store, &spec, arguments.new).await?;
     if is_resumed {
         output::note(&format!("going on with {pid}; --new starts another one"));
@@ -72,9 +64,6 @@ pub(crate) async fn run(global: &Global, arguments: RunArguments) -> Result<u8, 
             store.control(pid, &Request::new(Desired::Run, whoami())).await?;
         }
     }
-    let config = global.connection.resolve()?.config;
-    let objects = config::Objects { url: Some(home.join(OBJECTS_FOLDER).display().to_string()), ..Default::default() };
-    let objects = Objects::open(&objects).map_err(|error| Failure::failed(baton_worker::cli::chain(&error)))?;
     let options = Options {
         name: WORKER.into(),
         host: host_name(),

@@ -241,6 +241,28 @@ async fn files_of_a_process_are_kept_beside_the_database() {
     assert_eq!(stored["young"]["objects"], 4, "two contents and two manifests: {stored}");
 }
 
+/// The place that is configured is a fleet's: a run neither puts there what it needs, nor looks there for what it has.
+#[tokio::test]
+async fn files_of_a_run_are_beside_its_database_whatever_is_configured() {
+    let home = Home::new();
+    let site = "objects.url = 'CONFIGURED'\n[sites.near]\ntransport = 'local'\nlauncher = 'fork'\npoll = '100ms'\nroot = 'SITE'\n";
+    let site = site.replace("CONFIGURED", &home.path("configured").display().to_string());
+    std::fs::write(home.path("baton.toml"), site.replace("SITE", &home.path("site").display().to_string())).unwrap();
+    std::fs::write(home.path("input"), "content\n").unwrap();
+    let spec = home.spec("{at: near, script: 'cp input made', in: ['client://input'], out: [made]}");
+    let baton = async |arguments: &[&str]| {
+        let mut command = home.command(arguments);
+        command.env("BATON_OBJECTS_URL", home.path("named"));
+        output(command).await.ok()
+    };
+    let pid = baton(&["run", &spec, "-o", "ids"]).await.stdout;
+    baton(&["results", pid.trim(), "--get", "got"]).await;
+    assert_eq!(std::fs::read_to_string(home.path("got/made")).unwrap(), "content\n");
+    let kept = baton(&["gc", "--older-than", "1ms", "-o", "json"]).await.json();
+    assert_eq!((&kept["needed"]["objects"], &kept["removed"]["objects"]), (&3.into(), &0.into()), "{kept}");
+    assert!(!home.path("configured").exists() && !home.path("named").exists());
+}
+
 /// A run whose results have no place ends, and the next one goes on where it was: the program does not run again.
 #[tokio::test]
 async fn results_without_a_place_end_the_run_and_the_next_one_collects_them() {
