@@ -1,6 +1,7 @@
 //! `baton open`: a shell in the folder of a process.
 
 use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use baton_common::config::{Config, Transport};
@@ -54,14 +55,23 @@ fn at_site(config: &Config, name: &str, folder: &str) -> Result<Vec<String>, Fai
     let mut option = |name: &str, value: Option<String>| {
         argv.extend(value.into_iter().flat_map(|value| [name.to_owned(), value]));
     };
-    option("-F", ssh.config.as_ref().map(|path| path.display().to_string()));
+    option("-F", ssh.config.as_deref().map(|path| from_home(path).display().to_string()));
     option("-p", ssh.port.map(|port| port.to_string()));
     option("-i", ssh.key.as_ref().map(|path| path.display().to_string()));
     option("-l", ssh.user.clone());
     option("-J", ssh.jump.clone());
     option("-o", ssh.known_hosts.as_ref().map(|path| format!("UserKnownHostsFile={}", path.display())));
-    argv.extend([ssh.host.clone(), shell]);
+    // The login shell may be any; of this, each makes the same words.
+    argv.extend([ssh.host.clone(), format!("exec /bin/sh -c {}", quote(&shell))]);
     Ok(argv)
+}
+
+/// `~/` is the home folder. OpenSSH takes it so for keys and known hosts, but not for the file of its configuration.
+fn from_home(path: &Path) -> PathBuf {
+    match (path.strip_prefix("~"), std::env::home_dir()) {
+        (Ok(rest), Some(home)) => home.join(rest),
+        (Ok(_) | Err(_), _) => path.to_owned(),
+    }
 }
 
 /// What opens a shell in a sandbox of this machine: `HOST:PATH`.

@@ -1,6 +1,7 @@
 //! Jobs at a site: a real Slurm behind a real OpenSSH server.
 
 use std::path::{Path, PathBuf};
+use std::process::Stdio;
 use std::time::Duration;
 
 use baton_tests::eventually;
@@ -8,6 +9,8 @@ use baton_tests::history::History;
 use baton_tests::journal;
 use baton_tests::scene::Scene;
 use baton_tests::slurm::Slurm;
+use baton_tests::sshd::Sshd;
+use tokio::io::AsyncWriteExt;
 
 /// How long a few jobs may take from their submission to their end on a busy machine.
 const LIMIT: Duration = Duration::from_secs(60);
@@ -460,6 +463,32 @@ async fn a_slot_moves_when_its_worker_dies() {
     finished(&scene, &pids, LIMIT * 2).await;
     assert_eq!(runs(&path), 60);
     assert_ne!(scene.sql(sql).await.trim(), owner);
+}
+
+/// The login shell here knows words and quotes, and no more than that: what any of them knows. OpenSSH's configuration is
+/// found in the home folder.
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn a_shell_opens_in_the_folder_of_a_process_whatever_the_login_shell_is() {
+    let scene = Scene::new().await;
+    let sshd = Sshd::with("ForceCommand env -S \"${SSH_ORIGINAL_COMMAND#exec }\"");
+    std::fs::copy(sshd.file("ssh_config"), scene.path("ssh_config")).unwrap();
+    let config = format!(
+        "[sites.far]\ntransport = {{ssh = 'login'}}\nlauncher = 'fork'\nroot = '{}'\n\
+         [ssh.login]\nhost = 'login'\nconfig = '~/ssh_config'\n",
+        scene.path("the site").display()
+    );
+    let config = scene.spec("sites.toml", &config).display().to_string();
+    let pid = scene.submit("{run: [x], at: far, hold: true}", 1).await.remove(0);
+    let attempt = scene.show(&pid).await["try"].to_string();
+    let folder = scene.path("the site/p").join(&pid).join(attempt);
+    std::fs::create_dir_all(&folder).unwrap();
+
+    let mut command = scene.command(&["--config", &config, "open", &pid]);
+    let mut running = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    running.stdin.take().unwrap().write_all(b"pwd\n").await.unwrap();
+    let output = tokio::time::timeout(LIMIT, running.wait_with_output()).await.unwrap().unwrap();
+    assert_eq!(String::from_utf8_lossy(&output.stdout), format!("{}\n", folder.display()), "{output:?}");
 }
 
 #[tokio::test]
