@@ -3,7 +3,8 @@
 //! An object is named after its content and never changes, so it is sent once however many processes need it, and
 //! whoever reads it verifies it. What no process needs any more is removed by `baton gc`, which spares what is young:
 //! [`Objects::put_file`] makes what it finds and is not young any more young again, so nothing is removed between
-//! its submission and the commit of the row that names it.
+//! its submission and the commit of the row that names it. A database that puts something leaves its mark beside the
+//! objects, since what one database needs is not known to another.
 
 mod error;
 pub mod manifest;
@@ -21,6 +22,7 @@ use futures_util::stream::{BoxStream, FuturesUnordered, StreamExt};
 use object_store::path::Path as Key;
 use object_store::{GetResultPayload, MultipartUpload, ObjectStore, ObjectStoreExt, PutPayload};
 use tokio::sync::{Mutex, MutexGuard, mpsc};
+use uuid::Uuid;
 
 use crate::config;
 use crate::digest::{Digest, Hasher};
@@ -52,6 +54,9 @@ const YOUNG: Duration = Duration::from_secs(12 * 3600);
 
 /// The folder beneath which objects are, named after the digest.
 const ROOT: &str = "sha256";
+
+/// The folder beneath which databases that keep objects here have their marks, named after their ids.
+const OWNERS: &str = "owners";
 
 /// The folder of objects when nobody names another one, in the home of the user.
 const DEFAULT_FOLDER: &str = "~/.local/share/baton/objects";
@@ -230,10 +235,12 @@ impl Objects {
 
     /// Where an object lies, for people and other programs.
     pub fn url(&self, digest: Digest) -> String {
-        match &*self.place {
-            Place::Folder(folder) => format!("file://{}", folder.join(name(digest)).display()),
-            Place::Bucket { name: bucket, .. } => format!("s3://{bucket}/{}", self.key(digest)),
-        }
+        self.url_of(&self.key(digest))
+    }
+
+    /// Where the mark of a database lies.
+    pub fn owner_url(&self, database: Uuid) -> String {
+        self.url_of(&self.owner_key(database))
     }
 
     /// The place itself, for people.
@@ -266,6 +273,35 @@ impl Objects {
             Ok(()) | Err(object_store::Error::NotFound { .. }) => Ok(()),
             Err(error) => Err(self.of_store(error)),
         }
+    }
+
+    /// Marks a database as one that keeps objects here.
+    ///
+    /// # Errors
+    /// What the store answers.
+    pub async fn add_owner(&self, database: Uuid) -> Result<(), Error> {
+        let key = self.owner_key(database);
+        match self.store.head(&key).await {
+            Ok(_) => Ok(()),
+            Err(object_store::Error::NotFound { .. }) => {
+                self.store.put(&key, PutPayload::new()).await.map(drop).map_err(|error| self.of_store(error))
+            }
+            Err(error) => Err(self.of_store(error)),
+        }
+    }
+
+    /// The databases that have marked themselves.
+    ///
+    /// # Errors
+    /// What the store answers.
+    pub async fn owners(&self) -> Result<Vec<Uuid>, Error> {
+        let mut owners = Vec::new();
+        let mut listed = self.store.list(Some(&self.place.prefix().join(OWNERS)));
+        while let Some(found) = listed.next().await {
+            let meta = found.map_err(|error| self.of_store(error))?;
+            owners.extend(meta.location.filename().and_then(|name| name.parse::<Uuid>().ok()));
+        }
+        Ok(owners)
     }
 
     /// All objects, in no order. What lies there and is not named like an object is passed over.
@@ -383,6 +419,17 @@ impl Objects {
 
     fn key(&self, digest: Digest) -> Key {
         name(digest).split('/').fold(self.place.prefix(), |key, part| key.join(part))
+    }
+
+    fn owner_key(&self, database: Uuid) -> Key {
+        self.place.prefix().join(OWNERS).join(database.to_string())
+    }
+
+    fn url_of(&self, key: &Key) -> String {
+        match &*self.place {
+            Place::Folder(folder) => format!("file://{}", folder.join(key.as_ref()).display()),
+            Place::Bucket { name, .. } => format!("s3://{name}/{key}"),
+        }
     }
 
     fn of_store(&self, error: object_store::Error) -> Error {

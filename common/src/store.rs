@@ -36,6 +36,7 @@ use sea_orm::{
     SqliteTransactionMode, TransactionOptions, TransactionTrait, Value,
 };
 use sea_orm_migration::MigratorTrait;
+use uuid::Uuid;
 
 use dialect::Dialect;
 pub use error::Error;
@@ -151,6 +152,15 @@ impl Store {
     pub async fn now(&self) -> Result<i64, Error> {
         let row = self.query("SELECT {now} AS now", vec![]).await?.into_iter().next().ok_or(Error::NoRow)?;
         Ok(row.try_get("", "now")?)
+    }
+
+    /// What tells this database, which may be a schema of many, from all others; a copy of it has the same.
+    ///
+    /// # Errors
+    /// [`Error::Unreachable`] when it does not answer.
+    pub async fn identity(&self) -> Result<Uuid, Error> {
+        let row = self.query("SELECT id FROM identity", vec![]).await?.into_iter().next().ok_or(Error::NoRow)?;
+        Ok(row.try_get("", "id")?)
     }
 
     async fn migrate(&self) -> Result<(), Error> {

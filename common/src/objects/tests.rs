@@ -66,6 +66,24 @@ async fn what_is_put_is_got_verified_and_sent_once() {
 }
 
 #[tokio::test]
+async fn owners_are_those_that_marked_themselves_and_are_no_objects() {
+    let dir = tempfile::tempdir().unwrap();
+    let objects = open(dir.path());
+    assert!(objects.owners().await.unwrap().is_empty());
+    let mut owners = [Uuid::new_v4(), Uuid::new_v4()];
+    for owner in [owners[0], owners[1], owners[0]] {
+        objects.add_owner(owner).await.unwrap();
+        assert!(Path::new(objects.owner_url(owner).strip_prefix("file://").unwrap()).exists());
+    }
+    write(&dir.path().join("owners/README"), b"x");
+    let mut found = objects.owners().await.unwrap();
+    found.sort_unstable();
+    owners.sort_unstable();
+    assert_eq!(found, owners);
+    assert!(objects.list().try_collect::<Vec<_>>().await.unwrap().is_empty());
+}
+
+#[tokio::test]
 async fn an_empty_store_lists_nothing_and_strangers_are_passed_over() {
     let dir = tempfile::tempdir().unwrap();
     let objects = open(dir.path());

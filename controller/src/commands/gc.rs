@@ -1,4 +1,7 @@
 //! `baton gc`: removes from the object store what no process needs any more.
+//!
+//! What other databases need is not known, so nothing is removed where another has its mark. A place without marks is this
+//! database's if it needs something of it.
 
 use std::collections::{HashMap, HashSet};
 use std::time::Duration;
@@ -11,6 +14,7 @@ use chrono::{DateTime, Utc};
 use futures_util::{StreamExt, TryStreamExt};
 use indicatif::HumanBytes;
 use serde_json::json;
+use uuid::Uuid;
 
 use crate::cli::{GcArguments, Global, Output};
 use crate::client::Client;
@@ -74,21 +78,37 @@ pub(crate) async fn run(global: &Global, arguments: GcArguments) -> Result<u8, F
 async fn collect(store: &Store, objects: &Objects, age: Duration, dry_run: bool) -> Result<Tally, Failure> {
     let age_of = chrono::Duration::from_std(age).ok();
     let before = age_of.and_then(|age| Utc::now().checked_sub_signed(age)).unwrap_or(DateTime::<Utc>::MIN_UTC);
+    let database = store.identity().await?;
+    let owners = objects.owners().await?;
+    if let Some(other) = owners.iter().find(|owner| **owner != database) {
+        return Err(shared(objects, *other));
+    }
     let mut tally = Tally::default();
     let mut candidates: HashMap<Digest, u64> = HashMap::new();
+    let mut young: HashSet<Digest> = HashSet::new();
     let mut listed = objects.list();
     while let Some(object) = listed.try_next().await? {
         if object.at > before {
             tally.young.add(object.size);
+            young.insert(object.digest);
         } else {
             candidates.insert(object.digest, object.size);
         }
     }
     if !candidates.is_empty() {
+        let mut is_own = owners.contains(&database);
         for digest in needed(store, objects).await? {
+            is_own |= young.contains(&digest);
             if let Some(bytes) = candidates.remove(&digest) {
                 tally.needed.add(bytes);
+                is_own = true;
             }
+        }
+        if !is_own {
+            return Err(unknown(objects, database));
+        }
+        if !dry_run {
+            objects.add_owner(database).await?;
         }
     }
     if dry_run {
@@ -103,6 +123,29 @@ async fn collect(store: &Store, objects: &Objects, age: Duration, dry_run: bool)
     }
     tally.leftovers = objects.remove_leftovers(age).await?;
     Ok(tally)
+}
+
+/// Another database's objects are there, too.
+fn shared(objects: &Objects, other: Uuid) -> Failure {
+    let place = objects.place();
+    Failure::new(
+        exit::REFUSED,
+        format!("another database, {other}, keeps objects in {place}, and may need any of them"),
+    )
+    .with_remedy(format!(
+        "give each database an `objects.url` of its own; if that one is gone, remove {}",
+        objects.owner_url(other)
+    ))
+}
+
+/// All of it may be another database's, or what this one needed once.
+fn unknown(objects: &Objects, database: Uuid) -> Failure {
+    let place = objects.place();
+    Failure::new(exit::REFUSED, format!("this database needs nothing in {place}, which may be another one's"))
+        .with_remedy(format!(
+            "is `objects.url` that of this database? If nobody else keeps anything there, make the empty {}",
+            objects.owner_url(database)
+        ))
 }
 
 /// Whether it was still as old; somebody may have put it again meanwhile.

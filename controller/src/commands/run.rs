@@ -54,6 +54,7 @@ pub(crate) async fn run(global: &Global, arguments: RunArguments) -> Result<u8, 
     let _lock = lock(&home)?;
     let store = Store::open(Location::Sqlite(home.join(DATABASE_FILE))).await?;
     let objects = Objects::open(&objects_beside(&home))?;
+    objects.add_owner(store.identity().await?).await?;
     let spec = if plan.files.is_empty() { spec } else { Box::pin(capture::capture(&spec, plan, &objects)).await? };
     let (pid, is_resumed) = find_or_submit(&store, &spec, arguments.new).await?;
     if is_resumed {

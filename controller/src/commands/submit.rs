@@ -29,7 +29,9 @@ pub(crate) async fn run(global: &Global, arguments: SubmitArguments) -> Result<u
     let spec = if plan.files.is_empty() {
         spec
     } else {
-        capture::capture(&spec, plan, &Objects::open(&client.objects)?).await?
+        let objects = Objects::open(&client.objects)?;
+        objects.add_owner(client.store.identity().await?).await?;
+        capture::capture(&spec, plan, &objects).await?
     };
     let by = whoami();
     let make = || NewProcess {

@@ -32,6 +32,10 @@ impl Desk {
         self.scene.path("objects")
     }
 
+    fn n_objects(&self) -> usize {
+        files_below(&self.objects_folder().join("sha256"))
+    }
+
     fn objects(&self) -> Objects {
         let url = Some(self.objects_folder().display().to_string());
         Objects::open(&config::Objects { url, ..config::Objects::default() }).unwrap()
@@ -99,7 +103,7 @@ async fn what_is_submitted_depends_on_the_client_no_more() {
     }
     assert_eq!(files, [("a.txt", b"a".to_vec()), ("data/b.txt", b"b".to_vec()), ("data/same.txt", b"a".to_vec())]);
     // Three contents and the manifest.
-    assert_eq!(files_below(&desk.objects_folder()), 4);
+    assert_eq!(desk.n_objects(), 4);
     // The same once more needs nothing more.
     let desk_again = desk.scene.path("desk");
     std::fs::create_dir_all(desk_again.join("data")).unwrap();
@@ -108,7 +112,7 @@ async fn what_is_submitted_depends_on_the_client_no_more() {
     }
     let again = desk.submit(&text).await;
     assert_eq!(desk.scene.show(&again).await["spec"], desk.scene.show(&pid).await["spec"]);
-    assert_eq!(files_below(&desk.objects_folder()), 4);
+    assert_eq!(desk.n_objects(), 4);
 }
 
 #[tokio::test]
@@ -174,7 +178,7 @@ The script of its job is not known here: the configuration does not have its sit
     assert_eq!(desk.scene.count("true").await, 0);
 
     desk.submit(&text).await;
-    let n_files = files_below(&desk.objects_folder());
+    let n_files = desk.n_objects();
     std::fs::write(desk.scene.path("desk/a.txt"), "other").unwrap();
     let plan = desk.baton(&["submit", "--dry-run", &document, "-o", "json"]).await.ok().json();
     assert_eq!(plan["staging"]["sent"], json!({"files": 1, "bytes": 5}));
@@ -186,7 +190,7 @@ The script of its job is not known here: the configuration does not have its sit
         .collect();
     let (yes, no) = (json!(true), json!(false));
     assert_eq!(sent, [("task://a.txt", &yes), ("task://data/b.txt", &no), ("task://data/deep/same.txt", &no)]);
-    assert_eq!(files_below(&desk.objects_folder()), n_files);
+    assert_eq!(desk.n_objects(), n_files);
 }
 
 #[tokio::test]
@@ -247,7 +251,7 @@ async fn what_no_process_needs_is_removed_and_nothing_else() {
     let objects = desk.objects();
     let stray = objects.put_bytes(b"stray".to_vec()).await.unwrap();
     // a, b, c, two manifests of inputs, two of results, kept, pruned, stray.
-    assert_eq!(files_below(&desk.objects_folder()), 10);
+    assert_eq!(desk.n_objects(), 10);
 
     let young = desk.baton(&["gc", "-o", "json"]).await.ok().json();
     assert_eq!((&young["removed"]["objects"], &young["young"]["objects"]), (&json!(0), &json!(10)));
@@ -261,7 +265,7 @@ async fn what_no_process_needs_is_removed_and_nothing_else() {
     desk.scene.sql(&format!("DELETE FROM spec WHERE id = '{pruned}' RETURNING 1")).await;
     let gone = desk.baton(&["gc", "--older-than", "1ms"]).await.ok().stdout;
     assert!(gone.starts_with("are removed: 4 objects"), "{gone}");
-    assert_eq!(files_below(&desk.objects_folder()), 5);
+    assert_eq!(desk.n_objects(), 5);
     let to = desk.scene.path("fetched").display().to_string();
     desk.baton(&["results", &kept, "--get", &to]).await.ok();
     for content in ["a", "b", "kept"] {
@@ -274,6 +278,75 @@ async fn what_no_process_needs_is_removed_and_nothing_else() {
     let refused = desk.baton(&["gc", "--older-than", "1ms"]).await.exits(4);
     assert!(refused.stderr.contains("newer"), "{refused:?}");
     assert!(objects.has(stray).await.unwrap());
+}
+
+/// Two databases by mistake share a place, as those of a test and of production may.
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn what_another_database_may_need_is_not_removed() {
+    let desk = Desk::new(&[("a", "a"), ("b", "b")]).await;
+    let other = Scene::new().await;
+    let folder = desk.objects_folder().display().to_string();
+    let by_other = async |arguments: &[&str]| {
+        other.baton_in(desk.scene.folder(), &[("BATON_OBJECTS_URL", &folder)], arguments).await
+    };
+    let refuses = async |gc: Output, reason: &str| {
+        assert!(gc.code == 4 && gc.stderr.contains(reason), "{gc:?}");
+    };
+    desk.submit(&format!("{JOB}in: [client://a]")).await;
+    let stray = desk.objects().put_bytes(b"stray".to_vec()).await.unwrap();
+    let gc = ["gc", "--older-than", "1ms"];
+    let dry = ["gc", "--older-than", "1ms", "--dry-run"];
+    for command in [&gc[..], &dry[..]] {
+        refuses(by_other(command).await, "another database").await;
+    }
+    // Older programs leave no mark.
+    std::fs::remove_dir_all(desk.objects_folder().join("owners")).unwrap();
+    for command in [&gc[..], &dry[..]] {
+        refuses(by_other(command).await, "this database needs nothing").await;
+    }
+    // a, its manifest, and the stray.
+    assert_eq!(desk.n_objects(), 3);
+    let removed = desk.baton(&[&gc[..], &["-o", "json"]].concat()).await.ok().json();
+    assert_eq!((&removed["removed"]["objects"], desk.n_objects()), (&json!(1), 2), "{removed}");
+    assert!(!desk.objects().has(stray).await.unwrap());
+    refuses(by_other(&gc).await, "another database").await;
+
+    // Whoever was first knows as little of what the other needs.
+    let document = desk.document(&format!("{JOB}in: [client://b]"));
+    by_other(&["submit", &document]).await.ok();
+    let refused = desk.baton(&gc).await;
+    let mark = refused.stderr.trim().rsplit("file://").next().map(PathBuf::from).unwrap();
+    refuses(refused, "another database").await;
+    assert_eq!(desk.n_objects(), 4);
+    std::fs::remove_file(mark).unwrap();
+    desk.baton(&gc).await.ok();
+    assert_eq!(desk.n_objects(), 2);
+}
+
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn what_another_database_may_need_in_a_bucket_is_not_removed() {
+    let desk = Desk::new(&[("a", "a")]).await;
+    let other = Scene::new().await;
+    let server = std::env::var("BATON_TEST_S3").expect("BATON_TEST_S3 is not set; run tests/run");
+    let place = format!("{}/some/prefix", desk.scene.folder().file_name().unwrap().to_string_lossy().to_lowercase());
+    let bucket = format!("{server}/{}", place.split('/').next().unwrap());
+    let made = tokio::process::Command::new("curl").args(["-sSf", "-X", "PUT", &bucket]).status().await;
+    assert!(made.unwrap().success());
+    let url = format!("s3://{place}");
+    let keys = [("AWS_ACCESS_KEY_ID", "test"), ("AWS_SECRET_ACCESS_KEY", "test")];
+    let variables = [("BATON_OBJECTS_URL", url.as_str()), ("AWS_ENDPOINT_URL", &server), keys[0], keys[1]];
+    let baton = async |scene: &Scene, arguments: &[&str]| scene.baton_in(scene.folder(), &variables, arguments).await;
+    let gc = ["gc", "--older-than", "1ms"];
+    let document = desk.document(&format!("{JOB}in: [client://a]"));
+    for _ in 0..2 {
+        baton(&desk.scene, &["submit", &document]).await.ok();
+    }
+    let refused = baton(&other, &gc).await.exits(4);
+    assert!(refused.stderr.contains(&format!("remove {url}/owners/")), "{refused:?}");
+    let kept = baton(&desk.scene, &gc).await.ok();
+    assert!(kept.stdout.contains("processes need them: 2 objects"), "{kept:?}");
 }
 
 #[tokio::test]
