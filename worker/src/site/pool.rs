@@ -6,7 +6,7 @@
 //! (`slot/SITE/N`), and no sooner after another than the configuration says, whichever worker opened that.
 
 use std::ops::Deref;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -59,7 +59,7 @@ struct Shared {
     /// Where sessions live: a process's thread may be blocked, or end.
     home: tokio::runtime::Handle,
     live: Mutex<Vec<Arc<Live>>>,
-    opening: tokio::sync::Mutex<()>,
+    opening: Arc<tokio::sync::Mutex<()>>,
 }
 
 /// A session.
@@ -72,6 +72,8 @@ struct Live {
     narrowed: Mutex<Instant>,
     lent: AtomicUsize,
     used: Mutex<Instant>,
+    /// It is lent no more, and has its slot until it is closed.
+    is_closing: AtomicBool,
 }
 
 /// One of the things that the pool lends.
@@ -96,13 +98,16 @@ impl managed::Manager for Manager {
         if let Some(channel) = self.0.free_channel() {
             return Ok(channel);
         }
-        let _one_at_a_time = self.0.opening.lock().await;
+        let one_at_a_time = Arc::clone(&self.0.opening).lock_owned().await;
         if let Some(channel) = self.0.free_channel() {
             return Ok(channel);
         }
         let shared = Arc::clone(&self.0);
-        // Whoever asked may go; the session is there for the next.
-        let opening = self.0.home.spawn(async move { shared.open().await });
+        // Whoever asked may go; the session is there for the next, who does not take its slot meanwhile.
+        let opening = self.0.home.spawn(async move {
+            let _one_at_a_time = one_at_a_time;
+            shared.open().await
+        });
         opening.await.unwrap_or(Err(NoChannel::Closed(Closed::Busy)))?;
         self.0.free_channel().ok_or(NoChannel::Closed(Closed::Busy))
     }
@@ -132,7 +137,7 @@ impl Pool {
             me,
             home: tokio::runtime::Handle::current(),
             live: Mutex::default(),
-            opening: tokio::sync::Mutex::default(),
+            opening: Arc::default(),
         });
         let channels = managed::Pool::builder(Manager(Arc::clone(&shared)))
             .max_size(n_channels * n_sessions)
@@ -223,32 +228,22 @@ impl Pool {
             let live = &channel.live;
             !live.session.is_broken() && !shared.is_old(live) && live.used().elapsed() < idle_close
         });
-        let closed: Vec<Arc<Live>> = {
-            let mut sessions = shared.lock();
-            let (kept, closed) = sessions.drain(..).partition(|live: &Arc<Live>| {
-                let is_unused = live.lent.load(Ordering::Acquire) == 0;
-                let is_idle = live.used().elapsed() >= idle_close;
-                !(is_unused && (live.session.is_broken() || shared.is_old(live) || is_idle))
-            });
-            *sessions = kept;
-            closed
-        };
-        for live in closed {
-            shared.close(&live).await;
-        }
+        shared.close(shared.unused(idle_close)).await;
     }
 
     /// Closes everything.
     pub(crate) async fn close(&self) {
         self.channels.close();
-        let sessions = std::mem::take(&mut *self.shared.lock());
-        for live in sessions {
-            self.shared.close(&live).await;
-        }
+        let sessions = self.shared.lock().clone();
+        self.shared.close(sessions).await;
     }
 }
 
 impl Live {
+    fn is_well(&self) -> bool {
+        !self.session.is_broken() && !self.is_closing.load(Ordering::Acquire)
+    }
+
     fn touch(&self) {
         *self.used.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
     }
@@ -273,17 +268,32 @@ impl Shared {
 
     /// Sessions that take something new, the youngest first.
     fn usable(&self) -> Vec<Arc<Live>> {
-        let sessions = self.lock();
-        sessions.iter().rev().filter(|live| !live.session.is_broken() && !self.is_old(live)).cloned().collect()
+        self.young(&self.lock())
+    }
+
+    fn young(&self, sessions: &[Arc<Live>]) -> Vec<Arc<Live>> {
+        sessions.iter().rev().filter(|live| live.is_well() && !self.is_old(live)).cloned().collect()
     }
 
     fn free_channel(&self) -> Option<Channel> {
-        self.usable().into_iter().find_map(|live| {
-            let most = live.most.load(Ordering::Acquire);
-            let take = |lent: usize| (lent < most).then_some(lent + 1);
-            live.lent.fetch_update(Ordering::AcqRel, Ordering::Acquire, take).ok()?;
-            Some(Channel { live })
-        })
+        // As long as it is locked, none of them becomes one that is closed because nobody uses it.
+        let sessions = self.lock();
+        lend(self.young(&sessions))
+    }
+
+    /// Sessions that nobody uses and nobody should; they are lent no more.
+    fn unused(&self, idle_close: Duration) -> Vec<Arc<Live>> {
+        let sessions = self.lock();
+        let is_over = |live: &&Arc<Live>| {
+            let is_unused = live.lent.load(Ordering::Acquire) == 0;
+            let is_idle = live.used().elapsed() >= idle_close;
+            is_unused && (live.session.is_broken() || self.is_old(live) || is_idle)
+        };
+        let over: Vec<Arc<Live>> = sessions.iter().filter(is_over).cloned().collect();
+        for live in &over {
+            live.is_closing.store(true, Ordering::Release);
+        }
+        over
     }
 
     /// Opens a session, if the fleet may have one more and not too soon.
@@ -307,7 +317,10 @@ impl Shared {
                 self.give_slot(&slot).await;
                 return Err(NoChannel::Closed(Closed::Down("the site cannot be reached".into())));
             }
-            Err(error) => return Err(NoChannel::Store(error)),
+            Err(error) => {
+                self.give_slot(&slot).await;
+                return Err(NoChannel::Store(error));
+            }
         }
         match transport::connect(ssh).await {
             Ok(session) => {
@@ -334,6 +347,7 @@ impl Shared {
             narrowed: Mutex::new(Instant::now()),
             lent: AtomicUsize::new(0),
             used: Mutex::new(Instant::now()),
+            is_closing: AtomicBool::new(false),
         };
         self.lock().push(Arc::new(live));
     }
@@ -356,11 +370,97 @@ impl Shared {
         }
     }
 
-    async fn close(&self, live: &Live) {
-        live.session.close().await;
-        if let Some(slot) = &live.slot {
-            info!(site = self.site, slot, "a session is closed");
-            self.give_slot(slot).await;
+    /// Each has its slot to the end: this worker would else take the permit for another, and then give that away.
+    async fn close(&self, sessions: Vec<Arc<Live>>) {
+        for live in sessions {
+            live.session.close().await;
+            if let Some(slot) = &live.slot {
+                info!(site = self.site, slot, "a session is closed");
+                self.give_slot(slot).await;
+            }
+            self.lock().retain(|other| !Arc::ptr_eq(other, &live));
         }
+    }
+}
+
+/// A channel of the first that has one left.
+fn lend(sessions: Vec<Arc<Live>>) -> Option<Channel> {
+    sessions.into_iter().find_map(|live| {
+        let most = live.most.load(Ordering::Acquire);
+        let take = |lent: usize| (lent < most).then_some(lent + 1);
+        live.lent.fetch_update(Ordering::AcqRel, Ordering::Acquire, take).ok()?;
+        Some(Channel { live })
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use baton_common::store::Location;
+    use baton_common::store::worker::NewWorker;
+    use tokio::net::TcpListener;
+    use tokio::time::timeout;
+
+    use super::*;
+
+    const SLOT: &str = "slot/s/0";
+
+    /// The pool of a worker's site that listens at a port of this machine, and the fleet's database.
+    async fn pool(folder: &Path, port: u16, more: &str) -> Pool {
+        let store = Store::open(Location::parse(&format!("sqlite:{}/db", folder.display())).unwrap()).await.unwrap();
+        let me = Incarnation::generate();
+        let worker =
+            NewWorker { name: "w".into(), host: "h".into(), os_pid: 1, version: "0".into(), queues: vec![], slots: 1 };
+        store.register(me, &worker).await.unwrap();
+        store.announce_site("s", "fork", "/", 1).await.unwrap();
+        let section = format!("host = '127.0.0.1'\nport = {port}\nmax_connections = 1\n{more}");
+        Pool::new("s", Some(toml::from_str(&section).unwrap()), &store, me)
+    }
+
+    /// Whether the fleet may have another session.
+    async fn is_slot_free(pool: &Pool) -> bool {
+        let other = Incarnation::generate();
+        let is_free = pool.shared.store.take_permit(SLOT, other).await.unwrap();
+        pool.shared.store.give_permit(SLOT, other).await.unwrap();
+        is_free
+    }
+
+    #[tokio::test]
+    async fn a_session_that_is_being_opened_keeps_its_slot_when_whoever_asked_is_gone() {
+        let folder = tempfile::tempdir().unwrap();
+        // It says nothing until it is dropped.
+        let silent = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let pool = pool(folder.path(), silent.local_addr().unwrap().port(), "").await;
+        let connected = tokio::select! {
+            connected = silent.accept() => connected.unwrap(),
+            _ = pool.lease() => panic!("there is no session"),
+        };
+        assert!(
+            timeout(Duration::from_millis(500), pool.lease()).await.is_err(),
+            "the next waits for the same session"
+        );
+        assert!(!is_slot_free(&pool).await);
+        drop(connected);
+        assert!(pool.lease().await.is_err());
+        assert!(is_slot_free(&pool).await);
+    }
+
+    #[tokio::test]
+    async fn a_session_that_is_being_closed_keeps_its_slot() {
+        let folder = tempfile::tempdir().unwrap();
+        let pool = pool(folder.path(), 9, "max_age = '0s'").await;
+        let shared = &pool.shared;
+        let ssh = shared.ssh.as_ref().unwrap();
+        let slot = shared.take_slot(ssh).await.unwrap();
+        assert_eq!(slot.as_deref(), Some(SLOT));
+        shared.enter(Session::local(), slot);
+        let over = shared.unused(Duration::MAX);
+        assert_eq!(over.len(), 1);
+        assert_eq!(shared.take_slot(ssh).await.unwrap(), None, "this worker has it still");
+        assert!(shared.free_channel().is_none());
+        shared.close(over).await;
+        assert!(is_slot_free(&pool).await);
+        assert_eq!((pool.n_open(), shared.take_slot(ssh).await.unwrap().as_deref()), (0, Some(SLOT)));
     }
 }
