@@ -1,14 +1,22 @@
-//! `baton site`, on a real OpenSSH server.
+//! `baton site`, and the sessions that workers have with a site, on a real OpenSSH server.
 
 use std::fs::Permissions;
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
+use std::time::Duration;
 
+use baton_tests::eventually;
 use baton_tests::process::clean_environment;
-use baton_tests::scene::{Output, output};
+use baton_tests::scene::{Output, Scene, output};
 use baton_tests::services::programs;
+use baton_tests::slurm::Slurm;
 use baton_tests::sshd::Sshd;
 use tokio::process::Command;
+
+use crate::sites::finished;
+
+/// How long a job may take from its submission to its end on a busy machine.
+const LIMIT: Duration = Duration::from_secs(40);
 
 /// A server whose user's home is a folder of the test, and sites on it.
 struct Sites {
@@ -141,4 +149,37 @@ async fn what_is_wrong_has_its_own_exit_code() {
     std::fs::write(sites.file("known_hosts"), "").unwrap();
     let output = sites.baton(&["exec", "there", "--", "true"]).await.exits(4);
     assert!(output.stderr.contains("SHA256:") && output.stderr.contains("ssh-keyscan"), "{output:?}");
+}
+
+/// The only session that the fleet may have is too old, and who uses it needs it for long.
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn an_old_session_that_is_in_use_keeps_nobody_from_its_site() {
+    let scene = Scene::new().await;
+    let ssh = "max_connections = 1\nmin_reconnect = '1s'\nmax_age = '3s'";
+    let slurm = Slurm::start(&scene, "submit_timeout = '10m'", ssh, "");
+    let (first, go) = (slurm.file("first"), slurm.file("go"));
+    let wait = format!("while [ ! -e {} ]; do sleep 0.2; done", go.display());
+    slurm.replace("sbatch", &format!("if mkdir {} 2>/dev/null; then {wait}; fi; exec $REAL \"$@\"", first.display()));
+    let _worker = slurm.worker(&scene, "w1", &[]).await;
+    let spec = "at: cluster\nscript: 'true'\n";
+    let long = slurm.submit(&scene, spec, 1).await;
+    eventually("it is being submitted", LIMIT, async || if first.exists() { Ok(()) } else { Err(()) }).await;
+    tokio::time::sleep(Duration::from_secs(4)).await;
+    let others = slurm.submit(&scene, spec, 3).await;
+    finished(&scene, &others, LIMIT).await;
+    assert_eq!((scene.count("place = 3").await, slurm.sshd.logged("Accepted publickey")), (3, 1));
+
+    std::fs::write(&go, "").unwrap();
+    eventually("all have ended", LIMIT, async || match scene.count("place = 3").await {
+        4 => Ok(()),
+        count => Err(count),
+    })
+    .await;
+    finished(&scene, &long, LIMIT).await;
+    eventually("the old session is closed", LIMIT, async || {
+        let slots = scene.sql("SELECT name FROM permit WHERE name LIKE 'slot/%'").await;
+        if slots.trim().is_empty() { Ok(()) } else { Err(slots) }
+    })
+    .await;
 }

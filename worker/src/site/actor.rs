@@ -57,17 +57,17 @@ async fn look(shared: &Arc<Shared>, threads: &Arc<Vec<Thread>>, site: &Arc<Site>
     if !shared.takes_tasks() {
         return;
     }
-    // A session is opened for those that wait only if one may be had; who has none leaves them to the others.
-    // Room for a job is found by who has the watch, but without a job there is none.
+    // A session is opened for those that wait only if one may be had; who has none leaves them to the others. One that is
+    // broken or too old is none. Room for a job is found by who has the watch, but without a job there is none.
     let needs_session = work.waits_for_slot || (work.waits_for_room && !work.has_jobs);
-    if needs_session && site.pool.n_open() == 0 {
+    if needs_session && site.pool.n_young() == 0 {
         drop(site.pool.lease().await);
     }
     let free = site.pool.free_channels().min(shared.slots.available_permits()).min(TAKEN_MAX);
     if work.waits_for_slot {
         take_up(shared, threads, site, &site.slot(), free).await;
     }
-    if work.waits_for_room && site.pool.n_open() > 0 {
+    if work.waits_for_room && free > 0 {
         let room = site.store.room(&site.name, site.config.limits).await.unwrap_or(0);
         take_up(shared, threads, site, &site.room(), free.min(usize::try_from(room).unwrap_or(usize::MAX))).await;
     }

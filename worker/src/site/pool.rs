@@ -3,7 +3,8 @@
 //! What the pool lends is one channel of a session; as many processes use a session at once as it has channels, and the
 //! rest wait in order. The youngest session that is well is used first, so the oldest are the first that nobody uses; one
 //! that is too old, broken, or unused for long is closed. A session is opened only with a permit of the fleet's
-//! (`slot/SITE/N`), and no sooner after another than the configuration says, whichever worker opened that.
+//! (`slot/SITE/N`), and no sooner after another than the configuration says, whichever worker opened that. An old one that
+//! long transfers use has its permit until they are over; as long as no other session may be opened, it lends on.
 
 use std::ops::Deref;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -31,17 +32,23 @@ const CHANNELS_MIN: usize = 2;
 /// its command has ended, so it may only have been busy.
 const WIDEN_AFTER: Duration = Duration::from_secs(30);
 
+/// Whoever is lent a channel of an old session may keep it for so long before looking for a younger one.
+const FADES_AFTER: Duration = Duration::from_secs(60);
+
 /// Commands that run at once at a site that is this machine.
 const LOCAL_CHANNELS: u32 = 8;
 
 /// A channel of a session; derefs to the session.
-pub(crate) struct Lease(Object<Manager>);
+pub(crate) struct Lease {
+    channel: Object<Manager>,
+    since: Instant,
+}
 
 impl Deref for Lease {
     type Target = Session;
 
     fn deref(&self) -> &Session {
-        &self.0.live.session
+        &self.channel.live.session
     }
 }
 
@@ -95,11 +102,11 @@ impl managed::Manager for Manager {
     type Error = NoChannel;
 
     async fn create(&self) -> Result<Channel, NoChannel> {
-        if let Some(channel) = self.0.free_channel() {
+        if let Some(channel) = self.0.free_channel(Shared::young) {
             return Ok(channel);
         }
         let one_at_a_time = Arc::clone(&self.0.opening).lock_owned().await;
-        if let Some(channel) = self.0.free_channel() {
+        if let Some(channel) = self.0.free_channel(Shared::young) {
             return Ok(channel);
         }
         let shared = Arc::clone(&self.0);
@@ -108,8 +115,11 @@ impl managed::Manager for Manager {
             let _one_at_a_time = one_at_a_time;
             shared.open().await
         });
-        opening.await.unwrap_or(Err(NoChannel::Closed(Closed::Busy)))?;
-        self.0.free_channel().ok_or(NoChannel::Closed(Closed::Busy))
+        match opening.await.unwrap_or(Err(NoChannel::Closed(Closed::Busy))) {
+            Ok(()) | Err(NoChannel::Closed(Closed::Busy)) => {}
+            Err(error) => return Err(error),
+        }
+        self.0.free_channel(Shared::lending).ok_or(NoChannel::Closed(Closed::Busy))
     }
 
     async fn recycle(&self, channel: &mut Channel, _: &Metrics) -> RecycleResult<NoChannel> {
@@ -153,7 +163,7 @@ impl Pool {
         match self.channels.get().await {
             Ok(channel) => {
                 channel.live.touch();
-                Ok(Lease(channel))
+                Ok(Lease { channel, since: Instant::now() })
             }
             Err(PoolError::Backend(NoChannel::Closed(closed))) => Err(closed),
             Err(PoolError::Backend(NoChannel::Store(error))) => {
@@ -172,7 +182,7 @@ impl Pool {
     /// Channels that are free in sessions that are open.
     pub(crate) fn free_channels(&self) -> usize {
         let free = |live: &Arc<Live>| live.most.load(Ordering::Acquire).saturating_sub(self.in_use(live));
-        self.shared.usable().iter().map(free).sum()
+        self.shared.lending(&self.shared.lock()).iter().map(free).sum()
     }
 
     /// Sessions that the whole fleet may have.
@@ -180,14 +190,14 @@ impl Pool {
         self.shared.ssh.as_ref().map_or(0, |ssh| i64::from(ssh.max_connections))
     }
 
-    /// Whether a session takes nothing new, because of its age.
+    /// Whether a session is to be left, because of its age.
     pub(crate) fn is_fading(&self, lease: &Lease) -> bool {
-        self.shared.is_old(&lease.0.live)
+        self.shared.is_old(&lease.channel.live) && lease.since.elapsed() >= FADES_AFTER
     }
 
-    /// Sessions that are open.
-    pub(crate) fn n_open(&self) -> usize {
-        self.shared.lock().len()
+    /// Sessions that are open and not too old.
+    pub(crate) fn n_young(&self) -> usize {
+        self.shared.young(&self.shared.lock()).len()
     }
 
     fn in_use(&self, live: &Live) -> usize {
@@ -198,7 +208,8 @@ impl Pool {
 
     /// The server has refused a channel: its sessions have fewer than they are said to have.
     pub(crate) fn narrow(&self) {
-        for live in self.shared.usable() {
+        let lending = self.shared.lending(&self.shared.lock());
+        for live in lending {
             let now = self.in_use(&live).saturating_sub(1).max(CHANNELS_MIN);
             *live.narrowed.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
             if now < live.most.fetch_min(now, Ordering::AcqRel) {
@@ -216,7 +227,8 @@ impl Pool {
     /// Closes what is broken, too old, or not used; run now and then.
     pub(crate) async fn tend(&self) {
         let shared = &self.shared;
-        for live in shared.usable() {
+        let lending = shared.lending(&shared.lock());
+        for live in lending {
             let mut narrowed = live.narrowed.lock().unwrap_or_else(PoisonError::into_inner);
             if narrowed.elapsed() >= WIDEN_AFTER && live.most.load(Ordering::Acquire) < shared.channels() {
                 live.most.fetch_add(1, Ordering::AcqRel);
@@ -267,18 +279,29 @@ impl Shared {
     }
 
     /// Sessions that take something new, the youngest first.
-    fn usable(&self) -> Vec<Arc<Live>> {
-        self.young(&self.lock())
-    }
-
     fn young(&self, sessions: &[Arc<Live>]) -> Vec<Arc<Live>> {
         sessions.iter().rev().filter(|live| live.is_well() && !self.is_old(live)).cloned().collect()
     }
 
-    fn free_channel(&self) -> Option<Channel> {
+    /// The same; the youngest of the old ones if there is none. The others are closed when what they have lent is back.
+    fn lending(&self, sessions: &[Arc<Live>]) -> Vec<Arc<Live>> {
+        let young = self.young(sessions);
+        if !young.is_empty() {
+            return young;
+        }
+        sessions.iter().rev().find(|live| live.is_well()).cloned().into_iter().collect()
+    }
+
+    /// A channel of the first of some sessions that has one left.
+    fn free_channel(&self, of: impl Fn(&Self, &[Arc<Live>]) -> Vec<Arc<Live>>) -> Option<Channel> {
         // As long as it is locked, none of them becomes one that is closed because nobody uses it.
         let sessions = self.lock();
-        lend(self.young(&sessions))
+        of(self, &sessions).into_iter().find_map(|live| {
+            let most = live.most.load(Ordering::Acquire);
+            let take = |lent: usize| (lent < most).then_some(lent + 1);
+            live.lent.fetch_update(Ordering::AcqRel, Ordering::Acquire, take).ok()?;
+            Some(Channel { live })
+        })
     }
 
     /// Sessions that nobody uses and nobody should; they are lent no more.
@@ -383,16 +406,6 @@ impl Shared {
     }
 }
 
-/// A channel of the first that has one left.
-fn lend(sessions: Vec<Arc<Live>>) -> Option<Channel> {
-    sessions.into_iter().find_map(|live| {
-        let most = live.most.load(Ordering::Acquire);
-        let take = |lent: usize| (lent < most).then_some(lent + 1);
-        live.lent.fetch_update(Ordering::AcqRel, Ordering::Acquire, take).ok()?;
-        Some(Channel { live })
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use std::path::Path;
@@ -458,9 +471,32 @@ mod tests {
         let over = shared.unused(Duration::MAX);
         assert_eq!(over.len(), 1);
         assert_eq!(shared.take_slot(ssh).await.unwrap(), None, "this worker has it still");
-        assert!(shared.free_channel().is_none());
+        assert!(shared.free_channel(Shared::lending).is_none());
         shared.close(over).await;
         assert!(is_slot_free(&pool).await);
-        assert_eq!((pool.n_open(), shared.take_slot(ssh).await.unwrap().as_deref()), (0, Some(SLOT)));
+        assert!(shared.lock().is_empty());
+        assert_eq!(shared.take_slot(ssh).await.unwrap().as_deref(), Some(SLOT));
+    }
+    #[tokio::test]
+    async fn an_old_session_lends_on_as_long_as_no_other_may_be_opened() {
+        let folder = tempfile::tempdir().unwrap();
+        let pool = pool(folder.path(), 9, "max_age = '0s'").await;
+        for idx in 0..2 {
+            pool.shared.enter(Session::local(), Some(format!("slot/s/{idx}")));
+        }
+        let older = Arc::clone(&pool.shared.lock()[0]);
+        let transfer = pool.lease().await.unwrap();
+        assert_eq!((pool.n_young(), pool.free_channels(), pool.is_fading(&transfer)), (0, 7, false));
+        assert_eq!(older.lent.load(Ordering::Acquire), 0, "it is the younger that lends");
+        let before = Instant::now().checked_sub(FADES_AFTER).unwrap();
+        assert!(pool.is_fading(&Lease { since: before, ..pool.lease().await.unwrap() }));
+        pool.tend().await;
+        assert_eq!(pool.shared.lock().len(), 1, "the older is closed");
+
+        // Its slot is free, so that another is tried, which cannot be reached; the old one gets nothing new.
+        assert!(matches!(pool.lease().await, Err(Closed::Down(_))));
+        drop(transfer);
+        pool.tend().await;
+        assert!(pool.shared.lock().is_empty());
     }
 }
