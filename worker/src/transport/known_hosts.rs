@@ -1,12 +1,14 @@
 //! Whether a host's key is one that the files of known hosts name, or that an authority which they name vouches for. Nothing
-//! is ever added to them.
+//! is ever added to them. The library has a reader of its own, to which one odd line is a file that cannot be read.
 
 use std::path::PathBuf;
 
-use russh::keys::known_hosts::known_host_keys_path;
+use hmac::{Hmac, KeyInit, Mac};
 use russh::keys::ssh_key::certificate::CertType;
+use russh::keys::ssh_key::known_hosts::HostPatterns;
 use russh::keys::ssh_key::public::KeyData;
 use russh::keys::{Certificate, HashAlg, PublicKey, parse_public_key_base64};
+use sha1::Sha1;
 
 use super::Error;
 use super::config::{Hop, PORT};
@@ -38,8 +40,8 @@ pub(super) struct KnownKeys {
 }
 
 impl KnownKeys {
-    /// Reads the files; those that are not there name no keys.
-    pub(super) fn of(hop: &Hop) -> Result<Self, Error> {
+    /// Reads the files; those that are not there name no keys, and neither does a line that cannot be read.
+    pub(super) fn of(hop: &Hop) -> Self {
         // OpenSSH looks an alias up as it is, without a port.
         let (name, port) = match &hop.alias {
             Some(alias) => (alias.as_str(), PORT),
@@ -57,18 +59,16 @@ impl KnownKeys {
                     [AUTHORITY, hosts, _, key, ..] if is_named(hosts, &[&host, name]) => {
                         authorities.extend(parse_public_key_base64(key).ok().map(known));
                     }
+                    // A comment, or what nobody knows.
+                    [first, ..] if first.starts_with(['#', '@']) => {}
                     [hosts, _, key, ..] if is_named(hosts, &[&host]) => {
                         keys.extend(parse_public_key_base64(key).ok().map(known));
                     }
                     _ => {}
                 }
             }
-            // The library finds those with hashed names as well, and counts no comment lines.
-            let found = known_host_keys_path(name, port, file)
-                .map_err(|error| Error::Config(format!("{}: {error}", file.display())))?;
-            keys.extend(found.into_iter().map(|(line, key)| Known { key, file: file.clone(), line: nth(&text, line) }));
         }
-        Ok(Self { host, name: name.to_owned(), files: hop.known_hosts.clone(), keys, authorities, revoked })
+        Self { host, name: name.to_owned(), files: hop.known_hosts.clone(), keys, authorities, revoked }
     }
 
     /// The kinds of keys that are known, so that the server is asked for one of them.
@@ -158,15 +158,12 @@ fn fingerprint(key: &KeyData) -> String {
     key.fingerprint(HashAlg::Sha256).to_string()
 }
 
-/// The line of a file that is the nth without the comment lines, from 1.
-fn nth(text: &str, counted: usize) -> usize {
-    let lines = text.lines().enumerate().filter(|(_, line)| !line.starts_with('#'));
-    lines.map(|(i, _)| i + 1).nth(counted.saturating_sub(1)).unwrap_or(counted)
-}
-
-/// Whether a line's first word, names with `*` and `?`, names a host by one of its names. One with `!` before it takes the
-/// host out.
+/// Whether a line's first word, names with `*` and `?` or the hash of one, names a host by one of its names. One with `!`
+/// before it takes the host out.
 fn is_named(hosts: &str, names: &[&str]) -> bool {
+    if hosts.starts_with('|') {
+        return names.iter().any(|name| is_hash_of(hosts, name));
+    }
     let is_one = |pattern: &str| names.iter().any(|name| matches(pattern.as_bytes(), name.as_bytes()));
     let mut is_named = false;
     for pattern in hosts.split(',') {
@@ -177,6 +174,13 @@ fn is_named(hosts: &str, names: &[&str]) -> bool {
         }
     }
     is_named
+}
+
+/// Whether this is `|1|SALT|HASH` of a name, as `ssh-keygen -H` writes it: the HMAC of SHA-1 with the salt as its key.
+fn is_hash_of(hashed: &str, name: &str) -> bool {
+    let Ok(HostPatterns::HashedName { salt, hash }) = hashed.parse() else { return false };
+    let Ok(hmac) = Hmac::<Sha1>::new_from_slice(&salt) else { return false };
+    hmac.chain_update(name.to_ascii_lowercase()).verify_slice(&hash).is_ok()
 }
 
 fn matches(pattern: &[u8], name: &[u8]) -> bool {
@@ -196,7 +200,10 @@ mod tests {
     const KEY: &str = "AAAAC3NzaC1lZDI1NTE5AAAAIJdD7y3aLq454yWBdwLWbieU1ebz9/cu7/QEXn9OIeZJ";
     const OTHER: &str = "AAAAC3NzaC1lZDI1NTE5AAAAILIG2T/B0l0gaqj3puu510tu9N1OkQ4znY3LYuEm5zCF";
 
-    fn check(text: &str, name: &str, port: u16) -> Result<(), Error> {
+    /// What OpenSSH writes for `[a.example]:2222`.
+    const HASHED: &str = "|1|c2FsdHNhbHRzYWx0c2FsdHNhbHQ=|qK+Vxm2lQXGOxWmIsoVxUZCGSPg=";
+
+    fn check(text: impl AsRef<[u8]>, name: &str, port: u16) -> Result<(), Error> {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("known_hosts");
         std::fs::write(&file, text).unwrap();
@@ -211,26 +218,58 @@ mod tests {
             only_these_keys: false,
             agent: None,
         };
-        KnownKeys::of(&hop)?.check(&parse_public_key_base64(KEY).unwrap())
+        KnownKeys::of(&hop).check(&parse_public_key_base64(KEY).unwrap())
     }
 
     #[test]
     fn a_key_counts_for_the_host_that_is_named() {
         let line = |hosts: &str| format!("{hosts} ssh-ed25519 {KEY}\n");
-        assert!(check(&line("a.example"), "a.example", 22).is_ok());
-        assert!(check(&line("A.example,10.0.0.1"), "10.0.0.1", 22).is_ok());
-        assert!(check(&line("[a.example]:2222"), "a.example", 2222).is_ok());
-        assert!(check(&line("*.example,!b.example"), "a.example", 22).is_ok());
-        assert!(check(&line("a.example").replace(' ', "\t"), "a.example", 22).is_ok());
+        assert!(check(line("a.example"), "a.example", 22).is_ok());
+        assert!(check(line("A.example,10.0.0.1"), "10.0.0.1", 22).is_ok());
+        assert!(check(line("[a.example]:2222"), "a.example", 2222).is_ok());
+        assert!(check(line("*.example,!b.example"), "a.example", 22).is_ok());
+        assert!(check(line("a.example").replace(' ', "\t"), "a.example", 22).is_ok());
+        assert!(check(line("a.example").replace(' ', "  "), "a.example", 22).is_ok());
+        assert!(check(line(HASHED), "A.example", 2222).is_ok());
         for (hosts, name, port) in [
             ("a.example", "a.example", 2222),
             ("[a.example]:2222", "a.example", 22),
             ("*.example,!b.example", "b.example", 22),
             ("@cert-authority *", "a.example", 22),
             ("#a.example", "a.example", 22),
+            ("#b.example,a.example", "a.example", 22),
+            ("@other,a.example", "a.example", 22),
+            ("a.example,!a.example", "a.example", 22),
+            (HASHED, "a.example", 22),
+            (&HASHED.replace("|1|", "|2|"), "a.example", 2222),
+            (&HASHED[..40], "a.example", 2222),
+            ("|1||", "a.example", 2222),
         ] {
-            let error = check(&line(hosts), name, port).unwrap_err();
+            let error = check(line(hosts), name, port).unwrap_err();
             assert!(matches!(error, Error::UnknownHostKey { .. }), "{hosts}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_line_that_cannot_be_read_is_skipped() {
+        let good = format!("a ssh-ed25519 {KEY}\n").into_bytes();
+        for line in [
+            &b"# caf\xe9\n"[..],
+            b"caf\xe9 ssh-ed25519 AAAA\n",
+            b"a 1024 35 1234567890\n",
+            b"a ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIJdD7y3aLq454yWBdwLW\n",
+            b"a ssh-ed25519 %%%\n",
+            b"a ssh-other AAAACXNzaC1vdGhlcg==\n",
+            b"a ssh-ed25519\n",
+            b"@cert-authority a ssh-ed25519\n",
+            b"@revoked a ssh-ed25519 %%%\n",
+            b"|1|AA=|AA= ssh-ed25519 AAAA\n",
+            b"\0\n",
+            b" \n",
+        ] {
+            for text in [[line, &good].concat(), [&good, line].concat()] {
+                assert!(check(&text, "a", 22).is_ok(), "{}", String::from_utf8_lossy(line));
+            }
         }
     }
 
@@ -248,7 +287,7 @@ mod tests {
             let text = format!("# ours\n\nb ssh-ed25519 {KEY}\n# more\n{host} ssh-ed25519 {OTHER}\n");
             let error = check(&text, name, 22).unwrap_err();
             assert!(matches!(error, Error::HostKeyChanged { line: 5, .. }), "{error}");
-            assert!(check(&text.replace(OTHER, KEY), name, 22).is_ok());
+            assert!(check(text.replace(OTHER, KEY), name, 22).is_ok());
         }
     }
 

@@ -187,7 +187,7 @@ fn unreachable(hop: &Hop, reason: &str) -> Error {
 async fn known_keys(hop: &Hop) -> Result<KnownKeys, Error> {
     let hop = hop.clone();
     let read = tokio::task::spawn_blocking(move || KnownKeys::of(&hop)).await;
-    read.map_err(|error| Error::Broken(error.to_string()))?
+    read.map_err(|error| Error::Broken(error.to_string()))
 }
 
 fn client_config(keepalive: Duration, known: &KnownKeys) -> client::Config {
