@@ -71,6 +71,8 @@ pub(crate) struct Site {
     pool: Pool,
     /// The site's folder, as the far end writes it.
     root: OnceCell<String>,
+    /// The object store knows that this database keeps something there.
+    marked: OnceCell<()>,
     /// Files that this worker sends to the site's cache right now.
     sending: Mutex<HashSet<String>>,
     /// There may be something for the actor to do.
@@ -127,6 +129,7 @@ impl Sites {
                 me,
                 pool: Pool::new(name, way, store, me),
                 root: OnceCell::new(),
+                marked: OnceCell::new(),
                 sending: Mutex::default(),
                 changed: Notify::new(),
             };
@@ -190,6 +193,16 @@ impl Site {
         }
         self.failed(error).await;
         self.for_slot()
+    }
+
+    /// The object store, for what is to be kept there: nobody else's `baton gc` removes it.
+    ///
+    /// # Errors
+    /// The database or the store does not answer.
+    pub(crate) async fn objects_to_keep(&self) -> Result<&Objects, staging::Error> {
+        let mark = async || Ok::<_, staging::Error>(self.objects.add_owner(self.store.identity().await?).await?);
+        self.marked.get_or_try_init(mark).await?;
+        Ok(&self.objects)
     }
 
     fn for_slot(&self) -> Error {

@@ -69,9 +69,10 @@ pub(crate) async fn stage_out(
                 }
             }
         }
+        let objects = site.objects_to_keep().await?;
         let kept: Vec<(&str, &Found)> = kept.into_iter().map(|path| (path, &found[path])).collect();
         let manifest = staging.keep(&kept).await?;
-        let digest = site.objects.put_manifest(&manifest).await?;
+        let digest = objects.put_manifest(&manifest).await?;
         context.draft.borrow_mut().outcome.results = Some(digest);
     }
     if let Some(path) = &on_site.values {
