@@ -408,9 +408,6 @@ async fn a_scope_that_leads_out_is_refused_and_a_full_one_is_waited_for() {
     let shown = end(&scene, &pid).await;
     assert_eq!(shown["exit"], 0, "{shown:#}");
     assert_eq!(std::fs::metadata(full.join("made")).unwrap().len(), 3_000_000);
-    assert!(!scene.path("objects/owners").exists(), "nothing was put there");
-    let pid = slurm.submit(&scene, "at: plain\nscript: echo x > made\nout: [made]\n", 1).await.remove(0);
-    end(&scene, &pid).await;
     let n_marks = std::fs::read_dir(scene.path("objects/owners")).unwrap().count();
     assert_eq!(n_marks, 1, "nobody else's `baton gc` removes results");
 }
