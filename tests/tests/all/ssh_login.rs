@@ -168,21 +168,59 @@ async fn keys_of_every_kind_are_let_in_and_others_are_not() {
     assert!(matches!(connect(&section).await, Err(Error::Refused { .. })));
 }
 
+/// A server that lets nobody in but by a certificate of an authority.
+struct CertifiedOnly {
+    sshd: Sshd,
+    authority: PathBuf,
+}
+
+impl CertifiedOnly {
+    fn start(extra: &str) -> Self {
+        let sshd = Sshd::start();
+        let authority = sshd.file("authority");
+        key_gen(&["-qt", "ed25519", "-N", "", "-f", authority.to_str().unwrap()]);
+        sshd.kill();
+        sshd.start_again(&format!("AuthorizedKeysFile none;TrustedUserCAKeys {}.pub;{extra}", authority.display()));
+        Self { sshd, authority }
+    }
+
+    /// Writes a certificate of a user's key beside it.
+    fn certify(&self, key: &str) -> PathBuf {
+        let user = String::from_utf8(Command::new("id").arg("-un").output().unwrap().stdout).unwrap();
+        let public = self.sshd.file(&format!("{key}.pub"));
+        let authority = self.authority.to_str().unwrap();
+        key_gen(&["-qs", authority, "-I", "us", "-n", user.trim(), public.to_str().unwrap()]);
+        self.sshd.file(&format!("{key}-cert.pub"))
+    }
+}
+
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
 async fn a_certificate_beside_the_key_is_shown() {
-    let sshd = Sshd::start();
-    let (authority, key) = (sshd.file("authority"), sshd.file("id_stranger"));
-    key_gen(&["-qt", "ed25519", "-N", "", "-f", authority.to_str().unwrap()]);
-    sshd.kill();
-    sshd.start_again(&format!("TrustedUserCAKeys {}.pub", authority.display()));
-    let mut section = sshd.section();
-    section.key = Some(key.clone());
-    assert!(matches!(connect(&section).await, Err(Error::Refused { .. })));
-    let user = String::from_utf8(Command::new("id").arg("-un").output().unwrap().stdout).unwrap();
-    let public = key.with_extension("pub");
-    key_gen(&["-qs", authority.to_str().unwrap(), "-I", "us", "-n", user.trim(), public.to_str().unwrap()]);
+    let server = CertifiedOnly::start("");
+    let mut section = server.sshd.section();
+    for key in ["id_stranger", "id_rsa"] {
+        section.key = Some(server.sshd.file(key));
+        assert!(matches!(connect(&section).await, Err(Error::Refused { .. })));
+        server.certify(key);
+        works(&section).await;
+    }
+}
+
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn a_certificate_that_openssh_names_is_shown_with_its_key() {
+    let server = CertifiedOnly::start("MaxAuthTries 1");
+    let mut section = server.sshd.section();
+    let (config, elsewhere) = (server.sshd.file("config"), server.sshd.file("certificate"));
+    std::fs::rename(server.certify("id_rsa"), &elsewhere).unwrap();
+    std::fs::write(&config, format!("CertificateFile {}\n", elsewhere.display())).unwrap();
+    section.config = Some(config);
+    section.key = Some(server.sshd.file("id_rsa"));
     works(&section).await;
+    section.key = Some(server.sshd.file("id_ed25519"));
+    let error = connect(&section).await.unwrap_err();
+    assert!(!error.to_string().contains("certificate"), "it is that of another key: {error}");
 }
 
 /// An agent of the test's own.
@@ -249,6 +287,36 @@ async fn an_encrypted_key_needs_an_agent_that_has_it() {
     Command::new("ssh-add").arg("-qd").arg(&open).env("SSH_AUTH_SOCK", &agent.socket).status().unwrap();
     works(&section).await;
     assert_eq!(sshd.logged("Accepted publickey"), 4);
+}
+
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn a_certificate_of_the_agent_is_shown_before_its_key() {
+    // After one that it does not accept, the server hears no other.
+    let server = CertifiedOnly::start("MaxAuthTries 1");
+    let sshd = &server.sshd;
+    let mut section = sshd.section();
+    let agent = Agent::start(sshd).await;
+    std::fs::write(sshd.file("config"), format!("IdentityAgent {}\nIdentityFile none\n", agent.socket.display()))
+        .unwrap();
+    section.config = Some(sshd.file("config"));
+    agent.add(&sshd.file("id_ed25519"));
+    let certificate = server.certify("id_rsa");
+    agent.add(&sshd.file("id_rsa"));
+    std::fs::remove_file(&certificate).unwrap();
+    for key in [None, Some("id_rsa.pub")] {
+        section.key = key.map(|key| sshd.file(key));
+        works(&section).await;
+    }
+
+    // The agent has the key alone, and its certificate lies beside the file.
+    Command::new("ssh-add").arg("-qD").env("SSH_AUTH_SOCK", &agent.socket).status().unwrap();
+    agent.add(&sshd.file("id_rsa"));
+    server.certify("id_rsa");
+    let key = sshd.file("id_rsa");
+    key_gen(&["-qpP", "", "-N", "sesame", "-f", key.to_str().unwrap()]);
+    section.key = Some(key);
+    works(&section).await;
 }
 
 #[tokio::test]

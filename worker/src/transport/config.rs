@@ -50,6 +50,8 @@ pub(super) struct Hop {
     pub(super) known_hosts: Vec<PathBuf>,
     /// Files of private keys, which need not exist but for a named one.
     pub(super) keys: Vec<PathBuf>,
+    /// Files of certificates besides those that lie beside their keys, which need not exist.
+    pub(super) certificates: Vec<PathBuf>,
     /// The configuration names its only key.
     pub(super) is_key_named: bool,
     /// The agent is not asked for keys other than these.
@@ -136,11 +138,13 @@ async fn hop(section: &Ssh, place: &Place) -> Result<(Hop, Answer), Error> {
         Some(file) => vec![at_home(file)],
         None => answer.identities(&name, &user),
     };
+    let certificates = answer.files("certificatefile", &name, &user);
     let is_key_named = section.key.is_some();
     let only_these_keys = is_key_named || answer.one("identitiesonly") == Some("yes");
     let alias = answer.one("hostkeyalias").map(str::to_owned);
     let agent = answer.agent(&name, &user);
-    Ok((Hop { name, port, user, alias, known_hosts, keys, is_key_named, only_these_keys, agent }, answer))
+    let hop = Hop { name, port, user, alias, known_hosts, keys, certificates, is_key_named, only_these_keys, agent };
+    Ok((hop, answer))
 }
 
 fn own_name() -> Option<String> {
@@ -209,16 +213,14 @@ impl Answer {
     }
 
     fn identities(&self, host: &str, user: &str) -> Vec<PathBuf> {
-        let files: Vec<_> = self
-            .all("identityfile")
-            .filter(|file| *file != "none")
-            .map(|file| file_with_tokens(file, host, user))
-            .collect();
         if self.0.is_empty() {
-            ["id_ed25519", "id_ecdsa", "id_rsa"].map(|name| at_home(&Path::new("~/.ssh").join(name))).to_vec()
-        } else {
-            files
+            return ["id_ed25519", "id_ecdsa", "id_rsa"].map(|name| at_home(&Path::new("~/.ssh").join(name))).to_vec();
         }
+        self.files("identityfile", host, user)
+    }
+
+    fn files(&self, key: &'static str, host: &str, user: &str) -> Vec<PathBuf> {
+        self.all(key).filter(|file| *file != "none").map(|file| file_with_tokens(file, host, user)).collect()
     }
 }
 
@@ -306,11 +308,13 @@ mod tests {
 
     #[test]
     fn what_openssh_says_is_taken() {
-        let answer =
-            parse("user me\nproxyjump none\nidentityfile /k/%r@%h\nidentityfile ~/.ssh/b\nuserknownhostsfile /a /b\n");
+        let answer = parse(
+            "user me\nproxyjump none\nidentityfile /k/%r@%h\nidentityfile ~/.ssh/b\nuserknownhostsfile /a /b\ncertificatefile /k/%r-cert.pub\n",
+        );
         assert_eq!((answer.one("user"), answer.one("proxyjump")), (Some("me"), None));
         let home = std::env::home_dir().unwrap();
         assert_eq!(answer.identities("h", "me"), [PathBuf::from("/k/me@h"), home.join(".ssh/b")]);
+        assert_eq!(answer.files("certificatefile", "h", "me"), [PathBuf::from("/k/me-cert.pub")]);
         assert_eq!(answer.known_hosts(), [PathBuf::from("/a"), PathBuf::from("/b")]);
         assert_eq!(answer.proxy(&Place::default(), &target()).unwrap(), None);
         assert_eq!(Answer::default().known_hosts()[1], PathBuf::from("/etc/ssh/ssh_known_hosts"));
@@ -349,6 +353,7 @@ mod tests {
             alias: None,
             known_hosts: vec![],
             keys: vec![],
+            certificates: vec![],
             is_key_named: false,
             only_these_keys: false,
             agent: None,

@@ -214,6 +214,7 @@ mod tests {
             alias: None,
             known_hosts: vec![folder.path().join("missing"), file],
             keys: Vec::new(),
+            certificates: Vec::new(),
             is_key_named: false,
             only_these_keys: false,
             agent: None,

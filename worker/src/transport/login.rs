@@ -8,8 +8,13 @@ use std::time::Duration;
 use russh::client::{self, AuthResult, DisconnectReason, Handle};
 use russh::keys::agent::AgentIdentity;
 use russh::keys::agent::client::AgentClient;
-use russh::keys::{Algorithm, HashAlg, PrivateKey, PrivateKeyWithHashAlg, PublicKey, PublicKeyOrCertificate};
-use russh::{ChannelOpenFailure, Preferred, cipher};
+use russh::keys::signature::Signer as _;
+use russh::keys::ssh_encoding::Encode as _;
+use russh::keys::ssh_key::public::KeyData;
+use russh::keys::{
+    self, Algorithm, Certificate, HashAlg, PrivateKey, PrivateKeyWithHashAlg, PublicKey, PublicKeyOrCertificate,
+};
+use russh::{AgentAuthError, ChannelOpenFailure, Preferred, cipher};
 use tokio::net::{TcpStream, UnixStream};
 
 use super::Error;
@@ -236,8 +241,40 @@ struct Attempts<'a> {
     ending: &'a Ending,
     /// Of signatures by RSA keys, once somebody has asked.
     rsa_hash: Option<HashAlg>,
+    /// Certificates that the server has seen.
+    shown: Vec<Certificate>,
     /// What was tried, and why it could not be.
     tried: Vec<String>,
+}
+
+/// What signs with a key.
+enum Holder<'a> {
+    Here(Arc<PrivateKey>),
+    Agent(&'a mut AgentClient<UnixStream>, &'a AgentIdentity),
+}
+
+impl russh::Signer for Holder<'_> {
+    type Error = AgentAuthError;
+
+    /// The signature comes after what is signed. What is shown is no matter here: the agent may have the key of a
+    /// certificate, and not that itself.
+    async fn auth_sign(
+        &mut self,
+        _: &AgentIdentity,
+        hash: Option<HashAlg>,
+        mut data: Vec<u8>,
+    ) -> Result<Vec<u8>, AgentAuthError> {
+        let key = match self {
+            Self::Here(key) => key,
+            Self::Agent(agent, identity) => return Ok(agent.sign_request(identity, hash, data).await?),
+        };
+        let signature = match key.key_data().rsa() {
+            Some(rsa) => (rsa, hash).try_sign(&data),
+            None => key.try_sign(&data),
+        };
+        signature.map_err(keys::Error::from)?.encode_prefixed(&mut data).map_err(keys::Error::from)?;
+        Ok(data)
+    }
 }
 
 async fn authenticate(handle: &mut Handle<Verifier>, hop: &Hop, ending: &Ending) -> Result<(), Error> {
@@ -249,7 +286,9 @@ async fn authenticate(handle: &mut Handle<Verifier>, hop: &Hop, ending: &Ending)
         Some(agent) => agent.request_identities().await.unwrap_or_default(),
         None => Vec::new(),
     };
-    let mut attempts = Attempts { handle, hop, ending, rsa_hash: None, tried: Vec::new() };
+    // A server hears only so many keys, and one that wants certificates takes no other.
+    held.sort_by_key(|one| matches!(one, AgentIdentity::PublicKey { .. }));
+    let mut attempts = Attempts { handle, hop, ending, rsa_hash: None, shown: Vec::new(), tried: Vec::new() };
     for file in &hop.keys {
         match load(file).await {
             Loaded::Key(key) => {
@@ -258,14 +297,16 @@ async fn authenticate(handle: &mut Handle<Verifier>, hop: &Hop, ending: &Ending)
                 }
             }
             Loaded::ForAgent(public, what) => {
-                let at = held.iter().position(|one| public.as_ref().is_some_and(|key| is_of(one, key)));
-                match (at, &mut agent) {
-                    (Some(at), Some(agent)) => {
-                        if attempts.with_agent(&held.remove(at), agent).await? {
+                let (of_it, others) =
+                    held.into_iter().partition(|one| public.as_ref().is_some_and(|key| is_of(one, key)));
+                held = others;
+                match &mut agent {
+                    Some(agent) if !of_it.is_empty() => {
+                        if attempts.with_agent(&of_it, agent, Some(file)).await? {
                             return Ok(());
                         }
                     }
-                    (_, _) => {
+                    Some(_) | None => {
                         attempts.tried.push(format!("{} is {what}, and no agent has it (`ssh-add`)", file.display()))
                     }
                 }
@@ -277,12 +318,10 @@ async fn authenticate(handle: &mut Handle<Verifier>, hop: &Hop, ending: &Ending)
             Loaded::Unusable(reason) => attempts.tried.push(format!("{}: {reason}", file.display())),
         }
     }
-    if let Some(agent) = agent.as_mut().filter(|_| !hop.only_these_keys) {
-        for identity in &held {
-            if attempts.with_agent(identity, agent).await? {
-                return Ok(());
-            }
-        }
+    if let Some(agent) = agent.as_mut().filter(|_| !hop.only_these_keys)
+        && attempts.with_agent(&held, agent, None).await?
+    {
+        return Ok(());
     }
     Err(attempts.refused())
 }
@@ -305,32 +344,82 @@ impl Attempts<'_> {
     }
 
     async fn with_key(&mut self, key: Arc<PrivateKey>, file: &Path) -> Result<bool, Error> {
-        let user = self.hop.user.clone();
-        // A certificate lies beside its key, as `ssh-keygen -s` and the sites' own tools write it.
-        if let Ok(certificate) = russh::keys::load_openssh_certificate(beside(file, "-cert.pub")) {
-            let answer = self.handle.authenticate_openssh_cert(user.clone(), key.clone(), certificate).await;
-            let what = format!("the certificate of {}", file.display());
-            if self.after(answer.map_err(|error| text_of(&error)), &what)? {
-                return Ok(true);
-            }
+        if self.with_certificates(key.public_key().key_data(), Some(file), Holder::Here(Arc::clone(&key))).await? {
+            return Ok(true);
         }
         let hash = self.hash(key.algorithm()).await?;
+        let user = self.hop.user.clone();
         let answer = self.handle.authenticate_publickey(user, PrivateKeyWithHashAlg::new(key, hash)).await;
         self.after(answer.map_err(|error| text_of(&error)), &format!("the key {}", file.display()))
     }
 
-    async fn with_agent(&mut self, one: &AgentIdentity, agent: &mut AgentClient<UnixStream>) -> Result<bool, Error> {
-        let (key, user) = (one.public_key().into_owned(), self.hop.user.clone());
-        let hash = self.hash(key.algorithm()).await?;
-        let what = format!("the agent's key {}", key.fingerprint(HashAlg::Sha256));
-        let answer = match one {
-            AgentIdentity::PublicKey { .. } => self.handle.authenticate_publickey_with(user, key, hash, agent).await,
-            AgentIdentity::Certificate { certificate, .. } => {
-                self.handle.authenticate_certificate_with(user, certificate.clone(), hash, agent).await
+    /// With what an agent has, of a file or of none.
+    async fn with_agent(
+        &mut self,
+        held: &[AgentIdentity],
+        agent: &mut AgentClient<UnixStream>,
+        file: Option<&Path>,
+    ) -> Result<bool, Error> {
+        for one in held {
+            let is_in = match one {
+                AgentIdentity::Certificate { certificate, .. } => {
+                    let what = format!("the agent's certificate {:?}", certificate.key_id());
+                    self.with_certificate(certificate.clone(), &mut Holder::Agent(agent, one), &what).await?
+                }
+                AgentIdentity::PublicKey { key, .. } => {
+                    self.with_certificates(key.key_data(), file, Holder::Agent(agent, one)).await?
+                        || self.with_key_of_agent(key.clone(), agent).await?
+                }
+            };
+            if is_in {
+                return Ok(true);
             }
-        };
+        }
+        Ok(false)
+    }
+
+    async fn with_key_of_agent(&mut self, key: PublicKey, agent: &mut AgentClient<UnixStream>) -> Result<bool, Error> {
+        let what = format!("the agent's key {}", key.fingerprint(HashAlg::Sha256));
+        let hash = self.hash(key.algorithm()).await?;
+        let answer = self.handle.authenticate_publickey_with(self.hop.user.clone(), key, hash, agent).await;
         // An error may be the agent's own.
         self.after(answer.map_err(|error| error.to_string()), &what)
+    }
+
+    /// With the certificates of a key: those that the configuration names, and the one that lies beside it, as
+    /// `ssh-keygen -s` and the sites' own tools write it.
+    async fn with_certificates(
+        &mut self,
+        key: &KeyData,
+        file: Option<&Path>,
+        mut holder: Holder<'_>,
+    ) -> Result<bool, Error> {
+        let beside = file.map(|file| beside(file, "-cert.pub"));
+        for file in self.hop.certificates.iter().chain(&beside) {
+            let Ok(certificate) = keys::load_openssh_certificate(file) else { continue };
+            let what = format!("the certificate {}", file.display());
+            if certificate.public_key() == key && self.with_certificate(certificate, &mut holder, &what).await? {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    /// The library's own way to show a certificate names SHA-1 where the key is one of RSA.
+    async fn with_certificate(
+        &mut self,
+        certificate: Certificate,
+        holder: &mut Holder<'_>,
+        what: &str,
+    ) -> Result<bool, Error> {
+        if self.shown.contains(&certificate) {
+            return Ok(false);
+        }
+        self.shown.push(certificate.clone());
+        let hash = self.hash(certificate.algorithm()).await?;
+        let user = self.hop.user.clone();
+        let answer = self.handle.authenticate_certificate_with(user, certificate, hash, holder).await;
+        self.after(answer.map_err(|error| error.to_string()), what)
     }
 
     fn after(&mut self, answer: Result<AuthResult, String>, what: &str) -> Result<bool, Error> {
@@ -380,9 +469,9 @@ async fn load(file: &Path) -> Loaded {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Loaded::Missing,
         Err(error) => return Loaded::Unusable(error.to_string()),
     };
-    match russh::keys::decode_secret_key(&text, None) {
+    match keys::decode_secret_key(&text, None) {
         Ok(key) => Loaded::Key(Arc::new(key)),
-        Err(russh::keys::Error::KeyIsEncrypted) => Loaded::ForAgent(public_of(&text, file), "encrypted"),
+        Err(keys::Error::KeyIsEncrypted) => Loaded::ForAgent(public_of(&text, file), "encrypted"),
         Err(error) => match PublicKey::from_openssh(text.trim()) {
             Ok(public) => Loaded::ForAgent(Some(public), "a public key"),
             Err(_) => Loaded::Unusable(error.to_string()),
@@ -393,7 +482,7 @@ async fn load(file: &Path) -> Loaded {
 /// The public half of an encrypted key.
 fn public_of(text: &str, file: &Path) -> Option<PublicKey> {
     let in_file = PrivateKey::from_openssh(text).ok().map(|key| key.public_key().clone());
-    in_file.or_else(|| russh::keys::load_public_key(beside(file, ".pub")).ok())
+    in_file.or_else(|| keys::load_public_key(beside(file, ".pub")).ok())
 }
 
 fn beside(file: &Path, suffix: &str) -> PathBuf {
