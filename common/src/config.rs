@@ -227,7 +227,7 @@ pub struct Ssh {
     /// A session that nobody uses for so long is closed.
     #[serde(with = "duration::text", default = "idle_close_default")]
     pub idle_close: Duration,
-    /// A session that is older than this takes nothing new and is closed.
+    /// A session that is older than this takes nothing new, as soon as another can be opened, and is closed.
     #[serde(with = "duration::text", default = "max_age_default")]
     pub max_age: Duration,
     /// A session that is silent for so long is asked whether it lives.

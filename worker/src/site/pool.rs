@@ -477,6 +477,7 @@ mod tests {
         assert!(shared.lock().is_empty());
         assert_eq!(shared.take_slot(ssh).await.unwrap().as_deref(), Some(SLOT));
     }
+
     #[tokio::test]
     async fn an_old_session_lends_on_as_long_as_no_other_may_be_opened() {
         let folder = tempfile::tempdir().unwrap();
