@@ -262,7 +262,8 @@ impl Draft {
 
     /// What goes into the next write: the program's streams, or the log if a line has come since the last write.
     pub(crate) fn take_outputs(&mut self) -> Vec<Output> {
-        if std::mem::take(&mut self.logged) {
+        // Both would be the same stream.
+        if std::mem::take(&mut self.logged) && self.outputs.is_empty() {
             self.outputs.push(self.log.output());
         }
         std::mem::take(&mut self.outputs)

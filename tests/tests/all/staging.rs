@@ -294,10 +294,12 @@ async fn a_file_that_was_cut_goes_on_where_it_was() {
     write(&scene.path("large"), &large);
     proxy.set(Fault::CutAfter(24_000_000));
     // What comes back is another file, which nobody has yet.
-    let spec = "at: plain\nscript: '{ cat large; echo; } > back'\nin: [client://large]\nout: [back]\n";
+    let spec = "at: plain\nscript: 'echo said; { cat large; echo; } > back'\nin: [client://large]\nout: [back]\n";
     let pid = slurm.submit(&scene, spec, 1).await.remove(0);
     let shown = end(&scene, &pid).await;
     assert_eq!(shown["exit"], 0, "{shown:#}");
+    assert_eq!(shown["attempts"].as_array().unwrap().len(), 1, "a wait was not written: {shown:#}");
+    assert_eq!(slurm.baton(&scene, &["logs", &pid]).await.ok().stdout, "said\n");
     slurm.baton(&scene, &["results", &pid, "--get", "results"]).await.ok();
     assert!(std::fs::read(scene.path("results/back")).unwrap() == [&large[..], b"\n"].concat());
     assert!(slurm.sshd.logged("Accepted publickey") > 2, "not both were cut");
