@@ -184,8 +184,7 @@ impl Site {
     /// What an advance ends with after this: if the way is at fault, it waits until the site can be reached again.
     pub(crate) async fn trouble(&self, context: &Context, error: &transport::Error) -> Error {
         let is_full = matches!(error, transport::Error::NoChannel(_));
-        // A server that has let us in and runs nothing for a while is no better than one that is away.
-        if !is_full && !error.is_of_transport() && !matches!(error, transport::Error::Refused { .. }) {
+        if !error.may_pass() {
             return Error::Failed(format!("{}: {error}", self.name));
         }
         if !is_full {

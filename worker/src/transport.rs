@@ -152,6 +152,11 @@ impl Error {
         }
     }
 
+    /// Nothing that was asked is at fault: the way is, or a server that has let us in and runs nothing for a while.
+    pub fn may_pass(&self) -> bool {
+        self.is_of_transport() || matches!(self, Self::Refused { .. })
+    }
+
     fn file(path: impl Into<String>, reason: impl std::fmt::Display) -> Self {
         Self::File { path: path.into(), reason: reason.to_string() }
     }

@@ -1,10 +1,11 @@
 //! What every launcher has to do, on the real thing: the same tests for each of them.
 
 use std::fmt::Write as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use baton_tests::eventually;
+use baton_tests::process::Worker;
 use baton_tests::scene::Scene;
 use baton_tests::slurm::Slurm;
 
@@ -224,13 +225,8 @@ async fn a_job_that_the_site_has_lost_is_submitted_again(kind: Kind) {
 }
 
 async fn an_answer_that_is_none_ends_nothing(kind: Kind) {
-    let scene = Scene::new().await;
-    let slurm = Slurm::start(&scene, "submit_timeout = '3s'\nsettle = '30s'", "", "");
-    let worker = slurm.worker(&scene, "w1", &[]).await;
-    let (path, spec) =
-        witness(&scene, kind.at, &format!("while [ ! -e {} ]; do sleep 0.5; done", scene.path("go").display()));
-    let pids = slurm.submit(&scene, &spec, 3).await;
-    all_run(&path, 3).await;
+    let Running { scene, slurm, path, pids, worker } =
+        running("submit_timeout = '3s'\nsettle = '30s'", kind.at, wait_for_go, 3).await;
     let (command, answers) = kind.list;
     for answer in answers {
         slurm.replace(command, answer);
@@ -244,16 +240,37 @@ async fn an_answer_that_is_none_ends_nothing(kind: Kind) {
     assert_eq!((runs(&path), scene.count("try = 1").await), (3, 3));
 }
 
+/// Programs that run at a site, all of them started.
+struct Running {
+    worker: Worker,
+    slurm: Slurm,
+    /// What they write when they start.
+    path: PathBuf,
+    pids: Vec<String>,
+    scene: Scene,
+}
+
+/// Starts so many at a site with these lines, each of which does `more`.
+async fn running(lines: &str, at: &str, more: impl FnOnce(&Scene) -> String, count: u32) -> Running {
+    let scene = Scene::new().await;
+    let slurm = Slurm::start(&scene, lines, "", "");
+    let worker = slurm.worker(&scene, "w1", &[]).await;
+    let (path, spec) = witness(&scene, at, &more(&scene));
+    let pids = slurm.submit(&scene, &spec, count).await;
+    all_run(&path, count as usize).await;
+    Running { worker, slurm, path, pids, scene }
+}
+
+fn wait_for_go(scene: &Scene) -> String {
+    format!("while [ ! -e {} ]; do sleep 0.5; done", scene.path("go").display())
+}
+
 /// The script's shell is gone, and its program is not.
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
 async fn a_program_that_outlives_its_shell_is_no_lost_job() {
-    let scene = Scene::new().await;
-    let slurm = Slurm::start(&scene, "submit_timeout = '3s'\nsettle = '5s'", "", "");
-    let _worker = slurm.worker(&scene, "w1", &[]).await;
-    let (path, spec) = witness(&scene, "plain", "sleep 600");
-    let pids = slurm.submit(&scene, &spec, 1).await;
-    all_run(&path, 1).await;
+    let Running { scene, slurm, path, pids, worker: _worker } =
+        running("submit_timeout = '3s'\nsettle = '5s'", "plain", |_| "sleep 600".to_owned(), 1).await;
     let id = eventually("the job is known", LIMIT, async || {
         let id = scene.sql("SELECT external_id FROM job").await.trim().to_owned();
         if id.is_empty() { Err(()) } else { Ok(id) }
@@ -274,13 +291,8 @@ async fn a_program_that_outlives_its_shell_is_no_lost_job() {
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
 async fn an_empty_list_loses_no_job() {
-    let scene = Scene::new().await;
-    let slurm = Slurm::start(&scene, "submit_timeout = '2s'\nsettle = '2s'", "", "");
-    let _worker = slurm.worker(&scene, "w1", &[]).await;
-    let go = scene.path("go");
-    let (path, spec) = witness(&scene, "cluster", &format!("while [ ! -e {} ]; do sleep 0.5; done", go.display()));
-    let pids = slurm.submit(&scene, &spec, 2).await;
-    all_run(&path, 2).await;
+    let Running { scene, slurm, path, pids, worker: _worker } =
+        running("submit_timeout = '2s'\nsettle = '2s'", "cluster", wait_for_go, 2).await;
     slurm.replace("squeue", "exit 0");
     eventually("both are missing in many lists", LIMIT, async || {
         match scene.sql("SELECT count(*) FROM job WHERE absent > 8").await.trim() {
@@ -291,7 +303,7 @@ async fn an_empty_list_loses_no_job() {
     .await;
     assert_eq!(scene.sql("SELECT count(*) FROM job WHERE ended_at IS NOT NULL").await.trim(), "0");
     slurm.mend("squeue");
-    std::fs::write(go, "").unwrap();
+    std::fs::write(scene.path("go"), "").unwrap();
     finished(&scene, &pids, LIMIT).await;
     assert_eq!((runs(&path), scene.count("try = 1").await), (2, 2));
 }
@@ -300,12 +312,8 @@ async fn an_empty_list_loses_no_job() {
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
 async fn the_accounting_says_how_a_forgotten_job_has_ended() {
-    let scene = Scene::new().await;
-    let slurm = Slurm::start(&scene, "submit_timeout = '2s'\nsettle = '2s'", "", "");
-    let _worker = slurm.worker(&scene, "w1", &[]).await;
-    let (path, spec) = witness(&scene, "cluster", "sleep 600");
-    let pids = slurm.submit(&scene, &spec, 1).await;
-    all_run(&path, 1).await;
+    let Running { scene, slurm, pids, path: _, worker: _worker } =
+        running("submit_timeout = '2s'\nsettle = '2s'", "cluster", |_| "sleep 600".to_owned(), 1).await;
     slurm.replace("sacct", "echo '1|CANCELLED by 0'");
     let unknown = "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1";
     slurm.replace("squeue", &format!("case \" $* \" in *' -j '*) {unknown} ;; esac"));
@@ -327,12 +335,8 @@ async fn the_accounting_says_how_a_forgotten_job_has_ended() {
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
 async fn a_job_that_could_not_be_cancelled_is_not_taken_for_gone() {
-    let scene = Scene::new().await;
-    let slurm = Slurm::start(&scene, "submit_timeout = '2s'\nsettle = '2s'", "", "");
-    let _worker = slurm.worker(&scene, "w1", &[]).await;
-    let (path, spec) = witness(&scene, "cluster", "sleep 600");
-    let pids = slurm.submit(&scene, &spec, 1).await;
-    all_run(&path, 1).await;
+    let Running { scene, slurm, path, pids, worker: _worker } =
+        running("submit_timeout = '2s'\nsettle = '2s'", "cluster", |_| "sleep 600".to_owned(), 1).await;
     slurm.replace("scancel", "echo 'scancel: error: Socket timed out on send/recv operation' >&2; exit 1");
     slurm.replace("squeue", "exit 0");
     slurm.baton(&scene, &["kill", &pids[0]]).await;
@@ -394,12 +398,13 @@ async fn an_option_that_slurm_refuses_is_told_and_one_with_blanks_is_not() {
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
 async fn a_job_that_slurm_starts_again_is_submitted_again() {
-    let scene = Scene::new().await;
-    let slurm = Slurm::start(&scene, "submit_timeout = '2s'\nsettle = '3s'", "", "");
-    let _worker = slurm.worker(&scene, "w1", &[]).await;
-    let (path, spec) = witness(&scene, "cluster", "[ \"${PWD##*/}\" != 1 ] || sleep 600");
-    let pids = slurm.submit(&scene, &spec, 1).await;
-    all_run(&path, 1).await;
+    let Running { scene, slurm, path, pids, worker: _worker } = running(
+        "submit_timeout = '2s'\nsettle = '3s'",
+        "cluster",
+        |_| "[ \"${PWD##*/}\" != 1 ] || sleep 600".to_owned(),
+        1,
+    )
+    .await;
     slurm.requeue_all();
     finished(&scene, &pids, LIMIT * 3).await;
     let shown = scene.show(&pids[0]).await;

@@ -18,7 +18,7 @@ use serde_json::Value;
 
 use crate::process::{Advance, Context, Error, Process, Wait};
 use crate::site::launcher::{Listed, Phase};
-use crate::site::script::{self, Done, GIVEN_UP, IN_PRE, UNMARKED};
+use crate::site::script::{self, AGAIN, Done, GIVEN_UP, IN_PRE, UNMARKED};
 use crate::site::watch::{ENDED, LOST};
 use crate::site::{LOOK_AGAIN, Site, Visit, staging};
 use crate::transport::{self, quote};
@@ -44,9 +44,6 @@ const CANCEL_PAUSE: Duration = Duration::from_secs(2);
 
 /// Bytes of a stream that are kept of its beginning, and as many of its end.
 const STREAM_PART_BYTES: usize = 32 * 1024;
-
-/// What the script of a job leaves that was started again, and what is printed of it.
-const AGAIN: &str = "again";
 
 /// Exits of Baton's own commands there.
 const NO_FOLDER: i32 = 41;
@@ -536,7 +533,7 @@ impl Job {
         let folder = quote(&format!("{dir}/{}", script::FOLDER));
         let look = format!(
             "[ ! -L {folder}/started ] || echo {GIVEN_UP}
-             [ ! -e {folder}/again ] || echo {AGAIN}
+             [ ! -e {folder}/{AGAIN} ] || echo {AGAIN}
              head -c {} {folder}/done.json.part 2>/dev/null",
             IN_PRE.len()
         );

@@ -18,6 +18,9 @@ use crate::transport::quote;
 /// Where a script and what it leaves are, below the folder of a try.
 pub(crate) const FOLDER: &str = ".baton";
 
+/// What the script of a job leaves that its launcher has started again.
+pub(crate) const AGAIN: &str = "again";
+
 /// Room for `done.json`, in bytes: blanks behind its one line mean nothing.
 const DONE_BYTES: usize = 127;
 
@@ -60,7 +63,7 @@ pub(crate) fn render(
     line(&format!("baton_dir={}", quote(&format!("{dir}/{FOLDER}"))));
     line("if ! mkdir \"$baton_dir/started\" 2>/dev/null; then");
     line(&format!(
-        "  [ \"$(cat \"$baton_dir/started/job\" 2>/dev/null)\" != \"{job_id}\" ] || : > \"$baton_dir/again\""
+        "  [ \"$(cat \"$baton_dir/started/job\" 2>/dev/null)\" != \"{job_id}\" ] || : > \"$baton_dir/{AGAIN}\""
     ));
     line("  echo 'baton: this try has been started or given up before; nothing is run' >&2");
     line("  exit 0");

@@ -52,7 +52,7 @@ pub(crate) enum Error {
 impl From<transport::Error> for Error {
     fn from(error: transport::Error) -> Self {
         // What a command or a file says is about the files, and the way is well.
-        if error.is_of_transport() || matches!(error, transport::Error::Refused { .. }) {
+        if error.may_pass() {
             Error::Site(error)
         } else if matches!(error, transport::Error::TooMuchOutput) {
             Error::Stage(error.to_string())

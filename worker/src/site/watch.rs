@@ -11,6 +11,7 @@ use std::fmt::Write as _;
 use std::time::{Duration, Instant};
 
 use baton_common::border;
+use baton_common::config;
 use baton_common::store::site::{Job, Look, Seen};
 use tracing::{debug, info, warn};
 
@@ -107,8 +108,8 @@ impl Watch {
         match poll(shared, site, open).await {
             Ok(()) => {
                 self.has_complained = false;
-                if site.pool.slots() == 0 {
-                    // No session is opened, which says so elsewhere: this machine answers, and what failed before is over.
+                if site.config.transport == config::Transport::Local {
+                    // Elsewhere whoever opens a session says so: it answers, and what failed before is over.
                     let _ = site.store.note_site(&site.name, None).await;
                 }
             }
