@@ -17,6 +17,7 @@ use baton_common::communicator::bare::{self, BareQueue};
 use baton_common::id::Pid;
 use baton_common::spec::{Spec, Work};
 use baton_common::state::Place;
+use baton_common::store::bare::BareTables;
 use baton_common::store::query::WorkerRow;
 use baton_common::store::submit::NewProcess;
 use baton_common::store::{Location, Store};
@@ -159,6 +160,11 @@ impl Bench {
 
     async fn bare_queue(&self) -> Result<BareQueue, Failure> {
         Ok(BareQueue::declare(&self.broker_urls, &format!("baton.bench.{}", self.id)).await?)
+    }
+
+    /// Tables with nothing around them.
+    async fn bare_tables(&self) -> Result<BareTables, Failure> {
+        Ok(BareTables::create(&self.store, &format!("baton_bench_{}", self.id)).await?)
     }
 
     /// The workers that take what is told to the run's queue.

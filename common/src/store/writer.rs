@@ -2,12 +2,13 @@
 //!
 //! A lane sends what has gathered while its last commit was under way, in one transaction. Nothing waits for a timer: an
 //! idle system answers after one commit, and a busy one makes few. One lane prepares its commit while another's is being
-//! written to the disk. Each transaction goes through its rows once and in the order of their ids, so two that overlap
-//! wait for each other and do not deadlock.
+//! written to the disk; where none is, everything takes the first, since the server's process of a connection that was
+//! just used answers sooner. Each transaction goes through its rows once and in the order of their ids, so two that
+//! overlap wait for each other and do not deadlock.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use futures_util::FutureExt;
@@ -243,6 +244,8 @@ pub struct Writer {
     claims: mpsc::Sender<Request>,
     checkpoints: mpsc::Sender<Request>,
     departures: mpsc::Sender<Request>,
+    /// How many lanes are committing a batch.
+    committing: Arc<AtomicUsize>,
     unsure: Arc<AtomicBool>,
 }
 
@@ -280,28 +283,35 @@ impl Writer {
     /// The database does not answer.
     pub async fn new(store: &Store, me: Incarnation) -> Result<(Self, impl Future<Output = ()> + Send + use<>), Error> {
         let unsure = Arc::new(AtomicBool::new(false));
+        let committing = Arc::new(AtomicUsize::new(0));
         let lane = async || {
             let db = OwnConnection::open(&store.location).await?;
             let (requests, receiver) = mpsc::channel(QUEUE_LENGTH);
-            let lane = Lane { db, dialect: store.dialect, me, unsure: Arc::clone(&unsure) };
+            let (committing, unsure) = (Arc::clone(&committing), Arc::clone(&unsure));
+            let lane = Lane { db, dialect: store.dialect, me, committing, unsure };
             Ok::<_, Error>((requests, lane.run(receiver)))
         };
         let (claims, claiming) = lane().await?;
         if store.is_embedded() {
             // SQLite has one writer at a time.
             let (checkpoints, departures) = (claims.clone(), claims.clone());
-            return Ok((Self { claims, checkpoints, departures, unsure }, claiming.left_future()));
+            return Ok((Self { claims, checkpoints, departures, committing, unsure }, claiming.left_future()));
         }
         let (checkpoints, checkpointing) = lane().await?;
         let (departures, departing) = lane().await?;
         let run = async move { tokio::join!(claiming, checkpointing, departing) }.map(drop);
-        Ok((Self { claims, checkpoints, departures, unsure }, run.right_future()))
+        Ok((Self { claims, checkpoints, departures, committing, unsure }, run.right_future()))
     }
 
     /// Whether, since this was last asked, the database has left a commit without its answer: then it may say that this
     /// worker holds what the worker does not know.
     pub fn take_unsure(&self) -> bool {
         self.unsure.swap(false, Ordering::AcqRel)
+    }
+
+    /// The first lane while none is committing, and else the one that such requests have.
+    fn idle_or<'a>(&'a self, own: &'a mpsc::Sender<Request>) -> &'a mpsc::Sender<Request> {
+        if self.committing.load(Ordering::Relaxed) == 0 { &self.claims } else { own }
     }
 
     /// Takes the lease of a process, inserting it first if a launch from outside brings it.
@@ -328,7 +338,7 @@ impl Writer {
     pub async fn checkpoint(&self, fence: Fence, checkpoint: &Checkpoint) -> Result<Option<Written>, Error> {
         let (answer, receiver) = oneshot::channel();
         let request = Request::Checkpoint { fence, checkpoint: checkpoint.into(), answer };
-        self.checkpoints.send(request).await.map_err(|_| Error::Stopped)?;
+        self.idle_or(&self.checkpoints).send(request).await.map_err(|_| Error::Stopped)?;
         receiver.await.map_err(|_| Error::Stopped)
     }
 
@@ -341,7 +351,7 @@ impl Writer {
     pub async fn write(&self, fenced: Fenced) -> Result<Option<Written>, Error> {
         let (answer, receiver) = oneshot::channel();
         let request = Request::Write { fenced: Box::new(fenced), answer };
-        self.departures.send(request).await.map_err(|_| Error::Stopped)?;
+        self.idle_or(&self.departures).send(request).await.map_err(|_| Error::Stopped)?;
         receiver.await.map_err(|_| Error::Stopped)
     }
 }
@@ -350,6 +360,7 @@ struct Lane {
     db: OwnConnection,
     dialect: Dialect,
     me: Incarnation,
+    committing: Arc<AtomicUsize>,
     unsure: Arc<AtomicBool>,
 }
 
@@ -375,14 +386,22 @@ impl Lane {
                 if seen.insert(request.pid()) { batch.push(request) } else { waiting.push(request) }
             }
             batch.sort_unstable_by_key(|request| Uuid::from(request.pid()));
+            self.committing.fetch_add(1, Ordering::Relaxed);
             self.commit_for_sure(batch).await;
+            self.committing.fetch_sub(1, Ordering::Relaxed);
         }
     }
 
     /// Sends the batch until the database has answered it. One that the database refuses for good is halved until the
     /// request is alone that cannot be written; only that one goes without an answer.
     async fn commit_for_sure(&self, batch: Vec<Request>) {
-        let mut parts = vec![(batch, self.dialect == Dialect::Postgres)];
+        let mut parts = match self.dialect {
+            // A statement for each kind, which stands or falls by itself.
+            Dialect::Postgres => {
+                by_kind(batch).into_iter().filter(|part| !part.is_empty()).map(|part| (part, true)).collect()
+            }
+            Dialect::Sqlite => vec![(batch, false)],
+        };
         let mut is_repeated = false;
         while let Some((mut part, is_first)) = parts.pop() {
             match self.attempt(&part, is_first).await {
@@ -469,6 +488,20 @@ impl Lane {
         transaction.commit().await?;
         Ok(Answers { claimed, missed, pruned, written })
     }
+}
+
+/// Claims, checkpoints and departures.
+fn by_kind(batch: Vec<Request>) -> [Vec<Request>; 3] {
+    let mut parts: [Vec<Request>; 3] = Default::default();
+    for request in batch {
+        let idx = match request {
+            Request::Claim { .. } => 0,
+            Request::Checkpoint { .. } => 1,
+            Request::Write { .. } => 2,
+        };
+        parts[idx].push(request);
+    }
+    parts
 }
 
 #[derive(Default)]

@@ -198,6 +198,7 @@ mod plans;
 mod prune;
 mod sites;
 mod versions;
+mod writer;
 
 on_both! {
     a_process_goes_its_way_from_submit_to_end
@@ -226,7 +227,6 @@ on_both! {
     outputs_are_kept_and_replaced
     an_overdue_process_is_killed_with_the_reason
     every_transition_is_one_of_the_state_machine
-    two_writers_with_overlapping_rows_do_not_deadlock
     unreadable_checkpoints_are_reported_not_fatal
     a_list_says_who_paused_it_and_what_a_retry_waits_for
     facts_say_who_holds_it_and_how_many_are_before_it
@@ -622,21 +622,6 @@ async fn every_transition_is_one_of_the_state_machine(scene: Scene) {
             assert_eq!(scene.state(pid).await.1, before.next(event).unwrap(), "{setup} {event:?}");
         }
     }
-}
-
-async fn two_writers_with_overlapping_rows_do_not_deadlock(scene: Scene) {
-    let mut pids = Vec::new();
-    for _ in 0..40 {
-        pids.push(scene.submit("call: baton.noop").await);
-    }
-    let other = Scene::writer(&scene.store, scene.me).await;
-    let forward = futures_util::future::join_all(pids.iter().map(|pid| scene.claim(*pid)));
-    let backward = futures_util::future::join_all(
-        pids.iter().rev().map(|pid| async { other.claim(*pid, "default".into(), None).await.unwrap() }),
-    );
-    let (forward, backward) = tokio::join!(forward, backward);
-    let claimed = forward.iter().chain(&backward).filter(|claim| matches!(claim, Claim::Claimed(_))).count();
-    assert_eq!(claimed, 40);
 }
 
 async fn unreadable_checkpoints_are_reported_not_fatal(scene: Scene) {

@@ -44,8 +44,34 @@ pub(super) struct PerProcess {
 
 /// What a run has cost.
 pub(super) struct Cost {
+    count: u64,
     pub(super) per_process: PerProcess,
     pub(super) cpu: Seconds,
+}
+
+impl Cost {
+    /// What all parts of a run have cost.
+    pub(super) fn of_parts(parts: &[Cost]) -> Self {
+        let count = parts.iter().map(|part| part.count).sum();
+        let mean_of = |of: fn(&PerProcess) -> Option<f64>| {
+            let sums = parts.iter().map(|part| of(&part.per_process).map(|each| each * float(part.count)));
+            sums.sum::<Option<f64>>().map(|sum| super::rounded(sum / float(count).max(1.0)))
+        };
+        let per_process = PerProcess {
+            commits: mean_of(|each| Some(each.commits)).unwrap_or_default(),
+            wal_bytes: mean_of(|each| Some(each.wal_bytes)).unwrap_or_default(),
+            rows: mean_of(|each| each.rows),
+            confirms: mean_of(|each| each.confirms),
+            message_bytes: mean_of(|each| each.message_bytes),
+            ack_frames: mean_of(|each| each.ack_frames),
+            event_messages: mean_of(|each| each.event_messages),
+        };
+        let cpu = parts.iter().flat_map(|part| part.cpu.keys()).map(|name| {
+            let sum = parts.iter().map(|part| part.cpu.get(name).copied().flatten()).sum::<Option<f64>>();
+            (*name, sum.map(super::rounded))
+        });
+        Self { count, per_process, cpu: cpu.collect() }
+    }
 }
 
 impl Reading {
@@ -79,6 +105,7 @@ impl Reading {
             (*name, seconds.zip(before).map(|(after, before)| super::rounded(after - before)))
         });
         Cost {
+            count,
             per_process: PerProcess {
                 commits: each(self.meters.commits, after.meters.commits),
                 wal_bytes: each(self.meters.wal_bytes, after.meters.wal_bytes),
@@ -91,14 +118,14 @@ impl Reading {
             cpu: cpu.collect(),
         }
     }
+}
 
-    /// Rows for each of `count` processes between `self` and `after`.
-    pub(super) fn rows_until(&self, after: &Meters, count: u64) -> f64 {
-        ratio(after.rows.saturating_sub(self.meters.rows), count)
-    }
+/// How many each of `count` has.
+pub(super) fn ratio(part: u64, count: u64) -> f64 {
+    super::rounded(float(part) / float(count).max(1.0))
 }
 
 #[expect(clippy::cast_precision_loss, reason = "counts are far below 2^52")]
-fn ratio(part: u64, count: u64) -> f64 {
-    super::rounded(part as f64 / count.max(1) as f64)
+fn float(count: u64) -> f64 {
+    count as f64
 }

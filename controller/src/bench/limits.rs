@@ -53,13 +53,8 @@ pub(super) struct Limits {
     commits_per_s: f64,
     /// Median of one such commit, in milliseconds.
     commit_ms: f64,
-    /// Medians of the three commits of a process of one advance, alone: it is accepted, claimed, and ended with the row of
-    /// its attempt.
-    pub(super) accept_ms: f64,
-    pub(super) claim_ms: f64,
-    pub(super) end_ms: f64,
-    /// Median of one message's publish and confirm, one after the other, in milliseconds.
-    pub(super) confirm_ms: f64,
+    #[serde(flatten)]
+    pub(super) path: PathTimes,
     /// Processes a second of messages and rows together.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) combined_per_s: Option<f64>,
@@ -68,6 +63,38 @@ pub(super) struct Limits {
     /// How many advances each of these makes.
     #[serde(skip_serializing_if = "Option::is_none")]
     combined_steps: Option<u32>,
+}
+
+/// Medians in milliseconds of the steps of a process of one advance, each one after the other.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub(super) struct PathTimes {
+    /// The commit by which it is accepted.
+    accept_ms: f64,
+    /// The publish of its message and the confirm.
+    confirm_ms: f64,
+    /// The commit by which it is claimed.
+    claim_ms: f64,
+    /// The commit by which it ends, with the row of its attempt.
+    end_ms: f64,
+}
+
+impl PathTimes {
+    /// What they make together.
+    pub(super) fn sum_ms(self) -> f64 {
+        self.accept_ms + self.confirm_ms + self.claim_ms + self.end_ms
+    }
+}
+
+/// Plain loops over the steps of a process that is alone.
+pub(super) struct Path<'a> {
+    tables: &'a BareTables,
+    lane: BareLane,
+    queue: BareQueue,
+    publisher: BarePublisher,
+    accepts: Vec<Duration>,
+    confirms: Vec<Duration>,
+    claims: Vec<Duration>,
+    ends: Vec<Duration>,
 }
 
 /// Processes whose messages and rows go through together.
@@ -82,11 +109,13 @@ pub(super) struct Combined {
 /// Measures all; each point for so long.
 pub(super) async fn measure(bench: &Bench, each: Duration, combined: Option<Combined>) -> Result<Limits, Failure> {
     output::note("measuring the limits of broker and database");
-    let tables = BareTables::create(&bench.store, &format!("baton_bench_{}", bench.id)).await?;
+    let tables = bench.bare_tables().await?;
     let measured = async {
-        let (confirm_ms, messages) = messages(bench, each).await?;
+        let messages = messages(bench, each).await?;
         let (commits, rows) = rows(&tables, each).await?;
-        let [accept_ms, claim_ms, end_ms] = path(&tables, each).await?;
+        let mut path = Path::open(bench, &tables).await?;
+        path.measure(each).await?;
+        let path = path.close().await?;
         let together = match combined {
             Some(combined) => Some(best(combined_points(bench, &tables, combined).await?)),
             None => None,
@@ -101,10 +130,7 @@ pub(super) async fn measure(bench: &Bench, each: Duration, combined: Option<Comb
             rows_by,
             commits_per_s: per_second(commits.len() as u64, commits.iter().sum()),
             commit_ms: median_ms(commits),
-            accept_ms,
-            claim_ms,
-            end_ms,
-            confirm_ms,
+            path,
             combined_per_s,
             combined_by,
             combined_steps: combined.map(|combined| combined.steps),
@@ -125,8 +151,8 @@ fn launch() -> BareMessage {
     Told { task, traceparent: Some(new_traceparent()) }.into()
 }
 
-/// The median of a confirm in milliseconds, and the rates of the points.
-async fn messages(bench: &Bench, each: Duration) -> Result<(f64, Vec<(f64, String)>), Failure> {
+/// The rates of the points.
+async fn messages(bench: &Bench, each: Duration) -> Result<Vec<(f64, String)>, Failure> {
     let mut points = Vec::new();
     for (lanes, window) in MESSAGE_POINTS {
         let queue = bench.bare_queue().await?;
@@ -134,17 +160,7 @@ async fn messages(bench: &Bench, each: Duration) -> Result<(f64, Vec<(f64, Strin
         queue.delete().await?;
         points.push((rate?, format!("{lanes} × window {window}")));
     }
-    let queue = bench.bare_queue().await?;
-    let publisher = queue.publisher(1).await?;
-    let mut confirms = Vec::new();
-    let started = Instant::now();
-    while started.elapsed() < each {
-        let one = Instant::now();
-        publisher.publish([launch()]).await?;
-        confirms.push(one.elapsed());
-    }
-    queue.delete().await?;
-    Ok((median_ms(confirms), points))
+    Ok(points)
 }
 
 async fn message_rate(queue: &BareQueue, lanes: usize, window: usize, each: Duration) -> Result<f64, Failure> {
@@ -223,23 +239,45 @@ async fn rows(tables: &BareTables, each: Duration) -> Result<(Vec<Duration>, Vec
     Ok((commits, points))
 }
 
-/// Medians of the commits on the path of one process, one process after the other.
-async fn path(tables: &BareTables, each: Duration) -> Result<[f64; 3], Failure> {
-    let lane = tables.lane().await?;
-    let mut times: [Vec<Duration>; 3] = Default::default();
-    let started = Instant::now();
-    while started.elapsed() < each {
-        let accepting = Instant::now();
-        let pids = accept(tables, 1).await?.into_iter().map(|told| told.task.pid()).collect();
-        let claiming = Instant::now();
-        let claimed = lane.turn(pids, &[], 1).await?;
-        let ending = Instant::now();
-        lane.turn(vec![], &claimed, 1).await?;
-        for (times, time) in times.iter_mut().zip([claiming - accepting, ending - claiming, ending.elapsed()]) {
-            times.push(time);
-        }
+impl<'a> Path<'a> {
+    pub(super) async fn open(bench: &Bench, tables: &'a BareTables) -> Result<Self, Failure> {
+        let (lane, queue) = (tables.lane().await?, bench.bare_queue().await?);
+        let publisher = queue.publisher(1).await?;
+        let [accepts, confirms, claims, ends] = Default::default();
+        Ok(Self { tables, lane, queue, publisher, accepts, confirms, claims, ends })
     }
-    Ok(times.map(median_ms))
+
+    /// Goes through the steps of one after the other for so long, in their order: who has slept meanwhile answers later.
+    pub(super) async fn measure(&mut self, each: Duration) -> Result<(), Failure> {
+        let started = Instant::now();
+        while started.elapsed() < each {
+            let accepting = Instant::now();
+            let told = accept(self.tables, 1).await?;
+            let publishing = Instant::now();
+            let pids = told.iter().map(|told| told.task.pid()).collect();
+            self.publisher.publish(told.into_iter().map(BareMessage::from)).await?;
+            let claiming = Instant::now();
+            let claimed = self.lane.turn(pids, &[], 1).await?;
+            let ending = Instant::now();
+            self.lane.turn(vec![], &claimed, 1).await?;
+            self.ends.push(ending.elapsed());
+            self.claims.push(ending - claiming);
+            self.confirms.push(claiming - publishing);
+            self.accepts.push(publishing - accepting);
+        }
+        Ok(())
+    }
+
+    /// The medians of all that was measured.
+    pub(super) async fn close(self) -> Result<PathTimes, Failure> {
+        self.queue.delete().await?;
+        Ok(PathTimes {
+            accept_ms: median_ms(self.accepts),
+            confirm_ms: median_ms(self.confirms),
+            claim_ms: median_ms(self.claims),
+            end_ms: median_ms(self.ends),
+        })
+    }
 }
 
 /// Holds some rows.

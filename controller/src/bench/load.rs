@@ -3,14 +3,15 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
+use baton_common::store::bare::BareTables;
 use baton_common::store::measure::Sums;
 use baton_common::store::submit::NewProcess;
 use baton_common::store::{Location, Store};
 use serde_json::json;
 
-use super::cost::Reading;
+use super::cost::{self, Cost, Reading};
 use super::fleet::Fleet;
-use super::limits::{self, Combined, Limits};
+use super::limits::{self, Combined, Limits, Path, PathTimes};
 use super::{Bench, Report, Times, noop, per_second, process, rounded};
 use crate::cli::bench::{AdvancesArguments, FleetArguments, LatencyArguments, ThroughputArguments};
 use crate::failure::Failure;
@@ -19,18 +20,19 @@ use crate::output;
 /// Processes that go through before anything is measured: connections open, statements are prepared, caches fill.
 const WARM_UP: u32 = 500;
 
-/// How long a connection of PostgreSQL keeps what its statistics shall know, at least.
+/// How long a connection of PostgreSQL keeps, at most, what its statistics shall know, if it is used or has ended.
 const STATISTICS_PAUSE: Duration = Duration::from_millis(1_100);
 
 /// How often it is looked at whether all have ended; the database's times decide how long that took.
 const LOOK: Duration = Duration::from_millis(100);
 
-/// For how long one that was just told is not looked at: less than the commits and the confirm take. Whoever looks all the
-/// time takes processor time from the broker, the worker and the database.
-const LEAVE_ALONE: Duration = Duration::from_micros(1_000);
+/// By how much the first look at the next process comes earlier or later than that at the last.
+const STEP: Duration = Duration::from_micros(20);
 
-/// Pause between two looks after that.
-const GLANCE: Duration = Duration::from_micros(50);
+/// Processes between two measurements of the limits of one that is alone, and how long each of these takes. A machine that
+/// others use as well may be half as fast a second later, and then both are.
+const PART: u32 = 50;
+const PATH_EACH: Duration = Duration::from_millis(100);
 
 /// How long nothing may happen.
 const STALL_LIMIT: Duration = Duration::from_secs(120);
@@ -100,22 +102,23 @@ async fn load(
     let fleet = Fleet::gather(bench, arguments).await?;
     // Their own connections end before the rows are counted.
     let store = Store::open(Location::parse(&bench.database_url)?).await?;
+    let rows_before = if fleet.is_own() { Some(rows_written(bench).await?) } else { None };
     let warm_up = format!("{}-warm-up", bench.session());
-    pass(bench, &store, WARM_UP.min(count), || make(&warm_up)).await?;
-    // What a connection has written it reports with its next transaction, but not twice within this time.
-    tokio::time::sleep(STATISTICS_PAUSE).await;
-    pass(bench, &store, 1, || make(&warm_up)).await?;
+    let n_warm_up = WARM_UP.min(count);
+    pass(bench, &store, n_warm_up, || make(&warm_up)).await?;
     output::note(&format!("{count} processes, {} workers", fleet.len()));
     let session = bench.session();
     let before = Reading::take(bench, &fleet).await?;
     pass(bench, &store, count, || make(&session)).await?;
     let after = Reading::take(bench, &fleet).await?;
-    let (workers, is_own) = (fleet.len(), fleet.is_own());
+    let workers = fleet.len();
     fleet.stop().await?;
     store.close().await;
     let mut cost = before.until(&after, u64::from(count));
-    if is_own {
-        cost.per_process.rows = Some(before.rows_until(&bench.store.meters().await?, u64::from(count)));
+    if let Some(rows_before) = rows_before {
+        // The lanes of a worker have reported nothing for sure before they end, so those that warmed up are counted as well.
+        let n_rows = rows_written(bench).await?.saturating_sub(rows_before);
+        cost.per_process.rows = Some(cost::ratio(n_rows, u64::from(count + n_warm_up)));
     }
     let sums = bench.store.watcher().await?.sums(&session).await?;
     let times_ms = times_of(&sums);
@@ -137,6 +140,14 @@ async fn load(
         cpu_seconds: cost.cpu,
         ..Report::default()
     })
+}
+
+/// Rows written by all connections that have ended, and by that which asks.
+async fn rows_written(bench: &Bench) -> Result<u64, Failure> {
+    tokio::time::sleep(STATISTICS_PAUSE).await;
+    // By this it reports, with the end of the transaction.
+    bench.store.meters().await?;
+    Ok(bench.store.meters().await?.rows)
 }
 
 /// A pause that is shorter than the timers of the runtime know.
@@ -171,48 +182,89 @@ pub(super) async fn latency(bench: &Bench, arguments: &LatencyArguments) -> Resu
     let fleet = Fleet::gather(bench, &arguments.fleet).await?;
     let warm_up = format!("{}-warm-up", bench.session());
     pass(bench, &bench.store, 20, || noop(&bench.queue, &warm_up)).await?;
-    let session = bench.session();
-    let watcher = bench.store.watcher().await?;
-    let before = Reading::take(bench, &fleet).await?;
-    let started = Instant::now();
-    let mut lives = Vec::new();
-    for _ in 0..arguments.count {
-        let process = noop(&bench.queue, &session);
-        let pid = process.pid;
-        let one = Instant::now();
-        bench.submit(&bench.store, 1, || process.clone()).await?;
-        leave_alone(LEAVE_ALONE);
-        while !watcher.has_ended(pid).await? {
-            leave_alone(GLANCE);
-            if one.elapsed() > STALL_LIMIT {
-                return Err(Failure::failed(format!("{pid} has not ended within {} s", STALL_LIMIT.as_secs())));
-            }
-        }
-        lives.push(one.elapsed());
+    let tables = if limits.is_some() { Some(bench.bare_tables().await?) } else { None };
+    let measured = one_by_one(bench, &fleet, tables.as_ref(), arguments.count).await;
+    if let Some(tables) = tables {
+        tables.remove().await?;
     }
-    let elapsed = started.elapsed();
-    let after = Reading::take(bench, &fleet).await?;
+    let OneByOne { lives, cost, path } = measured?;
     let workers = fleet.len();
     fleet.stop().await?;
-    let cost = before.until(&after, u64::from(arguments.count));
+    let elapsed = lives.iter().sum();
     let mut report = Report {
         bench: "latency",
         of: "processes of one advance, one after the other",
         count: u64::from(arguments.count),
         workers,
-        seconds: rounded(elapsed.as_secs_f64()),
+        seconds: rounded(Duration::as_secs_f64(&elapsed)),
         rate_per_s: per_second(u64::from(arguments.count), elapsed),
-        times_ms: times_of(&watcher.sums(&session).await?),
+        times_ms: times_of(&bench.store.watcher().await?.sums(&bench.session()).await?),
         per_process: Some(cost.per_process),
         cpu_seconds: cost.cpu,
         ..Report::default()
     };
     let lives = Times::of(lives);
-    if let Some(limits) = limits {
-        let path_ms = limits.accept_ms + limits.confirm_ms + limits.claim_ms + limits.end_ms;
-        report.ratios.insert("three_commits_and_a_confirm", rounded(lives.p50 / path_ms));
+    if let (Some(mut limits), Some(path)) = (limits, path) {
+        report.ratios.insert("three_commits_and_a_confirm", rounded(lives.p50 / path.sum_ms()));
+        limits.path = path;
         report.limits = Some(limits);
     }
     report.times_ms.insert("submitted_to_ended", lives);
     Ok(report)
+}
+
+/// What became of processes of which each was alone.
+struct OneByOne {
+    /// From before it was submitted until its end was known.
+    lives: Vec<Duration>,
+    cost: Cost,
+    path: Option<PathTimes>,
+}
+
+/// Runs one after the other, and measures the limits of one, if there are tables for that, between parts of them.
+async fn one_by_one(
+    bench: &Bench,
+    fleet: &Fleet,
+    tables: Option<&BareTables>,
+    count: u32,
+) -> Result<OneByOne, Failure> {
+    let session = bench.session();
+    let watcher = bench.store.watcher().await?;
+    let mut path = match tables {
+        Some(tables) => Some(Path::open(bench, tables).await?),
+        None => None,
+    };
+    let (mut lives, mut costs) = (Vec::new(), Vec::new());
+    // When a process is looked at first. Each look takes processor time from the broker, the worker and the database, and
+    // one that comes late is measured as well; so it comes when half of them have ended.
+    let mut first_look = Duration::ZERO;
+    for begun in (0..count).step_by(PART as usize) {
+        let n_part = PART.min(count - begun);
+        if let Some(path) = &mut path {
+            path.measure(PATH_EACH).await?;
+        }
+        let before = Reading::take(bench, fleet).await?;
+        for _ in 0..n_part {
+            let process = noop(&bench.queue, &session);
+            let pid = process.pid;
+            let one = Instant::now();
+            bench.submit(&bench.store, 1, || process.clone()).await?;
+            leave_alone(first_look.saturating_sub(one.elapsed()));
+            let mut looks = 1;
+            while !watcher.has_ended(pid).await? {
+                looks += 1;
+                if one.elapsed() > STALL_LIMIT {
+                    return Err(Failure::failed(format!("{pid} has not ended within {} s", STALL_LIMIT.as_secs())));
+                }
+            }
+            lives.push(one.elapsed());
+            first_look = if looks == 1 { first_look.saturating_sub(STEP) } else { first_look + STEP };
+        }
+        costs.push(before.until(&Reading::take(bench, fleet).await?, u64::from(n_part)));
+    }
+    let path = match path {
+        Some(path) => Some(path.close().await?),
+        None => None,
+    };
+    Ok(OneByOne { lives, cost: Cost::of_parts(&costs), path })
 }
