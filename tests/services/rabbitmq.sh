@@ -48,7 +48,8 @@ management.tcp.port = $((port + 1))
 collect_statistics_interval = 1000
 management.rates_mode = basic
 disk_free_limit.absolute = 50MB
-vm_memory_high_watermark.absolute = 1GB
+# The log of quorum queues may take 512 MB, and as much again while it is written to their own files.
+vm_memory_high_watermark.absolute = 2GB
 CONF
   [ ! -e "$dir/more.conf" ] || cat "$dir/more.conf" >>"$dir/rabbitmq.conf"
   [ -s "$dir/.erlang.cookie" ] || new_cookie "$dir/.erlang.cookie"
