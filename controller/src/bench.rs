@@ -3,6 +3,7 @@
 mod cost;
 mod cpu;
 mod fleet;
+mod latency;
 mod limits;
 mod load;
 mod recover;
@@ -102,7 +103,7 @@ pub(crate) async fn run(global: &Global, command: BenchCommand) -> Result<u8, Fa
         }
         BenchCommand::Throughput(arguments) => Box::pin(load::throughput(&bench, &arguments)).await.map(value),
         BenchCommand::Advances(arguments) => Box::pin(load::advances(&bench, &arguments)).await.map(value),
-        BenchCommand::Latency(arguments) => Box::pin(load::latency(&bench, &arguments)).await.map(value),
+        BenchCommand::Latency(arguments) => Box::pin(latency::run(&bench, &arguments)).await.map(value),
         BenchCommand::Control(arguments) => Box::pin(requests::run(&bench, &arguments)).await.map(value),
         BenchCommand::Recover(arguments) => Box::pin(recover::run(&bench, &arguments)).await.map(value),
     };

@@ -41,7 +41,8 @@ print(f"| messages and rows together, processes | {limits['combined_per_s']:,.0f
 of_ten = reports["advances"]["limits"]
 print(f"| the same with {of_ten['combined_steps']} advances each | {of_ten['combined_per_s']:,.0f}/s | {of_ten['combined_by']} |")
 print(f"| single commits | {limits['commits_per_s']:,.0f}/s | {limits['commit_ms']:.2f} ms each |")
-print(f"| accept, confirm, claim, end | | {limits['accept_ms']:.2f}, {limits['confirm_ms']:.2f}, {limits['claim_ms']:.2f}, {limits['end_ms']:.2f} ms |")
+of_one = [f"{reports['latency']['limits'][f'{step}_ms']:.2f}" for step in ("accept", "confirm", "claim", "end")]
+print(f"| one process alone: accept, confirm, claim, end, in turns with those of Baton | | {', '.join(of_one)} ms |")
 print()
 # Each against the limits of its own run.
 print("| Baton | rate | of messages | of both together | its rows, of rows |\n|---|---|---|---|---|")
@@ -59,6 +60,12 @@ rows, most = ratios["rows_per_s"], ratios["rows_per_s"] / ratios["combined_per_s
 print()
 print(f"Advances alone are {share(ratios['advances_to_rows_per_s'])} of the rows that fenced updates change. The rows of the plain loop over messages")
 print(f"and rows of such processes, which does nothing else, are {share(most)}; those of Baton, {share(rows)}.")
+# Both limits take all processors, so what has both takes the sum of their times.
+n_rows = reports["advances"]["per_process"]["rows"]
+message_in_rows = of_ten["rows_per_s"] / of_ten["messages_per_s"]
+free = 1 / (n_rows + message_in_rows)
+print(f"If such a process cost nothing but its message and its {n_rows:.0f} rows, each at the rate of its limit, then its ten advances")
+print(f"would be {share(10 * free)}, and its rows {share(n_rows * free)}.")
 print()
 print("| time | median | 99 % |\n|---|---|---|")
 latency, control, recover = (reports[name]["times_ms"] for name in ("latency", "control", "recover"))
