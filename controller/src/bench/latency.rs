@@ -12,8 +12,10 @@ use super::{Bench, Report, Times, noop, per_second, rounded};
 use crate::cli::bench::LatencyArguments;
 use crate::failure::Failure;
 
-/// By how much the first look at the next process comes earlier or later than that at the last.
-const STEP: Duration = Duration::from_micros(20);
+/// By how much the first look at the second process comes later than that at the first. The steps become smaller with the
+/// number of processes (Robbins and Monro, 1951), down to the second one.
+const STEP_MAX: Duration = Duration::from_millis(2);
+const STEP_MIN: Duration = Duration::from_micros(20);
 
 /// Processes between two measurements of the limits of one that is alone, and how long each of these takes. A machine that
 /// others use as well may be half as fast a second later, and then both are.
@@ -101,11 +103,8 @@ async fn one_by_one(
                 }
             }
             lives.push(one.elapsed());
-            first_look = match (lives.as_slice(), looks) {
-                ([first], _) => *first,
-                (_, 1) => first_look.saturating_sub(STEP),
-                _ => first_look + STEP,
-            };
+            let step = (STEP_MAX / u32::try_from(lives.len()).unwrap_or(u32::MAX)).max(STEP_MIN);
+            first_look = if looks == 1 { first_look.saturating_sub(step) } else { first_look + step };
         }
         costs.push(before.until(&Reading::take(bench, fleet).await?, u64::from(n_part)));
     }
