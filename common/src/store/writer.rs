@@ -1,10 +1,10 @@
 //! The group commit: three lanes through which every claim, every checkpoint and every departure of a process goes.
 //!
-//! A lane sends what has gathered while its last commit was under way, in one transaction. Nothing waits for a timer: an
-//! idle system answers after one commit, and a busy one makes few. One lane prepares its commit while another's is being
-//! written to the disk; where none is, everything takes the first, since the server's process of a connection that was
-//! just used answers sooner. Each transaction goes through its rows once and in the order of their ids, so two that
-//! overlap wait for each other and do not deadlock.
+//! A lane sends what has gathered while its last commit was under way, in one transaction for each kind of request (on
+//! SQLite in one for all). Nothing waits for a timer: an idle system answers after one commit, and a busy one makes
+//! few. One lane prepares its commit while another's is being written to the disk; where none is, everything takes the
+//! first, since the server's process of a connection that was just used answers sooner. Each transaction goes through
+//! its rows once and in the order of their ids, so two that overlap wait for each other and do not deadlock.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
