@@ -24,6 +24,7 @@ mod intake;
 mod kinds;
 mod lease;
 pub mod local;
+mod open_files;
 pub mod peers;
 pub mod process;
 pub mod registry;

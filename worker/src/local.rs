@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot, watch};
 
+use crate::open_files;
 use crate::shim::tree;
 use crate::shim::wire::{Ended, Request};
 
@@ -124,6 +125,7 @@ impl Programs {
     /// # Errors
     /// [`Error::Shim`] if there can be no thread.
     pub fn start(shim: PathBuf, lease: watch::Receiver<u64>, lease_limit: Duration) -> Result<Self, Error> {
+        open_files::raise();
         let (launches, launches_rx) = mpsc::channel(LAUNCHES_MAX);
         let (stopped_tx, stopped) = oneshot::channel();
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(Error::Shim)?;

@@ -106,6 +106,7 @@ impl Bare {
             grace_ms: 300,
             lease_ms,
             leased_at_ms: boottime_ms(),
+            open_files: None,
         };
         adjust(&mut order);
         let mut child = tokio::process::Command::new(EXE)
@@ -271,6 +272,14 @@ async fn a_program_sees_its_own_variables_and_none_of_the_workers_secrets() {
     let expected = "PATH HOME LANG TZ USER TMPDIR BATON_PID BATON_TRY BATON_SANDBOX ANSWER";
     assert!(names.iter().all(|name| expected.split(' ').any(|known| known == *name)), "{stdout}");
     assert!(stdout.contains("ANSWER=42\n") && stdout.contains("BATON_TRY=1\n"), "{stdout}");
+}
+
+#[tokio::test]
+async fn a_program_has_the_limit_of_open_files_that_it_is_given() {
+    let root = TempDir::new().unwrap();
+    let mut shim = Bare::start(root.path(), "ulimit -S -n", 600_000, |order| order.open_files = Some(333)).await;
+    assert_eq!(shim.ended().await.exit, Some(0));
+    assert_eq!(text(&shim.sandbox.stdout()), "333\n");
 }
 
 #[tokio::test]

@@ -3,11 +3,13 @@
 
 use std::time::{Duration, Instant};
 
+use baton_common::state::State;
 use baton_tests::eventually;
 use baton_tests::history::History;
 use baton_tests::journal;
 use baton_tests::proxy::{Fault, Proxy};
 use baton_tests::scene::Scene;
+use rustix::process::{Pid, Resource, Rlimit, prlimit};
 
 use crate::busy::{Busy, PROCESSES, blocking};
 
@@ -297,4 +299,24 @@ async fn a_second_signal_does_not_wait_for_the_grace() {
     assert!(since.elapsed() < Duration::from_secs(30), "{:?}", since.elapsed());
     assert!(baton_tests::process::processes_with("sleep 1741").is_empty());
     assert_eq!(scene.show(&stays).await["place"], "queued");
+}
+
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn a_worker_that_has_too_few_open_files_fails_no_process() {
+    const COUNT: u32 = 20;
+    let scene = Scene::new().await;
+    let worker = scene.worker("w1", &["--slots", "20"]).await;
+    // Enough for a few programs at a time.
+    let limit = Some(u64::try_from(worker.open_files()).unwrap() + 15);
+    let pid = Pid::from_raw(worker.os_pid().cast_signed());
+    prlimit(pid, Resource::Nofile, Rlimit { current: limit, maximum: limit }).unwrap();
+    scene.submit("run: [sleep, '2']", COUNT).await;
+    worker.says("Too many open files").await;
+    eventually("all have finished", Duration::from_secs(60), async || {
+        let n_finished = scene.count(&format!("state = {}", State::Finished.code())).await;
+        if n_finished == u64::from(COUNT) { Ok(()) } else { Err(n_finished) }
+    })
+    .await;
+    assert_eq!(scene.count("try > 1").await, 0);
 }

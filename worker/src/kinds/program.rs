@@ -9,16 +9,21 @@ use baton_common::store::writer::{Output, Stream};
 use futures_util::future::LocalBoxFuture;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use tracing::warn;
 
+use crate::cli::chain;
 use crate::local::output::Capture;
 use crate::local::sandbox::Sandbox;
 use crate::local::{self, Command, Running};
-use crate::process::{Advance, Context, Error, Interrupt, Process};
+use crate::process::{Advance, Context, Error, Interrupt, Process, Wait};
 use crate::shim::wire::{Ended, EndedBy};
 
 /// Pause between two looks at a running program: what it has written is stored, so that little of it is lost with the
 /// worker, and its memory is measured.
 const LOOK_INTERVAL: Duration = Duration::from_secs(5);
+
+/// When a program is tried again that the worker's machine had no process or open file for.
+const SHORT_PAUSE: Duration = Duration::from_secs(10);
 
 /// One try is one advance: if the worker dies, the shim ends the program, and the next holder runs it again.
 #[derive(Default, Serialize, Deserialize)]
@@ -168,9 +173,13 @@ fn read(path: &Path) -> Capture {
 fn refused(error: local::Error) -> Error {
     match error {
         local::Error::Vanished | local::Error::Stopping => Error::Interrupted(error.to_string()),
-        local::Error::Sandbox { .. }
-        | local::Error::Shim(_)
-        | local::Error::NotStarted { .. }
-        | local::Error::NotRecorded { .. } => Error::failed(error),
+        // The machine is short of processes or open files, which is no fault of the process.
+        local::Error::Shim(_) => {
+            warn!("{}; it is tried again in {} s", chain(&error), SHORT_PAUSE.as_secs());
+            Error::NotNow(Wait::pause(SHORT_PAUSE))
+        }
+        local::Error::Sandbox { .. } | local::Error::NotStarted { .. } | local::Error::NotRecorded { .. } => {
+            Error::failed(error)
+        }
     }
 }

@@ -13,6 +13,7 @@ use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use super::sandbox::MARK;
 use super::{Command, Error, Launch, Program, REQUESTS_MAX, Running};
+use crate::open_files;
 use crate::shim::course::KILL_LIMIT;
 use crate::shim::wire::{Ended, Order, Report, Request};
 use crate::shim::{self, boottime_ms, tree};
@@ -268,6 +269,7 @@ fn order(program: Program, lease_ms: u64, leased_at_ms: u64) -> Result<Order, Er
         grace_ms: whole_ms(grace),
         lease_ms,
         leased_at_ms,
+        open_files: open_files::of_children(),
     })
 }
 

@@ -16,6 +16,8 @@ use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::process::{Pid, Signal, getppid, set_parent_process_death_signal, setsid};
 use serde::{Deserialize, Serialize};
 
+use crate::open_files;
+
 /// There is no such program: the shell's exit code for it.
 const EXIT_NOT_FOUND: u8 = 127;
 /// There is such a program but it could not be executed: the shell's exit code for it.
@@ -30,6 +32,7 @@ pub(super) struct Image {
     pub(super) env: BTreeMap<String, String>,
     pub(super) stdin: Option<String>,
     pub(super) stdout: PathBuf,
+    pub(super) open_files: Option<u64>,
 }
 
 /// A file in memory that holds the text and is read from its start. A pipe would have to be filled while it is read.
@@ -71,6 +74,9 @@ fn become_program() -> io::Result<(io::Error, String)> {
         return Err(io::Error::other("the shim is gone"));
     }
 
+    if let Some(limit) = image.open_files {
+        open_files::set(limit)?;
+    }
     let stdin = match &image.stdin {
         Some(text) => Stdio::from(memory_file("stdin", text.as_bytes())?),
         None => Stdio::null(),

@@ -103,6 +103,7 @@ fn start(order: &Order) -> Result<(u32, io::PipeReader), Error> {
             env: order.env.clone(),
             stdin: order.stdin.clone(),
             stdout: order.stdout.clone(),
+            open_files: order.open_files,
         };
         let (failure, to_shim) = io::pipe()?;
         let child = Command::new(crate::local::SELF)

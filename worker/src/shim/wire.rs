@@ -30,6 +30,8 @@ pub struct Order {
     pub lease_ms: u64,
     /// When the lease was renewed last, on CLOCK_BOOTTIME.
     pub leased_at_ms: u64,
+    /// How many files the program may have open; as many as the shim if absent.
+    pub open_files: Option<u64>,
 }
 
 /// What a worker asks of a shim whose program runs.

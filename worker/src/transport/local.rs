@@ -12,6 +12,7 @@ use tokio::process::{Child, ChildStderr, ChildStdin, ChildStdout};
 
 use super::Error;
 use super::running::Event;
+use crate::open_files;
 
 /// The worker's variables that a command sees. All others stay with the worker: they hold its passwords, and some
 /// schedulers give a job the whole environment of what submits it.
@@ -60,7 +61,11 @@ impl Command {
 pub(super) fn shell(command: &str) -> tokio::process::Command {
     let inherited = INHERITED.iter().filter_map(|name| std::env::var_os(name).map(|value| (name, value)));
     let mut shell = tokio::process::Command::new("/bin/sh");
-    shell.arg("-c").arg(command).env_clear().envs(inherited).process_group(0);
+    let text = match open_files::of_children() {
+        Some(limit) => format!("ulimit -S -n {limit}; {command}"),
+        None => command.to_owned(),
+    };
+    shell.arg("-c").arg(text).env_clear().envs(inherited).process_group(0);
     shell.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     if let Some(home) = std::env::home_dir().filter(|home| home.is_dir()) {
         shell.current_dir(home);
