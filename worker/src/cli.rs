@@ -20,7 +20,7 @@ use crate::shim;
 use crate::worker::{self, Limits, Options, Stop};
 
 /// Slots of a worker that names none. A held process costs memory and, if it runs a program, a share of the machine.
-const SLOTS: u32 = 200;
+const SLOTS: u32 = 400;
 
 /// Grace of a worker that names none: service managers send KILL after 30 s and more.
 const GRACE: Duration = Duration::from_secs(25);
@@ -133,7 +133,7 @@ struct Command {
     /// A queue to serve; may be repeated [default: default]
     #[arg(long = "queue", env = "BATON_WORKER_QUEUES", value_delimiter = ',')]
     queues: Vec<String>,
-    /// How many processes it holds at a time [default: 200]
+    /// How many processes it holds at a time [default: 400]
     #[arg(long, env = "BATON_WORKER_SLOTS", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     slots: Option<u32>,
     /// How many threads advance processes [default: as many as there are cores]

@@ -217,7 +217,8 @@ pub(crate) async fn run(options: &Options, drain: CancellationToken, hurry: Canc
             },
         )
         .await?;
-    let (writer, writing) = Writer::new(&store, me).await?;
+    let slots = Arc::new(Semaphore::new(usize::try_from(options.slots).unwrap_or(usize::MAX >> 4)));
+    let (writer, writing) = Writer::new(&store, me, &slots).await?;
     let (communicator, incoming) = Communicator::start(communicator::Options {
         broker: options.broker.clone(),
         name: format!("baton-worker {}", options.name),
@@ -237,7 +238,7 @@ pub(crate) async fn run(options: &Options, drain: CancellationToken, hurry: Canc
         grace: options.grace,
         limits: options.limits,
         queues: options.queues.iter().flat_map(|queue| classes(queue)).collect(),
-        slots: Arc::new(Semaphore::new(usize::try_from(options.slots).unwrap_or(usize::MAX >> 4))),
+        slots,
         registry: options.registry.clone(),
         store,
         writer,

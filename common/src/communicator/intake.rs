@@ -30,7 +30,7 @@ use crate::message::Task;
 /// Deliveries of a queue of normal priority that are not acknowledged yet: no more than the worker has free slots. A
 /// worker acknowledges after a commit, so this bounds the claims in one commit; beyond some hundreds nothing is gained, and
 /// more would only keep tasks from others.
-const PREFETCH_MAX: usize = 250;
+const PREFETCH_MAX: usize = 400;
 
 /// Broadcasts to record, each one statement.
 const PREFETCH_CONTROL: u16 = 16;

@@ -1,18 +1,20 @@
 //! The group commit: three lanes through which every claim, every checkpoint and every departure of a process goes.
 //!
 //! A lane sends what has gathered while its last commit was under way, in one transaction for each kind of request (on
-//! SQLite in one for all). Nothing waits for a timer: an idle system answers after one commit, and a busy one makes
-//! few. One lane prepares its commit while another's is being written to the disk; where none is, everything takes the
-//! first, since the server's process of a connection that was just used answers sooner. Each transaction goes through
-//! its rows once and in the order of their ids, so two that overlap wait for each other and do not deadlock.
+//! SQLite in one for all): an idle system answers after one commit, and a busy one makes few. After a commit of many,
+//! claims and departures gather for twice as long, unless all that this worker has room for is in hand: several workers
+//! would otherwise share the same processes out to several times as many commits. One lane prepares its commit while
+//! another's is being written to the disk; where none has anything to do, everything takes the first, since the server's
+//! process of a connection that was just used answers sooner. Each transaction goes through its rows once and in the order
+//! of their ids, so two that overlap wait for each other and do not deadlock.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures_util::FutureExt;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{Semaphore, mpsc, oneshot};
 use tracing::{debug, warn};
 use uuid::Uuid;
 
@@ -34,6 +36,20 @@ const BATCH_ROWS_MAX: usize = 256;
 /// Requests that may wait for a lane: two batches. Whoever comes later waits at the channel, which is the back pressure
 /// that a slow database needs.
 const QUEUE_LENGTH: usize = 2 * BATCH_ROWS_MAX;
+
+/// After a commit of so many rows a lane gathers more before the next one. With fewer, nobody is in a crowd, and whoever
+/// comes alone after one other is not held up.
+const CROWD: usize = 8;
+
+/// The longest for which a lane gathers, however long its last commit took.
+const GATHER_MAX: Duration = Duration::from_millis(20);
+
+/// How often a lane that gathers looks whether it is time: what the clock of the runtime can tell apart.
+const GATHER_LOOK: Duration = Duration::from_millis(1);
+
+/// A lane gathers while at least this part of the worker's slots is free. Where fewer are, what the worker can take is in
+/// hand already, and the broker brings more only once that is committed.
+const GATHER_FREE: usize = 4;
 
 /// Pause before a batch is sent again to a database that does not answer.
 const RETRY_PAUSE: Duration = Duration::from_millis(200);
@@ -244,8 +260,8 @@ pub struct Writer {
     claims: mpsc::Sender<Request>,
     checkpoints: mpsc::Sender<Request>,
     departures: mpsc::Sender<Request>,
-    /// How many lanes are committing a batch.
-    committing: Arc<AtomicUsize>,
+    /// How many lanes have something to commit.
+    busy: Arc<AtomicUsize>,
     unsure: Arc<AtomicBool>,
 }
 
@@ -277,30 +293,37 @@ impl Claimed {
 }
 
 impl Writer {
-    /// The writer of one incarnation, and the task that must be run for it.
+    /// The writer of one incarnation, and the task that must be run for it. The slots are those of the worker, all free.
     ///
     /// # Errors
     /// The database does not answer.
-    pub async fn new(store: &Store, me: Incarnation) -> Result<(Self, impl Future<Output = ()> + Send + use<>), Error> {
+    pub async fn new(
+        store: &Store,
+        me: Incarnation,
+        slots: &Arc<Semaphore>,
+    ) -> Result<(Self, impl Future<Output = ()> + Send + use<>), Error> {
         let unsure = Arc::new(AtomicBool::new(false));
-        let committing = Arc::new(AtomicUsize::new(0));
-        let lane = async || {
+        let busy = Arc::new(AtomicUsize::new(0));
+        let lane = async |room: Option<Room>| {
             let db = OwnConnection::open(&store.location).await?;
             let (requests, receiver) = mpsc::channel(QUEUE_LENGTH);
-            let (committing, unsure) = (Arc::clone(&committing), Arc::clone(&unsure));
-            let lane = Lane { db, dialect: store.dialect, me, committing, unsure };
+            let (busy, unsure) = (Arc::clone(&busy), Arc::clone(&unsure));
+            let lane = Lane { db, dialect: store.dialect, me, room, busy, unsure };
             Ok::<_, Error>((requests, lane.run(receiver)))
         };
-        let (claims, claiming) = lane().await?;
         if store.is_embedded() {
             // SQLite has one writer at a time.
+            let (claims, run) = lane(None).await?;
             let (checkpoints, departures) = (claims.clone(), claims.clone());
-            return Ok((Self { claims, checkpoints, departures, committing, unsure }, claiming.left_future()));
+            return Ok((Self { claims, checkpoints, departures, busy, unsure }, run.left_future()));
         }
-        let (checkpoints, checkpointing) = lane().await?;
-        let (departures, departing) = lane().await?;
+        let room = Room { slots: Arc::clone(slots), enough: (slots.available_permits() / GATHER_FREE).max(1) };
+        let (claims, claiming) = lane(Some(room.clone())).await?;
+        // Each process waits for its checkpoint before it makes the next one.
+        let (checkpoints, checkpointing) = lane(None).await?;
+        let (departures, departing) = lane(Some(room)).await?;
         let run = async move { tokio::join!(claiming, checkpointing, departing) }.map(drop);
-        Ok((Self { claims, checkpoints, departures, committing, unsure }, run.right_future()))
+        Ok((Self { claims, checkpoints, departures, busy, unsure }, run.right_future()))
     }
 
     /// Whether, since this was last asked, the database has left a commit without its answer: then it may say that this
@@ -309,9 +332,9 @@ impl Writer {
         self.unsure.swap(false, Ordering::AcqRel)
     }
 
-    /// The first lane while none is committing, and else the one that such requests have.
+    /// The first lane while none is busy, and else the one that such requests have.
     fn idle_or<'a>(&'a self, own: &'a mpsc::Sender<Request>) -> &'a mpsc::Sender<Request> {
-        if self.committing.load(Ordering::Relaxed) == 0 { &self.claims } else { own }
+        if self.busy.load(Ordering::Relaxed) == 0 { &self.claims } else { own }
     }
 
     /// Takes the lease of a process, inserting it first if a launch from outside brings it.
@@ -360,8 +383,18 @@ struct Lane {
     db: OwnConnection,
     dialect: Dialect,
     me: Incarnation,
-    committing: Arc<AtomicUsize>,
+    /// None where nothing is to be gained by gathering.
+    room: Option<Room>,
+    busy: Arc<AtomicUsize>,
     unsure: Arc<AtomicBool>,
+}
+
+/// How much more a worker could take.
+#[derive(Clone)]
+struct Room {
+    slots: Arc<Semaphore>,
+    /// So many free ones are room enough.
+    enough: usize,
 }
 
 impl Lane {
@@ -369,10 +402,15 @@ impl Lane {
         let mut gathered = Vec::with_capacity(BATCH_ROWS_MAX);
         // Of one pid a batch takes one request; the second of two waits here for the next batch.
         let mut waiting: Vec<Request> = Vec::new();
+        let mut pause = Duration::ZERO;
         loop {
             gathered.append(&mut waiting);
             if gathered.is_empty() && receiver.recv_many(&mut gathered, BATCH_ROWS_MAX).await == 0 {
                 return;
+            }
+            self.busy.fetch_add(1, Ordering::Relaxed);
+            if let Some(room) = &self.room {
+                gather(pause, || room.is_enough() && gathered.len() + receiver.len() < BATCH_ROWS_MAX).await;
             }
             while gathered.len() < BATCH_ROWS_MAX {
                 match receiver.try_recv() {
@@ -386,9 +424,10 @@ impl Lane {
                 if seen.insert(request.pid()) { batch.push(request) } else { waiting.push(request) }
             }
             batch.sort_unstable_by_key(|request| Uuid::from(request.pid()));
-            self.committing.fetch_add(1, Ordering::Relaxed);
+            let (n_rows, since) = (batch.len(), Instant::now());
             self.commit_for_sure(batch).await;
-            self.committing.fetch_sub(1, Ordering::Relaxed);
+            pause = pause_after(n_rows, since.elapsed());
+            self.busy.fetch_sub(1, Ordering::Relaxed);
         }
     }
 
@@ -487,6 +526,25 @@ impl Lane {
         written.extend(fenced::write(&transaction, self.dialect, self.me, &writes).await?);
         transaction.commit().await?;
         Ok(Answers { claimed, missed, pruned, written })
+    }
+}
+
+impl Room {
+    fn is_enough(&self) -> bool {
+        self.slots.available_permits() >= self.enough
+    }
+}
+
+/// For how long a lane gathers after a commit of so many rows, which took so long.
+fn pause_after(n_rows: usize, took: Duration) -> Duration {
+    if n_rows < CROWD { Duration::ZERO } else { (2 * took).min(GATHER_MAX) }
+}
+
+/// Waits for so long, and no longer than there is more to come.
+async fn gather(pause: Duration, is_more_to_come: impl Fn() -> bool) {
+    let since = Instant::now();
+    while since.elapsed() < pause && is_more_to_come() {
+        tokio::time::sleep(GATHER_LOOK).await;
     }
 }
 
@@ -611,5 +669,29 @@ impl Request {
             Request::Checkpoint { fence, .. } => fence.pid,
             Request::Write { fenced, .. } => fenced.fence.pid,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TOOK: Duration = Duration::from_millis(5);
+
+    #[test]
+    fn only_a_crowd_is_gathered_and_not_for_long() {
+        assert_eq!(pause_after(1, TOOK), Duration::ZERO);
+        assert_eq!(pause_after(CROWD - 1, TOOK), Duration::ZERO);
+        assert_eq!(pause_after(CROWD, TOOK), 2 * TOOK);
+        assert_eq!(pause_after(CROWD, Duration::from_secs(30)), GATHER_MAX);
+    }
+
+    #[tokio::test]
+    async fn a_worker_that_is_full_gathers_nothing() {
+        let slots = Arc::new(Semaphore::new(8));
+        let room = Room { slots: Arc::clone(&slots), enough: 2 };
+        let _taken = slots.acquire_many(7).await.unwrap();
+        let gathered = gather(Duration::from_secs(60), || room.is_enough());
+        assert!(tokio::time::timeout(Duration::from_secs(5), gathered).await.is_ok());
     }
 }

@@ -2,6 +2,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a test fails by it")]
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use baton_common::id::{Incarnation, Pid, RequestId};
@@ -17,6 +18,7 @@ use baton_common::store::worker::{Beat, Load, NewWorker};
 use baton_common::store::writer::{Attempt, Claim, Claimed, Fence, Fenced, How, Output, Stream, Verb, Writer, Written};
 use baton_common::store::{Location, Store};
 use sea_orm::{ConnectionTrait, Database, QueryResult, Statement};
+use tokio::sync::Semaphore;
 use uuid::Uuid;
 
 /// A database of a test's own, with one registered worker and its writer.
@@ -80,7 +82,7 @@ impl Scene {
     }
 
     async fn writer(store: &Store, me: Incarnation) -> Writer {
-        let (writer, task) = Writer::new(store, me).await.unwrap();
+        let (writer, task) = Writer::new(store, me, &Arc::new(Semaphore::new(8))).await.unwrap();
         #[expect(clippy::disallowed_methods, reason = "it ends with the test's runtime")]
         tokio::task::spawn(task);
         writer

@@ -2,6 +2,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a test fails by it")]
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use baton_common::id::{self, Pid};
@@ -17,6 +18,7 @@ use baton_model::row::{Incarnation, Row, Verb, Write};
 use baton_model::rule::Rules;
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
+use tokio::sync::Semaphore;
 
 /// Something that is done to the process.
 #[derive(Clone, Debug)]
@@ -119,7 +121,7 @@ async fn start_worker(store: &Store) -> Writer {
     let (name, host, version) = ("w".into(), "h".into(), "0".into());
     let worker = NewWorker { name, host, os_pid: 1, version, queues: vec!["default".into()], slots: 8 };
     store.register(me, &worker).await.unwrap();
-    let (writer, task) = Writer::new(store, me).await.unwrap();
+    let (writer, task) = Writer::new(store, me, &Arc::new(Semaphore::new(8))).await.unwrap();
     #[expect(clippy::disallowed_methods, reason = "it ends with the test's runtime")]
     tokio::task::spawn(task);
     writer
