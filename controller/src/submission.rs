@@ -1,10 +1,12 @@
 //! Giving many processes to the fleet: in pages, of which the next is committed while the last is being told.
 
+use std::cell::Cell;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use baton_common::store::Store;
 use baton_common::store::submit::{ByQueue, NewProcess};
+use futures_util::{StreamExt, stream};
 use tokio::sync::mpsc;
 
 use crate::failure::Failure;
@@ -14,6 +16,9 @@ const PAGE_MAX: u32 = 1_000;
 
 /// The first page, from which it is learnt how fast the broker is.
 const PAGE_FIRST: u32 = 100;
+
+/// Pages that are told at once: the next one is on its way to the broker while the last confirms of one are on theirs.
+const TOLD_AT_ONCE: usize = 2;
 
 /// How long it may take to publish a page. Rows whose messages come much later than their commit look lost: the head rule
 /// has two seconds' patience with an empty queue, and a row waits for the page before its own and for its own.
@@ -50,17 +55,20 @@ pub(crate) async fn submit(
         }
         Ok::<_, Failure>(())
     };
-    let telling = async {
-        let mut told = Ok(());
-        while let Some((n_told, queued)) = pages.recv().await {
-            if told.is_ok() {
-                let since = Instant::now();
-                told = tell(&queued).await;
-                page_size.store(next_page(n_told, since.elapsed()), Ordering::Relaxed);
+    let is_told = Cell::new(true);
+    let telling = stream::poll_fn(|cx| pages.poll_recv(cx))
+        .map(async |(n_told, queued)| {
+            if !is_told.get() {
+                return Ok(());
             }
-        }
-        told
-    };
+            let since = Instant::now();
+            let told = tell(&queued).await;
+            is_told.set(is_told.get() && told.is_ok());
+            page_size.store(next_page(n_told, since.elapsed()), Ordering::Relaxed);
+            told
+        })
+        .buffered(TOLD_AT_ONCE)
+        .fold(Ok(()), async |before, told| before.and(told));
     let (accepted, told) = tokio::join!(accepting, telling);
     accepted.map(|()| told)
 }

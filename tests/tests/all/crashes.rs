@@ -97,8 +97,8 @@ async fn command_crashes(scene: &Scene, border: &str, pass: u32, arguments: &[&s
 }
 
 /// `baton submit` crashes; what it has committed is run, and what it has not committed was not accepted. The first page has
-/// 100 processes, whose messages are published twice, since the broker returns them until their queue is there; how large the
-/// others are, the broker's speed decides.
+/// 100 processes; how large the others are, the broker's speed decides. What is published before its queue is there, the first
+/// two pages or so, the broker returns, and it is published twice.
 async fn submit_crashes(border: &str, pass: u32, committed: RangeInclusive<u64>) {
     let scene = Scene::new().await;
     journal::keep(&scene).await;
@@ -159,8 +159,8 @@ crashes! {
     client {
         before_accepting "submit-begun" submit_crashes("submit-begun", 2, 100..=100);
         after_accepting "submit-committed" submit_crashes("submit-committed", 2, 101..=1100);
-        in_the_middle_of_publishing "publish-sent" submit_crashes("publish-sent", 1500, 1400..=2500);
-        in_the_middle_of_being_confirmed "publish-confirmed" submit_crashes("publish-confirmed", 700, 600..=2500);
+        in_the_middle_of_publishing "publish-sent" submit_crashes("publish-sent", 1500, 750..=2500);
+        in_the_middle_of_being_confirmed "publish-confirmed" submit_crashes("publish-confirmed", 700, 350..=2500);
         after_a_request_to_one "request-committed" a_request_crashes();
         after_a_page_of_a_request_to_many "request-committed" a_request_to_many_crashes();
     }
