@@ -19,7 +19,8 @@ use crate::registry::Registry;
 use crate::shim;
 use crate::worker::{self, Limits, Options, Stop};
 
-/// Slots of a worker that names none. A held process costs memory and, if it runs a program, a share of the machine.
+/// Slots of a worker that names none. A held process costs memory and, if it runs a program, a share of the machine. Of
+/// short ones a worker has one or two hundred on their way between broker, claim and acknowledgement, and each has a slot.
 const SLOTS: u32 = 400;
 
 /// Grace of a worker that names none: service managers send KILL after 30 s and more.
