@@ -39,6 +39,7 @@ pub(crate) async fn run(shared: Arc<Shared>, threads: Arc<Vec<Thread>>, mut deli
     }
 }
 
+/// Each delivery of a flood has such a task: what is seldom needed is boxed, so that the rest is small.
 async fn take(shared: Arc<Shared>, threads: Arc<Vec<Thread>>, delivery: Delivery) {
     #[cfg(feature = "without-ack-after-commit")]
     delivery.settle.ack_early().await;
@@ -47,7 +48,7 @@ async fn take(shared: Arc<Shared>, threads: Arc<Vec<Thread>>, delivery: Delivery
     let launch = match launch(&delivery) {
         Ok(launch) => launch,
         Err(reason) => {
-            refuse(&shared, delivery, &reason).await;
+            Box::pin(refuse(&shared, delivery, &reason)).await;
             return;
         }
     };
@@ -70,7 +71,7 @@ async fn take(shared: Arc<Shared>, threads: Arc<Vec<Thread>>, delivery: Delivery
             shared.held.end_claim(pid, None);
             debug!(%pid, queue = delivery.queue, "nothing to claim; a duplicate or a stale message");
             answer_launch(&shared, &delivery).await;
-            answer_if_ended(&shared, &delivery).await;
+            Box::pin(answer_if_ended(&shared, &delivery)).await;
             delivery.settle.ack().await;
         }
         Ok(Claim::NotBesideAnother) => {
@@ -81,17 +82,17 @@ async fn take(shared: Arc<Shared>, threads: Arc<Vec<Thread>>, delivery: Delivery
         }
         Ok(Claim::Absent) => {
             shared.held.end_claim(pid, None);
-            refuse(&shared, delivery, "there is no such process in the database").await;
+            Box::pin(refuse(&shared, delivery, "there is no such process in the database")).await;
         }
         Ok(Claim::Pruned) => {
             shared.held.end_claim(pid, None);
             let reason = "it was launched longer ago than ended processes are kept (`baton prune`), so it may have run \
                           already; to run it, launch it under a new pid";
-            refuse(&shared, delivery, reason).await;
+            Box::pin(refuse(&shared, delivery, reason)).await;
         }
         Ok(Claim::OtherSpec) => {
             shared.held.end_claim(pid, None);
-            refuse(&shared, delivery, "a process with this pid and another spec exists").await;
+            Box::pin(refuse(&shared, delivery, "a process with this pid and another spec exists")).await;
         }
         Err(error) => {
             shared.held.end_claim(pid, None);
@@ -106,7 +107,7 @@ pub(crate) async fn claim(
     shared: &Shared,
     pid: Pid,
     queue: &str,
-    launch: Option<NewProcess>,
+    launch: Option<Box<NewProcess>>,
 ) -> Result<Claim, store::Error> {
     loop {
         match shared.writer.claim(pid, queue.to_owned(), launch.clone()).await {
@@ -117,7 +118,7 @@ pub(crate) async fn claim(
 }
 
 /// The process that a launch from outside brings along; `None` for Baton's own messages, whose rows are there.
-fn launch(delivery: &Delivery) -> Result<Option<NewProcess>, String> {
+fn launch(delivery: &Delivery) -> Result<Option<Box<NewProcess>>, String> {
     let Task::Launch { pid, spec: Some(spec), wait, .. } = &delivery.task else { return Ok(None) };
     let spec = spec::from_json_value(spec.clone()).map_err(|error| format!("spec: {error}"))?;
     if spec.on_site.as_ref().is_some_and(OnSite::needs_client) {
@@ -127,14 +128,14 @@ fn launch(delivery: &Delivery) -> Result<Option<NewProcess>, String> {
     }
     let reply_to = delivery.reply_to.as_ref().filter(|_| *wait);
     let reply_to = reply_to.map(baton_common::communicator::ReplyTo::to_bytes);
-    Ok(Some(NewProcess {
+    Ok(Some(Box::new(NewProcess {
         pid: *pid,
         spec,
         created_by: "amqp".into(),
         traceparent: delivery.traceparent.clone(),
         reply_to,
         run_key: None,
-    }))
+    })))
 }
 
 /// Enters a claimed process into the table and finds it a thread: the one with the fewest, and none that is blocked. What
@@ -166,7 +167,7 @@ pub(crate) fn begin(
 async fn answer_launch(shared: &Shared, delivery: &Delivery) {
     if let (Task::Launch { pid, .. }, Some(to)) = (&delivery.task, &delivery.reply_to) {
         let reply = Reply { pid: Some(*pid), accepted: Some(true), ..Reply::default() };
-        if let Err(error) = shared.communicator.reply(to, &reply).await {
+        if let Err(error) = Box::pin(shared.communicator.reply(to, &reply)).await {
             debug!(%pid, %error, "the launch was accepted, but its sender could not be told");
         }
     }

@@ -360,15 +360,15 @@ impl Run {
         }
     }
 
-    /// Makes an advance durable.
+    /// Makes an advance durable. What is not needed for one after which the process goes on is boxed.
     async fn commit(&mut self, advance: Advance) -> Next {
         border!("advance-made");
         let process = self.process.as_ref().expect("a process that was restored is there until it ends");
         let state = match process.save() {
             Ok(state) => state,
             Err(error) => {
-                let hold = self.fail(error).await;
-                return self.begin_again(hold).await.into();
+                let hold = Box::pin(self.fail(error)).await;
+                return Box::pin(self.begin_again(hold)).await.into();
             }
         };
         let (values, progress) = {
@@ -391,13 +391,13 @@ impl Run {
         if let Some(reason) = self.shared.limits.broken_by(&checkpoint)
             && !matches!(advance, Advance::Finished { .. })
         {
-            self.end(State::Excepted, Outcome::because(reason), How::Error).await;
+            Box::pin(self.end(State::Excepted, Outcome::because(reason), How::Error)).await;
             return Next::Leave;
         }
         match advance {
             Advance::Again => self.keep(checkpoint).await.into(),
             Advance::After(pause) if pause >= PARK_FROM => {
-                let hold = self.write(Verb::Park { wake_in: pause }, Some(checkpoint), None).await;
+                let hold = Box::pin(self.write(Verb::Park { wake_in: pause }, Some(checkpoint), None)).await;
                 if hold == Hold::Gone {
                     self.shared.timer.due_in(pause);
                 }
@@ -408,8 +408,8 @@ impl Run {
                 Hold::Gone => Next::Leave,
             },
             Advance::Finished { exit } => {
-                let hold = self.finish(exit, checkpoint).await;
-                self.begin_again(hold).await.into()
+                let hold = Box::pin(self.finish(exit, checkpoint)).await;
+                Box::pin(self.begin_again(hold)).await.into()
             }
         }
     }
@@ -569,7 +569,7 @@ impl Run {
             (draft.has_outputs(), draft.begins_try)
         };
         if has_outputs || begins_try {
-            return self.write_as(Verb::Keep, Some(checkpoint), None, i64::from(begins_try)).await;
+            return Box::pin(self.write_as(Verb::Keep, Some(checkpoint), None, i64::from(begins_try))).await;
         }
         self.context.live.set_stage(WRITING);
         let fence = self.context.fence;

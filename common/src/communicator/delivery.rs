@@ -71,7 +71,8 @@ impl ReplyTo {
 #[must_use = "settle it; a dropped one stays unacknowledged until the channel closes"]
 #[derive(Debug)]
 pub struct Settle {
-    settlement: Settlement,
+    /// Boxed, since it is larger than all else that is said of a delivery, and is seldom needed.
+    settlement: Box<Settlement>,
     settle_tx: mpsc::Sender<Settlement>,
 }
 
@@ -112,6 +113,16 @@ impl ReplyTo {
     }
 }
 
+impl Settlement {
+    /// Notes that the message is dealt with; true when the communicator has to be told of that.
+    fn done(&self) -> bool {
+        match &self.ticket {
+            Ticket::Amqp(receipt) => receipt.done(),
+            Ticket::Memory(_) => true,
+        }
+    }
+}
+
 impl Settle {
     pub(super) fn new(
         ticket: Ticket,
@@ -119,19 +130,25 @@ impl Settle {
         origin: String,
         settle_tx: &mpsc::Sender<Settlement>,
     ) -> Self {
-        let settlement = Settlement { ticket, envelope, origin, verdict: Verdict::GiveBack };
+        let settlement = Box::new(Settlement { ticket, envelope, origin, verdict: Verdict::GiveBack });
         Settle { settlement, settle_tx: settle_tx.clone() }
     }
 
-    /// The message is dealt with. Waits only for room in the communicator's channel.
+    /// The message is dealt with. Waits only for room in the communicator's channel, and seldom needs any: of those that are
+    /// acknowledged together the first is told.
     pub async fn ack(self) {
-        self.send(Verdict::Ack).await;
+        if self.settlement.done() {
+            self.send(Verdict::Ack).await;
+        }
     }
 
     /// Acknowledges before anything is done with it, which loses what dies on the way.
     #[cfg(feature = "without-ack-after-commit")]
     pub async fn ack_early(&self) {
-        let Settlement { ticket, envelope, origin, .. } = &self.settlement;
+        if !self.settlement.done() {
+            return;
+        }
+        let Settlement { ticket, envelope, origin, .. } = &*self.settlement;
         let (ticket, envelope, origin) = (ticket.clone(), envelope.clone(), origin.clone());
         let _ = self.settle_tx.send(Settlement { ticket, envelope, origin, verdict: Verdict::Ack }).await;
     }
@@ -146,8 +163,9 @@ impl Settle {
         self.send(Verdict::GiveBack).await;
     }
 
-    async fn send(self, verdict: Verdict) {
+    async fn send(mut self, verdict: Verdict) {
+        self.settlement.verdict = verdict;
         // A communicator that has ended has closed its channels, so the message is on its way to someone else.
-        let _ = self.settle_tx.send(Settlement { verdict, ..self.settlement }).await;
+        let _ = self.settle_tx.send(*self.settlement).await;
     }
 }

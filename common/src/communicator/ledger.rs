@@ -44,7 +44,6 @@ const LAG_MAX: Duration = Duration::from_millis(100);
 pub(super) struct Receipt {
     ledger: Arc<Ledger>,
     tag: u64,
-    acker: Acker,
 }
 
 impl Ledger {
@@ -55,8 +54,13 @@ impl Ledger {
 
     /// Enters a delivery.
     pub(super) fn enter(self: &Arc<Self>, tag: u64, acker: Acker) -> Receipt {
-        self.lock().open.insert(tag, Entry { acker: acker.clone(), done_at: None });
-        Receipt { ledger: Arc::clone(self), tag, acker }
+        self.lock().open.insert(tag, Entry { acker, done_at: None });
+        Receipt { ledger: Arc::clone(self), tag }
+    }
+
+    /// Whether so many are done with that it is time to acknowledge them.
+    pub(super) fn is_due(&self) -> bool {
+        self.lock().n_done >= self.many
     }
 
     /// How many are not settled.
@@ -97,33 +101,46 @@ impl Ledger {
 }
 
 impl Receipt {
-    /// Says that it is done with; [`Ledger::acknowledge_done`] tells the broker. Gives the ledger, and whether so many of
-    /// it are done with that it is time to.
-    pub(super) fn done(&self) -> (&Arc<Ledger>, bool) {
+    /// Says that it is done with; [`Ledger::acknowledge_done`] tells the broker. True when whoever calls that has to be
+    /// told: of the first since it was called, and once it is time to.
+    pub(super) fn done(&self) -> bool {
         let mut book = self.ledger.lock();
         if let Some(entry) = book.open.get_mut(&self.tag) {
             entry.done_at = Some(Instant::now());
             book.n_done += 1;
         }
-        (&self.ledger, book.n_done >= self.ledger.many)
+        book.n_done == 1 || book.n_done >= self.ledger.many
+    }
+
+    pub(super) fn ledger(&self) -> &Arc<Ledger> {
+        &self.ledger
     }
 
     /// Acknowledges it now.
     pub(super) async fn ack(self) {
-        ack(&self.acker, false).await;
+        if let Some(acker) = self.acker() {
+            ack(&acker, false).await;
+        }
         self.ledger.lock().open.remove(&self.tag);
     }
 
     /// Gives it back to its queue.
     pub(super) async fn give_back(self) {
         let options = BasicNackOptions { requeue: true, ..BasicNackOptions::default() };
-        let _ = timeout(ANSWER_LIMIT, self.acker.nack(options)).await;
+        if let Some(acker) = self.acker() {
+            let _ = timeout(ANSWER_LIMIT, acker.nack(options)).await;
+        }
         self.ledger.lock().open.remove(&self.tag);
     }
 
     /// Whether its channel is still there.
     pub(super) fn is_usable(&self) -> bool {
-        self.acker.usable()
+        self.acker().is_some_and(|acker| acker.usable())
+    }
+
+    /// None once it is settled.
+    fn acker(&self) -> Option<Acker> {
+        self.ledger.lock().open.get(&self.tag).map(|entry| entry.acker.clone())
     }
 }
 

@@ -109,9 +109,8 @@ impl Waiting {
             let Ticket::Amqp(receipt) = ticket else { continue };
             match verdict {
                 Verdict::Ack => {
-                    let (ledger, is_many) = receipt.done();
-                    are_many |= is_many;
-                    self.add(ledger);
+                    are_many |= receipt.ledger().is_due();
+                    self.add(receipt.ledger());
                 }
                 Verdict::Dead(reason) => running.push(Box::pin(async move {
                     put_aside(receipt, envelope, &reason, &origin, publish_tx).await;

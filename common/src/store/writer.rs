@@ -346,9 +346,9 @@ impl Writer {
     ///
     /// # Cancel safety
     /// Not cancel safe: a lease that was taken and not received is given back at the second beat.
-    pub async fn claim(&self, pid: Pid, queue: String, launch: Option<NewProcess>) -> Result<Claim, Error> {
+    pub async fn claim(&self, pid: Pid, queue: String, launch: Option<Box<NewProcess>>) -> Result<Claim, Error> {
         let (answer, receiver) = oneshot::channel();
-        let request = Request::Claim { pid, queue, launch: launch.map(Box::new), answer };
+        let request = Request::Claim { pid, queue, launch, answer };
         self.claims.send(request).await.map_err(|_| Error::Stopped)?;
         receiver.await.map_err(|_| Error::Stopped)
     }

@@ -57,6 +57,28 @@ async fn many_tasks_are_told_at_once_and_counted() {
     communicator.shutdown().await;
 }
 
+/// Of those that are acknowledged together only the first is told to whoever acknowledges.
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn each_is_acknowledged_however_long_after_the_one_before() {
+    let vhost = Vhost::new();
+    let (communicator, mut incoming) = start(&vhost.broker(), "w1", None).await;
+    communicator.tell("default", many(5).1).await.unwrap();
+    communicator.consume(vec!["default".into()], slots(100)).await;
+    let mut taken = Vec::new();
+    for _ in 0..5 {
+        taken.push(Some(task(&mut incoming).await));
+    }
+    // The last but one before the one before it, and both beside others.
+    for (n_left, idxs) in [(4, vec![0]), (3, vec![1]), (2, vec![3]), (0, vec![2, 4])] {
+        for idx in idxs {
+            taken[idx].take().unwrap().settle.ack().await;
+        }
+        counts(&vhost, "baton.task.default", 0, n_left).await;
+    }
+    communicator.shutdown().await;
+}
+
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
 async fn thousands_are_settled_in_any_order_and_each_comes_once() {

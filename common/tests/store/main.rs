@@ -562,7 +562,7 @@ async fn fleet_and_worker_learn_at_the_beat_what_is_wanted(scene: Scene) {
 
 async fn a_launch_inserts_claims_and_knows_another_spec(scene: Scene) {
     let launch = new_process("call: baton.noop");
-    let claim = |launch: &NewProcess| scene.writer.claim(launch.pid, "default".into(), Some(launch.clone()));
+    let claim = |launch: &NewProcess| scene.writer.claim(launch.pid, "default".into(), Some(launch.clone().into()));
     let (first, second) = tokio::join!(claim(&launch), claim(&launch));
     let claims = [first.unwrap(), second.unwrap()];
     assert!(matches!(claims[0], Claim::Claimed(_)), "{claims:?}");

@@ -115,7 +115,7 @@ async fn a_selection_narrows_a_pruning(scene: Scene) {
 
 async fn a_launch_that_is_older_than_what_is_kept_is_refused_and_a_newer_one_runs(scene: Scene) {
     let launch = new_process("{call: baton.noop, labels: {a: b}}");
-    let claim = |launch: &NewProcess| scene.writer.claim(launch.pid, "default".into(), Some(launch.clone()));
+    let claim = |launch: &NewProcess| scene.writer.claim(launch.pid, "default".into(), Some(launch.clone().into()));
     let Claim::Claimed(claimed) = claim(&launch).await.unwrap() else { panic!("not claimed") };
     scene.write(claimed.fence, end(State::Finished)).await.unwrap();
     assert!(matches!(claim(&launch).await.unwrap(), Claim::NotQueued));
@@ -142,7 +142,7 @@ async fn a_launch_that_is_older_than_what_is_kept_is_refused_and_a_newer_one_run
 
 async fn what_is_erased_is_gone_and_refuses_no_launch(scene: Scene) {
     let launch = new_process("call: baton.noop");
-    let claim = || scene.writer.claim(launch.pid, "default".into(), Some(launch.clone()));
+    let claim = || scene.writer.claim(launch.pid, "default".into(), Some(launch.clone().into()));
     let Claim::Claimed(claimed) = claim().await.unwrap() else { panic!("not claimed") };
     let live = scene.submit("call: baton.noop").await;
     assert_eq!(scene.store.erase(&[launch.pid, live, Pid::generate()]).await.unwrap(), 0);
