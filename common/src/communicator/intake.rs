@@ -42,6 +42,11 @@ const FULL_LIMIT: Duration = Duration::from_secs(1);
 /// one by one, each with a commit; a backlog does not notice the pause, and without one nobody is full.
 const GATHER_PAUSE: Duration = Duration::from_millis(2);
 
+/// So many deliveries that were handed over at once are a crowd, and for so long the next ones gather then: each that is
+/// handed over by itself wakes two threads, and claims of a crowd wait for each other in any case.
+const CROWD: usize = 8;
+const CROWD_PAUSE: Duration = Duration::from_millis(5);
+
 /// It does not gather more than this part of its slots, nor more than so many.
 const GATHER_SHARE: usize = 8;
 const GATHER_MAX: usize = 32;
@@ -251,7 +256,7 @@ async fn session(
                 intake.looked(&seen, wanted);
                 intake.calm(wanted).await
             }
-            () = poll_fn(|cx| poll_sources(&mut intake.sources, cx)) => true,
+            () = poll_fn(|cx| poll_sources(&mut intake.sources, cx)), if !is_gathering => true,
             _ = poll_fn(|cx| intake.control.poll_head(cx)), if intake.ready_control.is_none() => {
                 intake.read_control();
                 true
@@ -334,7 +339,7 @@ struct Intake {
     ready_control: Option<ControlRequest>,
     /// What the board says is consumed.
     shown: BTreeSet<String>,
-    /// It was full, and lets more slots become free before it takes anything.
+    /// It was full and lets more slots become free, or lets more deliveries arrive, before it hands anything over.
     gather_until: Option<Instant>,
     /// Since when deliveries are in hand and no slot is free.
     full_since: Option<Instant>,
@@ -466,16 +471,17 @@ impl Intake {
     /// decided only when one can go.
     fn hand_over(&mut self, wanted: &Wanted) {
         let mut no_waker = Context::from_waker(Waker::noop());
-        if self.gather_until.is_some() && wanted.is_gathering() {
+        if self.gather_until.is_some() {
             return;
         }
-        self.gather_until = None;
+        let mut n_handed = 0;
         loop {
             // Only a look; the caller waits with a waker.
             let _ = poll_sources(&mut self.sources, &mut no_waker);
             if !self.sources.iter().any(Source::has_head) {
                 self.full_since = None;
                 self.permit = None;
+                self.gather_until = (n_handed >= CROWD).then(|| Instant::now() + CROWD_PAUSE);
                 return;
             }
             let free = || wanted.slots.clone().and_then(|slots| slots.try_acquire_owned().ok());
@@ -493,6 +499,7 @@ impl Intake {
             let source = &mut self.sources[idx];
             let head = source.take_head().expect("only what has a head is picked");
             self.dial.board.meter.delivered();
+            n_handed += 1;
             let origin = source.plan.queue.clone();
             match head.envelope.read_task() {
                 Ok(task) => room.send(self.delivery(task, origin, head, permit)),

@@ -44,8 +44,8 @@ const CROWD: usize = 8;
 /// The longest for which a lane gathers, however long its last commit took.
 const GATHER_MAX: Duration = Duration::from_millis(20);
 
-/// How often a lane that gathers looks whether it is time: what the clock of the runtime can tell apart.
-const GATHER_LOOK: Duration = Duration::from_millis(1);
+/// How often a lane that gathers looks whether it is time. On a busy machine each look is a thread that is woken for it.
+const GATHER_LOOK: Duration = Duration::from_millis(3);
 
 /// A lane gathers while at least this part of the worker's slots is free. Where fewer are, what the worker can take is in
 /// hand already, and the broker brings more only once that is committed.
