@@ -155,11 +155,11 @@ impl Printer {
 
 /// What is beside and behind the rows that are shown.
 async fn footer(client: &Client) -> Result<String, Failure> {
-    let counts = client.store.count_by_state().await?;
+    let counts = async { Ok(client.store.count_by_state().await?) };
+    let (counts, overview) = tokio::try_join!(counts, Overview::look(&client.store))?;
     let parts: Vec<String> = counts.iter().map(|(word, n)| format!("{} {word}", output::count(*n))).collect();
     let colon = if counts.is_empty() { "" } else { ": " };
     let mut lines = vec![format!("{} in all{colon}{}", total(counts.values().copied()), parts.join(", "))];
-    let overview = Overview::look(&client.store).await?;
     lines.extend(overview.load());
     lines.extend(overview.remarks());
     Ok(lines.join("\n"))
