@@ -6,15 +6,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use baton_common::id::{Incarnation, Pid, RequestId};
-use baton_common::message::Effect;
 use baton_common::select::Select;
 use baton_common::spec::{self, Format};
 use baton_common::state::{Desired, Event, Live, Place, State};
 use baton_common::store::blob::{Checkpoint, Outcome};
-use baton_common::store::control::{Answer, Controlled, Request, Settled};
+use baton_common::store::control::{Answer, Controlled, Request};
 use baton_common::store::query::{Filter, WorkerState};
 use baton_common::store::submit::NewProcess;
-use baton_common::store::worker::{Beat, Load, NewWorker};
+use baton_common::store::worker::{Load, NewWorker};
 use baton_common::store::writer::{Attempt, Claim, Claimed, Fence, Fenced, How, Output, Stream, Verb, Writer, Written};
 use baton_common::store::{Location, Store};
 use sea_orm::{ConnectionTrait, Database, QueryResult, Statement};
@@ -193,6 +192,7 @@ macro_rules! on_both {
     };
 }
 
+mod control;
 mod deaths;
 mod lists;
 mod needed;
@@ -213,18 +213,9 @@ on_both! {
     a_checkpoint_whose_predecessor_is_not_there_changes_nothing
     leaving_held_obeys_a_pause
     a_pausing_write_asks_the_row
-    a_kill_absorbs_and_is_final
-    nobody_holds_it_so_control_applies_at_once
-    play_returns_a_sleeper_to_its_sleep
-    on_hold_means_accepted_and_not_run
     what_is_given_back_by_someone_who_does_not_know_it_keeps_its_try
     the_head_rule_tells_only_what_is_older
-    many_are_controlled_by_labels
     every_condition_of_a_selection_narrows_it
-    an_event_says_what_a_request_came_to
-    force_ends_it_under_its_holder_and_leaves_the_attempt
-    a_request_to_many_that_was_cut_off_goes_on_and_undoes_nothing
-    fleet_and_worker_learn_at_the_beat_what_is_wanted
     a_launch_inserts_claims_and_knows_another_spec
     outputs_are_kept_and_replaced
     an_overdue_process_is_killed_with_the_reason
@@ -373,54 +364,6 @@ async fn a_pausing_write_asks_the_row(scene: Scene) {
     assert_eq!((written.place, written.desired), (Place::Held, Desired::Run));
 }
 
-async fn a_kill_absorbs_and_is_final(scene: Scene) {
-    let pid = scene.submit("call: baton.noop").await;
-    let fence = scene.claimed(pid).await.fence;
-    scene.recorded(pid, Desired::Kill).await;
-    assert!(matches!(scene.ask(pid, Desired::Run).await, Answer::Dying));
-    assert!(matches!(scene.ask(pid, Desired::Pause).await, Answer::Dying));
-    scene.write(fence, end(State::Killed)).await.unwrap();
-    assert!(matches!(scene.ask(pid, Desired::Run).await, Answer::Ended(State::Killed)));
-    assert!(matches!(scene.ask(Pid::generate(), Desired::Run).await, Answer::Absent));
-}
-
-async fn nobody_holds_it_so_control_applies_at_once(scene: Scene) {
-    let pid = scene.submit("call: baton.noop").await;
-    let paused = scene.recorded(pid, Desired::Pause).await;
-    assert_eq!((paused.place, paused.state), (Place::Parked, State::Paused(Live::Created)));
-    assert_eq!(paused.effect, Effect::Paused);
-    assert_eq!(scene.recorded(pid, Desired::Pause).await.effect, Effect::AlreadyPaused);
-    assert_eq!(scene.state(pid).await.1, State::Paused(Live::Created));
-    let played = scene.recorded(pid, Desired::Run).await;
-    assert_eq!((played.place, played.state), (Place::Queued, State::Created));
-    assert_eq!(played.told.unwrap().0, "default");
-    assert!(scene.recorded(pid, Desired::Run).await.told.is_none());
-    let killed = scene.recorded(pid, Desired::Kill).await;
-    assert_eq!((killed.place, killed.state), (Place::Ended, State::Killed));
-    let details = scene.store.show(pid).await.unwrap().unwrap();
-    assert_eq!(details.events.len(), 5);
-    assert_eq!(details.summary.outcome.unwrap().reason.unwrap(), "killed by ann");
-}
-
-async fn play_returns_a_sleeper_to_its_sleep(scene: Scene) {
-    let pid = scene.submit("call: baton.noop").await;
-    let fence = scene.claimed(pid).await.fence;
-    scene.write(fence, Verb::Park { wake_in: Duration::from_secs(60) }).await.unwrap();
-    scene.recorded(pid, Desired::Pause).await;
-    let played = scene.recorded(pid, Desired::Run).await;
-    assert_eq!((played.place, played.state, played.told), (Place::Parked, State::Waiting, None));
-}
-
-async fn on_hold_means_accepted_and_not_run(scene: Scene) {
-    let process = new_process("{call: baton.noop, hold: true}");
-    let pid = process.pid;
-    let accepted = scene.store.submit(&[process]).await.unwrap();
-    assert!(accepted.queued.is_empty());
-    assert_eq!(accepted.held_back, [pid]);
-    assert!(matches!(scene.claim(pid).await, Claim::NotQueued));
-    assert_eq!(scene.recorded(pid, Desired::Run).await.place, Place::Queued);
-}
-
 async fn what_is_given_back_by_someone_who_does_not_know_it_keeps_its_try(scene: Scene) {
     let pid = scene.submit("call: baton.noop").await;
     let give_back = |fence, attempt| {
@@ -441,21 +384,6 @@ async fn the_head_rule_tells_only_what_is_older(scene: Scene) {
     assert_eq!(told["default"].iter().map(|told| told.pid).collect::<Vec<_>>(), [old]);
     assert!(scene.store.tell_lost("default", head).await.unwrap().is_empty(), "it has just been told");
     assert!(matches!(scene.claim(young).await, Claim::Claimed(_)));
-}
-
-async fn many_are_controlled_by_labels(scene: Scene) {
-    let mut si = Vec::new();
-    for _ in 0..3 {
-        si.push(scene.submit("{call: baton.noop, labels: {campaign: si}}").await);
-    }
-    let ge = scene.submit("{call: baton.noop, labels: {campaign: ge}}").await;
-    let select = Select { labels: [("campaign".to_owned(), "si".to_owned())].into(), ..Select::default() };
-    let asked = scene.ask_many(RequestId::generate(), &select, Desired::Pause).await;
-    assert_eq!(asked, Some(si));
-    assert_eq!(scene.state(ge).await.1, State::Created);
-    let id = RequestId::of_message("chosen by the sender");
-    assert_eq!(scene.ask_many(id, &Select::default(), Desired::Kill).await.unwrap().len(), 4);
-    assert_eq!(scene.ask_many(id, &Select::default(), Desired::Kill).await, None);
 }
 
 async fn every_condition_of_a_selection_narrows_it(scene: Scene) {
@@ -479,85 +407,6 @@ async fn every_condition_of_a_selection_narrows_it(scene: Scene) {
         let counts = scene.store.count_selected(&select, Desired::Pause).await.unwrap();
         assert_eq!(counts.values().sum::<u64>(), pids.len() as u64, "{select:?}");
     }
-}
-
-/// What the history says of a process: what was asked, and what it came to.
-async fn history(scene: &Scene, pid: Pid) -> Vec<(String, Option<String>)> {
-    let events = scene.store.show(pid).await.unwrap().unwrap().events;
-    events.into_iter().map(|event| (event.what, event.outcome)).collect()
-}
-
-fn was(what: &str, outcome: &str) -> (String, Option<String>) {
-    (what.to_owned(), (!outcome.is_empty()).then(|| outcome.to_owned()))
-}
-
-async fn an_event_says_what_a_request_came_to(scene: Scene) {
-    let pid = scene.submit("call: baton.noop").await;
-    let fence = scene.claimed(pid).await.fence;
-    let paused = scene.recorded(pid, Desired::Pause).await;
-    assert_eq!((paused.effect, scene.store.settled(paused.event).await.unwrap()), (Effect::Pausing, None));
-    scene.recorded(pid, Desired::Run).await;
-    assert_eq!(scene.store.settled(paused.event).await.unwrap(), Some(Settled::Superseded));
-    let paused = scene.recorded(pid, Desired::Pause).await;
-    scene.write(fence, Verb::Pause).await.unwrap();
-    assert_eq!(scene.store.settled(paused.event).await.unwrap(), Some(Settled::Applied));
-    scene.recorded(pid, Desired::Run).await;
-    let fence = scene.claimed(pid).await.fence;
-    let killed = scene.recorded(pid, Desired::Kill).await;
-    scene.write(fence, end(State::Finished)).await.unwrap();
-    assert_eq!(scene.store.settled(killed.event).await.unwrap(), Some(Settled::Ended));
-    let expected = [
-        was("pause", "superseded"),
-        was("play", "applied"),
-        was("pause", "applied"),
-        was("play", "applied"),
-        was("kill", "ended"),
-    ];
-    assert_eq!(history(&scene, pid).await, expected);
-}
-
-async fn force_ends_it_under_its_holder_and_leaves_the_attempt(scene: Scene) {
-    let pid = scene.submit("call: baton.noop").await;
-    let fence = scene.claimed(pid).await.fence;
-    let asked = scene.recorded(pid, Desired::Kill).await;
-    let forced = Request { force: true, ..request(Desired::Kill) };
-    let Answer::Recorded(row) = scene.store.control(pid, &forced).await.unwrap() else { panic!("not recorded") };
-    assert_eq!((row.place, row.effect, row.owner), (Place::Ended, Effect::Killed, Some(scene.me)));
-    assert!(scene.write(fence, end(State::Finished)).await.is_none(), "the lease is lost");
-    assert_eq!(scene.store.settled(asked.event).await.unwrap(), Some(Settled::Applied));
-    let details = scene.store.show(pid).await.unwrap().unwrap();
-    assert_eq!(details.summary.state, State::Killed);
-    assert_eq!(details.attempts.iter().map(|attempt| attempt.how.as_str()).collect::<Vec<_>>(), ["killed"]);
-}
-
-async fn a_request_to_many_that_was_cut_off_goes_on_and_undoes_nothing(scene: Scene) {
-    let (first, second) = (scene.submit("call: baton.noop").await, scene.submit("call: baton.noop").await);
-    let id = RequestId::generate();
-    let pause = request(Desired::Pause);
-    // The one who records it dies after the first page.
-    let mut dies = scene.store.control_many(id, &Select::one(first), &pause).await.unwrap().unwrap();
-    assert_eq!(dies.next().await.unwrap().unwrap().len(), 1);
-    drop(dies);
-    assert_eq!(scene.state(first).await.1, State::Paused(Live::Created));
-    scene.recorded(first, Desired::Run).await;
-    let asked = scene.ask_many(id, &Select::default(), Desired::Pause).await;
-    assert_eq!(asked, Some(vec![second]), "what was played since stays so");
-    assert_eq!(scene.state(first).await.1, State::Created);
-}
-
-async fn fleet_and_worker_learn_at_the_beat_what_is_wanted(scene: Scene) {
-    let beat = async || scene.store.beat(scene.me, &Load::default()).await.unwrap();
-    let id = RequestId::generate();
-    assert!(scene.store.control_fleet(id, &request(Desired::Pause)).await.unwrap());
-    assert!(!scene.store.control_fleet(id, &request(Desired::Pause)).await.unwrap(), "once");
-    assert_eq!(scene.store.fleet_pause().await.unwrap().unwrap().by, "ann");
-    assert_eq!(beat().await, Beat::Alive { beat: 1, drain: false, is_fleet_paused: true });
-    scene.store.control_fleet(RequestId::generate(), &request(Desired::Run)).await.unwrap();
-    assert_eq!(scene.store.fleet_pause().await.unwrap(), None);
-    assert!(scene.store.drain("nobody", &request(Desired::Run)).await.unwrap().is_empty());
-    let drained = scene.store.drain("w1", &request(Desired::Run)).await.unwrap();
-    assert_eq!(drained.iter().map(|peer| peer.id).collect::<Vec<_>>(), [scene.me]);
-    assert_eq!(beat().await, Beat::Alive { beat: 2, drain: true, is_fleet_paused: false });
 }
 
 async fn a_launch_inserts_claims_and_knows_another_spec(scene: Scene) {
