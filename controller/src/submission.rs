@@ -1,4 +1,4 @@
-//! Giving many processes to the fleet: in pages, of which the next is committed while the last is being told.
+//! Giving many processes to the fleet: in pages, of which the next is committed while two others are being told.
 
 use std::cell::Cell;
 use std::sync::atomic::{AtomicU32, Ordering};

@@ -136,6 +136,10 @@ impl Settle {
 
     /// The message is dealt with. Waits only for room in the communicator's channel, and seldom needs any: of those that are
     /// acknowledged together the first is told.
+    ///
+    /// # Cancel safety
+    /// Not cancel safe: if this is dropped, the message and those that would be acknowledged with it stay unacknowledged
+    /// until half a prefetch is done with, or until the channel closes.
     pub async fn ack(self) {
         if self.settlement.done() {
             self.send(Verdict::Ack).await;
