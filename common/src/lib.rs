@@ -15,6 +15,7 @@
 ))]
 compile_error!("the features `without-…` break Baton's promises on purpose; they are for tests only");
 
+mod by_name;
 pub mod communicator;
 pub mod config;
 pub mod digest;

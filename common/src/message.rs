@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::by_name::{self, by_name_only};
 use crate::id::{Incarnation, Pid};
 use crate::message_pack;
 use crate::select::Select;
@@ -533,13 +534,15 @@ pub enum Error {
     TooLarge(usize),
 }
 
-/// The fields of every envelope. One flat map, so that a person can write it into the management UI's form.
+/// The fields of every envelope. One flat map, so that a person can write it into the management UI's form. What says
+/// which processes a request is about is never `null`: a sender that has lost its target must not reach more of them.
 #[derive(Default, Serialize, Deserialize)]
+#[serde(remote = "Self")]
 struct Wire {
     version: u32,
     #[serde(rename = "type")]
     kind: String,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "by_name::given")]
     pid: Option<Pid>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     spec: Option<Value>,
@@ -547,9 +550,9 @@ struct Wire {
     wait: Option<bool>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     told_at: Option<i64>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "by_name::given")]
     select: Option<Select>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "by_name::given")]
     fleet: Option<bool>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     reason: Option<String>,
@@ -557,6 +560,14 @@ struct Wire {
     stdout_offset: Option<u64>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     stderr_offset: Option<u64>,
+}
+
+by_name_only!(Wire, "a map with `version` and `type`");
+
+impl Serialize for Wire {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        Wire::serialize(self, serializer)
+    }
 }
 
 impl Wire {
@@ -683,6 +694,25 @@ mod tests {
         let pid = Pid::generate();
         let body = format!(r#"{{"version": 1, "type": "continue", "pid": "{pid}", "colour": "red"}}"#);
         assert!(Task::decode(body.as_bytes(), Encoding::Json).is_ok());
+    }
+
+    #[test]
+    fn a_request_whose_target_is_lost_reaches_no_process() {
+        let pid = Pid::generate();
+        for body in [
+            r#"{"version": 1, "type": "kill", "select": []}"#.to_owned(),
+            r#"{"version": 1, "type": "kill", "select": null}"#.to_owned(),
+            r#"{"version": 1, "type": "kill", "select": {}, "pid": null}"#.to_owned(),
+            r#"{"version": 1, "type": "kill", "select": {"pids": null}}"#.to_owned(),
+            format!(r#"{{"version": 1, "type": "kill", "select": {{}}, "pid": "{pid}"}}"#),
+            r#"{"version": 1, "type": "pause", "select": {}, "fleet": null}"#.to_owned(),
+            r#"[1, "kill", null, null, null, null, {}]"#.to_owned(),
+        ] {
+            assert!(Control::decode(body.as_bytes(), Encoding::Json).is_err(), "{body}");
+        }
+        let body = br#"{"version": 1, "type": "kill", "select": {"pids": []}}"#;
+        let control = Control::decode(body, Encoding::Json).unwrap();
+        assert!(matches!(control, Control::Obey { select, .. } if select.is_none()));
     }
 
     #[test]

@@ -90,9 +90,9 @@ fn task() -> impl Strategy<Value = Task> {
 fn select() -> impl Strategy<Value = Select> {
     let text = || any::<Option<String>>();
     (
-        vec(pid(), 0..4),
-        btree_map(any::<String>(), any::<String>(), 0..4),
-        vec(prop::sample::select(WORDS.to_vec()), 0..3),
+        option::of(vec(pid(), 0..4)),
+        option::of(btree_map(any::<String>(), any::<String>(), 0..4)),
+        option::of(vec(prop::sample::select(WORDS.to_vec()), 0..3)),
         (text(), text(), text(), text()),
         any::<Option<Duration>>(),
     )
@@ -100,7 +100,7 @@ fn select() -> impl Strategy<Value = Select> {
             pids,
             labels,
             session,
-            states: states.into_iter().map(str::to_owned).collect(),
+            states: states.map(|states| states.into_iter().map(str::to_owned).collect()),
             queue,
             kind,
             worker,

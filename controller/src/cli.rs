@@ -3,6 +3,7 @@
 pub(crate) mod bench;
 pub(crate) mod site;
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -14,6 +15,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use self::bench::BenchCommand;
 use self::site::SiteCommand;
+use crate::failure::Failure;
 
 /// Runs, submits, watches and controls processes that nothing loses.
 #[derive(Parser, Debug)]
@@ -404,7 +406,7 @@ pub(crate) struct ControlArguments {
     pub(crate) timeout: Duration,
 }
 
-/// Which processes, by what they have in common; every condition that is given must be met.
+/// Which processes, by what they have in common. Conditions are ANDed.
 #[derive(Args, Debug)]
 #[command(next_help_heading = "Selection")]
 pub(crate) struct Selection {
@@ -441,21 +443,37 @@ pub(crate) struct Facts {
 
 impl Facts {
     /// As the database reads it.
-    pub(crate) fn select(self) -> Select {
-        Select {
-            labels: self.label.into_iter().collect(),
+    ///
+    /// # Errors
+    /// A label is asked for twice. No process bears two values of one label.
+    pub(crate) fn select(self) -> Result<Select, Failure> {
+        let mut labels = BTreeMap::new();
+        for (key, value) in self.label {
+            if let Some(other) = labels.insert(key.clone(), value.clone())
+                && other != value
+            {
+                let text = format!("`--label {key}={other}` and `--label {key}={value}` exclude each other");
+                return Err(Failure::usage(text));
+            }
+        }
+        Ok(Select {
+            labels: (!labels.is_empty()).then_some(labels),
             session: self.session,
             queue: self.queue,
             kind: self.kind,
             ..Select::default()
-        }
+        })
     }
 }
 
 impl Selection {
-    /// As the database reads it, of these processes or of all.
-    pub(crate) fn of(self, pids: Vec<Pid>) -> Select {
-        Select { pids, states: self.state, worker: self.worker, older_than: self.older_than, ..self.facts.select() }
+    /// As the database reads it.
+    ///
+    /// # Errors
+    /// As [`Facts::select`].
+    pub(crate) fn select(self) -> Result<Select, Failure> {
+        let states = (!self.state.is_empty()).then_some(self.state);
+        Ok(Select { states, worker: self.worker, older_than: self.older_than, ..self.facts.select()? })
     }
 }
 

@@ -68,6 +68,7 @@ impl From<store::Error> for Failure {
             store::Error::Unreachable(_) => {
                 Some("is it running, and is BATON_DATABASE_URL right? `baton doctor` checks")
             }
+            store::Error::Full(_) => Some("raise the server's max_connections, or stop what uses its connections"),
             store::Error::Refused(_) => Some("check user, password and database name in BATON_DATABASE_URL"),
             store::Error::Url
             | store::Error::Folder { .. }
@@ -77,6 +78,7 @@ impl From<store::Error> for Failure {
             | store::Error::Unreadable(_)
             | store::Error::NoRow
             | store::Error::Stopped
+            | store::Error::Rejected(_)
             | store::Error::Database(_) => None,
         };
         Self { code, message: chain(&error), remedy: remedy.map(str::to_owned) }

@@ -325,12 +325,13 @@ async fn open(location: Location) -> Result<Store, ExitCode> {
 pub fn exit_code(error: &StoreError) -> u8 {
     match error {
         store::Error::Url => exit::USAGE,
-        store::Error::Unreachable(_) | store::Error::Retry(_) => exit::UNREACHABLE,
+        store::Error::Unreachable(_) | store::Error::Full(_) | store::Error::Retry(_) => exit::UNREACHABLE,
         store::Error::Refused(_) | store::Error::SchemaNewer { .. } | store::Error::Newer { .. } => exit::REFUSED,
         store::Error::Folder { .. }
         | store::Error::Unreadable(_)
         | store::Error::NoRow
         | store::Error::Stopped
+        | store::Error::Rejected(_)
         | store::Error::Database(_) => exit::FAILED,
     }
 }

@@ -63,6 +63,7 @@ async fn handle(shared: Arc<Shared>, threads: Arc<Vec<Thread>>, request: Control
         let recorded = if from_baton { Ok(None) } else { record(&shared, control, message_id.as_deref(), asked).await };
         match recorded {
             Ok(reply) => {
+                shared.setbacks.end();
                 settle.ack().await;
                 answer(&shared, reply_to.filter(|_| !from_baton), reply).await;
             }
@@ -71,7 +72,9 @@ async fn handle(shared: Arc<Shared>, threads: Arc<Vec<Thread>>, request: Control
                 settle.dead(&reason).await;
             }
             Err(Refusal::Database(error)) => {
-                warn!(%error, "a broadcast could not be recorded; it comes again");
+                let pause = shared.setbacks.next_pause();
+                warn!(%error, pause_ms = pause.as_millis(), "a broadcast could not be recorded; it comes again after a pause");
+                shared.drain.run_until_cancelled(tokio::time::sleep(pause)).await;
                 settle.give_back().await;
             }
         }
@@ -81,12 +84,14 @@ async fn handle(shared: Arc<Shared>, threads: Arc<Vec<Thread>>, request: Control
         // From outside, it says nothing yet: whoever takes its durable copy writes it into the rows, and says it again.
         Control::Obey { .. } | Control::Fleet { .. } if from_broadcast && !from_baton => return,
         Control::Obey { verb, .. } if from_broadcast => obey_broadcast(&shared, verb).await,
-        Control::Obey { verb, select, reason } => match select.pids[..] {
-            [pid] if select == Select::one(pid) => {
+        Control::Obey { verb, select, reason } => match select.pids.as_deref() {
+            Some(&[pid]) if select == Select::one(pid) => {
                 let asked = (!from_baton).then(|| asked(verb, reason));
                 obey_one(&shared, verb, pid, asked).await
             }
-            [..] => Reply::refusal("a worker's own queue takes requests to one process; broadcast those to many"),
+            Some(_) | None => {
+                Reply::refusal("a worker's own queue takes requests to one process; broadcast those to many")
+            }
         },
         Control::Fleet { .. } => {
             // What it says stands in the database, and the beat reads it.

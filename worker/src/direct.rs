@@ -106,7 +106,9 @@ pub(crate) async fn claim(
             shared.held.end_claim(pid, None);
             shared.suspects.wait(pid, queue);
         }
-        Ok(Claim::NotQueued | Claim::Absent | Claim::OtherSpec | Claim::Pruned) => shared.held.end_claim(pid, None),
+        Ok(Claim::NotQueued | Claim::Absent | Claim::OtherSpec | Claim::Pruned | Claim::Rejected(_)) => {
+            shared.held.end_claim(pid, None)
+        }
         Err(error) => {
             shared.held.end_claim(pid, None);
             debug!(%pid, %error, "not claimed; the next look tries again");

@@ -27,6 +27,7 @@ use crate::held::{Drain, Held};
 use crate::lease::{Lease, TRUST};
 use crate::local::{self, Programs};
 use crate::registry::Registry;
+use crate::setbacks::Setbacks;
 use crate::shim::boottime_ms;
 use crate::site::{Sites, actor};
 use crate::suspects::Suspects;
@@ -66,6 +67,7 @@ pub(crate) struct Shared {
     pub(crate) lease: Lease,
     pub(crate) timer: Timer,
     pub(crate) suspects: Suspects,
+    pub(crate) setbacks: Setbacks,
     pub(crate) blocking: tokio::runtime::Handle,
     /// Cancelled to let the worker drain and end.
     pub(crate) drain: CancellationToken,
@@ -249,6 +251,7 @@ pub(crate) async fn run(options: &Options, drain: CancellationToken, hurry: Canc
         lease,
         timer: Timer::default(),
         suspects: Suspects::default(),
+        setbacks: Setbacks::default(),
         blocking: tokio::runtime::Handle::current(),
         drain,
         gone: CancellationToken::new(),

@@ -59,6 +59,7 @@ async fn take(shared: Arc<Shared>, threads: Arc<Vec<Thread>>, delivery: Delivery
     }
     match claim(&shared, pid, &delivery.queue, launch).await {
         Ok(Claim::Claimed(claimed)) => {
+            shared.setbacks.end();
             answer_launch(&shared, &delivery).await;
             border!("launch-answered");
             let Delivery { permit, settle, .. } = delivery;
@@ -94,9 +95,15 @@ async fn take(shared: Arc<Shared>, threads: Arc<Vec<Thread>>, delivery: Delivery
             shared.held.end_claim(pid, None);
             Box::pin(refuse(&shared, delivery, "a process with this pid and another spec exists")).await;
         }
+        Ok(Claim::Rejected(reason)) => {
+            shared.held.end_claim(pid, None);
+            Box::pin(refuse(&shared, delivery, &reason)).await;
+        }
         Err(error) => {
             shared.held.end_claim(pid, None);
-            warn!(%pid, %error, "not claimed; the message comes again");
+            let pause = shared.setbacks.next_pause();
+            warn!(%pid, %error, pause_ms = pause.as_millis(), "not claimed; the message comes again after a pause");
+            Box::pin(shared.drain.run_until_cancelled(tokio::time::sleep(pause))).await;
             delivery.settle.give_back().await;
         }
     }

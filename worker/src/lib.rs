@@ -29,6 +29,7 @@ pub mod peers;
 pub mod process;
 pub mod registry;
 mod run;
+mod setbacks;
 pub mod shim;
 pub mod site;
 mod suspects;

@@ -93,6 +93,8 @@ struct Run {
     has_outside: bool,
     /// No other suspect can be claimed, until this one's next checkpoint.
     is_suspect: bool,
+    /// The database could never store what was written for it.
+    is_rejected: bool,
     /// In which it advances; none while it waits in memory, where thousands may.
     span: Option<Span>,
     /// What the last write left, once that is no longer `held`; `None` when the lease was lost.
@@ -161,6 +163,7 @@ impl Run {
             claimed_at,
             has_outside,
             is_suspect,
+            is_rejected: false,
             span: None,
             left: None,
             outcome: None,
@@ -579,6 +582,9 @@ impl Run {
             written = write => written,
             () = self.context.live.until(|orders| orders.abandon) => return Hold::Gone,
         };
+        if written.is_err() && Box::pin(self.end_if_rejected(&written)).await {
+            return Hold::Gone;
+        }
         self.take_over(written, Some(checkpoint))
     }
 
@@ -614,6 +620,9 @@ impl Run {
             written = self.shared.writer.write(fenced) => written,
             () = self.context.live.until(|orders| orders.abandon) => return Hold::Gone,
         };
+        if written.is_err() && Box::pin(self.end_if_rejected(&written)).await {
+            return Hold::Gone;
+        }
         if matches!(written, Ok(Some(_))) {
             self.context.attempt.set(self.context.attempt() + more_tries);
         }
@@ -651,6 +660,18 @@ impl Run {
                 Hold::Gone
             }
         }
+    }
+
+    /// Ends the process if the database can never store what was just written for it; otherwise each next holder would make
+    /// the same advance and write the same again. An end that cannot be stored either is left to the reconciling beat.
+    async fn end_if_rejected(&mut self, written: &Result<Option<Written>, StoreError>) -> bool {
+        let Err(StoreError::Rejected(cause)) = written else { return false };
+        if std::mem::replace(&mut self.is_rejected, true) {
+            return false;
+        }
+        let reason = format!("the database can never store what it has written: {cause}");
+        Box::pin(self.end(State::Excepted, Outcome::because(reason), How::Error)).await;
+        true
     }
 
     /// Says what must be said now that the process is no longer held.

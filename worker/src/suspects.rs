@@ -90,7 +90,7 @@ async fn claim_next(shared: &Arc<Shared>, threads: &Arc<Vec<Thread>>) -> bool {
             shared.suspects.put(pid, queue);
             false
         }
-        Ok(Claim::NotQueued | Claim::Absent | Claim::OtherSpec | Claim::Pruned) => {
+        Ok(Claim::NotQueued | Claim::Absent | Claim::OtherSpec | Claim::Pruned | Claim::Rejected(_)) => {
             shared.held.end_claim(pid, None);
             true
         }

@@ -195,6 +195,8 @@ impl Envelope {
             Some(AMQPValue::LongString(text)) if text.len() <= TRACEPARENT_BYTES_MAX => Some(text.to_string()),
             Some(_) | None => None,
         });
+        // It has hexadecimal digits and dashes; anything else comes from no tracer and is not passed on.
+        let traceparent = traceparent.filter(|text| text.bytes().all(|byte| byte.is_ascii_graphic()));
         Envelope {
             kind: text(properties.kind()),
             message_id: text(properties.message_id()),

@@ -429,6 +429,9 @@ fn label_part(text: &str) -> Read<()> {
     if text.is_empty() || text.len() > NAME_BYTES_MAX {
         return Err(format!("must have 1 to {NAME_BYTES_MAX} bytes; it has {}", text.len()));
     }
+    if text.contains('\0') {
+        return Err("must not contain a NUL byte; no database can store one in a text".to_owned());
+    }
     Ok(())
 }
 

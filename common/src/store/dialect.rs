@@ -168,11 +168,14 @@ impl Batch {
         Self { columns, values: vec![Vec::new(); columns.len()] }
     }
 
-    /// Adds a row, which has a value for each column.
+    /// Adds a row, which has a value for each column. See [`storable`] for texts.
     pub(crate) fn push<const N: usize>(&mut self, row: [Value; N]) {
         debug_assert_eq!(N, self.columns.len());
         for (column, value) in self.values.iter_mut().zip(row) {
-            column.push(value);
+            column.push(match value {
+                Value::String(Some(text)) => storable(text).into(),
+                value => value,
+            });
         }
     }
 
@@ -192,6 +195,12 @@ impl Batch {
         }
         batch
     }
+}
+
+/// A text as both databases can store it. PostgreSQL takes no NUL byte, so what a machine has said (an error, the name of a
+/// job) has the replacement character instead. What a user has named is refused before it comes here.
+pub(crate) fn storable(text: String) -> String {
+    if text.contains('\0') { text.replace('\0', "\u{fffd}") } else { text }
 }
 
 impl Kind {

@@ -22,6 +22,9 @@ pub enum Error {
     /// It did not answer. Try again; a write's outcome is unknown.
     #[error("the database does not answer: {0}")]
     Unreachable(String),
+    /// It accepts no more connections (`max_connections`, or a limit of the role or the database). Try again.
+    #[error("the database has no connection left: {0}")]
+    Full(String),
     /// It answered that these credentials or this database name are wrong.
     #[error("the database refused the connection: {0}")]
     Refused(String),
@@ -51,7 +54,11 @@ pub enum Error {
     /// The writer has stopped with the worker.
     #[error("the writer has stopped")]
     Stopped,
-    /// Any other answer of the database: a full disk, a missing right.
+    /// It can never store such a value: a NUL byte in a text, a value that is too long for an index. Whoever gave the value
+    /// must be told; the same call fails again.
+    #[error("the database can never store this: {0}")]
+    Rejected(String),
+    /// Any other answer of the database: a missing right, a damaged table.
     #[error("the database failed: {0}")]
     Database(String),
 }
@@ -60,7 +67,7 @@ impl Error {
     /// Whether the same call can succeed later without anybody's doing.
     pub fn is_transient(&self) -> bool {
         match self {
-            Error::Unreachable(_) | Error::Retry(_) => true,
+            Error::Unreachable(_) | Error::Full(_) | Error::Retry(_) => true,
             Error::Url
             | Error::Folder { .. }
             | Error::Refused(_)
@@ -69,6 +76,7 @@ impl Error {
             | Error::Unreadable(_)
             | Error::NoRow
             | Error::Stopped
+            | Error::Rejected(_)
             | Error::Database(_) => false,
         }
     }
@@ -106,7 +114,13 @@ fn classify(cause: &sqlx::Error) -> Error {
                 "40001" | "40P01" | "55P03" | "5" | "6" | "517" => Error::Retry(text),
                 // No resources, a full disk above all: what was not written now can be written later.
                 "13" => Error::Retry(text),
+                "53300" => Error::Full(text),
+                // A standby that is not promoted yet.
+                "25006" => Error::Retry(text),
                 _ if code.starts_with("53") => Error::Retry(text),
+                // Data exceptions, program limits; SQLite: 18 too big, 20 mismatch.
+                "18" | "20" => Error::Rejected(text),
+                _ if code.len() == 5 && (code.starts_with("22") || code.starts_with("54")) => Error::Rejected(text),
                 _ if code.starts_with("08") || code.starts_with("57P") => Error::Unreachable(text),
                 _ => Error::Database(text),
             }

@@ -54,7 +54,7 @@ mod tests {
         fill(&db).await;
         let store = Store::open(Location::parse(url).unwrap()).await.unwrap();
         let label = |key: &str, value: &str| Select {
-            labels: [(key.to_owned(), value.to_owned())].into(),
+            labels: Some([(key.to_owned(), value.to_owned())].into()),
             ..Select::default()
         };
         let selects = [
@@ -63,7 +63,7 @@ mod tests {
             (label("a", "c"), 0),
             (Select { queue: Some("gpu".into()), ..Select::default() }, 1),
             (Select { queue: Some("default".into()), ..Select::default() }, 0),
-            (Select { states: vec!["finished".into()], ..Select::default() }, 1),
+            (Select { states: Some(vec!["finished".into()]), ..Select::default() }, 1),
         ];
         for (select, count) in selects {
             let rows = store.list(&Filter { select: select.clone(), after: None, limit: 9 }).await.unwrap();

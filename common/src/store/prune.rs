@@ -63,11 +63,9 @@ impl Store {
     /// # Errors
     /// The database does not answer; what was removed stays so.
     pub async fn erase(&self, pids: &[Pid]) -> Result<u64, Error> {
-        let mut walk = Walk::new(&Select { pids: pids.to_vec(), ..Select::default() }, Order::OldestFirst, None);
+        let mut walk = Walk::new(&Select::of(pids.to_vec()), Order::OldestFirst, None);
         let mut count = 0;
-        while !pids.is_empty()
-            && let Some(ids) = walk.next_ids(&self.db, self.dialect, PAGE_ROWS).await?
-        {
+        while let Some(ids) = walk.next_ids(&self.db, self.dialect, PAGE_ROWS).await? {
             count += self.remove_ended(ids, i64::MAX, None).await?;
         }
         Ok(count)
@@ -165,9 +163,8 @@ fn micros(age: Duration) -> i64 {
 
 /// The selection in the states that it asks for, or in every final one. What is in another state is not touched anyway.
 fn final_ones(select: &Select) -> Select {
-    let finals = [State::Finished, State::Excepted, State::Killed].map(|state| state.word().to_owned());
-    let states = if select.states.is_empty() { finals.to_vec() } else { select.states.clone() };
-    Select { states, ..select.clone() }
+    let finals = || [State::Finished, State::Excepted, State::Killed].map(|state| state.word().to_owned()).to_vec();
+    Select { states: Some(select.states.clone().unwrap_or_else(finals)), ..select.clone() }
 }
 
 // What another pruning has in hand is left to it.

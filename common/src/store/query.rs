@@ -52,7 +52,7 @@ impl Filter {
     /// These processes, each once, in no order that matters.
     pub fn of(pids: Vec<Pid>) -> Self {
         let limit = u32::try_from(pids.len()).unwrap_or(u32::MAX);
-        Filter { select: Select { pids, ..Select::default() }, after: None, limit }
+        Filter { select: Select::of(pids), after: None, limit }
     }
 }
 

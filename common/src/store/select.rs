@@ -63,9 +63,9 @@ pub(super) struct Walk {
 impl Walk {
     /// A walk that begins behind `after`, or at the beginning.
     pub(super) fn new(select: &Select, order: Order, after: Option<Cursor>) -> Self {
-        let pids: Option<Vec<Pid>> = (!select.pids.is_empty()).then(|| {
+        let pids: Option<Vec<Pid>> = select.pids.as_ref().map(|pids| {
             // Sorted, and each once.
-            let pids: BTreeSet<Pid> = select.pids.iter().copied().collect();
+            let pids: BTreeSet<Pid> = pids.iter().copied().collect();
             let is_left = |pid: &Pid| match (after, order) {
                 (None, Order::NewestFirst | Order::OldestFirst) => true,
                 (Some(after), Order::NewestFirst) => *pid < after.pid,
@@ -77,15 +77,15 @@ impl Walk {
             }
             pids
         });
-        let is_at_end = pids.as_ref().is_some_and(Vec::is_empty);
-        Self { select: Select { pids: vec![], ..select.clone() }, order, pids, after, is_at_end }
+        let is_at_end = select.is_none() || pids.as_ref().is_some_and(Vec::is_empty);
+        Self { select: Select { pids: None, ..select.clone() }, order, pids, after, is_at_end }
     }
 
     /// The same walk past what has ended, where nothing narrower leads to what is asked for. A selection by facts still
     /// meets what has ended: a page by states is a walk for each of them, which takes longer than to look at each such row.
     pub(super) fn past_ended(mut self) -> Self {
         if self.pids.is_none() && self.select.is_all() {
-            self.select.states = ["created", "running", "waiting", "paused"].map(str::to_owned).to_vec();
+            self.select.states = Some(["created", "running", "waiting", "paused"].map(str::to_owned).to_vec());
         }
         self
     }
@@ -156,14 +156,14 @@ impl Walk {
         // What is newer than an age would be walked through one by one in the order of ids.
         let by_time = !of_pids && is_by_time(select);
         let mut tables = Vec::new();
-        if !of_process.is_empty() || !select.states.is_empty() || of_pids {
+        if !of_process.is_empty() || select.states.is_some() || of_pids {
             tables.push(("process".to_owned(), "p".to_owned()));
         }
         if !of_spec.is_empty() {
             tables.push(("spec".to_owned(), "s".to_owned()));
         }
         let mut condition = format!("{of_process}{of_spec}{}", if by_time { FOUND_BY_TIME } else { "" });
-        for (n, (key, value)) in select.labels.iter().enumerate() {
+        for (n, (key, value)) in select.labels().enumerate() {
             condition.push_str(&label_condition(&format!("l{n}"), key, value, values));
             tables.push(("label".to_owned(), format!("l{n}")));
         }
@@ -211,7 +211,7 @@ impl Walk {
         // A worker's processes are in no order of ids, and few.
         let is_in_lines = !of_pids && !by_time && select.worker.is_none();
         let lines = if is_in_lines { Line::of(select, values) } else { vec![] };
-        let mut branch = |state: Option<&String>| {
+        let mut branch = |state: Option<&str>| {
             let of_state = state.map(|word| format!(" AND p.state = {{{word}}}")).unwrap_or_default();
             let lines: Vec<Line> = state.map(|word| Line::of_state(word)).into_iter().chain(lines.clone()).collect();
             if !is_in_lines || lines.len() < 2 {
@@ -223,7 +223,7 @@ impl Walk {
             });
             leap::page_sql(&lines, self.order, start, limit, |on_id| join(&of_state, &of_each(on_id)))
         };
-        let states: BTreeSet<&String> = select.states.iter().collect();
+        let states: BTreeSet<&str> = select.states().collect();
         if states.is_empty() {
             return branch(None);
         }
@@ -239,7 +239,7 @@ impl Walk {
 
 /// Whether pages of a selection are in the order of acceptance and not of ids.
 fn is_by_time(select: &Select) -> bool {
-    select.older_than.is_some() && select.pids.is_empty()
+    select.older_than.is_some() && select.pids.is_none()
 }
 
 /// The condition on one row `process p` that has been found by its id, but for the selection's ids, as ` AND …`; its values are
@@ -267,7 +267,7 @@ fn look_but_for(select: &Select, base: Option<Base>, values: &mut Vec<Value>) ->
             condition.push_str(&format!(" AND (SELECT true{of_spec} FROM spec s WHERE s.id = p.id)"));
         }
     }
-    for (key, value) in select.labels.iter().skip(usize::from(base == Some(Base::Label))) {
+    for (key, value) in select.labels().skip(usize::from(base == Some(Base::Label))) {
         let label = label_condition("l", key, value, values);
         condition.push_str(&format!(" AND (SELECT COUNT(*) FROM label l WHERE l.id = p.id{label}) = 1"));
     }
@@ -282,10 +282,10 @@ fn process_condition(select: &Select, values: &mut Vec<Value>) -> String {
 }
 
 fn state_condition(column: &str, select: &Select) -> String {
-    if select.states.is_empty() {
+    let states = select.states().map(|word| format!("{{{word}}}")).collect::<Vec<_>>();
+    if states.is_empty() {
         return String::new();
     }
-    let states = select.states.iter().map(|word| format!("{{{word}}}")).collect::<Vec<_>>();
     format!(" AND {column} IN ({})", states.join(", "))
 }
 
@@ -335,6 +335,9 @@ pub(super) async fn count(
     also: &str,
     mut values: Vec<Value>,
 ) -> Result<BTreeMap<i16, u64>, Error> {
+    if select.is_none() {
+        return Ok(BTreeMap::new());
+    }
     // Each row is one look by its id, as for `look`.
     let by_id = |base: &str, id: &str, found_by: &str, look: &str| {
         format!(
@@ -344,9 +347,9 @@ pub(super) async fn count(
              WHERE code IS NOT NULL GROUP BY code"
         )
     };
-    let statements: Vec<Statement> = if !select.pids.is_empty() {
+    let statements: Vec<Statement> = if let Some(pids) = &select.pids {
         let sql = format!("WITH {{rows}} {}", by_id("b", "b_id", "", &look(select, &mut values)));
-        let pids: BTreeSet<Pid> = select.pids.iter().copied().collect();
+        let pids: BTreeSet<Pid> = pids.iter().copied().collect();
         let pids: Vec<Uuid> = pids.into_iter().map(Uuid::from).collect();
         let of = |chunk: &[Uuid]| store.dialect.batch(&sql, values.clone(), Batch::ids(chunk.iter().copied()));
         pids.chunks(PIDS_MAX).map(of).collect()
@@ -355,7 +358,7 @@ pub(super) async fn count(
         let sql = if !of_spec.is_empty() {
             let found_by = format!("{of_spec}{}", if select.older_than.is_some() { FOUND_BY_TIME } else { "" });
             by_id("spec s", "s.id", &found_by, &look_but_for(select, Some(Base::Spec), &mut values))
-        } else if let Some((key, value)) = select.labels.iter().next() {
+        } else if let Some((key, value)) = select.labels().next() {
             let of_label = label_condition("f", key, value, &mut values);
             by_id("label f", "f.id", &of_label, &look_but_for(select, Some(Base::Label), &mut values))
         } else {

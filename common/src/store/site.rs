@@ -7,7 +7,7 @@ use sea_orm::{ConnectionTrait, QueryResult};
 use uuid::Uuid;
 
 use super::control::state;
-use super::dialect::{Batch, Kind};
+use super::dialect::{Batch, Kind, storable};
 use super::submit::ByQueue;
 use super::writer::Fence;
 use super::{Error, Store, begin};
@@ -419,7 +419,11 @@ impl Store {
                                        ELSE {now} + $3 * (1 << CAST(failures AS int)) END,
                        failures = CASE WHEN retry_at > {now} THEN failures ELSE failures + 1 END
                    WHERE name = $1";
-        self.execute(sql, vec![site.into(), failure.into(), RETRY_MIN_US.into(), RETRY_MAX_US.into()]).await?;
+        self.execute(
+            sql,
+            vec![site.into(), storable(failure.to_owned()).into(), RETRY_MIN_US.into(), RETRY_MAX_US.into()],
+        )
+        .await?;
         Ok(())
     }
 
@@ -440,7 +444,7 @@ impl Store {
     /// The database does not answer.
     pub async fn note_launcher(&self, site: &str, complaint: &str) -> Result<(), Error> {
         let sql = "UPDATE site SET last_error = $2, last_error_at = {now} WHERE name = $1";
-        self.execute(sql, vec![site.into(), complaint.into()]).await?;
+        self.execute(sql, vec![site.into(), storable(complaint.to_owned()).into()]).await?;
         Ok(())
     }
 

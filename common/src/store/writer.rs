@@ -108,6 +108,8 @@ pub enum Claim {
     OtherSpec,
     /// A launch that is older than what is kept: its process may have run and been pruned.
     Pruned,
+    /// The database can never store what the launch brings along, for this reason.
+    Rejected(String),
 }
 
 /// A write of the holder.
@@ -276,11 +278,11 @@ enum Request {
     Checkpoint {
         fence: Fence,
         checkpoint: PackedCheckpoint,
-        answer: oneshot::Sender<Option<Written>>,
+        answer: oneshot::Sender<Result<Option<Written>, Error>>,
     },
     Write {
         fenced: Box<Fenced>,
-        answer: oneshot::Sender<Option<Written>>,
+        answer: oneshot::Sender<Result<Option<Written>, Error>>,
     },
 }
 
@@ -362,7 +364,7 @@ impl Writer {
         let (answer, receiver) = oneshot::channel();
         let request = Request::Checkpoint { fence, checkpoint: checkpoint.into(), answer };
         self.idle_or(&self.checkpoints).send(request).await.map_err(|_| Error::Stopped)?;
-        receiver.await.map_err(|_| Error::Stopped)
+        receiver.await.map_err(|_| Error::Stopped)?
     }
 
     /// Writes; `None` means that the lease is lost: stop at once and write nothing more.
@@ -370,12 +372,13 @@ impl Writer {
     /// While the database is away this waits.
     ///
     /// # Errors
-    /// [`Error::Stopped`] when the worker is stopping, or when the database refuses this very write.
+    /// [`Error::Stopped`] when the worker is stopping. [`Error::Rejected`] when the database can never store what is written,
+    /// or another error that says why it refuses this write; nothing is written then.
     pub async fn write(&self, fenced: Fenced) -> Result<Option<Written>, Error> {
         let (answer, receiver) = oneshot::channel();
         let request = Request::Write { fenced: Box::new(fenced), answer };
         self.idle_or(&self.departures).send(request).await.map_err(|_| Error::Stopped)?;
-        receiver.await.map_err(|_| Error::Stopped)
+        receiver.await.map_err(|_| Error::Stopped)?
     }
 }
 
@@ -469,6 +472,7 @@ impl Lane {
                 }
                 Err(error) if part.len() == 1 => {
                     tracing::error!(%error, pid = %part[0].pid(), "the database refuses this write");
+                    part.into_iter().for_each(|request| request.refuse(&error));
                 }
                 Err(error) => {
                     debug!(%error, rows = part.len(), "splitting a batch that the database refuses");
@@ -585,7 +589,7 @@ impl Answers {
                 Request::Checkpoint { answer, .. } | Request::Write { answer, .. }
                     if self.written.contains_key(&pid) =>
                 {
-                    let _ = answer.send(self.written.remove(&pid));
+                    let _ = answer.send(Ok(self.written.remove(&pid)));
                 }
                 Request::Claim { .. } | Request::Checkpoint { .. } | Request::Write { .. } => rest.push(request),
             }
@@ -610,7 +614,7 @@ impl Answers {
                 let _ = answer.send(claim);
             }
             Request::Checkpoint { answer, .. } | Request::Write { answer, .. } => {
-                let _ = answer.send(None);
+                let _ = answer.send(Ok(None));
             }
         }
     }
@@ -660,6 +664,22 @@ impl Request {
             Request::Claim { .. } => "claim-unanswered",
             Request::Checkpoint { .. } => "checkpoint-unanswered",
             Request::Write { .. } => "departure-unanswered",
+        }
+    }
+
+    /// Answers that the database refuses it.
+    fn refuse(self, error: &Error) {
+        let rejected = matches!(error, Error::Rejected(_));
+        match self {
+            Request::Claim { answer, .. } if rejected => {
+                let _ = answer.send(Claim::Rejected(error.to_string()));
+            }
+            // Without an answer: the caller tries again later.
+            Request::Claim { .. } => {}
+            Request::Checkpoint { answer, .. } | Request::Write { answer, .. } => {
+                let text = error.to_string();
+                let _ = answer.send(Err(if rejected { Error::Rejected(text) } else { Error::Database(text) }));
+            }
         }
     }
 

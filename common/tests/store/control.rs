@@ -78,7 +78,7 @@ async fn many_are_controlled_by_labels(scene: Scene) {
         si.push(scene.submit("{call: baton.noop, labels: {campaign: si}}").await);
     }
     let ge = scene.submit("{call: baton.noop, labels: {campaign: ge}}").await;
-    let select = Select { labels: [("campaign".to_owned(), "si".to_owned())].into(), ..Select::default() };
+    let select = Select { labels: Some([("campaign".to_owned(), "si".to_owned())].into()), ..Select::default() };
     let asked = scene.ask_many(RequestId::generate(), &select, Desired::Pause).await;
     assert_eq!(asked, Some(si));
     assert_eq!(scene.state(ge).await.1, State::Created);

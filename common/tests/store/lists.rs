@@ -75,45 +75,49 @@ async fn every_row_is_in_exactly_one_page_with_each_filter(scene: Scene) {
     let all = Select::default();
     let cases = [
         (all.clone(), is(&|_| true)),
-        (Select { states: words(&["created"]), ..all.clone() }, is(&created)),
-        (Select { states: words(&["paused", "killed"]), ..all.clone() }, is(&|n| paused(n) || killed(n))),
+        (Select { states: Some(words(&["created"])), ..all.clone() }, is(&created)),
+        (Select { states: Some(words(&["paused", "killed"])), ..all.clone() }, is(&|n| paused(n) || killed(n))),
         (
-            Select { states: words(&["waiting", "created", "running", "waiting"]), ..all.clone() },
+            Select { states: Some(words(&["waiting", "created", "running", "waiting"])), ..all.clone() },
             is(&|n| waiting(n) || created(n) || running(n)),
         ),
-        (Select { states: words(&["finished", "excepted"]), ..all.clone() }, vec![]),
+        (Select { states: Some(words(&["finished", "excepted"])), ..all.clone() }, vec![]),
+        (Select { pids: Some(vec![]), ..all.clone() }, vec![]),
+        (Select { labels: Some(labels(&[])), ..all.clone() }, vec![]),
+        (Select { states: Some(vec![]), ..all.clone() }, vec![]),
+        (Select { session: Some(String::new()), states: Some(words(&["created"])), ..all.clone() }, vec![]),
         (Select { session: Some("night".into()), ..all.clone() }, is(&|n| n % 4 < 2)),
         (Select { session: Some("nix".into()), ..all.clone() }, vec![]),
         (Select { queue: Some("gpu".into()), ..all.clone() }, is(&|n| n % 2 == 1)),
         (Select { kind: Some("baton.sleep".into()), ..all.clone() }, is(&|n| n % 3 == 0)),
         (Select { worker: Some("w1".into()), ..all.clone() }, is(&running)),
         (Select { worker: Some("nix".into()), ..all.clone() }, vec![]),
-        (Select { labels: labels(&[("all", "yes")]), ..all.clone() }, is(&|_| true)),
-        (Select { labels: labels(&[("o'dd", "a\"b")]), ..all.clone() }, is(&|_| true)),
-        (Select { labels: labels(&[("all", "no")]), ..all.clone() }, vec![]),
-        (Select { labels: labels(&[("all", "yes"), ("five", "3")]), ..all.clone() }, is(&|n| n / 5 == 3)),
+        (Select { labels: Some(labels(&[("all", "yes")])), ..all.clone() }, is(&|_| true)),
+        (Select { labels: Some(labels(&[("o'dd", "a\"b")])), ..all.clone() }, is(&|_| true)),
+        (Select { labels: Some(labels(&[("all", "no")])), ..all.clone() }, vec![]),
+        (Select { labels: Some(labels(&[("all", "yes"), ("five", "3")])), ..all.clone() }, is(&|n| n / 5 == 3)),
         (
             Select {
-                states: words(&["created", "paused"]),
+                states: Some(words(&["created", "paused"])),
                 kind: Some("baton.noop".into()),
-                labels: labels(&[("five", "3")]),
+                labels: Some(labels(&[("five", "3")])),
                 ..all.clone()
             },
             is(&|n| n / 5 == 3 && n % 3 != 0 && (created(n) || paused(n))),
         ),
         (Select { session: Some("night".into()), queue: Some("gpu".into()), ..all.clone() }, is(&|n| n % 4 == 1)),
         (
-            Select { kind: Some("baton.sleep".into()), states: words(&["killed"]), ..all.clone() },
+            Select { kind: Some("baton.sleep".into()), states: Some(words(&["killed"])), ..all.clone() },
             is(&|n| n % 3 == 0 && killed(n)),
         ),
-        (Select { session: Some("night".into()), states: words(&["finished"]), ..all.clone() }, vec![]),
+        (Select { session: Some("night".into()), states: Some(words(&["finished"])), ..all.clone() }, vec![]),
         (
             Select {
-                states: words(&["created", "running", "waiting", "paused", "killed"]),
+                states: Some(words(&["created", "running", "waiting", "paused", "killed"])),
                 session: Some("night".into()),
                 queue: Some("default".into()),
                 kind: Some("baton.noop".into()),
-                labels: labels(&[("all", "yes"), ("o'dd", "a\"b")]),
+                labels: Some(labels(&[("all", "yes"), ("o'dd", "a\"b")])),
                 ..all.clone()
             },
             is(&|n| n % 4 == 0 && n % 3 != 0),
@@ -125,7 +129,7 @@ async fn every_row_is_in_exactly_one_page_with_each_filter(scene: Scene) {
         (Select { older_than: Some(Duration::from_secs(3600)), ..all.clone() }, vec![]),
         (Select { older_than: Some(Duration::ZERO), ..all.clone() }, accepted.iter().rev().copied().collect()),
         (
-            Select { older_than: Some(Duration::ZERO), states: words(&["created", "killed"]), ..all.clone() },
+            Select { older_than: Some(Duration::ZERO), states: Some(words(&["created", "killed"])), ..all.clone() },
             (0..40).rev().filter(|n| created(*n) || killed(*n)).map(|n| accepted[n]).collect(),
         ),
     ];
@@ -171,7 +175,7 @@ async fn what_meets_conditions_that_hardly_ever_meet_is_found(scene: Scene) {
     for page in processes.chunks(1_000) {
         scene.store.submit(page).await.unwrap();
     }
-    let both = Select { labels: labels(&[("a", "yes"), ("b", "yes")]), ..Select::default() };
+    let both = Select { labels: Some(labels(&[("a", "yes"), ("b", "yes")])), ..Select::default() };
     let expected: Vec<Pid> = [0, 1, 2, 1_500, 2_995, 2_996, 2_997, 2_998, 2_999].map(|n| processes[n].pid).into();
     for limit in [1, 3, 8, 20] {
         let mut listing = Listing::new(&both, None);
@@ -215,7 +219,11 @@ async fn explicit_processes_are_paged_and_narrowed(scene: Scene) {
     let asked: Vec<Pid> = pids.iter().chain(&pids[100..200]).copied().chain([Pid::generate()]).rev().collect();
     pids.reverse();
     let list = async |states: &[&str], after: Option<Pid>, limit| {
-        let select = Select { pids: asked.clone(), states: words(states), ..Select::default() };
+        let select = Select {
+            pids: Some(asked.clone()),
+            states: (!states.is_empty()).then(|| words(states)),
+            ..Select::default()
+        };
         let after = after.map(|pid| Cursor { pid, created_at: 0 });
         let rows = scene.store.list(&Filter { select, after, limit }).await.unwrap();
         rows.into_iter().map(|row| row.pid).collect::<Vec<_>>()
@@ -225,7 +233,7 @@ async fn explicit_processes_are_paged_and_narrowed(scene: Scene) {
     assert_eq!(list(&[], pids.last().copied(), 10).await, []);
     // The only one is in the last of the chunks that are asked for.
     assert_eq!(list(&["paused"], None, 10).await, pids[1_499..]);
-    let select = Select { pids: asked.clone(), ..Select::default() };
+    let select = Select { pids: Some(asked.clone()), ..Select::default() };
     let counts = scene.store.count_selected(&select, Desired::Pause).await.unwrap();
     assert_eq!(counts, [("queued".to_owned(), 1_499)].into());
     let killed = scene.ask_many(RequestId::generate(), &select, Desired::Kill).await.unwrap();
@@ -238,7 +246,7 @@ async fn labels_belong_to_the_spec_that_was_accepted(scene: Scene) {
     scene.store.submit(std::slice::from_ref(&first)).await.unwrap();
     scene.store.submit(&[second]).await.unwrap();
     for (value, count) in [("first", 1), ("second", 0)] {
-        let select = Select { labels: labels(&[("a", value)]), ..Select::default() };
+        let select = Select { labels: Some(labels(&[("a", value)])), ..Select::default() };
         let rows = scene.store.list(&Filter { select, after: None, limit: 9 }).await.unwrap();
         assert_eq!(rows.len(), count, "{value}");
     }

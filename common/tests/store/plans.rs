@@ -59,7 +59,7 @@ fn list(name: &str, select: Select) -> Call<'static> {
 
 fn calls() -> Vec<Call<'static>> {
     let all = Select::default;
-    let label = |key: &str, value: &str| Select { labels: [(key.to_owned(), value.to_owned())].into(), ..all() };
+    let label = |key: &str, value: &str| Select { labels: Some([(key.to_owned(), value.to_owned())].into()), ..all() };
     let older = |seconds| Select { older_than: Some(Duration::from_secs(seconds)), ..all() };
     let mut calls = vec![
         list("all", all()),
@@ -81,7 +81,7 @@ fn calls() -> Vec<Call<'static>> {
     for states in
         ["created", "running", "waiting", "paused", "finished", "excepted", "killed", "running,excepted,killed"]
     {
-        let select = Select { states: states.split(',').map(str::to_owned).collect(), ..all() };
+        let select = Select { states: Some(states.split(',').map(str::to_owned).collect()), ..all() };
         calls.push(list(states, select.clone()));
         calls.push(list(&format!("{states} with a label"), Select { states: select.states, ..label("rare", "yes") }));
     }
@@ -201,8 +201,8 @@ async fn the_processes_of_a_session_are_watched_by_their_keys() {
 #[ignore = "needs services: run tests/run"]
 async fn what_is_asked_of_a_session_just_accepted_compares_no_process_with_each_other() {
     let fresh = Some("fresh".to_owned());
-    let paused = Select { session: fresh, states: vec!["paused".into()], ..Select::default() };
-    let labelled = Select { labels: [("campaign".to_owned(), "si".to_owned())].into(), ..paused.clone() };
+    let paused = Select { session: fresh, states: Some(vec!["paused".into()]), ..Select::default() };
+    let labelled = Select { labels: Some([("campaign".to_owned(), "si".to_owned())].into()), ..paused.clone() };
     let mut found = Vec::new();
     for select in [paused, labelled] {
         let calls: Vec<Call<'_>> = vec![
@@ -242,15 +242,15 @@ async fn what_is_asked_of_a_session_just_accepted_compares_no_process_with_each_
 async fn thousands_that_meet_only_one_of_two_conditions_are_passed_at_once() {
     const BOTH: u64 = 50;
     let session = |name: &str| Select { session: Some(name.to_owned()), ..Select::default() };
-    let killed = |select| Select { states: vec!["killed".into()], ..select };
-    let hydrogen = Select { labels: [("campaign".to_owned(), "h".to_owned())].into(), ..Select::default() };
+    let killed = |select| Select { states: Some(vec!["killed".into()]), ..select };
+    let hydrogen = Select { labels: Some([("campaign".to_owned(), "h".to_owned())].into()), ..Select::default() };
     let calls: Vec<Call<'_>> = vec![
         list("killed of a session", killed(session("night"))),
         list("killed with a label", killed(hydrogen)),
         (
             "control_many of what there is not".into(),
             Box::new(async |store: &Store| {
-                let select = Select { states: vec!["paused".into()], ..session("day") };
+                let select = Select { states: Some(vec!["paused".into()]), ..session("day") };
                 assert_eq!(kill(store, &select).await, 0);
             }),
         ),
@@ -262,7 +262,7 @@ async fn thousands_that_meet_only_one_of_two_conditions_are_passed_at_once() {
         hot.submit_as(night, BOTH).await;
         hot.submit_as("labels: {campaign: he}\nsession: day\nhold: true\nrun: ['true']", OTHERS).await;
         assert_eq!(
-            kill(&hot.store, &Select { states: vec!["paused".into()], ..Select::default() }).await,
+            kill(&hot.store, &Select { states: Some(vec!["paused".into()]), ..Select::default() }).await,
             BOTH + OTHERS
         );
         hot.submit_as(night, OTHERS).await;

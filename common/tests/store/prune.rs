@@ -63,7 +63,7 @@ async fn only_what_has_ended_is_pruned_with_all_that_belongs_to_it(scene: Scene)
     assert!(is_there(&scene, old).await);
     let counts = scene.store.count_prunable(&Select::default(), Duration::ZERO).await.unwrap();
     assert_eq!(counts, [("finished".to_owned(), 1)].into());
-    let unended = Select { states: vec!["created".into(), "paused".into()], ..Select::default() };
+    let unended = Select { states: Some(vec!["created".into(), "paused".into()]), ..Select::default() };
     assert_eq!(prune(&scene, &unended, Duration::ZERO).await, 0);
     assert_eq!(prune(&scene, &Select::default(), Duration::ZERO).await, 1);
     assert!(!is_there(&scene, old).await);
@@ -72,7 +72,7 @@ async fn only_what_has_ended_is_pruned_with_all_that_belongs_to_it(scene: Scene)
     }
     assert_eq!(scene.rows_of(old).await, 0);
     assert_eq!(scene.rows_of(queued).await, 4, "process, spec and two labels");
-    let si = Select { labels: [("campaign".to_owned(), "si".to_owned())].into(), ..Select::default() };
+    let si = Select { labels: Some([("campaign".to_owned(), "si".to_owned())].into()), ..Select::default() };
     let listed = scene.store.list(&Filter { select: si, after: None, limit: 9 }).await.unwrap();
     assert_eq!(listed.len(), 3);
 }
@@ -85,7 +85,7 @@ async fn a_pruning_takes_all_pages_and_a_second_one_finds_nothing(scene: Scene) 
     }
     let (live, doomed): (Vec<_>, Vec<_>) =
         processes.iter().map(|process| process.pid).enumerate().partition(|(n, _)| n % 1_000 == 0);
-    let select = Select { pids: doomed.iter().map(|(_, pid)| *pid).collect(), ..Select::default() };
+    let select = Select { pids: Some(doomed.iter().map(|(_, pid)| *pid).collect()), ..Select::default() };
     assert_eq!(
         scene.ask_many(baton_common::id::RequestId::generate(), &select, Desired::Kill).await.unwrap().len(),
         2_597
@@ -106,7 +106,7 @@ async fn a_selection_narrows_a_pruning(scene: Scene) {
     let night = ended(&scene, "{call: baton.noop, session: night}", State::Excepted).await;
     let day = ended(&scene, "{call: baton.noop, session: day}", State::Excepted).await;
     let finished = ended(&scene, "{call: baton.noop, session: night}", State::Finished).await;
-    let select = Select { session: Some("night".into()), states: vec!["excepted".into()], ..Select::default() };
+    let select = Select { session: Some("night".into()), states: Some(vec!["excepted".into()]), ..Select::default() };
     assert_eq!(scene.store.count_prunable(&select, Duration::ZERO).await.unwrap(), [("excepted".to_owned(), 1)].into());
     assert_eq!(prune(&scene, &select, Duration::ZERO).await, 1);
     let there = [is_there(&scene, night).await, is_there(&scene, day).await, is_there(&scene, finished).await];

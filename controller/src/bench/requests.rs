@@ -59,7 +59,7 @@ pub(super) async fn run(bench: &Bench, arguments: &ControlBenchArguments) -> Res
 
 /// Ends them in the database, without asking who holds them.
 pub(super) async fn kill(store: &Store, pids: &[Pid]) -> Result<(), Failure> {
-    let select = Select { pids: pids.to_vec(), ..Select::default() };
+    let select = Select::of(pids.to_vec());
     let request = Request { force: true, ..Request::new(Desired::Kill, whoami()) };
     if let Some(mut many) = store.control_many(RequestId::generate(), &select, &request).await? {
         while many.next().await?.is_some() {}

@@ -61,7 +61,7 @@ async fn run(global: &Global, arguments: ControlArguments, request: Request) -> 
     let ControlArguments { pids: texts, all, selection, reason, dry_run, yes, wait, timeout } = arguments;
     let request = Request { reason, ..request };
     let pids = read_ids(&texts)?;
-    let conditions = selection.of(vec![]);
+    let conditions = selection.select()?;
     let wait = wait.then_some(timeout);
     if texts.is_empty() || !conditions.is_all() || dry_run {
         if texts.is_empty() && conditions.is_all() && !all {
@@ -72,7 +72,7 @@ async fn run(global: &Global, arguments: ControlArguments, request: Request) -> 
             // `-` with nothing on standard input means none, not all.
             return Ok(exit::OK);
         }
-        let select = Select { pids, ..conditions };
+        let select = Select { pids: (!texts.is_empty()).then_some(pids), ..conditions };
         return broadcast::many(global, broadcast::Many { select, request, dry_run, yes, wait }).await;
     }
     let client = Client::open(global).await?;

@@ -99,9 +99,12 @@ fn database_failure(error: &store::Error) -> Finding {
         store::Error::Refused(_) => "correct user, password or database name, or grant the right",
         store::Error::SchemaNewer { .. } | store::Error::Newer { .. } => "install the newer Baton on this machine",
         store::Error::Folder { .. } => "make the folder, or name another home with --home",
-        store::Error::Unreadable(_) | store::Error::NoRow | store::Error::Stopped | store::Error::Database(_) => {
-            "see the database's own log"
-        }
+        store::Error::Full(_) => "raise the server's max_connections, or stop what uses its connections",
+        store::Error::Unreadable(_)
+        | store::Error::NoRow
+        | store::Error::Stopped
+        | store::Error::Rejected(_)
+        | store::Error::Database(_) => "see the database's own log",
     };
     finding("database", Verdict::Fail(exit_code(error)), error.to_string(), Some(remedy))
 }

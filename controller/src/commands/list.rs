@@ -22,7 +22,8 @@ pub(crate) async fn run(global: &Global, arguments: ListArguments) -> Result<u8,
         return Ok(exit::OK);
     }
     let client = Client::open(global).await?;
-    let select = arguments.selection.of(pids);
+    let pids = (!arguments.pids.is_empty()).then_some(pids);
+    let select = Select { pids, ..arguments.selection.select()? };
     let after = match arguments.after {
         Some(pid) => Some(cursor(&client, &select, pid).await?),
         None => None,

@@ -16,7 +16,7 @@ use crate::output;
 
 pub(crate) async fn run(global: &Global, arguments: PruneArguments) -> Result<u8, Failure> {
     let PruneArguments { older_than, facts, state, dry_run, yes } = arguments;
-    let select = Select { states: state, ..facts.select() };
+    let select = Select { states: (!state.is_empty()).then_some(state), ..facts.select()? };
     let client = Client::open(global).await?;
     // Whoever confirms it beforehand, as cron does, need not wait for it to be counted.
     let is_shown = std::io::stderr().is_terminal();

@@ -226,6 +226,10 @@ async fn what_nobody_can_use_is_in_the_dead_letter_queue_with_the_reason() {
             json_launch(json!({"run": ["true"], "at": "cluster", "in": ["client://a"]})).into_bytes(),
             "whoever sends a message has no folder",
         ),
+        ("json", None, json_launch(json!({"run": ["true"], "labels": {"a": "b\0"}})).into_bytes(), "NUL byte"),
+        ("json", None, json_launch(json!({"run": ["true"], "labels": {"a\0": "b"}})).into_bytes(), "NUL byte"),
+        ("json", None, json_launch(json!({"run": ["true"], "name": "a\0"})).into_bytes(), "on one line"),
+        ("json", None, b"[1, \"launch\"]".to_vec(), "malformed JSON"),
         (
             "json",
             None,
@@ -294,4 +298,81 @@ async fn a_person_pauses_and_plays_the_fleet_by_a_json_message() {
     );
     amqp.publish_json("baton.broadcast", "", &json!({"version": 1, "type": "kill", "select": {}})).await;
     becomes("state = 6", 40).await;
+}
+
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn what_the_database_does_not_store_does_not_come_again_and_again() {
+    let scene = Scene::new().await;
+    let worker = scene.worker("w1", &[]).await;
+    let refuse = |name: &str, code: &str, table: &str, condition: &str| {
+        format!(
+            "CREATE FUNCTION {name}() RETURNS trigger AS $$ BEGIN RAISE EXCEPTION '{name}' USING ERRCODE = '{code}'; END $$
+             LANGUAGE plpgsql;
+             CREATE TRIGGER {name} BEFORE INSERT ON {table} FOR EACH ROW WHEN ({condition}) EXECUTE FUNCTION {name}();"
+        )
+    };
+    // The first two are values that can never be stored; the third is a right that somebody may grant later.
+    scene.sql(&refuse("no_such_name", "22021", "spec", "NEW.name = 'unstorable'")).await;
+    scene.sql(&refuse("no_such_end", "22021", "attempt", "NEW.reason = 'exit 7'")).await;
+    scene.sql(&refuse("no_right", "42501", "spec", "NEW.name = 'forbidden'")).await;
+    let amqp = scene.amqp().await;
+    let launch = |name: &str| {
+        let spec = json!({"name": name, "run": ["true"]});
+        json!({"version": 1, "type": "launch", "pid": new_pid(), "spec": spec})
+    };
+    amqp.publish_json("baton.task", "default", &launch("unstorable")).await;
+    let (_, why) = eventually("it is a dead letter", Duration::from_secs(20), async || {
+        amqp.get("baton.dead", "x-baton-reason").await.ok_or("nothing in baton.dead")
+    })
+    .await;
+    let why = why.unwrap_or_default();
+    assert!(why.contains("can never store this: no_such_name"), "{why}");
+
+    let ran = scene.path("ran");
+    let spec = json!({"script": format!("echo x >> '{}'; exit 7", ran.display())});
+    let pid = scene.submit(&spec.to_string(), 1).await.remove(0);
+    ends(&scene, &pid, "excepted").await;
+    let reason = scene.show(&pid).await["reason"].to_string();
+    assert!(reason.contains("the database can never store what it has written"), "{reason}");
+    assert_eq!(std::fs::read_to_string(&ran).unwrap(), "x\n");
+
+    let forbidden = launch("forbidden");
+    amqp.publish_json("baton.task", "default", &forbidden).await;
+    worker.says("pause_ms=800").await;
+    assert!(worker.log().matches("not claimed").count() <= 5, "{}", worker.log());
+    scene.sql("DROP TRIGGER no_right ON spec").await;
+    ends(&scene, forbidden["pid"].as_str().unwrap(), "finished").await;
+}
+
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn a_broadcast_that_has_lost_its_target_kills_no_process() {
+    let scene = Scene::new().await;
+    let _worker = scene.worker("w1", &[]).await;
+    let amqp = scene.amqp().await;
+    scene.submit("{call: baton.sleep, with: {for: 1h}, labels: {campaign: si}}", 5).await;
+    // Conditions that are there and empty match no process; what is not a selection is a dead letter.
+    let empty = [json!({"pids": []}), json!({"labels": {}}), json!({"states": []}), json!({"session": ""})];
+    for select in &empty {
+        amqp.publish_json("baton.broadcast", "", &json!({"version": 1, "type": "kill", "select": select})).await;
+    }
+    let unusable = [json!([]), json!(null), json!({"pids": null}), json!({"labels": null, "states": ["waiting"]})];
+    for select in &unusable {
+        amqp.publish_json("baton.broadcast", "", &json!({"version": 1, "type": "kill", "select": select})).await;
+    }
+    eventually("all of them are recorded or dead letters", Duration::from_secs(20), async || {
+        let recorded = scene.sql("SELECT count(*) FROM event WHERE pid IS NULL AND outcome = 'recorded'").await;
+        let recorded: usize = recorded.trim().parse().unwrap();
+        let n_dead = scene.baton(&["dead", "list", "-o", "ids"]).await.stdout.lines().count();
+        // Both copies of what cannot be read: that of the worker and that of `baton.control`.
+        if recorded == empty.len() && n_dead >= unusable.len() { Ok(()) } else { Err((recorded, n_dead)) }
+    })
+    .await;
+    assert_eq!(scene.count("state = 6").await, 0);
+    // The command line joins commands by `-`: no ids are no processes.
+    let baton = |arguments: &'static [&'static str]| scene.baton(arguments);
+    assert_eq!(baton(&["kill", "--yes", "--session", ""]).await.code, 0);
+    assert_eq!(baton(&["kill", "--yes", "--label", "campaign=si", "--label", "campaign=ge"]).await.code, 2);
+    assert_eq!(scene.count("state = 6").await, 0);
 }

@@ -49,7 +49,7 @@ impl Line {
             let condition = in_index_of("", column);
             lines.push(Self { table: "spec", columns: vec![(column, parameter(value))], condition });
         }
-        for (key, value) in &select.labels {
+        for (key, value) in select.labels() {
             let columns = vec![("key", parameter(key)), ("value", parameter(value))];
             lines.push(Self { table: "label", columns, condition: String::new() });
         }
