@@ -27,6 +27,7 @@ pub mod worker;
 pub mod writer;
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use sea_orm::sqlx::sqlite::{SqliteJournalMode, SqliteSynchronous};
@@ -40,9 +41,13 @@ use uuid::Uuid;
 
 use dialect::Dialect;
 pub use error::Error;
+use own::OwnConnection;
 
 /// How long a statement may wait for a connection. Longer means that the database is away; callers try again.
 const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// The same for a lane, which uses the pool's connections after that.
+const LANE_ACQUIRE_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// How long a statement may run. No statement of Baton touches more than a page of rows.
 const STATEMENT_TIMEOUT: Duration = Duration::from_secs(30);
@@ -55,8 +60,19 @@ const IDLE_TRANSACTION_TIMEOUT_MS: &str = "5000";
 /// How long SQLite waits for another process's transaction.
 const SQLITE_BUSY_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Connections for everything but the lanes of the writer, which have one each: sweeps, control, queries.
-const CONNECTIONS_MAX: u32 = 4;
+/// A connection of a lane that was not used for this long is closed: a server has few of them, and a worker has nothing to
+/// commit for most of its life.
+const LANE_IDLE: Duration = Duration::from_secs(10);
+
+/// The same for all other connections, which workers use every second.
+const POOL_IDLE: Duration = Duration::from_secs(600);
+
+/// Connections of a worker that have one purpose: its beat, and the lanes of its writer.
+const CONNECTIONS_OF_ONE_PURPOSE: u32 = 3;
+
+/// Connections of a worker unless it is configured. A default PostgreSQL takes 97 beside those of superusers, which are
+/// 24 workers.
+pub const WORKER_CONNECTIONS: u32 = 4;
 
 /// How a lane's statements are planned: over the rows of the batch, in their order, each found by the key. Which plan is
 /// right never depends on how large a table is, so it is not left to its statistics: those of a table that has grown
@@ -98,11 +114,42 @@ impl Location {
     }
 }
 
+/// What a program uses of the database's connections.
+#[derive(Clone, Debug)]
+pub struct Access {
+    /// What the server calls them, as `application_name`; that of the URL goes first.
+    pub name: String,
+    /// Connections at most, but for those of the beat and of the writer's lanes; at least 1.
+    pub pool: u32,
+}
+
+impl Default for Access {
+    /// Four, for a program that asks several things at once.
+    fn default() -> Self {
+        Self { name: "baton".to_owned(), pool: 4 }
+    }
+}
+
+impl Access {
+    /// That of a worker which has this many connections in all: one for its beat, two for what it commits, and the rest for
+    /// everything else.
+    pub fn of_worker(name: &str, connections: u32) -> Self {
+        let pool = connections.saturating_sub(CONNECTIONS_OF_ONE_PURPOSE).max(1);
+        Self { name: format!("{WORKER_PROGRAM} {name}"), pool }
+    }
+}
+
+/// How the `application_name` of a worker begins.
+const WORKER_PROGRAM: &str = "baton-worker";
+
 /// A database with Baton's schema. Cheap to clone.
 #[derive(Clone)]
 pub struct Store {
     location: Location,
+    access: Access,
     db: DatabaseConnection,
+    /// No other statement waits before a beat, so that a worker that is busy keeps its lease.
+    beats: Arc<OwnConnection>,
     dialect: Dialect,
 }
 
@@ -112,6 +159,14 @@ impl Store {
     /// # Errors
     /// See [`Error`]; [`Error::SchemaNewer`] means that the schema is of no use to this program, which must be updated.
     pub async fn open(location: Location) -> Result<Self, Error> {
+        Self::open_as(location, Access::default()).await
+    }
+
+    /// The same, with other connections.
+    ///
+    /// # Errors
+    /// As [`Store::open`].
+    pub async fn open_as(location: Location, access: Access) -> Result<Self, Error> {
         if let Location::Sqlite(path) = &location
             && let Some(folder) = path.parent()
         {
@@ -121,8 +176,9 @@ impl Store {
             Location::Postgres(_) => Dialect::Postgres,
             Location::Sqlite(_) => Dialect::Sqlite,
         };
-        let db = connect(&location, Use::Pool).await?;
-        let store = Self { location, db, dialect };
+        let db = connect(&location, &access, Use::Pool).await?;
+        let beats = Arc::new(OwnConnection::open(&location, &access, Use::Beat, None).await?);
+        let store = Self { location, access, db, beats, dialect };
         store.migrate().await?;
         Ok(store)
     }
@@ -161,6 +217,11 @@ impl Store {
     pub async fn identity(&self) -> Result<Uuid, Error> {
         let row = self.query("SELECT id FROM identity", vec![]).await?.into_iter().next().ok_or(Error::NoRow)?;
         Ok(row.try_get("", "id")?)
+    }
+
+    /// A connection that stays with its user, and the pool's while the server has none left for it.
+    async fn own_connection(&self) -> Result<OwnConnection, Error> {
+        OwnConnection::open(&self.location, &self.access, Use::Lane, Some(self.db.clone())).await
     }
 
     async fn migrate(&self) -> Result<(), Error> {
@@ -208,14 +269,19 @@ enum Use {
     Pool,
     /// One lane of the writer.
     Lane,
+    /// The beat of a worker.
+    Beat,
 }
 
-async fn connect(location: &Location, purpose: Use) -> Result<DatabaseConnection, Error> {
+async fn connect(location: &Location, access: &Access, purpose: Use) -> Result<DatabaseConnection, Error> {
     let mut options = match location {
         Location::Postgres(url) => {
             let mut options = ConnectOptions::new(url);
             options.statement_timeout(STATEMENT_TIMEOUT);
+            let name = access.name.clone();
             options.map_sqlx_postgres_opts(move |options| {
+                let options =
+                    if options.get_application_name().is_none() { options.application_name(&name) } else { options };
                 // Compiling a statement takes longer than any of Baton's statements runs.
                 let settings = [("idle_in_transaction_session_timeout", IDLE_TRANSACTION_TIMEOUT_MS), ("jit", "off")];
                 let options = options.options(settings);
@@ -224,9 +290,13 @@ async fn connect(location: &Location, purpose: Use) -> Result<DatabaseConnection
             options
         }
         Location::Sqlite(path) => {
-            let mut options = ConnectOptions::new(format!("sqlite://{}?mode=rwc", path.display()));
-            options.map_sqlx_sqlite_opts(|options| {
+            // A path is not part of a URL: `%20` in it is three characters. What the URL names is replaced.
+            let mut options = ConnectOptions::new("sqlite:replaced");
+            let path = path.clone();
+            options.map_sqlx_sqlite_opts(move |options| {
                 options
+                    .filename(&path)
+                    .create_if_missing(true)
                     .journal_mode(SqliteJournalMode::Wal)
                     .synchronous(SqliteSynchronous::Full)
                     .busy_timeout(SQLITE_BUSY_TIMEOUT)
@@ -235,9 +305,12 @@ async fn connect(location: &Location, purpose: Use) -> Result<DatabaseConnection
         }
     };
     options
-        .max_connections(if purpose == Use::Lane { 1 } else { CONNECTIONS_MAX })
+        .max_connections(if purpose == Use::Pool { access.pool.max(1) } else { 1 })
+        // The first statement opens it: most programs have nothing to commit, and only workers beat.
+        .connect_lazy(purpose != Use::Pool)
+        .idle_timeout(if purpose == Use::Lane { LANE_IDLE } else { POOL_IDLE })
         .connect_timeout(ACQUIRE_TIMEOUT)
-        .acquire_timeout(ACQUIRE_TIMEOUT)
+        .acquire_timeout(if purpose == Use::Lane { LANE_ACQUIRE_TIMEOUT } else { ACQUIRE_TIMEOUT })
         .test_before_acquire_if_idle_for(Duration::from_secs(30))
         .sqlx_logging(false);
     match Database::connect(options).await {

@@ -5,7 +5,7 @@ use std::io::{BufRead, Read};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::OnceLock;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use baton_common::communicator::{self, Broker, Communicator, ReplyTo, Told};
 use baton_common::config;
@@ -16,7 +16,7 @@ use baton_common::spec::{self, Format, Spec};
 use baton_common::state::Place;
 use baton_common::store::control::Controlled;
 use baton_common::store::submit::ByQueue;
-use baton_common::store::{Location, Store};
+use baton_common::store::{self, Access, Location, Store};
 use baton_worker::cli::{Resolved, exit, host_name};
 use baton_worker::peers::{LOOK_INTERVAL, Watch};
 
@@ -26,6 +26,12 @@ use crate::output;
 
 /// How long a command waits for the broker before it goes on without: what it asks for is recorded already.
 const BROKER_LIMIT: Duration = Duration::from_secs(3);
+
+/// How long a command waits for a connection to a database that has none left.
+const FULL_LIMIT: Duration = Duration::from_secs(30);
+
+/// Pause between two attempts to get one.
+const FULL_PAUSE: Duration = Duration::from_secs(1);
 
 /// The SQLite file in the home of `baton run`.
 pub(crate) const DATABASE_FILE: &str = "baton.db";
@@ -63,7 +69,7 @@ impl Client {
                 Location::Sqlite(file)
             }
         };
-        let store = Store::open(location).await?;
+        let store = open(location).await?;
         // The fleet's broker carries nothing of an embedded database.
         let broker_urls = if store.is_embedded() { Vec::new() } else { resolved.broker_urls };
         Ok(Self { store, objects, broker_urls, communicator: OnceLock::new() })
@@ -243,6 +249,29 @@ pub(crate) fn check_site(spec: &Spec, sites: &BTreeMap<String, config::Site>) ->
         None => format!("the configuration has {}", known().collect::<Vec<_>>().join(", ")),
     };
     Err(Failure::usage(format!("`at`: the site `{}` is not known", on_site.at)).with_remedy(remedy))
+}
+
+/// What a command uses of the database: with more it would try to open a second connection while the first is on its way
+/// back to the pool, and fail where the server has none left.
+pub(crate) fn one_connection() -> Access {
+    Access { name: "baton".to_owned(), pool: 1 }
+}
+
+/// Opens the database, and waits for a while if it has no connection left.
+async fn open(location: Location) -> Result<Store, Failure> {
+    let since = Instant::now();
+    let mut has_said = false;
+    loop {
+        match Store::open_as(location.clone(), one_connection()).await {
+            Err(error @ store::Error::Full(_)) if since.elapsed() < FULL_LIMIT => {
+                if !std::mem::replace(&mut has_said, true) {
+                    output::note(&format!("{error}; waiting up to {} s for one", FULL_LIMIT.as_secs()));
+                }
+                tokio::time::sleep(FULL_PAUSE).await;
+            }
+            opened => return Ok(opened?),
+        }
+    }
 }
 
 /// The ids of a command line; `-` stands for those on standard input, separated by white space.

@@ -6,12 +6,9 @@ use std::time::Duration;
 
 use baton_common::id::{Pid, RequestId};
 use baton_common::state::Desired;
-use baton_common::store::Error;
 use baton_common::store::control::Request;
 use baton_common::store::worker::{BEAT, Beat, Lease, Load};
 use baton_common::store::writer::{Attempt, Fence, Fenced, How, Verb};
-use tokio::sync::oneshot;
-use tokio::task::JoinSet;
 use tokio::time::MissedTickBehavior;
 use tracing::{error, info, warn};
 
@@ -39,7 +36,6 @@ pub(crate) async fn run(shared: Arc<Shared>, threads: Arc<Vec<Thread>>) {
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut reconciliation = Reconciliation::default();
     let mut named = HashSet::new();
-    let mut asked = JoinSet::new();
     let mut last_beat = 0;
     let mut until_sure = 0_u32;
     let mut is_away = false;
@@ -54,7 +50,7 @@ pub(crate) async fn run(shared: Arc<Shared>, threads: Arc<Vec<Thread>>) {
             blocked: blocked(&threads, &mut named),
         };
         let sent_at = boottime_ms();
-        match tokio::time::timeout(BEAT_LIMIT, ask(&shared, load, &mut asked)).await {
+        match tokio::time::timeout(BEAT_LIMIT, shared.store.beat(shared.me, &load)).await {
             // Rows of workers are kept for a day after their end.
             Ok(Ok(answer)) if is_older(answer, last_beat, shared.lease.age(sent_at)) => {
                 // So grave a verdict is not based on one answer, which may have been to an earlier question.
@@ -122,20 +118,6 @@ pub(crate) async fn run(shared: Arc<Shared>, threads: Arc<Vec<Thread>>) {
             reconciliation.run(&shared).await;
         }
     }
-}
-
-/// Beats once. Whoever gives up waiting drops the answer but not the question: its connection goes back to the others only
-/// when the database has answered. A database that stays silent is asked until all connections are taken.
-async fn ask(shared: &Arc<Shared>, load: Load, asked: &mut JoinSet<()>) -> Result<Beat, Error> {
-    while asked.try_join_next().is_some() {}
-    let (tell, answer) = oneshot::channel();
-    let shared = Arc::clone(shared);
-    asked.spawn(async move {
-        // Nobody may wait for it any more.
-        let _ = tell.send(shared.store.beat(shared.me, &load).await);
-    });
-    // Only a panic leaves no answer, and whoever has panicked had better begin anew.
-    answer.await.unwrap_or(Ok(Beat::Gone))
 }
 
 /// Whether an answer says that the database is older than it was.

@@ -8,7 +8,7 @@ use baton_common::communicator::Broker;
 use baton_common::config::{self, Config};
 use baton_common::failpoint;
 use baton_common::objects::Objects;
-use baton_common::store::{self, Location, Store};
+use baton_common::store::{self, Access, Location, Store};
 use baton_common::telemetry::{self, LogFormat};
 use baton_common::{duration, store::Error as StoreError};
 use clap::{Args, Parser, ValueEnum};
@@ -28,6 +28,9 @@ const GRACE: Duration = Duration::from_secs(25);
 
 /// Pause between two attempts of a worker to reach the database when it starts.
 const CONNECT_PAUSE: Duration = Duration::from_secs(1);
+
+/// Most connections of one worker: more are a slip of the pen.
+const CONNECTIONS_MAX: u32 = 100;
 
 /// Exit codes of Baton's programs, documented in the README.
 pub mod exit {
@@ -140,6 +143,9 @@ struct Command {
     /// How many threads advance processes [default: as many as there are cores]
     #[arg(long, env = "BATON_WORKER_THREADS", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
+    /// How many connections to the database it has at most; from 4 [default: 4]
+    #[arg(long, env = "BATON_WORKER_DATABASE_CONNECTIONS", value_name = "N")]
+    database_connections: Option<u32>,
     /// Where sandboxes of local programs are made [default: ./.baton/worker]
     #[arg(long, env = "BATON_WORKER_ROOT", value_name = "DIR")]
     root: Option<PathBuf>,
@@ -195,7 +201,7 @@ async fn serve(command: Command, registry: Registry) -> ExitCode {
         }
     };
     let working = async {
-        let options = match options(command, registry).await {
+        let options = match options(command, registry, &stop).await {
             Ok(options) => options,
             Err(code) => return code,
         };
@@ -244,7 +250,7 @@ impl Signals {
     }
 }
 
-async fn options(command: Command, registry: Registry) -> Result<Options, ExitCode> {
+async fn options(command: Command, registry: Registry, stop: &Stop) -> Result<Options, ExitCode> {
     let refuse = |text: String| {
         error!("{text}");
         ExitCode::from(exit::USAGE)
@@ -277,6 +283,14 @@ async fn options(command: Command, registry: Registry) -> Result<Options, ExitCo
     if let Some(queue) = queues.iter().find(|queue| !is_plain(queue) || queue.contains('.')) {
         return Err(refuse(format!("the queue's name `{queue}` may have letters, digits, `-` and `_`, at most 64")));
     }
+    let connections = command.database_connections.or(file.database_connections).unwrap_or(store::WORKER_CONNECTIONS);
+    if !(store::WORKER_CONNECTIONS..=CONNECTIONS_MAX).contains(&connections) {
+        let least = store::WORKER_CONNECTIONS;
+        return Err(refuse(format!(
+            "`database_connections` is {connections}; it must be {least} to {CONNECTIONS_MAX}"
+        )));
+    }
+    let access = Access::of_worker(&name, connections);
     let cores = std::thread::available_parallelism().map_or(1, std::num::NonZeroUsize::get);
     let defaults = Limits::default();
     Ok(Options {
@@ -295,29 +309,41 @@ async fn options(command: Command, registry: Registry) -> Result<Options, ExitCo
         sites,
         ssh,
         objects,
-        store: open(location).await?,
+        store: open(location, access, stop).await?,
         broker: Broker::Amqp(resolved.broker_urls),
     })
 }
 
-/// Waits for the database as long as it does not answer; what it refuses needs a person.
-async fn open(location: Location) -> Result<Store, ExitCode> {
-    let mut has_said = false;
+/// Waits for the database as long as it does not answer, or until the worker is told to stop; what it refuses needs a person.
+async fn open(location: Location, access: Access, stop: &Stop) -> Result<Store, ExitCode> {
+    let mut said = String::new();
     loop {
-        match Store::open(location.clone()).await {
+        let opened = stop.unless_stopped(Store::open_as(location.clone(), access.clone())).await;
+        match opened.ok_or(ExitCode::from(exit::OK))? {
             Ok(store) => return Ok(store),
             Err(failure) if failure.is_transient() => {
-                if !has_said {
-                    warn!("{failure}; trying again until it does");
-                    has_said = true;
+                let text = failure.to_string();
+                if said != text {
+                    warn!("{text}; {}", remedy_of(&failure));
+                    said = text;
                 }
-                tokio::time::sleep(CONNECT_PAUSE).await;
+                let pause = tokio::time::sleep(CONNECT_PAUSE);
+                stop.unless_stopped(pause).await.ok_or(ExitCode::from(exit::OK))?;
             }
             Err(failure) => {
                 error!("{}", chain(&failure));
                 return Err(ExitCode::from(exit_code(&failure)));
             }
         }
+    }
+}
+
+/// What a person can do while a worker waits for the database.
+pub(crate) fn remedy_of(error: &StoreError) -> &'static str {
+    if matches!(error, store::Error::Full(_)) {
+        "the worker starts when another program closes one; raise the server's max_connections for more workers"
+    } else {
+        "the worker waits until it does"
     }
 }
 

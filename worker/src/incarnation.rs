@@ -43,6 +43,9 @@ const TELL_LENGTH: usize = 1024;
 /// How long the end of the threads is awaited; a process that blocks its thread is left behind after that.
 const THREADS_LIMIT: Duration = Duration::from_secs(2);
 
+/// How long the row of a worker that stops may take to be written.
+const LEAVE_LIMIT: Duration = Duration::from_secs(2);
+
 /// How long a process may take beyond the grace to end what it runs.
 const CLEAN_UP_LIMIT: Duration = Duration::from_secs(10);
 
@@ -325,18 +328,35 @@ impl Incarnation {
             () = hurry.cancelled() => {}
         }
         held.drain(Drain::Now);
-        let is_emptied = tokio::select! {
-            is_emptied = held.emptied(self.shared.grace + CLEAN_UP_LIMIT) => is_emptied,
+        tokio::select! {
+            _ = held.emptied(self.shared.grace + CLEAN_UP_LIMIT) => {}
+            // Without the database nothing can be given back, and by then the shims have ended the programs.
+            () = self.shared.lease.distrusted() => {}
             () = hurry.cancelled() => {
                 held.drain(Drain::AtOnce);
-                held.emptied(CLEAN_UP_LIMIT).await
+                tokio::select! {
+                    _ = held.emptied(CLEAN_UP_LIMIT) => {}
+                    () = self.shared.lease.distrusted() => {}
+                }
             }
-        };
-        if !is_emptied {
+        }
+        let left = held.count();
+        if left > 0 {
+            let is_away = !self.shared.lease.is_trusted(boottime_ms());
+            let blocked = self.threads.iter().filter(|thread| thread.blocked().is_some()).count();
+            let cause = match (is_away, blocked) {
+                (true, _) => "the database does not answer",
+                (false, 1..) => "some of them block their thread",
+                (false, 0) => "they did not end in time",
+            };
             warn!(
-                held = held.count(),
-                "some processes block their thread; they are taken over when this worker is gone"
+                held = left,
+                blocked, cause, "stopping with processes that could not be given back; other workers take them over"
             );
+            if is_away {
+                held.abandon_all();
+                held.emptied(CLEAN_UP_LIMIT).await;
+            }
         }
         self.end().await;
         info!("drained");
@@ -358,8 +378,9 @@ impl Incarnation {
         self.stop.cancel();
         self.shared.sites.close().await;
         let emptied = self.shared.held.count() == 0;
-        if emptied && let Err(error) = self.shared.store.leave(self.shared.me).await {
-            debug!(%error, "could not sign off; others find out by the beat");
+        let leaving = tokio::time::timeout(LEAVE_LIMIT, self.shared.store.leave(self.shared.me));
+        if emptied && !matches!(leaving.await, Ok(Ok(()))) {
+            debug!("deregistration failed; the lease will expire");
         }
         // Flushes what was announced and told, then ends the channels that the tasks read.
         self.shared.communicator.shutdown().await;
@@ -412,4 +433,11 @@ pub enum Error {
     /// Local programs cannot be run.
     #[error("cannot run local programs")]
     Programs(#[from] local::Error),
+}
+
+impl Error {
+    /// Whether the same can succeed later without a person.
+    pub(crate) fn is_transient(&self) -> bool {
+        matches!(self, Error::Store(error) if error.is_transient())
+    }
 }

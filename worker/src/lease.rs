@@ -46,6 +46,13 @@ impl Lease {
         self.age(now_ms) < TRUST
     }
 
+    /// Waits until this worker may not act any more.
+    pub(crate) async fn distrusted(&self) {
+        while let Some(left) = TRUST.checked_sub(self.age(boottime_ms())).filter(|left| !left.is_zero()) {
+            tokio::time::sleep(left).await;
+        }
+    }
+
     /// Waits until this worker may act. A passed deadline does not mean that the lease is lost, only that the next beat
     /// has to say so; if it is lost, this never returns, and its caller is dropped.
     pub(crate) async fn trusted(&self) {

@@ -11,6 +11,7 @@ use baton_common::store::Store;
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
+use crate::cli::{chain, remedy_of};
 use crate::incarnation::{self, Ended};
 pub use crate::incarnation::{Error, Limits};
 use crate::registry::Registry;
@@ -64,6 +65,11 @@ impl Stop {
         self.drain.cancel();
     }
 
+    /// Waits for a future, but not after the worker was told to stop.
+    pub(crate) async fn unless_stopped<F: Future>(&self, future: F) -> Option<F::Output> {
+        self.drain.run_until_cancelled(future).await
+    }
+
     /// Do not wait for the grace.
     pub fn hurry(&self) {
         self.drain.cancel();
@@ -74,15 +80,21 @@ impl Stop {
 /// Runs a worker until it is stopped. An incarnation that was declared gone is followed by a new one.
 ///
 /// # Errors
-/// The first incarnation could not start. Later ones are tried for ever.
+/// The first incarnation could not start, and not for want of the database. Later ones are tried for ever.
 pub async fn run(options: &Options, stop: &Stop) -> Result<(), Error> {
     let mut has_run = false;
+    let mut said = String::new();
     while !stop.drain.is_cancelled() {
         match incarnation::run(options, stop.drain.clone(), stop.hurry.clone()).await {
             Ok(Ended::Drained) => return Ok(()),
             Ok(Ended::Gone) => has_run = true,
-            Err(error) if has_run => {
-                warn!(%error, "could not start anew; trying again");
+            Err(error) if has_run || error.is_transient() => {
+                let text = chain(&error);
+                if said != text {
+                    let remedy = if let Error::Store(error) = &error { remedy_of(error) } else { "trying again" };
+                    warn!("could not start: {text}; {remedy}");
+                    said = text;
+                }
                 let pause = tokio::time::sleep(RESTART_PAUSE);
                 stop.drain.run_until_cancelled(pause).await;
             }

@@ -50,7 +50,7 @@ impl BareTables {
     /// # Errors
     /// The database does not answer.
     pub async fn lane(&self) -> Result<BareLane, Error> {
-        let db = OwnConnection::open(&self.inner.location).await?;
+        let db = self.inner.own_connection().await?;
         Ok(BareLane { db, store: self.inner.clone(), me: Incarnation::generate() })
     }
 

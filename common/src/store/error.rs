@@ -23,7 +23,7 @@ pub enum Error {
     #[error("the database does not answer: {0}")]
     Unreachable(String),
     /// It accepts no more connections (`max_connections`, or a limit of the role or the database). Try again.
-    #[error("the database has no connection left: {0}")]
+    #[error("the database has no connection left (max_connections): {0}")]
     Full(String),
     /// It answered that these credentials or this database name are wrong.
     #[error("the database refused the connection: {0}")]

@@ -4,7 +4,7 @@ use sea_orm::{ConnectionTrait, QueryResult, Value};
 
 use super::dialect::Dialect;
 use super::own::OwnConnection;
-use super::{Error, Store};
+use super::{Error, Store, WORKER_PROGRAM};
 use crate::id::Pid;
 
 /// Counters of PostgreSQL that only grow.
@@ -99,6 +99,17 @@ pub struct Sums {
     pub works_us: Vec<i64>,
 }
 
+/// The connections of a PostgreSQL server.
+#[derive(Clone, Copy, Debug)]
+pub struct Connections {
+    /// How many it accepts of users that are not superusers.
+    pub usable: i64,
+    /// How many are open, but for those of workers and the one that asks.
+    pub others: i64,
+    /// How many workers have any, by their names.
+    pub n_workers: i64,
+}
+
 impl Store {
     /// The counters now.
     ///
@@ -128,12 +139,40 @@ impl Store {
         Ok(row.try_get("", "busy")?)
     }
 
+    /// What the server's connections are used for; `None` on SQLite. All databases of a server share them.
+    ///
+    /// # Errors
+    /// The database does not answer.
+    pub async fn connections(&self) -> Result<Option<Connections>, Error> {
+        if self.is_embedded() {
+            return Ok(None);
+        }
+        // From PostgreSQL 16 on some are reserved for other roles, too. Those of superusers are not counted on.
+        let sql = "SELECT (SELECT SUM(CASE name WHEN 'max_connections' THEN 1 ELSE -1 END * setting::bigint)::bigint
+                           FROM pg_settings
+                           WHERE name IN ('max_connections', 'superuser_reserved_connections', 'reserved_connections')) AS usable,
+                          COUNT(*) FILTER (WHERE application_name NOT LIKE $1 AND pid <> pg_backend_pid()) AS others,
+                          COUNT(DISTINCT application_name) FILTER (WHERE application_name LIKE $1) AS n_workers
+                   FROM pg_stat_activity WHERE backend_type = 'client backend'";
+        let row = self
+            .query(sql, vec![format!("{WORKER_PROGRAM} %").into()])
+            .await?
+            .into_iter()
+            .next()
+            .ok_or(Error::NoRow)?;
+        Ok(Some(Connections {
+            usable: row.try_get("", "usable")?,
+            others: row.try_get("", "others")?,
+            n_workers: row.try_get("", "n_workers")?,
+        }))
+    }
+
     /// A connection for somebody who looks often, or at many.
     ///
     /// # Errors
     /// The database does not answer.
     pub async fn watcher(&self) -> Result<Watcher, Error> {
-        Ok(Watcher { connection: OwnConnection::open(&self.location).await?, dialect: self.dialect })
+        Ok(Watcher { connection: self.own_connection().await?, dialect: self.dialect })
     }
 
     /// Ends this store's connections, by which the server's statistics learn what they have done.

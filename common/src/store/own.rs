@@ -6,17 +6,20 @@ use std::time::{Duration, Instant};
 
 use sea_orm::prelude::async_trait::async_trait;
 use sea_orm::sqlx::pool::PoolConnection;
-use sea_orm::sqlx::{self, AssertSqlSafe, Connection, Postgres};
+use sea_orm::sqlx::{self, AssertSqlSafe, Connection, PgConnection, Postgres};
 use sea_orm::{
     ConnectionTrait, DatabaseConnection, DatabaseTransaction, DbBackend, DbErr, ExecResult, QueryResult, RuntimeErr,
     Statement, Values,
 };
 use sea_query_sqlx::SqlxValues;
 
-use super::{Error, Location, Use, begin, connect};
+use super::{Access, Error, Location, Use, begin, connect};
 
 /// A connection that was not used for so long is asked first whether it is still alive.
 const FRESH: Duration = Duration::from_secs(30);
+
+/// For how long the other connections are used after the server had none left for this one.
+const REFUSED_FOR: Duration = Duration::from_secs(10);
 
 /// How long the server has to say so.
 const PING_LIMIT: Duration = Duration::from_secs(2);
@@ -25,22 +28,70 @@ const PING_LIMIT: Duration = Duration::from_secs(2);
 pub(super) struct OwnConnection {
     /// A pool of one, which opens the connection, also again.
     db: DatabaseConnection,
+    /// What is used while the server has no connection left for this one.
+    fallback: Option<DatabaseConnection>,
+    /// When it was tried in vain to open one.
+    refused_at: Mutex<Option<Instant>>,
     is_postgres: bool,
     /// With the time of its last use; none while it is in use, and after something went wrong with it.
     kept: Mutex<Option<(PoolConnection<Postgres>, Instant)>>,
 }
 
 impl OwnConnection {
-    pub(super) async fn open(location: &Location) -> Result<Self, Error> {
-        let db = connect(location, Use::Lane).await?;
+    pub(super) async fn open(
+        location: &Location,
+        access: &Access,
+        purpose: Use,
+        fallback: Option<DatabaseConnection>,
+    ) -> Result<Self, Error> {
+        let db = connect(location, access, purpose).await?;
         let is_postgres = matches!(location, Location::Postgres(_));
-        Ok(Self { db, is_postgres, kept: Mutex::new(None) })
+        Ok(Self { db, fallback, refused_at: Mutex::new(None), is_postgres, kept: Mutex::new(None) })
     }
 
     /// A transaction on this connection.
     pub(super) async fn begin(&self) -> Result<DatabaseTransaction, Error> {
         self.give_back();
-        begin(&self.db).await
+        if let Some(fallback) = self.fallback() {
+            return begin(fallback).await;
+        }
+        match begin(&self.db).await {
+            Err(Error::Unreachable(_) | Error::Full(_)) if self.refuse() => begin(self.fallback_or_own()).await,
+            begun => begun,
+        }
+    }
+
+    /// Closes the connection; the next statement opens it again.
+    pub(super) async fn close_idle(&self) {
+        if let Some((connection, _)) = self.kept() {
+            // One that cannot be closed in order is gone as well.
+            let _ = tokio::time::timeout(PING_LIMIT, connection.close()).await;
+        }
+    }
+
+    /// Opens the connection if it is not open.
+    pub(super) async fn warm(&self) -> Result<(), Error> {
+        if self.is_postgres {
+            let connection = self.take().await?;
+            self.keep(connection);
+        }
+        Ok(())
+    }
+
+    /// The other connections, for a while after the server had none left for this one.
+    fn fallback(&self) -> Option<&DatabaseConnection> {
+        let refused_at = *self.refused_at.lock().unwrap_or_else(PoisonError::into_inner);
+        self.fallback.as_ref().filter(|_| refused_at.is_some_and(|at| at.elapsed() < REFUSED_FOR))
+    }
+
+    fn fallback_or_own(&self) -> &DatabaseConnection {
+        self.fallback.as_ref().unwrap_or(&self.db)
+    }
+
+    /// Notes that there is no connection; says whether there are others to use.
+    fn refuse(&self) -> bool {
+        *self.refused_at.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
+        self.fallback.is_some()
     }
 
     fn kept(&self) -> Option<(PoolConnection<Postgres>, Instant)> {
@@ -68,8 +119,7 @@ impl OwnConnection {
         self.db.get_postgres_connection_pool().acquire().await.map_err(error)
     }
 
-    /// Keeps it for the next statement. What is dropped instead, as after an error, goes back to the pool, which looks
-    /// whether it can be used.
+    /// Keeps it for the next statement.
     fn keep(&self, connection: PoolConnection<Postgres>) {
         *self.kept.lock().unwrap_or_else(PoisonError::into_inner) = Some((connection, Instant::now()));
     }
@@ -108,12 +158,50 @@ impl ConnectionTrait for OwnConnection {
         if !self.is_postgres {
             return self.db.query_all_raw(statement).await;
         }
-        let mut connection = self.take().await?;
+        if let Some(fallback) = self.fallback() {
+            return fallback.query_all_raw(statement).await;
+        }
+        let connection = match self.take().await {
+            Ok(connection) => connection,
+            // Either the server has no connection left, or it does not answer; the others find that out, too.
+            Err(_) if self.refuse() => return self.fallback_or_own().query_all_raw(statement).await,
+            Err(error) => return Err(error),
+        };
+        let mut used = Used { own: self, connection: Some(connection) };
         let values = SqlxValues(statement.values.unwrap_or(Values(Vec::new())));
         let query = sqlx::query_with(AssertSqlSafe(statement.sql), values);
-        let rows = query.fetch_all(&mut *connection).await.map_err(error)?;
-        self.keep(connection);
-        Ok(rows.into_iter().map(QueryResult::from).collect())
+        let rows = query.fetch_all(used.connection()).await;
+        if matches!(rows, Ok(_) | Err(sqlx::Error::Database(_))) {
+            used.keep();
+        }
+        Ok(rows.map_err(error)?.into_iter().map(QueryResult::from).collect())
+    }
+}
+
+/// A connection on which a statement is under way. Dropped in the middle of it, it is closed: the answer may never come, and
+/// the next statement must not wait for it.
+struct Used<'a> {
+    own: &'a OwnConnection,
+    connection: Option<PoolConnection<Postgres>>,
+}
+
+impl Used<'_> {
+    fn connection(&mut self) -> &mut PgConnection {
+        self.connection.as_mut().expect("it is taken only by what consumes this")
+    }
+
+    fn keep(mut self) {
+        if let Some(connection) = self.connection.take() {
+            self.own.keep(connection);
+        }
+    }
+}
+
+impl Drop for Used<'_> {
+    fn drop(&mut self) {
+        if let Some(connection) = self.connection.take() {
+            drop(connection.detach());
+        }
     }
 }
 

@@ -102,6 +102,8 @@ impl Store {
     /// # Errors
     /// The database does not answer.
     pub async fn register(&self, id: Incarnation, worker: &NewWorker) -> Result<(), Error> {
+        // A worker that has no connection for its beat would lose its lease at once.
+        self.beats.warm().await?;
         let sql = "INSERT INTO worker (id, name, host, os_pid, version, queues, slots, load, drain, beat, beat_at,
                                        started_at)
                    VALUES ($1, $2, $3, $4, $5, $6, $7, 0, false, 0, {now}, {now})";
@@ -122,7 +124,10 @@ impl Store {
         Ok(())
     }
 
-    /// Says that this incarnation lives, and learns what is wanted of it.
+    /// Says that this incarnation lives, and learns what is wanted of it. It has a connection of its own.
+    ///
+    /// # Cancel safety
+    /// It may be dropped: the connection is closed then, and the next beat opens another.
     ///
     /// # Errors
     /// The database does not answer; the lease runs on until its deadline.
@@ -131,9 +136,12 @@ impl Store {
                    WHERE id = $1 AND gone_at IS NULL
                    RETURNING beat, drain, (SELECT COUNT(*) FROM fleet WHERE paused_at IS NOT NULL) AS n_paused";
         let blocked = (!load.blocked.is_empty()).then(|| load.blocked.join(", "));
-        let rows = self.query(sql, vec![Uuid::from(id).into(), i64::from(load.held).into(), blocked.into()]).await?;
+        let values = vec![Uuid::from(id).into(), i64::from(load.held).into(), blocked.into()];
+        let rows = self.beats.query_all_raw(self.dialect.statement(sql, values)).await?;
         let Some(row) = rows.first() else {
-            let rows = self.query("SELECT 1 AS n FROM worker WHERE id = $1", vec![Uuid::from(id).into()]).await?;
+            let sql = "SELECT 1 AS n FROM worker WHERE id = $1";
+            let statement = self.dialect.statement(sql, vec![Uuid::from(id).into()]);
+            let rows = self.beats.query_all_raw(statement).await?;
             return Ok(if rows.is_empty() { Beat::Unknown } else { Beat::Gone });
         };
         let beat = row.try_get("", "beat")?;
@@ -150,7 +158,7 @@ impl Store {
     /// # Errors
     /// The database does not answer.
     pub async fn last_beat(&self, id: Incarnation) -> Result<Option<i64>, Error> {
-        let db = connect(&self.location, Use::Lane).await?;
+        let db = connect(&self.location, &self.access, Use::Beat).await?;
         let sql = "SELECT beat FROM worker WHERE id = $1";
         let row = db.query_one_raw(self.dialect.statement(sql, vec![Uuid::from(id).into()])).await?;
         db.close().await?;

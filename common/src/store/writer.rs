@@ -1,4 +1,5 @@
-//! The group commit: three lanes through which every claim, every checkpoint and every departure of a process goes.
+//! The group commit: two lanes through which every claim, every checkpoint and every departure of a process goes. Claims
+//! have the first, checkpoints the second; departures take the second unless checkpoints are under way there.
 //!
 //! A lane sends what has gathered while its last commit was under way, in one transaction for each kind of request (on
 //! SQLite in one for all): an idle system answers after one commit, and a busy one makes few. After a commit of many,
@@ -23,7 +24,7 @@ use super::dialect::Dialect;
 use super::fenced::Missed;
 use super::own::OwnConnection;
 use super::submit::NewProcess;
-use super::{Error, Store, fenced, prune, submit};
+use super::{Error, LANE_IDLE, Store, fenced, prune, submit};
 use crate::border;
 use crate::failpoint::fail_point;
 use crate::id::{Incarnation, Pid};
@@ -259,9 +260,10 @@ pub struct Written {
 /// The way to the writer. Cheap to clone; the writer ends when the last one is gone.
 #[derive(Clone)]
 pub struct Writer {
-    claims: mpsc::Sender<Request>,
-    checkpoints: mpsc::Sender<Request>,
-    departures: mpsc::Sender<Request>,
+    first: mpsc::Sender<Request>,
+    second: mpsc::Sender<Request>,
+    /// Checkpoints that have no answer yet.
+    n_checkpoints: Arc<AtomicUsize>,
     /// How many lanes have something to commit.
     busy: Arc<AtomicUsize>,
     unsure: Arc<AtomicBool>,
@@ -307,7 +309,7 @@ impl Writer {
         let unsure = Arc::new(AtomicBool::new(false));
         let busy = Arc::new(AtomicUsize::new(0));
         let lane = async |room: Option<Room>| {
-            let db = OwnConnection::open(&store.location).await?;
+            let db = store.own_connection().await?;
             let (requests, receiver) = mpsc::channel(QUEUE_LENGTH);
             let (busy, unsure) = (Arc::clone(&busy), Arc::clone(&unsure));
             let lane = Lane { db, dialect: store.dialect, me, room, busy, unsure };
@@ -315,17 +317,16 @@ impl Writer {
         };
         if store.is_embedded() {
             // SQLite has one writer at a time.
-            let (claims, run) = lane(None).await?;
-            let (checkpoints, departures) = (claims.clone(), claims.clone());
-            return Ok((Self { claims, checkpoints, departures, busy, unsure }, run.left_future()));
+            let (first, run) = lane(None).await?;
+            let n_checkpoints = Arc::default();
+            return Ok((Self { second: first.clone(), first, n_checkpoints, busy, unsure }, run.left_future()));
         }
         let room = Room { slots: Arc::clone(slots), enough: (slots.available_permits() / GATHER_FREE).max(1) };
-        let (claims, claiming) = lane(Some(room.clone())).await?;
-        // Each process waits for its checkpoint before it makes the next one.
-        let (checkpoints, checkpointing) = lane(None).await?;
-        let (departures, departing) = lane(Some(room)).await?;
-        let run = async move { tokio::join!(claiming, checkpointing, departing) }.map(drop);
-        Ok((Self { claims, checkpoints, departures, busy, unsure }, run.right_future()))
+        let (first, running_first) = lane(Some(room.clone())).await?;
+        let (second, running_second) = lane(Some(room)).await?;
+        let run = async move { tokio::join!(running_first, running_second) }.map(drop);
+        let n_checkpoints = Arc::default();
+        Ok((Self { first, second, n_checkpoints, busy, unsure }, run.right_future()))
     }
 
     /// Whether, since this was last asked, the database has left a commit without its answer: then it may say that this
@@ -334,9 +335,16 @@ impl Writer {
         self.unsure.swap(false, Ordering::AcqRel)
     }
 
-    /// The first lane while none is busy, and else the one that such requests have.
-    fn idle_or<'a>(&'a self, own: &'a mpsc::Sender<Request>) -> &'a mpsc::Sender<Request> {
-        if self.busy.load(Ordering::Relaxed) == 0 { &self.claims } else { own }
+    /// The lane for a checkpoint: the first while none is busy.
+    fn for_checkpoint(&self) -> &mpsc::Sender<Request> {
+        if self.busy.load(Ordering::Relaxed) == 0 { &self.first } else { &self.second }
+    }
+
+    /// The lane for a departure. A statement of its own among those of checkpoints would hold up each process that waits
+    /// for one; among claims it holds up processes that have not begun.
+    fn for_departure(&self) -> &mpsc::Sender<Request> {
+        let checkpoints_are_under_way = self.n_checkpoints.load(Ordering::Relaxed) > 0;
+        if self.busy.load(Ordering::Relaxed) == 0 || checkpoints_are_under_way { &self.first } else { &self.second }
     }
 
     /// Takes the lease of a process, inserting it first if a launch from outside brings it.
@@ -351,7 +359,7 @@ impl Writer {
     pub async fn claim(&self, pid: Pid, queue: String, launch: Option<Box<NewProcess>>) -> Result<Claim, Error> {
         let (answer, receiver) = oneshot::channel();
         let request = Request::Claim { pid, queue, launch, answer };
-        self.claims.send(request).await.map_err(|_| Error::Stopped)?;
+        self.first.send(request).await.map_err(|_| Error::Stopped)?;
         receiver.await.map_err(|_| Error::Stopped)
     }
 
@@ -363,7 +371,8 @@ impl Writer {
     pub async fn checkpoint(&self, fence: Fence, checkpoint: &Checkpoint) -> Result<Option<Written>, Error> {
         let (answer, receiver) = oneshot::channel();
         let request = Request::Checkpoint { fence, checkpoint: checkpoint.into(), answer };
-        self.idle_or(&self.checkpoints).send(request).await.map_err(|_| Error::Stopped)?;
+        let _counted = Counted::new(&self.n_checkpoints);
+        self.for_checkpoint().send(request).await.map_err(|_| Error::Stopped)?;
         receiver.await.map_err(|_| Error::Stopped)?
     }
 
@@ -377,8 +386,24 @@ impl Writer {
     pub async fn write(&self, fenced: Fenced) -> Result<Option<Written>, Error> {
         let (answer, receiver) = oneshot::channel();
         let request = Request::Write { fenced: Box::new(fenced), answer };
-        self.idle_or(&self.departures).send(request).await.map_err(|_| Error::Stopped)?;
+        self.for_departure().send(request).await.map_err(|_| Error::Stopped)?;
         receiver.await.map_err(|_| Error::Stopped)?
+    }
+}
+
+/// One of a number of things, for as long as this is there.
+struct Counted<'a>(&'a AtomicUsize);
+
+impl<'a> Counted<'a> {
+    fn new(count: &'a AtomicUsize) -> Self {
+        count.fetch_add(1, Ordering::Relaxed);
+        Self(count)
+    }
+}
+
+impl Drop for Counted<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -408,11 +433,13 @@ impl Lane {
         let mut pause = Duration::ZERO;
         loop {
             gathered.append(&mut waiting);
-            if gathered.is_empty() && receiver.recv_many(&mut gathered, BATCH_ROWS_MAX).await == 0 {
+            if gathered.is_empty() && self.receive(&mut receiver, &mut gathered).await == 0 {
                 return;
             }
             self.busy.fetch_add(1, Ordering::Relaxed);
-            if let Some(room) = &self.room {
+            // Each process waits for its checkpoint before it makes the next one.
+            let has_checkpoints = gathered.iter().any(|request| matches!(request, Request::Checkpoint { .. }));
+            if let Some(room) = self.room.as_ref().filter(|_| !has_checkpoints) {
                 gather(pause, || room.is_enough() && gathered.len() + receiver.len() < BATCH_ROWS_MAX).await;
             }
             while gathered.len() < BATCH_ROWS_MAX {
@@ -432,6 +459,15 @@ impl Lane {
             pause = pause_after(n_rows, since.elapsed());
             self.busy.fetch_sub(1, Ordering::Relaxed);
         }
+    }
+
+    /// Waits for requests; gives their number, which is 0 at the end. A connection that is not needed for a while is closed.
+    async fn receive(&self, receiver: &mut mpsc::Receiver<Request>, gathered: &mut Vec<Request>) -> usize {
+        if let Ok(n_received) = tokio::time::timeout(LANE_IDLE, receiver.recv_many(gathered, BATCH_ROWS_MAX)).await {
+            return n_received;
+        }
+        self.db.close_idle().await;
+        receiver.recv_many(gathered, BATCH_ROWS_MAX).await
     }
 
     /// Sends the batch until the database has answered it. One that the database refuses for good is halved until the

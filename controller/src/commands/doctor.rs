@@ -5,13 +5,14 @@ use std::time::Duration;
 use baton_common::communicator::Broker;
 use baton_common::config;
 use baton_common::objects::{self, Objects};
+use baton_common::store::measure::Connections;
 use baton_common::store::query::queue_name;
-use baton_common::store::{self, Location, Store};
+use baton_common::store::{self, Location, Store, WORKER_CONNECTIONS};
 use baton_worker::cli::{chain, exit, exit_code};
 use serde_json::{Value, json};
 
 use crate::cli::{Global, Output};
-use crate::client::{DATABASE_FILE, objects_of};
+use crate::client::{DATABASE_FILE, objects_of, one_connection};
 use crate::failure::{Failure, broker_remedy};
 use crate::output::{self, one_line, span};
 use crate::overview::Overview;
@@ -60,10 +61,11 @@ pub(crate) async fn run(global: &Global) -> Result<u8, Failure> {
             findings.push(database_failure(&error));
             None
         }
-        Some(Ok(location)) => match Store::open(location).await {
+        Some(Ok(location)) => match Store::open_as(location, one_connection()).await {
             Ok(store) => {
                 let version = store.server_version().await?;
                 findings.push(finding("database", Verdict::Ok, format!("{version}, the schema is current"), None));
+                findings.extend(store.connections().await?.map(connections));
                 Some(store)
             }
             Err(error) => {
@@ -107,6 +109,23 @@ fn database_failure(error: &store::Error) -> Finding {
         | store::Error::Database(_) => "see the database's own log",
     };
     finding("database", Verdict::Fail(exit_code(error)), error.to_string(), Some(remedy))
+}
+
+/// How many workers more the database has connections for. It counts those that live workers may yet open.
+fn connections(connections: Connections) -> Finding {
+    let Connections { usable, others, n_workers } = connections;
+    let each = i64::from(WORKER_CONNECTIONS);
+    let n_more = ((usable - others - n_workers * each) / each).max(0);
+    let text = format!(
+        "{usable} are usable: {others} are open for other programs, {n_workers} workers may have {each} each, and {n_more} more \
+         workers fit"
+    );
+    let (verdict, remedy) = if n_more == 0 {
+        (Verdict::Warn, Some("raise the server's max_connections before you start more workers"))
+    } else {
+        (Verdict::Ok, None)
+    };
+    finding("connections", verdict, text, remedy)
 }
 
 /// A finding for each host. One that cannot be used is a failure only if none can.

@@ -281,3 +281,21 @@ async fn results_without_a_place_end_the_run_and_the_next_one_collects_them() {
     assert!(output.stderr.contains("going on with"), "{output:?}");
     assert_eq!(std::fs::read_to_string(home.path("runs")).unwrap(), "ran\n");
 }
+
+#[tokio::test]
+async fn a_path_with_percent_signs_is_a_path() {
+    let home = Home::new();
+    for (folder, text) in [("a b", "one"), ("a%20b", "two"), ("a?mode=ro#x", "three")] {
+        std::fs::create_dir(home.path(folder)).unwrap();
+        let spec = home.spec(&format!("{{run: [echo, {text}]}}"));
+        let run = |arguments: &[&str]| {
+            let mut command = home.command(arguments);
+            command.current_dir(home.path(folder));
+            output(command)
+        };
+        run(&["run", &home.path(&spec).display().to_string()]).await.ok();
+        assert!(home.path(folder).join(".baton/baton.db").is_file(), "{folder}");
+        let list = run(&["list", "-o", "json"]).await.ok().json();
+        assert_eq!(list.as_array().unwrap().len(), 1, "{folder}: {list}");
+    }
+}

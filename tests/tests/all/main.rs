@@ -5,6 +5,7 @@
 mod bad_input;
 mod busy;
 mod cluster;
+mod connections;
 mod control;
 mod cost;
 mod crashes;

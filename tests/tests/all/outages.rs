@@ -1,5 +1,4 @@
-//! Outages that kill nobody: alarms, refusals, full disks, too few connections, clocks that jump, and a database that has
-//! gone back in time.
+//! Outages that kill nobody: alarms, refusals, full disks, clocks that jump, and a database that has gone back in time.
 
 use std::time::{Duration, Instant};
 
@@ -96,42 +95,6 @@ async fn sessions_of_the_database_that_are_ended_cost_only_time() {
     let logs = busy.logs();
     assert!(logs.contains("sending it again"), "no commit was in the middle: {logs}");
     assert!(!logs.contains("declared gone"), "{logs}");
-}
-
-/// A worker whose user may have so few connections that it gets none for anything but its lanes.
-#[tokio::test]
-#[ignore = "needs services: run tests/run"]
-async fn too_few_connections_slow_down_and_stop_nobody() {
-    let scene = Scene::new().await;
-    journal::keep(&scene).await;
-    let schema = scene.sql("SELECT current_schema").await.trim().to_owned();
-    let user = format!("few_{schema}");
-    scene.sql(&format!("CREATE ROLE {user} LOGIN CONNECTION LIMIT 6")).await;
-    scene.sql(&format!("GRANT ALL ON SCHEMA {schema} TO {user}")).await;
-    scene.sql(&format!("GRANT ALL ON ALL TABLES IN SCHEMA {schema} TO {user}")).await;
-    scene.sql(&format!("GRANT ALL ON ALL SEQUENCES IN SCHEMA {schema} TO {user}")).await;
-    let url = scene.database_url().replacen("://baton@", &format!("://{user}@"), 1);
-    let worker = scene.worker("w1", &["--database-url", &url, "--slots", "100"]).await;
-    let witness = scene.path("witness").display().to_string();
-    let spec = format!("{{call: baton.count, with: {{advances: 20, every: 20ms, witness: {witness}}}}}");
-    let pids = scene.submit(&spec, 300).await;
-    // Others who take the connections that are left.
-    let mut greedy = Vec::new();
-    for _ in 0..6 {
-        let mut psql = tokio::process::Command::new("psql");
-        let psql = psql.args([&url, "-c", "SELECT pg_sleep(8)"]).kill_on_drop(true);
-        greedy.push(psql.stdout(std::process::Stdio::null()).stderr(std::process::Stdio::null()).spawn().unwrap());
-    }
-    let refused = scene.baton_in(scene.folder(), &[("BATON_DATABASE_URL", &url)], &["list"]).await;
-    assert!(refused.code == 0 || refused.stderr.contains("too many connections"), "{refused:?}");
-    eventually("all have finished", Duration::from_secs(60), async || {
-        let n_finished = scene.count("state = 4").await;
-        if n_finished == pids.len() as u64 { Ok(()) } else { Err(n_finished) }
-    })
-    .await;
-    drop(greedy);
-    History::read(&scene, vec![]).await.accepting(&pids).check();
-    assert!(!worker.log().contains("panicked"), "{}", worker.log());
 }
 
 #[tokio::test(flavor = "multi_thread")]
