@@ -30,10 +30,20 @@ const OPTIONS_OF_BATON: [&str; 12] = [
 /// # Errors
 /// Why not.
 pub fn check_native(name: &str) -> Result<(), String> {
-    if OPTIONS_OF_BATON.contains(&name) {
+    // `sbatch` takes an option for what its first letters say.
+    if OPTIONS_OF_BATON.iter().any(|option| option.starts_with(name)) {
         return Err(format!("is not for `native`: Baton sets or forbids `{name}`, by which it finds the job again"));
     }
     Ok(())
+}
+
+/// Whether a session's name can be the name of its folder at a site.
+///
+/// # Errors
+/// Why not.
+pub fn check_session(name: &str) -> Result<(), String> {
+    let is_folder = !name.is_empty() && name != "." && name != ".." && !name.contains(['/', '\0']);
+    if is_folder { Ok(()) } else { Err(format!("must name a folder of its own; {name:?} does not")) }
 }
 
 /// Where and with what a program runs that a site's launcher starts.

@@ -10,7 +10,7 @@ use baton_common::objects::Entry;
 use baton_common::spec::on_site::{How, Input, OnSite, Scope};
 use tokio_util::io::SyncIoBridge;
 
-use super::{CACHED_FROM, Error, INSIDE, Staging, links_inside};
+use super::{CACHED_FROM, Error, Staging, guards, links_inside};
 use crate::process::{Context, Wait};
 use crate::site::{Site, Visit, script};
 use crate::transport::quote;
@@ -218,11 +218,10 @@ impl Staging<'_> {
         } else {
             ""
         };
-        let parent =
-            if is_whole_scope { "" } else { "inside \"${to%/*}\" \"$to_scope\" && mkdir -p \"${to%/*}\" || exit 1" };
+        let parent = if is_whole_scope { "" } else { "may_take \"$to\" && mkdir -p \"${to%/*}\" || exit 1" };
         let script = format!(
             "umask 077
-             {INSIDE}
+             {}
              {}
              {PLACING}
              from={}; to={}; from_scope={}; to_scope={}; dir={}; part={}; work={}
@@ -234,7 +233,8 @@ impl Staging<'_> {
              from=$(readlink -f \"$from\")
              {parent}
              {act}",
-            links_inside(),
+            guards(&self.visit.root),
+            links_inside(&self.visit.root),
             quote(&from),
             quote(&to),
             quote(&from_scope),
@@ -268,6 +268,13 @@ fn not_packed(error: io::Error) -> Error {
 /// A file takes its place by a rename and a folder's files by links, so that what is there already, which may be linked from
 /// the cache or lead to a scope that others share, is replaced and never written to.
 const PLACING: &str = r#"
+may_take() {
+  inside "${1%/*}" "$to_scope" || return 1
+  if is_batons "$real/${1##*/}"; then
+    echo "$1 is .baton, which belongs to Baton" >&2
+    return 1
+  fi
+}
 copy() {
   if [ -d "$from" ]; then copy_folder
   elif [ -f "$from" ]; then copy_file
@@ -295,11 +302,12 @@ new_work() {
   rm -rf "$work" && mkdir -p "$work"
 }
 merge() {
-  if [ "$to" = "$dir" ] && { [ -e "$work/.baton" ] || [ -L "$work/.baton" ]; }; then
+  inside "$to" "$to_scope" || return 1
+  if is_batons "$real/.baton" && { [ -e "$work/.baton" ] || [ -L "$work/.baton" ]; }; then
     echo "$from has .baton, which belongs to Baton in task://; take another folder for it" >&2
     return 1
   fi
-  inside "$to" "$to_scope" && mkdir -p "$to" && chmod -R u+w "$work" || return 1
+  mkdir -p "$to" && chmod -R u+w "$work" || return 1
   for again in 1 2 3; do
     # Another may put the same there at the same time. What lies on another disk cannot be linked.
     cp -RPlf "$work"/. "$to"/ 2>/dev/null && break

@@ -13,7 +13,7 @@ use globset::GlobMatcher;
 use tokio_util::io::{StreamReader, SyncIoBridge};
 use tokio_util::sync::PollSender;
 
-use super::{CACHED_FROM, Error, INSIDE, Staging, VERIFY_LIMIT};
+use super::{CACHED_FROM, Error, Staging, VERIFY_LIMIT, guards};
 use crate::process::Context;
 use crate::site::{Site, Visit, script};
 use crate::transport::{self, quote};
@@ -117,12 +117,15 @@ impl Staging<'_> {
     /// The content of the file of the values; `None` if it is not there.
     async fn values(&self, path: &str) -> Result<Option<Vec<u8>>, Error> {
         let script = format!(
-            "{INSIDE}
-             cd {} && [ -e {path} ] || exit {ABSENT}
-             inside {path} . || exit {REFUSED}
-             cat {path}",
+            "{}
+             dir={}
+             file=$dir/{}
+             [ -e \"$file\" ] || exit {ABSENT}
+             inside \"$file\" \"$dir\" || exit {REFUSED}
+             cat \"$file\"",
+            guards(&self.visit.root),
             quote(self.dir),
-            path = quote(&format!("./{path}"))
+            quote(path)
         );
         let output = self.visit.exec(&script).await?;
         match output.exit {
@@ -139,6 +142,7 @@ impl Staging<'_> {
              for link; do
                target=$(readlink -f "$link") || continue
                case $target in
+                 "$dir"/.baton/*) ;;
                  "$dir"/*) [ ! -f "$target" ] || printf '%s 600 %s\0' "$(wc -c < "$target")" "${link#./}" ;;
                esac
              done"#,
@@ -180,7 +184,7 @@ impl Staging<'_> {
             How::Auto | How::Copy | How::Link | How::Unpack => "cp -fpT \"$from\" \"$part\"",
         };
         let script = format!(
-            "{INSIDE}
+            "{}
              dir={}; scope={}
              while [ $# -gt 1 ]; do
                from=$dir/$1; to=$scope/$2; shift 2
@@ -189,6 +193,7 @@ impl Staging<'_> {
                mkdir -p \"$folder\" && rm -f \"$part\" || exit 1
                {act} && mv -fT \"$part\" \"$to\" || {{ rm -f \"$part\"; exit 1; }}
              done",
+            guards(&self.visit.root),
             quote(self.dir),
             quote(&scope),
             self.part(),
