@@ -184,8 +184,7 @@ impl Objects {
         blocking(move || verified(digest, Digest::of(&bytes)).map(|()| bytes.into())).await
     }
 
-    /// Writes an object to a file and gives its length. It is written beside it under another name, which ends with
-    /// `.part`, and renamed when it is verified, so that the file is there whole or not at all. What is there already is
+    /// Writes an object to a file and gives its length. It is written beside it under another name, `.baton-….part`, and renamed when it is verified, so that the file is there whole or not at all. What is there already is
     /// replaced, and no link there is followed. `progress` is told the bytes of each piece.
     ///
     /// # Errors
@@ -527,10 +526,11 @@ struct Target<P> {
 
 impl<P: Fn(u64)> Target<P> {
     fn new(digest: Digest, to: &Path, progress: P) -> Self {
-        // With the digest, so that a file that is itself called `….part` is none of this.
-        let mut part = to.as_os_str().to_owned();
-        part.push(format!(".{}.part", &digest.to_string()[..8]));
-        Self { digest, to: to.to_owned(), part: part.into(), file: None, hasher: Hasher::default(), size: 0, progress }
+        // The name may be as long as names can be. Files of one folder that come at once have parts of their own.
+        let name = to.file_name().unwrap_or_default().as_encoded_bytes();
+        let own = Digest::of(&[name, digest.bytes().as_slice()].concat()).to_string();
+        let part = to.with_file_name(format!(".baton-{}.part", &own[..16]));
+        Self { digest, to: to.to_owned(), part, file: None, hasher: Hasher::default(), size: 0, progress }
     }
 
     fn write(&mut self, piece: &[u8]) -> Result<(), Error> {

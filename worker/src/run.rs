@@ -444,10 +444,17 @@ impl Run {
 
     /// The process has come to its end by itself: well, or to be tried again, or not well.
     async fn finish(&mut self, exit: i32, checkpoint: Checkpoint) -> Hold {
-        let ok = self.context.spec().ok_exit.contains(&exit);
-        let outcome = self.context.draft.borrow().outcome.clone();
+        let (outcome, is_incomplete) = {
+            let draft = self.context.draft.borrow();
+            (draft.outcome.clone(), draft.is_incomplete)
+        };
+        let ok = self.context.spec().ok_exit.contains(&exit) && !is_incomplete;
         let reason = outcome.reason.clone().or_else(|| (!ok).then(|| format!("exit {exit}")));
-        if !ok && let Some(hold) = self.retry(reason.clone().unwrap_or_default()).await {
+        // A program that has ended well is not run again for what it has not left.
+        if !ok
+            && !is_incomplete
+            && let Some(hold) = self.retry(reason.clone().unwrap_or_default()).await
+        {
             return hold;
         }
         let outcome = Outcome {
@@ -460,8 +467,9 @@ impl Run {
         self.checkpoint = checkpoint;
         let how = if ok { How::Ok } else { How::Error };
         let attempt = Some((how, reason));
+        let state = if is_incomplete { State::Excepted } else { State::Finished };
         self.outcome = Some(outcome.clone());
-        self.write(Verb::End { state: State::Finished, outcome }, Some(self.checkpoint.clone()), attempt).await
+        self.write(Verb::End { state, outcome }, Some(self.checkpoint.clone()), attempt).await
     }
 
     /// Parks it until there is what it waits for.

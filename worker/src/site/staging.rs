@@ -5,7 +5,10 @@
 //! before its digest was compared. Results are in the object store before the process's state says that it has ended.
 
 mod inputs;
+mod listing;
+mod missing;
 mod outputs;
+mod values;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -15,6 +18,7 @@ use std::time::Duration;
 
 use baton_common::digest::Digest;
 use baton_common::objects;
+use baton_common::relative::BytePath;
 use baton_common::spec::on_site::{self, Scope};
 
 pub(crate) use self::inputs::stage_in;
@@ -31,6 +35,9 @@ const STORE_PAUSE: Duration = Duration::from_secs(10);
 
 /// What has come in part is kept for so long.
 const SCRATCH_AGE_MAX: Duration = Duration::from_secs(7 * 86_400);
+
+/// Files whose digests are asked for at a time: the answer with the longest names is kept in memory.
+const DIGESTS_AT_ONCE: usize = 4_000;
 
 /// Verifying a file of a terabyte takes longer; nobody stages such.
 const VERIFY_LIMIT: Duration = Duration::from_secs(3600);
@@ -103,22 +110,29 @@ impl Staging<'_> {
         self.context.live.set_last_line(line);
     }
 
-    /// The SHA-256 of many small files there.
-    async fn digests(&self, dir: &str, paths: impl Iterator<Item = &str>) -> Result<BTreeMap<String, Digest>, Error> {
-        let names: Vec<u8> = paths.flat_map(|path| [b"./", path.as_bytes(), b"\0"].concat()).collect();
-        if names.is_empty() {
-            return Ok(BTreeMap::new());
-        }
-        let stdout = self.run(&format!("cd {} && xargs -0 sha256sum -z --", quote(dir)), &names).await?;
+    /// The SHA-256 of many small files there. Those that are not there any more are missing.
+    async fn digests(
+        &self,
+        dir: &str,
+        paths: impl Iterator<Item = &BytePath>,
+    ) -> Result<BTreeMap<BytePath, Digest>, Error> {
+        let paths: Vec<&BytePath> = paths.collect();
         let mut digests = BTreeMap::new();
-        for line in stdout.split(|byte| *byte == 0).filter(|line| !line.is_empty()) {
-            let line = std::str::from_utf8(line).ok();
-            let read = line.and_then(|line| {
-                let (digest, path) = line.split_once("  ./")?;
-                Some((path.to_owned(), digest.parse::<Digest>().ok()?))
-            });
-            let (path, digest) = read.ok_or_else(|| Error::Stage("sha256sum has answered nonsense".into()))?;
-            digests.insert(path, digest);
+        for some in paths.chunks(DIGESTS_AT_ONCE) {
+            let names: Vec<u8> = some.iter().flat_map(|path| [b"./", path.as_bytes(), b"\0"].concat()).collect();
+            let command = format!("cd {} && xargs -0 sha256sum -z --", quote(dir));
+            let output = self.visit.session.exec(&command, &names, VERIFY_LIMIT).await?;
+            // So `xargs` tells that a file could not be read.
+            let stdout = if output.exit == Some(123) { output.stdout } else { output.ok()? };
+            for line in stdout.split(|byte| *byte == 0).filter(|line| !line.is_empty()) {
+                let read = line.split_at_checked(64).and_then(|(digest, path)| {
+                    let path = path.strip_prefix(b"  ./")?;
+                    Some((path.to_vec().into(), std::str::from_utf8(digest).ok()?.parse().ok()?))
+                });
+                let (path, digest): (BytePath, Digest) =
+                    read.ok_or_else(|| Error::Content("`sha256sum` has answered nonsense".into()))?;
+                digests.insert(path, digest);
+            }
         }
         Ok(digests)
     }
