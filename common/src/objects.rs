@@ -58,6 +58,9 @@ const ROOT: &str = "sha256";
 /// The folder beneath which databases that keep objects here have their marks, named after their ids.
 const OWNERS: &str = "owners";
 
+/// The folder beneath which fleets have the marks of the store that they share.
+const FLEETS: &str = "fleets";
+
 /// The folder of objects when nobody names another one, in the home of the user.
 const DEFAULT_FOLDER: &str = "~/.local/share/baton/objects";
 
@@ -303,6 +306,43 @@ impl Objects {
         Ok(owners)
     }
 
+    /// Puts the mark by which a fleet knows the store that it shares.
+    ///
+    /// # Errors
+    /// What the store answers.
+    pub async fn add_mark(&self, mark: Uuid) -> Result<(), Error> {
+        let put = self.store.put(&self.mark_key(mark), PutPayload::new()).await;
+        put.map(drop).map_err(|error| self.of_store(error))
+    }
+
+    /// Whether the mark is there.
+    ///
+    /// # Errors
+    /// What the store answers.
+    pub async fn has_mark(&self, mark: Uuid) -> Result<bool, Error> {
+        match self.store.head(&self.mark_key(mark)).await {
+            Ok(_) => Ok(true),
+            Err(error @ object_store::Error::NotFound { .. }) if !error::names_no_bucket(&error) => Ok(false),
+            Err(error) => Err(self.of_store(error)),
+        }
+    }
+
+    /// Removes the mark; that it is absent is no error.
+    ///
+    /// # Errors
+    /// What the store answers.
+    pub async fn remove_mark(&self, mark: Uuid) -> Result<(), Error> {
+        match self.store.delete(&self.mark_key(mark)).await {
+            Ok(()) | Err(object_store::Error::NotFound { .. }) => Ok(()),
+            Err(error) => Err(self.of_store(error)),
+        }
+    }
+
+    /// Where the mark lies.
+    pub fn mark_url(&self, mark: Uuid) -> String {
+        self.url_of(&self.mark_key(mark))
+    }
+
     /// All objects, in no order. What lies there and is not named like an object is passed over.
     ///
     /// The stream holds a page at a time, however many there are. Its errors are what the store answers.
@@ -422,6 +462,10 @@ impl Objects {
 
     fn owner_key(&self, database: Uuid) -> Key {
         self.place.prefix().join(OWNERS).join(database.to_string())
+    }
+
+    fn mark_key(&self, mark: Uuid) -> Key {
+        self.place.prefix().join(FLEETS).join(mark.to_string())
     }
 
     fn url_of(&self, key: &Key) -> String {

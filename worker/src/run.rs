@@ -173,6 +173,9 @@ impl Run {
             {
                 return Err(NotMade::OtherBuild(format!("this worker has no site `{}`", on_site.at)));
             }
+            if let Some(reason) = spec.on_site.as_ref().and_then(|on_site| shared.sites.sharing.refuses(on_site)) {
+                return Err(NotMade::OtherBuild(format!("{}: {reason}", shared.name)));
+            }
             shared.registry.make(spec, run.context.input(), state.as_deref())
         });
         let made = made.map(|process| run.process = Some(process));

@@ -9,6 +9,7 @@ use baton_common::digest::Digest;
 use baton_common::id::Pid;
 use baton_common::objects::{Entry, Manifest, Objects, manifest};
 use baton_common::relative::BytePath;
+use baton_common::sharing;
 use baton_worker::cli::exit;
 use futures_util::{StreamExt, TryStreamExt};
 use indicatif::{HumanBytes, ProgressBar};
@@ -33,7 +34,11 @@ pub(crate) async fn run(global: &Global, arguments: ResultsArguments) -> Result<
         let none = Failure::new(exit::NOT_FOUND, format!("{pid} has left no files in the object store"));
         return Err(none.with_remedy("the spec's `out` names those that are kept"));
     };
-    let objects = Objects::open_existing(&client.objects)?.ok_or_else(|| {
+    let objects = Objects::open_existing(&client.objects)?;
+    if let Some(foreign) = sharing::look(&client.store, objects.as_ref()).await? {
+        return Err(foreign.into());
+    }
+    let objects = objects.ok_or_else(|| {
         let place = client.objects.url.as_deref().unwrap_or("the default folder");
         Failure::new(exit::NOT_FOUND, format!("there are no objects in {place}"))
             .with_remedy("name the same place as the workers in BATON_OBJECTS_URL or `objects.url`")

@@ -217,3 +217,50 @@ async fn a_program_that_empties_its_own_folder_has_failed() {
     }
     assert_eq!(std::fs::read_to_string(&runs).unwrap().lines().count(), 4);
 }
+
+/// Each machine has its own default folder. The worker that has another store than the client leaves what has files to the
+/// one that has the same.
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn a_fleet_without_a_shared_object_store_says_so_and_fails_nothing() {
+    let scene = Scene::new().await;
+    let slurm = Slurm::start(&scene, "", "", "");
+    std::fs::write(scene.path("input"), "input\n").unwrap();
+    let elsewhere = scene.path("elsewhere").display().to_string();
+    let mut right = slurm.worker(&scene, "right", &[]).await;
+    let _wrong = slurm.worker(&scene, "wrong", &[("BATON_OBJECTS_URL", &elsewhere)]).await;
+    let text = "at: plain\nrun: [cat, input]\nin: [client://input]\n";
+    let pids = slurm.submit(&scene, text, 10).await;
+    for pid in &pids {
+        let shown = end(&scene, pid).await;
+        assert_eq!((&shown["exit"], &shown["try"], &shown["failures"]), (&0.into(), &1.into(), &0.into()), "{shown:#}");
+    }
+    let doctor = slurm.baton(&scene, &["doctor"]).await.exits(1);
+    assert!(doctor.stdout.contains("worker wrong leaves processes with files to others"), "{doctor:?}");
+    let workers = slurm.baton(&scene, &["workers"]).await.ok();
+    assert!(workers.stdout.contains("wrong leaves processes with files to others"), "{workers:?}");
+    assert!(workers.stdout.contains("BATON_OBJECTS_URL"), "{workers:?}");
+
+    // A client with a store of its own.
+    let document = scene.spec("job.yaml", text).display().to_string();
+    let (config, mine) = (scene.path("baton.toml").display().to_string(), scene.path("mine").display().to_string());
+    let variables = [("BATON_CONFIG", config.as_str()), ("BATON_OBJECTS_URL", mine.as_str())];
+    let refused = scene.baton_in(scene.folder(), &variables, &["submit", &document]).await.exits(4);
+    assert!(refused.stderr.contains("is not the one that the fleet shares"), "{refused:?}");
+    assert!(refused.stderr.contains("BATON_OBJECTS_URL") && !scene.path("mine").exists(), "{refused:?}");
+    let doctor = scene.baton_in(scene.folder(), &variables, &["doctor"]).await.exits(4);
+    assert!(doctor.stdout.contains("that the fleet shares"), "{doctor:?}");
+    assert_eq!(scene.count("true").await, 10, "nothing more is submitted");
+
+    // Only the wrong one is left: it waits, and goes on when a worker with the right store is there.
+    right.terminate().await;
+    let pid = slurm.submit(&scene, text, 1).await.remove(0);
+    let told = eventually("it is explained", LIMIT, async || {
+        let text = slurm.baton(&scene, &["explain", &pid]).await.ok().stdout;
+        if text.contains("that the fleet shares") { Ok(text) } else { Err(text) }
+    })
+    .await;
+    assert!(told.contains("BATON_OBJECTS_URL"), "{told}");
+    let _right = slurm.worker(&scene, "right-again", &[]).await;
+    assert_eq!(end(&scene, &pid).await["exit"], 0);
+}
