@@ -30,6 +30,7 @@ pub mod nearest;
 pub mod objects;
 pub mod relative;
 pub mod select;
+pub mod sharing;
 pub mod spec;
 pub mod state;
 pub mod store;

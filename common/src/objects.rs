@@ -58,6 +58,9 @@ const ROOT: &str = "sha256";
 /// The folder beneath which databases that keep objects here have their marks, named after their ids.
 const OWNERS: &str = "owners";
 
+/// The folder beneath which fleets have the marks of the store that they share.
+const FLEETS: &str = "fleets";
+
 /// The folder of objects when nobody names another one, in the home of the user.
 const DEFAULT_FOLDER: &str = "~/.local/share/baton/objects";
 
@@ -184,8 +187,7 @@ impl Objects {
         blocking(move || verified(digest, Digest::of(&bytes)).map(|()| bytes.into())).await
     }
 
-    /// Writes an object to a file and gives its length. It is written beside it under another name, which ends with
-    /// `.part`, and renamed when it is verified, so that the file is there whole or not at all. What is there already is
+    /// Writes an object to a file and gives its length. It is written beside it under another name, `.baton-….part`, and renamed when it is verified, so that the file is there whole or not at all. What is there already is
     /// replaced, and no link there is followed. `progress` is told the bytes of each piece.
     ///
     /// # Errors
@@ -302,6 +304,43 @@ impl Objects {
             owners.extend(meta.location.filename().and_then(|name| name.parse::<Uuid>().ok()));
         }
         Ok(owners)
+    }
+
+    /// Puts the mark by which a fleet knows the store that it shares.
+    ///
+    /// # Errors
+    /// What the store answers.
+    pub async fn add_mark(&self, mark: Uuid) -> Result<(), Error> {
+        let put = self.store.put(&self.mark_key(mark), PutPayload::new()).await;
+        put.map(drop).map_err(|error| self.of_store(error))
+    }
+
+    /// Whether the mark is there.
+    ///
+    /// # Errors
+    /// What the store answers.
+    pub async fn has_mark(&self, mark: Uuid) -> Result<bool, Error> {
+        match self.store.head(&self.mark_key(mark)).await {
+            Ok(_) => Ok(true),
+            Err(error @ object_store::Error::NotFound { .. }) if !error::names_no_bucket(&error) => Ok(false),
+            Err(error) => Err(self.of_store(error)),
+        }
+    }
+
+    /// Removes the mark; that it is absent is no error.
+    ///
+    /// # Errors
+    /// What the store answers.
+    pub async fn remove_mark(&self, mark: Uuid) -> Result<(), Error> {
+        match self.store.delete(&self.mark_key(mark)).await {
+            Ok(()) | Err(object_store::Error::NotFound { .. }) => Ok(()),
+            Err(error) => Err(self.of_store(error)),
+        }
+    }
+
+    /// Where the mark lies.
+    pub fn mark_url(&self, mark: Uuid) -> String {
+        self.url_of(&self.mark_key(mark))
     }
 
     /// All objects, in no order. What lies there and is not named like an object is passed over.
@@ -425,6 +464,10 @@ impl Objects {
         self.place.prefix().join(OWNERS).join(database.to_string())
     }
 
+    fn mark_key(&self, mark: Uuid) -> Key {
+        self.place.prefix().join(FLEETS).join(mark.to_string())
+    }
+
     fn url_of(&self, key: &Key) -> String {
         match &*self.place {
             Place::Folder(folder) => format!("file://{}", folder.join(key.as_ref()).display()),
@@ -527,10 +570,11 @@ struct Target<P> {
 
 impl<P: Fn(u64)> Target<P> {
     fn new(digest: Digest, to: &Path, progress: P) -> Self {
-        // With the digest, so that a file that is itself called `….part` is none of this.
-        let mut part = to.as_os_str().to_owned();
-        part.push(format!(".{}.part", &digest.to_string()[..8]));
-        Self { digest, to: to.to_owned(), part: part.into(), file: None, hasher: Hasher::default(), size: 0, progress }
+        // The name may be as long as names can be. Files of one folder that come at once have parts of their own.
+        let name = to.file_name().unwrap_or_default().as_encoded_bytes();
+        let own = Digest::of(&[name, digest.bytes().as_slice()].concat()).to_string();
+        let part = to.with_file_name(format!(".baton-{}.part", &own[..16]));
+        Self { digest, to: to.to_owned(), part, file: None, hasher: Hasher::default(), size: 0, progress }
     }
 
     fn write(&mut self, piece: &[u8]) -> Result<(), Error> {

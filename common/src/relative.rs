@@ -1,38 +1,118 @@
 //! Relative paths as documents and manifests write them: which stay within their folder.
 
-/// Longest path in bytes: that of Linux, less what a sandbox's own path may take.
-const BYTES_MAX: usize = 2048;
+use std::ffi::OsStr;
+use std::fmt;
+use std::os::unix::ffi::OsStrExt;
 
-/// Longest part of a path in bytes, as most file systems have it, less what a temporary name adds.
-const PART_BYTES_MAX: usize = 240;
+/// Longest path in bytes: that of Linux, less what a sandbox's own path may take.
+const BYTES_MAX: usize = 3840;
+
+/// Longest part of a path in bytes, as most file systems have it.
+const PART_BYTES_MAX: usize = 255;
 
 /// Why a path is none that stays within its folder.
 ///
 /// # Errors
 /// What is wrong with it, to be put behind its name; a trailing `/` is an empty part.
-pub fn check(path: &str) -> Result<(), &'static str> {
+pub fn check(path: impl AsRef<[u8]>) -> Result<(), &'static str> {
+    let path = path.as_ref();
     if path.is_empty() {
         return Err("is empty");
     }
-    if path.contains('\0') {
+    if path.contains(&0) {
         return Err("contains a NUL byte");
     }
-    if path.starts_with('/') {
+    if path.starts_with(b"/") {
         return Err("is absolute; write it relative to its folder");
     }
     if path.len() > BYTES_MAX {
-        return Err("is longer than 2048 bytes");
+        return Err("is longer than 3840 bytes");
     }
-    for part in path.split('/') {
+    for part in path.split(|byte| *byte == b'/') {
         match part {
-            "" => return Err("has an empty part (`//`, or `/` at its end)"),
-            "." => return Err("has a part `.`; leave it out"),
-            ".." => return Err("leaves its folder by `..`"),
-            long if long.len() > PART_BYTES_MAX => return Err("has a part of more than 240 bytes"),
+            b"" => return Err("has an empty part (`//`, or `/` at its end)"),
+            b"." => return Err("has a part `.`; leave it out"),
+            b".." => return Err("leaves its folder by `..`"),
+            long if long.len() > PART_BYTES_MAX => return Err("has a part of more than 255 bytes"),
             _ => {}
         }
     }
     Ok(())
+}
+
+/// A relative path by its bytes, which need not be UTF-8. Its order is that of the bytes.
+///
+/// For people it is shown with escapes: `\xff` for a byte that is not UTF-8, `\n` for a line break.
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct BytePath(Vec<u8>);
+
+impl BytePath {
+    /// Its bytes.
+    pub fn as_bytes(&self) -> &[u8] {
+        &self.0
+    }
+
+    /// The same as a text; `None` if it is not UTF-8.
+    pub fn as_str(&self) -> Option<&str> {
+        std::str::from_utf8(&self.0).ok()
+    }
+
+    /// The same for the file system.
+    pub fn as_path(&self) -> &std::path::Path {
+        std::path::Path::new(OsStr::from_bytes(&self.0))
+    }
+
+    /// Its bytes as hexadecimal digits.
+    pub fn to_hex(&self) -> String {
+        self.0.iter().map(|byte| format!("{byte:02x}")).collect()
+    }
+
+    /// The path whose bytes these hexadecimal digits are; `None` if they are none.
+    pub fn from_hex(hex: &str) -> Option<Self> {
+        let digit = |byte: u8| char::from(byte).to_digit(16).and_then(|digit| u8::try_from(digit).ok());
+        let pairs = hex.as_bytes().chunks(2);
+        let bytes = pairs.map(|pair| match pair {
+            [high, low] => Some(digit(*high)? << 4 | digit(*low)?),
+            _ => None,
+        });
+        bytes.collect::<Option<_>>().map(Self)
+    }
+}
+
+impl From<&str> for BytePath {
+    fn from(path: &str) -> Self {
+        Self(path.as_bytes().to_vec())
+    }
+}
+
+impl From<String> for BytePath {
+    fn from(path: String) -> Self {
+        Self(path.into_bytes())
+    }
+}
+
+impl From<Vec<u8>> for BytePath {
+    fn from(path: Vec<u8>) -> Self {
+        Self(path)
+    }
+}
+
+impl AsRef<[u8]> for BytePath {
+    fn as_ref(&self) -> &[u8] {
+        &self.0
+    }
+}
+
+impl fmt::Display for BytePath {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for chunk in self.0.utf8_chunks() {
+            for letter in chunk.valid().chars() {
+                if letter.is_control() { write!(f, "{}", letter.escape_default())? } else { write!(f, "{letter}")? }
+            }
+            chunk.invalid().iter().try_for_each(|byte| write!(f, "\\x{byte:02x}"))?;
+        }
+        Ok(())
+    }
 }
 
 #[cfg(test)]
@@ -41,13 +121,23 @@ mod tests {
 
     #[test]
     fn what_leaves_its_folder_is_refused() {
-        for path in ["a", "a/b", "a b/ü", "..a/b..", "...", ".hidden", "-rf", "*", "a:b"] {
+        for path in ["a", "a/b", "a b/ü", "..a/b..", "...", ".hidden", "-rf", "*", "a:b", "a\nb", "\\"] {
             assert_eq!(check(path), Ok(()), "{path}");
         }
+        assert_eq!(check(b"\xff/\xfe"), Ok(()));
         for path in ["", "/", "/etc", "a//b", "a/", "/a/", ".", "./a", "a/.", "..", "../a", "a/../b", "a/..", "a\0b"] {
             assert!(check(path).is_err(), "{path:?}");
         }
-        assert!(check(&"a".repeat(241)).is_err());
-        assert!(check(&"a/".repeat(1200)).is_err());
+        assert_eq!(check("a".repeat(255)), Ok(()));
+        assert!(check("a".repeat(256)).is_err());
+        assert!(check("a/".repeat(1950)).is_err());
+    }
+
+    #[test]
+    fn a_path_is_its_bytes_and_is_shown_with_escapes() {
+        let path = BytePath::from(b"caf\xe9\n/\xc3\xbc".to_vec());
+        assert_eq!(path.to_string(), "caf\\xe9\\n/ü");
+        assert_eq!((path.as_str(), BytePath::from_hex(&path.to_hex()).as_ref()), (None, Some(&path)));
+        assert_eq!((BytePath::from_hex("e"), BytePath::from_hex("zz")), (None, None));
     }
 }

@@ -16,6 +16,7 @@ pub mod fleet;
 pub mod measure;
 mod migration;
 pub mod needed;
+mod objects;
 mod own;
 pub mod prune;
 pub mod query;

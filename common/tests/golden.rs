@@ -75,3 +75,12 @@ fn a_spec_of_version_2_is_read() {
     let bytes = golden("spec.v2", &blob::spec_to_bytes(&spec));
     assert_eq!((bytes[0], blob::spec_from_bytes(&bytes).unwrap()), (2, spec));
 }
+
+#[test]
+fn a_spec_of_version_3_is_read() {
+    let mut spec = written("{run: [pw.x], at: cluster}");
+    let on_site = spec.on_site.as_mut().unwrap();
+    (on_site.staged, on_site.staged_version) = (Some(Digest::of(b"manifest")), 2);
+    let bytes = golden("spec.v3", &blob::spec_to_bytes(&spec));
+    assert_eq!((bytes[0], blob::spec_from_bytes(&bytes).unwrap()), (3, spec));
+}

@@ -108,8 +108,12 @@ async fn a_listing_of_several_pages_is_whole_and_a_manifest_comes_back() {
     });
     let digests: Vec<Digest> =
         futures_util::StreamExt::buffered(futures_util::stream::iter(puts), 16).try_collect().await.unwrap();
-    let entries =
-        digests.iter().map(|digest| Entry { path: digest.to_string(), digest: *digest, size: 4, executable: false });
+    let entries = digests.iter().map(|digest| Entry {
+        path: digest.to_string().into(),
+        digest: *digest,
+        size: 4,
+        executable: false,
+    });
     let manifest = Manifest::new(entries.collect()).unwrap();
     let name = objects.put_manifest(&manifest).await.unwrap();
     assert_eq!(objects.get_manifest(name).await.unwrap(), manifest);

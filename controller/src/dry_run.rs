@@ -13,7 +13,7 @@ use futures_util::{StreamExt, TryStreamExt};
 use indicatif::HumanBytes;
 use serde_json::{Value, json};
 
-use crate::capture::{self, ClientFile, Plan};
+use crate::capture::{self, ClientFile, ClientFolder, Plan};
 use crate::cli::{Global, Output};
 use crate::client::objects_of;
 use crate::failure::Failure;
@@ -46,7 +46,7 @@ pub(crate) async fn show(
         }
         Output::Table | Output::Ids => {
             output::print(&describe(spec, on_site, count))?;
-            output::print(&tree(on_site, &fates))?;
+            output::print(&tree(on_site, &fates, &plan.folders))?;
             match resolved.config.sites.get(&on_site.at) {
                 Some(site) => output::print(&format!("\nThe script of its job:\n\n{}", job_script(spec, site))),
                 None => output::print(
@@ -143,7 +143,7 @@ fn needs(spec: &Spec, needs: &Needs) -> Vec<String> {
 }
 
 /// What is there when the program starts, scope by scope, and what is kept afterwards.
-fn tree(on_site: &OnSite, fates: &[Fate]) -> String {
+fn tree(on_site: &OnSite, fates: &[Fate], folders: &[ClientFolder]) -> String {
     let mut scopes: BTreeMap<&str, BTreeMap<String, String>> = BTreeMap::new();
     let mut put = |scope: Scope, path: &str, note: String| {
         let places = scopes.entry(scope.word()).or_default();
@@ -154,7 +154,10 @@ fn tree(on_site: &OnSite, fates: &[Fate]) -> String {
         let what =
             if file.how == How::Unpack { format!("content of {}, ", file.source.display()) } else { String::new() };
         let how = if *is_sent { "to be sent" } else { "in the store" };
-        put(file.to.scope, &file.to.path, format!("{what}{}, {how}", HumanBytes(file.size)));
+        put(file.to.scope, &file.to.path.to_string(), format!("{what}{}, {how}", HumanBytes(file.size)));
+    }
+    for folder in folders {
+        put(folder.to.scope, &format!("{}/", folder.to.path), "empty".to_owned());
     }
     for input in on_site.inputs.iter().filter(|input| input.from.scope != Scope::Client) {
         put(input.to.scope, &input.to.path, of_site(input));

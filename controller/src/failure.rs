@@ -5,6 +5,7 @@ use std::process::ExitCode;
 
 use anstyle::{AnsiColor, Style};
 use baton_common::communicator::{CheckError, Down, dead};
+use baton_common::sharing::{self, Foreign};
 use baton_common::{config, objects, store};
 use baton_worker::cli::{chain, exit, exit_code};
 use baton_worker::transport;
@@ -106,6 +107,21 @@ impl From<objects::Error> for Failure {
             | objects::Error::Manifest { .. } => exit::FAILED,
         };
         Self::new(code, chain(&error))
+    }
+}
+
+impl From<Foreign> for Failure {
+    fn from(foreign: Foreign) -> Self {
+        Self::new(exit::REFUSED, foreign.text).with_remedy(foreign.remedy)
+    }
+}
+
+impl From<sharing::Error> for Failure {
+    fn from(error: sharing::Error) -> Self {
+        match error {
+            sharing::Error::Database(error) => error.into(),
+            sharing::Error::Objects(error) => error.into(),
+        }
     }
 }
 

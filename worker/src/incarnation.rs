@@ -29,7 +29,7 @@ use crate::local::{self, Programs};
 use crate::registry::Registry;
 use crate::setbacks::Setbacks;
 use crate::shim::boottime_ms;
-use crate::site::{Sites, actor};
+use crate::site::{Sites, actor, sharing};
 use crate::suspects::Suspects;
 use crate::sweeps::Timer;
 use crate::thread::Thread;
@@ -310,6 +310,9 @@ impl Incarnation {
             let direct = direct::run(Arc::clone(shared), Arc::clone(&self.threads));
             self.tasks.spawn(until_stop(Box::pin(direct)));
         }
+        // What has files is taken only where they are.
+        shared.sites.sharing.look(shared).await;
+        self.tasks.spawn(until_stop(Box::pin(sharing::run(Arc::clone(shared)))));
         for site in shared.sites.all() {
             let actor = actor::run(Arc::clone(shared), Arc::clone(&self.threads), Arc::clone(site));
             self.tasks.spawn(until_stop(Box::pin(actor)));

@@ -199,6 +199,9 @@ pub(crate) struct Draft {
     pub(crate) progress: Option<Progress>,
     pub(crate) outputs: Vec<Output>,
     pub(crate) outcome: Outcome,
+    /// The program has ended well, and not all that it should have left is there: the process has failed, as the outcome's
+    /// reason says, and is not tried again.
+    pub(crate) is_incomplete: bool,
     /// The advance begins another try, at no charge.
     pub(crate) begins_try: bool,
     logged: bool,
@@ -252,6 +255,7 @@ impl Draft {
         self.progress.clone_from(&checkpoint.progress);
         self.outputs.clear();
         self.outcome = Outcome::default();
+        self.is_incomplete = false;
         self.begins_try = false;
     }
 

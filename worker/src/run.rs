@@ -176,6 +176,9 @@ impl Run {
             {
                 return Err(NotMade::OtherBuild(format!("this worker has no site `{}`", on_site.at)));
             }
+            if let Some(reason) = spec.on_site.as_ref().and_then(|on_site| shared.sites.sharing.refuses(on_site)) {
+                return Err(NotMade::OtherBuild(format!("{}: {reason}", shared.name)));
+            }
             shared.registry.make(spec, run.context.input(), state.as_deref())
         });
         let made = made.map(|process| run.process = Some(process));
@@ -447,10 +450,17 @@ impl Run {
 
     /// The process has come to its end by itself: well, or to be tried again, or not well.
     async fn finish(&mut self, exit: i32, checkpoint: Checkpoint) -> Hold {
-        let ok = self.context.spec().ok_exit.contains(&exit);
-        let outcome = self.context.draft.borrow().outcome.clone();
+        let (outcome, is_incomplete) = {
+            let draft = self.context.draft.borrow();
+            (draft.outcome.clone(), draft.is_incomplete)
+        };
+        let ok = self.context.spec().ok_exit.contains(&exit) && !is_incomplete;
         let reason = outcome.reason.clone().or_else(|| (!ok).then(|| format!("exit {exit}")));
-        if !ok && let Some(hold) = self.retry(reason.clone().unwrap_or_default()).await {
+        // A program that has ended well is not run again for what it has not left.
+        if !ok
+            && !is_incomplete
+            && let Some(hold) = self.retry(reason.clone().unwrap_or_default()).await
+        {
             return hold;
         }
         let outcome = Outcome {
@@ -463,8 +473,9 @@ impl Run {
         self.checkpoint = checkpoint;
         let how = if ok { How::Ok } else { How::Error };
         let attempt = Some((how, reason));
+        let state = if is_incomplete { State::Excepted } else { State::Finished };
         self.outcome = Some(outcome.clone());
-        self.write(Verb::End { state: State::Finished, outcome }, Some(self.checkpoint.clone()), attempt).await
+        self.write(Verb::End { state, outcome }, Some(self.checkpoint.clone()), attempt).await
     }
 
     /// Parks it until there is what it waits for.

@@ -27,6 +27,7 @@ mod fork;
 pub(crate) mod launcher;
 pub(crate) mod pool;
 pub(crate) mod script;
+pub(crate) mod sharing;
 mod slurm;
 pub(crate) mod staging;
 pub(crate) mod watch;
@@ -58,6 +59,8 @@ pub(crate) const COMMAND_LIMIT: Duration = Duration::from_secs(60);
 #[derive(Default)]
 pub(crate) struct Sites {
     by_name: BTreeMap<String, Arc<Site>>,
+    /// Whether their object store is the fleet's.
+    pub(crate) sharing: sharing::Sharing,
 }
 
 /// A site, as one incarnation of a worker sees it.
@@ -135,7 +138,7 @@ impl Sites {
             };
             by_name.insert(name.clone(), Arc::new(site));
         }
-        Ok(Self { by_name })
+        Ok(Self { by_name, sharing: sharing::Sharing::default() })
     }
 
     pub(crate) fn get(&self, name: &str) -> Option<Arc<Site>> {

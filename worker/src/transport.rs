@@ -330,8 +330,9 @@ impl Session {
         }
     }
 
-    /// Writes one file there: to `TO.part`, from where an earlier one was cut, and renamed to `to` when it is whole. Its
-    /// parent folder must be there. `progress` is told how many bytes are there.
+    /// Writes one file there: to `TO.part`, from where an earlier one was cut, and renamed to `to` when it is whole. In place
+    /// of a name that would be too long so, its digest is used. Its parent folder must be there. `progress` is told how many
+    /// bytes are there.
     ///
     /// It gives the SHA-256 of what is there now, and does not compare it: a `.part` may be that of another file.
     ///
@@ -499,9 +500,30 @@ pub fn quote_path(path: &str) -> String {
     if path.starts_with('/') { quote(path) } else { quote(&format!("./{path}")) }
 }
 
+/// What a file of this content is called, beside its target, until that is verified.
+pub(crate) fn beside(target: &Path, digest: &Digest) -> PathBuf {
+    local::beside(target, &format!(".{digest}"))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn names_beside_a_file_are_never_too_long() {
+        let digest = Digest::of(b"");
+        let folder = Path::new("folder");
+        for len in [1, 185, 186, 191, 250, 251, 255] {
+            let target = folder.join("n".repeat(len));
+            for beside in [local::part_of(&target), local::part_of(&beside(&target, &digest))] {
+                assert!(
+                    beside.file_name().is_some_and(|name| name.len() <= 255) && beside.starts_with(folder),
+                    "{len}"
+                );
+            }
+        }
+        assert_eq!(local::part_of(Path::new("a/b")), Path::new("a/b.part"));
+    }
 
     #[test]
     fn of_a_long_complaint_its_first_and_last_lines_are_kept() {

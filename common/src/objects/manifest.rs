@@ -6,47 +6,110 @@ use serde::{Deserialize, Serialize};
 
 use super::{Error, Objects};
 use crate::digest::Digest;
-use crate::relative;
+use crate::relative::{self, BytePath};
 
-/// The version that this program writes, and the newest that it reads.
+/// The version of a manifest whose paths are all UTF-8 and that has no empty folder.
 const VERSION: u32 = 1;
+
+/// That of the others, and the newest that this program reads. Programs that know only the first would lose folders.
+const VERSION_OF_BYTES: u32 = 2;
 
 /// Largest manifest that is read: a tree of some hundred thousand files.
 const BYTES_MAX: u64 = 64 << 20;
 
-/// The files of a tree.
+/// The files of a tree, and its empty folders.
 ///
-/// No two have one path, and none lies below another, so they can be laid out in a folder in any order.
+/// No two have one path, and none lies below a file, so they can be laid out in a folder in any order.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Manifest {
     entries: Vec<Entry>,
+    folders: Vec<BytePath>,
 }
 
 /// A file of a tree.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "WrittenEntry", into = "WrittenEntry")]
 pub struct Entry {
     /// Where it is, relative to the tree's folder; it stays within that.
-    pub path: String,
+    pub path: BytePath,
     /// Its content.
     pub digest: Digest,
     /// Its length in bytes.
     pub size: u64,
     /// Whether its owner may execute it.
-    #[serde(default)]
     pub executable: bool,
+}
+
+/// `path_hex` is there if the path is not UTF-8, and is the path then; `path` is for people.
+#[derive(Serialize, Deserialize)]
+struct WrittenEntry {
+    path: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    path_hex: Option<String>,
+    digest: Digest,
+    size: u64,
+    #[serde(default)]
+    executable: bool,
+}
+
+/// The path of a folder, as that of an entry.
+#[derive(Serialize, Deserialize)]
+struct WrittenFolder {
+    path: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    path_hex: Option<String>,
 }
 
 #[derive(Serialize)]
 struct Written<'a> {
     version: u32,
     entries: &'a [Entry],
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    folders: Vec<WrittenFolder>,
 }
 
 #[derive(Deserialize)]
 struct Read {
-    version: u32,
     #[serde(default)]
     entries: Vec<Entry>,
+    #[serde(default)]
+    folders: Vec<WrittenFolder>,
+}
+
+#[derive(Deserialize)]
+struct Version {
+    version: u32,
+}
+
+/// How a path is written: as a text, and by its bytes if it is not UTF-8.
+pub fn written(path: &BytePath) -> (String, Option<String>) {
+    match path.as_str() {
+        Some(text) => (text.to_owned(), None),
+        None => (path.to_string(), Some(path.to_hex())),
+    }
+}
+
+fn read(path: String, path_hex: Option<String>) -> Result<BytePath, String> {
+    match path_hex {
+        None => Ok(path.into()),
+        Some(hex) => BytePath::from_hex(&hex).ok_or_else(|| format!("{hex:?} are no bytes")),
+    }
+}
+
+impl From<Entry> for WrittenEntry {
+    fn from(entry: Entry) -> Self {
+        let (path, path_hex) = written(&entry.path);
+        Self { path, path_hex, digest: entry.digest, size: entry.size, executable: entry.executable }
+    }
+}
+
+impl TryFrom<WrittenEntry> for Entry {
+    type Error = String;
+
+    fn try_from(written: WrittenEntry) -> Result<Self, String> {
+        let path = read(written.path, written.path_hex)?;
+        Ok(Self { path, digest: written.digest, size: written.size, executable: written.executable })
+    }
 }
 
 impl Manifest {
@@ -54,23 +117,39 @@ impl Manifest {
     ///
     /// # Errors
     /// [`Error::Manifest`] when a path leaves the folder, stands there twice, or lies below another file.
-    pub fn new(mut entries: Vec<Entry>) -> Result<Self, Error> {
+    pub fn new(entries: Vec<Entry>) -> Result<Self, Error> {
+        Self::with_folders(entries, Vec::new())
+    }
+
+    /// The same with folders in which nothing is.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub fn with_folders(mut entries: Vec<Entry>, mut folders: Vec<BytePath>) -> Result<Self, Error> {
         entries.sort_by(|one, other| one.path.cmp(&other.path));
-        let mut files: BTreeSet<&str> = BTreeSet::new();
+        folders.sort();
+        let mut files: BTreeSet<&[u8]> = BTreeSet::new();
         for entry in &entries {
-            let path = entry.path.as_str();
-            relative::check(path).map_err(|problem| wrong(format!("the path {path:?} {problem}")))?;
-            if !files.insert(path) {
-                return Err(wrong(format!("the path {path:?} stands there twice")));
+            check(&entry.path)?;
+            if !files.insert(entry.path.as_bytes()) {
+                return Err(wrong(format!("the path {} stands there twice", entry.path)));
             }
         }
-        for path in &files {
-            let above = path.match_indices('/').map(|(idx, _)| &path[..idx]);
-            if let Some(file) = above.into_iter().find(|above| files.contains(above)) {
-                return Err(wrong(format!("{path:?} lies below {file:?}, which is a file")));
+        for folder in &folders {
+            check(folder)?;
+            if files.contains(folder.as_bytes()) {
+                return Err(wrong(format!("{folder} is a file and a folder")));
             }
         }
-        Ok(Self { entries })
+        for path in entries.iter().map(|entry| &entry.path).chain(&folders) {
+            let slashes = path.as_bytes().iter().enumerate().filter(|(_, byte)| **byte == b'/');
+            let mut above = slashes.map(|(idx, _)| &path.as_bytes()[..idx]);
+            if let Some(file) = above.find(|above| files.contains(above)) {
+                let file = BytePath::from(file.to_vec());
+                return Err(wrong(format!("{path} lies below {file}, which is a file")));
+            }
+        }
+        Ok(Self { entries, folders })
     }
 
     /// Its files, in the order of their paths.
@@ -78,9 +157,19 @@ impl Manifest {
         &self.entries
     }
 
-    /// Its files by value, in the order of their paths.
-    pub fn into_entries(self) -> Vec<Entry> {
-        self.entries
+    /// Its empty folders, in the order of their paths.
+    pub fn folders(&self) -> &[BytePath] {
+        &self.folders
+    }
+
+    /// Its files and its empty folders by value, in the order of their paths.
+    pub fn into_parts(self) -> (Vec<Entry>, Vec<BytePath>) {
+        (self.entries, self.folders)
+    }
+
+    /// Whether there is nothing in it.
+    pub fn is_empty(&self) -> bool {
+        self.entries.is_empty() && self.folders.is_empty()
     }
 
     /// The bytes of all its files.
@@ -88,17 +177,35 @@ impl Manifest {
         self.entries.iter().map(|entry| entry.size).sum()
     }
 
+    /// The version of its form, which is higher than 1 only if programs that know no other would lose something.
+    pub fn version(&self) -> u32 {
+        let is_plain = self.folders.is_empty() && self.entries.iter().all(|entry| entry.path.as_str().is_some());
+        if is_plain { VERSION } else { VERSION_OF_BYTES }
+    }
+
     fn to_bytes(&self) -> Vec<u8> {
-        serde_json::to_vec(&Written { version: VERSION, entries: &self.entries }).expect("a manifest is plain data")
+        let folder = |folder| {
+            let (path, path_hex) = written(folder);
+            WrittenFolder { path, path_hex }
+        };
+        let folders = self.folders.iter().map(folder).collect();
+        let written = Written { version: self.version(), entries: &self.entries, folders };
+        serde_json::to_vec(&written).expect("a manifest is plain data")
     }
 
     fn from_bytes(bytes: &[u8]) -> Result<Self, Error> {
-        let read: Read = serde_json::from_slice(bytes).map_err(|error| wrong(error.to_string()))?;
-        if read.version != VERSION {
-            return Err(wrong(format!("it is of version {}, and this program reads {VERSION}", read.version)));
+        let Version { version } = serde_json::from_slice(bytes).map_err(|error| wrong(error.to_string()))?;
+        if !(VERSION..=VERSION_OF_BYTES).contains(&version) {
+            return Err(wrong(format!("it is of version {version}, and this program reads {VERSION_OF_BYTES}")));
         }
-        Self::new(read.entries)
+        let found: Read = serde_json::from_slice(bytes).map_err(|error| wrong(error.to_string()))?;
+        let folders = found.folders.into_iter().map(|folder| read(folder.path, folder.path_hex).map_err(wrong));
+        Self::with_folders(found.entries, folders.collect::<Result<_, _>>()?)
     }
+}
+
+fn check(path: &BytePath) -> Result<(), Error> {
+    relative::check(path).map_err(|problem| wrong(format!("the path {path} {problem}")))
 }
 
 impl Objects {
@@ -133,13 +240,13 @@ mod tests {
     use super::*;
 
     fn entry(path: &str) -> Entry {
-        Entry { path: path.to_owned(), digest: Digest::of(path.as_bytes()), size: 1, executable: path == "b" }
+        Entry { path: path.into(), digest: Digest::of(path.as_bytes()), size: 1, executable: path == "b" }
     }
 
     #[test]
     fn it_comes_back_from_its_bytes_in_the_order_of_its_paths() {
         let manifest = Manifest::new(["b", "a/c", "a/b", "a-b"].map(entry).to_vec()).unwrap();
-        let paths: Vec<&str> = manifest.entries().iter().map(|entry| entry.path.as_str()).collect();
+        let paths: Vec<&str> = manifest.entries().iter().filter_map(|entry| entry.path.as_str()).collect();
         assert_eq!(paths, ["a-b", "a/b", "a/c", "b"]);
         assert_eq!(Manifest::from_bytes(&manifest.to_bytes()).unwrap(), manifest);
         assert_eq!(manifest.total_bytes(), 4);
@@ -164,6 +271,25 @@ mod tests {
     }
 
     #[test]
+    fn names_that_are_not_utf_8_and_empty_folders_come_back_by_their_bytes() {
+        let digest = "ca978112ca1bbdcafac231b39a23dc4da786eff8147c4e72b9807785afee48bb";
+        let text = format!(
+            "{{\"version\":2,\"entries\":[{{\"path\":\"caf\\\\xe9\",\"path_hex\":\"636166e9\",\
+             \"digest\":\"{digest}\",\"size\":1,\"executable\":false}}],\
+             \"folders\":[{{\"path\":\"empty\"}},{{\"path\":\"\\\\xff\",\"path_hex\":\"ff\"}}]}}"
+        );
+        let path = BytePath::from(b"caf\xe9".to_vec());
+        let entries = vec![Entry { path, digest: Digest::of(b"a"), size: 1, executable: false }];
+        let folders = vec![BytePath::from(vec![0xff]), "empty".into()];
+        let manifest = Manifest::with_folders(entries, folders).unwrap();
+        assert_eq!(String::from_utf8(manifest.to_bytes()).unwrap(), text);
+        assert_eq!(Manifest::from_bytes(text.as_bytes()).unwrap(), manifest);
+        assert!(Manifest::with_folders(vec![entry("a")], vec!["a".into()]).is_err());
+        assert!(Manifest::with_folders(vec![entry("a")], vec!["a/b".into()]).is_err());
+        assert!(Manifest::from_bytes(text.replace("636166e9", "2e2e").as_bytes()).is_err(), "`..`");
+    }
+
+    #[test]
     fn a_manifest_that_leaves_its_folder_is_refused() {
         for paths in [
             ["../a", "b"],
@@ -178,10 +304,10 @@ mod tests {
         ] {
             assert!(Manifest::new(paths.map(entry).to_vec()).is_err(), "{paths:?}");
             let entries = paths.map(entry);
-            let bytes = serde_json::to_vec(&Written { version: VERSION, entries: &entries }).unwrap();
+            let bytes = serde_json::to_vec(&Written { version: VERSION, entries: &entries, folders: vec![] }).unwrap();
             assert!(matches!(Manifest::from_bytes(&bytes), Err(Error::Manifest { .. })), "{paths:?}");
         }
-        for bytes in [b"{}".as_slice(), b"[]", b"", b"{\"version\":2,\"entries\":[]}", b"\xff"] {
+        for bytes in [b"{}".as_slice(), b"[]", b"", b"{\"version\":3,\"entries\":[]}", b"\xff"] {
             assert!(matches!(Manifest::from_bytes(bytes), Err(Error::Manifest { .. })), "{bytes:?}");
         }
     }

@@ -205,7 +205,8 @@ async fn a_link_in_the_place_of_a_file_is_replaced_and_not_followed() {
     write(&outside, b"mine");
     let target = dir.path().join("target");
     std::os::unix::fs::symlink(&outside, &target).unwrap();
-    let part = dir.path().join(format!("target.{}.part", &digest.to_string()[..8]));
+    let own = Digest::of(&[b"target".as_slice(), digest.bytes()].concat()).to_string();
+    let part = dir.path().join(format!(".baton-{}.part", &own[..16]));
     std::os::unix::fs::symlink(&outside, &part).unwrap();
     objects.get_file(digest, &target, |_| ()).await.unwrap();
     assert_eq!(

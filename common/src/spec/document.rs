@@ -102,7 +102,7 @@ impl Reader {
         let mut spec = Spec::new(what.unwrap_or(Work::Script { text: String::new() }));
 
         spec.name = self.take(&mut document, "name", name);
-        spec.session = self.take(&mut document, "session", word);
+        spec.session = self.take(&mut document, "session", session);
         spec.stdin = self.take(&mut document, "stdin", text);
         spec.vars = self.take_texts(&mut document, "vars", variable_name, no_nul);
         spec.labels = self.take_texts(&mut document, "labels", label_part, label_part);
@@ -396,6 +396,11 @@ fn word(node: Node) -> Read<String> {
         return Err(format!("must be 1 to {NAME_BYTES_MAX} of A-Z, a-z, 0-9, `.`, `_` and `-`"));
     }
     Ok(word)
+}
+
+fn session(node: Node) -> Read<String> {
+    let name = word(node)?;
+    super::on_site::check_session(&name).map(|()| name)
 }
 
 fn process_name(node: Node) -> Read<String> {

@@ -9,6 +9,10 @@ use crate::digest::Digest;
 /// The folder of each sandbox that belongs to Baton: the program's streams, and how it ended.
 pub const RESERVED: &str = ".baton";
 
+/// The folder below [`RESERVED`] in which files of the client wait that go on to another place: by paths that need not be
+/// UTF-8, and with empty folders and executable bits.
+pub const WAITING: &str = "in";
+
 /// Options that would make a job another one than Baton looks for, or none.
 const OPTIONS_OF_BATON: [&str; 12] = [
     "array",
@@ -30,14 +34,25 @@ const OPTIONS_OF_BATON: [&str; 12] = [
 /// # Errors
 /// Why not.
 pub fn check_native(name: &str) -> Result<(), String> {
-    if OPTIONS_OF_BATON.contains(&name) {
+    // `sbatch` takes an option by its first letters, too; one letter alone means several, and nothing to it.
+    let is_of_baton = |option: &&str| *option == name || (name.len() > 1 && option.starts_with(name));
+    if OPTIONS_OF_BATON.iter().any(is_of_baton) {
         return Err(format!("is not for `native`: Baton sets or forbids `{name}`, by which it finds the job again"));
     }
     Ok(())
 }
 
+/// Whether a session's name can be the name of its folder at a site.
+///
+/// # Errors
+/// Why not.
+pub fn check_session(name: &str) -> Result<(), String> {
+    let is_folder = !name.is_empty() && name != "." && name != ".." && !name.contains(['/', '\0']);
+    if is_folder { Ok(()) } else { Err(format!("must name a folder of its own; {name:?} does not")) }
+}
+
 /// Where and with what a program runs that a site's launcher starts.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct OnSite {
     /// The site's name (`at`).
@@ -54,6 +69,9 @@ pub struct OnSite {
     /// The manifest of what the client sent into the sandbox, with paths relative to that; see
     /// [`crate::objects::Manifest`].
     pub staged: Option<Digest>,
+    /// The version of that manifest.
+    #[serde(skip_serializing_if = "is_one")]
+    pub staged_version: u32,
     /// What is kept when it has ended (`out`).
     pub outputs: Vec<Output>,
     /// The file whose JSON object becomes the process's values, relative to its sandbox (`values`).
@@ -163,6 +181,27 @@ pub enum When {
     Error,
     /// After both.
     Always,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde asks so")]
+fn is_one(number: &u32) -> bool {
+    *number == 1
+}
+
+impl Default for OnSite {
+    fn default() -> Self {
+        Self {
+            at: String::new(),
+            needs: Needs::default(),
+            native: BTreeMap::new(),
+            pre: Vec::new(),
+            inputs: Vec::new(),
+            staged: None,
+            staged_version: 1,
+            outputs: Vec::new(),
+            values: None,
+        }
+    }
 }
 
 impl OnSite {

@@ -296,6 +296,12 @@ fn each_mistake_is_told_with_its_line_and_its_remedy() {
         // Values.
         ("run: [x]\nname: ''", "line 2: `name` must be 1 to 128 bytes of text on one line"),
         ("run: [x]\nname: 3.11", "line 2: `name` must be text, not a number; put quotes around it: \"3.11\""),
+        ("run: [x]\nsession: ..", "line 2: `session` must name a folder of its own; \"..\" does not"),
+        ("run: [x]\nsession: .", "line 2: `session` must name a folder of its own; \".\" does not"),
+        (
+            "run: [x]\nat: a\nnative: {outp: x}",
+            "line 3: the key `native.outp` is not for `native`: Baton sets or forbids `outp`, by which it finds the job again",
+        ),
         ("run: [x]\nsession: a/b", "line 2: `session` must be 1 to 128 of A-Z, a-z, 0-9, `.`, `_` and `-`"),
         ("run: [x]\nqueue: a.high", "line 2: `queue` must be 1 to 64 of a-z, 0-9, `_` and `-`"),
         ("run: [x]\nqueue: Big", "line 2: `queue` must be 1 to 64 of a-z, 0-9, `_` and `-`"),

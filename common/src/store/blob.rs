@@ -13,13 +13,16 @@ use crate::message_pack;
 use crate::spec::Spec;
 
 /// The version byte that this program writes.
-const VERSION: u8 = if cfg!(feature = "next-version") { 3 } else { 1 };
+const VERSION: u8 = if cfg!(feature = "next-version") { 4 } else { 1 };
 
 /// That of a spec for a site: a program that knows no sites would run it on its own machine.
-const VERSION_ON_SITE: u8 = if cfg!(feature = "next-version") { 3 } else { 2 };
+const VERSION_ON_SITE: u8 = if cfg!(feature = "next-version") { 4 } else { 2 };
+
+/// That of one whose files are in a manifest of version 2: a program that cannot read it would give the process up for ever.
+const VERSION_OF_BYTES: u8 = if cfg!(feature = "next-version") { 4 } else { 3 };
 
 /// The newest that this program reads.
-const KNOWN: u8 = VERSION_ON_SITE;
+const KNOWN: u8 = VERSION_OF_BYTES;
 
 /// A process's progress between two advances.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -133,7 +136,12 @@ impl Outcome {
 
 /// A spec as the bytes of its column.
 pub fn spec_to_bytes(spec: &Spec) -> Vec<u8> {
-    to_bytes_of(if spec.on_site.is_some() { VERSION_ON_SITE } else { VERSION }, spec)
+    let version = match &spec.on_site {
+        None => VERSION,
+        Some(on_site) if on_site.staged_version > 1 => VERSION_OF_BYTES,
+        Some(_) => VERSION_ON_SITE,
+    };
+    to_bytes_of(version, spec)
 }
 
 /// Reads a spec's column.
@@ -184,8 +192,10 @@ mod tests {
         let mut spec = Spec::new(Work::Script { text: "true".into() });
         assert_eq!(spec_to_bytes(&spec)[0], VERSION);
         assert_eq!(spec_from_bytes(&spec_to_bytes(&spec)).unwrap(), spec);
-        spec.on_site = Some(OnSite { at: "cluster".into(), ..OnSite::default() });
-        assert_eq!(spec_to_bytes(&spec)[0], VERSION_ON_SITE);
-        assert_eq!(spec_from_bytes(&spec_to_bytes(&spec)).unwrap(), spec);
+        for (staged_version, version) in [(1, VERSION_ON_SITE), (2, VERSION_OF_BYTES)] {
+            spec.on_site = Some(OnSite { at: "cluster".into(), staged_version, ..OnSite::default() });
+            assert_eq!(spec_to_bytes(&spec)[0], version);
+            assert_eq!(spec_from_bytes(&spec_to_bytes(&spec)).unwrap(), spec);
+        }
     }
 }

@@ -11,6 +11,7 @@ mod m20261121_000003_refusals;
 mod m20261121_000004_sites;
 mod m20261129_000001_by_key;
 mod m20261129_000002_identity;
+mod m20261130_000002_objects;
 #[cfg(feature = "next-version")]
 mod m20991231_000001_next;
 
@@ -30,6 +31,7 @@ impl MigratorTrait for Migrator {
             Box::new(m20261121_000004_sites::Migration),
             Box::new(m20261129_000001_by_key::Migration),
             Box::new(m20261129_000002_identity::Migration),
+            Box::new(m20261130_000002_objects::Migration),
             #[cfg(feature = "next-version")]
             Box::new(m20991231_000001_next::Migration),
         ]

@@ -5,6 +5,7 @@ use std::time::Duration;
 use baton_common::communicator::Broker;
 use baton_common::config;
 use baton_common::objects::{self, Objects};
+use baton_common::sharing;
 use baton_common::store::measure::Connections;
 use baton_common::store::query::queue_name;
 use baton_common::store::{self, Location, Store, WORKER_CONNECTIONS};
@@ -19,6 +20,9 @@ use crate::overview::Overview;
 
 /// How long the store of objects may take for a small one, there and back.
 const OBJECTS_LIMIT: Duration = Duration::from_secs(20);
+
+/// Characters of what a worker says of its object store, with the remedy.
+const TEXT_CHARS_MAX: usize = 600;
 
 /// Characters of a site's last error that fit into a line.
 const ERROR_CHARS_MAX: usize = 200;
@@ -76,9 +80,15 @@ pub(crate) async fn run(global: &Global) -> Result<u8, Failure> {
     };
     findings.extend(brokers(&resolved.broker_urls).await);
     if let Ok(config) = objects_of(global, &resolved) {
-        findings.push(objects(&config).await);
+        let found = objects(&config).await;
+        let is_usable = found.verdict == Verdict::Ok;
+        findings.push(found);
+        if let Some(store) = store.as_ref().filter(|_| is_usable) {
+            findings.extend(foreign(store, &config).await);
+        }
     }
     if let Some(store) = &store {
+        findings.extend(without_objects(store).await?);
         findings.push(workers(store).await?);
         findings.extend(sites(store).await?);
     }
@@ -174,6 +184,27 @@ async fn objects(config: &config::Objects) -> Finding {
             finding("objects", Verdict::Warn, text, Some("correct `objects` in baton.toml, or the way there"))
         }
     }
+}
+
+/// Whether the object store here is not the one that the fleet shares.
+async fn foreign(store: &Store, config: &config::Objects) -> Option<Finding> {
+    let objects = Objects::open_existing(config).ok()?;
+    let foreign = match tokio::time::timeout(OBJECTS_LIMIT, sharing::look(store, objects.as_ref())).await {
+        Ok(Ok(foreign)) => foreign?,
+        // What does not answer is told already.
+        Ok(Err(_)) | Err(_) => return None,
+    };
+    Some(finding("objects", Verdict::Fail(exit::REFUSED), foreign.text, Some(&foreign.remedy)))
+}
+
+/// The live workers that cannot use the fleet's object store.
+async fn without_objects(store: &Store) -> Result<Vec<Finding>, Failure> {
+    let workers = store.without_objects().await?;
+    let findings = workers.into_iter().map(|(name, why)| {
+        let text = format!("worker {name} leaves processes with files to others: {}", one_line(&why, TEXT_CHARS_MAX));
+        finding("objects", Verdict::Fail(exit::FAILED), text, Some("correct `objects` in that worker's configuration"))
+    });
+    Ok(findings.collect())
 }
 
 /// Whoever submits no files can do without.

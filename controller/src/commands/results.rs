@@ -1,11 +1,15 @@
 //! `baton results`: what a process has left in the object store.
 
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use baton_common::digest::Digest;
 use baton_common::id::Pid;
-use baton_common::objects::{Entry, Manifest, Objects};
+use baton_common::objects::{Entry, Manifest, Objects, manifest};
+use baton_common::relative::BytePath;
+use baton_common::sharing;
 use baton_worker::cli::exit;
 use futures_util::{StreamExt, TryStreamExt};
 use indicatif::{HumanBytes, ProgressBar};
@@ -30,7 +34,11 @@ pub(crate) async fn run(global: &Global, arguments: ResultsArguments) -> Result<
         let none = Failure::new(exit::NOT_FOUND, format!("{pid} has left no files in the object store"));
         return Err(none.with_remedy("the spec's `out` names those that are kept"));
     };
-    let objects = Objects::open_existing(&client.objects)?.ok_or_else(|| {
+    let objects = Objects::open_existing(&client.objects)?;
+    if let Some(foreign) = sharing::look(&client.store, objects.as_ref()).await? {
+        return Err(foreign.into());
+    }
+    let objects = objects.ok_or_else(|| {
         let place = client.objects.url.as_deref().unwrap_or("the default folder");
         Failure::new(exit::NOT_FOUND, format!("there are no objects in {place}"))
             .with_remedy("name the same place as the workers in BATON_OBJECTS_URL or `objects.url`")
@@ -46,19 +54,23 @@ pub(crate) async fn run(global: &Global, arguments: ResultsArguments) -> Result<
 fn list(how: Output, pid: Pid, manifest: &Manifest, objects: &Objects) -> Result<(), Failure> {
     match how {
         Output::Json => {
-            let files: Vec<Value> = manifest.entries().iter().map(|entry| json_of(entry, objects)).collect();
-            output::print_json(&Value::Array(files))
+            let files = manifest.entries().iter().map(|entry| json_of(entry, objects));
+            let folders = manifest.folders().iter().map(|folder| with_path(json!({"folder": true}), folder));
+            output::print_json(&Value::Array(files.chain(folders).collect()))
         }
         Output::Ids => output::print(&pid.to_string()),
         Output::Table => {
             let mut table = output::table(&["PATH", "SIZE", "SHA-256", "URL"]);
             for entry in manifest.entries() {
                 table.add_row([
-                    output::one_line(&entry.path, usize::MAX),
+                    entry.path.to_string(),
                     HumanBytes(entry.size).to_string(),
                     entry.digest.to_string(),
                     objects.url(entry.digest),
                 ]);
+            }
+            for folder in manifest.folders() {
+                table.add_row([format!("{folder}/"), "empty".to_owned(), String::new(), String::new()]);
             }
             output::print(&table.to_string())
         }
@@ -66,13 +78,23 @@ fn list(how: Output, pid: Pid, manifest: &Manifest, objects: &Objects) -> Result
 }
 
 fn json_of(entry: &Entry, objects: &Objects) -> Value {
-    json!({
-        "path": entry.path,
+    let value = json!({
         "size": entry.size,
         "digest": entry.digest,
         "executable": entry.executable,
         "url": objects.url(entry.digest),
-    })
+    });
+    with_path(value, &entry.path)
+}
+
+/// A path that is not UTF-8 stands there by its bytes, too.
+fn with_path(mut value: Value, path: &BytePath) -> Value {
+    let (text, hex) = manifest::written(path);
+    value["path"] = json!(text);
+    if let Some(hex) = hex {
+        value["path_hex"] = json!(hex);
+    }
+    value
 }
 
 /// Fetches all, several at a time; after a failure the same command goes on with what is left.
@@ -85,6 +107,10 @@ async fn get(how: Output, manifest: &Manifest, objects: &Objects, folder: &Path)
         .buffer_unordered(FILES_AT_ONCE)
         .try_collect()
         .await?;
+    for path in manifest.folders() {
+        let (root, path) = (folder.to_owned(), path.clone());
+        blocking(move || prepare_folder(&root, &path)).await?;
+    }
     bar.finish_and_clear();
     let n_fetched = fetched.iter().filter(|fetched| **fetched).count();
     let n_there = fetched.len() - n_fetched;
@@ -99,53 +125,69 @@ async fn get(how: Output, manifest: &Manifest, objects: &Objects, folder: &Path)
 
 /// Whether it had to be fetched.
 async fn fetch(objects: &Objects, folder: &Path, entry: &Entry, bar: &ProgressBar) -> Result<bool, Failure> {
-    let (target, wanted) = (folder.join(&entry.path), (entry.digest, entry.size));
+    let (target, wanted) = (folder.join(entry.path.as_path()), (entry.digest, entry.size));
     let (root, path) = (folder.to_owned(), entry.path.clone());
-    let prepared = tokio::task::spawn_blocking(move || prepare(&root, &path, wanted)).await;
-    if prepared.map_err(|error| Failure::failed(error.to_string()))?? {
+    let is_there = blocking(move || prepare(&root, &path, wanted)).await?;
+    if is_there {
         bar.inc(entry.size);
-        return Ok(false);
+    } else {
+        let told = bar.clone();
+        objects.get_file(entry.digest, &target, move |n_bytes| told.inc(n_bytes)).await?;
     }
-    let told = bar.clone();
-    objects.get_file(entry.digest, &target, move |n_bytes| told.inc(n_bytes)).await?;
     if entry.executable {
         let mode = std::fs::metadata(&target)?.permissions().mode();
         // Whoever may read it may execute it.
-        std::fs::set_permissions(&target, std::fs::Permissions::from_mode(mode | (mode & 0o444) >> 2))?;
+        let executable = mode | (mode & 0o444) >> 2;
+        if executable != mode {
+            std::fs::set_permissions(&target, std::fs::Permissions::from_mode(executable))?;
+        }
     }
-    Ok(true)
+    Ok(!is_there)
 }
 
-/// Makes the folders for a file, none of which may be a link, and says whether the file is there already.
-fn prepare(root: &Path, path: &str, wanted: (Digest, u64)) -> Result<bool, Failure> {
-    let refused = |path: &Path, what: &str| {
-        let text = format!("{} is {what}; nothing is written there", path.display());
-        Failure::new(exit::REFUSED, text).with_remedy("name another folder by --get, or remove it")
-    };
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T, Failure> + Send + 'static) -> Result<T, Failure> {
+    tokio::task::spawn_blocking(work).await.map_err(|error| Failure::failed(error.to_string()))?
+}
+
+fn refused(path: &Path, what: &str) -> Failure {
+    let text = format!("{} is {what}; nothing is written there", path.display());
+    Failure::new(exit::REFUSED, text).with_remedy("name another folder by --get, or remove it")
+}
+
+/// Makes a folder and those above it, none of which may be a link, and gives its path.
+fn prepare_folder(root: &Path, path: &BytePath) -> Result<PathBuf, Failure> {
     let mut place = PathBuf::from(root);
-    let mut parts = path.split('/').peekable();
-    while let Some(part) = parts.next() {
+    for part in path.as_path() {
         place.push(part);
-        let found = match place.symlink_metadata() {
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => None,
-            found => Some(found?),
-        };
-        match (parts.peek().is_some(), found) {
-            (true, Some(found)) if found.is_dir() => {}
-            (true, Some(_)) => return Err(refused(&place, "no folder, or a link to one")),
-            (true, None) => match std::fs::create_dir(&place) {
+        match place.symlink_metadata() {
+            Ok(found) if found.is_dir() => {}
+            Ok(_) => return Err(refused(&place, "no folder, or a link to one")),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => match std::fs::create_dir(&place) {
                 // Another file of the same folder has come first.
                 Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {}
                 made => made?,
             },
-            (false, Some(found)) if found.is_dir() => return Err(refused(&place, "a folder")),
-            (false, Some(found)) if found.is_file() && found.len() == wanted.1 => {
-                return Ok(Digest::of_file(&place)? == wanted);
-            }
-            (false, Some(_) | None) => {}
+            Err(error) => return Err(error.into()),
         }
     }
-    Ok(false)
+    Ok(place)
+}
+
+/// Makes the folders for a file, and says whether the file is there already.
+fn prepare(root: &Path, path: &BytePath, wanted: (Digest, u64)) -> Result<bool, Failure> {
+    let bytes = path.as_bytes();
+    let slash_idx = bytes.iter().rposition(|byte| *byte == b'/');
+    let folder = BytePath::from(slash_idx.map_or(&b""[..], |slash_idx| &bytes[..slash_idx]).to_vec());
+    let name = OsStr::from_bytes(slash_idx.map_or(bytes, |slash_idx| &bytes[slash_idx + 1..]));
+    let place = prepare_folder(root, &folder)?.join(name);
+    let found = match place.symlink_metadata() {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(false),
+        found => found?,
+    };
+    if found.is_dir() {
+        return Err(refused(&place, "a folder"));
+    }
+    Ok(found.is_file() && found.len() == wanted.1 && Digest::of_file(&place)? == wanted)
 }
 
 #[cfg(test)]
@@ -160,12 +202,7 @@ mod tests {
         let mut entries = Vec::new();
         for (path, content, executable) in files {
             let digest = objects.put_bytes(content.as_bytes().to_vec()).await.unwrap();
-            entries.push(Entry {
-                path: (*path).to_owned(),
-                digest,
-                size: content.len() as u64,
-                executable: *executable,
-            });
+            entries.push(Entry { path: (*path).into(), digest, size: content.len() as u64, executable: *executable });
         }
         Manifest::new(entries).unwrap()
     }
@@ -200,6 +237,26 @@ mod tests {
         }
         let mode = |path: &str| std::fs::metadata(folder.join(path)).unwrap().permissions().mode();
         assert_eq!((mode("a") & 0o100, mode("b/c/d") & 0o100), (0, 0o100));
+    }
+
+    #[tokio::test]
+    async fn files_come_back_by_their_bytes_and_folders_although_they_are_empty() {
+        let dir = tempfile::tempdir().unwrap();
+        let objects = objects(dir.path());
+        let digest = objects.put_bytes(b"x".to_vec()).await.unwrap();
+        let names: [&[u8]; 5] = [b"caf\xe9", b"two\nlines", b"-rf *", b"\\\"'", &[b'n'; 255]];
+        let entry = |name: &&[u8]| Entry { path: name.to_vec().into(), digest, size: 1, executable: false };
+        let folders = vec!["empty/deep".into(), vec![0xff].into()];
+        let manifest = Manifest::with_folders(names.iter().map(entry).collect(), folders).unwrap();
+        let folder = dir.path().join("to");
+        get(Output::Ids, &manifest, &objects, &folder).await.unwrap();
+        for name in names {
+            assert_eq!(std::fs::read(folder.join(OsStr::from_bytes(name))).unwrap(), b"x");
+        }
+        assert!(folder.join("empty/deep").is_dir() && folder.join(OsStr::from_bytes(b"\xff")).is_dir());
+        assert_eq!(std::fs::read_dir(&folder).unwrap().count(), 7);
+        let shown = json_of(&manifest.entries()[2], &objects);
+        assert_eq!((&shown["path"], &shown["path_hex"]), (&json!("caf\\xe9"), &json!("636166e9")));
     }
 
     #[tokio::test]

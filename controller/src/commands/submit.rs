@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use baton_common::id::Pid;
 use baton_common::objects::Objects;
+use baton_common::sharing;
 use baton_common::store::submit::NewProcess;
 use baton_common::telemetry::new_traceparent;
 use baton_worker::cli::exit;
@@ -29,7 +30,11 @@ pub(crate) async fn run(global: &Global, arguments: SubmitArguments) -> Result<u
     let spec = if plan.files.is_empty() {
         spec
     } else {
+        // A folder of this machine is not made only to find that the fleet has its files elsewhere.
+        let existing = Objects::open_existing(&client.objects)?;
+        sharing::look(&client.store, existing.as_ref()).await?.map_or(Ok(()), |foreign| Err(Failure::from(foreign)))?;
         let objects = Objects::open(&client.objects)?;
+        sharing::join(&client.store, &objects).await?.map_or(Ok(()), |foreign| Err(Failure::from(foreign)))?;
         objects.add_owner(client.store.identity().await?).await?;
         capture::capture(&spec, plan, &objects).await?
     };

@@ -1,5 +1,6 @@
 //! `baton workers`.
 
+use std::collections::BTreeMap;
 use std::io::IsTerminal;
 use std::time::Duration;
 
@@ -71,6 +72,8 @@ struct Look {
     overview: Overview,
     /// With what each holds, if workers were named.
     rows: Vec<(WorkerRow, Option<Vec<Summary>>)>,
+    /// Those that cannot use the fleet's object store, by their names, and why.
+    without_objects: BTreeMap<String, String>,
 }
 
 impl Look {
@@ -84,7 +87,8 @@ impl Look {
             };
             rows.push((row, held));
         }
-        Ok(Self { overview, rows })
+        let without_objects = client.store.without_objects().await?.into_iter().collect();
+        Ok(Self { overview, rows, without_objects })
     }
 
     fn print(&self, how: Output) -> Result<(), Failure> {
@@ -96,7 +100,12 @@ impl Look {
     }
 
     fn json(&self) -> Value {
-        Value::Array(self.rows.iter().map(|(row, held)| json_of(row, held.as_deref())).collect())
+        let rows = self.rows.iter().map(|(row, held)| {
+            let mut value = json_of(row, held.as_deref());
+            value["objects"] = json!(self.without_objects.get(&row.name));
+            value
+        });
+        Value::Array(rows.collect())
     }
 
     fn text(&self, how: Output) -> String {
@@ -123,6 +132,10 @@ impl Look {
             ]);
         }
         lines.push(table.trim_fmt());
+        for (row, _) in self.rows.iter().filter(|(row, _)| row.gone_at.is_none()) {
+            let why = self.without_objects.get(&row.name);
+            lines.extend(why.map(|why| format!("{} leaves processes with files to others: {why}", row.name)));
+        }
         for (row, held) in &self.rows {
             lines.extend(held.iter().map(|held| held_text(row, held)));
         }

@@ -99,7 +99,7 @@ async fn what_is_submitted_depends_on_the_client_no_more() {
     let manifest = objects.get_manifest(on_site["staged"].as_str().unwrap().parse().unwrap()).await.unwrap();
     let mut files = Vec::new();
     for entry in manifest.entries() {
-        files.push((entry.path.as_str(), objects.get_bytes(entry.digest, entry.size).await.unwrap()));
+        files.push((entry.path.as_str().unwrap(), objects.get_bytes(entry.digest, entry.size).await.unwrap()));
     }
     assert_eq!(files, [("a.txt", b"a".to_vec()), ("data/b.txt", b"b".to_vec()), ("data/same.txt", b"a".to_vec())]);
     // Three contents and the manifest.

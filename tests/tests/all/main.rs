@@ -14,6 +14,7 @@ mod embedded;
 mod faults;
 mod files;
 mod fleet;
+mod kept;
 mod launchers;
 mod network;
 mod outages;

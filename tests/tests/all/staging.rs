@@ -5,6 +5,8 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
+use baton_common::spec::Spec;
+use baton_common::store::blob;
 use baton_tests::eventually;
 use baton_tests::proxy::{Fault, Proxy};
 use baton_tests::scene::Scene;
@@ -509,4 +511,89 @@ async fn a_host_that_shows_another_key_is_not_used() {
     std::fs::write(slurm.sshd.file("known_hosts"), known).unwrap();
     let shown = end(&scene, &pid).await;
     assert_eq!(shown["exit"], 0, "{shown:#}");
+}
+
+/// The way of a spec that was stored by a program that checked less.
+async fn store_spec(scene: &Scene, pid: &str, change: impl FnOnce(&mut Spec)) {
+    let body = scene.sql(&format!("SELECT encode(body, 'hex') FROM spec WHERE id = '{pid}'")).await;
+    let bytes: Vec<u8> = body
+        .trim()
+        .as_bytes()
+        .chunks(2)
+        .map(|hex| u8::from_str_radix(str::from_utf8(hex).unwrap(), 16).unwrap())
+        .collect();
+    let mut spec = blob::spec_from_bytes(&bytes).unwrap();
+    change(&mut spec);
+    let hex: String = blob::spec_to_bytes(&spec).iter().map(|byte| format!("{byte:02x}")).collect();
+    let sql = format!("UPDATE spec SET body = '\\x{hex}' WHERE id = '{pid}' RETURNING 1");
+    assert_eq!(scene.sql(&sql).await.trim(), "1");
+}
+
+/// One process must not write how another has ended, nor read or move what Baton keeps of it.
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn nothing_that_a_spec_names_reaches_what_is_batons() {
+    let scene = Scene::new().await;
+    let slurm = Slurm::start(&scene, "", "", "");
+    for session in ["..", "."] {
+        let text = format!("at: plain\nsession: '{session}'\nrun: ['true']\n");
+        let document = scene.spec("session.yaml", &text).display().to_string();
+        let output = slurm.baton(&scene, &["submit", &document]).await.exits(2);
+        assert!(output.stderr.contains("must name a folder of its own"), "{output:?}");
+    }
+    let _worker = slurm.worker(&scene, "w1", &[]).await;
+    let victim = slurm.submit(&scene, "at: plain\nrun: ['true']\n", 1).await.remove(0);
+    assert_eq!(end(&scene, &victim).await["exit"], 0);
+    let forged = scene.path(&format!("site/p/{victim}/1/.baton/done.json"));
+    let before = std::fs::read(&forged).unwrap();
+
+    // Sessions and links that stand there already.
+    let held =
+        "at: plain\nhold: true\nsession: one\nscript: echo mine > made\nout: [{from: made, to: 'session://TO'}]\n";
+    let to = format!("p/{victim}/1/.baton/done.json");
+    let stored = slurm.submit(&scene, &held.replace("TO", &to), 1).await.remove(0);
+    store_spec(&scene, &stored, |spec| spec.session = Some("..".to_owned())).await;
+    assert_eq!(scene.show(&stored).await["spec"]["session"], "..", "it can still be looked at");
+    slurm.baton(&scene, &["play", &stored]).await.ok();
+    let sandbox = scene.path(&format!("site/p/{victim}/1"));
+    std::fs::create_dir_all(scene.path("site/s")).unwrap();
+    std::fs::create_dir_all(scene.path("site/r")).unwrap();
+    for (name, target) in [("leads", sandbox.clone()), ("up", scene.path("site")), ("all", scene.path("site/p"))] {
+        symlink(target, scene.path("site/s").join(name)).unwrap();
+    }
+    symlink(&sandbox, scene.path("site/r/leads")).unwrap();
+    std::fs::create_dir_all(scene.path("linked")).unwrap();
+    symlink(".baton", scene.path("linked/own")).unwrap();
+    symlink(".", scene.path("linked/here")).unwrap();
+    write(&scene.path("done.json"), r#"{"exit":0,"phase":"program","started_at":1,"ended_at":2}"#);
+    let packed =
+        Command::new("tar").args(["-cf", "linked.tar", "-C", "linked", "."]).current_dir(scene.folder()).status();
+    assert!(packed.unwrap().success());
+    let mut pids = vec![stored];
+    let unpack = "{from: client://linked.tar, how: unpack}";
+    for text in [
+        "session: leads\nscript: echo mine > made\nout: [{from: made, to: 'session://.baton/done.json'}]".to_owned(),
+        format!(
+            "session: all\nscript: echo mine > made\nout: [{{from: made, to: 'session://{victim}/1/.baton/done.json'}}]"
+        ),
+        format!("session: up\nrun: ['true']\nin: [{{from: 'session://p/{victim}/1/.baton/done.json', how: copy}}]"),
+        "run: ['true']\nin: [{from: 'resource://leads/.baton/done.json', how: move}]".to_owned(),
+        format!("run: ['true']\nin: [{unpack}, {{from: client://done.json, to: own/done.json, how: copy}}]"),
+        format!("run: ['true']\nin: [{unpack}, {{from: client://done.json, to: here/.baton/done.json, how: copy}}]"),
+        format!("run: ['true']\nin: [{unpack}, {{from: client://linked.tar, to: own/x/, how: unpack}}]"),
+        "script: ln -s .baton/done.json made\nout: [made]".to_owned(),
+        "session: one\nscript: ln -s .baton made\nout: [{from: made/done.json, to: 'session://', how: move}]"
+            .to_owned(),
+        "script: ln -s .baton/done.json made\nvalues: made".to_owned(),
+    ] {
+        pids.push(slurm.submit(&scene, &format!("at: plain\n{text}\n"), 1).await.remove(0));
+    }
+    for pid in &pids {
+        let shown = end(&scene, pid).await;
+        let reason = shown["reason"].as_str().unwrap_or_default();
+        assert!(shown["state"] == "excepted" && !reason.is_empty() && shown["values"]["exit"].is_null(), "{shown:#}");
+        let is_told = ["out of its scope", "to Baton", "folder of its own", "nothing in the sandbox"];
+        assert!(is_told.iter().any(|told| reason.contains(told)), "{reason}");
+    }
+    assert_eq!(std::fs::read(&forged).unwrap(), before);
 }

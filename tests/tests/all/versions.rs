@@ -123,7 +123,7 @@ async fn a_fleet_is_upgraded_worker_by_worker_under_load() {
     let submitted = scene.baton_of(&next("baton"), &["submit", &newest, "--count", "10", "-o", "ids"]).await.ok();
     let new_pids: Vec<String> = submitted.stdout.lines().map(str::to_owned).collect();
     let explained = explained_as(&scene, &new_pids[0], "needs_other_worker").await;
-    assert!(explained["text"].as_str().unwrap().contains("version 3 is newer"), "{explained}");
+    assert!(explained["text"].as_str().unwrap().contains("version 4 is newer"), "{explained}");
     both_command_lines_understand(&scene, &new_pids[0]).await;
     both_command_lines_understand(&scene, &pids[0]).await;
     // Requests of either are obeyed.
@@ -134,7 +134,7 @@ async fn a_fleet_is_upgraded_worker_by_worker_under_load() {
     let mut new = vec![scene.worker_of(&program, "new1", slots).await];
     eventually("an old worker meets what a new one has advanced", Duration::from_secs(20), async || {
         let logs: Vec<String> = old.iter().map(Worker::log).collect();
-        if logs.iter().any(|log| log.contains("its checkpoint: version 3 is newer")) { Ok(()) } else { Err(logs) }
+        if logs.iter().any(|log| log.contains("its checkpoint: version 4 is newer")) { Ok(()) } else { Err(logs) }
     })
     .await;
     assert!(old[0].terminate().await.success(), "{}", old[0].log());

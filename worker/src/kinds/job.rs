@@ -48,6 +48,7 @@ const STREAM_PART_BYTES: usize = 32 * 1024;
 /// Exits of Baton's own commands there.
 const NO_FOLDER: i32 = 41;
 const ALREADY_TAKEN: i32 = 42;
+const EMPTIED: i32 = 43;
 
 /// What is kept between two advances.
 #[derive(Default, Serialize, Deserialize)]
@@ -113,13 +114,14 @@ impl Process for Job {
                     | Error::Stuck(_)
                     | Error::NotNow(_)) => error,
                 }),
-                Err(Trouble::Content(text)) if self.looks < LOOKS_MAX => {
+                Err(Trouble::Content(text) | Trouble::Emptied(text)) if self.looks < LOOKS_MAX => {
                     context.log(text);
                     self.looks += 1;
                     Ok(Advance::After(SETTLE_PAUSE))
                 }
                 Err(Trouble::Content(text) | Trouble::Files(text)) if self.stage == Stage::Out => Err(stuck(&text)),
                 Err(Trouble::Content(text) | Trouble::Files(text)) => Err(Error::Failed(format!("stage: {text}"))),
+                Err(Trouble::Emptied(text)) => Err(Error::Failed(format!("output: {text}"))),
                 Err(Trouble::Process(error)) => Err(error),
                 Ok(advance) => Ok(advance),
             }
@@ -133,7 +135,7 @@ impl Process for Job {
                 Err(Trouble::Site(error)) => Err(at.site.trouble(context, &error).await),
                 // The database does not answer; its next answer decides.
                 Err(Trouble::Process(Error::Interrupted(_))) => Err(Error::NotNow(Wait::pause(CANCEL_PAUSE))),
-                Err(Trouble::Content(text) | Trouble::Files(text)) => Err(Error::Failed(text)),
+                Err(Trouble::Content(text) | Trouble::Files(text) | Trouble::Emptied(text)) => Err(Error::Failed(text)),
                 Err(Trouble::Process(error)) => Err(error),
                 Ok(()) => Ok(()),
             }
@@ -145,6 +147,8 @@ impl Process for Job {
 enum Trouble {
     /// Something there is not what it should be; that may pass, and the site is well.
     Content(String),
+    /// The program has removed what Baton would know its end by. File systems may show the like for a while.
+    Emptied(String),
     /// A system does not take or give files.
     Files(String),
     Site(transport::Error),
@@ -511,13 +515,19 @@ impl Job {
         }
         let is_timed_out = done.is_timed_out(&at.site.config, at.spec);
         let is_ok = at.spec.ok_exit.contains(&done.exit) && !is_timed_out;
-        staging::stage_out(&at.site, &visit, at.context, at.on_site, &dir, is_ok).await?;
+        let missing = staging::stage_out(&at.site, &visit, at.context, at.on_site, &dir, is_ok).await?.reason();
         border!("job-collected");
         let mut draft = at.context.draft.borrow_mut();
         draft.outcome.signal = done.signal();
-        if is_timed_out {
-            draft.outcome.reason = Some(walltime(at.spec));
-        }
+        let ended = is_timed_out.then(|| walltime(at.spec));
+        draft.outcome.reason = match missing {
+            None => ended,
+            Some(missing) if is_ok => {
+                draft.is_incomplete = true;
+                Some(missing)
+            }
+            Some(missing) => Some(format!("{}; {missing}", ended.unwrap_or_else(|| format!("exit {}", done.exit)))),
+        };
         Ok(Advance::Finished { exit: done.exit })
     }
 
@@ -618,7 +628,10 @@ struct Left {
 async fn left(visit: &Visit, dir: &str) -> Result<Left, Trouble> {
     let part = STREAM_PART_BYTES;
     let script = format!(
-        "[ -d {0} ] || {{ echo 'its folder at the site is not there' >&2; exit {NO_FOLDER}; }}
+        "if [ ! -d {0} ]; then
+           [ ! -d {sandboxes} ] || exit {EMPTIED}
+           echo 'its folder at the site is not there' >&2; exit {NO_FOLDER}
+         fi
          for file in {0}/done.json {0}/stderr {0}/stdout; do
            [ -f \"$file\" ] || {{ echo -; continue; }}
            size=$(wc -c < \"$file\") || exit 1
@@ -627,11 +640,18 @@ async fn left(visit: &Visit, dir: &str) -> Result<Left, Trouble> {
            head -c {part} \"$file\" && tail -c {part} \"$file\" || exit 1
          done",
         quote(&format!("{dir}/.baton")),
-        2 * part
+        2 * part,
+        sandboxes = quote(&format!("{}/p", visit.root)),
     );
     let output = visit.exec(&script).await?;
-    if output.exit == Some(NO_FOLDER) {
-        return Err(Trouble::Content(output.complaint()));
+    match output.exit {
+        Some(NO_FOLDER) => return Err(Trouble::Content(output.complaint())),
+        Some(EMPTIED) => {
+            return Err(Trouble::Emptied(format!(
+                "the program has removed {dir}/.baton, and with it how it has ended"
+            )));
+        }
+        Some(_) | None => {}
     }
     let bytes = output.ok()?;
     let mut rest = &bytes[..];

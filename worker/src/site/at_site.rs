@@ -70,7 +70,7 @@ impl<'a> AtSite<'a> {
         let to = self.path(to);
         let path = from.to_owned();
         let (digest, _) = self.context.blocking(move || Digest::of_file(&path)).await??;
-        let coming = format!("{to}.{digest}");
+        let coming = transport::beside(Path::new(&to), &digest).display().to_string();
         if self.way(self.visit.session.put(from, &coming, &|_| ()).await).await? != digest {
             return Err(different(&coming));
         }
@@ -85,10 +85,8 @@ impl<'a> AtSite<'a> {
     pub async fn get(&self, from: &str, to: &Path) -> Result<(), Error> {
         let from = self.path(from);
         let digest = self.way(self.visit.session.digest(&from).await).await?;
-        let mut coming = to.as_os_str().to_owned();
-        coming.push(format!(".{digest}"));
-        let coming = Path::new(&coming);
-        if self.way(self.visit.session.get(&from, coming, &|_| ()).await).await? != digest {
+        let coming = transport::beside(to, &digest);
+        if self.way(self.visit.session.get(&from, &coming, &|_| ()).await).await? != digest {
             return Err(different(&from));
         }
         Ok(std::fs::rename(coming, to)?)

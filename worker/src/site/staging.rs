@@ -5,7 +5,10 @@
 //! before its digest was compared. Results are in the object store before the process's state says that it has ended.
 
 mod inputs;
+mod listing;
+mod missing;
 mod outputs;
+mod values;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -15,7 +18,8 @@ use std::time::Duration;
 
 use baton_common::digest::Digest;
 use baton_common::objects;
-use baton_common::spec::on_site::Scope;
+use baton_common::relative::BytePath;
+use baton_common::spec::on_site::{self, Scope};
 
 pub(crate) use self::inputs::stage_in;
 pub(crate) use self::outputs::stage_out;
@@ -31,6 +35,9 @@ const STORE_PAUSE: Duration = Duration::from_secs(10);
 
 /// What has come in part is kept for so long.
 const SCRATCH_AGE_MAX: Duration = Duration::from_secs(7 * 86_400);
+
+/// Files whose digests are asked for at a time: the answer with the longest names is kept in memory.
+const DIGESTS_AT_ONCE: usize = 4_000;
 
 /// Verifying a file of a terabyte takes longer; nobody stages such.
 const VERIFY_LIMIT: Duration = Duration::from_secs(3600);
@@ -103,22 +110,29 @@ impl Staging<'_> {
         self.context.live.set_last_line(line);
     }
 
-    /// The SHA-256 of many small files there.
-    async fn digests(&self, dir: &str, paths: impl Iterator<Item = &str>) -> Result<BTreeMap<String, Digest>, Error> {
-        let names: Vec<u8> = paths.flat_map(|path| [b"./", path.as_bytes(), b"\0"].concat()).collect();
-        if names.is_empty() {
-            return Ok(BTreeMap::new());
-        }
-        let stdout = self.run(&format!("cd {} && xargs -0 sha256sum -z --", quote(dir)), &names).await?;
+    /// The SHA-256 of many small files there. Those that are not there any more are missing.
+    async fn digests(
+        &self,
+        dir: &str,
+        paths: impl Iterator<Item = &BytePath>,
+    ) -> Result<BTreeMap<BytePath, Digest>, Error> {
+        let paths: Vec<&BytePath> = paths.collect();
         let mut digests = BTreeMap::new();
-        for line in stdout.split(|byte| *byte == 0).filter(|line| !line.is_empty()) {
-            let line = std::str::from_utf8(line).ok();
-            let read = line.and_then(|line| {
-                let (digest, path) = line.split_once("  ./")?;
-                Some((path.to_owned(), digest.parse::<Digest>().ok()?))
-            });
-            let (path, digest) = read.ok_or_else(|| Error::Stage("sha256sum has answered nonsense".into()))?;
-            digests.insert(path, digest);
+        for some in paths.chunks(DIGESTS_AT_ONCE) {
+            let names: Vec<u8> = some.iter().flat_map(|path| [b"./", path.as_bytes(), b"\0"].concat()).collect();
+            let command = format!("cd {} && xargs -0 sha256sum -z --", quote(dir));
+            let output = self.visit.session.exec(&command, &names, VERIFY_LIMIT).await?;
+            // So `xargs` tells that a file could not be read.
+            let stdout = if output.exit == Some(123) { output.stdout } else { output.ok()? };
+            for line in stdout.split(|byte| *byte == 0).filter(|line| !line.is_empty()) {
+                let read = line.split_at_checked(64).and_then(|(digest, path)| {
+                    let path = path.strip_prefix(b"  ./")?;
+                    Some((path.to_vec().into(), std::str::from_utf8(digest).ok()?.parse().ok()?))
+                });
+                let (path, digest): (BytePath, Digest) =
+                    read.ok_or_else(|| Error::Content("`sha256sum` has answered nonsense".into()))?;
+                digests.insert(path, digest);
+            }
         }
         Ok(digests)
     }
@@ -143,6 +157,8 @@ impl Staging<'_> {
             Scope::Resource => format!("{}/r", self.visit.root),
             Scope::Session => {
                 let session = session.ok_or_else(|| Error::Stage("session:// needs a `session`".into()))?;
+                let of_name = |problem| Error::Stage(format!("`session` {problem}; submit it with another name"));
+                on_site::check_session(session).map_err(of_name)?;
                 format!("{}/s/{session}", self.visit.root)
             }
             Scope::Client | Scope::Store => {
@@ -184,27 +200,71 @@ impl Staging<'_> {
     }
 }
 
-/// `inside PATH SCOPE`: whether a path stays in its scope, with all links resolved, whether it is there or not.
-const INSIDE: &str = r#"inside() {
-  case "$(readlink -m "$1")/" in
-    "$(readlink -m "$2")"/*) return 0 ;;
+/// Functions of the shell that keep paths in their scopes, for a script about the site's folder `root`.
+///
+/// `inside PATH SCOPE`: whether a path stays in its scope and is not Baton's, with all links resolved, whether it is there or
+/// not. A scope may be a link to another disk, but not to any other place below the site's folder.
+///
+/// `is_batons PATH`: whether a path without links is that of `.baton` in a sandbox, or below it.
+fn guards(root: &str) -> String {
+    format!("root={}\n{GUARDS}", quote(root))
+}
+
+const GUARDS: &str = r#"
+real() {
+  real=$(readlink -m -- "$1" && echo .) || return 1
+  real=${real%??}
+}
+real "$root/p"; sandboxes=$real
+is_batons() {
+  case $1/ in
+    "$sandboxes"/*/*/.baton/*) ;;
+    *) return 1 ;;
   esac
-  echo "$1 leads out of its scope" >&2
+  set -- "${1#"$sandboxes"/*/*/}"
+  case $1/ in
+    .baton/*) return 0 ;;
+  esac
   return 1
+}
+is_scope() {
+  [ "$scope_real" != "$1" ] || return 0
+  case $1 in
+    "$root"/p/* | "$root"/cache) return 0 ;;
+  esac
+  for own in "$root" "$root/p" "$root/cache"; do
+    real "$own"
+    case $scope_real/ in "$real"/*) return 1 ;; esac
+    case $real/ in "$scope_real"/*) return 1 ;; esac
+  done
+}
+inside() {
+  real "$2" && scope_real=$real || return 1
+  is_scope "$2" || { echo "$2 leads to what belongs to Baton, out of its scope" >&2; return 1; }
+  real "$1" || return 1
+  case $real/ in
+    "$scope_real"/*) ;;
+    *) echo "$1 leads out of its scope" >&2; return 1 ;;
+  esac
+  if is_batons "$real" && ! is_batons "$scope_real"; then
+    echo "$1 leads to .baton, which belongs to Baton, out of its scope" >&2
+    return 1
+  fi
 }"#;
 
 /// `links_inside FOLDER SCOPE`: whether each link below a folder stays in it, or in the scope if it names its target from
 /// the root.
-fn links_inside() -> String {
+fn links_inside(root: &str) -> String {
     let each = format!(
-        "{INSIDE}
+        "{}
          folder=$1; scope=$2; shift 2
          for link; do
            case $(readlink \"$link\") in
              /*) inside \"$link\" \"$scope\" ;;
              *) inside \"$link\" \"$folder\" ;;
            esac || exit 1
-         done"
+         done",
+        guards(root)
     );
     format!("links_inside() {{ find \"$1\" -type l -exec sh -c {} sh \"$1\" \"$2\" {{}} +; }}", quote(&each))
 }

@@ -19,6 +19,9 @@ use crate::open_files;
 const INHERITED: [&str; 10] =
     ["PATH", "HOME", "LANG", "TZ", "USER", "LOGNAME", "SHELL", "TMPDIR", "LD_LIBRARY_PATH", "SLURM_CONF"];
 
+/// Longest name of a file, as most file systems have it.
+const NAME_BYTES_MAX: usize = 255;
+
 /// How much is read at a time, of outputs and of files.
 const PIECE: usize = 64 << 10;
 
@@ -173,7 +176,7 @@ pub(super) fn at_home(path: &str) -> PathBuf {
     }
 }
 
-/// Copies one file by way of `TO.part`, and gives the SHA-256 of the copy.
+/// Copies one file by way of [`part_of`] it, and gives the SHA-256 of the copy.
 pub(super) async fn copy(from: &Path, to: &Path, progress: &(dyn Fn(u64) + Send + Sync)) -> Result<Digest, Error> {
     let part = part_of(to);
     let of_source = |error: std::io::Error| Error::local_file(from, &error);
@@ -206,9 +209,18 @@ pub(super) async fn copy(from: &Path, to: &Path, progress: &(dyn Fn(u64) + Send 
 
 /// What a file is called until it is whole.
 pub(super) fn part_of(to: &Path) -> PathBuf {
-    let mut part = to.as_os_str().to_owned();
-    part.push(".part");
-    PathBuf::from(part)
+    beside(to, ".part")
+}
+
+/// A name in the folder of a file: that of the file with an ending, if names can be so long.
+pub(crate) fn beside(path: &Path, ending: &str) -> PathBuf {
+    let name = path.file_name().unwrap_or_default().as_encoded_bytes();
+    if name.len() + ending.len() <= NAME_BYTES_MAX {
+        let mut beside = path.as_os_str().to_owned();
+        beside.push(ending);
+        return PathBuf::from(beside);
+    }
+    path.with_file_name(format!(".baton-{}{ending}", &Digest::of(name).to_string()[..16]))
 }
 
 /// Opens a file that goes on where an earlier one was cut, and says where that is. One that is longer than the source is

@@ -15,6 +15,7 @@ use baton_common::digest::Digest;
 use tokio::fs::File;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncSeekExt, ReadBuf, Take};
 
+use super::local::part_of;
 use super::{
     DIGEST, DIGEST_LIMIT, Error, HASHED_ON_THE_WAY_FROM, SILENCE_LIMIT, Session, digest_of, quote, quote_path,
 };
@@ -80,7 +81,8 @@ pub(super) async fn put(
     let of_source = |error: std::io::Error| Error::local_file(from, &error);
     let mut source = File::open(from).await.map_err(of_source)?;
     let size = source.metadata().await.map_err(of_source)?.len();
-    let (part, target) = (quote_path(&format!("{to}.part")), quote_path(to));
+    let part_path = part_of(Path::new(to)).display().to_string();
+    let (part, target) = (quote_path(&part_path), quote_path(to));
     let look = format!("[ ! -e {part} ] || wc -c < {part}");
     let said = session.exec(&look, b"", SILENCE_LIMIT).await?.ok()?;
     let there = String::from_utf8_lossy(&said).trim().parse().unwrap_or(0);
@@ -120,7 +122,7 @@ pub(super) async fn put(
         Some(UNREAD) => Err(Error::file(to, reason("it could not be read again"))),
         // It says nothing of the file that somebody there ends commands.
         None | Some(128..) => Err(Error::Broken("what writes the file was ended there".to_owned())),
-        Some(_) => Err(Error::file(format!("{to}.part"), reason("it could not be written"))),
+        Some(_) => Err(Error::file(part_path, reason("it could not be written"))),
     }
 }
 

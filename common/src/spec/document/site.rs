@@ -90,6 +90,7 @@ impl Reader {
             pre: self.take(document, "pre", shell_lines).unwrap_or_default(),
             inputs: inputs.into_iter().map(|(_, _, input)| input).collect(),
             staged: None,
+            staged_version: 1,
             outputs: outputs.into_iter().map(|(_, _, output)| output).collect(),
             values: self.take(document, "values", values),
         };

@@ -61,6 +61,7 @@ fn full_on_site() -> OnSite {
             incoming(at(Session, "last.chk"), at(Resource, "kept/last.chk"), How::Copy, false),
         ],
         staged: None,
+        staged_version: 1,
         outputs: vec![
             outgoing("relax.out", at(Store, ""), How::Auto, When::Ok, false),
             outgoing("logs/", at(Store, ""), How::Auto, When::Ok, false),

@@ -2,15 +2,17 @@
 
 use std::collections::BTreeMap;
 use std::io::{self, Write};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use baton_common::digest::Digest;
-use baton_common::objects::Entry;
-use baton_common::spec::on_site::{How, Input, OnSite, Scope};
+use baton_common::objects::{Entry, Manifest};
+use baton_common::relative::BytePath;
+use baton_common::spec::on_site::{self, How, Input, OnSite, RESERVED, Scope};
 use tokio_util::io::SyncIoBridge;
 
-use super::{CACHED_FROM, Error, INSIDE, Staging, links_inside};
+use super::{CACHED_FROM, Error, Staging, guards, links_inside};
 use crate::process::{Context, Wait};
 use crate::site::{Site, Visit, script};
 use crate::transport::quote;
@@ -32,28 +34,45 @@ pub(crate) async fn stage_in(
 ) -> Result<(), Error> {
     let staging = Staging { site, visit, context, dir };
     let manifest = match on_site.staged {
-        Some(digest) => site.objects.get_manifest(digest).await?.into_entries(),
-        None => vec![],
+        Some(digest) => site.objects.get_manifest(digest).await?,
+        None => Manifest::default(),
     };
-    let (large, small): (Vec<Entry>, Vec<Entry>) = manifest.into_iter().partition(|entry| entry.size >= CACHED_FROM);
+    let (entries, folders) = manifest.into_parts();
+    if let Some(path) = entries.iter().map(|entry| &entry.path).chain(&folders).find(|path| is_batons(path)) {
+        return Err(Error::Stage(format!("{path} cannot go to {RESERVED}, which belongs to Baton")));
+    }
+    let (large, small): (Vec<Entry>, Vec<Entry>) = entries.into_iter().partition(|entry| entry.size >= CACHED_FROM);
     let mut own = script::companions(context.spec());
     own.push((format!("{}/run.sh", script::FOLDER), script.as_bytes().to_vec()));
-    staging.send_small(small, own).await?;
+    staging.send_small(small, folders, own).await?;
+    let mut links = Vec::new();
     for entry in &large {
         let cached = staging.cached(entry.digest, entry.size, entry.executable).await?;
-        staging.link(&cached, &entry.path).await?;
+        links.extend([cached.as_bytes(), b"\0", entry.path.as_bytes(), b"\0"].concat());
     }
+    staging.link(&links).await?;
     for (idx, input) in on_site.inputs.iter().enumerate() {
         staging.place(idx, input).await?;
     }
     Ok(())
 }
 
+/// Whether a path of a manifest is in Baton's own folder, and not where files wait that go elsewhere.
+fn is_batons(path: &BytePath) -> bool {
+    let mut parts = path.as_bytes().split(|byte| *byte == b'/');
+    parts.next() == Some(RESERVED.as_bytes()) && parts.next() != Some(on_site::WAITING.as_bytes())
+}
+
 impl Staging<'_> {
-    /// The small files and Baton's own, as one stream.
-    async fn send_small(&self, entries: Vec<Entry>, own: Vec<(String, Vec<u8>)>) -> Result<(), Error> {
-        let mut expected: BTreeMap<String, Digest> =
-            own.iter().map(|(path, bytes)| (path.clone(), Digest::of(bytes))).collect();
+    /// The small files, empty folders and Baton's own, as one stream.
+    async fn send_small(
+        &self,
+        entries: Vec<Entry>,
+        folders: Vec<BytePath>,
+        own: Vec<(String, Vec<u8>)>,
+    ) -> Result<(), Error> {
+        let mut expected: BTreeMap<BytePath, Digest> =
+            own.iter().map(|(path, bytes)| (path.clone().into(), Digest::of(bytes))).collect();
         expected.extend(entries.iter().map(|entry| (entry.path.clone(), entry.digest)));
         self.tell(&format!("sending {} files", expected.len()));
         let (reader, writer) = tokio::io::duplex(STREAM_BYTES);
@@ -62,7 +81,10 @@ impl Staging<'_> {
         let packing = self.context.blocking(move || {
             let mut archive = tar::Builder::new(SyncIoBridge::new_with_handle(writer, runtime.clone()));
             for (path, bytes) in &own {
-                append(&mut archive, path, bytes, false)?;
+                append(&mut archive, Path::new(path), bytes, false)?;
+            }
+            for folder in &folders {
+                append_folder(&mut archive, folder.as_path())?;
             }
             for entry in &entries {
                 // What the folder does not have, the store says with its name.
@@ -71,7 +93,7 @@ impl Staging<'_> {
                     Some(bytes) => bytes,
                     None => runtime.block_on(objects.get_bytes(entry.digest, CACHED_FROM))?,
                 };
-                append(&mut archive, &entry.path, &bytes, entry.executable)?;
+                append(&mut archive, entry.path.as_path(), &bytes, entry.executable)?;
             }
             let finish = || archive.into_inner()?.shutdown();
             finish().map_err(not_packed)
@@ -85,8 +107,8 @@ impl Staging<'_> {
     }
 
     /// Compares the SHA-256 of files there with what they should be.
-    async fn verify(&self, dir: &str, expected: &BTreeMap<String, Digest>) -> Result<(), Error> {
-        let found = self.digests(dir, expected.keys().map(String::as_str)).await?;
+    async fn verify(&self, dir: &str, expected: &BTreeMap<BytePath, Digest>) -> Result<(), Error> {
+        let found = self.digests(dir, expected.keys()).await?;
         for (path, digest) in expected {
             if found.get(path) != Some(digest) {
                 return Err(Error::Content(format!("{path} has arrived with another content")));
@@ -161,14 +183,19 @@ impl Staging<'_> {
         self.run(&script, b"").await.map(drop)
     }
 
-    /// A file of the cache under its name in the sandbox; a hard link, so that the cache cannot lose it.
-    async fn link(&self, cached: &str, path: &str) -> Result<(), Error> {
-        let to = format!("{}/{path}", self.dir);
-        let folder = to.rsplit_once('/').map_or(self.dir, |(folder, _)| folder);
-        let (cached, to) = (quote(cached), quote(&to));
-        let command =
-            format!("umask 077; mkdir -p {} && {{ ln -fT {cached} {to} || cp -fpT {cached} {to}; }}", quote(folder));
-        self.run(&command, b"").await.map(drop)
+    /// Files of the cache under their names in the sandbox, by pairs of these; hard links, so that the cache cannot lose them.
+    async fn link(&self, pairs: &[u8]) -> Result<(), Error> {
+        if pairs.is_empty() {
+            return Ok(());
+        }
+        let script = "while [ $# -gt 1 ]; do
+               case $2 in */*) mkdir -p \"./${2%/*}\" || exit 1 ;; esac
+               ln -fT \"$1\" \"./$2\" || cp -fpT \"$1\" \"./$2\" || exit 1
+               shift 2
+             done";
+        let (dir, script) = (quote(self.dir), quote(script));
+        let command = format!("umask 077; cd {dir} && xargs -0 -s 1000000 -n 128 sh -c {script} sh");
+        self.run(&command, pairs).await.map(drop)
     }
 
     /// A line of `in` whose source is at the site or in the object store. Whoever does this again does the same again.
@@ -180,7 +207,14 @@ impl Staging<'_> {
                 let cached = self.cached(digest, 0, false).await?;
                 (cached, format!("{}/cache", self.visit.root))
             }
-            Scope::Session | Scope::Resource | Scope::Task => {
+            // What is staged there goes on to its place.
+            Scope::Task => {
+                let waiting = format!("{}/{RESERVED}/{}", self.dir, on_site::WAITING);
+                let path = format!("{}/{}", self.dir, input.from.path.trim_end_matches('/'));
+                let scope = if path.starts_with(&format!("{waiting}/")) { waiting } else { self.dir.to_owned() };
+                (path, scope)
+            }
+            Scope::Session | Scope::Resource => {
                 let scope = self.scope(input.from.scope)?;
                 (format!("{scope}/{}", input.from.path.trim_end_matches('/')), scope)
             }
@@ -218,11 +252,10 @@ impl Staging<'_> {
         } else {
             ""
         };
-        let parent =
-            if is_whole_scope { "" } else { "inside \"${to%/*}\" \"$to_scope\" && mkdir -p \"${to%/*}\" || exit 1" };
+        let parent = if is_whole_scope { "" } else { "may_take \"$to\" && mkdir -p \"${to%/*}\" || exit 1" };
         let script = format!(
             "umask 077
-             {INSIDE}
+             {}
              {}
              {PLACING}
              from={}; to={}; from_scope={}; to_scope={}; dir={}; part={}; work={}
@@ -234,7 +267,8 @@ impl Staging<'_> {
              from=$(readlink -f \"$from\")
              {parent}
              {act}",
-            links_inside(),
+            guards(&self.visit.root),
+            links_inside(&self.visit.root),
             quote(&from),
             quote(&to),
             quote(&from_scope),
@@ -247,13 +281,25 @@ impl Staging<'_> {
     }
 }
 
-fn append(archive: &mut tar::Builder<impl Write>, path: &str, bytes: &[u8], executable: bool) -> Result<(), Error> {
-    let mut header = tar::Header::new_gnu();
+fn append(archive: &mut tar::Builder<impl Write>, path: &Path, bytes: &[u8], executable: bool) -> Result<(), Error> {
+    let mut header = header(if executable { 0o700 } else { 0o600 });
     header.set_size(bytes.len() as u64);
-    header.set_mode(if executable { 0o700 } else { 0o600 });
+    archive.append_data(&mut header, path, bytes).map_err(not_packed)
+}
+
+fn append_folder(archive: &mut tar::Builder<impl Write>, path: &Path) -> Result<(), Error> {
+    let mut header = header(0o700);
+    header.set_entry_type(tar::EntryType::Directory);
+    header.set_size(0);
+    archive.append_data(&mut header, path, io::empty()).map_err(not_packed)
+}
+
+fn header(mode: u32) -> tar::Header {
+    let mut header = tar::Header::new_gnu();
+    header.set_mode(mode);
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
     header.set_mtime(now.as_secs());
-    archive.append_data(&mut header, path, bytes).map_err(not_packed)
+    header
 }
 
 /// Whoever takes the stream says why, if it does not take all of it.
@@ -268,6 +314,13 @@ fn not_packed(error: io::Error) -> Error {
 /// A file takes its place by a rename and a folder's files by links, so that what is there already, which may be linked from
 /// the cache or lead to a scope that others share, is replaced and never written to.
 const PLACING: &str = r#"
+may_take() {
+  inside "${1%/*}" "$to_scope" || return 1
+  if is_batons "$real/${1##*/}"; then
+    echo "$1 is .baton, which belongs to Baton" >&2
+    return 1
+  fi
+}
 copy() {
   if [ -d "$from" ]; then copy_folder
   elif [ -f "$from" ]; then copy_file
@@ -295,11 +348,12 @@ new_work() {
   rm -rf "$work" && mkdir -p "$work"
 }
 merge() {
-  if [ "$to" = "$dir" ] && { [ -e "$work/.baton" ] || [ -L "$work/.baton" ]; }; then
+  inside "$to" "$to_scope" || return 1
+  if is_batons "$real/.baton" && { [ -e "$work/.baton" ] || [ -L "$work/.baton" ]; }; then
     echo "$from has .baton, which belongs to Baton in task://; take another folder for it" >&2
     return 1
   fi
-  inside "$to" "$to_scope" && mkdir -p "$to" && chmod -R u+w "$work" || return 1
+  mkdir -p "$to" && chmod -R u+w "$work" || return 1
   for again in 1 2 3; do
     # Another may put the same there at the same time. What lies on another disk cannot be linked.
     cp -RPlf "$work"/. "$to"/ 2>/dev/null && break

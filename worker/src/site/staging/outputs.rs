@@ -1,11 +1,12 @@
 //! What comes back after a job.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::io::{self, Read};
 use std::sync::Arc;
 
 use baton_common::digest::Digest;
 use baton_common::objects::{Entry, Manifest};
+use baton_common::relative::BytePath;
 use baton_common::spec::on_site::{self, How, OnSite, Output, Scope, When};
 use bytes::Bytes;
 use futures_util::{StreamExt, TryStreamExt};
@@ -13,7 +14,9 @@ use globset::GlobMatcher;
 use tokio_util::io::{StreamReader, SyncIoBridge};
 use tokio_util::sync::PollSender;
 
-use super::{CACHED_FROM, Error, INSIDE, Staging, VERIFY_LIMIT};
+use super::listing::{Found, Listing};
+use super::missing::Missing;
+use super::{CACHED_FROM, Error, Staging, guards, values};
 use crate::process::Context;
 use crate::site::{Site, Visit, script};
 use crate::transport::{self, quote};
@@ -24,17 +27,15 @@ const STREAM_PIECES: usize = 16;
 /// Objects that are asked for or put at a time: an answer, or a disk, takes longer than the work.
 const OBJECTS_AT_ONCE: usize = 16;
 
-/// Most bytes of the file that becomes values.
-const VALUES_MAX: usize = 64 * 1024;
-
-/// The exit of a script whose file is not there.
+/// The exits of the script that prints the values: there is nothing, or not in the sandbox, or no file, or one that may not
+/// be read.
 const ABSENT: i32 = 44;
-
-/// The exit of a script whose file is not in the sandbox.
 const REFUSED: i32 = 45;
+const NO_FILE: i32 = 46;
+const UNREADABLE: i32 = 47;
 
 /// Puts what the job has made where the spec wants it; its values and the manifest of what is in the object store become
-/// part of the outcome.
+/// part of the outcome. What is there is kept, whatever else is missing; that is given back.
 pub(crate) async fn stage_out(
     site: &Arc<Site>,
     visit: &Visit,
@@ -42,69 +43,67 @@ pub(crate) async fn stage_out(
     on_site: &OnSite,
     dir: &str,
     is_ok: bool,
-) -> Result<(), Error> {
+) -> Result<Missing, Error> {
     let staging = Staging { site, visit, context, dir };
-    let wanted: Vec<&Output> = on_site
-        .outputs
-        .iter()
-        .filter(|output| match output.when {
-            When::Always => true,
-            When::Ok => is_ok,
-            When::Error => !is_ok,
-        })
-        .collect();
-    if !wanted.is_empty() {
-        let found = staging.list().await?;
-        let mut kept: BTreeSet<&str> = BTreeSet::new();
-        for output in wanted {
-            let matcher = matcher(&output.from)?;
-            let matched: Vec<&str> = found.keys().filter(|path| matcher.is_match(path)).map(String::as_str).collect();
-            if matched.is_empty() && !output.optional && is_ok {
-                return Err(Error::Stage(format!("output: nothing in the sandbox matches `{}`", output.from)));
-            }
-            match output.to.scope {
-                Scope::Store => kept.extend(matched),
-                Scope::Client | Scope::Task | Scope::Session | Scope::Resource => {
-                    staging.hand_over(output, &matched).await?;
-                }
-            }
-        }
-        let objects = site.objects_to_keep().await?;
-        let kept: Vec<(&str, &Found)> = kept.into_iter().map(|path| (path, &found[path])).collect();
-        let manifest = staging.keep(&kept).await?;
-        let digest = objects.put_manifest(&manifest).await?;
-        context.draft.borrow_mut().outcome.results = Some(digest);
+    let mut missing = Missing::default();
+    match staging.files(on_site, is_ok, &mut missing).await {
+        // Nothing of it passes, and the program need not run again for it.
+        Err(Error::Stage(text)) => missing.add(text),
+        kept => kept?,
     }
     if let Some(path) = &on_site.values {
         match staging.values(path).await? {
-            Some(bytes) => set_values(context, path, &bytes)?,
-            None if is_ok => return Err(Error::Stage(format!("output: `values: {path}` is not there"))),
-            None => {}
+            Values::File(bytes) => match values::read(&bytes) {
+                Ok(values) => values.into_iter().for_each(|(name, value)| context.set_value(name, value)),
+                Err(problem) => missing.add(format!("`values: {path}` {problem}")),
+            },
+            Values::Absent if !is_ok => {}
+            Values::Absent => missing.add(format!("`values: {path}` is not there")),
+            Values::Refused(why) => missing.add(format!("`values: {path}` {why}")),
         }
     }
-    Ok(())
+    Ok(missing)
 }
 
-fn set_values(context: &Context, path: &str, bytes: &[u8]) -> Result<(), Error> {
-    if bytes.len() > VALUES_MAX {
-        return Err(Error::Stage(format!("output: `values: {path}` has more than {} KiB", VALUES_MAX / 1024)));
+/// What stands where the values should be.
+enum Values {
+    File(Vec<u8>),
+    Absent,
+    Refused(&'static str),
+}
+
+/// A pattern of `out`.
+struct Pattern {
+    matcher: GlobMatcher,
+    /// The folder that it names, and all that is in it.
+    folder: Option<String>,
+    /// All that it matches is below this folder.
+    base: String,
+    /// How deep what it matches can be; `None` for any depth.
+    parts_max: Option<usize>,
+}
+
+impl Pattern {
+    fn new(from: &str) -> Result<Self, Error> {
+        // A folder stands for everything in it.
+        let folder = from.strip_suffix('/').map(str::to_owned);
+        let pattern = if folder.is_some() { format!("{from}**") } else { from.to_owned() };
+        let glob = on_site::glob(&pattern).map_err(|error| Error::Stage(format!("`out`: {error}")))?;
+        let parts_max = (!pattern.contains("**")).then(|| pattern.split('/').count());
+        Ok(Self { matcher: glob.compile_matcher(), folder, base: base(&pattern).to_owned(), parts_max })
     }
-    let values: serde_json::Map<String, serde_json::Value> = serde_json::from_slice(bytes)
-        .map_err(|error| Error::Stage(format!("output: `values: {path}` is no JSON object: {error}")))?;
-    values.into_iter().for_each(|(name, value)| context.set_value(name, value));
-    Ok(())
-}
 
-/// A file of the sandbox.
-struct Found {
-    size: u64,
-    executable: bool,
-}
+    fn is_match(&self, path: &BytePath) -> bool {
+        self.matcher.is_match(path.as_path())
+            || self.folder.as_ref().is_some_and(|folder| folder.as_bytes() == path.as_bytes())
+    }
 
-fn matcher(pattern: &str) -> Result<GlobMatcher, Error> {
-    // A folder stands for everything in it.
-    let pattern = if pattern.ends_with('/') { format!("{pattern}**") } else { pattern.to_owned() };
-    on_site::glob(&pattern).map(|glob| glob.compile_matcher()).map_err(|error| Error::Stage(format!("out: {error}")))
+    /// Whether something below a folder may match.
+    fn may_match_below(&self, folder: &[u8]) -> bool {
+        let n_parts = folder.iter().filter(|byte| **byte == b'/').count() + 1;
+        let (folder, base) = ([folder, b"/"].concat(), self.base.as_bytes());
+        self.parts_max.is_none_or(|most| n_parts < most) && (folder.starts_with(base) || base.starts_with(&folder))
+    }
 }
 
 /// The folder of a pattern: all that it matches is below it.
@@ -113,126 +112,201 @@ fn base(pattern: &str) -> &str {
     plain.rfind('/').map_or("", |end| &plain[..=end])
 }
 
-impl Staging<'_> {
-    /// The content of the file of the values; `None` if it is not there.
-    async fn values(&self, path: &str) -> Result<Option<Vec<u8>>, Error> {
-        let script = format!(
-            "{INSIDE}
-             cd {} && [ -e {path} ] || exit {ABSENT}
-             inside {path} . || exit {REFUSED}
-             cat {path}",
-            quote(self.dir),
-            path = quote(&format!("./{path}"))
-        );
-        let output = self.visit.exec(&script).await?;
-        match output.exit {
-            Some(ABSENT) => Ok(None),
-            Some(REFUSED) => Err(Error::Stage(format!("output: `values: {path}` leads out of its scope"))),
-            _ => Ok(output.ok().map(Some)?),
+/// What an output matches, of what can be kept.
+fn matched<'a>(
+    output: &Output,
+    pattern: &Pattern,
+    found: &'a Listing,
+    is_ok: bool,
+    missing: &mut Missing,
+) -> Vec<(&'a BytePath, Found)> {
+    let mut matched = Vec::new();
+    let mut is_any = false;
+    for (path, kind) in found.iter().filter(|(path, _)| pattern.is_match(path)) {
+        let is_named = pattern.folder.as_ref().is_some_and(|folder| folder.as_bytes() == path.as_bytes());
+        match kind {
+            Found::Refused(why) => missing.add(format!("{path} {why}")),
+            Found::File { .. } if is_named => {
+                missing.add(format!("`{}` is a file; name it without the `/`", output.from))
+            }
+            Found::Folder { .. } if !output.is_glob() && output.from.as_bytes() == path.as_bytes() => {
+                missing.add(format!("`{0}` is a folder; name it `{0}/`", output.from));
+            }
+            // It stands for what is in it.
+            Found::Folder { is_empty: false } if is_named => {}
+            Found::Folder { is_empty: false } => continue,
+            Found::File { .. } | Found::Folder { is_empty: true } => matched.push((path, *kind)),
         }
+        is_any = true;
+    }
+    if !is_any && !output.optional && is_ok {
+        missing.add(format!("nothing in the sandbox matches `{}`", output.from));
+    }
+    matched
+}
+
+impl Staging<'_> {
+    /// The files of all outputs that are wanted.
+    async fn files(&self, on_site: &OnSite, is_ok: bool, missing: &mut Missing) -> Result<(), Error> {
+        let wanted = on_site.outputs.iter().filter(|output| match output.when {
+            When::Always => true,
+            When::Ok => is_ok,
+            When::Error => !is_ok,
+        });
+        let wanted = wanted.map(|output| Ok((output, Pattern::new(&output.from)?)));
+        let wanted: Vec<(&Output, Pattern)> = wanted.collect::<Result<_, Error>>()?;
+        if wanted.is_empty() {
+            return Ok(());
+        }
+        let found = self.list(|folder| wanted.iter().any(|(_, pattern)| pattern.may_match_below(folder))).await?;
+        let mut kept: BTreeMap<&BytePath, Found> = BTreeMap::new();
+        let mut handing_over = Ok(());
+        for (output, pattern) in &wanted {
+            let matched = matched(output, pattern, &found, is_ok, missing);
+            match output.to.scope {
+                Scope::Store => kept.extend(matched),
+                Scope::Client | Scope::Task | Scope::Session | Scope::Resource => {
+                    // What cannot go there costs nothing else.
+                    match self.hand_over(output, &matched, missing).await {
+                        Err(Error::Stage(text)) => missing.add(text),
+                        Err(error) => handing_over = Err(error),
+                        Ok(()) => {}
+                    }
+                }
+            }
+        }
+        let objects = self.site.objects_to_keep().await?;
+        let manifest = self.keep(&kept).await?;
+        if !manifest.is_empty() || missing.reason().is_none() {
+            let digest = objects.put_manifest(&manifest).await?;
+            self.context.draft.borrow_mut().outcome.results = Some(digest);
+        }
+        handing_over
     }
 
-    /// Every file of the sandbox, but for Baton's own; a link that leads out of it is none of them.
-    async fn list(&self) -> Result<BTreeMap<String, Found>, Error> {
-        let of_links = quote(
-            r#"dir=$1; shift
-             for link; do
-               target=$(readlink -f "$link") || continue
-               case $target in
-                 "$dir"/*) [ ! -f "$target" ] || printf '%s 600 %s\0' "$(wc -c < "$target")" "${link#./}" ;;
-               esac
-             done"#,
-        );
+    /// The content of the file of the values, and a byte more than it may have.
+    async fn values(&self, path: &str) -> Result<Values, Error> {
         let script = format!(
-            "cd {} || exit 1
-             find . -path ./.baton -prune -o -type f -printf '%s %m %P\\0'
-             find . -path ./.baton -prune -o -type l -exec sh -c {of_links} sh \"$(pwd -P)\" {{}} +",
-            quote(self.dir)
+            "{}
+             dir={}
+             file=$dir/{}
+             [ -e \"$file\" ] || [ -L \"$file\" ] || exit {ABSENT}
+             inside \"$file\" \"$dir\" || exit {REFUSED}
+             [ -f \"$file\" ] || exit {NO_FILE}
+             [ -r \"$file\" ] || exit {UNREADABLE}
+             head -c {} \"$file\"",
+            guards(&self.visit.root),
+            quote(self.dir),
+            quote(path),
+            values::BYTES_MAX + 1,
         );
-        let stdout = self.run(&script, b"").await?;
-        let mut found = BTreeMap::new();
-        for line in stdout.split(|byte| *byte == 0).filter(|line| !line.is_empty()) {
-            // A name that is no UTF-8 matches no pattern.
-            let Ok(line) = std::str::from_utf8(line) else { continue };
-            let mut fields = line.splitn(3, ' ');
-            let (Some(size), Some(mode), Some(path)) = (fields.next(), fields.next(), fields.next()) else { continue };
-            let executable = u32::from_str_radix(mode, 8).is_ok_and(|mode| mode & 0o100 != 0);
-            found.insert(path.to_owned(), Found { size: size.trim().parse().unwrap_or(0), executable });
-        }
-        Ok(found)
+        let output = self.visit.exec(&script).await?;
+        Ok(match output.exit {
+            Some(ABSENT) => Values::Absent,
+            Some(REFUSED) => Values::Refused("leads out of its scope"),
+            Some(NO_FILE) => Values::Refused("is no file"),
+            Some(UNREADABLE) => Values::Refused("may not be read"),
+            _ => Values::File(output.ok()?),
+        })
     }
 
     /// Files of the sandbox to a scope of the site, each under its path below the folder of the pattern. Whoever does this
     /// again does the same again: what is moved is there as well as in the sandbox, as one file.
-    async fn hand_over(&self, output: &Output, paths: &[&str]) -> Result<(), Error> {
+    async fn hand_over(
+        &self,
+        output: &Output,
+        matched: &[(&BytePath, Found)],
+        missing: &mut Missing,
+    ) -> Result<(), Error> {
         let scope = self.scope(output.to.scope)?;
         let to = output.to.path.trim_end_matches('/');
-        let is_folder = to.len() < output.to.path.len() || to.is_empty() || !paths.contains(&output.from.as_str());
+        let is_named = matched.iter().any(|(path, _)| path.as_str() == Some(&output.from));
+        let is_folder = to.len() < output.to.path.len() || to.is_empty() || !is_named;
         let base = base(&output.from);
-        let mut pairs = Vec::new();
-        for path in paths {
-            let name = path.strip_prefix(base).unwrap_or(path);
-            let target = if is_folder { format!("{to}/{name}") } else { to.to_owned() };
-            pairs.extend([path.as_bytes(), b"\0", target.as_bytes(), b"\0"].concat());
+        let mut triples = Vec::new();
+        for (path, found) in matched {
+            let path = path.as_bytes();
+            let name = path.strip_prefix(base.as_bytes()).unwrap_or_else(|| path.get(base.len()..).unwrap_or_default());
+            let target = if is_folder { [to.as_bytes(), b"/", name].concat() } else { to.as_bytes().to_vec() };
+            let kind: &[u8] = if matches!(found, Found::Folder { .. }) { b"d" } else { b"f" };
+            triples.extend([kind, b"\0", path, b"\0", &target, b"\0"].concat());
         }
         let act = match output.how {
             How::Move => "{ ln -fL \"$from\" \"$part\" 2>/dev/null || cp -fpT \"$from\" \"$part\"; }",
             How::Auto | How::Copy | How::Link | How::Unpack => "cp -fpT \"$from\" \"$part\"",
         };
         let script = format!(
-            "{INSIDE}
+            "{}
              dir={}; scope={}
-             while [ $# -gt 1 ]; do
-               from=$dir/$1; to=$scope/$2; shift 2
+             while [ $# -gt 2 ]; do
+               kind=$1; name=$2; from=$dir/$2; to=$scope/$3; shift 3
                folder=${{to%/*}}; part=$folder/{}
-               inside \"$folder\" \"$scope\" || exit 255
+               why=$(inside \"$folder\" \"$scope\" 2>&1) || {{ printf '%s: %s\\0' \"$name\" \"$why\"; continue; }}
+               if [ $kind = d ]; then
+                 [ ! -L \"$to\" ] || rm -f \"$to\"; mkdir -p \"$to\" || exit 1; continue
+               fi
                mkdir -p \"$folder\" && rm -f \"$part\" || exit 1
                {act} && mv -fT \"$part\" \"$to\" || {{ rm -f \"$part\"; exit 1; }}
              done",
+            guards(&self.visit.root),
             quote(self.dir),
             quote(&scope),
             self.part(),
         );
-        // As many at a time as a command can take.
-        let command = format!("umask 077; mkdir -p {} && xargs -0 -n 64 sh -c {} sh", quote(&scope), quote(&script));
-        let output = self.visit.session.exec(&command, &pairs, VERIFY_LIMIT).await?;
-        // So `xargs` tells that a command has ended with 255.
-        let is_refused = output.exit == Some(124);
-        output.ok().map(drop).map_err(|error| if is_refused { Error::Stage(error.to_string()) } else { error.into() })
+        // Some at a time, so that those of the longest names still fit into a command.
+        let command =
+            format!("umask 077; mkdir -p {} && xargs -0 -s 1000000 -n 192 sh -c {} sh", quote(&scope), quote(&script));
+        let stdout = self.run(&command, &triples).await?;
+        for refused in stdout.split(|byte| *byte == 0).filter(|refused| !refused.is_empty()) {
+            missing.add(BytePath::from(refused.to_vec()).to_string());
+        }
+        Ok(())
     }
 
     /// Files of the sandbox into the object store; what it has already is not fetched.
-    async fn keep(&self, files: &[(&str, &Found)]) -> Result<Manifest, Error> {
-        let (large, small): (Vec<_>, Vec<_>) = files.iter().partition(|(_, found)| found.size >= CACHED_FROM);
+    async fn keep(&self, kept: &BTreeMap<&BytePath, Found>) -> Result<Manifest, Error> {
+        let mut folders = Vec::new();
+        let (mut large, mut small) = (Vec::new(), Vec::new());
+        for (path, found) in kept {
+            match found {
+                Found::File { size, .. } if *size >= CACHED_FROM => large.push((*path, *size)),
+                Found::File { size, .. } => small.push((*path, *size)),
+                Found::Folder { .. } => folders.push((*path).clone()),
+                Found::Refused(_) => {}
+            }
+        }
         let mut digests = self.digests(self.dir, small.iter().map(|(path, _)| *path)).await?;
         let objects = &self.site.objects;
         let known = &digests;
-        let missing: BTreeMap<&str, Digest> = futures_util::stream::iter(small)
-            .map(|(path, found)| async move {
-                let digest = *known.get(path).ok_or_else(|| Error::Stage(format!("{path} has vanished")))?;
-                Ok::<_, Error>((!objects.renew(digest, found.size).await?).then_some((path, digest)))
+        let absent: BTreeMap<&BytePath, Digest> = futures_util::stream::iter(small)
+            .map(|(path, size)| async move {
+                let digest = *known.get(path).ok_or_else(|| vanished(path))?;
+                Ok::<_, Error>((!objects.renew(digest, size).await?).then_some((path, digest)))
             })
             .buffered(OBJECTS_AT_ONCE)
-            .try_filter_map(|missing| std::future::ready(Ok(missing)))
+            .try_filter_map(|absent| std::future::ready(Ok(absent)))
             .try_collect()
             .await?;
-        self.keep_small(&missing).await?;
-        for (path, found) in large {
-            digests.insert((*path).to_owned(), self.keep_large(path, found.size).await?);
+        self.keep_small(&absent).await?;
+        self.name_large(&large).await?;
+        for (idx, (path, size)) in large.into_iter().enumerate() {
+            digests.insert(path.clone(), self.keep_large(idx, path, size).await?);
         }
-        let entries = files.iter().map(|(path, found)| {
-            let digest = digests.get(*path).ok_or_else(|| Error::Stage(format!("{path} has vanished")))?;
-            let (path, digest) = ((*path).to_owned(), *digest);
-            Ok(Entry { path, digest, size: found.size, executable: found.executable })
-        });
-        let manifest = Manifest::new(entries.collect::<Result<_, Error>>()?)?;
+        let mut entries = Vec::new();
+        for (path, found) in kept {
+            if let Found::File { size, executable } = found {
+                let digest = *digests.get(*path).ok_or_else(|| vanished(path))?;
+                entries.push(Entry { path: (*path).clone(), digest, size: *size, executable: *executable });
+            }
+        }
+        let manifest = Manifest::with_folders(entries, folders)?;
         // It is no loss if this stays: nobody else uses it.
         let _ = std::fs::remove_dir_all(self.scratch_path());
         Ok(manifest)
     }
 
     /// Small files, as one stream that is stored as it comes.
-    async fn keep_small(&self, files: &BTreeMap<&str, Digest>) -> Result<(), Error> {
+    async fn keep_small(&self, files: &BTreeMap<&BytePath, Digest>) -> Result<(), Error> {
         if files.is_empty() {
             return Ok(());
         }
@@ -244,14 +318,15 @@ impl Staging<'_> {
         let reader = StreamReader::new(futures_util::stream::poll_fn(move |context| {
             pieces_rx.poll_recv(context).map(|piece: Option<Bytes>| piece.map(Ok::<_, io::Error>))
         }));
-        let (files_tx, mut files_rx) = tokio::sync::mpsc::channel::<(String, Vec<u8>)>(OBJECTS_AT_ONCE);
+        let (files_tx, mut files_rx) = tokio::sync::mpsc::channel::<(BytePath, Vec<u8>)>(OBJECTS_AT_ONCE);
         let runtime = self.context.shared.blocking.clone();
         let unpacking = self.context.blocking(move || {
             let mut archive = tar::Archive::new(SyncIoBridge::new_with_handle(reader, runtime));
             for entry in archive.entries()? {
                 let entry = entry?;
                 // No name of the far end becomes a path here.
-                let path = entry.path()?.to_string_lossy().trim_start_matches("./").to_owned();
+                let path = entry.path_bytes();
+                let path = BytePath::from(path.strip_prefix(b"./").unwrap_or(&path).to_vec());
                 let mut bytes = Vec::new();
                 entry.take(CACHED_FROM).read_to_end(&mut bytes)?;
                 if files_tx.blocking_send((path, bytes)).is_err() {
@@ -268,7 +343,7 @@ impl Staging<'_> {
         let storing = futures_util::stream::poll_fn(move |context| files_rx.poll_recv(context))
             .map(|(path, bytes)| async move { Ok::<_, Error>((self.site.objects.put_bytes(bytes).await?, path)) })
             .buffer_unordered(OBJECTS_AT_ONCE)
-            .try_filter(|(digest, path)| std::future::ready(files.get(path.as_str()) == Some(digest)))
+            .try_filter(|(digest, path)| std::future::ready(files.get(path) == Some(digest)))
             .try_fold(0, |n_stored, _| std::future::ready(Ok(n_stored + 1)));
         let (unpacked, received, stored) = tokio::join!(unpacking, receiving, storing);
         let n_stored = stored?;
@@ -294,14 +369,40 @@ impl Staging<'_> {
         Ok(())
     }
 
+    /// Gives large files names that any command can have: a path need not be UTF-8, and may be too long for a whole one.
+    async fn name_large(&self, files: &[(&BytePath, u64)]) -> Result<(), Error> {
+        if files.is_empty() {
+            return Ok(());
+        }
+        let pair = |(idx, (path, _)): (usize, &(&BytePath, u64))| {
+            [idx.to_string().as_bytes(), b"\0", path.as_bytes(), b"\0"].concat()
+        };
+        let pairs: Vec<u8> = files.iter().enumerate().flat_map(pair).collect();
+        let folder = quote(&self.large());
+        let script = "while [ $# -gt 1 ]; do ln -sfnT \"../../$2\" \"$1\" || exit 1; shift 2; done";
+        let command = format!(
+            "umask 077; mkdir -p {folder} && cd {folder} && xargs -0 -s 1000000 -n 128 sh -c {} sh",
+            quote(script)
+        );
+        self.run(&command, &pairs).await.map(drop)
+    }
+
+    fn large(&self) -> String {
+        format!("{}/{}/large", self.dir, script::FOLDER)
+    }
+
     /// A large file. Its digest says whether it has to come at all; meanwhile it comes, from where it was cut before.
-    async fn keep_large(&self, path: &str, size: u64) -> Result<Digest, Error> {
+    async fn keep_large(&self, idx: usize, path: &BytePath, size: u64) -> Result<Digest, Error> {
         let (session, objects) = (&self.visit.session, &self.site.objects);
-        let there = format!("{}/{path}", self.dir);
+        let there = format!("{}/{idx}", self.large());
         let here = self.scratch()?.join(Digest::of(path.as_bytes()).to_string());
         let progress = self.telling(|mib| format!("fetched {mib} of {} MiB of {path}", size >> 20));
         let is_known = async |digest| Ok::<_, Error>(objects.renew(digest, size).await?);
-        let (digest, came) = session.get_unless(&there, size, &here, &progress, is_known).await?;
+        let fetched = session.get_unless(&there, size, &here, &progress, is_known).await;
+        let (digest, came) = fetched.map_err(|error| match error {
+            Error::Files(text) => Error::Files(text.replace(&there, &path.to_string())),
+            error @ (Error::Site(_) | Error::Wait(_) | Error::Content(_) | Error::Stage(_)) => error,
+        })?;
         let Some(came) = came else { return Ok(digest) };
         if came != digest || std::fs::metadata(&here).map(|meta| meta.len()).ok() != Some(size) {
             let _ = std::fs::remove_file(&here);
@@ -313,8 +414,15 @@ impl Staging<'_> {
     }
 }
 
+/// It was there when the sandbox was listed; what is left then is listed again.
+fn vanished(path: &BytePath) -> Error {
+    Error::Content(format!("{path} has vanished, or cannot be read"))
+}
+
 #[cfg(test)]
 mod tests {
+    use baton_common::spec;
+
     use super::*;
 
     #[test]
@@ -322,5 +430,55 @@ mod tests {
         let patterns = ["a", "a/b", "a/", "a/b/*.c", "*", "**/c", "a/b*/c", "a/[bc]/d", "a/{b,c}"];
         let bases = ["", "a/", "a/", "a/b/", "", "", "a/", "a/", "a/"];
         assert_eq!(patterns.map(base), bases);
+    }
+
+    #[test]
+    fn only_folders_in_which_something_may_match_are_followed() {
+        let pattern = |from: &str| Pattern::new(from).ok().expect("it is a pattern");
+        for (from, folder, expected) in [
+            ("*", "a", false),
+            ("*/*", "a", true),
+            ("*/*", "a/b", false),
+            ("**", "a/b/c", true),
+            ("a/", "a", true),
+            ("a/", "a/b", true),
+            ("a/", "b", false),
+            ("a/b/c", "a/b", true),
+            ("a/b/c", "a/x", false),
+        ] {
+            assert_eq!(pattern(from).may_match_below(folder.as_bytes()), expected, "{from} {folder}");
+        }
+    }
+
+    #[test]
+    fn patterns_match_by_bytes_and_name_what_cannot_be_kept() {
+        let file = Found::File { size: 1, executable: false };
+        let found: Listing = [
+            (b"d".as_slice(), Found::Folder { is_empty: false }),
+            (b"d/\xff\n", file),
+            (b"d/pipe", Found::Refused("is a pipe")),
+            (b"e", Found::Folder { is_empty: true }),
+            (b"\xfe.txt", file),
+        ]
+        .into_iter()
+        .map(|(path, found)| (BytePath::from(path.to_vec()), found))
+        .collect();
+        let of = |from: &str| {
+            let mut missing = Missing::default();
+            let spec = format!("{{run: [x], at: a, out: ['{from}']}}");
+            let spec = spec::parse(&spec, spec::Format::Yaml).expect("it is a spec");
+            let output = &spec.on_site.expect("it has a site").outputs[0];
+            let pattern = Pattern::new(from).ok().expect("it is a pattern");
+            let matched = matched(output, &pattern, &found, true, &mut missing);
+            let paths: Vec<String> = matched.iter().map(|(path, _)| path.to_string()).collect();
+            (paths, missing.reason().unwrap_or_default())
+        };
+        let some = |paths: &[&str]| paths.iter().map(|path| (*path).to_owned()).collect::<Vec<_>>();
+        assert_eq!(of("*.txt"), (some(&["\\xfe.txt"]), String::new()));
+        assert_eq!(of("d/"), (some(&["d/\\xff\\n"]), "output: d/pipe is a pipe".to_owned()));
+        assert_eq!(of("e/"), (some(&["e"]), String::new()));
+        assert_eq!(of("e"), (vec![], "output: `e` is a folder; name it `e/`".to_owned()));
+        assert_eq!(of("x"), (vec![], "output: nothing in the sandbox matches `x`".to_owned()));
+        assert_eq!(of("**").0, some(&["d/\\xff\\n", "e", "\\xfe.txt"]));
     }
 }

@@ -1,0 +1,47 @@
+//! Which object store the fleet shares: the database has its mark, and the store, too.
+
+use uuid::Uuid;
+
+use super::{Error, Store};
+use crate::id::Incarnation;
+
+impl Store {
+    /// The mark of the fleet's object store; `None` while nobody has used one.
+    ///
+    /// # Errors
+    /// The database does not answer.
+    pub async fn objects_mark(&self) -> Result<Option<Uuid>, Error> {
+        let rows = self.query("SELECT mark FROM objects", vec![]).await?;
+        Ok(rows.first().map(|row| row.try_get("", "mark")).transpose()?)
+    }
+
+    /// Records the mark of the fleet's object store, unless one is recorded, and gives the one that is.
+    ///
+    /// # Errors
+    /// The database does not answer.
+    pub async fn set_objects_mark(&self, mark: Uuid) -> Result<Uuid, Error> {
+        let sql = "INSERT INTO objects (id, mark) VALUES (1, $1) ON CONFLICT (id) DO NOTHING";
+        self.execute(sql, vec![mark.into()]).await?;
+        self.objects_mark().await?.ok_or(Error::NoRow)
+    }
+
+    /// Records why a worker cannot use the fleet's object store; `None` if it can.
+    ///
+    /// # Errors
+    /// The database does not answer.
+    pub async fn note_objects(&self, worker: Incarnation, problem: Option<&str>) -> Result<(), Error> {
+        let sql = "UPDATE worker SET objects = $2 WHERE id = $1";
+        self.execute(sql, vec![Uuid::from(worker).into(), problem.map(str::to_owned).into()]).await?;
+        Ok(())
+    }
+
+    /// The live workers that cannot use the fleet's object store: their names, and why.
+    ///
+    /// # Errors
+    /// The database does not answer.
+    pub async fn without_objects(&self) -> Result<Vec<(String, String)>, Error> {
+        let sql = "SELECT name, objects FROM worker WHERE gone_at IS NULL AND objects IS NOT NULL ORDER BY name";
+        let rows = self.query(sql, vec![]).await?;
+        rows.iter().map(|row| Ok((row.try_get("", "name")?, row.try_get("", "objects")?))).collect()
+    }
+}
