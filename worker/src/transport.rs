@@ -199,6 +199,16 @@ impl Output {
         last.unwrap_or_else(|| end_text(self.exit, self.signal.as_deref()))
     }
 
+    /// Everything that a command has said of its failure, in one line and shortened; or its exit. Where some lines speak of
+    /// an error, the others are left out.
+    pub(crate) fn complaints(&self) -> String {
+        let stderr = String::from_utf8_lossy(&self.stderr);
+        let errors: Vec<&str> = stderr.lines().filter(|line| line.to_lowercase().contains("error")).collect();
+        let excerpt =
+            excerpt(&if errors.is_empty() { stderr.into_owned() } else { errors.join("\n") }).replace('\n', "; ");
+        if excerpt.is_empty() { end_text(self.exit, self.signal.as_deref()) } else { excerpt }
+    }
+
     /// What a command says of a file, in the system's own words: what follows the last colon.
     fn reason(&self) -> Option<String> {
         let stderr = String::from_utf8_lossy(&self.stderr);
@@ -475,7 +485,7 @@ fn excerpt(text: &str) -> String {
 }
 
 /// A line without its middle if it is long: the end tells the cause.
-fn shortened(line: &str) -> String {
+pub(crate) fn shortened(line: &str) -> String {
     let n_chars = line.chars().count();
     if n_chars <= LINE_MAX {
         return line.to_owned();

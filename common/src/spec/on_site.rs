@@ -10,7 +10,7 @@ use crate::digest::Digest;
 pub const RESERVED: &str = ".baton";
 
 /// Options that would make a job another one than Baton looks for, or none.
-const OPTIONS_OF_BATON: [&str; 12] = [
+const OPTIONS_OF_BATON: [&str; 13] = [
     "array",
     "chdir",
     "clusters",
@@ -22,16 +22,36 @@ const OPTIONS_OF_BATON: [&str; 12] = [
     "requeue",
     "test-only",
     "wait",
+    "workdir",
     "wrap",
 ];
+
+/// Longest name of an option.
+const OPTION_BYTES_MAX: usize = 128;
 
 /// Whether an option of a launcher, by its long name, may stand in `native`.
 ///
 /// # Errors
 /// Why not.
-pub fn check_native(name: &str) -> Result<(), String> {
-    if OPTIONS_OF_BATON.contains(&name) {
-        return Err(format!("is not for `native`: Baton sets or forbids `{name}`, by which it finds the job again"));
+pub fn check_option(name: &str) -> Result<(), String> {
+    let is_plain = name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_".contains(&byte));
+    if name.is_empty() || name.len() > OPTION_BYTES_MAX || !is_plain || name.starts_with('-') {
+        return Err("must be an option's long name without the `--` before it, such as `account`".to_owned());
+    }
+    // Launchers take the beginning of a name for the whole.
+    if let Some(option) = OPTIONS_OF_BATON.iter().find(|option| option.starts_with(name)) {
+        return Err(format!("is not for `native`: Baton sets or forbids `{option}`, by which it finds the job again"));
+    }
+    Ok(())
+}
+
+/// Whether an option of a launcher may have this value.
+///
+/// # Errors
+/// Why not.
+pub fn check_option_value(value: &str) -> Result<(), String> {
+    if value.chars().any(char::is_control) {
+        return Err("must be one line without control characters".to_owned());
     }
     Ok(())
 }

@@ -28,7 +28,7 @@ pub(crate) async fn stage_in(
     context: &Context,
     on_site: &OnSite,
     dir: &str,
-    script: &str,
+    own: Vec<(String, Vec<u8>)>,
 ) -> Result<(), Error> {
     let staging = Staging { site, visit, context, dir };
     let manifest = match on_site.staged {
@@ -36,8 +36,6 @@ pub(crate) async fn stage_in(
         None => vec![],
     };
     let (large, small): (Vec<Entry>, Vec<Entry>) = manifest.into_iter().partition(|entry| entry.size >= CACHED_FROM);
-    let mut own = script::companions(context.spec());
-    own.push((format!("{}/run.sh", script::FOLDER), script.as_bytes().to_vec()));
     staging.send_small(small, own).await?;
     for entry in &large {
         let cached = staging.cached(entry.digest, entry.size, entry.executable).await?;
