@@ -5,7 +5,7 @@
 //! at the home folder of the user there, as they do for commands.
 //!
 //! By SSH, a command is given to the login shell in a form that every shell reads alike, and only `/bin/sh` interprets
-//! it. What start-up files of that shell print is dropped. A command whose future is dropped, or that outlives its limit,
+//! it. What that shell prints before and after the command is dropped. A command whose future is dropped, or that outlives its limit,
 //! is killed as far as the server lets us, and its channel is closed.
 
 mod config;
@@ -14,6 +14,7 @@ mod known_hosts;
 mod landing;
 mod local;
 mod login;
+mod marks;
 mod proxy;
 mod running;
 mod shell;
