@@ -11,6 +11,7 @@ use serde::de::{SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 
 use crate::duration;
+use crate::spec::on_site;
 
 /// Where a configuration is looked for when nobody names one, in this order.
 const PLACES: [&str; 3] = ["baton.toml", "~/.config/baton/baton.toml", "/etc/baton/baton.toml"];
@@ -126,6 +127,9 @@ pub struct Site {
     /// Shell lines before every program, such as `module load`.
     #[serde(default)]
     pub pre: Vec<String>,
+    /// The shell that runs these lines and then the program, in words: a POSIX shell, with options.
+    #[serde(default = "shell_default", deserialize_with = "shell")]
+    pub shell: Vec<String>,
     /// Options of every job, by their long names.
     #[serde(default, deserialize_with = "native")]
     pub native: BTreeMap<String, String>,
@@ -245,10 +249,23 @@ fn submit_timeout_default() -> Duration {
     Duration::from_secs(30)
 }
 
+fn shell_default() -> Vec<String> {
+    vec!["/bin/sh".to_owned()]
+}
+
+fn shell<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Vec<String>, D::Error> {
+    let words: Vec<String> = String::deserialize(deserializer)?.split_whitespace().map(str::to_owned).collect();
+    if words.first().is_none_or(|program| program.starts_with('-')) {
+        return Err(serde::de::Error::custom("`shell` must name a program, such as \"/bin/bash -l\""));
+    }
+    Ok(words)
+}
+
 fn native<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<BTreeMap<String, String>, D::Error> {
     let native = BTreeMap::<String, String>::deserialize(deserializer)?;
-    for name in native.keys() {
-        crate::spec::on_site::check_native(name)
+    for (name, value) in &native {
+        on_site::check_option(name)
+            .and_then(|()| on_site::check_option_value(value))
             .map_err(|problem| serde::de::Error::custom(format!("`{name}` {problem}")))?;
     }
     Ok(native)

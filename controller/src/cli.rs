@@ -105,7 +105,7 @@ Below the table stands what there is in all; from 10000 on that is not counted a
 
 Conditions: ended, kill_pending, pause_pending, paused, on_hold, holder_gone, holder_silent, blocks_its_thread,
 advancing, needs_other_worker, waits_for_retry, waits_for_timer, waits_for_job, waits_for_session, waits_for_room,
-waits_for_file, site_down, fleet_paused, no_worker, queue_not_served, workers_drain, workers_silent,
+waits_for_file, refused_by_site, site_down, fleet_paused, no_worker, queue_not_served, workers_drain, workers_silent,
 slots_taken, queued")]
     Explain(Pids),
     /// Follow processes until they have ended

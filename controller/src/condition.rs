@@ -6,6 +6,7 @@ use baton_common::message::Status;
 use baton_common::state::{Desired, Place, State};
 use baton_common::store::explain::Facts;
 use baton_common::store::query::{EventRow, Refusal, Summary, WorkerRow, WorkerState, queue_name};
+use baton_common::store::site::{REFUSED, UNLISTED};
 use baton_common::store::worker::LEASE;
 use serde_json::{Value, json};
 
@@ -287,13 +288,27 @@ impl Case<'_> {
             );
             return Some(Explanation::new("waits_for_room", text, facts));
         }
+        if let Some((_, reason)) = waits_for.strip_prefix(REFUSED).and_then(|refused| refused.split_once('/')) {
+            let left = self.summary.wake_at.map_or(0, |wake_at| (wake_at - self.summary.now).max(0));
+            facts["reason"] = json!(reason);
+            facts["in_ms"] = json!(left / 1_000);
+            let when = span(left);
+            let text = format!(
+                "the scheduler of the site `{name}` does not accept its job now, and is asked again in {when}: {reason}"
+            );
+            return Some(Explanation::new("refused_by_site", text, facts));
+        }
         if waits_for.starts_with("sent/") {
             let text = format!("another process sends a file to the site `{name}` that both need");
             return Some(Explanation::new("waits_for_file", text, facts));
         }
         let job = self.facts.details.jobs.last().filter(|job| job.ended_at.is_none())?;
         facts["job"] = output::job_json(job);
-        let text = format!("its job at the site `{name}` has not ended: {}", output::job_text(job, self.summary.now));
+        let mut text =
+            format!("its job at the site `{name}` has not ended: {}", output::job_text(job, self.summary.now));
+        if let Some(error) = site.last_error.as_deref().and_then(|error| error.strip_prefix(UNLISTED)) {
+            text.push_str(&format!("; the jobs there cannot be listed now: {error}"));
+        }
         Some(Explanation::new("waits_for_job", text, facts))
     }
 

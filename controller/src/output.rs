@@ -161,8 +161,9 @@ fn waits(summary: &Summary, wake_at: i64) -> String {
         return format!("needs another worker, again in {pause}: {}", refusal.reason);
     }
     if let Some((what, site)) = summary.waits_for.as_deref().and_then(|waits_for| waits_for.split_once('/')) {
-        let site = site.split('/').next().unwrap_or(site);
+        let (site, reason) = site.split_once('/').unwrap_or((site, ""));
         return match what {
+            "refused" => format!("refused by {site}, again in {pause}: {reason}"),
             "slot" => format!("waits for a session with {site}"),
             "room" => format!("waits for room at {site}"),
             _ => format!("waits for a file at {site}"),

@@ -13,6 +13,7 @@ use baton_common::config;
 use baton_common::id::{Incarnation, Pid};
 use baton_common::objects::Objects;
 use baton_common::spec::Spec;
+use baton_common::store::site::REFUSED;
 use baton_common::store::{self, Store};
 use tokio::sync::{Notify, OnceCell};
 use tracing::debug;
@@ -39,11 +40,20 @@ pub use at_site::AtSite;
 
 /// The script of a job as it would be submitted, for people; `PID` and `TRY` stand for what is not known yet.
 pub fn job_script(spec: &Spec, site: &config::Site) -> String {
-    let launcher = launcher::of(site.launcher);
-    let dir = format!("{}/p/PID/TRY", site.root);
     let on_site = spec.on_site.clone().unwrap_or_default();
-    let header = launcher.header(spec, &on_site, site, &dir, "baton-PID-TRY");
-    script::render(spec, &on_site, site, &dir, &header, launcher.job_id())
+    let dir = format!("{}/p/PID/TRY", site.root);
+    let launcher = launcher::of(site.launcher);
+    let script = script::Script {
+        spec,
+        on_site: &on_site,
+        site,
+        launcher,
+        dir: &dir,
+        token: "baton-PID-TRY",
+        pid: "PID",
+        attempt: "TRY",
+    };
+    script.text()
 }
 
 /// Processes that are woken at once when what they wait for is there.
@@ -54,6 +64,9 @@ pub(crate) const LOOK_AGAIN: Duration = Duration::from_secs(600);
 
 /// How long a small command may take at a site.
 pub(crate) const COMMAND_LIMIT: Duration = Duration::from_secs(60);
+
+/// Most characters that are kept of why a scheduler has refused a job.
+const REASON_CHARS_MAX: usize = 500;
 
 /// The sites that a worker serves, by name.
 #[derive(Default)]
@@ -263,6 +276,13 @@ impl Site {
     /// Where the processes stand that wait until there is room for a job.
     pub(crate) fn room(&self) -> String {
         format!("room/{}", self.name)
+    }
+
+    /// Where a process stands whose job the scheduler does not accept now, with what it said.
+    pub(crate) fn refused(&self, reason: &str) -> String {
+        let reason: String =
+            reason.chars().take(REASON_CHARS_MAX).map(|c| if c.is_control() { ' ' } else { c }).collect();
+        format!("{REFUSED}{}/{reason}", self.name)
     }
 
     pub(crate) fn watch(&self) -> String {

@@ -5,7 +5,7 @@
 //! at the home folder of the user there, as they do for commands.
 //!
 //! By SSH, a command is given to the login shell in a form that every shell reads alike, and only `/bin/sh` interprets
-//! it. What start-up files of that shell print is dropped. A command whose future is dropped, or that outlives its limit,
+//! it. What that shell prints before and after the command is dropped. A command whose future is dropped, or that outlives its limit,
 //! is killed as far as the server lets us, and its channel is closed.
 
 mod config;
@@ -14,6 +14,7 @@ mod known_hosts;
 mod landing;
 mod local;
 mod login;
+mod marks;
 mod proxy;
 mod running;
 mod shell;
@@ -197,6 +198,16 @@ impl Output {
         let stderr = String::from_utf8_lossy(&self.stderr);
         let last = stderr.lines().rfind(|line| !line.trim().is_empty()).map(|line| line.trim().to_owned());
         last.unwrap_or_else(|| end_text(self.exit, self.signal.as_deref()))
+    }
+
+    /// Everything that a command has said of its failure, in one line and shortened; or its exit. Where some lines speak of
+    /// an error, the others are left out.
+    pub(crate) fn complaints(&self) -> String {
+        let stderr = String::from_utf8_lossy(&self.stderr);
+        let errors: Vec<&str> = stderr.lines().filter(|line| line.to_lowercase().contains("error")).collect();
+        let excerpt =
+            excerpt(&if errors.is_empty() { stderr.into_owned() } else { errors.join("\n") }).replace('\n', "; ");
+        if excerpt.is_empty() { end_text(self.exit, self.signal.as_deref()) } else { excerpt }
     }
 
     /// What a command says of a file, in the system's own words: what follows the last colon.
@@ -476,7 +487,7 @@ fn excerpt(text: &str) -> String {
 }
 
 /// A line without its middle if it is long: the end tells the cause.
-fn shortened(line: &str) -> String {
+pub(crate) fn shortened(line: &str) -> String {
     let n_chars = line.chars().count();
     if n_chars <= LINE_MAX {
         return line.to_owned();

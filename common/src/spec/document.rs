@@ -367,7 +367,8 @@ fn argv(node: Node) -> Read<Vec<String>> {
 }
 
 fn script(node: Node) -> Read<String> {
-    let script = text(node)?;
+    // Shells and the system take a carriage return at the end of a line for a part of its last word.
+    let script = text(node)?.replace("\r\n", "\n");
     if script.trim().is_empty() {
         return Err("must not be blank".to_owned());
     }

@@ -14,7 +14,7 @@ pub const RESERVED: &str = ".baton";
 pub const WAITING: &str = "in";
 
 /// Options that would make a job another one than Baton looks for, or none.
-const OPTIONS_OF_BATON: [&str; 12] = [
+const OPTIONS_OF_BATON: [&str; 13] = [
     "array",
     "chdir",
     "clusters",
@@ -26,18 +26,36 @@ const OPTIONS_OF_BATON: [&str; 12] = [
     "requeue",
     "test-only",
     "wait",
+    "workdir",
     "wrap",
 ];
+
+/// Longest name of an option.
+const OPTION_BYTES_MAX: usize = 128;
 
 /// Whether an option of a launcher, by its long name, may stand in `native`.
 ///
 /// # Errors
 /// Why not.
-pub fn check_native(name: &str) -> Result<(), String> {
-    // `sbatch` takes an option by its first letters, too; one letter alone means several, and nothing to it.
-    let is_of_baton = |option: &&str| *option == name || (name.len() > 1 && option.starts_with(name));
-    if OPTIONS_OF_BATON.iter().any(is_of_baton) {
-        return Err(format!("is not for `native`: Baton sets or forbids `{name}`, by which it finds the job again"));
+pub fn check_option(name: &str) -> Result<(), String> {
+    let is_plain = name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_".contains(&byte));
+    if name.is_empty() || name.len() > OPTION_BYTES_MAX || !is_plain || name.starts_with('-') {
+        return Err("must be an option's long name without the `--` before it, such as `account`".to_owned());
+    }
+    // Launchers take the beginning of a name for the whole.
+    if let Some(option) = OPTIONS_OF_BATON.iter().find(|option| option.starts_with(name)) {
+        return Err(format!("is not for `native`: Baton sets or forbids `{option}`, by which it finds the job again"));
+    }
+    Ok(())
+}
+
+/// Whether an option of a launcher may have this value.
+///
+/// # Errors
+/// Why not.
+pub fn check_option_value(value: &str) -> Result<(), String> {
+    if value.chars().any(char::is_control) {
+        return Err("must be one line without control characters".to_owned());
     }
     Ok(())
 }

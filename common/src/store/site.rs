@@ -39,6 +39,12 @@ pub enum Intent {
     Lost,
 }
 
+/// How the last error of a site begins whose list of jobs cannot be had.
+pub const UNLISTED: &str = "no list of its jobs: ";
+
+/// What a process waits for whose job the scheduler of a site has refused for now: this, the site, `/`, and the reason.
+pub const REFUSED: &str = "refused/";
+
 /// The status of what was never submitted, and never can be.
 pub const NEVER: &str = "NEVER";
 
@@ -438,13 +444,22 @@ impl Store {
         Ok(!self.query(sql, vec![site.into(), interval_us.into()]).await?.is_empty())
     }
 
-    /// Records what the launcher of a site has complained about; the way there is well.
+    /// Records why the list of a site's jobs cannot be had, or that it can (`None`); the way there is well.
     ///
     /// # Errors
     /// The database does not answer.
-    pub async fn note_launcher(&self, site: &str, complaint: &str) -> Result<(), Error> {
-        let sql = "UPDATE site SET last_error = $2, last_error_at = {now} WHERE name = $1";
-        self.execute(sql, vec![site.into(), storable(complaint.to_owned()).into()]).await?;
+    pub async fn note_launcher(&self, site: &str, complaint: Option<&str>) -> Result<(), Error> {
+        let (sql, text) = match complaint {
+            Some(complaint) => (
+                "UPDATE site SET last_error = $2, last_error_at = {now} WHERE name = $1",
+                format!("{UNLISTED}{}", storable(complaint.to_owned())),
+            ),
+            None => (
+                "UPDATE site SET last_error = NULL, last_error_at = NULL WHERE name = $1 AND last_error LIKE $2",
+                format!("{UNLISTED}%"),
+            ),
+        };
+        self.execute(sql, vec![site.into(), text.into()]).await?;
         Ok(())
     }
 

@@ -19,6 +19,8 @@ struct Kind {
     at: &'static str,
     /// The command that its lists come from, and answers of it that are none.
     list: (&'static str, &'static [&'static str]),
+    /// Whether the last of them is a failure of the list itself.
+    is_list_gone: bool,
     /// The shortest time limit that it keeps.
     time: &'static str,
     /// Loses the job of a witness that nobody has ended: its machine is gone, or its processes are.
@@ -27,7 +29,11 @@ struct Kind {
 
 const SLURM: Kind = Kind {
     at: "cluster",
-    list: ("squeue", &["echo hello", "exit 0", "echo '1|ASLEEP|x|1|N/A|None'", "exit 3", "head -c 100000 /dev/zero"]),
+    list: (
+        "squeue",
+        &["echo hello", "exit 0", "echo '1|ASLEEP|x|1|N/A|None'", "exit 3", "head -c 100000 /dev/zero", "exit 3"],
+    ),
+    is_list_gone: true,
     time: "1m",
     lose: |slurm, _| slurm.lose_node(),
 };
@@ -36,13 +42,14 @@ const FORK: Kind = Kind {
     at: "plain",
     // Other files are read as they are: what is broken is the list alone.
     list: ("cat", &["case $1 in */started/job) echo hello ;; *) exec $REAL \"$@\" ;; esac", "exit 3"]),
+    is_list_gone: false,
     time: "2s",
     lose: |_, path| {
         let program = std::fs::read_to_string(path).unwrap();
         let program: i32 = program.lines().last().unwrap().parse().unwrap();
         let stat = std::fs::read_to_string(format!("/proc/{program}/stat")).unwrap();
-        let group = stat.rsplit(") ").next().unwrap().split(' ').nth(2).unwrap().to_owned();
-        let killed = std::process::Command::new("kill").args(["-KILL", "--", &format!("-{group}")]).status().unwrap();
+        let session = stat.rsplit(") ").next().unwrap().split(' ').nth(3).unwrap().to_owned();
+        let killed = std::process::Command::new("pkill").args(["-KILL", "-s", &session]).status().unwrap();
         assert!(killed.success());
     },
 };
@@ -207,20 +214,49 @@ async fn a_time_limit_is_kept_and_said(kind: Kind) {
     all_gone(&path).await;
 }
 
-/// It is submitted again at no charge.
-async fn a_job_that_the_site_has_lost_is_submitted_again(kind: Kind) {
+/// What its program has done is not known, so a second run of it is for the spec to ask for.
+async fn a_job_that_the_site_loses_after_its_program_has_started_costs_a_try(kind: Kind) {
     let scene = Scene::new().await;
     let slurm = Slurm::start(&scene, "submit_timeout = '3s'\nsettle = '5s'", "", "");
     let _worker = slurm.worker(&scene, "w1", &[]).await;
-    let (path, spec) = witness(&scene, kind.at, "[ \"${PWD##*/}\" != 1 ] || sleep 600");
+    for (retry, tries) in [("", 1), ("retry: {max: 2, wait: 1s}\n", 2)] {
+        scene.sql("DELETE FROM process; DELETE FROM job").await;
+        let (path, mut spec) = witness(&scene, kind.at, "[ \"$BATON_TRY\" != 1 ] || sleep 600");
+        let _ = std::fs::remove_file(&path);
+        spec.push_str(retry);
+        let pids = slurm.submit(&scene, &spec, 1).await;
+        all_run(&path, 1).await;
+        (kind.lose)(&slurm, &path);
+        ended(&scene, &pids, LIMIT * 2).await;
+        let shown = scene.show(&pids[0]).await;
+        assert_eq!((&shown["try"], &shown["failures"]), (&tries.into(), &(tries - 1).into()), "{shown:#}");
+        if retry.is_empty() {
+            assert!(shown["reason"].as_str().unwrap_or_default().starts_with("lost: "), "{shown:#}");
+        } else {
+            assert_eq!((&shown["state"], &shown["exit"]), (&"finished".into(), &0.into()), "{shown:#}");
+        }
+        all_gone(&path).await;
+        assert_eq!(runs(&path), tries);
+        all_accounted_for(&scene).await;
+    }
+}
+
+/// A job is lost while the lines before its program run: it is submitted again at no charge.
+async fn a_job_that_the_site_loses_before_its_program_starts_is_submitted_again(kind: Kind) {
+    let scene = Scene::new().await;
+    let slurm = Slurm::start(&scene, "submit_timeout = '3s'\nsettle = '5s'", "", "");
+    let _worker = slurm.worker(&scene, "w1", &[]).await;
+    let (path, mut spec) = witness(&scene, kind.at, "true");
+    let before = scene.path("before");
+    let wait = format!("case $PWD in */1) echo $$ >> {}; sleep 600 ;; esac", before.display());
+    writeln!(spec, "pre: [\"{wait}\"]").unwrap();
     let pids = slurm.submit(&scene, &spec, 1).await;
-    all_run(&path, 1).await;
-    (kind.lose)(&slurm, &path);
-    finished(&scene, &pids, LIMIT).await;
+    all_run(&before, 1).await;
+    (kind.lose)(&slurm, &before);
+    finished(&scene, &pids, LIMIT * 2).await;
     let shown = scene.show(&pids[0]).await;
-    assert_eq!((&shown["try"], &shown["failures"]), (&2.into(), &0.into()), "{shown:#}");
-    all_gone(&path).await;
-    assert_eq!(runs(&path), 2);
+    assert_eq!((&shown["try"], &shown["failures"], runs(&path)), (&2.into(), &0.into(), 1), "{shown:#}");
+    all_gone(&before).await;
     all_accounted_for(&scene).await;
 }
 
@@ -233,7 +269,11 @@ async fn an_answer_that_is_none_ends_nothing(kind: Kind) {
         tokio::time::sleep(Duration::from_millis(2500)).await;
     }
     assert_eq!(scene.count("place = 3").await, 0, "an answer that was none has ended a process");
-    worker.says("the launcher does not answer").await;
+    if kind.is_list_gone {
+        worker.says("the launcher does not answer").await;
+        let explained = slurm.baton(&scene, &["explain", &pids[0]]).await.ok().stdout;
+        assert!(explained.contains("cannot be listed now: squeue: "), "{explained}");
+    }
     slurm.mend(command);
     std::fs::write(scene.path("go"), "").unwrap();
     finished(&scene, &pids, LIMIT).await;
@@ -394,24 +434,28 @@ async fn an_option_that_slurm_refuses_is_told_and_one_with_blanks_is_not() {
     finished(&scene, &pids, LIMIT).await;
 }
 
-/// Slurm starts the job again, since its first run was cut: the site has lost it, and it is submitted again at no charge.
+/// Slurm starts the job again, since its first run was cut: its program does not start a second time in the same try.
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
-async fn a_job_that_slurm_starts_again_is_submitted_again() {
-    let Running { scene, slurm, path, pids, worker: _worker } = running(
-        "submit_timeout = '2s'\nsettle = '3s'",
-        "cluster",
-        |_| "[ \"${PWD##*/}\" != 1 ] || sleep 600".to_owned(),
-        1,
-    )
-    .await;
-    slurm.requeue_all();
-    finished(&scene, &pids, LIMIT * 3).await;
-    let shown = scene.show(&pids[0]).await;
-    assert_eq!((&shown["try"], &shown["failures"]), (&2.into(), &0.into()), "{shown:#}");
-    all_gone(&path).await;
-    assert_eq!(runs(&path), 2);
-    all_accounted_for(&scene).await;
+async fn a_job_that_slurm_starts_again_runs_its_program_once_a_try() {
+    let scene = Scene::new().await;
+    let slurm = Slurm::start(&scene, "submit_timeout = '2s'\nsettle = '3s'", "", "");
+    let _worker = slurm.worker(&scene, "w1", &[]).await;
+    for (retry, tries) in [("", 1), ("retry: {max: 2, wait: 1s}\n", 2)] {
+        scene.sql("DELETE FROM process; DELETE FROM job").await;
+        let (path, mut spec) = witness(&scene, "cluster", "[ \"$BATON_TRY\" != 1 ] || sleep 600");
+        let _ = std::fs::remove_file(&path);
+        spec.push_str(retry);
+        let pids = slurm.submit(&scene, &spec, 1).await;
+        all_run(&path, 1).await;
+        slurm.requeue_all();
+        ended(&scene, &pids, LIMIT * 3).await;
+        let shown = scene.show(&pids[0]).await;
+        assert_eq!((&shown["try"], &shown["failures"]), (&tries.into(), &(tries - 1).into()), "{shown:#}");
+        all_gone(&path).await;
+        assert_eq!(runs(&path), tries);
+        all_accounted_for(&scene).await;
+    }
 }
 
 /// Makes a test of each of these for each of the launchers.
@@ -444,6 +488,7 @@ conform! {
     many_jobs_are_watched_by_one_list
     a_kill_leaves_no_job
     a_time_limit_is_kept_and_said
-    a_job_that_the_site_has_lost_is_submitted_again
+    a_job_that_the_site_loses_after_its_program_has_started_costs_a_try
+    a_job_that_the_site_loses_before_its_program_starts_is_submitted_again
     an_answer_that_is_none_ends_nothing
 }

@@ -23,6 +23,7 @@ mod prune;
 mod races;
 mod readme;
 mod site;
+mod site_edges;
 mod sites;
 mod ssh_login;
 mod staging;

@@ -188,6 +188,58 @@ async fn what_the_login_shell_prints_is_no_output() {
     assert!(matches!(error, Error::Refused { .. }) && error.to_string().contains("nobody may log in"), "{error}");
 }
 
+/// A farewell after a command, and another exit, change nothing of its output, its exit or a digest.
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn what_a_login_prints_after_a_command_is_no_output() {
+    let folder = tempfile::tempdir().unwrap();
+    let login = folder.path().join("login");
+    let text = "#!/bin/sh\necho welcome; echo beware >&2\n/bin/sh -c \"$SSH_ORIGINAL_COMMAND\"\n\
+                echo farewell; echo see you >&2\nexit 9\n";
+    std::fs::write(&login, text).unwrap();
+    std::fs::set_permissions(&login, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    let sshd = Sshd::with(&format!("ForceCommand {}", login.display()));
+    let session = connect(&sshd.section()).await.unwrap();
+    for (command, exit) in [("printf data; printf error >&2", 0), ("printf data; printf error >&2; exit 3", 3)] {
+        let output = session.exec(command, b"", LIMIT).await.unwrap();
+        let said = (output.exit, output.stdout.as_slice(), output.stderr.as_slice());
+        assert_eq!(said, (Some(exit), &b"data"[..], &b"error"[..]), "{command}");
+        let (output, back) = received(&session, command).await;
+        assert_eq!((output.exit, output.stderr.as_slice(), back.as_slice()), (Some(exit), &b"error"[..], &b"data"[..]));
+    }
+    let source = sshd.file("source");
+    std::fs::write(&source, content(3_000_001)).unwrap();
+    let (there, back) = (sshd.file("there").display().to_string(), sshd.file("back"));
+    let expected = Digest::of(&content(3_000_001));
+    assert_eq!(session.put(&source, &there, &|_| ()).await.unwrap(), expected);
+    assert_eq!(session.digest(&there).await.unwrap(), expected);
+    assert_eq!(session.size(&there).await.unwrap(), 3_000_001);
+    assert_eq!(session.get(&there, &back, &|_| ()).await.unwrap(), expected);
+    let (digest, came) =
+        session.get_unless(&there, 3_000_001, &back, &|_| (), async |_| Ok::<_, Error>(false)).await.unwrap();
+    assert_eq!((digest, came), (expected, Some(expected)));
+    let mut shell = session.shell().await.unwrap();
+    let output = shell.run("printf data; exit 4", LIMIT).await.unwrap();
+    assert_eq!((output.exit, output.stdout.as_slice()), (Some(4), &b"data"[..]));
+}
+
+/// The server counts a channel until it is closed, whenever its owner has given it up.
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn one_channel_is_enough_for_one_thing_after_the_other() {
+    let sshd = Sshd::with("MaxSessions 1");
+    let session = connect(&sshd.section()).await.unwrap();
+    for _ in 0..15 {
+        let mut shell = session.shell().await.unwrap();
+        shell.run("true", LIMIT).await.unwrap();
+        drop(shell);
+        session.exec("true", b"", LIMIT).await.unwrap().ok().unwrap();
+        let given_up = session.exec("sleep 60", b"", Duration::from_millis(20)).await;
+        assert!(matches!(given_up, Err(Error::TimedOut { .. } | Error::NoChannel(_))), "{given_up:?}");
+        session.exec("true", b"", LIMIT).await.unwrap().ok().unwrap();
+    }
+}
+
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
 async fn a_file_goes_there_and_back() {

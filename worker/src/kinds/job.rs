@@ -9,7 +9,7 @@ use std::time::Duration;
 use baton_common::border;
 use baton_common::duration;
 use baton_common::failpoint::fail_point;
-use baton_common::spec::{OnSite, Spec};
+use baton_common::spec::{OnSite, Spec, Wait as Pauses};
 use baton_common::store::site::{Intent, Job as Row, NEVER, Seen, token};
 use baton_common::store::writer::{Output, Stream};
 use futures_util::future::LocalBoxFuture;
@@ -17,8 +17,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::process::{Advance, Context, Error, Process, Wait};
+use crate::run::random;
 use crate::site::launcher::{Listed, Phase};
-use crate::site::script::{self, AGAIN, Done, GIVEN_UP, IN_PRE, UNMARKED};
+use crate::site::script::{self, AGAIN, BEGUN, Done, GIVEN_UP, RAN, Script, UNMARKED};
 use crate::site::watch::{ENDED, LOST};
 use crate::site::{LOOK_AGAIN, Site, Visit, staging};
 use crate::transport::{self, quote};
@@ -38,6 +39,9 @@ const LOST_MAX: u32 = 10;
 
 /// Beyond the time that a submission may take: for the way there and back.
 const SUBMIT_MARGIN: Duration = Duration::from_secs(15);
+
+/// The longest pause between two submissions that a scheduler refuses for now; the first is that between two looks.
+const REFUSED_PAUSE_MAX: Duration = Duration::from_secs(600);
 
 /// Pause between two attempts to end a job that ends slowly.
 const CANCEL_PAUSE: Duration = Duration::from_secs(2);
@@ -62,6 +66,20 @@ pub(crate) struct Job {
     /// Looks for files that are not what they should be.
     #[serde(default)]
     looks: u32,
+    /// What came of the last submission, if that was not accepted for now.
+    #[serde(default)]
+    refusal: Option<Refusal>,
+}
+
+/// A submission that was not accepted, for a reason that passes.
+#[derive(Clone, Serialize, Deserialize)]
+struct Refusal {
+    /// Those in a row.
+    count: u32,
+    /// Nothing is submitted before, in microseconds by the clock of the database.
+    until: i64,
+    /// What was said.
+    reason: String,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -89,7 +107,8 @@ impl Process for Job {
         Box::pin(async move {
             let at = At::new(context)?;
             if self.attempt != context.attempt() {
-                *self = Job { attempt: context.attempt(), lost: self.lost, ..Job::default() };
+                let (lost, refusal) = (self.lost, self.refusal.take());
+                *self = Job { attempt: context.attempt(), lost, refusal, ..Job::default() };
             }
             let advanced = match self.stage {
                 Stage::In => self.stage_in(&at).await,
@@ -332,9 +351,17 @@ impl Job {
         at.context.set_stage("stage-in");
         let visit = at.enter().await?;
         let dir = at.sandbox(&visit);
-        let header = at.site.launcher.header(at.spec, at.on_site, &at.site.config, &dir, &at.token());
-        let script = script::render(at.spec, at.on_site, &at.site.config, &dir, &header, at.site.launcher.job_id());
-        staging::stage_in(&at.site, &visit, at.context, at.on_site, &dir, &script).await?;
+        let script = Script {
+            spec: at.spec,
+            on_site: at.on_site,
+            site: &at.site.config,
+            launcher: at.site.launcher,
+            dir: &dir,
+            token: &at.token(),
+            pid: &at.context.pid().to_string(),
+            attempt: &self.attempt.to_string(),
+        };
+        staging::stage_in(&at.site, &visit, at.context, at.on_site, &dir, script.files()).await?;
         border!("job-staged");
         self.stage = Stage::Submit;
         Ok(Advance::Again)
@@ -342,6 +369,13 @@ impl Job {
 
     async fn submit(&mut self, at: &At<'_>) -> Result<Advance, Trouble> {
         at.context.set_stage("submit");
+        if let Some(refusal) = &self.refusal {
+            let left = refusal.until - at.site.store.now().await?;
+            if left > 0 {
+                let at_most = Duration::from_micros(left.cast_unsigned());
+                return Err(Error::NotNow(Wait { waits_for: at.site.refused(&refusal.reason), at_most }).into());
+            }
+        }
         let visit = at.enter().await?;
         let fence = at.context.fence;
         match at.site.store.intend(fence, self.attempt, &at.site.name, at.site.config.limits).await? {
@@ -396,6 +430,7 @@ impl Job {
             at.site.store.submitted(at.context.pid(), self.attempt, &id).await?;
             border!("job-known");
             at.context.log(format!("{}: job {id}", at.site.name));
+            self.refusal = None;
             self.stage = Stage::Monitor;
             return Ok(Advance::Again);
         }
@@ -403,9 +438,25 @@ impl Job {
             at.record_ended(&row, NEVER).await?;
             return Err(Error::failed("stage: its folder at the site is gone").into());
         }
-        let complaint = output.complaint();
-        if output.exit == Some(ALREADY_TAKEN) || at.site.launcher.is_unsure(&output) {
+        let complaint = output.complaints();
+        if output.exit == Some(ALREADY_TAKEN) {
+            return Ok(Advance::Again);
+        }
+        if at.site.launcher.is_unsure(&output) {
             at.context.log(format!("{}: the submission may have made a job: {complaint}", at.site.name));
+            // If none has come of it, the next submission does not follow at once.
+            self.refusal = Some(self.refused(at, complaint).await?);
+            return Ok(Advance::Again);
+        }
+        if at.site.launcher.may_pass(&output) {
+            at.context.log(format!("{}: the scheduler does not accept the job now: {complaint}", at.site.name));
+            let refusal = self.refused(at, complaint).await?;
+            // No command is left that could submit it, so the same try may be submitted again.
+            let free = format!("rmdir {}", quote(&format!("{}/.baton/submit", at.sandbox(&visit))));
+            visit.exec(&free).await?.ok()?;
+            at.site.store.withdraw(fence, self.attempt).await?;
+            self.refusal = Some(refusal);
+            self.stage = Stage::Submit;
             return Ok(Advance::Again);
         }
         // Whatever was refused so, no job of it can run its program.
@@ -414,6 +465,16 @@ impl Job {
         }
         at.record_ended(&row, NEVER).await?;
         Err(Error::Failed(format!("scheduler: {complaint}")).into())
+    }
+
+    /// One more refusal, and when the next submission may follow.
+    async fn refused(&self, at: &At<'_>, reason: String) -> Result<Refusal, Trouble> {
+        let count = self.refusal.as_ref().map_or(0, |refusal| refusal.count).saturating_add(1);
+        let pauses =
+            Pauses { first: at.site.config.poll.min(REFUSED_PAUSE_MAX), max: REFUSED_PAUSE_MAX, ..Pauses::default() };
+        let pause = pauses.before(count, random());
+        let until = at.site.store.now().await?.saturating_add(i64::try_from(pause.as_micros()).unwrap_or(i64::MAX));
+        Ok(Refusal { count, until, reason })
     }
 
     /// Finds out what became of a submission without an answer.
@@ -509,11 +570,14 @@ impl Job {
         };
         let done: Done = serde_json::from_slice(&done)
             .map_err(|error| Trouble::Content(format!("its done.json is not what a script writes: {error}")))?;
-        at.context.draft.borrow_mut().outputs = outputs;
-        if done.phase == "pre" {
-            return Err(Error::Failed(format!("env: a line of `pre` failed with exit {}", done.exit)).into());
-        }
         let is_timed_out = done.is_timed_out(&at.site.config, at.spec);
+        if done.phase == "pre" && !is_timed_out {
+            let failed = format!("env: `pre` ended with exit {} before the program", done.exit);
+            let error = Error::Failed(with_last_line(failed, &outputs));
+            at.context.draft.borrow_mut().outputs = outputs;
+            return Err(error.into());
+        }
+        at.context.draft.borrow_mut().outputs = outputs;
         let is_ok = at.spec.ok_exit.contains(&done.exit) && !is_timed_out;
         let missing = staging::stage_out(&at.site, &visit, at.context, at.on_site, &dir, is_ok).await?.reason();
         border!("job-collected");
@@ -540,14 +604,7 @@ impl Job {
         outputs: Vec<Output>,
     ) -> Result<Advance, Trouble> {
         let Some(row) = at.row().await? else { return Err(Error::failed("its job is not recorded any more").into()) };
-        let folder = quote(&format!("{dir}/{}", script::FOLDER));
-        let look = format!(
-            "[ ! -L {folder}/started ] || echo {GIVEN_UP}
-             [ ! -e {folder}/{AGAIN} ] || echo {AGAIN}
-             head -c {} {folder}/done.json.part 2>/dev/null",
-            IN_PRE.len()
-        );
-        let stdout = visit.exec(&format!("{look}\ntrue")).await?.ok()?;
+        let stdout = visit.exec(&script::look_for_start(dir)).await?.ok()?;
         if gives_up(&stdout) {
             at.context.log(format!("{}: the try was given up before its job came; it is done again", at.site.name));
             at.context.begin_next_try();
@@ -562,6 +619,8 @@ impl Job {
         if !at.has_passed(row.ended_at.unwrap_or(row.intent_at), patience).await? {
             return Ok(Advance::After(SETTLE_PAUSE));
         }
+        let has_run = has_line(&stdout, RAN);
+        let ended_before = with_last_line("env: `pre` ended the job before the program".to_owned(), &outputs);
         at.context.draft.borrow_mut().outputs = outputs;
         match status.as_str() {
             "TIMEOUT" | "DEADLINE" => {
@@ -573,8 +632,8 @@ impl Job {
                 Ok(Advance::Finished { exit: 137 })
             }
             "CANCELLED" => Err(Error::Failed("scheduler: the job was cancelled at the site".into()).into()),
-            "COMPLETED" | "FAILED" | ENDED | "" if has_line(&stdout, IN_PRE) => {
-                Err(Error::Failed("env: a line of `pre` has ended the script".to_owned()).into())
+            "COMPLETED" | "FAILED" | ENDED | "" if has_line(&stdout, BEGUN) && !has_run => {
+                Err(Error::Failed(ended_before).into())
             }
             "COMPLETED" | "FAILED" | ENDED | "" => {
                 let said = visit.read(&format!("{dir}/.baton/launcher.out")).await?.unwrap_or_default();
@@ -585,7 +644,12 @@ impl Job {
             status => {
                 // No job of this try may run any more, and none may still do so.
                 let cancel = row.external_id.map(|id| at.site.launcher.cancel(&id)).unwrap_or_default();
-                visit.exec(&format!("{}{cancel}\ntrue", script::give_up(dir))).await?;
+                let end = format!("{}{}{cancel}\ntrue", script::give_up(dir), script::prevent_start(dir));
+                let stdout = visit.exec(&end).await?.ok()?;
+                if has_run || has_line(&stdout, RAN) {
+                    let text = format!("lost: the site lost the job after its program had started ({status})");
+                    return Err(Error::Failed(text).into());
+                }
                 self.lost += 1;
                 if self.lost > LOST_MAX {
                     return Err(
@@ -597,6 +661,17 @@ impl Job {
                 Ok(Advance::Again)
             }
         }
+    }
+}
+
+/// A failure with the last line that the job wrote to its standard error.
+fn with_last_line(text: String, outputs: &[Output]) -> String {
+    let stderr = outputs.iter().find(|output| output.stream == Stream::Stderr);
+    let written = stderr.map(|output| [&output.head[..], &output.tail[..]].concat()).unwrap_or_default();
+    let written = String::from_utf8_lossy(&written);
+    match written.lines().rfind(|line| !line.trim().is_empty()) {
+        Some(line) => format!("{text}: {}", transport::shortened(&line.replace(char::is_control, " "))),
+        None => text,
     }
 }
 

@@ -13,7 +13,7 @@ use crate::transport::{Output, quote};
 pub(crate) struct Fork;
 
 /// What says which process it is: its number and when it started, since numbers come again.
-const JOB_ID: &str = "$$.$(cut -d ' ' -f 22 /proc/$$/stat)";
+const JOB_ID: &str = "$$.$(baton cut -d ' ' -f 22 /proc/$$/stat)";
 
 /// A job is its session: the script's shell may be gone, or have given its program a group of its own. `alive ID` is true
 /// while a process of it runs; a number is not given to another as long as a session has it.
@@ -29,10 +29,12 @@ alive() {
 }
 "#;
 
-/// Prints what a job does: `TOKEN|ID|STATUS`, or nothing if it is not known here.
+/// Prints what a job does: `TOKEN|ID|STATUS`, or nothing if it is not known here. A program may have written to the file of
+/// its job.
 const LOOK: &str = r#"
 look() {
-  if [ -s "$2/.baton/started/job" ]; then id=$(cat "$2/.baton/started/job"); else id=$3; fi
+  id=$(cat "$2/.baton/started/job" 2>/dev/null)
+  case $id in *[!0-9.]* | *.*.* | .* | *.) id=$3 ;; *.*) ;; *) id=$3 ;; esac
   [ -n "$id" ] || return 0
   if [ -f "$2/.baton/done.json" ]; then echo "$1|$id|ENDED"
   elif alive "$id"; then echo "$1|$id|RUNNING"
@@ -64,6 +66,10 @@ impl Launcher for Fork {
         true
     }
 
+    fn may_pass(&self, _output: &Output) -> bool {
+        false
+    }
+
     fn list(&self, jobs: &[(&Job, String)], _token: Option<&str>) -> String {
         let mut script = [ALIVE, LOOK].concat();
         for (job, dir) in jobs {
@@ -78,8 +84,7 @@ impl Launcher for Fork {
         if output.exit != Some(0) {
             return Err(output.complaint());
         }
-        let text = std::str::from_utf8(&output.stdout).map_err(|_| "the shell printed no text".to_owned())?;
-        text.lines().map(|line| read(line).ok_or_else(|| format!("the shell printed {line:?}"))).collect()
+        Ok(String::from_utf8_lossy(&output.stdout).lines().filter_map(read).collect())
     }
 
     fn waiting(&self) -> Option<&'static str> {

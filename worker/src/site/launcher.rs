@@ -13,7 +13,7 @@ pub(crate) trait Launcher: Send + Sync {
     /// What the script's first lines tell it.
     fn header(&self, spec: &Spec, on_site: &OnSite, site: &config::Site, dir: &str, token: &str) -> String;
 
-    /// The shell expression by which a script knows its job.
+    /// The shell expression by which a script knows its job. `baton` runs a command in it.
     fn job_id(&self) -> &'static str;
 
     /// The command that submits the script `.baton/run.sh` of the current folder and prints the job.
@@ -25,14 +25,17 @@ pub(crate) trait Launcher: Send + Sync {
     /// Whether a submission that failed may have made a job nevertheless.
     fn is_unsure(&self, output: &Output) -> bool;
 
+    /// Whether a submission was refused for a reason that passes by itself, such as a full queue.
+    fn may_pass(&self, output: &Output) -> bool;
+
     /// A script that lists jobs: all of this user's there, or that of one token. `jobs` are those of interest with their
     /// folders.
     fn list(&self, jobs: &[(&Job, String)], token: Option<&str>) -> String;
 
-    /// What such a script has printed.
+    /// What such a script has printed. Whatever it says of jobs that are not Baton's is left out.
     ///
     /// # Errors
-    /// It is not such an answer; nothing follows from it about any job.
+    /// It is no list; nothing follows from it about any job.
     fn listed(&self, output: &Output) -> Result<Vec<Listed>, String>;
 
     /// A script that lists the priorities of all that wait, if there is such a thing: a number in each line.
@@ -77,6 +80,8 @@ pub(crate) enum Phase {
     Running,
     /// It has ended, however.
     Ended,
+    /// It is there, and its launcher's word for where says nothing to this version.
+    Unknown,
 }
 
 /// The launcher that a configuration names.

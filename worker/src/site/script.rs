@@ -1,11 +1,15 @@
-//! The script that a job is: what it does before and after the program, and how it says so.
+//! The script of a job, in two layers, and the files by which it says what happened.
 //!
-//! Its first act is to make the folder `.baton/started`, which can be done once in a try: a second job of the same try ends
-//! without running the program, and whoever gives a try up puts a link there instead, so that no job of it can run any more
-//! and everybody sees why. Its last act is to write
-//! `.baton/done.json` under its final name by a rename; nothing but that file says how the program ended. A launcher that
-//! starts the same job again, since it has lost what it had started, finds its own name in `.baton/started/job` and leaves
+//! The outer layer, `.baton/run.sh`, is Baton's. It takes the try by making the folder `.baton/started`, which works once:
+//! a second job of the same try ends without running the program. A worker that gives a try up puts a link there instead,
+//! so no job of the try can run any more. At its end it renames `.baton/done.json` into place; only that file says how the
+//! program ended. A job that its launcher has started again finds its own name in `.baton/started/job` and leaves
 //! `.baton/again`.
+//!
+//! The inner layer, `.baton/program`, runs as a child process in the shell of the site: the lines of `pre`, then the
+//! program with its variables. Nothing that it does to its shell or its environment reaches the outer layer, which gives
+//! each of its own commands a clean environment. The inner layer makes the file `.baton/running` right before it starts
+//! the program, by a redirection alone, so no function or alias can prevent that.
 
 use std::fmt::Write as _;
 
@@ -13,6 +17,7 @@ use baton_common::config;
 use baton_common::spec::{OnSite, Spec, Work};
 use serde::Deserialize;
 
+use super::launcher::Launcher;
 use crate::transport::quote;
 
 /// Where a script and what it leaves are, below the folder of a try.
@@ -21,92 +26,242 @@ pub(crate) const FOLDER: &str = ".baton";
 /// What the script of a job leaves that its launcher has started again.
 pub(crate) const AGAIN: &str = "again";
 
+/// The file that exists from right before the program starts. A folder of this name says that it has not started and
+/// cannot start any more.
+const RUNNING: &str = "running";
+
 /// Room for `done.json`, in bytes: blanks behind its one line mean nothing.
 const DONE_BYTES: usize = 127;
 
-/// What stands there while the lines before the program run, any of which may end the script.
-pub(crate) const IN_PRE: &str = "pre";
+/// What stands in the room for `done.json` until the end. Scripts of earlier versions put blanks there when they started
+/// the program.
+const IN_PRE: &str = "pre";
 
-/// The exit of `timeout` for a program that it has ended.
+/// The exit of `timeout` for a program that it has ended, and of one that needed a KILL.
 const TIMED_OUT: i32 = 124;
+const TIMED_OUT_KILLED: i32 = 137;
+
+/// Runs a command of the outer layer: without the variables of the job, and with the system's own programs first.
+const BATON: &str = r#"baton() (
+  PATH=/usr/bin:/bin:/usr/sbin:/sbin:/usr/local/bin${PATH:+:$PATH}
+  export PATH
+  unset LD_PRELOAD LD_LIBRARY_PATH LD_AUDIT LD_DEBUG LD_DEBUG_OUTPUT
+  exec env -i PATH="$PATH" "$@"
+)
+"#;
+
+/// Prints how long the machine has been up, in hundredths of a second: a clock that nobody sets.
+const CLOCK: &str = r"baton_clock() { baton sed 's/^\([0-9]*\)\.\([0-9]*\) .*/\1\2/' /proc/uptime; }
+";
 
 /// What `done.json` says.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 pub(crate) struct Done {
     /// As the shell reports it: 128 + N for signal N.
     pub(crate) exit: i32,
-    /// `pre` when a line before the program failed, else `program`.
+    /// `pre` if the program was not started, else `program`.
     pub(crate) phase: String,
     /// In seconds since 1970, by the clock there.
     pub(crate) started_at: i64,
     /// In seconds since 1970, by the clock there.
     pub(crate) ended_at: i64,
+    /// Whether the script ended the program because its time was over; absent from scripts of earlier versions.
+    #[serde(default)]
+    pub(crate) timed_out: Option<bool>,
 }
 
-/// The whole script. `header` is what the launcher reads, `job_id` the shell expression for what it calls the job.
-pub(crate) fn render(
-    spec: &Spec,
-    on_site: &OnSite,
-    site: &config::Site,
-    dir: &str,
-    header: &str,
-    job_id: &str,
-) -> String {
-    let mut text = String::from("#!/bin/sh\n");
-    text.push_str(header);
-    let mut line = |line: &str| {
-        text.push_str(line);
-        text.push('\n');
-    };
-    line(&format!("cd {} || exit 1", quote(dir)));
-    // A line of `pre` may go elsewhere, and the program with it.
-    line(&format!("baton_dir={}", quote(&format!("{dir}/{FOLDER}"))));
-    line("if ! mkdir \"$baton_dir/started\" 2>/dev/null; then");
-    line(&format!(
-        "  [ \"$(cat \"$baton_dir/started/job\" 2>/dev/null)\" != \"{job_id}\" ] || : > \"$baton_dir/{AGAIN}\""
-    ));
-    line("  echo 'baton: this try has been started or given up before; nothing is run' >&2");
-    line("  exit 0");
-    line("fi");
-    line(&format!(
-        "echo \"{job_id}\" > \"$baton_dir/started/job.part\" && mv \"$baton_dir/started/job.part\" \"$baton_dir/started/job\" || exit 1"
-    ));
-    // It has its room from the beginning: whatever the program fills, it can say how it ended.
-    line(&format!("printf '%-{DONE_BYTES}s\\n' {IN_PRE} > \"$baton_dir/done.json.part\" || exit 1"));
-    line("baton_started=$(date +%s)");
-    line("baton_done() {");
-    line("  for baton_try in 1 2 3 4 5 6 7 8 9 10 11 12; do");
-    line("    printf '{\"exit\":%d,\"phase\":\"%s\",\"started_at\":%s,\"ended_at\":%s}' \"$1\" \"$2\" \\");
-    line("      \"$baton_started\" \"$(date +%s)\" 1<> \"$baton_dir/done.json.part\" &&");
-    line("      mv \"$baton_dir/done.json.part\" \"$baton_dir/done.json\" && break");
-    line("    sleep 5");
-    line("  done");
-    line("  exit \"$1\"");
-    line("}");
-    line("exec > \"$baton_dir/stdout\" 2> \"$baton_dir/stderr\"");
-    for pre in site.pre.iter().chain(&on_site.pre) {
-        // In this very shell, so that what it sets is there for the program; `set -e` does not count on this side of `||`.
-        line(&format!("{{\n{pre}\n}} || baton_done $? pre"));
+/// What the script of a job is made of.
+pub(crate) struct Script<'a> {
+    pub(crate) spec: &'a Spec,
+    pub(crate) on_site: &'a OnSite,
+    pub(crate) site: &'a config::Site,
+    pub(crate) launcher: &'a dyn Launcher,
+    /// The folder of the try.
+    pub(crate) dir: &'a str,
+    /// The name under which the launcher knows the job.
+    pub(crate) token: &'a str,
+    /// The process and the try, as the program sees them.
+    pub(crate) pid: &'a str,
+    pub(crate) attempt: &'a str,
+}
+
+impl Script<'_> {
+    /// Both layers and what they need: paths below the folder of the try, and contents.
+    pub(crate) fn files(&self) -> Vec<(String, Vec<u8>)> {
+        let mut files = vec![("run.sh", self.outer()), ("program", self.inner())];
+        if let Work::Script { text } = &self.spec.what {
+            files.push(("script", unix_lines(text)));
+        }
+        if let Some(stdin) = &self.spec.stdin {
+            files.push(("stdin", stdin.clone()));
+        }
+        files.into_iter().map(|(name, text)| (format!("{FOLDER}/{name}"), text.into_bytes())).collect()
     }
-    line("set +eu");
-    line(&format!("printf '%-{}s' '' 1<> \"$baton_dir/done.json.part\"", IN_PRE.len()));
-    for (name, value) in &spec.vars {
-        line(&format!("export {name}={}", quote(value)));
+
+    /// Both layers, for people.
+    pub(crate) fn text(&self) -> String {
+        format!("{}\n# {FOLDER}/program:\n\n{}", self.outer(), self.inner())
     }
-    let program = match &spec.what {
-        Work::Run { argv } => argv.iter().map(|word| quote(word)).collect::<Vec<_>>().join(" "),
-        Work::Script { .. } => "/bin/sh \"$baton_dir/script\"".to_owned(),
-        Work::Call { .. } => "false".to_owned(),
-    };
-    let stdin = if spec.stdin.is_some() { "\"$baton_dir/stdin\"" } else { "/dev/null" };
-    // Slurm keeps the time itself; a plain machine does not.
-    let timeout = match (site.launcher, spec.time) {
-        (config::Launcher::Fork, Some(time)) => format!("timeout -k 10 {} ", time.as_secs().max(1)),
-        (config::Launcher::Fork | config::Launcher::Slurm, _) => String::new(),
-    };
-    line(&format!("{timeout}{program} < {stdin}"));
-    line("baton_done $? program");
-    text
+
+    /// A path below `.baton`, as a word of the shell.
+    fn own(&self, name: &str) -> String {
+        quote(&format!("{}/{FOLDER}/{name}", self.dir))
+    }
+
+    fn outer(&self) -> String {
+        let header = self.launcher.header(self.spec, self.on_site, self.site, self.dir, self.token);
+        let job_id = self.launcher.job_id();
+        let [started, job, job_part] = ["started", "started/job", "started/job.part"].map(|name| self.own(name));
+        let [part, stdout, stderr] = ["done.json.part", "stdout", "stderr"].map(|name| self.own(name));
+        let (dir, again) = (quote(self.dir), self.own(AGAIN));
+        let mut text = format!("#!/bin/sh\n{header}{BATON}{CLOCK}");
+        let _ = write!(
+            text,
+            r#"trap : USR1 USR2
+cd {dir} || exit 1
+if ! baton mkdir {started} 2>/dev/null; then
+  [ "$(baton cat {job} 2>/dev/null)" != "{job_id}" ] || : > {again}
+  echo 'baton: this try has been started or given up before; nothing is run' >&2
+  exit 0
+fi
+set -- "{job_id}"
+echo "$1" > {job_part} && baton mv {job_part} {job} || exit 1
+printf '%-{DONE_BYTES}s\n' {IN_PRE} > {part} || exit 1
+: > {stdout} && : > {stderr} || exit 1
+set -- "$1" "$(baton date +%s)" "$(baton_clock)"
+{run} {program} < /dev/null > {stdout} 2> {stderr}
+set -- "$1" "$2" "$3" "$?"
+{ending}"#,
+            run = self.run(),
+            program = self.own("program"),
+            ending = self.ending()
+        );
+        text
+    }
+
+    /// What runs the inner layer. On a plain machine `timeout` keeps the time, and gives the layer a process group of its
+    /// own, so that a signal to its group does not reach the outer layer. Slurm keeps the time itself, and may know the
+    /// processes of a job by their group.
+    fn run(&self) -> String {
+        let shell = self.site.shell.iter().map(|word| quote(word)).collect::<Vec<_>>().join(" ");
+        match self.time_limit() {
+            Some(secs) => format!("\"$(baton sh -c 'command -v timeout')\" -k 10 {secs} {shell}"),
+            None => shell,
+        }
+    }
+
+    /// The time that the script keeps itself, in seconds; 0 for no limit.
+    fn time_limit(&self) -> Option<u64> {
+        match self.site.launcher {
+            config::Launcher::Fork => Some(self.spec.time.map_or(0, |time| time.as_secs().max(1))),
+            config::Launcher::Slurm => None,
+        }
+    }
+
+    /// From the end of the inner layer, with `$1` the job, `$2` and `$3` when that began, and `$4` its exit.
+    fn ending(&self) -> String {
+        let [started, job, running, exits] = ["started", "started/job", RUNNING, "exit."].map(|name| self.own(name));
+        let [part, done] = ["done.json.part", "done.json"].map(|name| self.own(name));
+        let over = match self.time_limit() {
+            Some(secs @ 1..) => format!(
+                // The clock counts in hundredths, so it may be one behind.
+                "case $4 in {TIMED_OUT} | {TIMED_OUT_KILLED}) [ $(($(baton_clock) - $3)) -lt {} ] || baton_over=true ;; esac\n",
+                secs.saturating_mul(100) - 1
+            ),
+            Some(0) | None => String::new(),
+        };
+        // Once the folder is made, the program cannot start any more. A program that has removed everything has run.
+        format!(
+            r#"baton_over=false baton_phase=pre
+{over}baton mkdir {running} 2>/dev/null
+if [ -f {running} ] || [ ! -d {started} ]; then baton_phase=program; fi
+for baton_exit in {exits}*; do
+  baton_exit=${{baton_exit##*.}}
+  case $baton_exit in "" | *[!0-9]*) ;; *) set -- "$1" "$2" "$3" "$baton_exit" ;; esac
+done
+if $baton_over; then set -- "$1" "$2" "$3" {TIMED_OUT}; fi
+if [ ! -d {started} ]; then baton mkdir -p {started} && echo "$1" > {job}; fi
+for baton_try in 1 2 3 4 5 6 7 8 9 10 11 12; do
+  printf '{{"exit":%d,"phase":"%s","started_at":%s,"ended_at":%s,"timed_out":%s}}' "$4" "$baton_phase" "$2" \
+    "$(baton date +%s)" "$baton_over" 1<> {part} &&
+    baton mv {part} {done} && break
+  baton sleep 5
+done
+exit "$4"
+"#
+        )
+    }
+
+    fn inner(&self) -> String {
+        let mut text = String::new();
+        for pre in self.site.pre.iter().chain(&self.on_site.pre) {
+            // In this very shell, so what it sets is there for the program; `set -e` does not count on this side of `||`.
+            let _ = writeln!(text, "eval {} || exit \"$?\"", quote(&unix_lines(pre)));
+        }
+        let stdin = if self.spec.stdin.is_some() { self.own("stdin") } else { "/dev/null".to_owned() };
+        let program = self.program().iter().map(|word| quote(word)).collect::<Vec<_>>().join(" ");
+        let (running, exits) = (self.own(RUNNING), self.own("exit."));
+        let _ = write!(
+            text,
+            r#"set -- 0
+> {running} && {program} < {stdin} || set -- "$?"
+> {exits}"$1" || exit "$1"
+exit "$1"
+"#
+        );
+        text
+    }
+
+    /// The program with its variables. `env` takes any name that an environment can hold; shells drop or refuse those that
+    /// are no identifiers.
+    fn program(&self) -> Vec<String> {
+        let own = [("BATON_PID", self.pid), ("BATON_TRY", self.attempt), ("BATON_SANDBOX", self.dir)];
+        let vars = self.spec.vars.iter().map(|(name, value)| (name.as_str(), value.as_str()));
+        let vars = vars.filter(|(name, _)| own.iter().all(|(own, _)| own != name)).chain(own);
+        let mut words = vec!["/usr/bin/env".to_owned(), "--".to_owned()];
+        words.extend(vars.map(|(name, value)| format!("{name}={value}")));
+        let argv = match &self.spec.what {
+            Work::Run { argv } => argv.clone(),
+            Work::Script { text } => {
+                let mut argv = interpreter(text).unwrap_or_else(|| self.shell_of_scripts());
+                argv.push(format!("{}/{FOLDER}/script", self.dir));
+                argv
+            }
+            Work::Call { .. } => vec!["false".to_owned()],
+        };
+        if argv.first().is_some_and(|program| program.contains('=')) {
+            // `env` would take it for another variable.
+            words.extend(["nice", "-n", "0"].map(str::to_owned));
+        }
+        words.extend(argv);
+        words
+    }
+
+    /// The shell of the site without its options: as a login shell it would undo what `pre` and `vars` have set.
+    fn shell_of_scripts(&self) -> Vec<String> {
+        self.site.shell.iter().take_while(|word| !word.starts_with('-')).cloned().collect()
+    }
+}
+
+/// What the system would run for a script that begins with `#!`: the interpreter, and the rest of the line as one
+/// argument. It is named here, so the script needs no permission to be executed, and its file system none either.
+fn interpreter(script: &str) -> Option<Vec<String>> {
+    let blanks = [' ', '\t'];
+    let line = script.strip_prefix("#!")?.lines().next()?.trim_matches(blanks);
+    let (program, argument) = line.split_once(blanks).unwrap_or((line, ""));
+    if program.is_empty() {
+        return None;
+    }
+    // The system does not look for it in PATH.
+    let program = if program.contains('/') { program.to_owned() } else { format!("./{program}") };
+    let argument = Some(argument.trim_start_matches(blanks)).filter(|argument| !argument.is_empty());
+    Some(std::iter::once(program).chain(argument.map(str::to_owned)).collect())
+}
+
+/// Shells take a carriage return before a line end for a part of the last word.
+fn unix_lines(text: &str) -> String {
+    let text = text.replace("\r\n", "\n");
+    text.strip_suffix('\r').unwrap_or(&text).to_owned()
 }
 
 /// What gives a try up, unless its program was started: in one step, so that nobody can die in the middle of it. It prints
@@ -125,28 +280,46 @@ pub(crate) fn look_for_mark(dir: &str) -> String {
     )
 }
 
+/// Prints what a job has left that has not said how its program ended: [`GIVEN_UP`], [`AGAIN`], [`BEGUN`] if its script
+/// came to the lines of `pre`, and [`RAN`] if the program was started.
+pub(crate) fn look_for_start(dir: &str) -> String {
+    let [started, again, running, part] =
+        ["started", AGAIN, RUNNING, "done.json.part"].map(|name| quote(&format!("{dir}/{FOLDER}/{name}")));
+    // A script of an earlier version has put blanks there, and knows no other sign.
+    format!(
+        "[ ! -L {started} ] || echo {GIVEN_UP}
+         [ ! -e {again} ] || echo {AGAIN}
+         [ ! -s {part} ] || echo {BEGUN}
+         if [ -f {running} ] || [ \"$(head -c {} {part} 2>/dev/null)\" = '{}' ]; then echo {RAN}; fi
+         true\n",
+        IN_PRE.len(),
+        " ".repeat(IN_PRE.len())
+    )
+}
+
+/// Prevents a program from starting that has not started, and prints [`RAN`] if it has.
+pub(crate) fn prevent_start(dir: &str) -> String {
+    let running = quote(&format!("{dir}/{FOLDER}/{RUNNING}"));
+    format!("mkdir {running} 2>/dev/null; [ ! -f {running} ] || echo {RAN}\n")
+}
+
 /// See [`look_for_mark`].
 pub(crate) const UNMARKED: &str = "unmarked";
 
 /// See [`give_up`].
 pub(crate) const GIVEN_UP: &str = "given-up";
 
-/// What the program's files beside the script are: their paths below the folder of the try, and their content.
-pub(crate) fn companions(spec: &Spec) -> Vec<(String, Vec<u8>)> {
-    let mut files = Vec::new();
-    if let Work::Script { text } = &spec.what {
-        files.push((format!("{FOLDER}/script"), text.clone().into_bytes()));
-    }
-    if let Some(stdin) = &spec.stdin {
-        files.push((format!("{FOLDER}/stdin"), stdin.clone().into_bytes()));
-    }
-    files
-}
+/// See [`look_for_start`].
+pub(crate) const BEGUN: &str = "begun";
+
+/// See [`look_for_start`].
+pub(crate) const RAN: &str = "ran";
 
 impl Done {
     /// Whether the script itself has ended the program because its time was over.
     pub(crate) fn is_timed_out(&self, site: &config::Site, spec: &Spec) -> bool {
-        site.launcher == config::Launcher::Fork && spec.time.is_some() && self.exit == TIMED_OUT
+        let guess = || site.launcher == config::Launcher::Fork && spec.time.is_some() && self.exit == TIMED_OUT;
+        self.timed_out.unwrap_or_else(guess)
     }
 
     /// The signal that ended the program.
@@ -155,187 +328,5 @@ impl Done {
     }
 }
 
-/// A value in a line that `sbatch` reads: it takes blanks and quotes for its own, but for those in double quotes.
-fn header_word(value: &str) -> String {
-    let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b"_-./:,=@%+".contains(&byte);
-    if !value.is_empty() && value.bytes().all(is_plain) {
-        return value.to_owned();
-    }
-    format!("\"{}\"", value.replace('\\', "\\\\").replace('"', "\\\""))
-}
-
-/// The lines that Slurm reads.
-pub(crate) fn slurm_header(spec: &Spec, on_site: &OnSite, site: &config::Site, dir: &str, token: &str) -> String {
-    let mut header = String::new();
-    let mut option = |name: &str, value: Option<String>| {
-        let value = value.map(|value| format!("={}", header_word(&value))).unwrap_or_default();
-        let _ = writeln!(header, "#SBATCH --{name}{value}");
-    };
-    option("job-name", Some(token.to_owned()));
-    option("chdir", Some(dir.to_owned()));
-    // `%` begins a pattern there.
-    option("output", Some(format!("{}/{FOLDER}/launcher.out", dir.replace('%', "%%"))));
-    // A job that the scheduler starts again would find `started` taken.
-    option("no-requeue", None);
-    let needs = &on_site.needs;
-    for (name, value) in [("nodes", needs.nodes), ("ntasks", needs.ranks), ("cpus-per-task", needs.cpus)] {
-        if let Some(value) = value {
-            option(name, Some(value.to_string()));
-        }
-    }
-    if let Some(bytes) = needs.mem {
-        option("mem", Some(format!("{}M", bytes.div_ceil(1 << 20).max(1))));
-    }
-    if let Some(gpus) = needs.gpus {
-        option("gpus-per-node", Some(gpus.to_string()));
-    }
-    if let Some(time) = spec.time {
-        option("time", Some(time.as_secs().div_ceil(60).max(1).to_string()));
-    }
-    let mut native = site.native.clone();
-    native.extend(on_site.native.clone());
-    for (name, value) in native {
-        option(&name, (!value.is_empty()).then_some(value));
-    }
-    header
-}
-
 #[cfg(test)]
-mod tests {
-    use std::process::Command;
-    use std::time::Duration;
-
-    use super::*;
-
-    fn site(launcher: &str) -> config::Site {
-        toml::from_str(&format!("transport = 'local'\nlauncher = '{launcher}'\nroot = '/r'\npre = ['GREETING=hello']"))
-            .unwrap()
-    }
-
-    fn run(spec: &Spec, dir: &std::path::Path) -> std::process::Output {
-        let folder = dir.join(FOLDER);
-        std::fs::create_dir_all(&folder).unwrap();
-        for (path, content) in companions(spec) {
-            std::fs::write(dir.join(path), content).unwrap();
-        }
-        let on_site = spec.on_site.clone().unwrap_or_default();
-        let text = render(spec, &on_site, &site("fork"), &dir.display().to_string(), "", "$$");
-        std::fs::write(folder.join("run.sh"), text).unwrap();
-        Command::new("/bin/sh").arg(folder.join("run.sh")).output().unwrap()
-    }
-
-    fn done(dir: &std::path::Path) -> Option<Done> {
-        let text = std::fs::read(dir.join(FOLDER).join("done.json")).ok()?;
-        Some(serde_json::from_slice(&text).unwrap())
-    }
-
-    fn spec(what: Work) -> Spec {
-        Spec { on_site: Some(OnSite { at: "x".into(), ..OnSite::default() }), ..Spec::new(what) }
-    }
-
-    #[test]
-    fn a_script_runs_its_program_once_and_says_how_it_ended() {
-        let dir = tempfile::tempdir().unwrap();
-        let dir = dir.path().join("with 'quotes' and $signs");
-        let argv = ["sh", "-c", "cat; echo \"$0 $GREETING $MORE\"; echo x >> ran; exit 3", "it's"].map(str::to_owned);
-        let spec = Spec {
-            vars: [("MORE".to_owned(), "a $HOME 'b'".to_owned())].into(),
-            stdin: Some("in\n".into()),
-            ..spec(Work::Run { argv: argv.to_vec() })
-        };
-        assert_eq!(run(&spec, &dir).status.code(), Some(3));
-        let first = done(&dir).unwrap();
-        assert_eq!((first.exit, first.phase.as_str(), first.signal()), (3, "program", None));
-        assert_eq!(std::fs::read_to_string(dir.join(".baton/stdout")).unwrap(), "in\nit's  a $HOME 'b'\n");
-        let second = run(&spec, &dir);
-        assert!(second.status.success() && String::from_utf8_lossy(&second.stderr).contains("nothing is run"));
-        assert_eq!(std::fs::read_to_string(dir.join("ran")).unwrap(), "x\n");
-    }
-
-    #[test]
-    fn a_failing_line_before_the_program_is_told_apart_and_a_time_limit_too() {
-        let dir = tempfile::tempdir().unwrap();
-        let mut spec = spec(Work::Script { text: "touch ran\nsleep 60\n".into() });
-        spec.on_site.as_mut().unwrap().pre = vec!["false".into()];
-        run(&spec, dir.path());
-        assert_eq!(done(dir.path()).unwrap().phase, "pre");
-        assert!(!dir.path().join("ran").exists());
-        let dir = tempfile::tempdir().unwrap();
-        spec.on_site.as_mut().unwrap().pre.clear();
-        spec.time = Some(Duration::from_secs(1));
-        run(&spec, dir.path());
-        assert!(done(dir.path()).unwrap().is_timed_out(&site("fork"), &spec));
-    }
-
-    #[test]
-    fn a_line_before_the_program_may_go_elsewhere_and_be_strict() {
-        let elsewhere = tempfile::tempdir().unwrap();
-        let dir = tempfile::tempdir().unwrap();
-        let mut spec = spec(Work::Script { text: "cat > here; false; exit 7".into() });
-        spec.stdin = Some("in".into());
-        let pre = vec!["set -eu".to_owned(), format!("cd '{}'", elsewhere.path().display())];
-        spec.on_site.as_mut().unwrap().pre = pre;
-        run(&spec, dir.path());
-        let said = done(dir.path()).unwrap();
-        assert_eq!((said.exit, said.phase.as_str()), (7, "program"));
-        assert_eq!(std::fs::read_to_string(elsewhere.path().join("here")).unwrap(), "in");
-        for (line, exit) in [("set -e\nfalse\ntrue", None), ("set -e; false", Some(1)), ("exit 5", None)] {
-            let dir = tempfile::tempdir().unwrap();
-            spec.on_site.as_mut().unwrap().pre = vec![line.to_owned(), "true # a word".to_owned()];
-            run(&spec, dir.path());
-            let part = std::fs::read_to_string(dir.path().join(".baton/done.json.part")).unwrap_or_default();
-            let said = done(dir.path()).map(|done| (done.exit, done.phase));
-            match exit {
-                Some(exit) => assert_eq!(said, Some((exit, "pre".to_owned())), "{line}"),
-                None if line.starts_with("exit") => {
-                    assert!(said.is_none() && part.starts_with(IN_PRE), "{line}: {part}")
-                }
-                None => assert_eq!(said.unwrap().1, "program", "{line}"),
-            }
-        }
-    }
-
-    #[test]
-    fn a_job_that_its_launcher_starts_again_says_so() {
-        let dir = tempfile::tempdir().unwrap();
-        let spec = spec(Work::Run { argv: vec!["true".into()] });
-        run(&spec, dir.path());
-        run(&spec, dir.path());
-        assert!(!dir.path().join(".baton/again").exists(), "another job");
-        let text =
-            render(&spec, spec.on_site.as_ref().unwrap(), &site("slurm"), &dir.path().display().to_string(), "", "7");
-        std::fs::write(dir.path().join(".baton/started/job"), "7\n").unwrap();
-        assert!(Command::new("/bin/sh").arg("-c").arg(text).status().unwrap().success());
-        assert!(dir.path().join(".baton/again").exists());
-    }
-
-    #[test]
-    fn a_value_with_blanks_is_one_word_for_slurm() {
-        assert_eq!(header_word("a/b:c"), "a/b:c");
-        assert_eq!(header_word("two words"), r#""two words""#);
-        assert_eq!(header_word(r#"a"b\c"#), r#""a\"b\\c""#);
-    }
-
-    #[test]
-    fn slurm_is_asked_for_what_the_spec_needs() {
-        let mut spec = spec(Work::Run { argv: vec!["true".into()] });
-        spec.time = Some(Duration::from_secs(61));
-        let on_site = spec.on_site.as_mut().unwrap();
-        on_site.needs.cpus = Some(4);
-        on_site.needs.mem = Some((1 << 30) + 1);
-        on_site.native = [("exclusive".to_owned(), String::new()), ("account".to_owned(), "a1".to_owned())].into();
-        let on_site = on_site.clone();
-        let header = slurm_header(&spec, &on_site, &site("slurm"), "/d", "baton-1-1");
-        for wanted in [
-            "--job-name=baton-1-1",
-            "--no-requeue\n",
-            "--cpus-per-task=4",
-            "--mem=1025M",
-            "--time=2",
-            "--exclusive\n",
-            "--account=a1",
-        ] {
-            assert!(header.contains(wanted), "{wanted} in\n{header}");
-        }
-    }
-}
+mod tests;

@@ -108,6 +108,7 @@ impl Watch {
         match poll(shared, site, open).await {
             Ok(()) => {
                 self.has_complained = false;
+                let _ = site.store.note_launcher(&site.name, None).await;
                 if site.config.transport == config::Transport::Local {
                     // Elsewhere whoever opens a session says so: it answers, and what failed before is over.
                     let _ = site.store.note_site(&site.name, None).await;
@@ -126,7 +127,7 @@ impl Watch {
                     );
                     self.has_complained = true;
                 }
-                let _ = site.store.note_launcher(&site.name, &text).await;
+                let _ = site.store.note_launcher(&site.name, Some(&text)).await;
             }
             Err(Failure::Store(error)) => debug!(site = site.name, %error, "what was seen is not recorded"),
         }
@@ -182,11 +183,7 @@ async fn poll(shared: &Shared, site: &Site, open: &mut Open) -> Result<(), Failu
     let found = Found::of(&listed);
     let positions = positions(site, open, dirs.iter().filter_map(|(job, _)| found.job(job))).await?;
     let missing = dirs.iter().filter(|(job, _)| job.external_id.is_some() && found.job(job).is_none());
-    // One that waits after it has run, or in no ordinary way, may have done its work.
-    let odd = dirs.iter().filter(|(job, _)| {
-        let waits = found.job(job).filter(|found| found.phase == Phase::Waiting);
-        waits.is_some_and(|found| found.status != WAITING || ![WAITING, ""].contains(&job.look.status.as_str()))
-    });
+    let odd = dirs.iter().filter(|(job, _)| found.job(job).is_some_and(|found| may_have_run(job, found)));
     let done = done(open, missing.chain(odd)).await?;
     let settling = site.config.settle.as_millis() / site.config.poll.as_millis().max(1);
     let absent_max = i64::try_from(settling).unwrap_or(i64::MAX).max(ABSENT_MIN);
@@ -248,6 +245,16 @@ async fn poll(shared: &Shared, site: &Site, open: &mut Open) -> Result<(), Failu
         reap(site, open, job, dir, found).await?;
     }
     end_strays(site, open, &jobs, &found).await
+}
+
+/// Whether a job that is listed may have done its work: it waits after it has run or in no ordinary way, or is in a state
+/// that is not known.
+fn may_have_run(job: &Job, found: &Listed) -> bool {
+    match found.phase {
+        Phase::Waiting => found.status != WAITING || ![WAITING, ""].contains(&job.look.status.as_str()),
+        Phase::Unknown => true,
+        Phase::Running | Phase::Ended => false,
+    }
 }
 
 /// What a list says of jobs, by their names.

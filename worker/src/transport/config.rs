@@ -190,9 +190,8 @@ impl Answer {
         let files: Vec<_> = self
             .all("userknownhostsfile")
             .chain(self.all("globalknownhostsfile"))
-            .flat_map(str::split_whitespace)
-            .filter(|file| *file != "none")
-            .map(|file| at_home(Path::new(file)))
+            .flat_map(|names| files_of(names, Path::is_file))
+            .filter(|file| file != Path::new("none"))
             .collect();
         if files.is_empty() {
             ["~/.ssh/known_hosts", "/etc/ssh/ssh_known_hosts"].map(|file| at_home(Path::new(file))).to_vec()
@@ -222,6 +221,21 @@ impl Answer {
     fn files(&self, key: &'static str, host: &str, user: &str) -> Vec<PathBuf> {
         self.all(key).filter(|file| *file != "none").map(|file| file_with_tokens(file, host, user)).collect()
     }
+}
+
+/// The files that a line of OpenSSH's answer names. It takes the quotes from around names with blanks, so the longest
+/// beginning that is the name of a file is one.
+fn files_of(names: &str, is_file: impl Fn(&Path) -> bool) -> Vec<PathBuf> {
+    let words: Vec<&str> = names.split(' ').collect();
+    let mut files = Vec::new();
+    let mut from = 0;
+    while from < words.len() {
+        let joined = |to: usize| at_home(Path::new(&words[from..to].join(" ")));
+        let to = (from + 2..=words.len()).rev().find(|to| is_file(&joined(*to))).unwrap_or(from + 1);
+        files.extend(Some(joined(to)).filter(|file| !file.as_os_str().is_empty()));
+        from = to;
+    }
+    files
 }
 
 /// The tokens of `ssh_config` that make sense in the name of a file.
@@ -319,6 +333,22 @@ mod tests {
         assert_eq!(answer.proxy(&Place::default(), &target()).unwrap(), None);
         assert_eq!(Answer::default().known_hosts()[1], PathBuf::from("/etc/ssh/ssh_known_hosts"));
     }
+
+    #[test]
+    fn a_file_of_known_hosts_may_have_blanks_in_its_name() {
+        let there = ["/a b/known hosts", "/d", "/two  blanks"].map(Path::new);
+        for (names, expected) in [
+            ("/a b/known hosts /d", vec!["/a b/known hosts", "/d"]),
+            ("/d /a b/known hosts", vec!["/d", "/a b/known hosts"]),
+            ("/two  blanks", vec!["/two  blanks"]),
+            ("/x /y", vec!["/x", "/y"]),
+            ("", vec![]),
+        ] {
+            let expected: Vec<PathBuf> = expected.into_iter().map(PathBuf::from).collect();
+            assert_eq!(files_of(names, |file| there.contains(&file)), expected, "{names}");
+        }
+    }
+
     #[test]
     fn tokens_are_replaced_once() {
         let tokens = [('h', "%p"), ('p', "22"), ('%', "%")];

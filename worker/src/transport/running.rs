@@ -19,6 +19,7 @@ const PIECE: usize = 64 << 10;
 pub(super) type Limit<'a> = &'a (dyn Fn(bool) -> Duration + Sync);
 
 /// What comes from a command.
+#[derive(Debug)]
 pub(super) enum Event {
     Stdout(Bytes),
     Stderr(Bytes),

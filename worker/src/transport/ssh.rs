@@ -1,18 +1,20 @@
 //! Commands by SSH: one connection, a channel for each command.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use russh::client::{Handle, Msg};
 use russh::{ChannelMsg, ChannelReadHalf, ChannelWriteHalf, Disconnect, Sig};
-use tokio::sync::oneshot;
+use tokio::sync::{oneshot, watch};
 use tokio::time::timeout;
 use tokio_util::task::TaskTracker;
 
 use super::Error;
 use super::config::Route;
 use super::login::{self, Ending, LoggedIn, Verifier};
+use super::marks::{Endless, Marked, Marks};
 use super::proxy::Proxy;
 use super::running::Event;
 
@@ -25,8 +27,8 @@ const AFTER_LIMIT: Duration = Duration::from_secs(2);
 /// Most bytes of a command in the form in which it is sent: systems take 128 KiB in one argument.
 const COMMAND_MAX: usize = 120 << 10;
 
-/// Most that the start-up files of a login shell may print.
-const NOISE_MAX: usize = 256 << 10;
+/// How long the server may take to close a channel whose command was killed.
+const CLOSE_LIMIT: Duration = Duration::from_secs(10);
 
 /// A connection that has logged in. Clones are the same one.
 #[derive(Clone, Debug)]
@@ -41,10 +43,12 @@ struct Inner {
     _proxy: Option<Proxy>,
     /// Why the connection has ended.
     ending: Ending,
-    /// What comes before the output of every command.
-    mark: String,
+    /// What comes before and after the outputs of every command.
+    marks: Marks,
     /// What closes channels whose owners are gone. Each task ends with the connection at the latest.
     closing: TaskTracker,
+    /// How many channels have no owner and are not closed yet: the server still counts them.
+    n_closing: watch::Sender<usize>,
     runtime: tokio::runtime::Handle,
 }
 
@@ -64,8 +68,9 @@ impl Connection {
             outer: handles,
             _proxy: proxy,
             ending,
-            mark: format!("baton-{}\n", uuid::Uuid::new_v4().simple()),
+            marks: Marks::new(),
             closing: TaskTracker::new(),
+            n_closing: watch::Sender::new(0),
             runtime: tokio::runtime::Handle::current(),
         };
         Ok(Self(Arc::new(inner)))
@@ -100,8 +105,25 @@ impl Connection {
         Error::Broken(self.0.ending.reason())
     }
 
-    /// Opens a channel, which is closed even if nobody waits for it any more.
+    /// Opens a channel, which is closed even if nobody waits for it any more. A server that has no room for one may have it
+    /// when those are closed that were given up before.
     async fn channel(&self) -> Result<Open, Error> {
+        let mut n_closing = self.0.n_closing.subscribe();
+        loop {
+            let n_before = *n_closing.borrow_and_update();
+            let opened = self.open_channel().await;
+            let n_after = *n_closing.borrow_and_update();
+            if n_before.max(n_after) == 0 || !matches!(opened, Err(Error::NoChannel(_))) {
+                return opened;
+            }
+            if n_after >= n_before {
+                // It never ends with an error, since the connection has the sender.
+                let _ = n_closing.wait_for(|n_closing| *n_closing < n_after).await;
+            }
+        }
+    }
+
+    async fn open_channel(&self) -> Result<Open, Error> {
         let (opened_tx, opened) = oneshot::channel();
         let connection = self.clone();
         let open = async move {
@@ -117,7 +139,14 @@ impl Connection {
         }
     }
 
+    /// Closes a channel of which nothing more is wanted, and waits until the server has.
     fn close_later(&self, close: impl Future<Output = ()> + Send + 'static) {
+        self.0.n_closing.send_modify(|n_closing| *n_closing += 1);
+        let connection = self.clone();
+        let close = async move {
+            let _ = timeout(CLOSE_LIMIT, close).await;
+            connection.0.n_closing.send_modify(|n_closing| *n_closing -= 1);
+        };
         self.0.closing.spawn_on(close, &self.0.runtime);
     }
 
@@ -127,18 +156,20 @@ impl Connection {
 
     /// Starts a command.
     pub(super) async fn start(&self, command: &str, limit: Option<Duration>) -> Result<Command, Error> {
-        let command_line = command_line(command, &self.0.mark, limit);
+        let command_line = command_line(&self.0.marks.around(command), limit);
         if command_line.len() > COMMAND_MAX {
             return Err(Error::Config("the command is too long; feed a long one to `sh -s`".to_owned()));
         }
         let (read, write) = self.channel().await?.take().split();
         let input = Input(Some(write));
         let events = Events {
-            read,
+            read: Some(read),
             connection: self.clone(),
-            noise: Some(BytesMut::new()),
+            stdout: self.0.marks.stdout(),
+            stderr: self.0.marks.stderr(),
             exit: None,
             signal: None,
+            last: VecDeque::new(),
             has_ended: false,
         };
         let command = Command { input, events };
@@ -165,7 +196,11 @@ impl Open {
 impl Drop for Open {
     fn drop(&mut self) {
         if let Some(channel) = self.channel.take() {
-            self.connection.close_later(async move { _ = channel.close().await });
+            let (mut read, write) = channel.split();
+            self.connection.close_later(async move {
+                let _ = write.close().await;
+                closed(&mut read).await;
+            });
         }
     }
 }
@@ -183,12 +218,15 @@ pub(super) struct Input(Option<ChannelWriteHalf<Msg>>);
 
 #[derive(Debug)]
 pub(super) struct Events {
-    read: ChannelReadHalf,
+    /// There until the command is dropped.
+    read: Option<ChannelReadHalf>,
     connection: Connection,
-    /// What came before the mark, until that comes.
-    noise: Option<BytesMut>,
+    stdout: Marked,
+    stderr: Marked,
     exit: Option<i32>,
     signal: Option<String>,
+    /// What is still to be told when the channel is closed.
+    last: VecDeque<Event>,
     has_ended: bool,
 }
 
@@ -201,10 +239,12 @@ impl Command {
 impl Drop for Command {
     fn drop(&mut self) {
         let Some(write) = self.input.0.take().filter(|_| !self.events.has_ended) else { return };
+        let Some(mut read) = self.events.read.take() else { return };
         // The server keeps a place for the command until that has ended, whatever becomes of the channel.
         self.events.connection.close_later(async move {
             let _ = write.signal(Sig::KILL).await;
             let _ = write.close().await;
+            closed(&mut read).await;
         });
     }
 }
@@ -229,50 +269,70 @@ impl Input {
 impl Events {
     pub(super) async fn next(&mut self) -> Result<Event, Error> {
         loop {
-            match self.read.wait().await {
+            if let Some(event) = self.last.pop_front() {
+                return Ok(event);
+            }
+            let read = self.read.as_mut().expect("it is taken by the drop only");
+            match read.wait().await {
                 Some(ChannelMsg::Data { data }) => {
-                    if let Some(data) = self.without_noise(data)? {
+                    if let Some(data) = self.stdout.push(data).map_err(|Endless| self.endless())? {
                         return Ok(Event::Stdout(data));
                     }
                 }
-                Some(ChannelMsg::ExtendedData { data, ext: 1 }) => return Ok(Event::Stderr(data)),
+                Some(ChannelMsg::ExtendedData { data, ext: 1 }) => {
+                    if let Some(data) = self.stderr.push(data).map_err(|Endless| self.endless())? {
+                        return Ok(Event::Stderr(data));
+                    }
+                }
                 Some(ChannelMsg::ExitStatus { exit_status }) => self.exit = Some(exit_status.cast_signed()),
                 Some(ChannelMsg::ExitSignal { signal_name, .. }) => self.signal = Some(signal_text(&signal_name)),
                 Some(ChannelMsg::Failure) => return Err(self.connection.refused("it runs no commands")),
-                Some(ChannelMsg::Close) => return self.end(),
+                Some(ChannelMsg::Close) => self.end()?,
                 Some(_) => {}
                 None => return Err(self.connection.broken()),
             }
         }
     }
 
-    fn end(&mut self) -> Result<Event, Error> {
+    /// Nothing more comes.
+    fn end(&mut self) -> Result<(), Error> {
         self.has_ended = true;
-        if let Some(noise) = self.noise.take() {
+        if !self.stdout.has_begun() {
             // The login shell has ended without running anything. It may have told why.
-            let why = String::from_utf8_lossy(&noise).trim().to_owned();
+            let why = String::from_utf8_lossy(&self.stdout.rest()).trim().to_owned();
             return Err(self.connection.refused(&format!("it runs no commands {why}")));
         }
-        if self.exit.is_none() && self.signal.is_none() {
+        let (exit, signal) = match self.stdout.exit() {
+            // What a login does after the command may have another exit.
+            Some(exit) => (Some(exit), None),
+            None => (self.exit, self.signal.take()),
+        };
+        if exit.is_none() && signal.is_none() {
             return Err(Error::Broken("the channel was closed before the command had ended".to_owned()));
         }
-        Ok(Event::Ended { exit: self.exit, signal: self.signal.take() })
+        if exit == Some(0) && !self.stdout.has_ended() {
+            return Err(Error::Broken("the command has ended without the end of its output".to_owned()));
+        }
+        let rest = [Event::Stdout(self.stdout.rest()), Event::Stderr(self.stderr.rest())];
+        self.last.extend(rest.into_iter().filter(|rest| match rest {
+            Event::Stdout(rest) | Event::Stderr(rest) => !rest.is_empty(),
+            Event::Ended { .. } => true,
+        }));
+        self.last.push_back(Event::Ended { exit, signal });
+        Ok(())
     }
 
-    /// What the command itself has written.
-    fn without_noise(&mut self, data: Bytes) -> Result<Option<Bytes>, Error> {
-        let Some(noise) = &mut self.noise else { return Ok(Some(data)) };
-        noise.extend_from_slice(&data);
-        let mark = self.connection.0.mark.as_bytes();
-        if let Some(at) = noise.windows(mark.len()).position(|window| window == mark) {
-            let rest = noise.split_off(at + mark.len()).freeze();
-            self.noise = None;
-            return Ok(Some(rest).filter(|rest| !rest.is_empty()));
+    fn endless(&self) -> Error {
+        self.connection.refused("its login shell prints without end")
+    }
+}
+
+/// Waits until a channel is closed.
+async fn closed(read: &mut ChannelReadHalf) {
+    while let Some(message) = read.wait().await {
+        if matches!(message, ChannelMsg::Close) {
+            return;
         }
-        if noise.len() > NOISE_MAX {
-            return Err(self.connection.refused("its login shell prints without end"));
-        }
-        Ok(None)
     }
 }
 
@@ -296,7 +356,7 @@ fn signal_text(signal: &Sig) -> String {
 
 /// What the login shell is given. Every shell passes it on alike: one word in single quotes, with no line end, no quote,
 /// no backslash pair and no `!` in it.
-fn command_line(command: &str, mark: &str, limit: Option<Duration>) -> String {
+fn command_line(command: &str, limit: Option<Duration>) -> String {
     let run = match limit {
         // A server that does not pass our signals on would keep the command, and a place for it.
         Some(limit) => format!(
@@ -305,7 +365,7 @@ fn command_line(command: &str, mark: &str, limit: Option<Duration>) -> String {
         ),
         None => r#"exec /bin/sh -c "$c""#.to_owned(),
     };
-    format!(r#"exec /bin/sh -c 'printf "%b" "{}"; c=$(printf "%b" "{}"); {run}'"#, escaped(mark), escaped(command))
+    format!(r#"exec /bin/sh -c 'c=$(printf "%b" "{}"); {run}'"#, escaped(command))
 }
 
 /// As `printf %b` reads it: everything but the plainest characters by its number.
@@ -328,7 +388,7 @@ mod tests {
 
     #[test]
     fn a_command_line_is_one_quoted_word_for_every_shell() {
-        let line = command_line("echo 'it'\"s\" \\\\ $HOME !! `x` %s\nexit 3", "mark\n", None);
+        let line = command_line("echo 'it'\"s\" \\\\ $HOME !! `x` %s\nexit 3", None);
         let inner = line.strip_prefix("exec /bin/sh -c '").and_then(|rest| rest.strip_suffix('\'')).unwrap();
         assert!(!inner.contains(['\'', '\n', '!', '`']) && !inner.contains(r"\\"), "{line}");
         assert_eq!(quote(inner), format!("'{inner}'"));
@@ -338,9 +398,9 @@ mod tests {
     fn the_shell_runs_exactly_the_command() {
         let command = "printf '%s|' 'it'\\''s' \"a  b\" '\\n' '!x' 'ä'; printf '%s' \"$0\"\nexit 3";
         for limit in [None, Some(Duration::from_secs(5))] {
-            let line = command_line(command, "mark\n", limit);
+            let line = command_line(command, limit);
             let ran = std::process::Command::new("/bin/sh").arg("-c").arg(&line).output().unwrap();
-            assert_eq!(String::from_utf8_lossy(&ran.stdout), "mark\nit's|a  b|\\n|!x|ä|/bin/sh", "{line}");
+            assert_eq!(String::from_utf8_lossy(&ran.stdout), "it's|a  b|\\n|!x|ä|/bin/sh", "{line}");
             assert_eq!(ran.status.code(), Some(3));
         }
     }

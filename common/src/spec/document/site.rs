@@ -86,7 +86,7 @@ impl Reader {
                 mem: self.take(needs, "mem", mem),
                 gpus: self.take(needs, "gpus", |node| count(&node, 0)),
             },
-            native: self.take_texts(document, "native", option_name, option_value),
+            native: self.take_texts(document, "native", on_site::check_option, on_site::check_option_value),
             pre: self.take(document, "pre", shell_lines).unwrap_or_default(),
             inputs: inputs.into_iter().map(|(_, _, input)| input).collect(),
             staged: None,
@@ -446,20 +446,6 @@ fn mem(node: Node) -> Read<u64> {
             Err(format!("is wrong: `{shown}` is no memory; write a whole number with {}", units()))
         }
     }
-}
-
-fn option_name(name: &str) -> Read<()> {
-    if !is_made_of(name, NAME_BYTES_MAX, |c| c.is_ascii_alphanumeric() || "-_".contains(c)) || name.starts_with('-') {
-        return Err("must be an option's long name without the `--` before it, such as `account`".to_owned());
-    }
-    on_site::check_native(name)
-}
-
-fn option_value(value: &str) -> Read<()> {
-    if value.chars().any(char::is_control) {
-        return Err("must be one line without control characters".to_owned());
-    }
-    Ok(())
 }
 
 fn shell_lines(node: Node) -> Read<Vec<String>> {

@@ -30,7 +30,7 @@ pub(crate) async fn stage_in(
     context: &Context,
     on_site: &OnSite,
     dir: &str,
-    script: &str,
+    own: Vec<(String, Vec<u8>)>,
 ) -> Result<(), Error> {
     let staging = Staging { site, visit, context, dir };
     let manifest = match on_site.staged {
@@ -42,8 +42,6 @@ pub(crate) async fn stage_in(
         return Err(Error::Stage(format!("{path} cannot go to {RESERVED}, which belongs to Baton")));
     }
     let (large, small): (Vec<Entry>, Vec<Entry>) = entries.into_iter().partition(|entry| entry.size >= CACHED_FROM);
-    let mut own = script::companions(context.spec());
-    own.push((format!("{}/run.sh", script::FOLDER), script.as_bytes().to_vec()));
     staging.send_small(small, folders, own).await?;
     let mut links = Vec::new();
     for entry in &large {
