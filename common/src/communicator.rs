@@ -20,6 +20,7 @@ mod link;
 mod memory;
 mod meter;
 mod nesting;
+mod ownership;
 mod poison;
 mod publish;
 #[cfg(test)]
@@ -36,6 +37,7 @@ use futures_util::future::join_all;
 use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 use tokio::time::{Instant, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
 
 use self::board::{Board, Link};
 use self::control::{Ask, encode_reply};
@@ -58,6 +60,9 @@ pub struct Options {
     pub control_queue: Option<String>,
     /// The heartbeat that is asked of the broker; `?heartbeat=` in the URL wins. Ten seconds by default.
     pub heartbeat: Option<Duration>,
+    /// The identity of the database whose processes the messages are about. A virtual host that belongs to another one is not
+    /// used; `None` does not ask.
+    pub database: Option<Uuid>,
 }
 
 /// Where messages go.
@@ -189,6 +194,14 @@ pub enum CheckError {
         /// What the broker said.
         reason: String,
     },
+    /// Give each database a virtual host of its own.
+    #[error("virtual host {vhost} of broker {url} belongs to another database, which has processes of its own")]
+    OtherDatabase {
+        /// As above.
+        url: String,
+        /// Which one.
+        vhost: String,
+    },
     /// The broker answered something else.
     #[error("broker {url} refuses the connection: {reason}")]
     Refused {
@@ -269,9 +282,9 @@ pub fn control_queue(worker: &str, incarnation: crate::id::Incarnation) -> Strin
 }
 
 impl Broker {
-    /// One attempt to connect to each URL, to say of each what is wrong; in their order.
-    pub async fn check(urls: &[String]) -> Vec<Result<BrokerInfo, CheckError>> {
-        join_all(urls.iter().map(|url| check::check(url))).await
+    /// One attempt to connect to each URL, to say of each what is wrong; in their order. `database` is as in [`Options`].
+    pub async fn check(urls: &[String], database: Option<Uuid>) -> Vec<Result<BrokerInfo, CheckError>> {
+        join_all(urls.iter().map(|url| check::check(url, database))).await
     }
 }
 

@@ -114,6 +114,7 @@ pub struct Site {
     /// What starts programs there.
     pub launcher: Launcher,
     /// The folder there below which everything of Baton is; absolute, or relative to the home folder.
+    #[serde(deserialize_with = "site_root")]
     pub root: String,
     /// Pause between two looks at the jobs.
     #[serde(with = "duration::text", default = "poll_default")]
@@ -261,6 +262,45 @@ fn shell<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Vec<String
     Ok(words)
 }
 
+fn site_root<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
+    let root = String::deserialize(deserializer)?;
+    if root.contains('\0') {
+        return Err(serde::de::Error::custom("`root` has a NUL byte, which no path can have"));
+    }
+    check_literal(Path::new(&root)).map_err(|problem| serde::de::Error::custom(format!("`root` {problem}")))?;
+    Ok(root)
+}
+
+/// Whether a path can be taken as it is. No shell reads a configuration, so what only a shell expands would become the name of a
+/// folder.
+fn check_literal(path: &Path) -> Result<(), String> {
+    let text = path.to_string_lossy();
+    let first = text.split('/').next().unwrap_or_default();
+    let rest = text.split_once('/').map_or("", |(_, rest)| rest);
+    if first.starts_with('$') {
+        return Err(format!("is `{text}`: variables are not expanded; write `~/{rest}`, or the whole path"));
+    }
+    if first.starts_with('~') && first != "~" {
+        return Err(format!("is `{text}`: only `~/` stands for a home folder; write the whole path"));
+    }
+    Ok(())
+}
+
+/// A path of a configuration, in which `~/` stands for the home folder of this user.
+///
+/// # Errors
+/// What is wrong with it, to be read after the name of the option.
+pub fn from_home(path: &Path) -> Result<PathBuf, String> {
+    check_literal(path)?;
+    match path.strip_prefix("~") {
+        Ok(rest) => {
+            let home = std::env::home_dir().ok_or("begins with `~/`, and no home folder is known: set HOME")?;
+            Ok(home.join(rest))
+        }
+        Err(_) => Ok(path.to_owned()),
+    }
+}
+
 fn native<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<BTreeMap<String, String>, D::Error> {
     let native = BTreeMap::<String, String>::deserialize(deserializer)?;
     for (name, value) in &native {
@@ -402,7 +442,9 @@ pub fn split_urls(text: &str) -> Vec<String> {
 /// # Errors
 /// [`Error::Read`].
 pub fn read_secret(path: &Path) -> Result<String, Error> {
-    let text = std::fs::read_to_string(path).map_err(|source| Error::Read { path: path.to_owned(), source })?;
+    let place = || path.to_owned();
+    let path = from_home(path).map_err(|problem| Error::Content { path: place(), reason: problem })?;
+    let text = std::fs::read_to_string(&path).map_err(|source| Error::Read { path, source })?;
     Ok(text.trim().to_owned())
 }
 
@@ -439,6 +481,18 @@ mod tests {
 
     fn parse(text: &str) -> Result<Config, Error> {
         Config::parse(Path::new("baton.toml"), text)
+    }
+
+    #[test]
+    fn a_path_that_only_a_shell_would_expand_is_refused() {
+        for path in ["$HOME/x", "${HOME}/x", "~ann/x"] {
+            assert!(from_home(Path::new(path)).unwrap_err().contains("write"), "{path}");
+            let site = format!("[sites.a]\ntransport = 'local'\nlauncher = 'fork'\nroot = '{path}'");
+            assert!(Config::parse(Path::new("baton.toml"), &site).unwrap_err().to_string().contains(path), "{path}");
+        }
+        assert_eq!(from_home(Path::new("/a/$b/~")).unwrap(), Path::new("/a/$b/~"));
+        let home = std::env::home_dir().unwrap();
+        assert_eq!(from_home(Path::new("~/x")).unwrap(), home.join("x"));
     }
 
     #[test]

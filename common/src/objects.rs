@@ -7,6 +7,7 @@
 //! objects, since what one database needs is not known to another.
 
 mod error;
+mod file_url;
 pub mod manifest;
 mod place;
 #[cfg(test)]
@@ -470,7 +471,7 @@ impl Objects {
 
     fn url_of(&self, key: &Key) -> String {
         match &*self.place {
-            Place::Folder(folder) => format!("file://{}", folder.join(key.as_ref()).display()),
+            Place::Folder(folder) => file_url::of_path(&folder.join(key.as_ref())),
             Place::Bucket { name, .. } => format!("s3://{name}/{key}"),
         }
     }

@@ -80,6 +80,7 @@ impl Client {
         if self.broker_urls.is_empty() {
             return Ok(None);
         }
+        let database = self.store.identity().await.map_err(|error| error.to_string())?;
         // Only a command that has something to say opens connections.
         let communicator = self.communicator.get_or_init(|| {
             let (communicator, _) = Communicator::start(communicator::Options {
@@ -87,6 +88,7 @@ impl Client {
                 name: "baton".into(),
                 control_queue: None,
                 heartbeat: None,
+                database: Some(database),
             });
             communicator
         });

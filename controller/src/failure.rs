@@ -177,6 +177,10 @@ impl From<CheckError> for Failure {
     }
 }
 
+/// What to do about a virtual host of another database.
+const OTHER_DATABASE: &str = "name a virtual host of its own for each database in BATON_BROKER_URL; if the other database is \
+                              gone, delete the queue `baton.database` of this virtual host";
+
 /// The exit code of a broker that cannot be used, and what to do about it.
 pub(crate) fn broker_remedy(error: &CheckError) -> (u8, &'static str) {
     match error {
@@ -188,6 +192,7 @@ pub(crate) fn broker_remedy(error: &CheckError) -> (u8, &'static str) {
         CheckError::NoVhost { .. } => {
             (exit::REFUSED, "rabbitmqctl add_vhost, and rabbitmqctl set_permissions for the user")
         }
+        CheckError::OtherDatabase { .. } => (exit::CONFLICT, OTHER_DATABASE),
         CheckError::Refused { .. } => (exit::REFUSED, "see RabbitMQ's log"),
         CheckError::All(_) => (exit::UNREACHABLE, "`baton doctor` checks each of them"),
     }

@@ -36,6 +36,7 @@ impl Operator {
             name: format!("operator {name}"),
             control_queue: None,
             heartbeat: None,
+            database: None,
         });
         communicator.wait_connected(Duration::from_secs(10)).await.expect("the broker answers");
         Self { name: name.to_owned(), store, communicator }

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use baton_common::communicator::Broker;
+use baton_common::communicator::{Broker, CheckError};
 use baton_common::config::{self, Config};
 use baton_common::failpoint;
 use baton_common::objects::Objects;
@@ -28,6 +28,9 @@ const GRACE: Duration = Duration::from_secs(25);
 
 /// Pause between two attempts of a worker to reach the database when it starts.
 const CONNECT_PAUSE: Duration = Duration::from_secs(1);
+
+/// How long a worker that starts asks its broker to whom the virtual host belongs.
+const CHECK_LIMIT: Duration = Duration::from_secs(3);
 
 /// Most connections of one worker: more are a slip of the pen.
 const CONNECTIONS_MAX: u32 = 100;
@@ -205,6 +208,9 @@ async fn serve(command: Command, registry: Registry) -> ExitCode {
             Ok(options) => options,
             Err(code) => return code,
         };
+        if let Err(code) = refuse_other_database(&options, &stop).await {
+            return code;
+        }
         match worker::run(&options, &stop).await {
             Ok(()) => ExitCode::from(exit::OK),
             Err(failure) => {
@@ -291,6 +297,8 @@ async fn options(command: Command, registry: Registry, stop: &Stop) -> Result<Op
         )));
     }
     let access = Access::of_worker(&name, connections);
+    let root = command.root.or(file.root).unwrap_or_else(|| PathBuf::from(".baton/worker"));
+    let root = config::from_home(&root).map_err(|problem| refuse(format!("`worker.root` {problem}")))?;
     let cores = std::thread::available_parallelism().map_or(1, std::num::NonZeroUsize::get);
     let defaults = Limits::default();
     Ok(Options {
@@ -299,7 +307,7 @@ async fn options(command: Command, registry: Registry, stop: &Stop) -> Result<Op
         queues,
         slots: command.slots.or(file.slots).unwrap_or(SLOTS),
         threads: command.threads.map(usize::from).or(file.threads).unwrap_or(cores).max(1),
-        root: command.root.or(file.root).unwrap_or_else(|| PathBuf::from(".baton/worker")),
+        root,
         grace: command.grace.or(file.grace).unwrap_or(GRACE),
         limits: Limits {
             advances_max: file.advances_max.unwrap_or(defaults.advances_max),
@@ -312,6 +320,26 @@ async fn options(command: Command, registry: Registry, stop: &Stop) -> Result<Op
         store: open(location, access, stop).await?,
         broker: Broker::Amqp(resolved.broker_urls),
     })
+}
+
+/// Refuses to start on a virtual host of another database. A broker that does not answer is asked again by the communicator.
+async fn refuse_other_database(options: &Options, stop: &Stop) -> Result<(), ExitCode> {
+    let Broker::Amqp(urls) = &options.broker else { return Ok(()) };
+    let asking = async {
+        let database = options.store.identity().await.ok()?;
+        let checks = Broker::check(urls, Some(database)).await;
+        checks.into_iter().filter_map(Result::err).find(|error| matches!(error, CheckError::OtherDatabase { .. }))
+    };
+    match stop.unless_stopped(tokio::time::timeout(CHECK_LIMIT, asking)).await {
+        Some(Ok(Some(error))) => {
+            error!(
+                "{error}: name a virtual host of its own for each database; if the other database is gone, delete the queue \
+                 `baton.database` of this virtual host"
+            );
+            Err(ExitCode::from(exit::CONFLICT))
+        }
+        Some(Ok(None) | Err(_)) | None => Ok(()),
+    }
 }
 
 /// Waits for the database as long as it does not answer, or until the worker is told to stop; what it refuses needs a person.

@@ -219,6 +219,7 @@ pub(crate) async fn run(options: &Options, drain: CancellationToken, hurry: Canc
                 version: env!("CARGO_PKG_VERSION").to_owned(),
                 queues: options.queues.clone(),
                 slots: options.slots,
+                sites: options.sites.keys().cloned().collect(),
             },
         )
         .await?;
@@ -229,6 +230,7 @@ pub(crate) async fn run(options: &Options, drain: CancellationToken, hurry: Canc
         name: format!("baton-worker {}", options.name),
         control_queue: Some(communicator::control_queue(&options.name, me)),
         heartbeat: None,
+        database: Some(store.identity().await?),
     });
     let lease = Lease::new(sent_at);
     let programs = Programs::start(PathBuf::from(local::SELF), lease.renewals(), TRUST)?;

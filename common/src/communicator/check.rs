@@ -6,16 +6,17 @@ use async_rs::TokioRuntime;
 use futures_util::{AsyncReadExt, AsyncWriteExt};
 use lapin::tcp::{AMQPUriTcpExt, OwnedTLSConfig};
 use tokio::time::timeout;
+use uuid::Uuid;
 
-use super::link::{ANSWER_LIMIT, close, masked, open, parse};
+use super::link::{ANSWER_LIMIT, close, masked, open_for, parse};
 use super::{BrokerInfo, CheckError};
 
 /// The frame that a broker begins with is some 500 bytes long.
 const START_BYTES_MAX: usize = 64 * 1024;
 
 /// One attempt at one URL.
-pub(super) async fn check(url: &str) -> Result<BrokerInfo, CheckError> {
-    let connection = open(url, "baton doctor", None).await?;
+pub(super) async fn check(url: &str, database: Option<Uuid>) -> Result<BrokerInfo, CheckError> {
+    let connection = open_for(url, "baton check", None, database).await?;
     close(&connection).await;
     let properties = match timeout(ANSWER_LIMIT, ask_properties(url)).await {
         Ok(properties) => properties?,

@@ -140,7 +140,7 @@ impl DeadLetters {
     }
 
     async fn look(urls: Vec<String>) -> Result<Self, Error> {
-        let dial = Dial::new(urls, "baton dead".to_owned(), None, Arc::new(Board::new()));
+        let dial = Dial::new(urls, "baton dead".to_owned(), None, None, Arc::new(Board::new()));
         let connection = dial.connect(Link::Publish).await?;
         dial.board.up(Link::Publish);
         ensure(&connection, &dial.board, &[Item::DeadQueue]).await.map_err(Error::Refused)?;

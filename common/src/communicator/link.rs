@@ -11,10 +11,11 @@ use lapin::uri::{AMQPScheme, AMQPUri};
 use lapin::{Connection, ConnectionProperties, ErrorKind, Event};
 use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
 
 use super::CheckError;
 use super::board::{Board, Link};
-use super::guard;
+use super::{guard, ownership};
 
 /// Longest wait for any one answer of the broker. A loaded quorum queue answers within a second or two.
 pub(super) const ANSWER_LIMIT: Duration = Duration::from_secs(10);
@@ -43,6 +44,8 @@ pub(super) struct Dial {
     pub(super) urls: Vec<String>,
     pub(super) name: String,
     pub(super) heartbeat: Option<Duration>,
+    /// The database to which the virtual host has to belong.
+    pub(super) database: Option<Uuid>,
     pub(super) board: Arc<Board>,
     pub(super) close: CancellationToken,
     /// For each connection: how many URLs it has been at, so that the next one has its turn.
@@ -78,9 +81,15 @@ impl Backoff {
 }
 
 impl Dial {
-    pub(super) fn new(urls: Vec<String>, name: String, heartbeat: Option<Duration>, board: Arc<Board>) -> Self {
+    pub(super) fn new(
+        urls: Vec<String>,
+        name: String,
+        heartbeat: Option<Duration>,
+        database: Option<Uuid>,
+        board: Arc<Board>,
+    ) -> Self {
         let close = CancellationToken::new();
-        Self { urls, name, heartbeat, board, close, turns: Default::default() }
+        Self { urls, name, heartbeat, database, board, close, turns: Default::default() }
     }
 
     /// Why a connection has ended; with the host, if there are several.
@@ -113,7 +122,7 @@ impl Dial {
             let next = waiting.next();
             let is_last = next.is_none();
             if let Some((idx, url)) = next {
-                let open = open(url, &name, self.heartbeat);
+                let open = open_for(url, &name, self.heartbeat, self.database);
                 attempts.push(async move { (idx, open.await) });
             }
             let patience = async {
@@ -157,6 +166,20 @@ impl Dial {
             }
         }
     }
+}
+
+/// One attempt at one URL whose virtual host has to belong to a database.
+pub(super) async fn open_for(
+    url: &str,
+    name: &str,
+    heartbeat: Option<Duration>,
+    database: Option<Uuid>,
+) -> Result<Connection, CheckError> {
+    let connection = open(url, name, heartbeat).await?;
+    if let Some(database) = database {
+        ownership::take(&connection, url, database).await?;
+    }
+    Ok(connection)
 }
 
 /// One attempt at one URL.

@@ -68,8 +68,8 @@ async fn run_in_process(own_queue: Option<String>, work: Work) {
 
 async fn run_amqp(options: Options, urls: Vec<String>, work: Work) {
     let Work { jobs, jobs_tx, asks, orders, events, settlements, settle_tx, tasks_tx, controls_tx, board, stop } = work;
-    let Options { name, control_queue: own_queue, heartbeat, broker: _ } = options;
-    let dial = Arc::new(Dial::new(urls, name, heartbeat, Arc::clone(&board)));
+    let Options { name, control_queue: own_queue, heartbeat, database, broker: _ } = options;
+    let dial = Arc::new(Dial::new(urls, name, heartbeat, database, Arc::clone(&board)));
     let close = dial.close.clone();
     let control = control::Ends { own_queue, asks, controls_tx: controls_tx.clone(), publish_tx: jobs_tx.clone() };
     let intake = intake::Ends { orders, tasks_tx, controls_tx, settle_tx, publish_tx: jobs_tx.clone() };

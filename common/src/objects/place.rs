@@ -10,7 +10,7 @@ use object_store::local::LocalFileSystem;
 use object_store::path::Path as Key;
 use object_store::{ClientConfigKey, ClientOptions, ObjectStore, RetryConfig};
 
-use super::{DEFAULT_FOLDER, Error};
+use super::{DEFAULT_FOLDER, Error, file_url};
 use crate::config;
 
 /// How long a connection to the server may take.
@@ -59,21 +59,19 @@ pub(super) fn folder(config: &config::Objects) -> Result<Option<PathBuf>, Error>
     let url = config.url.as_deref().unwrap_or(DEFAULT_FOLDER);
     let path = match url.split_once("://") {
         None => url,
-        Some(("file", path)) if path.starts_with('/') => path,
+        Some(("file", path)) if path.starts_with('/') => {
+            let path = file_url::to_path(path);
+            return path
+                .map(Some)
+                .ok_or_else(|| wrong("`objects.url` has a `%` without two hexadecimal digits behind it"));
+        }
         Some(("s3", _)) => return Ok(None),
         Some(_) => return Err(wrong("`objects.url` must be a folder, file:///FOLDER, or s3://BUCKET/PREFIX")),
     };
     if path.is_empty() {
         return Err(wrong("`objects.url` is empty; name a folder, or s3://BUCKET/PREFIX"));
     }
-    match path.strip_prefix("~/") {
-        Some(rest) => {
-            let home = std::env::home_dir();
-            let home = home.ok_or_else(|| wrong("no home folder is known; set BATON_OBJECTS_URL or `objects.url`"))?;
-            Ok(Some(home.join(rest)))
-        }
-        None => Ok(Some(PathBuf::from(path))),
-    }
+    config::from_home(Path::new(path)).map(Some).map_err(|problem| wrong(&format!("`objects.url` {problem}")))
 }
 
 /// Moves a file within a file system, young, and so that neither its content nor its name can be lost afterwards. False if

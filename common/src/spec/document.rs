@@ -282,7 +282,8 @@ impl Section {
 fn text(node: Node) -> Read<String> {
     match node.content {
         Content::Text(text) => Ok(text),
-        Content::Number(number) => Err(format!("must be text, not a number; put quotes around it: \"{number}\"")),
+        // The number is not repeated: `3.10` has been read as 3.1.
+        Content::Number(_) => Err("must be text, not a number; put quotes around it".to_owned()),
         Content::Bool(bool) => Err(format!("must be text, not a boolean; put quotes around it: \"{bool}\"")),
         Content::Null | Content::List(_) | Content::Map(_) => Err(format!("must be text, not {}", node.what())),
     }

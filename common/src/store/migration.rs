@@ -12,6 +12,7 @@ mod m20261121_000004_sites;
 mod m20261129_000001_by_key;
 mod m20261129_000002_identity;
 mod m20261130_000002_objects;
+mod m20261130_000003_served_sites;
 #[cfg(feature = "next-version")]
 mod m20991231_000001_next;
 
@@ -32,6 +33,7 @@ impl MigratorTrait for Migrator {
             Box::new(m20261129_000001_by_key::Migration),
             Box::new(m20261129_000002_identity::Migration),
             Box::new(m20261130_000002_objects::Migration),
+            Box::new(m20261130_000003_served_sites::Migration),
             #[cfg(feature = "next-version")]
             Box::new(m20991231_000001_next::Migration),
         ]

@@ -125,6 +125,8 @@ impl Seen {
 /// What is known of a site.
 #[derive(Clone, Debug, Default)]
 pub struct SiteFacts {
+    /// Whether a live worker serves it.
+    pub is_served: bool,
     /// Its name.
     pub name: String,
     /// Its launcher's word.
@@ -549,7 +551,7 @@ impl Store {
         let sql = "SELECT s.name, s.launcher, s.root, s.slots, s.failures, s.last_error, s.last_error_at, s.polled_at,
                           s.retry_at - {now} AS retry_in,
                           (SELECT COUNT(*) FROM permit t JOIN worker w ON w.id = t.owner AND w.gone_at IS NULL
-                           WHERE t.name LIKE 'slot/' || s.name || '/%') AS slots_taken,
+                           WHERE substr(t.name, 1, length(s.name) + 6) = 'slot/' || s.name || '/') AS slots_taken,
                           (SELECT COUNT(*) FROM job j WHERE j.site = s.name AND j.ended_at IS NULL) AS jobs,
                           (SELECT COUNT(*) FROM process p
                            WHERE p.waits_for = 'slot/' || s.name AND p.place = {parked}) AS waiting_for_slot,
@@ -559,10 +561,15 @@ impl Store {
                            WHERE t.name = 'watch/' || s.name) AS watcher
                    FROM site s WHERE $1 = '' OR s.name = $1 ORDER BY s.name";
         let rows = self.query(sql, vec![name.unwrap_or_default().into()]).await?;
+        let serving = self.query("SELECT sites FROM worker WHERE gone_at IS NULL", vec![]).await?;
+        let serving = serving.iter().map(served_sites).collect::<Result<Vec<_>, Error>>()?;
         rows.iter()
             .map(|row| {
+                let name: String = row.try_get("", "name")?;
                 Ok(SiteFacts {
-                    name: row.try_get("", "name")?,
+                    // A worker of an older version does not say which sites it serves.
+                    is_served: serving.iter().any(|sites| sites.as_ref().is_none_or(|sites| sites.contains(&name))),
+                    name,
                     launcher: row.try_get("", "launcher")?,
                     root: row.try_get("", "root")?,
                     slots: row.try_get("", "slots")?,
@@ -580,6 +587,12 @@ impl Store {
             })
             .collect()
     }
+}
+
+/// The sites that a worker says it serves; `None` if it does not say so.
+fn served_sites(row: &QueryResult) -> Result<Option<Vec<String>>, Error> {
+    let text: Option<String> = row.try_get("", "sites")?;
+    text.map(|text| serde_json::from_str(&text).map_err(|error| Error::Unreadable(error.to_string()))).transpose()
 }
 
 fn job(row: &QueryResult) -> Result<Job, Error> {

@@ -33,6 +33,8 @@ pub struct NewWorker {
     pub queues: Vec<String>,
     /// How many processes it holds at a time.
     pub slots: u32,
+    /// The sites that it serves.
+    pub sites: Vec<String>,
 }
 
 /// A live worker as others see it.
@@ -104,9 +106,10 @@ impl Store {
     pub async fn register(&self, id: Incarnation, worker: &NewWorker) -> Result<(), Error> {
         // A worker that has no connection for its beat would lose its lease at once.
         self.beats.warm().await?;
-        let sql = "INSERT INTO worker (id, name, host, os_pid, version, queues, slots, load, drain, beat, beat_at,
+        let sql =
+            "INSERT INTO worker (id, name, host, os_pid, version, queues, slots, sites, load, drain, beat, beat_at,
                                        started_at)
-                   VALUES ($1, $2, $3, $4, $5, $6, $7, 0, false, 0, {now}, {now})";
+                   VALUES ($1, $2, $3, $4, $5, $6, $7, $8, 0, false, 0, {now}, {now})";
         let values: Vec<Value> = vec![
             Uuid::from(id).into(),
             worker.name.clone().into(),
@@ -115,6 +118,7 @@ impl Store {
             worker.version.clone().into(),
             worker.queues.join(",").into(),
             i64::from(worker.slots).into(),
+            serde_json::to_string(&worker.sites).expect("texts are JSON").into(),
         ];
         self.execute(sql, values).await?;
         if self.is_embedded() {

@@ -450,7 +450,7 @@ async fn a_wrong_password_and_other_mistakes_are_named_without_the_password() {
     assert!(matches!(&told, TellError::Down(down) if down.0.contains("credentials")), "{told:?}");
     communicator.shutdown().await;
 
-    let check = async |url: &str| Broker::check(&[url.to_owned()]).await.remove(0);
+    let check = async |url: &str| Broker::check(&[url.to_owned()], None).await.remove(0);
     let info = check(&vhost.url).await.unwrap();
     assert!(info.url.contains("guest@127.0.0.1"), "{info:?}");
     assert!(info.version.starts_with("RabbitMQ 3") || info.version.starts_with("RabbitMQ 4"), "{info:?}");

@@ -167,7 +167,7 @@ impl OwnBroker {
             .expect("RabbitMQ is installed");
         self.server = Some(server);
         let deadline = Instant::now() + Duration::from_secs(60);
-        while Broker::check(&[self.url()]).await[0].is_err() {
+        while Broker::check(&[self.url()], None).await[0].is_err() {
             assert!(
                 Instant::now() < deadline,
                 "no broker: {}",

@@ -24,7 +24,13 @@ use tokio::time::{Instant, sleep, timeout};
 const LIMIT: Duration = Duration::from_secs(20);
 
 fn options(broker: Broker, name: &str, control_queue: Option<&str>) -> Options {
-    Options { broker, name: name.to_owned(), control_queue: control_queue.map(str::to_owned), heartbeat: None }
+    Options {
+        broker,
+        name: name.to_owned(),
+        control_queue: control_queue.map(str::to_owned),
+        heartbeat: None,
+        database: None,
+    }
 }
 
 /// The log of a failed test, by `RUST_LOG`.

@@ -156,6 +156,7 @@ fn worker(name: &str) -> NewWorker {
         version: "0".into(),
         queues: vec!["default".into()],
         slots: 8,
+        sites: vec![],
     }
 }
 

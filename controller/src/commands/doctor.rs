@@ -11,6 +11,7 @@ use baton_common::store::query::queue_name;
 use baton_common::store::{self, Location, Store, WORKER_CONNECTIONS};
 use baton_worker::cli::{chain, exit, exit_code};
 use serde_json::{Value, json};
+use uuid::Uuid;
 
 use crate::cli::{Global, Output};
 use crate::client::{DATABASE_FILE, objects_of, one_connection};
@@ -78,7 +79,12 @@ pub(crate) async fn run(global: &Global) -> Result<u8, Failure> {
             }
         },
     };
-    findings.extend(brokers(&resolved.broker_urls).await);
+    // That of `baton run` has no broker.
+    let database = match &store {
+        Some(store) if !store.is_embedded() => Some(store.identity().await?),
+        Some(_) | None => None,
+    };
+    findings.extend(brokers(&resolved.broker_urls, database).await);
     if let Ok(config) = objects_of(global, &resolved) {
         let found = objects(&config).await;
         let is_usable = found.verdict == Verdict::Ok;
@@ -139,13 +145,13 @@ fn connections(connections: Connections) -> Finding {
 }
 
 /// A finding for each host. One that cannot be used is a failure only if none can.
-async fn brokers(urls: &[String]) -> Vec<Finding> {
+async fn brokers(urls: &[String], database: Option<Uuid>) -> Vec<Finding> {
     if urls.is_empty() {
         let text = "none is named; processes are found by the database alone, and only `baton run` needs none";
         let remedy = "set BATON_BROKER_URL, `broker.url` in baton.toml or --broker-url";
         return vec![finding("broker", Verdict::Warn, text.into(), Some(remedy))];
     }
-    let checks = Broker::check(urls).await;
+    let checks = Broker::check(urls, database).await;
     let is_any_usable = checks.iter().any(Result::is_ok);
     let is_one = urls.len() == 1;
     let findings = checks.into_iter().map(|check| match check {
@@ -223,7 +229,8 @@ async fn sites(store: &Store) -> Result<Vec<Finding>, Failure> {
     if sites.is_empty() {
         return Ok(vec![]);
     }
-    let down = sites.iter().filter_map(|site| Some((site, site.retry_in?)));
+    let (served, unserved): (Vec<_>, Vec<_>) = sites.iter().partition(|site| site.is_served);
+    let down = served.iter().filter_map(|site| Some((site, site.retry_in?)));
     let mut findings: Vec<Finding> = down
         .map(|(site, retry_in)| {
             let error = one_line(site.last_error.as_deref().unwrap_or_default(), ERROR_CHARS_MAX);
@@ -231,7 +238,11 @@ async fn sites(store: &Store) -> Result<Vec<Finding>, Failure> {
             finding("sites", Verdict::Warn, text, Some(&format!("baton site test {}", site.name)))
         })
         .collect();
-    let n_up = sites.len() - findings.len();
+    let n_up = served.len() - findings.len();
+    findings.extend(unserved.iter().map(|site| {
+        let text = format!("no live worker serves {}", site.name);
+        finding("sites", Verdict::Warn, text, Some("start a worker whose configuration has the site"))
+    }));
     if n_up > 0 {
         findings.push(finding("sites", Verdict::Ok, format!("{n_up} up"), None));
     }

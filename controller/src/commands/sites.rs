@@ -31,9 +31,13 @@ pub(crate) async fn run(global: &Global, arguments: SitesArguments) -> Result<u8
     Ok(exit::OK)
 }
 
-/// One word for its state; the breaker is closed when it is `up`.
+/// One word for its state: `unserved` without a live worker that serves it, `down` while nobody connects after a failure, or `up`.
 pub(crate) fn state(site: &SiteFacts) -> &'static str {
-    if site.retry_in.is_some() { "down" } else { "up" }
+    match (site.is_served, site.retry_in) {
+        (false, _) => "unserved",
+        (true, Some(_)) => "down",
+        (true, None) => "up",
+    }
 }
 
 fn text(sites: &[SiteFacts], now: i64) -> String {
@@ -54,8 +58,8 @@ fn text(sites: &[SiteFacts], now: i64) -> String {
     ]);
     for site in sites {
         let state = match site.retry_in {
-            Some(micros) => format!("down, again in {}", span(micros)),
-            None => state(site).to_owned(),
+            Some(micros) if site.is_served => format!("down, again in {}", span(micros)),
+            Some(_) | None => state(site).to_owned(),
         };
         let error = site.last_error.as_deref().map(|error| {
             let ago = site.last_error_at.map(|at| format!("{} ago: ", span(now - at))).unwrap_or_default();

@@ -119,7 +119,7 @@ impl Real {
 async fn start_worker(store: &Store) -> Writer {
     let me = id::Incarnation::generate();
     let (name, host, version) = ("w".into(), "h".into(), "0".into());
-    let worker = NewWorker { name, host, os_pid: 1, version, queues: vec!["default".into()], slots: 8 };
+    let worker = NewWorker { name, host, os_pid: 1, version, queues: vec!["default".into()], slots: 8, sites: vec![] };
     store.register(me, &worker).await.unwrap();
     let (writer, task) = Writer::new(store, me, &Arc::new(Semaphore::new(8))).await.unwrap();
     #[expect(clippy::disallowed_methods, reason = "it ends with the test's runtime")]

@@ -176,7 +176,9 @@ async fn a_kill_leaves_no_job(kind: Kind) {
     writeln!(spec, "needs: {{time: 20m}}").unwrap();
     let mut all = slurm.submit(&scene, &spec, 3).await;
     all_run(&path, 3).await;
-    slurm.replace("timeout", "[ \"$1 $2\" != '-k 5' ] || sleep 2; exec $REAL \"$@\"");
+    let go = scene.path("go");
+    let until_go = format!("while [ ! -e '{}' ]; do sleep 0.1; done", go.display());
+    slurm.replace("timeout", &format!("[ \"$1 $2\" != '-k 5' ] || {until_go}; exec $REAL \"$@\""));
     all.extend(slurm.submit(&scene, &spec, 2).await);
     eventually("they are being submitted", LIMIT, async || {
         match scene.sql("SELECT count(*) FROM job WHERE external_id IS NULL").await.trim() {
@@ -187,6 +189,12 @@ async fn a_kill_leaves_no_job(kind: Kind) {
     .await;
     let arguments: Vec<&str> = ["kill"].into_iter().chain(all.iter().map(String::as_str)).collect();
     slurm.baton(&scene, &arguments).await;
+    eventually("the tries that are being submitted are given up", LIMIT, async || {
+        let started = |pid: &String| scene.path("site").join("p").join(pid).join("1/.baton/started");
+        if all[3..].iter().all(|pid| started(pid).is_symlink()) { Ok(()) } else { Err("not yet") }
+    })
+    .await;
+    std::fs::write(&go, "").unwrap();
     ended(&scene, &all, LIMIT).await;
     assert_eq!(scene.count("state = 6").await, 5, "{}", scene.sql("SELECT * FROM process").await);
     slurm.is_empty().await;

@@ -376,3 +376,28 @@ async fn a_broadcast_that_has_lost_its_target_kills_no_process() {
     assert_eq!(baton(&["kill", "--yes", "--label", "campaign=si", "--label", "campaign=ge"]).await.code, 2);
     assert_eq!(scene.count("state = 6").await, 0);
 }
+
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn a_virtual_host_of_another_database_is_refused_with_the_remedy() {
+    let (scene, other) = (Scene::new().await, Scene::new().await);
+    let _worker = scene.worker("w1", &[]).await;
+    let pid = scene.submit("{call: baton.sleep, with: {for: 1h}}", 1).await.remove(0);
+    let theirs = scene.broker_url();
+    let mixed = [("BATON_BROKER_URL", theirs.as_str())];
+    // A worker of another database does not start there.
+    let mut worker = other.worker_with(&mixed, "w2", &[]);
+    let ended = worker.ended(Duration::from_secs(30)).await;
+    assert_eq!(ended.code(), Some(5), "{}", worker.log());
+    assert!(worker.log().contains("belongs to another database"), "{}", worker.log());
+    let doctor = other.baton_in(other.folder(), &mixed, &["doctor"]).await.exits(5);
+    assert!(doctor.stdout.contains("delete the queue `baton.database`"), "{doctor:?}");
+    // Nor does a command send anything there: what it asks for is recorded in its own database.
+    let spec = other.spec("noop.yaml", "call: baton.noop").display().to_string();
+    let submit = other.baton_in(other.folder(), &mixed, &["submit", &spec]).await;
+    assert!(submit.stderr.contains("belongs to another database"), "{submit:?}");
+    let kill = other.baton_in(other.folder(), &mixed, &["kill", "--all", "--yes"]).await;
+    assert!(kill.stderr.contains("belongs to another database"), "{kill:?}");
+    assert_eq!(scene.show(&pid).await["state"], "waiting");
+    assert_eq!(scene.amqp().await.get("baton.dead", "x-baton-reason").await, None);
+}

@@ -423,8 +423,15 @@ mod tests {
     async fn pool(folder: &Path, port: u16, more: &str) -> Pool {
         let store = Store::open(Location::parse(&format!("sqlite:{}/db", folder.display())).unwrap()).await.unwrap();
         let me = Incarnation::generate();
-        let worker =
-            NewWorker { name: "w".into(), host: "h".into(), os_pid: 1, version: "0".into(), queues: vec![], slots: 1 };
+        let worker = NewWorker {
+            name: "w".into(),
+            host: "h".into(),
+            os_pid: 1,
+            version: "0".into(),
+            queues: vec![],
+            slots: 1,
+            sites: vec![],
+        };
         store.register(me, &worker).await.unwrap();
         store.announce_site("s", "fork", "/", 1).await.unwrap();
         let section = format!("host = '127.0.0.1'\nport = {port}\nmax_connections = 1\n{more}");

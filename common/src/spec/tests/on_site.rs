@@ -193,7 +193,7 @@ fn each_mistake_about_a_site_is_told_with_its_line_and_its_remedy() {
                 .to_owned(),
         ),
         ("native: {account: \"a\\nb\"}", "`native.account` must be one line without control characters".to_owned()),
-        ("native: {nodes: 2}", "`native.nodes` must be text, not a number; put quotes around it: \"2\"".to_owned()),
+        ("native: {nodes: 2}", "`native.nodes` must be text, not a number; put quotes around it".to_owned()),
         ("pre: module load", "`pre` must be a list of shell lines such as [module load gcc], not text".to_owned()),
         ("pre: [a, \"b\\nc\"]", "`pre` has a line 1 that must not contain a line break; make it two".to_owned()),
         ("values: 'a/'", "`values` must be a file in task://, not `a/`".to_owned()),
