@@ -200,6 +200,13 @@ impl Staging<'_> {
     }
 }
 
+/// A second name of the script of a try, beside its folder: when the program has removed the folder, and it is not only out
+/// of sight, this is the only name.
+pub(crate) fn second_name(dir: &str) -> String {
+    let (folder, attempt) = dir.rsplit_once('/').unwrap_or((".", dir));
+    format!("{folder}/.{attempt}")
+}
+
 /// Functions of the shell that keep paths in their scopes, for a script about the site's folder `root`.
 ///
 /// `inside PATH SCOPE`: whether a path stays in its scope and is not Baton's, with all links resolved, whether it is there or
