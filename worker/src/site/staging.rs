@@ -71,7 +71,8 @@ impl From<transport::Error> for Error {
 
 impl From<objects::Error> for Error {
     fn from(error: objects::Error) -> Self {
-        if error.is_transient() {
+        // Keys or a bucket that are wrong here are no fault of the process; the next claim leaves it to another worker.
+        if error.is_transient() || matches!(error, objects::Error::Refused { .. } | objects::Error::NoBucket { .. }) {
             return Error::Wait(Wait::pause(STORE_PAUSE));
         }
         let is_asked_too_much = matches!(error, objects::Error::Manifest { .. } | objects::Error::TooLarge { .. });
