@@ -1,7 +1,7 @@
-//! Whether a program has the object store of its fleet. What one keeps in a folder of its own machine, no other finds.
+//! Whether a program uses the object store of its fleet. Files in a folder of one machine are not found on another.
 //!
-//! The first to use a store puts a mark there, an empty object, and records its name in the database. Whoever does not find
-//! that mark in its own store has another one.
+//! The first program that uses a store puts a mark there, an empty object, and records its name in the database. A program
+//! that does not find the mark in its own store uses another store.
 
 use uuid::Uuid;
 
@@ -28,8 +28,8 @@ pub struct Foreign {
     pub remedy: String,
 }
 
-/// Whether this store is the fleet's. While the fleet has none, nothing is wrong with any; `None` as a store is a folder that
-/// is not there. A database in a file has its store beside it.
+/// Whether this store is the fleet's; `objects` is `None` for a folder that does not exist. Any store is right while the
+/// database knows no mark. A database in a file has its store beside it.
 ///
 /// # Errors
 /// See [`Error`].

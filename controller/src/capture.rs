@@ -296,13 +296,13 @@ impl Finder {
         let files = self.files.iter().filter(|file| file.how != How::Unpack);
         for file in files.clone() {
             if !places.insert((file.to.scope.word(), file.to.path.as_bytes())) {
-                problems.push(format!("{} and another file go to {}", file.source.display(), file.to));
+                problems.push(format!("{} and another file go to {}", shown(&file.source), file.to));
             }
         }
         for file in files {
             if let Some(other) = above(&file.to.path).find(|above| places.contains(&(file.to.scope.word(), above))) {
                 let other = Place { scope: file.to.scope, path: other.to_vec().into() };
-                problems.push(format!("{} goes below {other}, which is a file", file.source.display()));
+                problems.push(format!("{} goes below {other}, which is a file", shown(&file.source)));
             }
         }
         for Place { scope, path } in self.folders.iter().map(|folder| &folder.to) {
@@ -315,8 +315,13 @@ impl Finder {
     }
 
     fn complain(&mut self, source: &Path, problem: &str) {
-        self.problems.push(format!("{} {problem}", source.display()));
+        self.problems.push(format!("{} {problem}", shown(source)));
     }
+}
+
+/// A path on one line.
+fn shown(path: &Path) -> BytePath {
+    path.as_os_str().as_encoded_bytes().to_vec().into()
 }
 
 /// The folders above a path.

@@ -1,9 +1,11 @@
 //! `baton submit --dry-run`: what would be submitted, and for a site what would be there when the program starts.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::os::unix::ffi::OsStrExt;
 
 use baton_common::digest::Digest;
 use baton_common::objects::Objects;
+use baton_common::relative::BytePath;
 use baton_common::spec::on_site::{How, Input, Needs, OnSite, Output as Kept, Scope, When};
 use baton_common::spec::{Spec, Work};
 use baton_common::{duration, objects};
@@ -97,15 +99,21 @@ fn staging_json(fates: &[Fate]) -> Value {
     let files: Vec<Value> = fates
         .iter()
         .map(|fate| {
-            json!({
-                "from": fate.file.source,
+            let source = BytePath::from(fate.file.source.as_os_str().as_bytes().to_vec());
+            let mut value = json!({
+                "from": source.to_string(),
                 "to": fate.file.to.to_string(),
                 "how": fate.file.how,
                 "size": fate.file.size,
                 "executable": fate.file.is_executable,
                 "digest": fate.digest,
                 "sent": fate.is_sent,
-            })
+            });
+            match source.as_str() {
+                Some(text) => value["from"] = json!(text),
+                None => value["from_hex"] = json!(source.to_hex()),
+            }
+            value
         })
         .collect();
     let (n_sent, sent_bytes) = sent(fates);

@@ -32,6 +32,8 @@ pub(crate) enum NotMade {
     UnknownKind(String),
     /// This build cannot read what another has written.
     OtherBuild(String),
+    /// This worker's machine cannot do it; another one can.
+    NotHere(String),
     /// No build can.
     Failed(String),
 }

@@ -42,6 +42,9 @@ const STUCK_PAUSE: Duration = Duration::from_secs(10);
 const REFUSAL_PAUSE_MIN: Duration = Duration::from_secs(1);
 const REFUSAL_PAUSE_MAX: Duration = Duration::from_secs(60);
 
+/// The longest pause of a process that needs another worker of this build: there is one in a fleet that is mostly well.
+const NOT_HERE_PAUSE_MAX: Duration = Duration::from_secs(5);
+
 /// A claimed process on its way to its thread.
 pub(crate) struct Start {
     pub(crate) claimed: Box<Claimed>,
@@ -67,9 +70,10 @@ pub(crate) async fn run(start: Start) {
         Ok(()) => run.go_on().await,
         // `baton run` is all workers that there are.
         Err(NotMade::UnknownKind(reason)) if !shared.store.is_embedded() => {
-            Box::pin(run.refuse(reason, refused_at)).await;
+            Box::pin(run.refuse(reason, refused_at, REFUSAL_PAUSE_MAX)).await;
         }
-        Err(NotMade::OtherBuild(reason)) => Box::pin(run.refuse(reason, refused_at)).await,
+        Err(NotMade::OtherBuild(reason)) => Box::pin(run.refuse(reason, refused_at, REFUSAL_PAUSE_MAX)).await,
+        Err(NotMade::NotHere(reason)) => Box::pin(run.refuse(reason, refused_at, NOT_HERE_PAUSE_MAX)).await,
         Err(NotMade::Failed(reason) | NotMade::UnknownKind(reason)) => {
             Box::pin(run.end(State::Excepted, Outcome::because(reason), How::Error)).await;
         }
@@ -177,7 +181,7 @@ impl Run {
                 return Err(NotMade::OtherBuild(format!("this worker has no site `{}`", on_site.at)));
             }
             if let Some(reason) = spec.on_site.as_ref().and_then(|on_site| shared.sites.sharing.refuses(on_site)) {
-                return Err(NotMade::OtherBuild(format!("{}: {reason}", shared.name)));
+                return Err(NotMade::NotHere(format!("{}: {reason}", shared.name)));
             }
             shared.registry.make(spec, run.context.input(), state.as_deref())
         });
@@ -187,10 +191,10 @@ impl Run {
 
     /// Leaves it, as it is, to a worker of another build. Nothing says when one comes: the pauses grow with the time for
     /// which it has been so, and each costs two commits and a message.
-    async fn refuse(&mut self, reason: String, refused_at: Option<i64>) {
-        let pause = refusal_pause(self.claimed_at, refused_at);
+    async fn refuse(&mut self, reason: String, refused_at: Option<i64>, most: Duration) {
+        let pause = refusal_pause(self.claimed_at, refused_at).min(most);
         if refused_at.is_none() {
-            warn!(pid = %self.context.pid(), reason, "this worker cannot go on with it; one of another build may");
+            warn!(pid = %self.context.pid(), reason, "this worker cannot go on with it; another one may");
         }
         loop {
             let verb = Verb::Refuse { wake_in: pause, reason: reason.clone() };

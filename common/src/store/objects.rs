@@ -6,7 +6,7 @@ use super::{Error, Store};
 use crate::id::Incarnation;
 
 impl Store {
-    /// The mark of the fleet's object store; `None` while nobody has used one.
+    /// The mark of the fleet's object store; `None` if no program has used one yet.
     ///
     /// # Errors
     /// The database does not answer.

@@ -115,7 +115,9 @@ async fn get(how: Output, manifest: &Manifest, objects: &Objects, folder: &Path)
     let n_fetched = fetched.iter().filter(|fetched| **fetched).count();
     let n_there = fetched.len() - n_fetched;
     match how {
-        Output::Json => output::print_json(&json!({"folder": folder, "fetched": n_fetched, "there": n_there})),
+        Output::Json => {
+            output::print_json(&json!({"folder": folder.display().to_string(), "fetched": n_fetched, "there": n_there}))
+        }
         Output::Ids => Ok(()),
         Output::Table => {
             output::print(&format!("{n_fetched} files are fetched into {}, {n_there} were there", folder.display()))
@@ -154,6 +156,10 @@ fn refused(path: &Path, what: &str) -> Failure {
     Failure::new(exit::REFUSED, text).with_remedy("name another folder by --get, or remove it")
 }
 
+fn of_path(path: &Path, error: &std::io::Error) -> Failure {
+    Failure::failed(format!("cannot use {}: {error}", path.display()))
+}
+
 /// Makes a folder and those above it, none of which may be a link, and gives its path.
 fn prepare_folder(root: &Path, path: &BytePath) -> Result<PathBuf, Failure> {
     let mut place = PathBuf::from(root);
@@ -165,9 +171,9 @@ fn prepare_folder(root: &Path, path: &BytePath) -> Result<PathBuf, Failure> {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => match std::fs::create_dir(&place) {
                 // Another file of the same folder has come first.
                 Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {}
-                made => made?,
+                made => made.map_err(|error| of_path(&place, &error))?,
             },
-            Err(error) => return Err(error.into()),
+            Err(error) => return Err(of_path(&place, &error)),
         }
     }
     Ok(place)
@@ -182,7 +188,7 @@ fn prepare(root: &Path, path: &BytePath, wanted: (Digest, u64)) -> Result<bool, 
     let place = prepare_folder(root, &folder)?.join(name);
     let found = match place.symlink_metadata() {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(false),
-        found => found?,
+        found => found.map_err(|error| of_path(&place, &error))?,
     };
     if found.is_dir() {
         return Err(refused(&place, "a folder"));

@@ -229,6 +229,13 @@ async fn a_fleet_without_a_shared_object_store_says_so_and_fails_nothing() {
     let elsewhere = scene.path("elsewhere").display().to_string();
     let mut right = slurm.worker(&scene, "right", &[]).await;
     let _wrong = slurm.worker(&scene, "wrong", &[("BATON_OBJECTS_URL", &elsewhere)]).await;
+    let bucket = [
+        ("BATON_OBJECTS_URL", "s3://none"),
+        ("AWS_ENDPOINT_URL", "http://127.0.0.1:1"),
+        ("AWS_ACCESS_KEY_ID", "none"),
+        ("AWS_SECRET_ACCESS_KEY", "none"),
+    ];
+    let _cut_off = slurm.worker(&scene, "cut-off", &bucket).await;
     let text = "at: plain\nrun: [cat, input]\nin: [client://input]\n";
     let pids = slurm.submit(&scene, text, 10).await;
     for pid in &pids {
@@ -236,7 +243,12 @@ async fn a_fleet_without_a_shared_object_store_says_so_and_fails_nothing() {
         assert_eq!((&shown["exit"], &shown["try"], &shown["failures"]), (&0.into(), &1.into(), &0.into()), "{shown:#}");
     }
     let doctor = slurm.baton(&scene, &["doctor"]).await.exits(1);
-    assert!(doctor.stdout.contains("worker wrong leaves processes with files to others"), "{doctor:?}");
+    for worker in ["wrong", "cut-off"] {
+        assert!(
+            doctor.stdout.contains(&format!("worker {worker} leaves processes with files to others")),
+            "{doctor:?}"
+        );
+    }
     let workers = slurm.baton(&scene, &["workers"]).await.ok();
     assert!(workers.stdout.contains("wrong leaves processes with files to others"), "{workers:?}");
     assert!(workers.stdout.contains("BATON_OBJECTS_URL"), "{workers:?}");

@@ -704,7 +704,7 @@ async fn left(visit: &Visit, dir: &str) -> Result<Left, Trouble> {
     let part = STREAM_PART_BYTES;
     let script = format!(
         "if [ ! -d {0} ]; then
-           [ ! -d {sandboxes} ] || exit {EMPTIED}
+           [ \"$(stat -c %h {second} 2>/dev/null)\" != 1 ] || exit {EMPTIED}
            echo 'its folder at the site is not there' >&2; exit {NO_FOLDER}
          fi
          for file in {0}/done.json {0}/stderr {0}/stdout; do
@@ -716,7 +716,7 @@ async fn left(visit: &Visit, dir: &str) -> Result<Left, Trouble> {
          done",
         quote(&format!("{dir}/.baton")),
         2 * part,
-        sandboxes = quote(&format!("{}/p", visit.root)),
+        second = quote(&staging::second_name(dir)),
     );
     let output = visit.exec(&script).await?;
     match output.exit {

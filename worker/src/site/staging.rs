@@ -71,7 +71,8 @@ impl From<transport::Error> for Error {
 
 impl From<objects::Error> for Error {
     fn from(error: objects::Error) -> Self {
-        if error.is_transient() {
+        // Keys or a bucket that are wrong here are no fault of the process; the next claim leaves it to another worker.
+        if error.is_transient() || matches!(error, objects::Error::Refused { .. } | objects::Error::NoBucket { .. }) {
             return Error::Wait(Wait::pause(STORE_PAUSE));
         }
         let is_asked_too_much = matches!(error, objects::Error::Manifest { .. } | objects::Error::TooLarge { .. });
@@ -198,6 +199,13 @@ impl Staging<'_> {
         let name = format!("{}-{}-{}", self.context.pid(), self.context.attempt(), self.site.me);
         self.context.root().join("staging").join(name)
     }
+}
+
+/// A second name of the script of a try, beside its folder: when the program has removed the folder, and it is not only out
+/// of sight, this is the only name.
+pub(crate) fn second_name(dir: &str) -> String {
+    let (folder, attempt) = dir.rsplit_once('/').unwrap_or((".", dir));
+    format!("{folder}/.{attempt}")
 }
 
 /// Functions of the shell that keep paths in their scopes, for a script about the site's folder `root`.

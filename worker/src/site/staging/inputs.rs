@@ -12,7 +12,7 @@ use baton_common::relative::BytePath;
 use baton_common::spec::on_site::{self, How, Input, OnSite, RESERVED, Scope};
 use tokio_util::io::SyncIoBridge;
 
-use super::{CACHED_FROM, Error, Staging, guards, links_inside};
+use super::{CACHED_FROM, Error, Staging, guards, links_inside, second_name};
 use crate::process::{Context, Wait};
 use crate::site::{Site, Visit, script};
 use crate::transport::quote;
@@ -96,8 +96,12 @@ impl Staging<'_> {
             let finish = || archive.into_inner()?.shutdown();
             finish().map_err(not_packed)
         });
-        let dir = quote(self.dir);
-        let command = format!("umask 077; mkdir -p {dir} && tar -xof - -C {dir}");
+        let (dir, second) = (quote(self.dir), quote(&second_name(self.dir)));
+        let command = format!(
+            "umask 077; mkdir -p {dir} && tar -xof - -C {dir} || exit 1
+             ln -fT {dir}/{}/run.sh {second} 2>/dev/null || :",
+            script::FOLDER
+        );
         let (packed, sent) = tokio::join!(packing, self.visit.session.send(&command, reader));
         sent?.ok()?;
         packed??;
