@@ -449,21 +449,21 @@ async fn a_job_that_slurm_starts_again_runs_its_program_once_a_try() {
     let scene = Scene::new().await;
     let slurm = Slurm::start(&scene, "submit_timeout = '2s'\nsettle = '3s'", "", "");
     let _worker = slurm.worker(&scene, "w1", &[]).await;
-    for (retry, tries) in [("", 1), ("retry: {max: 2, wait: 1s}\n", 2)] {
-        scene.sql("DELETE FROM process; DELETE FROM job").await;
-        let (path, mut spec) = witness(&scene, "cluster", "[ \"$BATON_TRY\" != 1 ] || sleep 600");
-        let _ = std::fs::remove_file(&path);
-        spec.push_str(retry);
-        let pids = slurm.submit(&scene, &spec, 1).await;
-        all_run(&path, 1).await;
-        slurm.requeue_all();
-        ended(&scene, &pids, LIMIT * 3).await;
-        let shown = scene.show(&pids[0]).await;
-        assert_eq!((&shown["try"], &shown["failures"]), (&tries.into(), &(tries - 1).into()), "{shown:#}");
-        all_gone(&path).await;
-        assert_eq!(runs(&path), tries);
-        all_accounted_for(&scene).await;
-    }
+    let (path, spec) = witness(&scene, "cluster", "[ \"$BATON_TRY\" != 1 ] || sleep 600");
+    let once = slurm.submit(&scene, &spec, 1).await;
+    let twice = slurm.submit(&scene, &format!("{spec}retry: {{max: 2, wait: 1s}}\n"), 1).await;
+    all_run(&path, 2).await;
+    // Slurm waits for two minutes.
+    slurm.requeue_all();
+    ended(&scene, &[once.clone(), twice.clone()].concat(), LIMIT * 3).await;
+    let shown = scene.show(&once[0]).await;
+    assert_eq!((&shown["state"], &shown["try"]), (&"excepted".into(), &1.into()), "{shown:#}");
+    assert!(shown["reason"].as_str().unwrap_or_default().starts_with("lost: "), "{shown:#}");
+    let shown = scene.show(&twice[0]).await;
+    assert_eq!((&shown["exit"], &shown["try"], &shown["failures"]), (&0.into(), &2.into(), &1.into()), "{shown:#}");
+    all_gone(&path).await;
+    assert_eq!(runs(&path), 3);
+    all_accounted_for(&scene).await;
 }
 
 /// Makes a test of each of these for each of the launchers.

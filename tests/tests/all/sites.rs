@@ -81,7 +81,7 @@ async fn an_end_that_shows_late_is_waited_for() {
     let slurm = Slurm::start(&scene, "", "", "");
     let _worker = slurm.worker(&scene, "w1", &[]).await;
     let done = r#"{"exit":0,"phase":"program","started_at":1,"ended_at":2}"#;
-    let late = "setsid sh -c 'sleep 8; mv late .baton/done.json' > /dev/null 2>&1 & kill -9 $PPID";
+    let late = "setsid sh -c 'sleep 8; mv late .baton/done.json' > /dev/null 2>&1 & kill -9 $(ps -o sid= -p $$)";
     let (path, spec) = witness(&scene, "plain", &format!("echo '{done}' > late; {late}"));
     let pids = slurm.submit(&scene, &spec, 1).await;
     finished(&scene, &pids, LIMIT).await;

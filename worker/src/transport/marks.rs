@@ -51,13 +51,16 @@ impl Marks {
         Marked::new(format!("{}<e\n", self.0), format!("{}>e", self.0))
     }
 
-    /// A script that runs a command with its outputs between marks, and ends as it does. Those of the standard output are
-    /// the inner ones where a login sends both to one place.
-    pub(super) fn around(&self, command: &str) -> String {
+    /// A script that runs its first argument as a command, with the outputs between marks, and ends as that does; a signal
+    /// to `$$` ends the script. The marks of the standard output are the inner ones, should a login send both outputs to one
+    /// place.
+    pub(super) fn script(&self) -> String {
         let mark = &self.0;
         format!(
-            "printf '%s\\n' '{mark}<e' >&2; printf '%s\\n' '{mark}<'\n( :\n{command}\n)\nset -- $?\n\
-             printf '%s %d\\n' '{mark}>' $1; printf '%s\\n' '{mark}>e' >&2; exit $1"
+            "printf '%s\\n' '{mark}<e' >&2; printf '%s\\n' '{mark}<'
+             ( eval \"shift
+             $1\" )
+             set -- $?; printf '%s %d\\n' '{mark}>' $1; printf '%s\\n' '{mark}>e' >&2; exit $1"
         )
     }
 }
@@ -187,10 +190,18 @@ mod tests {
             ("exec sh -c 'exit 7'", "M<\nM> 7\n", 7),
             ("(exit 2)", "M<\nM> 2\n", 2),
             ("set -e; false; echo no", "M<\nM> 1\n", 1),
+            ("", "M<\nM> 0\n", 0),
+            ("echo $# $1", "M<\n0\nM> 0\n", 0),
+            ("if", "M<\nM> 2\n", 2),
+            ("sh -c 'kill -TERM $$'", "M<\nM> 143\n", 143),
         ] {
-            let ran = std::process::Command::new("/bin/sh").arg("-c").arg(marks.around(command)).output().unwrap();
+            let ran = std::process::Command::new("/bin/sh")
+                .args(["-c", &marks.script(), "/bin/sh", command])
+                .output()
+                .unwrap();
             assert_eq!((String::from_utf8_lossy(&ran.stdout).as_ref(), ran.status.code()), (stdout, Some(exit)));
-            assert_eq!(String::from_utf8_lossy(&ran.stderr), "M<e\nM>e\n", "{command}");
+            let stderr = String::from_utf8_lossy(&ran.stderr);
+            assert!(stderr.starts_with("M<e\n") && stderr.ends_with("M>e\n"), "{command}: {stderr}");
         }
     }
 }

@@ -9,6 +9,7 @@ use russh::client::{Handle, Msg};
 use russh::{ChannelMsg, ChannelReadHalf, ChannelWriteHalf, Disconnect, Sig};
 use tokio::sync::{oneshot, watch};
 use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::Error;
@@ -28,7 +29,7 @@ const AFTER_LIMIT: Duration = Duration::from_secs(2);
 const COMMAND_MAX: usize = 120 << 10;
 
 /// How long the server may take to close a channel whose command was killed.
-const CLOSE_LIMIT: Duration = Duration::from_secs(10);
+const CLOSE_LIMIT: Duration = Duration::from_secs(5);
 
 /// A connection that has logged in. Clones are the same one.
 #[derive(Clone, Debug)]
@@ -47,9 +48,17 @@ struct Inner {
     marks: Marks,
     /// What closes channels whose owners are gone. Each task ends with the connection at the latest.
     closing: TaskTracker,
-    /// How many channels have no owner and are not closed yet: the server still counts them.
-    n_closing: watch::Sender<usize>,
+    channels: watch::Sender<Channels>,
     runtime: tokio::runtime::Handle,
+}
+
+/// What has become of the channels of a connection.
+#[derive(Clone, Copy, Debug, Default)]
+struct Channels {
+    /// Those that have no owner and are not closed yet: the server still counts them.
+    n_closing: usize,
+    /// Those that have been closed.
+    n_released: u64,
 }
 
 impl std::fmt::Debug for Inner {
@@ -70,7 +79,7 @@ impl Connection {
             ending,
             marks: Marks::new(),
             closing: TaskTracker::new(),
-            n_closing: watch::Sender::new(0),
+            channels: watch::Sender::default(),
             runtime: tokio::runtime::Handle::current(),
         };
         Ok(Self(Arc::new(inner)))
@@ -108,17 +117,25 @@ impl Connection {
     /// Opens a channel, which is closed even if nobody waits for it any more. A server that has no room for one may have it
     /// when those are closed that were given up before.
     async fn channel(&self) -> Result<Open, Error> {
-        let mut n_closing = self.0.n_closing.subscribe();
+        let mut channels = self.0.channels.subscribe();
+        let mut n_settled = 0;
         loop {
-            let n_before = *n_closing.borrow_and_update();
+            let before = *channels.borrow_and_update();
             let opened = self.open_channel().await;
-            let n_after = *n_closing.borrow_and_update();
-            if n_before.max(n_after) == 0 || !matches!(opened, Err(Error::NoChannel(_))) {
+            if !matches!(opened, Err(Error::NoChannel(_))) {
                 return opened;
             }
-            if n_after >= n_before {
+            let now = *channels.borrow_and_update();
+            if now.n_released > n_settled {
+                // OpenSSH frees the place of a channel only when it has seen to everything that it has read with its close.
+                n_settled = now.n_released;
+                let limit = || Error::TimedOut { what: "a keepalive".to_owned(), limit: OPEN_LIMIT };
+                timeout(OPEN_LIMIT, self.ping()).await.map_err(|_| limit())??;
+            } else if before.n_closing.max(now.n_closing) == 0 {
+                return opened;
+            } else {
                 // It never ends with an error, since the connection has the sender.
-                let _ = n_closing.wait_for(|n_closing| *n_closing < n_after).await;
+                let _ = channels.wait_for(|channels| channels.n_released > n_settled).await;
             }
         }
     }
@@ -126,10 +143,15 @@ impl Connection {
     async fn open_channel(&self) -> Result<Open, Error> {
         let (opened_tx, opened) = oneshot::channel();
         let connection = self.clone();
+        let answered = CancellationToken::new();
+        let answer = answered.clone().drop_guard();
         let open = async move {
             let channel = connection.0.handle.channel_open_session().await;
             let _ = opened_tx.send(channel.map(|channel| Open { channel: Some(channel), connection }));
+            drop(answer);
         };
+        // If this is dropped before the answer, the server may count the channel until it is closed.
+        let _opening = Opening { connection: self.clone(), answered };
         self.0.closing.spawn_on(open, &self.0.runtime);
         match timeout(OPEN_LIMIT, opened).await {
             Ok(Ok(Ok(channel))) => Ok(channel),
@@ -139,13 +161,16 @@ impl Connection {
         }
     }
 
-    /// Closes a channel of which nothing more is wanted, and waits until the server has.
+    /// Closes a channel of which nothing more is wanted.
     fn close_later(&self, close: impl Future<Output = ()> + Send + 'static) {
-        self.0.n_closing.send_modify(|n_closing| *n_closing += 1);
+        self.0.channels.send_modify(|channels| channels.n_closing += 1);
         let connection = self.clone();
         let close = async move {
-            let _ = timeout(CLOSE_LIMIT, close).await;
-            connection.0.n_closing.send_modify(|n_closing| *n_closing -= 1);
+            close.await;
+            connection.0.channels.send_modify(|channels| {
+                channels.n_closing -= 1;
+                channels.n_released += 1;
+            });
         };
         self.0.closing.spawn_on(close, &self.0.runtime);
     }
@@ -156,7 +181,7 @@ impl Connection {
 
     /// Starts a command.
     pub(super) async fn start(&self, command: &str, limit: Option<Duration>) -> Result<Command, Error> {
-        let command_line = command_line(&self.0.marks.around(command), limit);
+        let command_line = command_line(command, &self.0.marks, limit);
         if command_line.len() > COMMAND_MAX {
             return Err(Error::Config("the command is too long; feed a long one to `sh -s`".to_owned()));
         }
@@ -180,6 +205,21 @@ impl Connection {
     }
 }
 
+/// A channel that is being opened, until this is dropped.
+struct Opening {
+    connection: Connection,
+    answered: CancellationToken,
+}
+
+impl Drop for Opening {
+    fn drop(&mut self) {
+        if !self.answered.is_cancelled() {
+            let answered = self.answered.clone();
+            self.connection.close_later(async move { answered.cancelled().await });
+        }
+    }
+}
+
 /// A channel that is closed when this is dropped; the library's own is not.
 struct Open {
     /// Until it is taken.
@@ -196,11 +236,7 @@ impl Open {
 impl Drop for Open {
     fn drop(&mut self) {
         if let Some(channel) = self.channel.take() {
-            let (mut read, write) = channel.split();
-            self.connection.close_later(async move {
-                let _ = write.close().await;
-                closed(&mut read).await;
-            });
+            self.connection.close_later(async move { _ = channel.close().await });
         }
     }
 }
@@ -240,11 +276,14 @@ impl Drop for Command {
     fn drop(&mut self) {
         let Some(write) = self.input.0.take().filter(|_| !self.events.has_ended) else { return };
         let Some(mut read) = self.events.read.take() else { return };
-        // The server keeps a place for the command until that has ended, whatever becomes of the channel.
+        // The server keeps a place for the command until that has ended, whatever becomes of the channel. That it has ended is
+        // heard only on a channel that we have not closed.
         self.events.connection.close_later(async move {
             let _ = write.signal(Sig::KILL).await;
-            let _ = write.close().await;
-            closed(&mut read).await;
+            let _ = write.eof().await;
+            if timeout(CLOSE_LIMIT, closed(&mut read)).await.is_err() {
+                let _ = write.close().await;
+            }
         });
     }
 }
@@ -297,6 +336,7 @@ impl Events {
     /// Nothing more comes.
     fn end(&mut self) -> Result<(), Error> {
         self.has_ended = true;
+        self.connection.0.channels.send_modify(|channels| channels.n_released += 1);
         if !self.stdout.has_begun() {
             // The login shell has ended without running anything. It may have told why.
             let why = String::from_utf8_lossy(&self.stdout.rest()).trim().to_owned();
@@ -356,16 +396,17 @@ fn signal_text(signal: &Sig) -> String {
 
 /// What the login shell is given. Every shell passes it on alike: one word in single quotes, with no line end, no quote,
 /// no backslash pair and no `!` in it.
-fn command_line(command: &str, limit: Option<Duration>) -> String {
+fn command_line(command: &str, marks: &Marks, limit: Option<Duration>) -> String {
     let run = match limit {
         // A server that does not pass our signals on would keep the command, and a place for it.
         Some(limit) => format!(
-            r#"command -v timeout >/dev/null && exec timeout -s KILL {} /bin/sh -c "$c"; exec /bin/sh -c "$c""#,
+            r#"command -v timeout >/dev/null && exec timeout -s KILL {} /bin/sh -c "$s" /bin/sh "$c"; exec /bin/sh -c "$s" /bin/sh "$c""#,
             (limit + AFTER_LIMIT).as_secs()
         ),
-        None => r#"exec /bin/sh -c "$c""#.to_owned(),
+        None => r#"exec /bin/sh -c "$s" /bin/sh "$c""#.to_owned(),
     };
-    format!(r#"exec /bin/sh -c 'c=$(printf "%b" "{}"); {run}'"#, escaped(command))
+    let (script, command) = (escaped(&marks.script()), escaped(command));
+    format!(r#"exec /bin/sh -c 's=$(printf "%b" "{script}"); c=$(printf "%b" "{command}"); {run}'"#)
 }
 
 /// As `printf %b` reads it: everything but the plainest characters by its number.
@@ -388,7 +429,7 @@ mod tests {
 
     #[test]
     fn a_command_line_is_one_quoted_word_for_every_shell() {
-        let line = command_line("echo 'it'\"s\" \\\\ $HOME !! `x` %s\nexit 3", None);
+        let line = command_line("echo 'it'\"s\" \\\\ $HOME !! `x` %s\nexit 3", &Marks::new(), None);
         let inner = line.strip_prefix("exec /bin/sh -c '").and_then(|rest| rest.strip_suffix('\'')).unwrap();
         assert!(!inner.contains(['\'', '\n', '!', '`']) && !inner.contains(r"\\"), "{line}");
         assert_eq!(quote(inner), format!("'{inner}'"));
@@ -398,9 +439,11 @@ mod tests {
     fn the_shell_runs_exactly_the_command() {
         let command = "printf '%s|' 'it'\\''s' \"a  b\" '\\n' '!x' 'ä'; printf '%s' \"$0\"\nexit 3";
         for limit in [None, Some(Duration::from_secs(5))] {
-            let line = command_line(command, limit);
+            let marks = Marks::new();
+            let line = command_line(command, &marks, limit);
             let ran = std::process::Command::new("/bin/sh").arg("-c").arg(&line).output().unwrap();
-            assert_eq!(String::from_utf8_lossy(&ran.stdout), "it's|a  b|\\n|!x|ä|/bin/sh", "{line}");
+            let written = marks.stdout().push(ran.stdout.into()).unwrap().unwrap();
+            assert_eq!(String::from_utf8_lossy(&written), "it's|a  b|\\n|!x|ä|/bin/sh", "{line}");
             assert_eq!(ran.status.code(), Some(3));
         }
     }

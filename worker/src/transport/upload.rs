@@ -97,8 +97,10 @@ pub(super) async fn put(
         let program = quote(FOLLOW);
         (
             format!(
+                // In a subshell, `$$` is the number of another shell.
                 "exec 3<&0
-                 python3 -I -S -c {program} {part} {target} {size} $$ {FOLLOWED} < {part} 2> /dev/null &
+                 parent=$(exec /bin/sh -c 'echo $PPID')
+                 python3 -I -S -c {program} {part} {target} {size} \"$parent\" {FOLLOWED} < {part} 2> /dev/null &
                  exec 3<&-"
             ),
             format!("wait $!; [ $? -eq {FOLLOWED} ] ||"),
