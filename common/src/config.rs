@@ -84,6 +84,8 @@ pub struct Worker {
     pub database_connections: Option<u32>,
     /// Where sandboxes are made.
     pub root: Option<PathBuf>,
+    /// As whom local programs run.
+    pub user: Option<String>,
     /// How long an advance may go on when the worker stops, and how long a program has between TERM and KILL.
     #[serde(with = "duration::optional_text")]
     pub grace: Option<Duration>,
@@ -521,11 +523,21 @@ mod tests {
         let config = parse(&all).unwrap();
         assert!(!config.broker.url.is_empty() && config.broker.url_file.is_some());
         assert!(config.database.url.is_some() && config.database.url_file.is_some());
-        let Worker { name, queues, slots, threads, root, grace, database_connections, advances_max, idle_advances_max } =
-            config.worker;
+        let Worker {
+            name,
+            queues,
+            slots,
+            threads,
+            root,
+            user,
+            grace,
+            database_connections,
+            advances_max,
+            idle_advances_max,
+        } = config.worker;
         assert!(database_connections.is_some());
         assert!(name.is_some() && queues.is_some() && slots.is_some() && threads.is_some() && root.is_some());
-        assert!(grace.is_some() && advances_max.is_some() && idle_advances_max.is_some());
+        assert!(user.is_some() && grace.is_some() && advances_max.is_some() && idle_advances_max.is_some());
         assert_eq!(parse(text).unwrap(), Config::default());
     }
 }

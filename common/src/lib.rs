@@ -24,11 +24,13 @@ pub mod failpoint;
 #[cfg(test)]
 mod fuzz;
 pub mod id;
+pub mod lack;
 pub mod message;
 mod message_pack;
 pub mod nearest;
 pub mod objects;
 pub mod relative;
+pub mod secrets;
 pub mod select;
 pub mod sharing;
 pub mod spec;

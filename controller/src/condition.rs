@@ -347,6 +347,11 @@ impl Case<'_> {
             return Explanation::new("queue_not_served", text, facts).with_remedy(self.start_remedy());
         }
         let takers: Vec<&WorkerRow> = serving.iter().copied().filter(|worker| worker.takes_work()).collect();
+        if takers.is_empty()
+            && let Some(explanation) = short(queue, &serving)
+        {
+            return explanation;
+        }
         if takers.is_empty() {
             let silent = serving.iter().filter(|worker| worker.silence() >= LEASE).count();
             let draining = serving.len() - silent;
@@ -413,6 +418,23 @@ impl Case<'_> {
     }
 }
 
+/// Every worker that could take from a queue lacks something for that; `None` if none is short.
+fn short(queue: &str, serving: &[&WorkerRow]) -> Option<Explanation> {
+    let is_candidate = |worker: &&&WorkerRow| worker.silence() < LEASE && !worker.drain && worker.is_short();
+    let short: Vec<_> = serving
+        .iter()
+        .filter(is_candidate)
+        .filter_map(|worker| Some((worker.name.as_str(), worker.lacks.as_ref()?)))
+        .collect();
+    let (_, first) = short.first()?;
+    let named = short.iter().map(|(name, lacks)| format!("{name} {lacks}")).collect::<Vec<_>>().join("; ");
+    let text = format!("no worker that serves queue `{queue}` takes work: {named}");
+    let workers: Vec<Value> =
+        short.iter().map(|(name, lacks)| json!({"name": name, "lacks": lacks.what, "text": lacks.text})).collect();
+    let facts = json!({"queue": queue, "workers": workers});
+    Some(Explanation::new("workers_lack", text, facts).with_remedy(first.remedy()))
+}
+
 fn millis(milliseconds: u64) -> i64 {
     i64::try_from(milliseconds).unwrap_or(i64::MAX / 1_000).saturating_mul(1_000)
 }
@@ -426,6 +448,7 @@ pub(crate) mod tests {
     use std::time::Duration;
 
     use baton_common::id::{Incarnation, Pid};
+    use baton_common::lack::Lacks;
     use baton_common::spec::{Spec, Work};
     use baton_common::state::Live;
     use baton_common::store::blob::Outcome;
@@ -451,6 +474,7 @@ pub(crate) mod tests {
             slots: 4,
             held: 0,
             blocked: None,
+            lacks: None,
             drain: false,
             beat: 1,
             beat_at: 0,
@@ -680,6 +704,18 @@ pub(crate) mod tests {
         is(&facts, &Ok(None), "workers_drain", &["no worker that serves queue `gpu.high` takes work: 1 drain, 0"]);
         facts.workers = vec![silent(worker("w1", "gpu"), 10), worker("w2", "default")];
         is(&facts, &Ok(None), "workers_silent", &["0 drain, 1 have not beaten for 10 s"]);
+    }
+
+    #[test]
+    fn a_queue_whose_workers_lack_something_names_them() {
+        let mut facts = queued();
+        let lacks = |what: &str| Some(Lacks { what: what.into(), text: "0 of 8 KiB are free".into() });
+        let short = WorkerRow { lacks: lacks("disk space"), ..worker("w1", "default") };
+        facts.workers = vec![short.clone(), WorkerRow { drain: true, ..worker("w2", "default") }];
+        let parts = ["w1 lacks disk space: 0 of 8 KiB are free; it takes nothing", "| free space"];
+        is(&facts, &Ok(None), "workers_lack", &parts);
+        facts.workers.push(WorkerRow { lacks: lacks("a fast disk"), ..worker("w3", "default") });
+        is(&facts, &Ok(None), "queued", &["0 of 4 slots"]);
     }
 
     #[test]

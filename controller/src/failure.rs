@@ -92,20 +92,25 @@ impl From<config::Error> for Failure {
     }
 }
 
+/// The exit code of what the object store answered.
+pub(crate) fn objects_code(error: &objects::Error) -> u8 {
+    match error {
+        objects::Error::Config { .. } | objects::Error::NoBucket { .. } => exit::USAGE,
+        objects::Error::Absent { .. } => exit::NOT_FOUND,
+        objects::Error::Refused { .. } => exit::REFUSED,
+        objects::Error::Changed { .. } => exit::CONFLICT,
+        objects::Error::Unreachable { .. } => exit::UNREACHABLE,
+        objects::Error::Folder { .. }
+        | objects::Error::File { .. }
+        | objects::Error::Damaged { .. }
+        | objects::Error::TooLarge { .. }
+        | objects::Error::Manifest { .. } => exit::FAILED,
+    }
+}
+
 impl From<objects::Error> for Failure {
     fn from(error: objects::Error) -> Self {
-        let code = match &error {
-            objects::Error::Config { .. } | objects::Error::NoBucket { .. } => exit::USAGE,
-            objects::Error::Absent { .. } => exit::NOT_FOUND,
-            objects::Error::Refused { .. } => exit::REFUSED,
-            objects::Error::Changed { .. } => exit::CONFLICT,
-            objects::Error::Unreachable { .. } => exit::UNREACHABLE,
-            objects::Error::Folder { .. }
-            | objects::Error::File { .. }
-            | objects::Error::Damaged { .. }
-            | objects::Error::TooLarge { .. }
-            | objects::Error::Manifest { .. } => exit::FAILED,
-        };
+        let code = objects_code(&error);
         Self::new(code, chain(&error))
     }
 }

@@ -23,10 +23,10 @@ fn main() -> ExitCode {
     if std::env::args().nth(1).as_deref() == Some(baton_worker::shim::COMMAND) {
         return baton_worker::shim::main();
     }
-    let cli = Cli::parse();
+    let cli = Cli::parse_from(baton_worker::handover::begin());
     let _failpoints = baton_common::failpoint::init();
     baton_common::telemetry::init(&cli.log, baton_common::telemetry::LogFormat::Text);
-    let runtime = match tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build() {
+    let runtime = match baton_worker::cli::runtime() {
         Ok(runtime) => runtime,
         Err(error) => return Failure::failed(format!("cannot start: {error}")).report(),
     };

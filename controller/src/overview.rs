@@ -57,9 +57,18 @@ impl Overview {
         if held * 10 > slots * 9 {
             remarks.push(warning(&format!("{held} of {slots} slots are taken; start more workers, or give them more")));
         }
+        for worker in &self.workers {
+            remarks.extend(worker.lacks.as_ref().map(|lacks| {
+                warning(&format!("worker {} on {} {lacks}; {}", worker.name, worker.host, lacks.remedy()))
+            }));
+        }
         for backlog in self.unserved() {
             let Backlog { queue, count, .. } = backlog;
             let count = output::count(*count);
+            if self.workers.iter().any(|worker| worker.is_short() && worker.serves(queue)) {
+                remarks.push(warning(&format!("no worker takes from queue `{queue}`, in which {count} wait")));
+                continue;
+            }
             let text = format!("no worker serves queue `{queue}`, in which {count} wait: baton-worker --queue");
             remarks.push(warning(&format!("{text} {}", queue_name(queue))));
         }

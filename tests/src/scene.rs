@@ -134,6 +134,11 @@ impl Scene {
         worker
     }
 
+    /// Starts a worker that is another program, and need not become ready.
+    pub fn start_of(&self, program: &str, name: &str, arguments: &[&str]) -> Worker {
+        Worker::start(self, &programs().join(program), &[], name, arguments)
+    }
+
     /// Starts a worker with more variables, which need not let it become ready.
     pub fn worker_with(&self, variables: &[(&str, &str)], name: &str, arguments: &[&str]) -> Worker {
         Worker::start(self, &programs().join("baton-worker"), variables, name, arguments)

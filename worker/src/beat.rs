@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use baton_common::id::{Pid, RequestId};
+use baton_common::lack::{Lack, Shortage};
 use baton_common::state::Desired;
 use baton_common::store::control::Request;
 use baton_common::store::worker::{BEAT, Beat, Lease, Load};
@@ -48,6 +49,7 @@ pub(crate) async fn run(shared: Arc<Shared>, threads: Arc<Vec<Thread>>) {
         let load = Load {
             held: u32::try_from(shared.held.count()).unwrap_or(u32::MAX),
             blocked: blocked(&threads, &mut named),
+            shortage: shared.health.current().or_else(|| without_broker(&shared)),
         };
         let sent_at = boottime_ms();
         match tokio::time::timeout(BEAT_LIMIT, shared.store.beat(shared.me, &load)).await {
@@ -82,10 +84,8 @@ pub(crate) async fn run(shared: Arc<Shared>, threads: Arc<Vec<Thread>>) {
                     }
                     if is_paused {
                         info!("the fleet is paused: what is held goes on, nothing new is taken");
-                        shared.take_orders_only().await;
-                    } else {
-                        shared.take_tasks().await;
                     }
+                    shared.has_database(is_paused).await;
                     (is_away, is_fleet_paused) = (false, is_paused);
                 }
             }
@@ -104,7 +104,7 @@ pub(crate) async fn run(shared: Arc<Shared>, threads: Arc<Vec<Thread>>) {
                     );
                     warn!(reason, "the database is away; taking no more tasks until it is back");
                     is_away = true;
-                    shared.take_nothing().await;
+                    shared.lacks_database().await;
                 }
                 continue;
             }
@@ -157,6 +157,15 @@ async fn obey(shared: &Shared) {
         Ok(wishes) => wishes.into_iter().for_each(|wish| shared.held.order(wish)),
         Err(error) => warn!(%error, "could not read what is desired; the next beat tries again"),
     }
+}
+
+/// That the worker has no broker, for as long as that is so.
+fn without_broker(shared: &Shared) -> Option<Shortage> {
+    let health = shared.communicator.health();
+    (health.unreachable && !shared.store.is_embedded()).then(|| Shortage {
+        lack: Lack::Broker,
+        text: health.last_error.unwrap_or_else(|| "a connection could not be opened".to_owned()),
+    })
 }
 
 /// Names each process that blocks its thread, once in the log and with every beat in the worker's row.

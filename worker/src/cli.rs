@@ -1,5 +1,8 @@
 //! The command line of a worker, and the options that every program of Baton shares.
 
+use std::hint::black_box;
+use std::io;
+use std::panic::catch_unwind;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -16,8 +19,9 @@ use tokio::signal::unix::{SignalKind, signal};
 use tracing::{error, info, warn};
 
 use crate::registry::Registry;
-use crate::shim;
+use crate::user::{self, User};
 use crate::worker::{self, Limits, Options, Stop};
+use crate::{handover, open_files, shim};
 
 /// Slots of a worker that names none. A held process costs memory and, if it runs a program, a share of the machine. Of
 /// short ones a worker has one or two hundred on their way between broker, claim and acknowledgement, and each has a slot.
@@ -34,6 +38,15 @@ const CHECK_LIMIT: Duration = Duration::from_secs(3);
 
 /// Most connections of one worker: more are a slip of the pen.
 const CONNECTIONS_MAX: u32 = 100;
+/// How long a thread for blocking work is kept without any. A probe of the worker's machine uses one every few seconds.
+const BLOCKING_KEPT: Duration = Duration::from_secs(60);
+
+/// Memory that a worker keeps for itself: 16 MiB. A larger chunk would not stay with the allocator.
+const HEADROOM_CHUNKS: usize = 160;
+const HEADROOM_CHUNK_BYTES: usize = 100 << 10;
+
+/// Open files without which no program of Baton can work.
+const FILES_MIN: usize = 16;
 
 /// Exit codes of Baton's programs, documented in the README.
 pub mod exit {
@@ -152,6 +165,9 @@ struct Command {
     /// Where sandboxes of local programs are made [default: ./.baton/worker]
     #[arg(long, env = "BATON_WORKER_ROOT", value_name = "DIR")]
     root: Option<PathBuf>,
+    /// Run local programs as this user; the worker has to be root [default: the worker's own user]
+    #[arg(long, env = "BATON_WORKER_USER", value_name = "NAME")]
+    user: Option<String>,
     /// How long an advance may go on when the worker stops [default: 25s]
     #[arg(long, env = "BATON_WORKER_GRACE", value_parser = duration::parse, value_name = "DURATION")]
     grace: Option<Duration>,
@@ -174,17 +190,18 @@ pub fn main(registry: Registry) -> ExitCode {
     if std::env::args().nth(1).as_deref() == Some(shim::COMMAND) {
         return shim::main();
     }
-    let command = Command::parse();
+    keep_headroom();
+    let command = Command::parse_from(handover::begin());
     let _failpoints = failpoint::init();
     let format = match command.log_format {
         Format::Text => LogFormat::Text,
         Format::Json => LogFormat::Json,
     };
     telemetry::init(&command.log, format);
-    let runtime = match tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build() {
+    let runtime = match runtime() {
         Ok(runtime) => runtime,
         Err(failure) => {
-            error!(%failure, "cannot start");
+            error!("cannot start: {failure}");
             return ExitCode::from(exit::FAILED);
         }
     };
@@ -192,6 +209,40 @@ pub fn main(registry: Registry) -> ExitCode {
     // A process that blocks its thread, or work on the blocking pool, does not keep the program.
     runtime.shutdown_timeout(Duration::from_secs(1));
     code
+}
+
+/// Lets the allocator keep some memory, so that a worker that is given no more can still say so: an allocation that fails
+/// ends a program. What is never written to costs no memory of the machine.
+fn keep_headroom() {
+    let chunks: Vec<Vec<u8>> = (0..HEADROOM_CHUNKS).map(|_| Vec::with_capacity(HEADROOM_CHUNK_BYTES)).collect();
+    // The allocator gives back only what lies above the last one that is in use.
+    std::mem::forget(black_box(Box::new([0_u8; 64])));
+    drop(black_box(chunks));
+}
+
+/// The main runtime of a program.
+///
+/// # Errors
+/// There are too few open files, processes or threads for it.
+pub fn runtime() -> io::Result<tokio::runtime::Runtime> {
+    open_files::raise();
+    open_files::check(FILES_MIN)?;
+    let build = || {
+        tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(2)
+            // Where the system starts no further thread, blocking work needs one that is there.
+            .thread_keep_alive(BLOCKING_KEPT)
+            .enable_all()
+            .build()
+    };
+    // Without a thread, the runtime panics. The error says it better.
+    let hook = std::panic::take_hook();
+    std::panic::set_hook(Box::new(|_| {}));
+    let built = catch_unwind(build);
+    std::panic::set_hook(hook);
+    built.unwrap_or_else(|_| {
+        Err(io::Error::other("the system starts no thread; raise the limit of processes (`ulimit -u`, `pids.max`)"))
+    })
 }
 
 async fn serve(command: Command, registry: Registry) -> ExitCode {
@@ -204,14 +255,14 @@ async fn serve(command: Command, registry: Registry) -> ExitCode {
         }
     };
     let working = async {
-        let options = match options(command, registry, &stop).await {
+        let (options, user) = match options(command, registry, &stop).await {
             Ok(options) => options,
             Err(code) => return code,
         };
         if let Err(code) = refuse_other_database(&options, &stop).await {
             return code;
         }
-        match worker::run(&options, &stop).await {
+        match worker::run_as(&options, user, &stop).await {
             Ok(()) => ExitCode::from(exit::OK),
             Err(failure) => {
                 error!("{}", chain(&failure));
@@ -256,7 +307,7 @@ impl Signals {
     }
 }
 
-async fn options(command: Command, registry: Registry, stop: &Stop) -> Result<Options, ExitCode> {
+async fn options(command: Command, registry: Registry, stop: &Stop) -> Result<(Options, Option<User>), ExitCode> {
     let refuse = |text: String| {
         error!("{text}");
         ExitCode::from(exit::USAGE)
@@ -299,9 +350,15 @@ async fn options(command: Command, registry: Registry, stop: &Stop) -> Result<Op
     let access = Access::of_worker(&name, connections);
     let root = command.root.or(file.root).unwrap_or_else(|| PathBuf::from(".baton/worker"));
     let root = config::from_home(&root).map_err(|problem| refuse(format!("`worker.root` {problem}")))?;
+    let user = match command.user.or(file.user) {
+        Some(name) => Some(user(&name, &root).map_err(|error| refuse(chain(&error)))?),
+        None => None,
+    };
+    // Everything that it was started with has been read.
+    handover::close_inherited();
     let cores = std::thread::available_parallelism().map_or(1, std::num::NonZeroUsize::get);
     let defaults = Limits::default();
-    Ok(Options {
+    let options = Options {
         name,
         host,
         queues,
@@ -319,7 +376,15 @@ async fn options(command: Command, registry: Registry, stop: &Stop) -> Result<Op
         objects,
         store: open(location, access, stop).await?,
         broker: Broker::Amqp(resolved.broker_urls),
-    })
+    };
+    Ok((options, user))
+}
+
+/// The user as whom local programs run.
+fn user(name: &str, root: &std::path::Path) -> Result<User, user::Error> {
+    let user = User::find(name)?;
+    user.check(root)?;
+    Ok(user)
 }
 
 /// Refuses to start on a virtual host of another database. A broker that does not answer is asked again by the communicator.

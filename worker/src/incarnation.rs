@@ -29,10 +29,12 @@ use crate::local::{self, Programs};
 use crate::registry::Registry;
 use crate::setbacks::Setbacks;
 use crate::shim::boottime_ms;
+use crate::shortage::{self, Health};
 use crate::site::{Sites, actor, sharing};
 use crate::suspects::Suspects;
 use crate::sweeps::Timer;
 use crate::thread::Thread;
+use crate::user::User;
 use crate::worker::Options;
 use crate::{beat, control, direct, intake, peers, suspects, sweeps};
 
@@ -55,6 +57,7 @@ pub(crate) struct Shared {
     pub(crate) name: String,
     pub(crate) host: String,
     pub(crate) root: PathBuf,
+    pub(crate) user: Option<User>,
     pub(crate) grace: Duration,
     pub(crate) limits: Limits,
     /// The queues it serves, with all their classes.
@@ -78,9 +81,31 @@ pub(crate) struct Shared {
     pub(crate) gone: CancellationToken,
     /// Notified when a beat has something to learn.
     pub(crate) beat_now: Notify,
+    /// What the worker's machine lacks.
+    pub(crate) health: Health,
     takes_tasks: AtomicBool,
+    halts: tokio::sync::Mutex<Halts>,
     heads: Mutex<HashMap<String, i64>>,
     tell: mpsc::Sender<(String, Told)>,
+}
+
+/// What keeps this worker from taking tasks, beside what its machine lacks; and what it takes.
+#[derive(Default)]
+struct Halts {
+    is_ending: bool,
+    is_database_away: bool,
+    is_fleet_paused: bool,
+    taking: Taking,
+}
+
+#[derive(Clone, Copy, Default, PartialEq)]
+enum Taking {
+    /// Neither tasks nor broadcasts that have to be recorded.
+    #[default]
+    Nothing,
+    /// Broadcasts only.
+    Orders,
+    Everything,
 }
 
 /// What ends endless loops.
@@ -161,30 +186,61 @@ impl Shared {
         self.heads.lock().unwrap_or_else(PoisonError::into_inner).get(queue).copied()
     }
 
-    /// Begins to take tasks, or does so again.
-    pub(crate) async fn take_tasks(&self) {
-        self.communicator.consume(self.queues.clone(), Arc::clone(&self.slots)).await;
-        self.communicator.consume_control().await;
-        self.takes_tasks.store(true, Ordering::Release);
-        self.suspects.next();
+    /// The database has answered a beat, which also says whether the fleet is paused.
+    pub(crate) async fn has_database(&self, is_fleet_paused: bool) {
+        let mut halts = self.halts.lock().await;
+        (halts.is_database_away, halts.is_fleet_paused) = (false, is_fleet_paused);
+        self.settle(&mut halts).await;
     }
 
-    /// Takes no tasks, but still broadcasts that have to be recorded.
-    pub(crate) async fn take_orders_only(&self) {
-        self.takes_tasks.store(false, Ordering::Release);
-        self.communicator.consume(vec![], Arc::clone(&self.slots)).await;
-        self.communicator.consume_control().await;
+    /// The database does not answer.
+    pub(crate) async fn lacks_database(&self) {
+        let mut halts = self.halts.lock().await;
+        halts.is_database_away = true;
+        self.settle(&mut halts).await;
     }
 
-    /// Takes nothing more, neither tasks nor broadcasts that have to be recorded.
-    pub(crate) async fn take_nothing(&self) {
-        self.takes_tasks.store(false, Ordering::Release);
-        self.communicator.stop_consuming().await;
+    /// The incarnation ends: it takes nothing more.
+    async fn take_nothing_more(&self) {
+        let mut halts = self.halts.lock().await;
+        halts.is_ending = true;
+        self.settle(&mut halts).await;
+    }
+
+    /// Begins or ends to take tasks, as the machine allows.
+    pub(crate) async fn take_what_it_can(&self) {
+        self.settle(&mut *self.halts.lock().await).await;
+    }
+
+    async fn settle(&self, halts: &mut Halts) {
+        let taking = if halts.is_ending || halts.is_database_away {
+            Taking::Nothing
+        } else if halts.is_fleet_paused || self.health.stops_taking() {
+            Taking::Orders
+        } else {
+            Taking::Everything
+        };
+        if std::mem::replace(&mut halts.taking, taking) == taking {
+            return;
+        }
+        self.takes_tasks.store(taking == Taking::Everything, Ordering::Release);
+        match taking {
+            Taking::Nothing => self.communicator.stop_consuming().await,
+            Taking::Orders => {
+                self.communicator.stop_consuming().await;
+                self.communicator.consume_control().await;
+            }
+            Taking::Everything => {
+                self.communicator.consume(self.queues.clone(), Arc::clone(&self.slots)).await;
+                self.communicator.consume_control().await;
+                self.suspects.next();
+            }
+        }
     }
 
     /// Whether this worker takes tasks at the moment.
     pub(crate) fn takes_tasks(&self) -> bool {
-        self.takes_tasks.load(Ordering::Acquire)
+        self.takes_tasks.load(Ordering::Acquire) && !self.health.stops_taking()
     }
 }
 
@@ -205,7 +261,12 @@ pub(crate) fn end_reply(pid: Pid, state: State, outcome: Option<&Outcome>) -> Re
 }
 
 /// Runs one incarnation until it is drained or gone. `drain` is cancelled to end it.
-pub(crate) async fn run(options: &Options, drain: CancellationToken, hurry: CancellationToken) -> Result<Ended, Error> {
+pub(crate) async fn run(
+    options: &Options,
+    user: Option<User>,
+    drain: CancellationToken,
+    hurry: CancellationToken,
+) -> Result<Ended, Error> {
     let me = Id::generate();
     let store = options.store.clone();
     let sent_at = boottime_ms();
@@ -242,6 +303,7 @@ pub(crate) async fn run(options: &Options, drain: CancellationToken, hurry: Canc
         name: options.name.clone(),
         host: options.host.clone(),
         root: options.root.clone(),
+        user,
         grace: options.grace,
         limits: options.limits,
         queues: options.queues.iter().flat_map(|queue| classes(queue)).collect(),
@@ -261,7 +323,9 @@ pub(crate) async fn run(options: &Options, drain: CancellationToken, hurry: Canc
         drain,
         gone: CancellationToken::new(),
         beat_now: Notify::new(),
+        health: Health::default(),
         takes_tasks: AtomicBool::new(false),
+        halts: tokio::sync::Mutex::default(),
         heads: Mutex::default(),
         tell,
     });
@@ -319,14 +383,16 @@ impl Incarnation {
             let actor = actor::run(Arc::clone(shared), Arc::clone(&self.threads), Arc::clone(site));
             self.tasks.spawn(until_stop(Box::pin(actor)));
         }
-        shared.take_tasks().await;
+        shortage::look_once(shared).await;
+        self.tasks.spawn(until_stop(Box::pin(shortage::run(Arc::clone(shared)))));
+        shared.take_what_it_can().await;
     }
 
     /// Gives back what is held, and ends what outlives the grace.
     async fn drain(self, hurry: &CancellationToken) {
         let held = &self.shared.held;
         info!(held = held.count(), grace_s = self.shared.grace.as_secs(), "draining");
-        self.shared.take_nothing().await;
+        self.shared.take_nothing_more().await;
         held.drain(Drain::Soon);
         tokio::select! {
             _ = held.emptied(self.shared.grace) => {}
@@ -375,7 +441,7 @@ impl Incarnation {
             processes = dropped,
             "this incarnation was declared gone: it stops its processes and their programs, and writes nothing more for them"
         );
-        self.shared.take_nothing().await;
+        self.shared.take_nothing_more().await;
         self.end().await;
     }
 
@@ -432,6 +498,9 @@ pub enum Error {
     /// The operating system gives no thread.
     #[error("cannot start a thread")]
     Thread(#[source] std::io::Error),
+    /// The operating system lets it open too few files.
+    #[error(transparent)]
+    OpenFiles(std::io::Error),
     /// A site is not configured as it must be.
     #[error("{0}")]
     Sites(String),

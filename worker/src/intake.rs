@@ -44,6 +44,12 @@ async fn take(shared: Arc<Shared>, threads: Arc<Vec<Thread>>, delivery: Delivery
     #[cfg(feature = "without-ack-after-commit")]
     delivery.settle.ack_early().await;
     border!("task-taken");
+    if shared.health.stops_taking() {
+        // Given back while tasks are consumed, it would come here again at once.
+        shared.take_what_it_can().await;
+        delivery.settle.give_back().await;
+        return;
+    }
     let pid = delivery.task.pid();
     let launch = match launch(&delivery) {
         Ok(launch) => launch,

@@ -12,7 +12,9 @@ use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use tokio::sync::{mpsc, oneshot, watch};
+use baton_common::lack::Shortage;
+use tokio::runtime::Handle;
+use tokio::sync::{Mutex, MutexGuard, mpsc, oneshot, watch};
 
 use crate::open_files;
 use crate::shim::tree;
@@ -22,7 +24,7 @@ mod keeper;
 pub mod output;
 pub mod sandbox;
 
-use keeper::Outcome;
+use keeper::{Keeper, Outcome};
 use sandbox::Sandbox;
 
 /// The running executable as the shim's, also when its file was replaced or deleted by an upgrade.
@@ -48,21 +50,18 @@ pub enum Error {
     /// The worker could not start a thread or a shim: it has too many processes or open files. Try again later.
     #[error("could not start a shim")]
     Shim(#[source] io::Error),
-    /// The shim could not start the program. Nothing was run.
-    #[error("the program was not started: {message}")]
+    /// The shim could not start the program. Nothing was run. The machine lacks something; try again when it is there.
+    #[error("the program was not started: {}", .shortage.text)]
     NotStarted {
-        /// The shim's reason.
-        message: String,
-    },
-    /// The program has ended, but how could not be recorded in the sandbox. Its output is probably not whole either.
-    #[error("the program's end could not be recorded: {message}")]
-    NotRecorded {
-        /// The shim's reason.
-        message: String,
+        /// What the shim lacked.
+        shortage: Shortage,
     },
     /// The shim was killed, or did not answer and was. The program has been ended; how far it had come is not known.
-    #[error("the program's shim has vanished")]
-    Vanished,
+    #[error("the program's shim has vanished{}", if *.has_started { "" } else { " before it started the program" })]
+    Vanished {
+        /// Whether it had said that the program runs.
+        has_started: bool,
+    },
     /// [`Programs`] is stopping, or the lease is no longer renewed by anybody.
     #[error("no more programs are started by this worker")]
     Stopping,
@@ -98,6 +97,8 @@ pub struct Program {
 #[derive(Debug)]
 pub struct Programs {
     launches: mpsc::Sender<Launch>,
+    running: watch::Sender<usize>,
+    turn: Mutex<()>,
     stopped: oneshot::Receiver<()>,
 }
 
@@ -118,7 +119,7 @@ struct Launch {
 }
 
 impl Programs {
-    /// Starts the thread. `shim` is an executable that calls [`crate::shim::main`], normally [`SELF`]; `lease` changes at
+    /// Starts the thread; blocking work is done by the runtime of the caller. `shim` is an executable that calls [`crate::shim::main`], normally [`SELF`]; `lease` changes at
     /// each renewal of the worker's lease, which lasts for `lease_limit` after one. If nobody can renew it any more (its
     /// sender is dropped), all programs are killed.
     ///
@@ -128,16 +129,24 @@ impl Programs {
         open_files::raise();
         let (launches, launches_rx) = mpsc::channel(LAUNCHES_MAX);
         let (stopped_tx, stopped) = oneshot::channel();
+        let blocking = Handle::current();
+        let running = watch::Sender::new(0);
+        let count = running.clone();
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(Error::Shim)?;
         std::thread::Builder::new()
             .name("programs".into())
             .spawn(move || {
-                runtime.block_on(keeper::keep(shim, lease, lease_limit, launches_rx));
+                runtime.block_on(keeper::keep(
+                    Keeper { shim, blocking, running: count },
+                    lease,
+                    lease_limit,
+                    launches_rx,
+                ));
                 // Nobody may be waiting for it.
                 let _ = stopped_tx.send(());
             })
             .map_err(Error::Shim)?;
-        Ok(Self { launches, stopped })
+        Ok(Self { launches, running, turn: Mutex::new(()), stopped })
     }
 
     /// Starts a program. It can be called on any runtime and thread.
@@ -154,6 +163,23 @@ impl Programs {
         let (reply, answer) = oneshot::channel();
         self.launches.send(Launch { program, reply }).await.map_err(|_| Error::Stopping)?;
         answer.await.map_err(|_| Error::Stopping)?
+    }
+
+    /// How many programs run.
+    pub(crate) fn count(&self) -> usize {
+        *self.running.borrow()
+    }
+
+    /// Waits until their number changes, at most for this time.
+    pub(crate) async fn ended(&self, limit: Duration) {
+        let mut running = self.running.subscribe();
+        // The sender is here.
+        let _ = tokio::time::timeout(limit, running.changed()).await;
+    }
+
+    /// The right to try again next.
+    pub(crate) async fn turn(&self) -> MutexGuard<'_, ()> {
+        self.turn.lock().await
     }
 
     /// Kills all programs and waits until nothing of them is left.
@@ -179,15 +205,15 @@ impl Running {
     /// Waits for the end. Nothing of the program is left when it comes back.
     ///
     /// # Errors
-    /// [`Error::NotRecorded`] or [`Error::Vanished`]; the program has ended then too.
+    /// [`Error::NotStarted`] or [`Error::Vanished`]; nothing of the program is left then.
     ///
     /// # Cancel safety
     /// It may be dropped and called again; it answers also after the end.
     pub async fn wait(&mut self) -> Result<Ended, Error> {
         match self.outcome.wait_for(Option::is_some).await.as_deref() {
             Ok(Some(Outcome::Ended(ended))) => Ok(ended.clone()),
-            Ok(Some(Outcome::Failed(message))) => Err(Error::NotRecorded { message: message.clone() }),
-            Ok(Some(Outcome::Vanished) | None) | Err(_) => Err(Error::Vanished),
+            Ok(Some(Outcome::Failed(shortage))) => Err(Error::NotStarted { shortage: shortage.clone() }),
+            Ok(Some(Outcome::Vanished) | None) | Err(_) => Err(Error::Vanished { has_started: true }),
         }
     }
 

@@ -30,6 +30,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use baton_common::id::Pid;
+use baton_common::lack::Shortage;
 use baton_common::spec::{Spec, Work};
 use baton_common::store::blob::{Checkpoint, Outcome, Progress};
 use baton_common::store::writer::{Fence, Fenced, Output, Stream, Verb};
@@ -40,6 +41,7 @@ use serde_json::Value;
 
 use crate::held::Live;
 use crate::incarnation::Shared;
+use crate::shortage;
 use crate::site::AtSite;
 
 /// Bytes of `log` that are kept of its beginning, and as many of its end.
@@ -153,6 +155,10 @@ pub enum Error {
     /// Something at a site is not to be had now. The advance is made when it is, and counts for nothing.
     #[error("it has to wait")]
     NotNow(Wait),
+    /// The worker's machine lacks something. The process goes back to the queue at no charge, and the worker takes nothing
+    /// until it is there again.
+    #[error("{0}")]
+    Lacking(Shortage),
 }
 
 impl Error {
@@ -171,7 +177,8 @@ impl Error {
 
 impl From<std::io::Error> for Error {
     fn from(error: std::io::Error) -> Self {
-        Error::failed(error)
+        // All processes of a worker share these, so none is to blame.
+        shortage::of_worker(&error).map_or_else(|| Error::failed(error), Error::Lacking)
     }
 }
 
@@ -355,12 +362,13 @@ impl Context {
     /// Runs what blocks (hashing, big files, a library that waits) on the blocking pool.
     ///
     /// # Errors
-    /// [`Error::Failed`] when the work panicked.
+    /// [`Error::Failed`] when the work panicked, [`Error::Lacking`] when there is no thread for it.
     ///
     /// # Cancel safety
     /// If this is dropped, the work runs on to its end and its result is lost.
     pub async fn blocking<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> Result<T, Error> {
-        self.shared.blocking.spawn_blocking(work).await.map_err(|error| Error::failed(error.to_string()))
+        let task = shortage::spawn_blocking(&self.shared.blocking, work).map_err(Error::Lacking)?;
+        task.await.map_err(|error| Error::failed(error.to_string()))
     }
 
     /// Names what the process does now, for `baton status`.

@@ -308,6 +308,10 @@ impl Run {
             ended = process.end_outside(&context) => match ended {
                 Ok(()) => None,
                 Err(Error::NotNow(wait)) => Some(wait),
+                Err(Error::Lacking(shortage)) => {
+                    self.shared.health.note(shortage);
+                    Some(Wait::pause(STUCK_PAUSE))
+                }
                 Err(failure @ (Error::Input(_) | Error::Failed(_) | Error::Interrupted(_) | Error::Stuck(_))) => {
                     warn!(pid = %context.pid(), %failure, "what it has outside could not be ended");
                     None
@@ -498,6 +502,13 @@ impl Run {
             Error::Interrupted(reason) => {
                 info!(pid = %self.context.pid(), reason, "interrupted; back to the queue at no charge");
                 self.write(Verb::GiveBack, None, Some((How::Drained, Some(reason)))).await
+            }
+            Error::Lacking(shortage) => {
+                let reason = Some(shortage.to_string());
+                // Before the process can come back.
+                self.shared.health.note(shortage);
+                self.shared.take_what_it_can().await;
+                self.write(Verb::GiveBack, None, Some((How::Drained, reason))).await
             }
             Error::Failed(reason) => {
                 if let Some(hold) = self.retry(reason.clone()).await {

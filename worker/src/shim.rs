@@ -14,6 +14,8 @@ use std::process::ExitCode;
 use rustix::process::{getpid, set_child_subreaper, setsid};
 use rustix::time::{ClockId, clock_gettime};
 
+use crate::{handover, user};
+
 pub(crate) mod course;
 mod stage;
 mod supervise;
@@ -28,11 +30,23 @@ pub const COMMAND: &str = "shim";
 /// The argument after [`COMMAND`] that names the second stage, which becomes the program.
 const STAGE: &str = "exec";
 
+/// The argument after [`COMMAND`] with which a worker tries whether children can be started.
+pub(crate) const PROBE: &str = "probe";
+
+/// The argument after [`COMMAND`] with which a worker tries whether programs can run as another user.
+pub(crate) const USER: &str = "user";
+
 /// Runs the shim. Call this first in `main`, before any runtime or other thread starts, when the first argument is
 /// [`COMMAND`].
 pub fn main() -> ExitCode {
-    if std::env::args().nth(2).as_deref() == Some(STAGE) {
-        return stage::main();
+    // No program has what its worker was started with.
+    handover::note_inherited();
+    handover::close_inherited();
+    match std::env::args().nth(2).as_deref() {
+        Some(STAGE) => return stage::main(),
+        Some(PROBE) => return supervise::probe(),
+        Some(USER) => return user::try_out(std::env::args().skip(3)),
+        Some(_) | None => {}
     }
     let mut input = io::BufReader::new(io::stdin());
     let mut line = String::new();
@@ -40,23 +54,28 @@ pub fn main() -> ExitCode {
         // The worker died before it had said what to run.
         Ok(0) => return ExitCode::SUCCESS,
         Ok(_) => {}
-        Err(error) => return failed(format!("could not read the order: {error}")),
+        Err(error) => return failed(format!("could not read the order: {error}"), error.raw_os_error()),
     }
     let order: Order = match serde_json::from_str(&line) {
         Ok(order) => order,
-        Err(error) => return failed(format!("could not read the order: {error}")),
+        Err(error) => return failed(format!("could not read the order: {error}"), None),
     };
+    if let Some(ids) = &order.user
+        && let Err(error) = ids.take_on()
+    {
+        return failed(format!("could not become the user {}: {error}", ids.uid), error.raw_os_error());
+    }
     // This fails only for a process that leads its group already, and then the terminal's signals are its own business.
     let _ = setsid();
     if let Err(error) = set_child_subreaper(Some(getpid())) {
-        return failed(format!("could not become a subreaper: {error}"));
+        return failed(format!("could not become a subreaper: {error}"), Some(error.raw_os_error()));
     }
     match supervise::run(&order, input) {
         Ok(ended) => {
             report(&Report::Ended(ended));
             ExitCode::SUCCESS
         }
-        Err(error) => failed(error.to_string()),
+        Err(error) => failed(error.to_string(), error.errno()),
     }
 }
 
@@ -67,8 +86,8 @@ pub(crate) fn boottime_ms() -> u64 {
     u64::try_from(now.tv_sec).unwrap_or(0) * 1000 + u64::try_from(now.tv_nsec).unwrap_or(0) / 1_000_000
 }
 
-fn failed(message: String) -> ExitCode {
-    report(&Report::Failed { message });
+fn failed(message: String, errno: Option<i32>) -> ExitCode {
+    report(&Report::Failed { message, errno });
     ExitCode::FAILURE
 }
 

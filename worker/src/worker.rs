@@ -14,10 +14,15 @@ use tracing::warn;
 use crate::cli::{chain, remedy_of};
 use crate::incarnation::{self, Ended};
 pub use crate::incarnation::{Error, Limits};
+use crate::open_files;
 use crate::registry::Registry;
+use crate::user::User;
 
 /// Pause before a worker that could not start an incarnation tries again.
 const RESTART_PAUSE: Duration = Duration::from_secs(1);
+
+/// Open files without which a worker cannot hold its connections, its threads and a local program.
+const FILES_MIN: usize = 40;
 
 /// What a worker is started with.
 #[derive(Clone)]
@@ -82,10 +87,19 @@ impl Stop {
 /// # Errors
 /// The first incarnation could not start, and not for want of the database. Later ones are tried for ever.
 pub async fn run(options: &Options, stop: &Stop) -> Result<(), Error> {
+    run_as(options, None, stop).await
+}
+
+/// The same, with local programs that run as another user.
+///
+/// # Errors
+/// As [`run`].
+pub async fn run_as(options: &Options, user: Option<User>, stop: &Stop) -> Result<(), Error> {
+    open_files::check(FILES_MIN).map_err(Error::OpenFiles)?;
     let mut has_run = false;
     let mut said = String::new();
     while !stop.drain.is_cancelled() {
-        match incarnation::run(options, stop.drain.clone(), stop.hurry.clone()).await {
+        match incarnation::run(options, user.clone(), stop.drain.clone(), stop.hurry.clone()).await {
             Ok(Ended::Drained) => return Ok(()),
             Ok(Ended::Gone) => has_run = true,
             Err(error) if has_run || error.is_transient() => {

@@ -8,10 +8,12 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use baton_common::id::Pid;
+use baton_common::lack::Lack;
 use baton_worker::local::output::Capture;
 use baton_worker::local::sandbox::Sandbox;
 use baton_worker::local::{Command, Error, Program, Programs, Running};
 use baton_worker::shim::wire::{Ended, EndedBy, Order, Report};
+use rustix::io::Errno;
 use rustix::process::{Signal, kill_process};
 use rustix::time::{ClockId, clock_gettime};
 use tempfile::TempDir;
@@ -92,10 +94,23 @@ struct Bare {
 
 impl Bare {
     async fn start(root: &Path, script: &str, lease_ms: u64, adjust: impl FnOnce(&mut Order)) -> Self {
+        Self::start_with(root, script, lease_ms, adjust, "exec \"$0\" shim").await
+    }
+
+    /// A shell starts the shim, which is its `$0`.
+    async fn start_with(
+        root: &Path,
+        script: &str,
+        lease_ms: u64,
+        adjust: impl FnOnce(&mut Order),
+        start: &str,
+    ) -> Self {
         let sandbox = Sandbox::create(root, Pid::generate(), 1, 1).unwrap();
         let mark = ("BATON_SANDBOX".to_owned(), sandbox.path().to_str().unwrap().to_owned());
         let mut order = Order {
             argv: ["/bin/sh", "-c", script].map(str::to_owned).to_vec(),
+            script: None,
+            user: None,
             env: BTreeMap::from([mark, ("PATH".to_owned(), std::env::var("PATH").unwrap())]),
             cwd: sandbox.path().to_owned(),
             stdin: None,
@@ -109,8 +124,8 @@ impl Bare {
             open_files: None,
         };
         adjust(&mut order);
-        let mut child = tokio::process::Command::new(EXE)
-            .arg("shim")
+        let mut child = tokio::process::Command::new("/bin/sh")
+            .args(["-c", start, EXE])
             .env_clear()
             .stdin(std::process::Stdio::piped())
             .stdout(std::process::Stdio::piped())
@@ -132,7 +147,7 @@ impl Bare {
             match self.report().await {
                 Report::Ended(ended) => return ended,
                 Report::Started { .. } => {}
-                Report::Failed { message } => panic!("{message}"),
+                Report::Failed { message, .. } => panic!("{message}"),
             }
         }
     }
@@ -332,27 +347,57 @@ async fn a_working_directory_that_is_gone_starts_nothing() {
     let program = bench.run(&["true"]);
     fs::remove_dir_all(program.sandbox.path()).unwrap();
     let error = bench.programs.launch(program).await.unwrap_err();
-    assert!(matches!(&error, Error::NotStarted { message } if message.contains("stdout")), "{error}");
+    assert!(
+        matches!(&error, Error::NotStarted { shortage } if shortage.lack == Lack::Root && shortage.text.contains("stdout")),
+        "{error}"
+    );
 
     let root = TempDir::new().unwrap();
     let mut shim = Bare::start(root.path(), "true", 600_000, |order| order.cwd = "/nonexistent".into()).await;
-    assert!(matches!(shim.report().await, Report::Failed { message } if message.contains("/nonexistent")));
+    assert!(matches!(shim.report().await, Report::Failed { message, .. } if message.contains("/nonexistent")));
 }
 
 #[tokio::test]
-async fn an_end_that_cannot_be_written_down_is_told_and_leaves_nothing() {
+async fn a_program_that_removes_its_own_folder_ends_as_it_ended() {
     let bench = Bench::new();
-    let program = bench.script(&format!("{STUBBORN} rm -r .baton; exit 0"));
+    let program = bench.script(&format!("{STUBBORN} rm -r .baton; exit 3"));
     let sandbox = program.sandbox.clone();
-    let error = bench.programs.launch(program).await.unwrap().wait().await.unwrap_err();
-    assert!(matches!(&error, Error::NotRecorded { message } if message.contains("done.json")), "{error}");
+    let ended = bench.programs.launch(program).await.unwrap().wait().await.unwrap();
+    assert_eq!((ended.exit, ended.ended_by), (Some(3), EndedBy::Own));
     assert_nothing_left(&sandbox);
+}
 
-    // A full disk: the file under the name from which `done.json` is renamed takes nothing.
-    let program = bench.script("exit 0");
+#[tokio::test]
+async fn a_program_is_not_started_on_a_full_disk() {
+    let bench = Bench::new();
+    let program = bench.script("echo > ran");
+    // The file under the name from which `done.json` is renamed takes nothing.
     std::os::unix::fs::symlink("/dev/full", program.sandbox.done().with_extension("part")).unwrap();
-    let error = bench.programs.launch(program).await.unwrap().wait().await.unwrap_err();
-    assert!(matches!(&error, Error::NotRecorded { message } if message.contains("No space left")), "{error}");
+    let sandbox = program.sandbox.clone();
+    let error = bench.programs.launch(program).await.unwrap_err();
+    assert!(matches!(&error, Error::NotStarted { shortage } if shortage.lack == Lack::Disk), "{error}");
+    assert!(!sandbox.path().join("ran").exists());
+}
+
+#[tokio::test]
+async fn a_shim_without_open_files_starts_nothing_and_says_what_it_lacks() {
+    let root = TempDir::new().unwrap();
+    let too_many = Some(Errno::MFILE.raw_os_error());
+    for limit in [4, 5, 6] {
+        let start = format!("ulimit -n {limit}; exec \"$0\" shim");
+        let mut shim = Bare::start_with(root.path(), "echo > ran", 600_000, |_| {}, &start).await;
+        let report = shim.report().await;
+        assert!(matches!(&report, Report::Failed { errno, .. } if *errno == too_many), "{report:?}");
+        assert!(!shim.sandbox.path().join("ran").exists());
+    }
+}
+
+#[tokio::test]
+async fn arguments_that_are_too_long_end_the_program_with_the_reason() {
+    let bench = Bench::new();
+    let (ended, _, stderr) = bench.end_of(bench.run(&["true", &"x".repeat(200_000)])).await;
+    assert_eq!(ended.exit, Some(126));
+    assert!(stderr.contains("longer than the system passes on"), "{stderr}");
 }
 
 #[tokio::test]
@@ -509,7 +554,7 @@ async fn the_worker_ends_what_a_killed_shim_has_left() {
     let sandbox = program.sandbox.clone();
     let mut running = bench.ready(program).await;
     signal(parent_of(running.pid()), Signal::KILL);
-    assert!(matches!(running.wait().await, Err(Error::Vanished)));
+    assert!(matches!(running.wait().await, Err(Error::Vanished { has_started: true })));
     assert_nothing_left(&sandbox);
 }
 

@@ -12,6 +12,7 @@ use object_store::{ClientConfigKey, ClientOptions, ObjectStore, RetryConfig};
 
 use super::{DEFAULT_FOLDER, Error, file_url};
 use crate::config;
+use crate::secrets;
 
 /// How long a connection to the server may take.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -118,6 +119,11 @@ fn bucket(config: &config::Objects, path: &str) -> Result<(Arc<dyn ObjectStore>,
     let _ = rustls::crypto::ring::default_provider().install_default();
 
     let mut builder = AmazonS3Builder::from_env().with_bucket_name(name).with_disable_bulk_delete(true);
+    for (name, value) in secrets::keys() {
+        if let Ok(key) = name.to_ascii_lowercase().parse::<AmazonS3ConfigKey>() {
+            builder = builder.with_config(key, value);
+        }
+    }
     if let Some(endpoint) = &config.endpoint {
         // The second wins over the first, and the environment may have set either.
         builder = builder.with_endpoint(endpoint).with_config(AmazonS3ConfigKey::S3Endpoint, endpoint);

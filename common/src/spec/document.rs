@@ -54,6 +54,8 @@ const DURATION_MAX: Duration = Duration::from_secs(10 * 365 * 86_400);
 const NAME_BYTES_MAX: usize = 128;
 /// Longest name of a queue, so that the broker's name with prefix and class stays far below its 255 bytes.
 const QUEUE_BYTES_MAX: usize = 64;
+/// Linux's `MAX_ARG_STRLEN`, less the NUL at the end.
+const ARGUMENT_BYTES_MAX: usize = 32 * 4096 - 1;
 
 /// # Errors
 /// Every problem of the document at once.
@@ -104,8 +106,8 @@ impl Reader {
         spec.name = self.take(&mut document, "name", name);
         spec.session = self.take(&mut document, "session", session);
         spec.stdin = self.take(&mut document, "stdin", text);
-        spec.vars = self.take_texts(&mut document, "vars", variable_name, no_nul);
-        spec.labels = self.take_texts(&mut document, "labels", label_part, label_part);
+        spec.vars = self.take_texts(&mut document, "vars", variable_name, variable);
+        spec.labels = self.take_texts(&mut document, "labels", label_part, |_, value| label_part(value));
         spec.queue = self.take(&mut document, "queue", queue).unwrap_or(spec.queue);
         spec.priority = self.take(&mut document, "priority", priority).unwrap_or_default();
         spec.hold = self.take(&mut document, "hold", boolean).unwrap_or_default();
@@ -249,7 +251,7 @@ impl Reader {
         section: &mut Section,
         key: &str,
         check_key: impl Fn(&str) -> Read<()>,
-        check_value: impl Fn(&str) -> Read<()>,
+        check_value: impl Fn(&str, &str) -> Read<()>,
     ) -> BTreeMap<String, String> {
         let mut texts = BTreeMap::new();
         let Some(entries) = self.take(section, key, map) else { return texts };
@@ -260,7 +262,7 @@ impl Reader {
                 self.complain(line, format!("the key `{shown}` {problem}"));
                 continue;
             }
-            match text(node).and_then(|value| check_value(&value).map(|()| value)) {
+            match text(node).and_then(|value| check_value(&entry, &value).map(|()| value)) {
                 Ok(value) => drop(texts.insert(entry, value)),
                 Err(problem) => self.complain(line, format!("`{shown}` {problem}")),
             }
@@ -356,7 +358,7 @@ fn argv(node: Node) -> Read<Vec<String>> {
     for (argument_idx, node) in nodes.into_iter().enumerate() {
         let line = node.line.map(|line| format!(" (line {line})")).unwrap_or_default();
         let argument = text(node)
-            .and_then(|argument| no_nul(&argument).map(|()| argument))
+            .and_then(|argument| no_nul(&argument).and_then(|()| not_too_long(argument.len())).map(|()| argument))
             .map_err(|problem| format!("has an argument {argument_idx}{line} that {problem}"))?;
         argv.push(argument);
     }
@@ -380,6 +382,23 @@ fn script(node: Node) -> Read<String> {
 fn no_nul(text: &str) -> Read<()> {
     if text.contains('\0') {
         return Err("must not contain a NUL byte; no program can be given one".to_owned());
+    }
+    Ok(())
+}
+
+/// The value of a variable.
+fn variable(name: &str, value: &str) -> Read<()> {
+    no_nul(value)?;
+    // With the sign between name and value.
+    not_too_long(name.len() + 1 + value.len())
+}
+
+fn not_too_long(bytes: usize) -> Read<()> {
+    if bytes > ARGUMENT_BYTES_MAX {
+        return Err(format!(
+            "has {bytes} bytes; Linux gives a program at most {ARGUMENT_BYTES_MAX} in one argument or variable, so put it \
+             into `stdin` or a file"
+        ));
     }
     Ok(())
 }

@@ -528,6 +528,14 @@ fn bombs_are_refused() {
     let found = from_json_value(json!({"call": "x", "with": value})).unwrap_err().to_string();
     assert_eq!(found, "the document is nested more than 24 levels deep");
 
+    // Linux takes 131,072 bytes with the NUL at the end, and a variable with its name.
+    let long = "x".repeat(131_072);
+    let found = complaint(&format!("run: [echo, {long}]"), Format::Yaml);
+    assert!(found.contains("an argument 1 (line 1) that has 131072 bytes") && found.contains("`stdin`"), "{found}");
+    let found = complaint(&format!("run: [x]\nvars: {{A: {}}}", &long[2..]), Format::Yaml);
+    assert!(found.contains("`vars.A` has 131072 bytes"), "{found}");
+    assert!(yaml(&format!("run: [echo, {}]\nvars: {{A: {}}}", &long[1..], &long[3..])).is_ok());
+
     let large = format!("script: |\n  {}", "x".repeat(1024 * 1024));
     assert!(complaint(&large, Format::Yaml).contains("at most 1 MiB"));
     let value = json!({"script": "x".repeat(1024 * 1024)});

@@ -11,6 +11,7 @@ mod m20261121_000003_refusals;
 mod m20261121_000004_sites;
 mod m20261129_000001_by_key;
 mod m20261129_000002_identity;
+mod m20261130_000001_lacks;
 mod m20261130_000002_objects;
 mod m20261130_000003_served_sites;
 #[cfg(feature = "next-version")]
@@ -32,6 +33,7 @@ impl MigratorTrait for Migrator {
             Box::new(m20261121_000004_sites::Migration),
             Box::new(m20261129_000001_by_key::Migration),
             Box::new(m20261129_000002_identity::Migration),
+            Box::new(m20261130_000001_lacks::Migration),
             Box::new(m20261130_000002_objects::Migration),
             Box::new(m20261130_000003_served_sites::Migration),
             #[cfg(feature = "next-version")]

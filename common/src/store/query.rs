@@ -15,6 +15,7 @@ use super::writer::{How, Output, Stream};
 use super::{Error, Store};
 use crate::communicator::control_queue;
 use crate::id::{Incarnation, Pid};
+use crate::lack::Lacks;
 use crate::select::Select;
 use crate::spec::Spec;
 use crate::state::{self, Desired, Place, State};
@@ -214,6 +215,8 @@ pub struct WorkerRow {
     pub held: i64,
     /// Processes that block their thread.
     pub blocked: Option<String>,
+    /// What its machine lacks, as it said with its last beat.
+    pub lacks: Option<Lacks>,
     /// Whether somebody wants it to give back what it holds and to stop.
     pub drain: bool,
     /// The number that grows while it lives.
@@ -278,10 +281,15 @@ impl WorkerRow {
         }
     }
 
-    /// Whether it is expected to take work: nobody drains it, and it has beaten within its lease. A worker that died alone
-    /// has a row that nobody marks.
+    /// Whether it is expected to take work: nobody drains it, its machine lacks nothing that it needs, and it has beaten
+    /// within its lease. A worker that died alone has a row that nobody marks.
     pub fn takes_work(&self) -> bool {
-        self.gone_at.is_none() && !self.drain && self.silence() < LEASE
+        self.gone_at.is_none() && !self.drain && !self.is_short() && self.silence() < LEASE
+    }
+
+    /// Whether its machine lacks something without which it takes no work.
+    pub fn is_short(&self) -> bool {
+        self.lacks.as_ref().is_some_and(Lacks::stops_taking)
     }
 
     /// Whether it serves a task queue, whose name may have a class.
@@ -452,7 +460,7 @@ impl Store {
         let named = if names.is_empty() { "true".to_owned() } else { format!("({})", conditions.join(" OR ")) };
         let which = if with_gone { "true" } else { "w.gone_at IS NULL" };
         let sql = format!(
-            "SELECT w.id, w.name, w.host, w.os_pid, w.version, w.queues, w.slots, w.blocked, w.drain, w.beat, w.beat_at,
+            "SELECT w.id, w.name, w.host, w.os_pid, w.version, w.queues, w.slots, w.blocked, w.lacks, w.lacks_text, w.drain, w.beat, w.beat_at,
                     w.started_at, w.gone_at, {{now}} AS now,
                     (SELECT COUNT(*) FROM process p WHERE p.owner = w.id AND p.place = {{held}}) AS held
              FROM worker w WHERE {named} AND {which} ORDER BY w.gone_at IS NOT NULL, w.name, w.started_at"
@@ -605,6 +613,7 @@ fn event(row: &QueryResult) -> Result<EventRow, Error> {
 fn worker(row: &QueryResult) -> Result<WorkerRow, Error> {
     let id = Incarnation::from(row.try_get::<Uuid>("", "id")?);
     let name: String = row.try_get("", "name")?;
+    let text = row.try_get::<Option<String>>("", "lacks_text")?.unwrap_or_default();
     Ok(WorkerRow {
         id,
         control_queue: control_queue(&name, id),
@@ -616,6 +625,7 @@ fn worker(row: &QueryResult) -> Result<WorkerRow, Error> {
         slots: row.try_get("", "slots")?,
         held: row.try_get("", "held")?,
         blocked: row.try_get("", "blocked")?,
+        lacks: row.try_get::<Option<String>>("", "lacks")?.map(|what| Lacks { what, text }),
         drain: row.try_get("", "drain")?,
         beat: row.try_get("", "beat")?,
         beat_at: row.try_get("", "beat_at")?,

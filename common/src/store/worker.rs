@@ -10,6 +10,7 @@ use super::writer::Fence;
 use super::{Error, Store, Use, begin, connect};
 use crate::communicator::control_queue;
 use crate::id::{Incarnation, Pid};
+use crate::lack::Shortage;
 use crate::state::Desired;
 
 /// Pause between two beats.
@@ -70,6 +71,8 @@ pub struct Load {
     pub held: u32,
     /// Processes that block their thread, as `pid for 7s`; empty when there is none.
     pub blocked: Vec<String>,
+    /// What its machine lacks.
+    pub shortage: Option<Shortage>,
 }
 
 /// What a beat learns.
@@ -136,11 +139,18 @@ impl Store {
     /// # Errors
     /// The database does not answer; the lease runs on until its deadline.
     pub async fn beat(&self, id: Incarnation, load: &Load) -> Result<Beat, Error> {
-        let sql = "UPDATE worker SET beat = beat + 1, beat_at = {now}, load = $2, blocked = $3
+        let sql = "UPDATE worker SET beat = beat + 1, beat_at = {now}, load = $2, blocked = $3, lacks = $4,
+                                     lacks_text = $5
                    WHERE id = $1 AND gone_at IS NULL
                    RETURNING beat, drain, (SELECT COUNT(*) FROM fleet WHERE paused_at IS NOT NULL) AS n_paused";
         let blocked = (!load.blocked.is_empty()).then(|| load.blocked.join(", "));
-        let values = vec![Uuid::from(id).into(), i64::from(load.held).into(), blocked.into()];
+        let values: Vec<Value> = vec![
+            Uuid::from(id).into(),
+            i64::from(load.held).into(),
+            blocked.into(),
+            load.shortage.as_ref().map(|shortage| shortage.lack.word().to_owned()).into(),
+            load.shortage.as_ref().map(|shortage| shortage.text.clone()).into(),
+        ];
         let rows = self.beats.query_all_raw(self.dialect.statement(sql, values)).await?;
         let Some(row) = rows.first() else {
             let sql = "SELECT 1 AS n FROM worker WHERE id = $1";

@@ -15,7 +15,7 @@ use uuid::Uuid;
 
 use crate::cli::{Global, Output};
 use crate::client::{DATABASE_FILE, objects_of, one_connection};
-use crate::failure::{Failure, broker_remedy};
+use crate::failure::{Failure, broker_remedy, objects_code};
 use crate::output::{self, one_line, span};
 use crate::overview::Overview;
 
@@ -95,7 +95,7 @@ pub(crate) async fn run(global: &Global) -> Result<u8, Failure> {
     }
     if let Some(store) = &store {
         findings.extend(without_objects(store).await?);
-        findings.push(workers(store).await?);
+        findings.extend(workers(store).await?);
         findings.extend(sites(store).await?);
     }
     print(global, &findings)?;
@@ -187,7 +187,12 @@ async fn objects(config: &config::Objects) -> Finding {
         Ok(Err(error)) => unusable(&error),
         Err(_) => {
             let text = format!("{} does not answer within {} s", objects.place(), OBJECTS_LIMIT.as_secs());
-            finding("objects", Verdict::Warn, text, Some("correct `objects` in baton.toml, or the way there"))
+            finding(
+                "objects",
+                Verdict::Fail(exit::UNREACHABLE),
+                text,
+                Some("correct `objects` in baton.toml, or the way there"),
+            )
         }
     }
 }
@@ -213,11 +218,10 @@ async fn without_objects(store: &Store) -> Result<Vec<Finding>, Failure> {
     Ok(findings.collect())
 }
 
-/// Whoever submits no files can do without.
 fn unusable(error: &objects::Error) -> Finding {
     finding(
         "objects",
-        Verdict::Warn,
+        Verdict::Fail(objects_code(error)),
         chain(error),
         Some("see `objects` in baton.toml; its keys are in the environment"),
     )
@@ -249,24 +253,37 @@ async fn sites(store: &Store) -> Result<Vec<Finding>, Failure> {
     Ok(findings)
 }
 
-async fn workers(store: &Store) -> Result<Finding, Failure> {
+/// A finding for each worker whose machine lacks something, and one for all of them.
+async fn workers(store: &Store) -> Result<Vec<Finding>, Failure> {
     let overview = Overview::look(store).await?;
+    let lacking = overview.workers.iter().filter_map(|worker| Some((worker, worker.lacks.as_ref()?)));
+    let mut findings: Vec<Finding> = lacking
+        .map(|(worker, lacks)| {
+            let text = format!("{} on {} {lacks}", worker.name, worker.host);
+            finding("workers", Verdict::Fail(exit::FAILED), text, Some(lacks.remedy()))
+        })
+        .collect();
+    findings.push(all_workers(&overview));
+    Ok(findings)
+}
+
+fn all_workers(overview: &Overview) -> Finding {
     let workers = &overview.workers;
     if let Some(backlog) = overview.unserved().next() {
         let queue = &backlog.queue;
         let text = format!("{} live; none takes from queue `{queue}`, in which processes wait", workers.len());
         let remedy = format!("baton-worker --queue {}", queue_name(queue));
-        return Ok(finding("workers", Verdict::Warn, text, Some(&remedy)));
+        return finding("workers", Verdict::Warn, text, Some(&remedy));
     }
     let blocked = workers.iter().filter_map(|worker| worker.blocked.as_ref()).count();
     if blocked > 0 {
         let text = format!("{} live, {blocked} of them with a process that blocks its thread", workers.len());
-        return Ok(finding("workers", Verdict::Warn, text, Some("`baton workers` names the process")));
+        return finding("workers", Verdict::Warn, text, Some("`baton workers` names the process"));
     }
-    Ok(match workers.len() {
+    match workers.len() {
         0 => finding("workers", Verdict::Warn, "none is live".into(), Some("start one: baton-worker")),
         count => finding("workers", Verdict::Ok, format!("{count} live"), None),
-    })
+    }
 }
 
 fn print(global: &Global, findings: &[Finding]) -> Result<(), Failure> {

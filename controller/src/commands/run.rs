@@ -1,8 +1,9 @@
 //! `baton run`: a fleet of one in this program, with its state in a folder.
 
 use std::collections::BTreeSet;
-use std::fs::{File, TryLockError};
+use std::fs::{DirBuilder, File, Permissions, TryLockError};
 use std::io::{Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -17,6 +18,7 @@ use baton_common::store::submit::NewProcess;
 use baton_common::store::{Location, Store};
 use baton_common::telemetry::new_traceparent;
 use baton_worker::cli::{exit, host_name};
+use baton_worker::handover;
 use baton_worker::process::by_worker;
 use baton_worker::registry::Registry;
 use baton_worker::worker::{self, Limits, Options, Stop};
@@ -48,8 +50,7 @@ pub(crate) async fn run(global: &Global, arguments: RunArguments) -> Result<u8, 
     check_site(&spec, &config.sites)?;
     let plan = capture::plan(&spec, &folder)?;
     let home = std::path::absolute(&global.home)?;
-    std::fs::create_dir_all(&home)
-        .map_err(|error| Failure::failed(format!("cannot make {}: {error}", home.display())))?;
+    make_private(&home).map_err(|error| Failure::failed(format!("cannot make {}: {error}", home.display())))?;
     // Held until the program ends: the lock is what tells that every other incarnation is gone.
     let _lock = lock(&home)?;
     let store = Store::open(Location::Sqlite(home.join(DATABASE_FILE))).await?;
@@ -65,6 +66,8 @@ pub(crate) async fn run(global: &Global, arguments: RunArguments) -> Result<u8, 
             store.control(pid, &Request::new(Desired::Run, whoami())).await?;
         }
     }
+    // Everything that it was started with has been read.
+    handover::close_inherited();
     let options = Options {
         name: WORKER.into(),
         host: host_name(),
@@ -123,6 +126,25 @@ pub(crate) async fn run(global: &Global, arguments: RunArguments) -> Result<u8, 
             exit::PROCESS_FAILED
         }
     })
+}
+
+/// Makes the home, where the values and variables of processes are, so that only its user can read it. A folder that is there
+/// keeps its rights, unless it has the usual name, which nothing else has.
+fn make_private(home: &Path) -> std::io::Result<()> {
+    DirBuilder::new().recursive(true).mode(0o700).create(home)?;
+    if home.file_name().is_some_and(|name| name == ".baton") {
+        std::fs::set_permissions(home, Permissions::from_mode(0o700))?;
+    }
+    let database = home.join(DATABASE_FILE);
+    // SQLite gives its other files the same rights.
+    File::options().append(true).create(true).mode(0o600).open(&database)?;
+    for end in ["", "-wal", "-shm"] {
+        let path = home.join(format!("{DATABASE_FILE}{end}"));
+        if path.exists() {
+            std::fs::set_permissions(path, Permissions::from_mode(0o600))?;
+        }
+    }
+    Ok(())
 }
 
 /// Takes the home for this program, or says who has it.

@@ -158,11 +158,12 @@ fn tenths(duration: Duration) -> String {
 }
 
 fn detail(row: &WorkerRow) -> String {
-    match (row.gone_at, &row.blocked) {
-        (Some(gone_at), _) => format!("gone {} ago", age(row.now - gone_at)),
-        (None, Some(blocked)) => format!("blocked by {blocked}"),
-        (None, None) => String::new(),
+    if let Some(gone_at) = row.gone_at {
+        return format!("gone {} ago", age(row.now - gone_at));
     }
+    let lacks = row.lacks.as_ref().map(ToString::to_string);
+    let blocked = row.blocked.as_ref().map(|blocked| format!("blocked by {blocked}"));
+    lacks.into_iter().chain(blocked).collect::<Vec<_>>().join("; ")
 }
 
 fn held_text(row: &WorkerRow, held: &[Summary]) -> String {

@@ -66,8 +66,26 @@ async fn a_missing_or_refusing_server_is_named_without_its_password() {
     assert!(output.stdout.contains("objects"), "{output:?}");
     std::fs::write(scene.path("file"), "no folder").unwrap();
     let file = scene.path("file").display().to_string();
-    let output = run(&[("BATON_OBJECTS_URL", &file)], &["doctor"]).await.ok();
-    assert!(output.stdout.contains("warn  objects") && output.stdout.contains("Not a directory"), "{output:?}");
+    let output = run(&[("BATON_OBJECTS_URL", &file)], &["doctor"]).await;
+    assert!(output.code != 0, "{output:?}");
+    assert!(output.stdout.contains("fail  objects") && output.stdout.contains("Not a directory"), "{output:?}");
+}
+
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn a_worker_that_its_broker_does_not_let_in_is_named() {
+    let scene = Scene::new().await;
+    scene.baton(&["list"]).await.ok();
+    let wrong = scene.broker_url().replace("guest:guest", "guest:s3cret");
+    let _worker = scene.worker_with(&[("BATON_BROKER_URL", &wrong)], "w1", &[]);
+    baton_tests::eventually("it is named", std::time::Duration::from_secs(30), async || {
+        let workers = scene.baton(&["workers"]).await;
+        if workers.stdout.contains("lacks a broker") { Ok(()) } else { Err(workers) }
+    })
+    .await;
+    let doctor = scene.baton(&["doctor"]).await.exits(1);
+    assert!(doctor.stdout.contains("refuses the credentials of user guest"), "{doctor:?}");
+    assert!(!doctor.stdout.contains("s3cret"), "{doctor:?}");
 }
 
 #[tokio::test]

@@ -22,6 +22,8 @@ mod outside;
 mod prune;
 mod races;
 mod readme;
+mod secrets;
+mod shortages;
 mod site;
 mod site_edges;
 mod sites;

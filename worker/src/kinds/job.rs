@@ -114,6 +114,7 @@ impl Process for Job {
                     | Error::Failed(_)
                     | Error::Interrupted(_)
                     | Error::Stuck(_)
+                    | Error::Lacking(_)
                     | Error::NotNow(_)) => error,
                 }),
                 Err(Trouble::Content(text) | Trouble::Emptied(text)) if self.looks < LOOKS_MAX => {

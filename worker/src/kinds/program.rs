@@ -1,5 +1,6 @@
 //! A leaf that runs a program on the worker's own machine, under the shim.
 
+use std::io;
 use std::path::Path;
 use std::time::Duration;
 
@@ -11,19 +12,28 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tracing::warn;
 
-use crate::cli::chain;
 use crate::local::output::Capture;
 use crate::local::sandbox::Sandbox;
 use crate::local::{self, Command, Running};
-use crate::process::{Advance, Context, Error, Interrupt, Process, Wait};
+use crate::process::{Advance, Context, Error, Interrupt, Process};
 use crate::shim::wire::{Ended, EndedBy};
+use crate::shortage;
 
 /// Pause between two looks at a running program: what it has written is stored, so that little of it is lost with the
 /// worker, and its memory is measured.
 const LOOK_INTERVAL: Duration = Duration::from_secs(5);
 
-/// When a program is tried again that the worker's machine had no process or open file for.
-const SHORT_PAUSE: Duration = Duration::from_secs(10);
+/// How long a program waits for the end of another one of this worker that has what it needs.
+const TURN_LIMIT: Duration = Duration::from_secs(10);
+
+/// Pause before it is tried again although none has ended.
+const LAUNCH_PAUSE: Duration = Duration::from_secs(1);
+
+/// Pause before what a program has written is read again, when there was no open file or thread for that.
+const READ_PAUSE: Duration = Duration::from_secs(1);
+
+/// How often it is read again when the disk reports errors. The program has ended, and its end is worth more.
+const READS_MAX: u32 = 10;
 
 /// One try is one advance: if the worker dies, the shim ends the program, and the next holder runs it again.
 #[derive(Default, Serialize, Deserialize)]
@@ -48,7 +58,7 @@ impl Process for Program {
                 // However it ends now, nothing of it is left.
                 let _ = running.terminate().await;
                 if let Some(sandbox) = context.live.sandbox()
-                    && let Ok((outputs, _)) = context.blocking(move || capture(&sandbox)).await
+                    && let Ok(Ok((outputs, _))) = context.blocking(move || capture(&sandbox)).await
                 {
                     context.draft.borrow_mut().outputs = outputs;
                 }
@@ -62,8 +72,12 @@ impl Program {
         context.set_stage("prepare");
         let (root, pid, epoch) = (context.root().to_owned(), context.pid(), context.epoch());
         let attempt = i32::try_from(context.attempt()).unwrap_or(i32::MAX);
-        let sandbox =
-            context.blocking(move || Sandbox::create(&root, pid, attempt, epoch)).await?.map_err(Error::failed)?;
+        let user = context.shared.user.clone();
+        let create = move || match user {
+            Some(user) => Sandbox::create_for(user, &root, pid, attempt, epoch),
+            None => Sandbox::create(&root, pid, attempt, epoch),
+        };
+        let sandbox = context.blocking(create).await?.map_err(refused)?;
         context.live.set_sandbox(sandbox.clone());
         context.draft.borrow_mut().outcome.sandbox = Some(sandbox.path().display().to_string());
 
@@ -81,7 +95,7 @@ impl Program {
             grace: context.shared.grace,
             sandbox: sandbox.clone(),
         };
-        let running = context.shared.programs.launch(program).await.map_err(refused)?;
+        let running = launch(context, program).await?;
         let running = self.running.insert(running);
         border!("program-started");
 
@@ -94,7 +108,7 @@ impl Program {
         context.set_stage("stage-out");
         let ended = ended?;
         border!("program-ended");
-        let (outputs, last_line) = context.blocking(move || capture(&sandbox)).await?;
+        let (outputs, last_line) = written(context, &sandbox).await;
         if let Some(line) = last_line {
             context.live.set_last_line(&line);
         }
@@ -102,6 +116,29 @@ impl Program {
         draft.outputs = outputs;
         conclude(&ended, spec.time, &mut draft.outcome)
     }
+}
+
+/// Starts a program. Where this worker's own programs have what it needs, it waits for the end of one, though not for long:
+/// another worker may have it.
+async fn launch(context: &Context, program: local::Program) -> Result<Running, Error> {
+    let programs = &context.shared.programs;
+    let lacking = match programs.launch(program.clone()).await.map_err(refused) {
+        Err(Error::Lacking(shortage)) if shortage.lack.is_shared_by_programs() && programs.count() > 0 => shortage,
+        launched => return launched,
+    };
+    context.shared.health.note(lacking.clone());
+    let in_turn = async {
+        // One after the other, or all would try at each end, and one succeed.
+        let _turn = programs.turn().await;
+        loop {
+            programs.ended(LAUNCH_PAUSE).await;
+            match programs.launch(program.clone()).await.map_err(refused) {
+                Err(Error::Lacking(shortage)) if shortage.lack.is_shared_by_programs() && programs.count() > 0 => {}
+                launched => return launched,
+            }
+        }
+    };
+    tokio::time::timeout(TURN_LIMIT, in_turn).await.unwrap_or(Err(Error::Lacking(lacking)))
 }
 
 /// Waits for the program's end, and looks after it meanwhile.
@@ -116,7 +153,8 @@ async fn watch(running: &mut Running, context: &Context, sandbox: &Sandbox) -> R
         }
         context.live.set_child(Some(running.pid()), Some(running.memory_bytes()));
         let sandbox = sandbox.clone();
-        let (outputs, last_line) = context.blocking(move || capture(&sandbox)).await?;
+        // What cannot be read now is read at the next look.
+        let Ok(Ok((outputs, last_line))) = context.blocking(move || capture(&sandbox)).await else { continue };
         if let Some(line) = last_line {
             context.live.set_last_line(&line);
         }
@@ -150,36 +188,65 @@ fn conclude(
     Ok(Advance::Finished { exit })
 }
 
+/// What is kept of both streams of a program that has ended. Its end is known and is not given up for its output: where the
+/// worker lacks an open file or a thread, it waits.
+async fn written(context: &Context, sandbox: &Sandbox) -> Written {
+    let mut n_failures = 0;
+    loop {
+        let to_read = sandbox.clone();
+        let error = match context.blocking(move || capture(&to_read)).await {
+            Ok(Ok(written)) => return written,
+            Ok(Err(error)) => {
+                n_failures += u32::from(shortage::of_worker(&error).is_none());
+                if let Some(shortage) = shortage::of_worker(&error) {
+                    context.shared.health.note(shortage);
+                }
+                error.to_string()
+            }
+            Err(Error::Lacking(shortage)) => {
+                let text = shortage.to_string();
+                context.shared.health.note(shortage);
+                text
+            }
+            // Reading has panicked, and would again.
+            Err(_) => return Written::default(),
+        };
+        if n_failures >= READS_MAX {
+            warn!(error, "what the program has written cannot be read, and is left out of its result");
+            return Written::default();
+        }
+        context.sleep(READ_PAUSE).await;
+    }
+}
+
 /// What is kept of both streams, and the last line of either.
-fn capture(sandbox: &Sandbox) -> (Vec<Output>, Option<String>) {
+type Written = (Vec<Output>, Option<String>);
+
+fn capture(sandbox: &Sandbox) -> io::Result<Written> {
     let mut outputs = Vec::new();
     let mut last_line = None;
     for (stream, path) in [(Stream::Stderr, sandbox.stderr()), (Stream::Stdout, sandbox.stdout())] {
-        let captured = read(&path);
+        let captured = read(&path)?;
         last_line = captured.last_line().or(last_line);
         if captured.total_bytes > 0 {
             let Capture { head, tail, total_bytes } = captured;
             outputs.push(Output { stream, head, tail, total_bytes });
         }
     }
-    (outputs, last_line)
+    Ok((outputs, last_line))
 }
 
-fn read(path: &Path) -> Capture {
-    // A program may remove its own output; then nothing is kept of it.
-    Capture::read(path).unwrap_or_default()
+/// A program may remove its own output, or make something else of it; then nothing is kept of it.
+fn read(path: &Path) -> io::Result<Capture> {
+    match Capture::read(path) {
+        Err(error) if shortage::lack_of(&error).is_none() => Ok(Capture::default()),
+        read => read,
+    }
 }
 
 fn refused(error: local::Error) -> Error {
-    match error {
-        local::Error::Vanished | local::Error::Stopping => Error::Interrupted(error.to_string()),
-        // The machine is short of processes or open files, which is no fault of the process.
-        local::Error::Shim(_) => {
-            warn!("{}; it is tried again in {} s", chain(&error), SHORT_PAUSE.as_secs());
-            Error::NotNow(Wait::pause(SHORT_PAUSE))
-        }
-        local::Error::Sandbox { .. } | local::Error::NotStarted { .. } | local::Error::NotRecorded { .. } => {
-            Error::failed(error)
-        }
+    match shortage::of_local(&error) {
+        Some(shortage) => Error::Lacking(shortage),
+        None => Error::Interrupted(error.to_string()),
     }
 }

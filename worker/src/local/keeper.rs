@@ -7,16 +7,19 @@ use std::time::Duration;
 
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader, Lines};
 use tokio::process::{Child, ChildStdin, ChildStdout};
+use tokio::runtime::Handle;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
+use baton_common::lack::Shortage;
+
 use super::sandbox::MARK;
 use super::{Command, Error, Launch, Program, REQUESTS_MAX, Running};
-use crate::open_files;
 use crate::shim::course::KILL_LIMIT;
 use crate::shim::wire::{Ended, Order, Report, Request};
 use crate::shim::{self, boottime_ms, tree};
+use crate::{open_files, shortage};
 
 /// How long a shim may take until it says that the program has a process. It is a millisecond's work; a machine that swaps
 /// may need seconds.
@@ -35,8 +38,19 @@ const INHERITED: [&str; 6] = ["PATH", "HOME", "LANG", "TZ", "USER", "TMPDIR"];
 #[derive(Clone, Debug)]
 pub(super) enum Outcome {
     Ended(Ended),
-    Failed(String),
+    Failed(Shortage),
     Vanished,
+}
+
+/// What the thread works with.
+#[derive(Clone)]
+pub(super) struct Keeper {
+    /// The executable of shims.
+    pub(super) shim: PathBuf,
+    /// Where blocking work is done.
+    pub(super) blocking: Handle,
+    /// How many programs run.
+    pub(super) running: watch::Sender<usize>,
 }
 
 /// The lease as the shims have to know it.
@@ -60,7 +74,7 @@ struct Shim {
 /// Starts and keeps programs until nobody can launch any more or the lease has no owner; then kills those that are left and
 /// waits for them.
 pub(super) async fn keep(
-    shim: PathBuf,
+    keeper: Keeper,
     mut beat: watch::Receiver<u64>,
     lease_limit: Duration,
     mut launches: mpsc::Receiver<Launch>,
@@ -72,7 +86,7 @@ pub(super) async fn keep(
         tokio::select! {
             launch = launches.recv() => match launch {
                 Some(launch) => {
-                    programs.spawn(keep_program(shim.clone(), lease.clone(), launch));
+                    programs.spawn(keep_program(keeper.clone(), lease.clone(), launch));
                 }
                 None => break,
             },
@@ -92,12 +106,12 @@ pub(super) async fn keep(
 }
 
 /// One program from its launch to its end.
-async fn keep_program(exe: PathBuf, lease: Lease, launch: Launch) {
+async fn keep_program(keeper: Keeper, lease: Lease, launch: Launch) {
     let Launch { program, reply } = launch;
     let mark = program.sandbox.path().to_string_lossy().into_owned();
-    let grace = program.grace;
+    let (grace, sandbox) = (program.grace, program.sandbox.path().to_owned());
     // Nobody may want to know any more; then the handle is dropped here, and the program is killed.
-    match start(&exe, &lease, program).await {
+    match start(&keeper, &lease, program).await {
         Err(error) => {
             let _ = reply.send(Err(error));
         }
@@ -105,29 +119,30 @@ async fn keep_program(exe: PathBuf, lease: Lease, launch: Launch) {
             let (requests, requests_rx) = mpsc::channel(REQUESTS_MAX);
             let (outcome_tx, outcome) = watch::channel(None);
             let running = Running { pid, shim: shim.child.id().unwrap_or(0), requests, outcome };
+            keeper.running.send_modify(|count| *count += 1);
             let _ = reply.send(Ok(running));
-            let outcome = shim.run(lease, requests_rx, grace).await;
+            let outcome = shim.run(lease, requests_rx, grace, &sandbox).await;
             shim.reap().await;
             // Its pipes and its process are closed before anybody hears of the end.
             drop(shim);
             if matches!(outcome, Outcome::Vanished) {
-                sweep(mark).await;
+                sweep(&keeper.blocking, mark).await;
             }
+            keeper.running.send_modify(|count| *count -= 1);
             outcome_tx.send_replace(Some(outcome));
         }
     }
 }
 
 /// Starts a shim and gives it its order. Gives back the program's process id as well.
-async fn start(exe: &Path, lease: &Lease, program: Program) -> Result<(Shim, u32), Error> {
+async fn start(keeper: &Keeper, lease: &Lease, program: Program) -> Result<(Shim, u32), Error> {
     let mark = program.sandbox.path().to_string_lossy().into_owned();
+    let sandbox = program.sandbox.path().to_owned();
     let leased_at_ms = *lease.leased_at_ms.borrow();
     let lease_ms = whole_ms(lease.limit);
-    // Writing a script may take long on a slow disk, and no renewal may wait for it.
-    let order = tokio::task::spawn_blocking(move || order(program, lease_ms, leased_at_ms)).await;
-    let order = order.map_err(|error| Error::Shim(error.into()))??;
+    let order = order(program, lease_ms, leased_at_ms);
 
-    let mut child = tokio::process::Command::new(exe)
+    let mut child = tokio::process::Command::new(&keeper.shim)
         .arg0("baton")
         .arg(shim::COMMAND)
         .env_clear()
@@ -148,22 +163,28 @@ async fn start(exe: &Path, lease: &Lease, program: Program) -> Result<(Shim, u32
     });
     match first.await {
         Ok(Some(Report::Started { pid })) => Ok((shim, pid)),
-        Ok(Some(Report::Failed { message })) => {
+        Ok(Some(Report::Failed { message, errno })) => {
             shim.reap().await;
-            Err(Error::NotStarted { message })
+            Err(Error::NotStarted { shortage: shortage::of_shim(message, errno, &sandbox) })
         }
         Ok(Some(Report::Ended(_)) | None) | Err(_) => {
             shim.kill();
             shim.reap().await;
-            sweep(mark).await;
-            Err(Error::Vanished)
+            sweep(&keeper.blocking, mark).await;
+            Err(Error::Vanished { has_started: false })
         }
     }
 }
 
 impl Shim {
     /// Passes on what happens until the shim has said how the program ended, or can say nothing any more.
-    async fn run(&mut self, mut lease: Lease, mut requests: mpsc::Receiver<Request>, grace: Duration) -> Outcome {
+    async fn run(
+        &mut self,
+        mut lease: Lease,
+        mut requests: mpsc::Receiver<Request>,
+        grace: Duration,
+        sandbox: &Path,
+    ) -> Outcome {
         loop {
             let deadline = self.deadline;
             let stuck = async {
@@ -175,7 +196,9 @@ impl Shim {
             tokio::select! {
                 report = self.next_report() => match report {
                     Some(Report::Ended(ended)) => return Outcome::Ended(ended),
-                    Some(Report::Failed { message }) => return Outcome::Failed(message),
+                    Some(Report::Failed { message, errno }) => {
+                        return Outcome::Failed(shortage::of_shim(message, errno, sandbox));
+                    }
                     Some(Report::Started { .. }) => {}
                     None => {
                         self.kill();
@@ -240,26 +263,43 @@ impl Shim {
 }
 
 /// Kills what a shim that was killed itself has left: the program's own children, as the program died with the shim.
-async fn sweep(mark: String) {
+async fn sweep(blocking: &Handle, mark: String) {
     let deadline = Instant::now() + KILL_LIMIT;
     while Instant::now() < deadline {
         let mark = mark.clone();
-        match tokio::task::spawn_blocking(move || tree::kill_marked(MARK, &mark)).await {
-            Ok(n_found) if n_found > 0 => sleep(SWEEP_INTERVAL).await,
-            Ok(_) | Err(_) => return,
+        let kill = move || tree::kill_marked(MARK, &mark);
+        let n_found = match shortage::spawn_blocking(blocking, kill.clone()) {
+            Ok(task) => task.await.unwrap_or(0),
+            // Nothing may be left, and without a thread it is done here.
+            Err(_) => kill(),
+        };
+        if n_found == 0 {
+            return;
         }
+        sleep(SWEEP_INTERVAL).await;
     }
 }
 
-fn order(program: Program, lease_ms: u64, leased_at_ms: u64) -> Result<Order, Error> {
+fn order(program: Program, lease_ms: u64, leased_at_ms: u64) -> Order {
     let Program { command, vars, stdin, time_limit, grace, sandbox } = program;
-    let argv = match command {
-        Command::Run(argv) => argv,
-        Command::Script(text) => sandbox.write_script(&text)?,
+    let (script, argv) = match command {
+        Command::Run(argv) => (None, argv),
+        Command::Script(text) => {
+            let (script, argv) = sandbox.script(text);
+            (Some(script), argv)
+        }
     };
-    Ok(Order {
+    let user = sandbox.user();
+    let worker = |name: &str| match (name, user) {
+        ("HOME", Some(user)) => Some(user.home.to_string_lossy().into_owned()),
+        ("USER", Some(user)) => Some(user.name.clone()),
+        _ => std::env::var(name).ok(),
+    };
+    Order {
         argv,
-        env: environment(|name| std::env::var(name).ok(), vars, sandbox.variables()),
+        script,
+        env: environment(worker, vars, sandbox.variables()),
+        user: user.map(|user| user.ids.clone()),
         cwd: sandbox.path().to_owned(),
         stdin,
         stdout: sandbox.stdout(),
@@ -270,7 +310,7 @@ fn order(program: Program, lease_ms: u64, leased_at_ms: u64) -> Result<Order, Er
         lease_ms,
         leased_at_ms,
         open_files: open_files::of_children(),
-    })
+    }
 }
 
 /// The program's whole environment. Baton's own variables cannot be replaced by the spec's: a program is found by one.

@@ -2,7 +2,10 @@
 
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
+
+use rustix::fs::OFlags;
 
 /// How much of a stream's beginning is kept with a process's result: enough for a program's banner and its settings.
 pub const HEAD_BYTES: u64 = 32 * 1024;
@@ -69,9 +72,17 @@ pub fn read_from(path: &Path, offset: u64, max_bytes: u64) -> io::Result<Vec<u8>
     Ok(bytes)
 }
 
+/// Opens what a program writes to. It may put something else in its place: a link or a pipe is not opened, and a file of
+/// another user is none of its output.
 fn open(path: &Path) -> io::Result<Option<File>> {
-    match File::open(path) {
-        Ok(file) => Ok(Some(file)),
+    let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK;
+    match File::options().read(true).custom_flags(flags.bits().cast_signed()).open(path) {
+        Ok(file) => {
+            let metadata = file.metadata()?;
+            let sandbox = path.parent().and_then(Path::parent).and_then(|sandbox| sandbox.metadata().ok());
+            let is_own = sandbox.is_none_or(|sandbox| sandbox.uid() == metadata.uid());
+            if metadata.is_file() && is_own { Ok(Some(file)) } else { Ok(None) }
+        }
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(error),
     }

@@ -2,15 +2,23 @@
 
 use std::fs::{self, DirBuilder};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 
 use baton_common::id::Pid;
 
 use super::Error;
+use crate::shim::wire::Script;
+use crate::user::User;
 
 /// The directory inside a sandbox that holds Baton's own files.
 const OWN: &str = ".baton";
+
+/// The directory below the root that holds all sandboxes.
+pub(crate) const FOLDER: &str = "sandbox";
+
+/// Others may enter what leads to a sandbox, if that belongs to another user, and may not list it.
+const ENTERABLE: u32 = 0o711;
 
 /// The directory in which one try of a process runs, under one epoch: a worker that has lost its lease and one that has
 /// taken it over never share it.
@@ -19,6 +27,7 @@ pub struct Sandbox {
     path: PathBuf,
     pid: Pid,
     try_number: i32,
+    user: Option<User>,
 }
 
 impl Sandbox {
@@ -29,10 +38,42 @@ impl Sandbox {
     pub fn create(root: &Path, pid: Pid, try_number: i32, epoch: i64) -> Result<Self, Error> {
         let failed = |path: &Path, source| Error::Sandbox { path: path.to_owned(), source };
         let root = std::path::absolute(root).map_err(|source| failed(root, source))?;
-        let path = root.join("sandbox").join(pid.to_string()).join(format!("{try_number}.{epoch}"));
+        let path = root.join(FOLDER).join(pid.to_string()).join(format!("{try_number}.{epoch}"));
         let own = path.join(OWN);
         DirBuilder::new().recursive(true).mode(0o700).create(&own).map_err(|source| failed(&own, source))?;
-        Ok(Self { path, pid, try_number })
+        Ok(Self { path, pid, try_number, user: None })
+    }
+
+    /// The same for a program that runs as another user, to whom it belongs.
+    ///
+    /// # Errors
+    /// [`Error::Sandbox`] with the directory that could not be made.
+    pub fn create_for(user: User, root: &Path, pid: Pid, try_number: i32, epoch: i64) -> Result<Self, Error> {
+        let failed = |path: &Path, source| Error::Sandbox { path: path.to_owned(), source };
+        let root = std::path::absolute(root).map_err(|source| failed(root, source))?;
+        let of_process = root.join(FOLDER).join(pid.to_string());
+        let path = of_process.join(format!("{try_number}.{epoch}"));
+        let own = path.join(OWN);
+        let make = || -> io::Result<()> {
+            make_enterable(&root)?;
+            DirBuilder::new().recursive(true).mode(ENTERABLE).create(&of_process)?;
+            match DirBuilder::new().mode(0o700).create(&path) {
+                // It was made under this lease. What its user has made of it since is not touched as root.
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => return Ok(()),
+                made => made?,
+            }
+            DirBuilder::new().mode(0o700).create(&own)?;
+            // From the inside out: what belongs to the user already could be replaced by a link.
+            chown(&own, Some(user.ids.uid), Some(user.ids.gid))?;
+            chown(&path, Some(user.ids.uid), Some(user.ids.gid))
+        };
+        make().map_err(|source| failed(&own, source))?;
+        Ok(Self { path, pid, try_number, user: Some(user) })
+    }
+
+    /// As whom its program runs, if that is another user than the worker's.
+    pub fn user(&self) -> Option<&User> {
+        self.user.as_ref()
     }
 
     /// The program's working directory.
@@ -64,19 +105,26 @@ impl Sandbox {
         ]
     }
 
-    /// Writes a script into the sandbox and gives back the command that runs it.
-    pub(super) fn write_script(&self, text: &str) -> Result<Vec<String>, Error> {
+    /// A script of the sandbox, and the command that runs it.
+    pub(super) fn script(&self, text: String) -> (Script, Vec<String>) {
         let path = self.path.join(OWN).join("script");
-        let has_interpreter = text.starts_with("#!");
-        let mode = if has_interpreter { 0o700 } else { 0o600 };
-        let write = || -> io::Result<()> {
-            fs::write(&path, text)?;
-            fs::set_permissions(&path, fs::Permissions::from_mode(mode))
-        };
-        write().map_err(|source| Error::Sandbox { path: path.clone(), source })?;
-        let script = path.to_string_lossy().into_owned();
-        Ok(if has_interpreter { vec![script] } else { vec!["/bin/sh".to_owned(), script] })
+        let name = path.to_string_lossy().into_owned();
+        let is_executable = text.starts_with("#!");
+        let argv = if is_executable { vec![name] } else { vec!["/bin/sh".to_owned(), name] };
+        (Script { path, text, is_executable }, argv)
     }
+}
+
+/// Makes the directory of all sandboxes, which other users may enter.
+pub(crate) fn make_enterable(root: &Path) -> io::Result<()> {
+    let folder = root.join(FOLDER);
+    DirBuilder::new().recursive(true).mode(ENTERABLE).create(&folder)?;
+    let mut permissions = fs::metadata(&folder)?.permissions();
+    if permissions.mode() & 0o777 != ENTERABLE {
+        permissions.set_mode(ENTERABLE);
+        fs::set_permissions(&folder, permissions)?;
+    }
+    Ok(())
 }
 
 /// The variable that is different for each sandbox, and by which a program is found when its shim was killed.

@@ -16,7 +16,7 @@ use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::process::{Pid, Signal, getppid, set_parent_process_death_signal, setsid};
 use serde::{Deserialize, Serialize};
 
-use crate::open_files;
+use crate::{open_files, shortage};
 
 /// There is no such program: the shell's exit code for it.
 const EXIT_NOT_FOUND: u8 = 127;
@@ -35,6 +35,15 @@ pub(super) struct Image {
     pub(super) open_files: Option<u64>,
 }
 
+/// Why the second stage did not become the program, as it tells the shim.
+#[derive(Clone, Serialize, Deserialize)]
+pub(super) struct NotExecuted {
+    pub(super) message: String,
+    pub(super) errno: Option<i32>,
+    /// The machine lacks something. What is wrong with the program itself is the program's end.
+    pub(super) is_of_machine: bool,
+}
+
 /// A file in memory that holds the text and is read from its start. A pipe would have to be filled while it is read.
 pub(super) fn memory_file(name: &str, text: &[u8]) -> io::Result<File> {
     let mut file = File::from(memfd_create(name, MemfdFlags::CLOEXEC)?);
@@ -49,14 +58,22 @@ pub(super) fn main() -> ExitCode {
     // Standard output becomes the program's, so the way to the shim is kept under another number, which an exec closes:
     // the shim then reads its end without a message.
     let to_shim = io::stdout().as_fd().try_clone_to_owned().map(File::from);
-    let (message, code) = match become_program() {
-        Ok((error, program)) => describe(&error, &program),
-        Err(error) => (format!("could not prepare the program: {error}"), EXIT_NOT_EXECUTABLE),
+    let (error, message, code, is_of_machine) = match become_program() {
+        Ok((error, program)) => {
+            let (message, code) = describe(&error, &program);
+            let is_of_machine = shortage::lack_of(&error).is_some();
+            (error, message, code, is_of_machine)
+        }
+        Err(error) => {
+            let message = format!("could not prepare the program: {error}");
+            (error, message, EXIT_NOT_EXECUTABLE, true)
+        }
     };
     // A full disk must not hide the exit code.
     let _ = writeln!(io::stderr(), "baton: {message}");
+    let failure = NotExecuted { message, errno: error.raw_os_error(), is_of_machine };
     if let Ok(mut to_shim) = to_shim {
-        let _ = to_shim.write_all(message.as_bytes());
+        let _ = to_shim.write_all(&serde_json::to_vec(&failure).unwrap_or_default());
     }
     ExitCode::from(code)
 }
@@ -90,6 +107,10 @@ fn become_program() -> io::Result<(io::Error, String)> {
 fn describe(error: &io::Error, program: &str) -> (String, u8) {
     if error.kind() == io::ErrorKind::NotFound {
         (format!("program `{program}` not found, or the interpreter that it names"), EXIT_NOT_FOUND)
+    } else if error.kind() == io::ErrorKind::ArgumentListTooLong {
+        let text =
+            "its arguments and variables are longer than the system passes on; put them into a file or into `stdin`";
+        (format!("program `{program}` could not be executed: {text}"), EXIT_NOT_EXECUTABLE)
     } else {
         (format!("program `{program}` could not be executed: {error}"), EXIT_NOT_EXECUTABLE)
     }

@@ -1,10 +1,11 @@
 //! Starts the program, watches it, and ends it and everything that it left.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{self, BufRead, Read, Write};
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
-use std::path::Path;
-use std::process::{Command, Stdio};
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -12,13 +13,16 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use rustix::process::{WaitOptions, WaitStatus, wait};
 
 use super::course::{Act, Course, Event, Now};
-use super::stage::{Image, memory_file};
-use super::wire::{Ended, EndedBy, Order, Report, Request};
-use super::{COMMAND, STAGE, boottime_ms, report, tree};
+use super::stage::{Image, NotExecuted, memory_file};
+use super::wire::{Ended, EndedBy, Order, Report, Request, Script};
+use super::{COMMAND, PROBE, STAGE, boottime_ms, report, tree};
 
 /// What the two reading threads may have said without being heard: they wait for the main thread, which only ever waits for
 /// them, so more would change nothing.
 const EVENTS_MAX: usize = 16;
+
+/// Room for `done.json`, which has a reason of some hundred bytes at most.
+const DONE_BYTES: usize = 4096;
 
 /// Why a shim could not do its work.
 #[derive(Debug, thiserror::Error)]
@@ -29,6 +33,19 @@ pub(super) enum Error {
     Start { cwd: String, source: io::Error },
     #[error("could not start a thread: {0}")]
     Thread(io::Error),
+    /// The second stage could not become the program, for a reason that lies in the machine.
+    #[error("{message}")]
+    Stage { message: String, errno: Option<i32> },
+}
+
+impl Error {
+    /// The operating system's number for it.
+    pub(super) fn errno(&self) -> Option<i32> {
+        match self {
+            Self::Write { source, .. } | Self::Start { source, .. } | Self::Thread(source) => source.raw_os_error(),
+            Self::Stage { errno, .. } => *errno,
+        }
+    }
 }
 
 /// What a reading thread has seen.
@@ -45,18 +62,27 @@ pub(super) fn run(order: &Order, input: impl BufRead + Send + 'static) -> Result
     let (seen_tx, seen_rx) = sync_channel(EVENTS_MAX);
     let started = now();
     let started_at = unix_micros();
-    // The program's parent-death signal follows this thread, which is the last one of the shim.
-    let (main, mut failure) = start(order)?;
-    report(&Report::Started { pid: main });
     let requests_tx = seen_tx.clone();
-    let threads = thread::Builder::new()
+    let (main_tx, main_rx) = sync_channel(1);
+    // The threads first: where there is none for the shim, the program is not started.
+    thread::Builder::new()
         .name("requests".into())
         .spawn(move || read_requests(input, &requests_tx))
-        .and_then(|_| thread::Builder::new().name("reaper".into()).spawn(move || reap(main, &seen_tx)));
-    if let Err(error) = threads {
-        // The program ends by its parent-death signal.
-        return Err(Error::Thread(error));
-    }
+        .and_then(|_| {
+            // A shim that starts no program has nothing to reap.
+            let reaper = move || {
+                if let Ok(main) = main_rx.recv() {
+                    reap(main, &seen_tx)
+                }
+            };
+            thread::Builder::new().name("reaper".into()).spawn(reaper)
+        })
+        .map_err(Error::Thread)?;
+    // The program's parent-death signal follows this thread, which is the last one of the shim.
+    let (main, mut failure) = start(order)?;
+    // It has room for one, and the reaper waits for it.
+    let _ = main_tx.send(main);
+    report(&Report::Started { pid: main });
 
     let mut course = Course::new(
         started,
@@ -67,26 +93,51 @@ pub(super) fn run(order: &Order, input: impl BufRead + Send + 'static) -> Result
     );
     let (result, left_behind) = watch(&mut course, main, &seen_rx);
 
-    let mut not_started = String::new();
+    let mut not_executed = Vec::new();
     if result.is_some() {
         // The other end is closed since the program was executed or ended.
-        let _ = failure.read_to_string(&mut not_started);
+        let _ = failure.read_to_end(&mut not_executed);
+    }
+    let not_executed: Option<NotExecuted> = serde_json::from_slice(&not_executed).ok();
+    if let Some(NotExecuted { message, errno, .. }) = not_executed.clone().filter(|failure| failure.is_of_machine) {
+        return Err(Error::Stage { message, errno });
     }
     let (user_ms, system_ms) = tree::children_times_ms();
     let ended = Ended {
         exit: result.and_then(|(status, _)| status.exit_status()),
         signal: result.and_then(|(status, _)| status.terminating_signal()),
         ended_by: course.ended_by().unwrap_or(EndedBy::Own),
-        not_started: (!not_started.is_empty()).then_some(not_started),
+        not_started: not_executed.map(|failure| failure.message),
         started_at,
         ended_at: result.map_or_else(unix_micros, |(_, at)| at),
         user_ms,
         system_ms,
         left_behind,
     };
-    write_done(&order.done, &ended)
-        .map_err(|source| Error::Write { path: order.done.display().to_string(), source })?;
+    // The worker hears of the end in any case. The program may have removed the folder; room for the file was made before.
+    let _ = write_done(&order.done, &ended);
     Ok(ended)
+}
+
+/// Starts what a shim starts, two threads and a process, and exits with the operating system's number of a failure.
+pub(super) fn probe() -> ExitCode {
+    let start = || -> io::Result<()> {
+        for name in ["requests", "reaper"] {
+            // It does nothing, and cannot panic.
+            let _ = thread::Builder::new().name(name.into()).spawn(|| {})?.join();
+        }
+        let file = memory_file("image", b"{}")?;
+        let (_failure, to_shim) = io::pipe()?;
+        let mut command = Command::new(crate::local::SELF);
+        command.args([COMMAND, PROBE, PROBE]).env_clear().stdin(file).stdout(to_shim).spawn()?.wait()?;
+        Ok(())
+    };
+    if std::env::args().nth(3).is_some() {
+        // The process that a probe starts.
+        return ExitCode::SUCCESS;
+    }
+    let code = start().err().map_or(0, |error| error.raw_os_error().unwrap_or(1));
+    ExitCode::from(u8::try_from(code).unwrap_or(1))
 }
 
 /// Starts the second stage. Gives back its process id, which will be the program's, and the pipe on which it says why it
@@ -96,6 +147,11 @@ fn start(order: &Order) -> Result<(u32, io::PipeReader), Error> {
         |path: &Path| File::create(path).map_err(|source| Error::Write { path: path.display().to_string(), source });
     create(&order.stdout)?;
     create(&order.stderr)?;
+    if let Some(script) = &order.script {
+        write_script(script).map_err(|source| Error::Write { path: script.path.display().to_string(), source })?;
+    }
+    // Where there is no room to say how the program ended, it is not started.
+    make_room(&order.done).map_err(|source| Error::Write { path: order.done.display().to_string(), source })?;
     let spawn = || {
         let image = Image {
             parent: std::process::id(),
@@ -183,13 +239,32 @@ fn reap(main: u32, seen: &SyncSender<Seen>) {
     }
 }
 
+fn write_script(script: &Script) -> io::Result<()> {
+    let mode = if script.is_executable { 0o700 } else { 0o600 };
+    fs::write(&script.path, &script.text)?;
+    fs::set_permissions(&script.path, fs::Permissions::from_mode(mode))
+}
+
+/// Fills the file from which `done.json` is made.
+fn make_room(path: &Path) -> io::Result<()> {
+    open_part(path)?.1.write_all(&[b' '; DONE_BYTES])
+}
+
+/// Opens the file from which `done.json` is made, without giving its room back.
+fn open_part(path: &Path) -> io::Result<(PathBuf, File)> {
+    let part = path.with_extension("part");
+    let file = File::options().write(true).create(true).truncate(false).open(&part)?;
+    Ok((part, file))
+}
+
 /// Writes under another name, then renames: whoever sees `done.json` sees all of it.
 fn write_done(path: &Path, ended: &Ended) -> io::Result<()> {
-    let part = path.with_extension("part");
-    let mut file = File::create(&part)?;
-    file.write_all(&serde_json::to_vec(ended)?)?;
+    let (part, mut file) = open_part(path)?;
+    let text = serde_json::to_vec(ended)?;
+    file.write_all(&text)?;
+    file.set_len(text.len() as u64)?;
     file.sync_all()?;
-    std::fs::rename(&part, path)
+    fs::rename(&part, path)
 }
 
 fn now() -> Now {

@@ -5,11 +5,17 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::user::Ids;
+
 /// What to run, and how: the first line that a shim reads, as JSON. It cannot be printed by accident: it holds secrets.
 #[derive(Clone, Serialize, Deserialize)]
 pub struct Order {
     /// The program and its arguments; never empty.
     pub argv: Vec<String>,
+    /// A script to be written before the program starts.
+    pub script: Option<Script>,
+    /// As whom everything is done; as whom the worker is, if absent.
+    pub user: Option<Ids>,
     /// The whole environment. It travels here and not in arguments, because it may hold secrets.
     pub env: BTreeMap<String, String>,
     /// The program's working directory.
@@ -32,6 +38,17 @@ pub struct Order {
     pub leased_at_ms: u64,
     /// How many files the program may have open; as many as the shim if absent.
     pub open_files: Option<u64>,
+}
+
+/// A script, and where it goes. The shim writes it: as the user whose folder that is.
+#[derive(Clone, Serialize, Deserialize)]
+pub struct Script {
+    /// The file.
+    pub path: PathBuf,
+    /// What it holds.
+    pub text: String,
+    /// Whether it is executed itself, as its first line names an interpreter.
+    pub is_executable: bool,
 }
 
 /// What a worker asks of a shim whose program runs.
@@ -58,12 +75,14 @@ pub enum Report {
         /// The id of that process.
         pid: u32,
     },
-    /// The program has ended, nothing of it is left, and `done.json` is on disk.
+    /// The program has ended, and nothing of it is left.
     Ended(Ended),
-    /// The shim could not do its work: nothing was started, or `done.json` could not be written. Nothing is left behind.
+    /// The shim could not start the program, for a reason that lies in the machine. Nothing was run.
     Failed {
         /// What went wrong.
         message: String,
+        /// The operating system's number for it, if it has one.
+        errno: Option<i32>,
     },
 }
 

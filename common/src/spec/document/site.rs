@@ -86,7 +86,8 @@ impl Reader {
                 mem: self.take(needs, "mem", mem),
                 gpus: self.take(needs, "gpus", |node| count(&node, 0)),
             },
-            native: self.take_texts(document, "native", on_site::check_option, on_site::check_option_value),
+            native: self
+                .take_texts(document, "native", on_site::check_option, |_, value| on_site::check_option_value(value)),
             pre: self.take(document, "pre", shell_lines).unwrap_or_default(),
             inputs: inputs.into_iter().map(|(_, _, input)| input).collect(),
             staged: None,
