@@ -540,4 +540,15 @@ mod tests {
         assert!(user.is_some() && grace.is_some() && advances_max.is_some() && idle_advances_max.is_some());
         assert_eq!(parse(text).unwrap(), Config::default());
     }
+
+    #[test]
+    fn an_option_of_every_job_is_one_line_and_not_one_of_batons() {
+        let site = |native: &str| {
+            parse(&format!("sites.a = {{transport = 'local', launcher = 'slurm', root = '/r', native = {{{native}}}}}"))
+        };
+        site("account = 'a b'").unwrap();
+        for wrong in ["comment = \"a\\ntouch x\"", "\"a b\" = 'x'", "job-n = 'x'", "array = '1-3'", "\"\" = 'x'"] {
+            assert!(matches!(site(wrong), Err(Error::Content { .. })), "{wrong}");
+        }
+    }
 }

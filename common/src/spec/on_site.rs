@@ -42,9 +42,9 @@ pub fn check_option(name: &str) -> Result<(), String> {
     if name.is_empty() || name.len() > OPTION_BYTES_MAX || !is_plain || name.starts_with('-') {
         return Err("must be an option's long name without the `--` before it, such as `account`".to_owned());
     }
-    // Launchers take the beginning of a name for the whole, but for a letter alone, with which several begin.
-    let is_of_baton = |option: &&&str| **option == name || (name.len() > 1 && option.starts_with(name));
-    if let Some(option) = OPTIONS_OF_BATON.iter().find(is_of_baton) {
+    // Launchers take the beginning of a name for the whole if no other name begins so. Of one letter, that is job-name's.
+    let is_short_for = |option: &str| option.starts_with(name) && (name.len() > 1 || name == "j");
+    if let Some(option) = OPTIONS_OF_BATON.iter().find(|option| is_short_for(option)) {
         return Err(format!("is not for `native`: Baton sets or forbids `{option}`, by which it finds the job again"));
     }
     Ok(())

@@ -171,6 +171,20 @@ fn a_pause_grows_to_its_limit_and_chance_shortens_it() {
 }
 
 #[test]
+fn a_script_has_unix_lines_whatever_its_document_has() {
+    let documents = [
+        ("script = '''\r\n#!/bin/sh\r\necho a\r\n'''\r\n".to_owned(), Format::Toml),
+        ("{\"script\": \"#!/bin/sh\\r\\necho a\\r\\n\"}".to_owned(), Format::Json),
+        ("script: |\r\n  #!/bin/sh\r\n  echo a\r\n".to_owned(), Format::Yaml),
+        ("script: \"#!/bin/sh\\r\\necho a\\r\\n\"\n".to_owned(), Format::Yaml),
+    ];
+    for (text, format) in documents {
+        let spec = parse(&text, format).unwrap();
+        assert_eq!(spec.what, Work::Script { text: "#!/bin/sh\necho a\n".to_owned() }, "{text}");
+    }
+}
+
+#[test]
 fn a_spec_survives_messagepack_and_json() {
     for spec in [full(), yaml(CALL_YAML).unwrap(), yaml("script: |\n  a\n  b").unwrap(), yaml("run: [x]").unwrap()] {
         let bytes = rmp_serde::to_vec_named(&spec).unwrap();

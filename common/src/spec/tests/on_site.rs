@@ -192,6 +192,11 @@ fn each_mistake_about_a_site_is_told_with_its_line_and_its_remedy() {
             "the key `native.job-name` is not for `native`: Baton sets or forbids `job-name`, by which it finds the job again"
                 .to_owned(),
         ),
+        (
+            "native: {arr: a}",
+            "the key `native.arr` is not for `native`: Baton sets or forbids `array`, by which it finds the job again"
+                .to_owned(),
+        ),
         ("native: {account: \"a\\nb\"}", "`native.account` must be one line without control characters".to_owned()),
         ("native: {nodes: 2}", "`native.nodes` must be text, not a number; put quotes around it".to_owned()),
         ("pre: module load", "`pre` must be a list of shell lines such as [module load gcc], not text".to_owned()),

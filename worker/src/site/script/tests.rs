@@ -1,3 +1,5 @@
+//! What the script of a job does, run by the shells of this machine.
+
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::{Command, Output};
