@@ -316,7 +316,7 @@ fn each_mistake_is_told_with_its_line_and_its_remedy() {
         ("run: [x]\nsession: .", "line 2: `session` must name a folder of its own; \".\" does not"),
         (
             "run: [x]\nat: a\nnative: {outp: x}",
-            "line 3: the key `native.outp` is not for `native`: Baton sets or forbids `outp`, by which it finds the job again",
+            "line 3: the key `native.outp` is not for `native`: Baton sets or forbids `output`, by which it finds the job again",
         ),
         ("run: [x]\nsession: a/b", "line 2: `session` must be 1 to 128 of A-Z, a-z, 0-9, `.`, `_` and `-`"),
         ("run: [x]\nqueue: a.high", "line 2: `queue` must be 1 to 64 of a-z, 0-9, `_` and `-`"),
