@@ -177,10 +177,11 @@ impl Store {
             Location::Postgres(_) => Dialect::Postgres,
             Location::Sqlite(_) => Dialect::Sqlite,
         };
-        let db = connect(&location, &access, Use::Pool).await?;
-        let beats = Arc::new(OwnConnection::open(&location, &access, Use::Beat, None).await?);
+        // Boxed, since this is done once, and whoever awaits it would have to carry all of it.
+        let db = Box::pin(connect(&location, &access, Use::Pool)).await?;
+        let beats = Arc::new(Box::pin(OwnConnection::open(&location, &access, Use::Beat, None)).await?);
         let store = Self { location, access, db, beats, dialect };
-        store.migrate().await?;
+        Box::pin(store.migrate()).await?;
         Ok(store)
     }
 

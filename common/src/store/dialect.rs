@@ -172,10 +172,7 @@ impl Batch {
     pub(crate) fn push<const N: usize>(&mut self, row: [Value; N]) {
         debug_assert_eq!(N, self.columns.len());
         for (column, value) in self.values.iter_mut().zip(row) {
-            column.push(match value {
-                Value::String(Some(text)) => storable(text).into(),
-                value => value,
-            });
+            column.push(if let Value::String(Some(text)) = value { storable(text).into() } else { value });
         }
     }
 

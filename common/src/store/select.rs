@@ -213,7 +213,7 @@ impl Walk {
         let lines = if is_in_lines { Line::of(select, values) } else { vec![] };
         let mut branch = |state: Option<&str>| {
             let of_state = state.map(|word| format!(" AND p.state = {{{word}}}")).unwrap_or_default();
-            let lines: Vec<Line> = state.map(|word| Line::of_state(word)).into_iter().chain(lines.clone()).collect();
+            let lines: Vec<Line> = state.map(Line::of_state).into_iter().chain(lines.clone()).collect();
             if !is_in_lines || lines.len() < 2 {
                 return join(&of_state, &past);
             }
