@@ -50,6 +50,9 @@ const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(5);
 /// The same for a lane, which uses the pool's connections after that.
 const LANE_ACQUIRE_TIMEOUT: Duration = Duration::from_secs(2);
 
+/// The same for a beat, which has three seconds in all.
+const BEAT_ACQUIRE_TIMEOUT: Duration = Duration::from_secs(1);
+
 /// How long a statement may run. No statement of Baton touches more than a page of rows.
 const STATEMENT_TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -179,7 +182,8 @@ impl Store {
         };
         // Boxed, since this is done once, and whoever awaits it would have to carry all of it.
         let db = Box::pin(connect(&location, &access, Use::Pool)).await?;
-        let beats = Arc::new(Box::pin(OwnConnection::open(&location, &access, Use::Beat, None)).await?);
+        let beats = OwnConnection::open(&location, &access, Use::Beat, Some(db.clone()));
+        let beats = Arc::new(Box::pin(beats).await?);
         let store = Self { location, access, db, beats, dialect };
         Box::pin(store.migrate()).await?;
         Ok(store)
@@ -312,7 +316,11 @@ async fn connect(location: &Location, access: &Access, purpose: Use) -> Result<D
         .connect_lazy(purpose != Use::Pool)
         .idle_timeout(if purpose == Use::Lane { LANE_IDLE } else { POOL_IDLE })
         .connect_timeout(ACQUIRE_TIMEOUT)
-        .acquire_timeout(if purpose == Use::Lane { LANE_ACQUIRE_TIMEOUT } else { ACQUIRE_TIMEOUT })
+        .acquire_timeout(match purpose {
+            Use::Pool => ACQUIRE_TIMEOUT,
+            Use::Lane => LANE_ACQUIRE_TIMEOUT,
+            Use::Beat => BEAT_ACQUIRE_TIMEOUT,
+        })
         .test_before_acquire_if_idle_for(Duration::from_secs(30))
         .sqlx_logging(false);
     match Database::connect(options).await {

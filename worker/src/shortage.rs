@@ -22,6 +22,7 @@ use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout};
 use tracing::{info, warn};
+use uuid::Uuid;
 
 use crate::cli::chain;
 use crate::incarnation::Shared;
@@ -99,8 +100,14 @@ impl Health {
         self.noted.notify_one();
     }
 
-    fn replace(&self, shortage: Option<Shortage>) {
-        *self.current.lock().unwrap_or_else(PoisonError::into_inner) = shortage;
+    /// What a probe has found. What a process has met while the probe was under way is newer, unless the worker took nothing
+    /// then.
+    fn found(&self, shortage: Option<Shortage>, was_short: bool) {
+        let mut current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_newer = !was_short && current.as_ref().is_some_and(|current| current.lack.stops_taking());
+        if !is_newer {
+            *current = shortage;
+        }
     }
 
     /// What was said before this.
@@ -193,7 +200,7 @@ pub(crate) async fn run(shared: Arc<Shared>) {
         let was_short = shared.health.stops_taking();
         let before = shared.health.current().map(|shortage| shortage.lack);
         let found = prober.probe(&shared.root, was_short || count.is_multiple_of(CHILD_EVERY)).await;
-        shared.health.replace(found);
+        shared.health.found(found, was_short);
         say(&shared).await;
         if was_short {
             // What its own programs have, it has again when they end.
@@ -209,7 +216,7 @@ pub(crate) async fn run(shared: Arc<Shared>) {
 /// Looks before the worker takes its first process.
 pub(crate) async fn look_once(shared: &Arc<Shared>) {
     let found = Prober::default().probe(&shared.root, true).await;
-    shared.health.replace(found);
+    shared.health.found(found, true);
     say(shared).await;
 }
 
@@ -218,6 +225,8 @@ async fn say(shared: &Arc<Shared>) {
     let now = shared.health.current();
     let lack = now.as_ref().map(|shortage| shortage.lack);
     let before = shared.health.say(lack);
+    // A process may have met a shortage that a probe did not find, and have stopped the taking.
+    shared.take_what_it_can().await;
     if before == lack {
         return;
     }
@@ -229,7 +238,6 @@ async fn say(shared: &Arc<Shared>) {
         (Some(before), None) => info!("this worker has {} again", before.word()),
         (None, None) => {}
     }
-    shared.take_what_it_can().await;
     // Others see it in the row.
     shared.beat_now.notify_one();
 }
@@ -337,7 +345,8 @@ fn disk(root: &Path) -> Option<Shortage> {
     {
         return Some(shortage);
     }
-    let path = root.join(format!(".probe-{}", std::process::id()));
+    // Another probe may still wait for a slow disk, and another worker may have the same root.
+    let path = root.join(format!(".probe-{}", Uuid::now_v7()));
     let write = || {
         let mut file = File::create(&path)?;
         file.write_all(&[0; PROBE_BYTES])?;

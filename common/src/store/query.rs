@@ -8,6 +8,7 @@ use serde::Serialize;
 use uuid::Uuid;
 
 use super::blob::{self, Checkpoint, Outcome};
+use super::dialect::Dialect;
 use super::select::{Order, Walk};
 use super::site::Job;
 use super::worker::LEASE;
@@ -495,11 +496,7 @@ impl Store {
     /// # Errors
     /// The database does not answer.
     pub async fn killed_because(&self, pid: Pid) -> Result<Option<String>, Error> {
-        let sql = "SELECT by_whom, reason FROM event WHERE pid = $1 AND what = 'kill' ORDER BY at, id LIMIT 1";
-        let rows = self.query(sql, vec![Uuid::from(pid).into()]).await?;
-        let Some(row) = rows.first() else { return Ok(None) };
-        let reason: Option<String> = row.try_get("", "reason")?;
-        Ok(Some(super::control::kill_reason(&row.try_get::<String>("", "by_whom")?, reason.as_deref())))
+        killed_because(&self.db, self.dialect, pid).await
     }
 
     /// The newest unfinished process of `baton run` with this key.
@@ -512,6 +509,19 @@ impl Store {
         let rows = self.query(sql, vec![run_key.to_vec().into()]).await?;
         rows.first().map(|row| Ok(row.try_get::<Uuid>("", "id")?.into())).transpose()
     }
+}
+
+/// [`Store::killed_because`], within a transaction: a program may have no second connection beside it.
+pub(super) async fn killed_because(
+    connection: &impl ConnectionTrait,
+    dialect: Dialect,
+    pid: Pid,
+) -> Result<Option<String>, Error> {
+    let sql = "SELECT by_whom, reason FROM event WHERE pid = $1 AND what = 'kill' ORDER BY at, id LIMIT 1";
+    let rows = connection.query_all_raw(dialect.statement(sql, vec![Uuid::from(pid).into()])).await?;
+    let Some(row) = rows.first() else { return Ok(None) };
+    let reason: Option<String> = row.try_get("", "reason")?;
+    Ok(Some(super::control::kill_reason(&row.try_get::<String>("", "by_whom")?, reason.as_deref())))
 }
 
 // An error is that of the last attempt that ended with one. The one of the last holding is what a retry waits for, since

@@ -8,6 +8,7 @@ use uuid::Uuid;
 use super::blob::Outcome;
 use super::control::{Answer, Controlled, Request, settle, state};
 use super::dialect::{Batch, Kind};
+use super::query::killed_because;
 use super::submit::{ByQueue, Told};
 use super::{Error, Store, begin};
 use crate::id::Pid;
@@ -64,7 +65,8 @@ impl Store {
             // Whatever ran there has ended with its worker, and a kill can be obeyed here; but a job at a site has not, and
             // a worker ends that first.
             let outcome = if row.try_get::<i16>("", "desired")? == Desired::Kill.code() {
-                Outcome::because(self.killed_because(id.into()).await?.unwrap_or_else(|| "killed".into()))
+                let why = killed_because(&transaction, self.dialect, id.into()).await?;
+                Outcome::because(why.unwrap_or_else(|| "killed".into()))
             } else {
                 excepted.clone()
             };

@@ -255,7 +255,9 @@ impl Store {
     /// The database does not answer.
     pub async fn held_by(&self, id: Incarnation) -> Result<Vec<Lease>, Error> {
         let sql = "SELECT id, epoch, claimed_at, try FROM process WHERE owner = $1 AND place = {held}";
-        self.query(sql, vec![Uuid::from(id).into()])
+        // The beat asks, so it does not wait for others.
+        self.beats
+            .query_all_raw(self.dialect.statement(sql, vec![Uuid::from(id).into()]))
             .await?
             .iter()
             .map(|row| {
@@ -272,7 +274,11 @@ impl Store {
     pub async fn desired_of(&self, id: Incarnation, everything: bool) -> Result<Vec<Wish>, Error> {
         let which = if everything { "true" } else { "desired <> {play}" };
         let sql = format!("{WISHES} AND owner = $1 AND place = {{held}} AND {which}");
-        self.query(&sql, vec![Uuid::from(id).into()]).await?.iter().map(wish).collect()
+        let statement = self.dialect.statement(&sql, vec![Uuid::from(id).into()]);
+        // What shall not simply go on, the beat asks for, which does not wait for others.
+        let rows =
+            if everything { self.db.query_all_raw(statement).await } else { self.beats.query_all_raw(statement).await };
+        rows?.iter().map(wish).collect()
     }
 
     /// What is desired of one process that this incarnation holds; `None` when it does not.

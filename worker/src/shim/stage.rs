@@ -12,6 +12,7 @@ use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Command, ExitCode, Stdio};
 
+use baton_common::lack::Lack;
 use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::process::{Pid, Signal, getppid, set_parent_process_death_signal, setsid};
 use serde::{Deserialize, Serialize};
@@ -61,7 +62,9 @@ pub(super) fn main() -> ExitCode {
     let (error, message, code, is_of_machine) = match become_program() {
         Ok((error, program)) => {
             let (message, code) = describe(&error, &program);
-            let is_of_machine = shortage::lack_of(&error).is_some();
+            // A program file that is damaged, or on a disk that is, gives the same numbers as a disk of the worker's.
+            let lack = shortage::lack_of(&error);
+            let is_of_machine = matches!(lack, Some(Lack::OpenFiles | Lack::Memory | Lack::Processes));
             (error, message, code, is_of_machine)
         }
         Err(error) => {
