@@ -14,17 +14,20 @@ pub const RESERVED: &str = ".baton";
 pub const WAITING: &str = "in";
 
 /// Options that would make a job another one than Baton looks for, or none.
-const OPTIONS_OF_BATON: [&str; 13] = [
+const OPTIONS_OF_BATON: [&str; 16] = [
     "array",
     "chdir",
     "clusters",
     "error",
+    "help",
     "job-name",
     "no-requeue",
     "output",
     "parsable",
     "requeue",
     "test-only",
+    "usage",
+    "version",
     "wait",
     "workdir",
     "wrap",

@@ -203,10 +203,13 @@ exit "$4"
         let (running, exits) = (self.own(RUNNING), self.own("exit."));
         let _ = write!(
             text,
-            r#"set -- 0
-> {running} && {program} < {stdin} || set -- "$?"
-> {exits}"$1" || exit "$1"
-exit "$1"
+            // A signal to the whole group ends the program, whose end this shell waits for: only then may its files be
+            // collected. A trap is not passed on to the program. No word here can be a function that `pre` has made.
+            r#"trap : TERM INT HUP
+baton_exit=0
+> {running} && {program} < {stdin} || baton_exit=$?
+> {exits}"$baton_exit" || exit "$baton_exit"
+exit "$baton_exit"
 "#
         );
         text

@@ -56,7 +56,7 @@ const PASSING: [&str; 21] = [
     "not responding",
     "presently disabled",
     "slurm is busy",
-    "standby",
+    "standby mode",
     "submissions disabled",
     "temporarily",
     "too many open files",
@@ -252,7 +252,12 @@ fn printable(text: &str, chars_max: usize) -> String {
 /// The names of limits in what `sbatch` says, in lower case.
 fn limits(stderr: &str) -> Vec<&str> {
     let words = stderr.split(|c: char| !c.is_ascii_alphanumeric());
-    words.filter(|word| word.ends_with("limit") && *word != "limit").collect()
+    // Some have no such end: QOSMinGRES, QOSMaxMemoryPerJob.
+    let is_name = |word: &str| {
+        let begins = |start: &str| word.starts_with(start) && word.len() > start.len();
+        (word.ends_with("limit") && word != "limit") || begins("qos") || begins("assoc")
+    };
+    words.filter(|word| is_name(word)).collect()
 }
 
 /// Whether it is a limit of how many jobs there may be.
@@ -372,7 +377,9 @@ mod tests {
             of_limit("QOSMaxCpuPerUserLimit"),
             "sbatch: error: Batch job submission failed: Requested time limit is invalid (missing or exceeds some limit)"
                 .to_owned(),
-            "sbatch: error: invalid partition specified: x".to_owned(),
+            of_limit("QOSMinGRES"),
+            of_limit("QOSMaxMemoryPerJob"),
+            "sbatch: error: invalid partition specified: standby".to_owned(),
             "sbatch: error: Batch job submission failed: Invalid account or account/partition combination specified"
                 .to_owned(),
             "sbatch: error: Batch job submission failed: Requested node configuration is not available".to_owned(),

@@ -278,6 +278,7 @@ fn a_time_limit_is_known_from_what_the_script_did() {
         ("exec sleep 60", limit, 124, true),
         ("trap '' TERM; sleep 60 & wait; sleep 60", limit, 124, true),
         ("trap 'exit 0' TERM; sleep 60 & wait", limit, 124, true),
+        ("trap 'sleep 1; : > kept; exit 0' TERM; sleep 60 & wait", limit, 124, true),
         ("exit 124", Some(Duration::from_secs(60)), 124, false),
         ("exit 137", Some(Duration::from_secs(60)), 137, false),
         ("kill -KILL $$", Some(Duration::from_secs(60)), 137, false),
@@ -289,6 +290,8 @@ fn a_time_limit_is_known_from_what_the_script_did() {
         run(&spec, dir.path());
         let done = done(dir.path()).unwrap();
         assert_eq!((done.exit, done.is_timed_out(&site("fork", ""), &spec)), (exit, is_timed_out), "{text}");
+        // What a program writes when it is told to end is there before its end is.
+        assert_eq!(dir.path().join("kept").exists(), text.contains("kept"), "{text}");
     }
     let old = r#"{"exit":124,"phase":"program","started_at":1,"ended_at":2}"#;
     let old: Done = serde_json::from_str(old).unwrap();
