@@ -54,7 +54,8 @@ struct Facts {
     last_line: Option<String>,
     child: Option<u32>,
     memory_bytes: Option<u64>,
-    sandbox: Option<Sandbox>,
+    /// Most held processes have none.
+    sandbox: Option<Box<Sandbox>>,
     left_as: Option<State>,
 }
 
@@ -221,11 +222,11 @@ impl Live {
     }
 
     pub(crate) fn set_sandbox(&self, sandbox: Sandbox) {
-        self.lock().sandbox = Some(sandbox);
+        self.lock().sandbox = Some(Box::new(sandbox));
     }
 
     pub(crate) fn sandbox(&self) -> Option<Sandbox> {
-        self.lock().sandbox.clone()
+        self.lock().sandbox.as_deref().cloned()
     }
 
     /// Whether an advance is under way, so that a pause has to wait for it.

@@ -57,7 +57,7 @@ pub(crate) struct Shared {
     pub(crate) name: String,
     pub(crate) host: String,
     pub(crate) root: PathBuf,
-    pub(crate) user: Option<User>,
+    pub(crate) user: Option<Arc<User>>,
     pub(crate) grace: Duration,
     pub(crate) limits: Limits,
     /// The queues it serves, with all their classes.
@@ -263,7 +263,7 @@ pub(crate) fn end_reply(pid: Pid, state: State, outcome: Option<&Outcome>) -> Re
 /// Runs one incarnation until it is drained or gone. `drain` is cancelled to end it.
 pub(crate) async fn run(
     options: &Options,
-    user: Option<User>,
+    user: Option<Arc<User>>,
     drain: CancellationToken,
     hurry: CancellationToken,
 ) -> Result<Ended, Error> {

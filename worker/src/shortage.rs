@@ -162,7 +162,7 @@ pub(crate) fn of_shim(text: String, errno: Option<i32>, sandbox: &Path) -> Short
     Shortage { lack, text }
 }
 
-/// The shortage behind an error of the worker's own program, if it is one of processor-wide resources that a process in
+/// The shortage behind an error of the worker's own program, if it is one of process-wide resources that a process in
 /// Rust shares with all others of its worker.
 pub(crate) fn of_worker(error: &io::Error) -> Option<Shortage> {
     let lack = lack_of(error).filter(|lack| matches!(lack, Lack::OpenFiles | Lack::Memory))?;
@@ -172,11 +172,15 @@ pub(crate) fn of_worker(error: &io::Error) -> Option<Shortage> {
 /// Runs blocking work on the pool of a runtime.
 ///
 /// # Errors
-/// The operating system starts no thread for it. The runtime panics then.
+/// The operating system starts no thread for it, over which the runtime panics, or has too little memory for one, over which
+/// the thread would end the program.
 pub(crate) fn spawn_blocking<T: Send + 'static>(
     runtime: &Handle,
     work: impl FnOnce() -> T + Send + 'static,
 ) -> Result<JoinHandle<T>, Shortage> {
+    if let Some(shortage) = address_space() {
+        return Err(shortage);
+    }
     catch_unwind(AssertUnwindSafe(|| runtime.spawn_blocking(work)))
         .map_err(|_| Shortage { lack: Lack::Processes, text: "could not start a thread".into() })
 }
@@ -251,7 +255,8 @@ struct Prober {
 
 impl Prober {
     async fn probe(&mut self, root: &Path, with_child: bool) -> Option<Shortage> {
-        if let Some(shortage) = open_files().or_else(threads).or_else(memory) {
+        // Without memory a thread may end the program instead of being refused.
+        if let Some(shortage) = open_files().or_else(memory).or_else(threads) {
             return Some(shortage);
         }
         match self.disk(root).await {
@@ -313,13 +318,16 @@ fn threads() -> Option<Shortage> {
 }
 
 fn memory() -> Option<Shortage> {
-    let text = if has_little_address_space() {
-        "its address space has reached its limit".to_owned()
-    } else {
+    address_space().or_else(|| {
         let available = kib(&fs::read_to_string("/proc/meminfo").ok()?, "MemAvailable:")?;
-        (available < FREE_MEMORY_MIN).then(|| format!("{} KiB are available on the machine", available >> 10))?
-    };
-    Some(Shortage { lack: Lack::Memory, text })
+        let text = format!("{} KiB are available on the machine", available >> 10);
+        (available < FREE_MEMORY_MIN).then_some(Shortage { lack: Lack::Memory, text })
+    })
+}
+
+fn address_space() -> Option<Shortage> {
+    let text = "its address space has reached its limit".to_owned();
+    has_little_address_space().then_some(Shortage { lack: Lack::Memory, text })
 }
 
 fn has_little_address_space() -> bool {

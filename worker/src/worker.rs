@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use baton_common::communicator::Broker;
@@ -96,6 +97,7 @@ pub async fn run(options: &Options, stop: &Stop) -> Result<(), Error> {
 /// As [`run`].
 pub async fn run_as(options: &Options, user: Option<User>, stop: &Stop) -> Result<(), Error> {
     open_files::check(FILES_MIN).map_err(Error::OpenFiles)?;
+    let user = user.map(Arc::new);
     let mut has_run = false;
     let mut said = String::new();
     while !stop.drain.is_cancelled() {

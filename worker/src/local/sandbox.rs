@@ -4,6 +4,7 @@ use std::fs::{self, DirBuilder};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use baton_common::id::Pid;
 
@@ -27,7 +28,8 @@ pub struct Sandbox {
     path: PathBuf,
     pid: Pid,
     try_number: i32,
-    user: Option<User>,
+    /// Shared, since each held process keeps its sandbox.
+    user: Option<Arc<User>>,
 }
 
 impl Sandbox {
@@ -48,7 +50,7 @@ impl Sandbox {
     ///
     /// # Errors
     /// [`Error::Sandbox`] with the directory that could not be made.
-    pub fn create_for(user: User, root: &Path, pid: Pid, try_number: i32, epoch: i64) -> Result<Self, Error> {
+    pub fn create_for(user: Arc<User>, root: &Path, pid: Pid, try_number: i32, epoch: i64) -> Result<Self, Error> {
         let failed = |path: &Path, source| Error::Sandbox { path: path.to_owned(), source };
         let root = std::path::absolute(root).map_err(|source| failed(root, source))?;
         let of_process = root.join(FOLDER).join(pid.to_string());
@@ -73,7 +75,7 @@ impl Sandbox {
 
     /// As whom its program runs, if that is another user than the worker's.
     pub fn user(&self) -> Option<&User> {
-        self.user.as_ref()
+        self.user.as_deref()
     }
 
     /// The program's working directory.
