@@ -180,7 +180,7 @@ impl Store {
             Location::Postgres(_) => Dialect::Postgres,
             Location::Sqlite(_) => Dialect::Sqlite,
         };
-        // Boxed, since this is done once, and whoever awaits it would have to carry all of it.
+        // Boxed, because the futures are large and every caller would carry them.
         let db = Box::pin(connect(&location, &access, Use::Pool)).await?;
         let beats = OwnConnection::open(&location, &access, Use::Beat, Some(db.clone()));
         let beats = Arc::new(Box::pin(beats).await?);

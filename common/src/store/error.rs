@@ -54,8 +54,8 @@ pub enum Error {
     /// The writer has stopped with the worker.
     #[error("the writer has stopped")]
     Stopped,
-    /// It can never store such a value: a NUL byte in a text, a value that is too long for an index. Whoever gave the value
-    /// must be told; the same call fails again.
+    /// It can never store such a value: a NUL byte in a text, a value that is too long for an index. The same call fails
+    /// again, so tell the sender of the value.
     #[error("the database can never store this: {0}")]
     Rejected(String),
     /// Any other answer of the database: a missing right, a damaged table.
