@@ -165,7 +165,12 @@ pub(crate) async fn capture(spec: &Spec, plan: Plan, objects: &Objects) -> Resul
                 [waiting.as_bytes(), below.unwrap_or(ONE_FILE.as_bytes())].concat().into()
             };
             entries.extend(files.into_iter().map(|(file, stored)| entry(&file, place(&file.to.path), stored)));
-            folders.extend(empty.iter().map(|folder| place(&folder.to.path)));
+            // The folder that was named, if it is empty, is that of the input itself.
+            let is_named = |path: &BytePath| path.as_bytes() == input.to.path.trim_end_matches('/').as_bytes();
+            let place_folder = |path: &BytePath| -> BytePath {
+                if is_named(path) { waiting.trim_end_matches('/').to_owned().into() } else { place(path) }
+            };
+            folders.extend(empty.iter().map(|folder| place_folder(&folder.to.path)));
             let path = if input.to.is_folder() { waiting } else { format!("{waiting}{ONE_FILE}") };
             let from = Location { scope: Scope::Task, path };
             on_site.inputs.push(Input { from, to: input.to, how: How::Copy, optional: false });
@@ -490,7 +495,7 @@ mod tests {
         std::fs::create_dir(folder.path().join("bare")).unwrap();
         let spec = spec(
             "in: [client://in/, client://bare/, client://in/ > session://kept/, client://plain/ > session://plain/,
-                 {from: client://in/run, to: go, how: copy}]",
+                 client://bare/ > session://bare/, {from: client://in/run, to: go, how: copy}]",
         );
         let plan = plan(&spec, folder.path()).unwrap();
         let store = tempfile::tempdir().unwrap();
@@ -500,7 +505,7 @@ mod tests {
         let names = ["caf\\xe9\\n".to_owned(), "n".repeat(255), "run".to_owned()];
         let below = |folder: &str| names.clone().map(|name| format!("{folder}/{name}"));
         let mut expected = below(".baton/in/2").to_vec();
-        expected.push(".baton/in/4/file".to_owned());
+        expected.push(".baton/in/5/file".to_owned());
         expected.extend(below("in"));
         let paths: Vec<String> = manifest.entries().iter().map(|entry| entry.path.to_string()).collect();
         assert_eq!(paths, expected);
@@ -508,7 +513,7 @@ mod tests {
         let folders: Vec<String> = manifest.folders().iter().map(ToString::to_string).collect();
         assert_eq!(
             (executable, folders),
-            (3, [".baton/in/2/empty/deep", "bare", "in/empty/deep"].map(str::to_owned).to_vec())
+            (3, [".baton/in/2/empty/deep", ".baton/in/4", "bare", "in/empty/deep"].map(str::to_owned).to_vec())
         );
         let inputs: Vec<String> =
             on_site.inputs.iter().map(|input| format!("{} {} {:?}", input.from, input.to, input.how)).collect();
@@ -517,7 +522,8 @@ mod tests {
             [
                 "task://.baton/in/2/ session://kept/ Copy".to_owned(),
                 format!("store://{} session://plain/a Auto", Digest::of(b"a")),
-                "task://.baton/in/4/file task://go Copy".to_owned(),
+                "task://.baton/in/4/ session://bare/ Copy".to_owned(),
+                "task://.baton/in/5/file task://go Copy".to_owned(),
             ]
         );
         assert_eq!(on_site.staged_version, 2);

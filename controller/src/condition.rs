@@ -293,9 +293,7 @@ impl Case<'_> {
             facts["reason"] = json!(reason);
             facts["in_ms"] = json!(left / 1_000);
             let when = span(left);
-            let text = format!(
-                "the scheduler of the site `{name}` does not accept its job now, and is asked again in {when}: {reason}"
-            );
+            let text = format!("the site `{name}` does not accept its job now, and is asked again in {when}: {reason}");
             return Some(Explanation::new("refused_by_site", text, facts));
         }
         if waits_for.starts_with("sent/") {

@@ -33,19 +33,6 @@ pub struct Output {
     pub stderr: String,
 }
 
-/// The broker's counts of a queue's messages.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Counters {
-    /// Messages that came into the queue.
-    pub published: u64,
-    /// Messages that went to consumers, each as often as it went.
-    pub delivered: u64,
-    /// Those among them that had been delivered before.
-    pub redelivered: u64,
-    /// Messages that were acknowledged.
-    pub acknowledged: u64,
-}
-
 impl Scene {
     /// A scene on the shared services.
     pub async fn new() -> Self {
@@ -288,18 +275,6 @@ impl Scene {
             if queue.as_ref().and_then(Value::as_u64) == Some(workers) { Ok(()) } else { Err(queue) }
         })
         .await;
-    }
-
-    /// What a queue has seen since it was declared; up to a second late, so wait for it.
-    pub async fn counters(&self, queue: &str) -> Counters {
-        let queue = self.queue_at(1, queue).await;
-        let count = |name: &str| queue["message_stats"][name].as_u64().unwrap_or(0);
-        Counters {
-            published: count("publish"),
-            delivered: count("deliver_get"),
-            redelivered: count("redeliver"),
-            acknowledged: count("ack"),
-        }
     }
 
     /// A plain AMQP client.

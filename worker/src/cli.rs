@@ -354,8 +354,6 @@ async fn options(command: Command, registry: Registry, stop: &Stop) -> Result<(O
         Some(name) => Some(user(&name, &root).map_err(|error| refuse(chain(&error)))?),
         None => None,
     };
-    // Everything that it was started with has been read.
-    handover::close_inherited();
     let cores = std::thread::available_parallelism().map_or(1, std::num::NonZeroUsize::get);
     let defaults = Limits::default();
     let options = Options {

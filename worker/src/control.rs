@@ -63,7 +63,7 @@ async fn handle(shared: Arc<Shared>, threads: Arc<Vec<Thread>>, request: Control
         let recorded = if from_baton { Ok(None) } else { record(&shared, control, message_id.as_deref(), asked).await };
         match recorded {
             Ok(reply) => {
-                shared.setbacks.end();
+                shared.setbacks.end(None);
                 settle.ack().await;
                 answer(&shared, reply_to.filter(|_| !from_baton), reply).await;
             }
@@ -72,7 +72,7 @@ async fn handle(shared: Arc<Shared>, threads: Arc<Vec<Thread>>, request: Control
                 settle.dead(&reason).await;
             }
             Err(Refusal::Database(error)) => {
-                let pause = shared.setbacks.next_pause();
+                let pause = shared.setbacks.next_pause(None);
                 warn!(%error, pause_ms = pause.as_millis(), "a broadcast could not be recorded; it comes again after a pause");
                 shared.drain.run_until_cancelled(tokio::time::sleep(pause)).await;
                 settle.give_back().await;

@@ -28,9 +28,6 @@ const MARK: &str = "BATON_HANDOVER";
 /// What stands in the arguments in the place of a URL.
 const HIDDEN: &str = "(hidden)";
 
-/// What was open when the program started.
-static INHERITED: OnceLock<Vec<RawFd>> = OnceLock::new();
-
 /// The arguments as they were given.
 static ARGUMENTS: OnceLock<Vec<OsString>> = OnceLock::new();
 
@@ -49,7 +46,6 @@ pub fn begin() -> Vec<OsString> {
     // It fails on no Linux; and what it protects is protected by the rest as well.
     let _ = set_dumpable_behavior(DumpableBehavior::NotDumpable);
     let handed = handed_over();
-    note_inherited();
     let (given, variables) = match handed {
         Some(Handover { arguments, variables, .. }) => {
             (arguments.into_iter().map(OsString::from_vec).collect::<Vec<_>>(), variables)
@@ -70,6 +66,8 @@ pub fn begin() -> Vec<OsString> {
             (given, variables)
         }
     };
+    // Not earlier: this program may read a descriptor that is named in its arguments, and has just started itself once more.
+    keep_inherited();
     let given = ARGUMENTS.get_or_init(|| given).clone();
     let arguments = with_urls(given, &variables);
     secrets::keep(variables);
@@ -82,23 +80,10 @@ pub fn arguments() -> Vec<String> {
     given.into_iter().map(|argument| argument.to_string_lossy().into_owned()).collect()
 }
 
-/// Remembers what this program has inherited, before it opens anything itself.
-pub(crate) fn note_inherited() {
-    INHERITED.get_or_init(|| {
-        let entries = fs::read_dir("/proc/self/fd").into_iter().flatten().flatten();
-        let numbers: Vec<RawFd> = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect();
-        // The folder itself was among them, and is closed now.
-        let is_open = |number: &RawFd| fs::symlink_metadata(format!("/proc/self/fd/{number}")).is_ok();
-        numbers.into_iter().filter(|number| *number > 2).filter(is_open).collect()
-    });
-}
-
-/// Closes what this program has inherited beside its three standard streams, so that no program that it starts has it. To be
-/// called once, when everything that it was started with has been read.
-pub fn close_inherited() {
-    for number in INHERITED.get().into_iter().flatten() {
-        let _ = nix::unistd::close(*number);
-    }
+/// Keeps what this program has inherited beside its three standard streams from all programs that it starts. It stays open
+/// here: it may hold a lock.
+pub(crate) fn keep_inherited() {
+    close_fds::set_fds_cloexec(3, &[]);
 }
 
 fn handed_over() -> Option<Handover> {

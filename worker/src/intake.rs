@@ -65,7 +65,7 @@ async fn take(shared: Arc<Shared>, threads: Arc<Vec<Thread>>, delivery: Delivery
     }
     match claim(&shared, pid, &delivery.queue, launch).await {
         Ok(Claim::Claimed(claimed)) => {
-            shared.setbacks.end();
+            shared.setbacks.end(Some(pid));
             answer_launch(&shared, &delivery).await;
             border!("launch-answered");
             let Delivery { permit, settle, .. } = delivery;
@@ -107,7 +107,7 @@ async fn take(shared: Arc<Shared>, threads: Arc<Vec<Thread>>, delivery: Delivery
         }
         Err(error) => {
             shared.held.end_claim(pid, None);
-            let pause = shared.setbacks.next_pause();
+            let pause = shared.setbacks.next_pause(Some(pid));
             warn!(%pid, %error, pause_ms = pause.as_millis(), "not claimed; the message comes again after a pause");
             Box::pin(shared.drain.run_until_cancelled(tokio::time::sleep(pause))).await;
             delivery.settle.give_back().await;

@@ -18,7 +18,7 @@ use crate::{handover, user};
 
 pub(crate) mod course;
 mod stage;
-mod supervise;
+pub(crate) mod supervise;
 pub(crate) mod tree;
 pub mod wire;
 
@@ -33,19 +33,21 @@ const STAGE: &str = "exec";
 /// The argument after [`COMMAND`] with which a worker tries whether children can be started.
 pub(crate) const PROBE: &str = "probe";
 
-/// The argument after [`COMMAND`] with which a worker tries whether programs can run as another user.
-pub(crate) const USER: &str = "user";
+/// The argument after [`COMMAND`] with which a worker does something as the user of its programs.
+pub(crate) const AS: &str = "as";
 
 /// Runs the shim. Call this first in `main`, before any runtime or other thread starts, when the first argument is
 /// [`COMMAND`].
 pub fn main() -> ExitCode {
     // No program has what its worker was started with.
-    handover::note_inherited();
-    handover::close_inherited();
-    match std::env::args().nth(2).as_deref() {
+    handover::keep_inherited();
+    let mut arguments = std::env::args().skip(2);
+    match arguments.next().as_deref() {
         Some(STAGE) => return stage::main(),
-        Some(PROBE) => return supervise::probe(),
-        Some(USER) => return user::try_out(std::env::args().skip(3)),
+        // A probe starts a process, too, which does nothing.
+        Some(PROBE) if arguments.next().is_some() => return ExitCode::SUCCESS,
+        Some(PROBE) => return exit_code(&supervise::try_start(None)),
+        Some(AS) => return user::act(arguments),
         Some(_) | None => {}
     }
     let mut input = io::BufReader::new(io::stdin());
@@ -84,6 +86,12 @@ pub fn main() -> ExitCode {
 pub(crate) fn boottime_ms() -> u64 {
     let now = clock_gettime(ClockId::Boottime);
     u64::try_from(now.tv_sec).unwrap_or(0) * 1000 + u64::try_from(now.tv_nsec).unwrap_or(0) / 1_000_000
+}
+
+/// An exit code that tells the operating system's number of a failure.
+pub(crate) fn exit_code(done: &io::Result<()>) -> ExitCode {
+    let code = done.as_ref().err().map_or(0, |error| error.raw_os_error().unwrap_or(1));
+    ExitCode::from(u8::try_from(code).unwrap_or(1))
 }
 
 fn failed(message: String, errno: Option<i32>) -> ExitCode {

@@ -8,7 +8,7 @@ use std::fs::{self, DirBuilder, File};
 use std::io::{self, Write};
 use std::os::unix::fs::DirBuilderExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -27,7 +27,8 @@ use uuid::Uuid;
 use crate::cli::chain;
 use crate::incarnation::Shared;
 use crate::local;
-use crate::shim;
+use crate::shim::{self, supervise::PROBE_BYTES};
+use crate::user::Ids;
 
 /// Pause between two probes of a worker that lacks nothing: a shortage is in the worker's row within a few seconds.
 const PROBE_INTERVAL: Duration = Duration::from_secs(3);
@@ -65,9 +66,6 @@ const FREE_MEMORY_MIN: u64 = 16 << 20;
 
 /// How long a child process may take to start and exit.
 const CHILD_LIMIT: Duration = Duration::from_secs(10);
-
-/// Bytes that a probe writes.
-const PROBE_BYTES: usize = 4096;
 
 /// What this worker lacks at present.
 #[derive(Default)]
@@ -203,7 +201,7 @@ pub(crate) async fn run(shared: Arc<Shared>) {
         }
         let was_short = shared.health.stops_taking();
         let before = shared.health.current().map(|shortage| shortage.lack);
-        let found = prober.probe(&shared.root, was_short || count.is_multiple_of(CHILD_EVERY)).await;
+        let found = prober.probe(&shared, was_short || count.is_multiple_of(CHILD_EVERY)).await;
         shared.health.found(found, was_short);
         say(&shared).await;
         if was_short {
@@ -219,7 +217,7 @@ pub(crate) async fn run(shared: Arc<Shared>) {
 
 /// Looks before the worker takes its first process.
 pub(crate) async fn look_once(shared: &Arc<Shared>) {
-    let found = Prober::default().probe(&shared.root, true).await;
+    let found = Prober::default().probe(shared, true).await;
     shared.health.found(found, true);
     say(shared).await;
 }
@@ -254,14 +252,14 @@ struct Prober {
 }
 
 impl Prober {
-    async fn probe(&mut self, root: &Path, with_child: bool) -> Option<Shortage> {
+    async fn probe(&mut self, shared: &Shared, with_child: bool) -> Option<Shortage> {
         // Without memory a thread may end the program instead of being refused.
         if let Some(shortage) = open_files().or_else(memory).or_else(threads) {
             return Some(shortage);
         }
-        match self.disk(root).await {
+        match self.disk(&shared.root).await {
             Some(shortage) => Some(shortage),
-            None if with_child => child().await,
+            None if with_child => child(&shared.root, shared.user.as_deref().map(|user| &user.ids)).await,
             None => None,
         }
     }
@@ -389,9 +387,10 @@ fn has_no_inodes(path: &Path) -> bool {
     existing.is_some_and(|status| status.f_files > 0 && status.f_favail == 0)
 }
 
-/// Starts a child that does what a shim does at its start.
-async fn child() -> Option<Shortage> {
-    let started = tokio::process::Command::from(child_command()).spawn();
+/// Starts a child that does what a shim does at its start, as the user whom the shim takes on: quotas and limits are a
+/// user's.
+async fn child(root: &Path, ids: Option<&Ids>) -> Option<Shortage> {
+    let started = tokio::process::Command::from(child_command(root, ids)).spawn();
     let mut child = match started {
         Ok(child) => child,
         Err(error) => return Some(of_children("could not start a process", &error)),
@@ -402,7 +401,7 @@ async fn child() -> Option<Shortage> {
             let number = status.code().filter(|code| *code > 1);
             let error = number.map(io::Error::from_raw_os_error);
             Some(match error {
-                Some(error) => of_children("a child could start no thread or process", &error),
+                Some(error) => of_children("a child could not do what the start of a program needs", &error),
                 None => {
                     let lack = if has_little_address_space() { Lack::Memory } else { Lack::Children };
                     Shortage { lack, text: format!("a child process ended by {status}") }
@@ -419,9 +418,13 @@ async fn child() -> Option<Shortage> {
     }
 }
 
-fn child_command() -> Command {
-    let mut command = Command::new(PathBuf::from(local::SELF));
-    command.args([shim::COMMAND, shim::PROBE]).env_clear();
+fn child_command(root: &Path, ids: Option<&Ids>) -> Command {
+    let plain = || {
+        let mut command = Command::new(local::SELF);
+        command.args([shim::COMMAND, shim::PROBE]).env_clear();
+        command
+    };
+    let mut command = ids.map_or_else(plain, |ids| ids.probe(root));
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
     command
 }

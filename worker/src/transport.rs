@@ -129,6 +129,8 @@ pub enum Error {
         path: String,
         /// What the system said.
         reason: String,
+        /// Its number for that, of a file of this machine.
+        errno: Option<i32>,
     },
     /// The command has written more than is kept in memory (16 MiB for each output).
     #[error("the command has written more than {} MiB", OUTPUT_MAX >> 20)]
@@ -159,11 +161,11 @@ impl Error {
     }
 
     fn file(path: impl Into<String>, reason: impl std::fmt::Display) -> Self {
-        Self::File { path: path.into(), reason: reason.to_string() }
+        Self::File { path: path.into(), reason: reason.to_string(), errno: None }
     }
 
     fn local_file(path: &Path, error: &std::io::Error) -> Self {
-        Self::file(path.display().to_string(), error)
+        Self::File { path: path.display().to_string(), reason: error.to_string(), errno: error.raw_os_error() }
     }
 }
 

@@ -1,7 +1,9 @@
 //! The user as whom local programs run, where that is another one than the worker's.
 
-use std::ffi::CString;
-use std::io;
+use std::ffi::{CString, OsStr};
+use std::fs::DirBuilder;
+use std::io::{self, Write};
+use std::os::unix::fs::{DirBuilderExt, chown};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
@@ -9,7 +11,19 @@ use nix::unistd::{self, Gid, Uid};
 use serde::{Deserialize, Serialize};
 
 use crate::local;
-use crate::shim;
+use crate::shim::{self, supervise, tree};
+
+/// What a worker does as this user, in a process of its own: it enters a folder.
+const ENTER: &str = "enter";
+
+/// It tries what the start of a program needs, in [`PROBES`].
+const PROBE: &str = "probe";
+
+/// It ends what is left of a program.
+const SWEEP: &str = "sweep";
+
+/// A folder of the user's below the root, for the files of probes.
+const PROBES: &str = "probe";
 
 /// A user of this machine.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -99,13 +113,7 @@ impl User {
         let folder = root.join(local::sandbox::FOLDER);
         let refused = |source| Error::Refused { name: self.name.clone(), folder: folder.clone(), source };
         local::sandbox::make_enterable(root).map_err(refused)?;
-        let ids = serde_json::to_string(&self.ids).map_err(|error| refused(error.into()))?;
-        let status = Command::new(local::SELF)
-            .args([shim::COMMAND, shim::USER, &ids])
-            .arg(&folder)
-            .env_clear()
-            .status()
-            .map_err(refused)?;
+        let status = self.ids.command(ENTER, folder.as_os_str()).status().map_err(refused)?;
         match status.code() {
             Some(0) => Ok(()),
             Some(code) => Err(refused(io::Error::from_raw_os_error(code))),
@@ -115,6 +123,32 @@ impl User {
 }
 
 impl Ids {
+    /// What tries, as this user, what the start of a program needs.
+    pub(crate) fn probe(&self, root: &Path) -> Command {
+        self.command(PROBE, root.as_os_str())
+    }
+
+    /// Sends KILL to what is left of a program of this user's, as [`tree::kill_marked`]. It is done as the user: root in a
+    /// container may not read the environment of another one's processes.
+    ///
+    /// # Errors
+    /// No process could be started for it.
+    pub(crate) fn kill_marked(&self, mark: &str) -> io::Result<usize> {
+        let output = self.command(SWEEP, OsStr::new(mark)).output()?;
+        let count = std::str::from_utf8(&output.stdout).ok().and_then(|text| text.trim().parse().ok());
+        count.ok_or_else(|| {
+            io::Error::other(format!("a process that runs as uid {} ended by {}", self.uid, output.status))
+        })
+    }
+
+    /// This program once more, to do something as this user.
+    fn command(&self, what: &str, argument: &OsStr) -> Command {
+        let ids = serde_json::to_string(self).expect("ids are numbers");
+        let mut command = Command::new(local::SELF);
+        command.args([shim::COMMAND, shim::AS, &ids, what]).arg(argument).env_clear();
+        command
+    }
+
     /// Becomes this user, for good.
     pub(crate) fn take_on(&self) -> io::Result<()> {
         let groups: Vec<Gid> = self.groups.iter().copied().map(Gid::from_raw).collect();
@@ -125,14 +159,25 @@ impl Ids {
     }
 }
 
-/// Takes a user on and enters a folder, and exits with the operating system's number of a failure.
-pub(crate) fn try_out(mut arguments: impl Iterator<Item = String>) -> ExitCode {
-    let (ids, folder) = (arguments.next().unwrap_or_default(), arguments.next().unwrap_or_default());
-    let attempt = || -> io::Result<()> {
+/// Takes a user on and does what is asked, and exits with the operating system's number of a failure.
+pub(crate) fn act(mut arguments: impl Iterator<Item = String>) -> ExitCode {
+    let mut next = || arguments.next().unwrap_or_default();
+    let (ids, what, argument) = (next(), next(), next());
+    let act = || -> io::Result<()> {
         let ids: Ids = serde_json::from_str(&ids)?;
+        let probes = Path::new(&argument).join(PROBES);
+        if what == PROBE {
+            DirBuilder::new().recursive(true).mode(0o700).create(&probes)?;
+            // Only root can have replaced it by a link.
+            chown(&probes, Some(ids.uid), Some(ids.gid))?;
+        }
         ids.take_on()?;
-        std::env::set_current_dir(folder)
+        match what.as_str() {
+            ENTER => std::env::set_current_dir(&argument),
+            PROBE => supervise::try_start(Some(&probes)),
+            SWEEP => writeln!(io::stdout(), "{}", tree::kill_marked(local::sandbox::MARK, &argument)),
+            _ => Err(io::Error::from(io::ErrorKind::InvalidInput)),
+        }
     };
-    let code = attempt().err().map_or(0, |error| error.raw_os_error().unwrap_or(1));
-    ExitCode::from(u8::try_from(code).unwrap_or(1))
+    shim::exit_code(&act())
 }

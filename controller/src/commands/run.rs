@@ -18,7 +18,6 @@ use baton_common::store::submit::NewProcess;
 use baton_common::store::{Location, Store};
 use baton_common::telemetry::new_traceparent;
 use baton_worker::cli::{exit, host_name};
-use baton_worker::handover;
 use baton_worker::process::by_worker;
 use baton_worker::registry::Registry;
 use baton_worker::worker::{self, Limits, Options, Stop};
@@ -66,8 +65,6 @@ pub(crate) async fn run(global: &Global, arguments: RunArguments) -> Result<u8, 
             store.control(pid, &Request::new(Desired::Run, whoami())).await?;
         }
     }
-    // Everything that it was started with has been read.
-    handover::close_inherited();
     let options = Options {
         name: WORKER.into(),
         host: host_name(),

@@ -227,7 +227,7 @@ async fn files(session: &Session, root: &str) -> Result<String, Error> {
     got?;
     match std::fs::read(&back) {
         Ok(content) if content == PROBE => Ok(String::new()),
-        Ok(_) | Err(_) => Err(Error::File { path: name, reason: "it has come back different".to_owned() }),
+        Ok(_) | Err(_) => Err(Error::File { path: name, reason: "it has come back different".to_owned(), errno: None }),
     }
 }
 
@@ -239,7 +239,11 @@ impl Scratch {
         let folder = std::env::temp_dir().join(format!("baton-site-test-{}", uuid::Uuid::new_v4()));
         match std::fs::create_dir(&folder) {
             Ok(()) => Ok(Self(folder)),
-            Err(error) => Err(Error::File { path: folder.display().to_string(), reason: error.to_string() }),
+            Err(error) => Err(Error::File {
+                path: folder.display().to_string(),
+                reason: error.to_string(),
+                errno: error.raw_os_error(),
+            }),
         }
     }
 
@@ -247,7 +251,11 @@ impl Scratch {
         let file = self.0.join(name);
         match std::fs::write(&file, PROBE) {
             Ok(()) => Ok(file),
-            Err(error) => Err(Error::File { path: file.display().to_string(), reason: error.to_string() }),
+            Err(error) => Err(Error::File {
+                path: file.display().to_string(),
+                reason: error.to_string(),
+                errno: error.raw_os_error(),
+            }),
         }
     }
 }

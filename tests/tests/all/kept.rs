@@ -188,6 +188,40 @@ async fn what_cannot_be_kept_is_named_and_costs_nothing_else() {
     assert!(listed.contains(" f "), "{listed}");
 }
 
+/// A folder that is not looked into may hold what is asked for. An input that Baton has linked into the sandbox is no output.
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn what_a_folder_hides_is_named_and_a_linked_input_is_not() {
+    let scene = Scene::new().await;
+    let slurm = Slurm::start(&scene, "", "", "");
+    let _worker = slurm.worker(&scene, "w1", &[]).await;
+    for folder in ["elsewhere", "site/r/pseudo"] {
+        std::fs::create_dir_all(scene.path(folder)).unwrap();
+        std::fs::write(scene.path(folder).join("a.dat"), "a").unwrap();
+    }
+    let spec = |link: &str, out: &str| {
+        let script = format!("echo x > x.dat; mkdir d; {link}");
+        format!("at: plain\nin: [resource://pseudo/]\nscript: '{script}'\nout: ['{out}']\n")
+    };
+    let link = format!("ln -s {} d/far", scene.path("elsewhere").display());
+    for (link, out, reason) in [
+        ("true", "**/*.dat", ""),
+        ("true", "**", ""),
+        (link.as_str(), "*.dat", ""),
+        (&link, "**/*.dat", "output: what `**/*.dat` matches in d/far, which is a link that leads out of the sandbox"),
+        ("true", "pseudo/", "output: pseudo is a link that leads out of the sandbox"),
+    ] {
+        let pid = slurm.submit(&scene, &spec(link, out), 1).await.remove(0);
+        let shown = end(&scene, &pid).await;
+        let state = if reason.is_empty() { "finished" } else { "excepted" };
+        assert_eq!((shown["state"].as_str(), shown["reason"].as_str().unwrap_or_default()), (Some(state), reason));
+        if out != "pseudo/" {
+            let listed = slurm.baton(&scene, &["results", &pid]).await.ok().stdout;
+            assert!(listed.contains(" x.dat "), "{listed}");
+        }
+    }
+}
+
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
 async fn a_program_that_empties_its_own_folder_has_its_own_end() {

@@ -211,14 +211,16 @@ async fn a_time_limit_is_kept_and_said(kind: Kind) {
     let scene = Scene::new().await;
     let slurm = Slurm::start(&scene, "", "", "");
     let _worker = slurm.worker(&scene, "w1", &[]).await;
-    let (path, spec) = witness(&scene, kind.at, "sleep 600");
+    let (path, spec) = witness(&scene, kind.at, "echo kept > kept; sleep 600");
     let mut spec = spec;
-    writeln!(spec, "needs: {{time: {}}}", kind.time).unwrap();
+    writeln!(spec, "needs: {{time: {}}}\nout: [{{from: kept, when: always}}]", kind.time).unwrap();
     let pids = slurm.submit(&scene, &spec, 1).await;
     ended(&scene, &pids, LIMIT * 3).await;
     let shown = scene.show(&pids[0]).await;
     assert_eq!((&shown["state"], &shown["exit"]), (&"finished".into(), &124.into()), "{shown:#}");
     assert!(shown["reason"].as_str().unwrap().starts_with("walltime: "), "{shown:#}");
+    let kept = slurm.baton(&scene, &["results", &pids[0]]).await.ok().stdout;
+    assert!(kept.contains(" kept "), "{kept}");
     all_gone(&path).await;
 }
 

@@ -358,7 +358,7 @@ async fn a_connection_that_stalls_costs_only_time() {
 
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
-async fn a_full_disk_at_the_site_is_said_with_its_words() {
+async fn a_full_disk_at_the_site_is_waited_for_and_said_with_its_words() {
     let scene = Scene::new().await;
     let slurm = Slurm::start(&scene, "", "", "");
     std::fs::create_dir_all(scene.path("site")).unwrap();
@@ -373,12 +373,18 @@ async fn a_full_disk_at_the_site_is_said_with_its_words() {
     let worker = slurm.worker(&scene, "w1", &[]).await;
     write(&scene.path("large"), noise(6_000_000));
     let pid = slurm.submit(&scene, "at: plain\nrun: ['true']\nin: [client://large]\n", 1).await.remove(0);
+    let why = eventually("it waits for room", LIMIT, async || {
+        let explained = slurm.baton(&scene, &["explain", &pid, "-o", "json"]).await.json();
+        let is_refused = explained[0]["condition"] == "refused_by_site";
+        if is_refused { Ok(explained.to_string()) } else { Err(explained) }
+    })
+    .await;
+    assert!(why.to_lowercase().contains("no space left on device"), "{why}");
+    assert!(mount(&["mount", "-o", "remount,size=64m"]));
     let shown = end(&scene, &pid).await;
     drop(worker);
     assert!(mount(&["umount", "-l"]));
-    let reason = shown["reason"].as_str().unwrap_or_default().to_lowercase();
-    assert!(shown["state"] == "excepted" && reason.contains("stage"), "{shown:#}");
-    assert!(reason.contains("no space left on device"), "{reason}");
+    assert_eq!((&shown["exit"], &shown["failures"]), (&0.into(), &0.into()), "{shown:#}");
 }
 
 /// What leads out of a scope is refused at the way back, too; a disk that is full there pauses.

@@ -5,11 +5,14 @@
 
 mod submission;
 
+use std::io;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use baton_common::border;
 use baton_common::duration;
+use baton_common::lack::Shortage;
 use baton_common::spec::{OnSite, Spec};
 use baton_common::store::site::{Job as Row, NEVER, Seen, token};
 use baton_common::store::writer::{Output, Stream};
@@ -19,6 +22,7 @@ use serde_json::Value;
 
 use self::submission::Refusal;
 use crate::process::{Advance, Context, Error, Process, Wait};
+use crate::shortage;
 use crate::site::launcher::{Listed, Phase};
 use crate::site::script::{self, AGAIN, BEGUN, Done, GIVEN_UP, RAN, Script, UNMARKED};
 use crate::site::watch::{ENDED, LOST};
@@ -43,6 +47,10 @@ const CANCEL_PAUSE: Duration = Duration::from_secs(2);
 
 /// Bytes of a stream that are kept of its beginning, and as many of its end.
 const STREAM_PART_BYTES: usize = 32 * 1024;
+
+/// The words of Slurm for a job that something else than its program has ended.
+const SCHEDULER_ENDS: [&str; 7] =
+    ["TIMEOUT", "DEADLINE", "OUT_OF_MEMORY", "CANCELLED", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL"];
 
 /// Exits of Baton's own commands there.
 const NO_FOLDER: i32 = 41;
@@ -117,13 +125,23 @@ impl Process for Job {
                     | Error::Lacking(_)
                     | Error::NotNow(_)) => error,
                 }),
+                Err(Trouble::Lacks(text)) if self.stage == Stage::In => self.wait_for_room(&at, text).await,
+                Err(Trouble::Here { path, error, text }) => Err(match shortage_here(context, &path, &error) {
+                    Some(shortage) => Error::Lacking(shortage),
+                    None if self.stage == Stage::Out => stuck(&text),
+                    None => Error::Failed(format!("stage: {text}")),
+                }),
                 Err(Trouble::Content(text) | Trouble::Emptied(text)) if self.looks < LOOKS_MAX => {
                     context.log(text);
                     self.looks += 1;
                     Ok(Advance::After(SETTLE_PAUSE))
                 }
-                Err(Trouble::Content(text) | Trouble::Files(text)) if self.stage == Stage::Out => Err(stuck(&text)),
-                Err(Trouble::Content(text) | Trouble::Files(text)) => Err(Error::Failed(format!("stage: {text}"))),
+                Err(Trouble::Content(text) | Trouble::Files(text) | Trouble::Lacks(text)) => Err(match self.stage {
+                    Stage::Out => stuck(&text),
+                    Stage::In | Stage::Submit | Stage::Settle | Stage::Monitor => {
+                        Error::Failed(format!("stage: {text}"))
+                    }
+                }),
                 Err(Trouble::Emptied(text)) => Err(Error::Failed(format!("output: {text}"))),
                 Err(Trouble::Process(error)) => Err(error),
                 Ok(advance) => Ok(advance),
@@ -138,7 +156,13 @@ impl Process for Job {
                 Err(Trouble::Site(error)) => Err(at.site.trouble(context, &error).await),
                 // The database does not answer; its next answer decides.
                 Err(Trouble::Process(Error::Interrupted(_))) => Err(Error::NotNow(Wait::pause(CANCEL_PAUSE))),
-                Err(Trouble::Content(text) | Trouble::Files(text) | Trouble::Emptied(text)) => Err(Error::Failed(text)),
+                Err(
+                    Trouble::Content(text)
+                    | Trouble::Files(text)
+                    | Trouble::Lacks(text)
+                    | Trouble::Emptied(text)
+                    | Trouble::Here { text, .. },
+                ) => Err(Error::Failed(text)),
                 Err(Trouble::Process(error)) => Err(error),
                 Ok(()) => Ok(()),
             }
@@ -154,6 +178,14 @@ enum Trouble {
     Emptied(String),
     /// A system does not take or give files.
     Files(String),
+    /// The site has no room for files.
+    Lacks(String),
+    /// This machine does not take or give a file.
+    Here {
+        path: PathBuf,
+        error: io::Error,
+        text: String,
+    },
     Site(transport::Error),
     Process(Error),
 }
@@ -182,10 +214,18 @@ impl From<staging::Error> for Trouble {
             staging::Error::Site(error) => Trouble::Site(error),
             staging::Error::Content(text) => Trouble::Content(text),
             staging::Error::Files(text) => Trouble::Files(text),
+            staging::Error::Lacks(text) => Trouble::Lacks(text),
+            staging::Error::Here { path, error, text } => Trouble::Here { path, error, text },
             staging::Error::Wait(wait) => Trouble::Process(Error::NotNow(wait)),
             staging::Error::Stage(text) => Trouble::Process(Error::Failed(format!("stage: {text}"))),
         }
     }
+}
+
+/// What this worker lacks, if that is why it does not take or give a file: below its root only Baton writes.
+fn shortage_here(context: &Context, path: &Path, error: &io::Error) -> Option<Shortage> {
+    let is_own = path.starts_with(context.root());
+    if is_own { Some(shortage::below_root(path, error)) } else { shortage::of_worker(error) }
 }
 
 /// The job has done its work, and that is not thrown away.
@@ -333,6 +373,7 @@ impl<'a> At<'a> {
 impl Job {
     async fn stage_in(&mut self, at: &At<'_>) -> Result<Advance, Trouble> {
         at.context.set_stage("stage-in");
+        self.wait_for_refusal(at).await?;
         let visit = at.enter().await?;
         let dir = at.sandbox(&visit);
         let script = Script {
@@ -347,6 +388,7 @@ impl Job {
         };
         staging::stage_in(&at.site, &visit, at.context, at.on_site, &dir, script.files()).await?;
         border!("job-staged");
+        self.refusal = self.refusal.take().filter(|refusal| !refusal.is_of_staging());
         self.stage = Stage::Submit;
         Ok(Advance::Again)
     }
@@ -377,6 +419,15 @@ impl Job {
         let done: Done = serde_json::from_slice(&done)
             .map_err(|error| Trouble::Content(format!("its done.json is not what a script writes: {error}")))?;
         let is_timed_out = done.is_timed_out(&at.site.config, at.spec);
+        if done.signalled
+            && let Some(row) = at.row().await?
+        {
+            // The program has sent the signal to all of its group, or the scheduler has ended the job: that knows it.
+            let left = at.look(&visit, &dir).await?;
+            if left.is_again || SCHEDULER_ENDS.contains(&row.look.status.as_str()) {
+                return self.ended_by_scheduler(at, &visit, &dir, &row, left, outputs).await;
+            }
+        }
         if done.phase == "pre" && !is_timed_out {
             let failed = format!("env: `pre` ended with exit {} before the program", done.exit);
             let error = Error::Failed(with_last_line(failed, &outputs));
@@ -410,63 +461,115 @@ impl Job {
         outputs: Vec<Output>,
     ) -> Result<Advance, Trouble> {
         let Some(row) = at.row().await? else { return Err(Error::failed("its job is not recorded any more").into()) };
-        let stdout = visit.exec(&script::look_for_start(dir)).await?.ok()?;
-        if gives_up(&stdout) {
+        let left = at.look(visit, dir).await?;
+        if left.is_given_up {
             at.context.log(format!("{}: the try was given up before its job came; it is done again", at.site.name));
             at.context.begin_next_try();
             return Ok(Advance::Again);
         }
-        let is_again = has_line(&stdout, AGAIN);
-        let status = if is_again { "REQUEUED".to_owned() } else { row.look.status.clone() };
-        let patience = match status.as_str() {
-            "TIMEOUT" | "DEADLINE" | "OUT_OF_MEMORY" | "CANCELLED" | LOST => END_PATIENCE,
+        let patience = match row.look.status.as_str() {
+            "TIMEOUT" | "DEADLINE" | "OUT_OF_MEMORY" | "CANCELLED" | LOST if !left.is_again => END_PATIENCE,
             _ => at.site.config.settle.max(END_PATIENCE),
         };
         if !at.has_passed(row.ended_at.unwrap_or(row.intent_at), patience).await? {
             return Ok(Advance::After(SETTLE_PAUSE));
         }
-        let has_run = has_line(&stdout, RAN);
+        self.ended_by_scheduler(at, visit, dir, &row, left, outputs).await
+    }
+
+    /// The end of a job that its script has not said, or that something else than its program has caused.
+    async fn ended_by_scheduler(
+        &mut self,
+        at: &At<'_>,
+        visit: &Visit,
+        dir: &str,
+        row: &Row,
+        left: Traces,
+        outputs: Vec<Output>,
+    ) -> Result<Advance, Trouble> {
+        let status = if left.is_again { "REQUEUED" } else { row.look.status.as_str() };
         let ended_before = with_last_line("env: `pre` ended the job before the program".to_owned(), &outputs);
         at.context.draft.borrow_mut().outputs = outputs;
-        match status.as_str() {
-            "TIMEOUT" | "DEADLINE" => {
-                at.context.draft.borrow_mut().outcome.reason = Some(walltime(at.spec));
-                Ok(Advance::Finished { exit: 124 })
-            }
-            "OUT_OF_MEMORY" => {
-                at.context.draft.borrow_mut().outcome.reason = Some("oom: it took more memory than it may".into());
-                Ok(Advance::Finished { exit: 137 })
+        match status {
+            "TIMEOUT" | "DEADLINE" | "OUT_OF_MEMORY" => {
+                let missing = match left.has_run {
+                    true => staging::stage_out(&at.site, visit, at.context, at.on_site, dir, false).await?.reason(),
+                    false => None,
+                };
+                let (reason, exit) = match status {
+                    "OUT_OF_MEMORY" => ("oom: it took more memory than it may".to_owned(), 137),
+                    _ => (walltime(at.spec), 124),
+                };
+                let reason = [Some(reason), missing].into_iter().flatten().collect::<Vec<_>>().join("; ");
+                at.context.draft.borrow_mut().outcome.reason = Some(reason);
+                Ok(Advance::Finished { exit })
             }
             "CANCELLED" => Err(Error::Failed("scheduler: the job was cancelled at the site".into()).into()),
-            "COMPLETED" | "FAILED" | ENDED | "" if has_line(&stdout, BEGUN) && !has_run => {
+            "COMPLETED" | "FAILED" | ENDED | "" if left.has_begun && !left.has_run => {
                 Err(Error::Failed(ended_before).into())
             }
             "COMPLETED" | "FAILED" | ENDED | "" => {
                 let said = visit.read(&format!("{dir}/.baton/launcher.out")).await?.unwrap_or_default();
                 let said = String::from_utf8_lossy(&said);
                 let last = said.lines().last().unwrap_or("nothing");
-                Err(Error::Failed(format!("scheduler: the job ended without its mark; its script said: {last}")).into())
-            }
-            status => {
-                // No job of this try may run any more, and none may still do so.
-                let cancel = row.external_id.map(|id| at.site.launcher.cancel(&id)).unwrap_or_default();
-                let end = format!("{}{}{cancel}\ntrue", script::give_up(dir), script::prevent_start(dir));
-                let stdout = visit.exec(&end).await?.ok()?;
-                if has_run || has_line(&stdout, RAN) {
-                    let text = format!("lost: the site lost the job after its program had started ({status})");
+                if left.has_run {
+                    let text = format!("scheduler: the job ended without its mark; its script said: {last}");
                     return Err(Error::Failed(text).into());
                 }
-                self.lost += 1;
-                if self.lost > LOST_MAX {
-                    return Err(
-                        Error::Failed(format!("lost: the site has lost {LOST_MAX} jobs of it ({status})")).into()
-                    );
-                }
-                at.context.log(format!("{}: the job was lost ({status}); it is submitted again", at.site.name));
-                at.context.begin_next_try();
-                Ok(Advance::Again)
+                self.begin_again(at, visit, dir, row, &format!("its script ran nothing, and said: {last}")).await
             }
+            status => self.begin_again(at, visit, dir, row, status).await,
         }
+    }
+
+    /// The site has lost the job: it is submitted again at no charge, unless its program had started.
+    async fn begin_again(
+        &mut self,
+        at: &At<'_>,
+        visit: &Visit,
+        dir: &str,
+        row: &Row,
+        why: &str,
+    ) -> Result<Advance, Trouble> {
+        // No job of this try may run any more, and none may still do so.
+        let cancel = row.external_id.as_ref().map(|id| at.site.launcher.cancel(id)).unwrap_or_default();
+        let end = format!("{}{}{cancel}\ntrue", script::give_up(dir), script::prevent_start(dir));
+        let stdout = visit.exec(&end).await?.ok()?;
+        if has_line(&stdout, RAN) {
+            let text = format!("lost: the site lost the job after its program had started ({why})");
+            return Err(Error::Failed(text).into());
+        }
+        self.lost += 1;
+        if self.lost > LOST_MAX {
+            return Err(Error::Failed(format!("lost: the site has lost {LOST_MAX} jobs of it ({why})")).into());
+        }
+        at.context.log(format!("{}: the job was lost ({why}); it is submitted again", at.site.name));
+        at.context.begin_next_try();
+        Ok(Advance::Again)
+    }
+}
+
+/// What a job has left that says how far it came.
+struct Traces {
+    /// The try was given up before its job came.
+    is_given_up: bool,
+    /// The launcher has started the job again.
+    is_again: bool,
+    /// Its script came to the lines of `pre`.
+    has_begun: bool,
+    /// Its program was started.
+    has_run: bool,
+}
+
+impl At<'_> {
+    async fn look(&self, visit: &Visit, dir: &str) -> Result<Traces, Trouble> {
+        let stdout = visit.exec(&script::look_for_start(dir)).await?.ok()?;
+        Ok(Traces {
+            is_given_up: gives_up(&stdout),
+            is_again: has_line(&stdout, AGAIN),
+            has_begun: has_line(&stdout, BEGUN),
+            has_run: has_line(&stdout, RAN),
+        })
     }
 }
 

@@ -35,6 +35,9 @@ const READ_PAUSE: Duration = Duration::from_secs(1);
 /// How often it is read again when the disk reports errors. The program has ended, and its end is worth more.
 const READS_MAX: u32 = 10;
 
+/// How long a worker that is asked to stop may take to know it: whoever asks that of it may also have ended its shims.
+const STOP_PATIENCE: Duration = Duration::from_secs(2);
+
 /// One try is one advance: if the worker dies, the shim ends the program, and the next holder runs it again.
 #[derive(Default, Serialize, Deserialize)]
 pub(crate) struct Program {
@@ -148,7 +151,15 @@ async fn watch(running: &mut Running, context: &Context, sandbox: &Sandbox) -> R
     let mut kept = Vec::new();
     loop {
         tokio::select! {
-            ended = running.wait() => return ended.map_err(refused),
+            ended = running.wait() => return match ended {
+                Err(error @ local::Error::Vanished { .. }) => {
+                    // A worker that stops gives it back meanwhile. Else it is charged: a program that ends its shim would
+                    // run again and again.
+                    context.sleep(STOP_PATIENCE).await;
+                    Err(Error::Failed(format!("{error} while it ran, and the program was ended with it")))
+                }
+                ended => ended.map_err(refused),
+            },
             _ = look.tick() => {}
         }
         context.live.set_child(Some(running.pid()), Some(running.memory_bytes()));

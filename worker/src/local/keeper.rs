@@ -14,7 +14,7 @@ use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use baton_common::lack::Shortage;
 
-use super::sandbox::MARK;
+use super::sandbox::{MARK, Sandbox};
 use super::{Command, Error, Launch, Program, REQUESTS_MAX, Running};
 use crate::shim::course::KILL_LIMIT;
 use crate::shim::wire::{Ended, Order, Report, Request};
@@ -108,8 +108,7 @@ pub(super) async fn keep(
 /// One program from its launch to its end.
 async fn keep_program(keeper: Keeper, lease: Lease, launch: Launch) {
     let Launch { program, reply } = launch;
-    let mark = program.sandbox.path().to_string_lossy().into_owned();
-    let (grace, sandbox) = (program.grace, program.sandbox.path().to_owned());
+    let (grace, sandbox) = (program.grace, program.sandbox.clone());
     // Nobody may want to know any more; then the handle is dropped here, and the program is killed.
     match start(&keeper, &lease, program).await {
         Err(error) => {
@@ -121,12 +120,12 @@ async fn keep_program(keeper: Keeper, lease: Lease, launch: Launch) {
             let running = Running { pid, shim: shim.child.id().unwrap_or(0), requests, outcome };
             keeper.running.send_modify(|count| *count += 1);
             let _ = reply.send(Ok(running));
-            let outcome = shim.run(lease, requests_rx, grace, &sandbox).await;
+            let outcome = shim.run(lease, requests_rx, grace, sandbox.path()).await;
             shim.reap().await;
             // Its pipes and its process are closed before anybody hears of the end.
             drop(shim);
             if matches!(outcome, Outcome::Vanished) {
-                sweep(&keeper.blocking, mark).await;
+                sweep(&keeper.blocking, &sandbox).await;
             }
             keeper.running.send_modify(|count| *count -= 1);
             outcome_tx.send_replace(Some(outcome));
@@ -136,8 +135,7 @@ async fn keep_program(keeper: Keeper, lease: Lease, launch: Launch) {
 
 /// Starts a shim and gives it its order. Gives back the program's process id as well.
 async fn start(keeper: &Keeper, lease: &Lease, program: Program) -> Result<(Shim, u32), Error> {
-    let mark = program.sandbox.path().to_string_lossy().into_owned();
-    let sandbox = program.sandbox.path().to_owned();
+    let sandbox = program.sandbox.clone();
     let leased_at_ms = *lease.leased_at_ms.borrow();
     let lease_ms = whole_ms(lease.limit);
     let order = order(program, lease_ms, leased_at_ms);
@@ -165,12 +163,12 @@ async fn start(keeper: &Keeper, lease: &Lease, program: Program) -> Result<(Shim
         Ok(Some(Report::Started { pid })) => Ok((shim, pid)),
         Ok(Some(Report::Failed { message, errno })) => {
             shim.reap().await;
-            Err(Error::NotStarted { shortage: shortage::of_shim(message, errno, &sandbox) })
+            Err(Error::NotStarted { shortage: shortage::of_shim(message, errno, sandbox.path()) })
         }
         Ok(Some(Report::Ended(_)) | None) | Err(_) => {
             shim.kill();
             shim.reap().await;
-            sweep(&keeper.blocking, mark).await;
+            sweep(&keeper.blocking, &sandbox).await;
             Err(Error::Vanished { has_started: false })
         }
     }
@@ -263,11 +261,15 @@ impl Shim {
 }
 
 /// Kills what a shim that was killed itself has left: the program's own children, as the program died with the shim.
-async fn sweep(blocking: &Handle, mark: String) {
+async fn sweep(blocking: &Handle, sandbox: &Sandbox) {
     let deadline = Instant::now() + KILL_LIMIT;
     while Instant::now() < deadline {
-        let mark = mark.clone();
-        let kill = move || tree::kill_marked(MARK, &mark);
+        let sandbox = sandbox.clone();
+        let kill = move || {
+            let mark = sandbox.path().to_string_lossy();
+            let as_user = sandbox.user().and_then(|user| user.ids.kill_marked(&mark).ok());
+            as_user.unwrap_or_else(|| tree::kill_marked(MARK, &mark))
+        };
         let n_found = match shortage::spawn_blocking(blocking, kill.clone()) {
             Ok(task) => task.await.unwrap_or(0),
             // Nothing may be left, and without a thread it is done here.

@@ -130,4 +130,4 @@ pub(crate) fn make_enterable(root: &Path) -> io::Result<()> {
 }
 
 /// The variable that is different for each sandbox, and by which a program is found when its shim was killed.
-pub(super) const MARK: &str = "BATON_SANDBOX";
+pub(crate) const MARK: &str = "BATON_SANDBOX";

@@ -5,7 +5,7 @@ use std::io::{self, BufRead, Read, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode, Stdio};
+use std::process::{Command, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -20,6 +20,9 @@ use super::{COMMAND, PROBE, STAGE, boottime_ms, report, tree};
 /// What the two reading threads may have said without being heard: they wait for the main thread, which only ever waits for
 /// them, so more would change nothing.
 const EVENTS_MAX: usize = 16;
+
+/// Bytes that a probe of the disk writes.
+pub(crate) const PROBE_BYTES: usize = 4096;
 
 /// Room for `done.json`, which has a reason of some hundred bytes at most.
 const DONE_BYTES: usize = 4096;
@@ -119,25 +122,27 @@ pub(super) fn run(order: &Order, input: impl BufRead + Send + 'static) -> Result
     Ok(ended)
 }
 
-/// Starts what a shim starts, two threads and a process, and exits with the operating system's number of a failure.
-pub(super) fn probe() -> ExitCode {
-    let start = || -> io::Result<()> {
-        for name in ["requests", "reaper"] {
-            // It does nothing, and cannot panic.
-            let _ = thread::Builder::new().name(name.into()).spawn(|| {})?.join();
-        }
-        let file = memory_file("image", b"{}")?;
-        let (_failure, to_shim) = io::pipe()?;
-        let mut command = Command::new(crate::local::SELF);
-        command.args([COMMAND, PROBE, PROBE]).env_clear().stdin(file).stdout(to_shim).spawn()?.wait()?;
-        Ok(())
-    };
-    if std::env::args().nth(3).is_some() {
-        // The process that a probe starts.
-        return ExitCode::SUCCESS;
+/// Starts what a shim starts, two threads and a process, and writes a small file, if there is a folder for it.
+pub(crate) fn try_start(folder: Option<&Path>) -> io::Result<()> {
+    for name in ["requests", "reaper"] {
+        // It does nothing, and cannot panic.
+        let _ = thread::Builder::new().name(name.into()).spawn(|| {})?.join();
     }
-    let code = start().err().map_or(0, |error| error.raw_os_error().unwrap_or(1));
-    ExitCode::from(u8::try_from(code).unwrap_or(1))
+    let file = memory_file("image", b"{}")?;
+    let (_failure, to_shim) = io::pipe()?;
+    let mut command = Command::new(crate::local::SELF);
+    command.args([COMMAND, PROBE, PROBE]).env_clear().stdin(file).stdout(to_shim).spawn()?.wait()?;
+    let Some(folder) = folder else { return Ok(()) };
+    // The root may be shared with a worker that probes at the same time, on another machine with the same number.
+    let path = folder.join(format!("{}-{}", std::process::id(), boottime_ms()));
+    let write = || {
+        let mut file = File::create(&path)?;
+        file.write_all(&[0; PROBE_BYTES])?;
+        file.sync_all()
+    };
+    let written = write();
+    let removed = fs::remove_file(&path);
+    written.and(removed)
 }
 
 /// Starts the second stage. Gives back its process id, which will be the program's, and the pipe on which it says why it

@@ -68,6 +68,9 @@ pub(crate) struct Done {
     /// Whether the script ended the program because its time was over; absent from scripts of earlier versions.
     #[serde(default)]
     pub(crate) timed_out: Option<bool>,
+    /// Whether the script itself was sent a signal: by the program to its whole group, or by the scheduler.
+    #[serde(default)]
+    pub(crate) signalled: bool,
 }
 
 /// What the script of a job is made of.
@@ -117,9 +120,14 @@ impl Script<'_> {
         let mut text = format!("#!/bin/sh\n{header}{BATON}{CLOCK}");
         let _ = write!(
             text,
-            r#"trap : USR1 USR2
-cd {dir} || exit 1
-if ! baton mkdir {started} 2>/dev/null; then
+            r#"baton_signalled=false
+trap : USR1 USR2
+{trap}cd {dir} || exit 1
+if ! baton_said=$(baton mkdir {started} 2>&1); then
+  if [ ! -e {started} ] && [ ! -L {started} ]; then
+    echo "baton: nothing is run: $baton_said" >&2
+    exit 1
+  fi
   [ "$(baton cat {job} 2>/dev/null)" != "{job_id}" ] || : > {again}
   echo 'baton: this try has been started or given up before; nothing is run' >&2
   exit 0
@@ -132,11 +140,21 @@ set -- "$1" "$(baton date +%s)" "$(baton_clock)"
 {run} {program} < /dev/null > {stdout} 2> {stderr}
 set -- "$1" "$2" "$3" "$?"
 {ending}"#,
+            trap = self.trap(),
             run = self.run(),
             program = self.own("program"),
             ending = self.ending()
         );
         text
+    }
+
+    /// Under Slurm both layers are of one process group, so the outer one outlives a signal that the program sends to its
+    /// group (`kill 0`), and says that there was one: it can as well be Slurm's.
+    fn trap(&self) -> &'static str {
+        match self.site.launcher {
+            config::Launcher::Fork => "",
+            config::Launcher::Slurm => "trap baton_signalled=true TERM INT HUP\n",
+        }
     }
 
     /// What runs the inner layer. On a plain machine `timeout` keeps the time, and gives the layer a process group of its
@@ -182,8 +200,8 @@ done
 if $baton_over; then set -- "$1" "$2" "$3" {TIMED_OUT}; fi
 if [ ! -d {started} ]; then baton mkdir -p {started} && echo "$1" > {job}; fi
 for baton_try in 1 2 3 4 5 6 7 8 9 10 11 12; do
-  printf '{{"exit":%d,"phase":"%s","started_at":%s,"ended_at":%s,"timed_out":%s}}' "$4" "$baton_phase" "$2" \
-    "$(baton date +%s)" "$baton_over" 1<> {part} &&
+  printf '{{"exit":%d,"phase":"%s","started_at":%s,"ended_at":%s,"timed_out":%s,"signalled":%s}}' \
+    "$4" "$baton_phase" "$2" "$(baton date +%s)" "$baton_over" "$baton_signalled" 1<> {part} &&
     baton mv {part} {done} && break
   baton sleep 5
 done

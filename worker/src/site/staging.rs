@@ -11,6 +11,7 @@ mod outputs;
 mod values;
 
 use std::collections::BTreeMap;
+use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -50,8 +51,19 @@ pub(crate) enum Error {
     Wait(Wait),
     /// Something is there with another content than it should have; it may still be written.
     Content(String),
-    /// A system does not take or give files: no space, no permission.
+    /// A system does not take or give files: no permission, no such folder.
     Files(String),
+    /// The site has no room for files, or none now for what handles them.
+    Lacks(String),
+    /// This machine does not take or give a file.
+    Here {
+        /// The file.
+        path: PathBuf,
+        /// What the system says.
+        error: io::Error,
+        /// The same in whole sentences.
+        text: String,
+    },
     /// What is asked for is not right: a missing file, a path that leads out.
     Stage(String),
 }
@@ -60,11 +72,18 @@ impl From<transport::Error> for Error {
     fn from(error: transport::Error) -> Self {
         // What a command or a file says is about the files, and the way is well.
         if error.may_pass() {
-            Error::Site(error)
-        } else if matches!(error, transport::Error::TooMuchOutput) {
-            Error::Stage(error.to_string())
+            return Error::Site(error);
+        }
+        let text = error.to_string();
+        if let transport::Error::File { path, errno: Some(errno), .. } = &error {
+            return Error::Here { path: path.into(), error: io::Error::from_raw_os_error(*errno), text };
+        }
+        if matches!(error, transport::Error::TooMuchOutput) {
+            Error::Stage(text)
+        } else if names_a_lack(&text) {
+            Error::Lacks(text)
         } else {
-            Error::Files(error.to_string())
+            Error::Files(text)
         }
     }
 }
@@ -76,8 +95,18 @@ impl From<objects::Error> for Error {
             return Error::Wait(Wait::pause(STORE_PAUSE));
         }
         let is_asked_too_much = matches!(error, objects::Error::Manifest { .. } | objects::Error::TooLarge { .. });
+        let mut of_file = None;
+        if let objects::Error::Folder { path, source } | objects::Error::File { path, source } = &error
+            && let Some(errno) = source.raw_os_error()
+        {
+            of_file = Some((path.clone(), io::Error::from_raw_os_error(errno)));
+        }
         let text = crate::process::Error::failed(error).to_string();
-        if is_asked_too_much { Error::Stage(text) } else { Error::Files(text) }
+        match of_file {
+            Some((path, error)) => Error::Here { path, error, text },
+            None if is_asked_too_much => Error::Stage(text),
+            None => Error::Files(text),
+        }
     }
 }
 
@@ -91,6 +120,21 @@ impl From<crate::process::Error> for Error {
     fn from(error: crate::process::Error) -> Self {
         Error::Stage(error.to_string())
     }
+}
+
+/// Whether what a command of the site says is that a resource is exhausted, in the system's words.
+fn names_a_lack(text: &str) -> bool {
+    const LACKS: [&str; 7] = [
+        "no space left on device",
+        "disk quota exceeded",
+        "read-only file system",
+        "input/output error",
+        "too many open files",
+        "cannot allocate memory",
+        "resource temporarily unavailable",
+    ];
+    let text = text.to_lowercase();
+    LACKS.iter().any(|lack| text.contains(lack))
 }
 
 /// One staging, in one direction.
@@ -174,8 +218,10 @@ impl Staging<'_> {
         if !path.exists() {
             self.remove_old_scratch();
         }
-        std::fs::create_dir_all(&path).map_err(|error| Error::Files(format!("{}: {error}", path.display())))?;
-        Ok(path)
+        match std::fs::create_dir_all(&path) {
+            Ok(()) => Ok(path),
+            Err(error) => Err(Error::Here { text: format!("{}: {error}", path.display()), path, error }),
+        }
     }
 
     /// Whoever goes on with a try elsewhere leaves here what had come.

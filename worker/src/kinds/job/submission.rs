@@ -21,10 +21,13 @@ const SUBMIT_MARGIN: Duration = Duration::from_secs(15);
 /// The longest pause between two submissions that a scheduler refuses for now; the first is that between two looks.
 const REFUSED_PAUSE_MAX: Duration = Duration::from_secs(600);
 
+/// What a refusal of the site's folder begins with.
+const STAGING: &str = "stage: ";
+
 /// The exit of a submission that was made before.
 const ALREADY_TAKEN: i32 = 42;
 
-/// A submission that was not accepted, for a reason that passes.
+/// What was not accepted, a submission or its files, for a reason that passes.
 #[derive(Clone, Serialize, Deserialize)]
 pub(super) struct Refusal {
     /// Those in a row.
@@ -35,16 +38,35 @@ pub(super) struct Refusal {
     reason: String,
 }
 
+impl Refusal {
+    /// It is the site's folder that took nothing, and not its scheduler.
+    pub(super) fn is_of_staging(&self) -> bool {
+        self.reason.starts_with(STAGING)
+    }
+}
+
 impl Job {
+    /// What the site has refused is tried again when its time has come.
+    pub(super) async fn wait_for_refusal(&self, at: &At<'_>) -> Result<(), Trouble> {
+        let Some(refusal) = &self.refusal else { return Ok(()) };
+        let left = refusal.until - at.site.store.now().await?;
+        if left <= 0 {
+            return Ok(());
+        }
+        let at_most = Duration::from_micros(left.cast_unsigned());
+        Err(Error::NotNow(Wait { waits_for: at.site.refused(&refusal.reason), at_most }).into())
+    }
+
+    /// The site has no room for the files of the job.
+    pub(super) async fn wait_for_room(&mut self, at: &At<'_>, text: String) -> Result<Advance, Error> {
+        at.context.log(format!("{}: {text}", at.site.name));
+        self.refusal = Some(self.refused(at, format!("{STAGING}{text}")).await?);
+        Ok(Advance::Again)
+    }
+
     pub(super) async fn submit(&mut self, at: &At<'_>) -> Result<Advance, Trouble> {
         at.context.set_stage("submit");
-        if let Some(refusal) = &self.refusal {
-            let left = refusal.until - at.site.store.now().await?;
-            if left > 0 {
-                let at_most = Duration::from_micros(left.cast_unsigned());
-                return Err(Error::NotNow(Wait { waits_for: at.site.refused(&refusal.reason), at_most }).into());
-            }
-        }
+        self.wait_for_refusal(at).await?;
         let visit = at.enter().await?;
         let fence = at.context.fence;
         match at.site.store.intend(fence, self.attempt, &at.site.name, at.site.config.limits).await? {
@@ -137,12 +159,13 @@ impl Job {
     }
 
     /// One more refusal, and when the next submission may follow.
-    async fn refused(&self, at: &At<'_>, reason: String) -> Result<Refusal, Trouble> {
+    async fn refused(&self, at: &At<'_>, reason: String) -> Result<Refusal, Error> {
         let count = self.refusal.as_ref().map_or(0, |refusal| refusal.count).saturating_add(1);
         let pauses =
             Pauses { first: at.site.config.poll.min(REFUSED_PAUSE_MAX), max: REFUSED_PAUSE_MAX, ..Pauses::default() };
         let pause = pauses.before(count, random());
-        let until = at.site.store.now().await?.saturating_add(i64::try_from(pause.as_micros()).unwrap_or(i64::MAX));
+        let now = at.site.store.now().await.map_err(|error| Error::Interrupted(error.to_string()))?;
+        let until = now.saturating_add(i64::try_from(pause.as_micros()).unwrap_or(i64::MAX));
         Ok(Refusal { count, until, reason })
     }
 

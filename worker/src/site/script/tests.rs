@@ -159,6 +159,46 @@ fn what_breaks_before_the_program_is_told_with_what_the_shell_said() {
     }
 }
 
+/// Under Slurm both layers are of the program's group.
+#[test]
+fn a_program_that_signals_its_whole_group_ends_as_it_ends() {
+    for (text, exit) in [
+        ("trap '' TERM; kill 0; exit 7", 7),
+        ("kill 0; sleep 60", 143),
+        ("trap 'exit 5' INT; kill -INT 0; sleep 60", 5),
+        ("trap 'kill 0' EXIT; trap '' TERM; exit 3", 3),
+    ] {
+        let (dir, text) = witness(text);
+        run_at(&script(&text), &site("slurm", ""), dir.path());
+        let done = done(dir.path()).unwrap_or_else(|| panic!("{text}"));
+        assert_eq!((done.exit, done.signalled, times_run(dir.path())), (exit, true, 1), "{text}");
+    }
+    let (dir, text) = witness("exit 7");
+    run_at(&script(&text), &site("slurm", ""), dir.path());
+    assert!(!done(dir.path()).unwrap().signalled);
+}
+
+/// Only root can make a small disk.
+#[test]
+fn a_script_that_finds_no_room_runs_nothing_and_does_not_say_that_it_ran_before() {
+    let dir = tempfile::tempdir().unwrap();
+    let mount = Command::new("mount").args(["-t", "tmpfs", "-o", "nr_inodes=10", "tmpfs"]).arg(dir.path()).output();
+    if !mount.unwrap().status.success() {
+        return;
+    }
+    let (outer, text) = witness("");
+    std::fs::create_dir(dir.path().join(FOLDER)).unwrap();
+    for name in ["run.sh", "program", "script"] {
+        std::fs::write(dir.path().join(FOLDER).join(name), "").unwrap();
+    }
+    let n_more = (0..10).take_while(|number| std::fs::write(dir.path().join(number.to_string()), "").is_ok()).count();
+    let output = run_at(&script(&text), &site("fork", ""), dir.path());
+    assert!(Command::new("umount").arg("-l").arg(dir.path()).status().unwrap().success());
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!((output.status.code(), times_run(outer.path())), (Some(1), 0), "{n_more} {stderr}");
+    assert!(stderr.contains("nothing is run: ") && stderr.contains("No space left on device"), "{stderr}");
+}
+
 #[test]
 fn a_line_before_the_program_may_go_elsewhere_and_set_up_what_it_needs() {
     let elsewhere = tempfile::tempdir().unwrap();

@@ -26,6 +26,8 @@ pub(super) enum Found {
     },
     /// Something that cannot be kept; why, to be put behind its name.
     Refused(&'static str),
+    /// The same for a folder, or a link to one: what is in it is not known.
+    RefusedFolder(&'static str),
 }
 
 pub(super) type Listing = BTreeMap<BytePath, Found>;
@@ -39,6 +41,7 @@ enum Entry {
     },
     Folder,
     Refused(&'static str),
+    RefusedFolder(&'static str),
     /// To a place below the sandbox, or to the sandbox itself, which is the empty path.
     Link(BytePath),
 }
@@ -57,7 +60,8 @@ impl Staging<'_> {
              find . -path ./.baton -prune \
                -o -type d ! \\( -readable -executable \\) -printf 'u %s %m %P\\0' -prune \
                -o -type f ! -readable -printf 'r %s %m %P\\0' \
-               -o ! -type l ! -name . -printf '%y %s %m %P\\0' || exit 3
+               -o ! -type l ! -name . -printf '%y %s %m %P\\0' \
+               -o -type l -xtype d -printf 'l %s %m %P\\0' || exit 3
              find . -path ./.baton -prune -o -type d ! \\( -readable -executable \\) -prune \
                -o -type l -exec sh -c {of_links} sh {{}} + || exit 3",
             quote(self.dir)
@@ -93,7 +97,9 @@ fn entries(stdout: &[u8]) -> Option<BTreeMap<BytePath, Entry>> {
             let links: Vec<&[u8]> = fields.by_ref().take(count).collect();
             for link in links {
                 let target = fields.next().filter(|target| !target.is_empty())?;
-                entries.insert(link.to_vec().into(), target_of(target, sandbox));
+                let link: BytePath = link.to_vec().into();
+                let is_folder = entries.get(&link) == Some(&TO_FOLDER);
+                entries.insert(link, target_of(target, sandbox, is_folder));
             }
             continue;
         }
@@ -106,7 +112,9 @@ fn entries(stdout: &[u8]) -> Option<BTreeMap<BytePath, Entry>> {
                 Entry::File { size: text(size)?.parse().ok()?, executable: mode & 0o100 != 0 }
             }
             b"d" => Entry::Folder,
-            b"u" => Entry::Refused("is a folder that may not be read"),
+            // Where it leads follows.
+            b"l" => TO_FOLDER,
+            b"u" => Entry::RefusedFolder("is a folder that may not be read"),
             b"r" => Entry::Refused("may not be read"),
             b"p" => Entry::Refused("is a pipe"),
             b"s" => Entry::Refused("is a socket"),
@@ -118,10 +126,13 @@ fn entries(stdout: &[u8]) -> Option<BTreeMap<BytePath, Entry>> {
     Some(entries)
 }
 
+/// A link to a folder.
+const TO_FOLDER: Entry = Entry::RefusedFolder("is a link that leads out of the sandbox");
+
 /// A link, by its target without links.
-fn target_of(target: &[u8], sandbox: &[u8]) -> Entry {
+fn target_of(target: &[u8], sandbox: &[u8], is_folder: bool) -> Entry {
     let Some(below) = target.strip_prefix(sandbox).filter(|below| below.is_empty() || below.starts_with(b"/")) else {
-        return Entry::Refused("is a link that leads out of the sandbox");
+        return if is_folder { TO_FOLDER } else { Entry::Refused("is a link that leads out of the sandbox") };
     };
     let below = below.strip_prefix(b"/").unwrap_or(below);
     if below.split(|byte| *byte == b'/').next() == Some(RESERVED.as_bytes()) {
@@ -155,6 +166,7 @@ impl<'a> Walk<'a> {
             Entry::File { size, executable } => Found::File { size: *size, executable: *executable },
             Entry::Folder => Found::Folder { is_empty: self.below(entry_path).next().is_none() },
             Entry::Refused(why) => Found::Refused(why),
+            Entry::RefusedFolder(why) => Found::RefusedFolder(why),
             Entry::Link(target) => match self.entries.get(target) {
                 Some(Entry::Folder) if !above.iter().any(|above| is_within(above, target.as_bytes())) => {
                     return self.put_folder(at, target.as_bytes(), above);
@@ -212,14 +224,16 @@ mod tests {
     fn links_are_followed_and_loops_end() {
         let found = followed(
             "/s|d 1 755 lib|f 7 755 lib/a|d 1 755 lib/empty|p 0 644 pipe|d 1 755 way|\
-             L 8|lib64|one|way/up|self|out|nowhere|to-pipe|own|\
-             /s/lib|/s/lib/a|/s|/s/self|/t|/s/x|/s/pipe|/s/.baton/done.json|\
+             u 1 0 shut|l 4 777 far|l 3 777 lib64|\
+             L 9|lib64|one|way/up|self|out|nowhere|to-pipe|own|far|\
+             /s/lib|/s/lib/a|/s|/s/self|/t|/s/x|/s/pipe|/s/.baton/done.json|/u|\
              L 1|way/lib|/s/lib|",
         );
         let file = Found::File { size: 7, executable: true };
         let (full, empty) = (Found::Folder { is_empty: false }, Found::Folder { is_empty: true });
         let nowhere = Found::Refused("is a link that leads nowhere");
         let expected = [
+            ("far", Found::RefusedFolder("is a link that leads out of the sandbox")),
             ("lib", full),
             ("lib/a", file),
             ("lib/empty", empty),
@@ -232,6 +246,7 @@ mod tests {
             ("own", Found::Refused("is a link to .baton, which belongs to Baton")),
             ("pipe", Found::Refused("is a pipe")),
             ("self", nowhere),
+            ("shut", Found::RefusedFolder("is a folder that may not be read")),
             ("to-pipe", Found::Refused("is a pipe")),
             ("way", full),
             ("way/lib", full),

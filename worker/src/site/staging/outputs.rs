@@ -112,20 +112,37 @@ fn base(pattern: &str) -> &str {
     plain.rfind('/').map_or("", |end| &plain[..=end])
 }
 
-/// What an output matches, of what can be kept.
+/// What an output matches, of what can be kept. `linked` are the inputs that were linked into the sandbox: they are not
+/// outputs, unless they are named.
 fn matched<'a>(
     output: &Output,
     pattern: &Pattern,
     found: &'a Listing,
+    linked: &[&str],
     is_ok: bool,
     missing: &mut Missing,
 ) -> Vec<(&'a BytePath, Found)> {
     let mut matched = Vec::new();
     let mut is_any = false;
-    for (path, kind) in found.iter().filter(|(path, _)| pattern.is_match(path)) {
+    for (path, kind) in found {
+        let is_match = pattern.is_match(path);
+        let is_input = || output.is_glob() && path.as_str().is_some_and(|path| linked.contains(&path));
+        if matches!(kind, Found::Refused(_) | Found::RefusedFolder(_)) && is_input() {
+            continue;
+        }
+        if let Found::RefusedFolder(why) = kind
+            && !is_match
+            && pattern.may_match_below(path.as_bytes())
+        {
+            missing.add(format!("what `{}` matches in {path}, which {why}", output.from));
+            is_any = true;
+        }
+        if !is_match {
+            continue;
+        }
         let is_named = pattern.folder.as_ref().is_some_and(|folder| folder.as_bytes() == path.as_bytes());
         match kind {
-            Found::Refused(why) => missing.add(format!("{path} {why}")),
+            Found::Refused(why) | Found::RefusedFolder(why) => missing.add(format!("{path} {why}")),
             Found::File { .. } if is_named => {
                 missing.add(format!("`{}` is a file; name it without the `/`", output.from))
             }
@@ -159,10 +176,12 @@ impl Staging<'_> {
             return Ok(());
         }
         let found = self.list(|folder| wanted.iter().any(|(_, pattern)| pattern.may_match_below(folder))).await?;
+        let in_sandbox = on_site.inputs.iter().filter(|input| input.to.scope == Scope::Task);
+        let linked: Vec<&str> = in_sandbox.map(|input| input.to.path.trim_end_matches('/')).collect();
         let mut kept: BTreeMap<&BytePath, Found> = BTreeMap::new();
         let mut handing_over = Ok(());
         for (output, pattern) in &wanted {
-            let matched = matched(output, pattern, &found, is_ok, missing);
+            let matched = matched(output, pattern, &found, &linked, is_ok, missing);
             match output.to.scope {
                 Scope::Store => kept.extend(matched),
                 Scope::Client | Scope::Task | Scope::Session | Scope::Resource => {
@@ -272,7 +291,7 @@ impl Staging<'_> {
                 Found::File { size, .. } if *size >= CACHED_FROM => large.push((*path, *size)),
                 Found::File { size, .. } => small.push((*path, *size)),
                 Found::Folder { .. } => folders.push((*path).clone()),
-                Found::Refused(_) => {}
+                Found::Refused(_) | Found::RefusedFolder(_) => {}
             }
         }
         let mut digests = self.digests(self.dir, small.iter().map(|(path, _)| *path)).await?;
@@ -401,7 +420,10 @@ impl Staging<'_> {
         let fetched = session.get_unless(&there, size, &here, &progress, is_known).await;
         let (digest, came) = fetched.map_err(|error| match error {
             Error::Files(text) => Error::Files(text.replace(&there, &path.to_string())),
-            error @ (Error::Site(_) | Error::Wait(_) | Error::Content(_) | Error::Stage(_)) => error,
+            Error::Lacks(text) => Error::Lacks(text.replace(&there, &path.to_string())),
+            error @ (Error::Site(_) | Error::Wait(_) | Error::Content(_) | Error::Here { .. } | Error::Stage(_)) => {
+                error
+            }
         })?;
         let Some(came) = came else { return Ok(digest) };
         if came != digest || std::fs::metadata(&here).map(|meta| meta.len()).ok() != Some(size) {
@@ -458,6 +480,8 @@ mod tests {
             (b"d/\xff\n", file),
             (b"d/pipe", Found::Refused("is a pipe")),
             (b"e", Found::Folder { is_empty: true }),
+            (b"l", Found::RefusedFolder("is not for you")),
+            (b"res", Found::RefusedFolder("leads out")),
             (b"\xfe.txt", file),
         ]
         .into_iter()
@@ -469,7 +493,7 @@ mod tests {
             let spec = spec::parse(&spec, spec::Format::Yaml).expect("it is a spec");
             let output = &spec.on_site.expect("it has a site").outputs[0];
             let pattern = Pattern::new(from).ok().expect("it is a pattern");
-            let matched = matched(output, &pattern, &found, true, &mut missing);
+            let matched = matched(output, &pattern, &found, &["res"], true, &mut missing);
             let paths: Vec<String> = matched.iter().map(|(path, _)| path.to_string()).collect();
             (paths, missing.reason().unwrap_or_default())
         };
@@ -479,6 +503,11 @@ mod tests {
         assert_eq!(of("e/"), (some(&["e"]), String::new()));
         assert_eq!(of("e"), (vec![], "output: `e` is a folder; name it `e/`".to_owned()));
         assert_eq!(of("x"), (vec![], "output: nothing in the sandbox matches `x`".to_owned()));
+        let hidden = "output: what `*/x.dat` matches in l, which is not for you".to_owned();
+        assert_eq!(of("*/x.dat"), (vec![], hidden));
+        assert_eq!(of("l/").1, "output: l is not for you");
+        assert_eq!(of("res/").1, "output: res leads out");
+        assert_eq!(of("**").1, "output: d/pipe is a pipe; l is not for you");
         assert_eq!(of("**").0, some(&["d/\\xff\\n", "e", "\\xfe.txt"]));
     }
 }
