@@ -78,6 +78,9 @@ const CONNECTIONS_OF_ONE_PURPOSE: u32 = 3;
 /// 24 workers.
 pub const WORKER_CONNECTIONS: u32 = 4;
 
+/// Those of a worker that has nothing to do.
+const WORKER_CONNECTIONS_IDLE: u32 = 2;
+
 /// How a lane's statements are planned: over the rows of the batch, in their order, each found by the key. Which plan is
 /// right never depends on how large a table is, so it is not left to its statistics: those of a table that has grown
 /// within minutes are wrong, and a plan that reads the whole table costs more than all the rest. What the settings leave

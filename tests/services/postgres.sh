@@ -37,6 +37,8 @@ running_server() {
 create() {
   unprivileged "$bin/initdb" -D "$dir/data" -U baton -A trust -E UTF8 --locale=C --no-sync >"$dir/initdb.log" 2>&1 ||
     { cat "$dir/initdb.log" >&2; exit 1; }
+  # Not an argument of the server, so that a test can change it.
+  echo 'max_connections = 300' | unprivileged tee -a "$dir/data/postgresql.conf" >/dev/null
   # Single-user mode, because there is no server yet.
   echo 'create database baton' | unprivileged "$bin/postgres" --single -D "$dir/data" postgres >>"$dir/initdb.log" 2>&1
 }
@@ -52,7 +54,7 @@ start() {
   [ -s "$dir/data/PG_VERSION" ] || create
   # The socket goes into the directory: the packaged default may be missing or not writable.
   if ! unprivileged "$bin/pg_ctl" start -s -w -t 60 -D "$dir/data" -l "$dir/server.log" -o "-p $port -k '$dir' \
-      -c listen_addresses=127.0.0.1 -c fsync=on -c synchronous_commit=on -c max_connections=300 $disk -c shared_preload_libraries=pg_stat_statements"; then
+      -c listen_addresses=127.0.0.1 -c fsync=on -c synchronous_commit=on $disk -c shared_preload_libraries=pg_stat_statements"; then
     tail -n 15 "$dir/server.log" >&2
     exit 1
   fi

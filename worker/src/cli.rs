@@ -407,16 +407,27 @@ async fn refuse_other_database(options: &Options, stop: &Stop) -> Result<(), Exi
 
 /// Waits for the database as long as it does not answer, or until the worker is told to stop; what it refuses needs a person.
 async fn open(location: Location, access: Access, stop: &Stop) -> Result<Store, ExitCode> {
-    let mut said = String::new();
+    let mut said = None;
     loop {
-        let opened = stop.unless_stopped(Store::open_as(location.clone(), access.clone())).await;
+        let opening = async {
+            let store = Store::open_as(location.clone(), access.clone()).await?;
+            match store.room_for_worker().await {
+                Ok(()) => Ok(store),
+                Err(failure) => {
+                    // Others may need it meanwhile.
+                    store.close().await;
+                    Err(failure)
+                }
+            }
+        };
+        let opened = stop.unless_stopped(opening).await;
         match opened.ok_or(ExitCode::from(exit::OK))? {
             Ok(store) => return Ok(store),
             Err(failure) if failure.is_transient() => {
-                let text = failure.to_string();
-                if said != text {
-                    warn!("{text}; {}", remedy_of(&failure));
-                    said = text;
+                // Its numbers change from one look to the next.
+                let kind = std::mem::discriminant(&failure);
+                if said.replace(kind) != Some(kind) {
+                    warn!("{failure}; {}", remedy_of(&failure));
                 }
                 let pause = tokio::time::sleep(CONNECT_PAUSE);
                 stop.unless_stopped(pause).await.ok_or(ExitCode::from(exit::OK))?;

@@ -4,7 +4,7 @@ use sea_orm::{ConnectionTrait, QueryResult, Value};
 
 use super::dialect::Dialect;
 use super::own::OwnConnection;
-use super::{Error, Store, WORKER_PROGRAM};
+use super::{Error, Store, WORKER_CONNECTIONS, WORKER_CONNECTIONS_IDLE, WORKER_PROGRAM};
 use crate::id::Pid;
 
 /// Counters of PostgreSQL that only grow.
@@ -165,6 +165,39 @@ impl Store {
             others: row.try_get("", "others")?,
             n_workers: row.try_get("", "n_workers")?,
         }))
+    }
+
+    /// Whether a PostgreSQL server has connections for one more worker, which this store is of. A worker that has more than
+    /// an idle one is counted with all that it may have, so a fleet that is busy is not joined by a worker for which there is
+    /// nothing left a moment later.
+    ///
+    /// # Errors
+    /// [`Error::Full`] if it has not; the database does not answer.
+    pub async fn room_for_worker(&self) -> Result<(), Error> {
+        if self.is_embedded() {
+            return Ok(());
+        }
+        let sql = "WITH others AS (SELECT COUNT(*) AS n FROM pg_stat_activity
+                                   WHERE backend_type = 'client backend' AND application_name LIKE $1
+                                     AND application_name <> $2
+                                   GROUP BY application_name)
+                   SELECT COUNT(*) AS n_workers,
+                          COALESCE(SUM(CASE WHEN n > $3 THEN GREATEST(n, $4) ELSE n END), 0)::bigint AS n_connections
+                   FROM others";
+        let [idle, busy] = [WORKER_CONNECTIONS_IDLE, WORKER_CONNECTIONS].map(i64::from);
+        let values =
+            vec![format!("{WORKER_PROGRAM} %").into(), self.access.name.clone().into(), idle.into(), busy.into()];
+        let row = self.query(sql, values).await?.into_iter().next().ok_or(Error::NoRow)?;
+        let (n_workers, n_connections): (i64, i64) = (row.try_get("", "n_workers")?, row.try_get("", "n_connections")?);
+        let Some(Connections { usable, others, .. }) = self.connections().await? else { return Ok(()) };
+        if n_workers == 0 || n_connections + others + busy <= usable {
+            return Ok(());
+        }
+        let mut text = format!("{usable} are usable, {n_workers} workers need {n_connections} of them");
+        if others > 0 {
+            text.push_str(&format!(", other programs have {others}"));
+        }
+        Err(Error::Full(format!("{text}, and one more worker needs {busy}")))
     }
 
     /// A connection for somebody who looks often, or at many.

@@ -108,6 +108,38 @@ async fn a_worker_without_a_connection_says_so_and_starts_when_one_is_free() {
     assert!(worker.terminate().await.success());
 }
 
+/// The others have less than they may have at this moment, and would lack it later.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs services: run tests/run"]
+async fn one_worker_more_than_fits_waits_until_another_leaves() {
+    let scene = Scene::private().await;
+    // 13 beside those of superusers.
+    scene.sql("ALTER SYSTEM SET max_connections = 16").await;
+    tokio::task::block_in_place(|| scene.services().restart_database());
+    let first = scene.worker("w1", &[]).await;
+    drop(first);
+    let worker_of = |name: &str| {
+        let url = scene.database_url();
+        let separator = if url.contains('?') { '&' } else { '?' };
+        format!("{url}{separator}application_name=baton-worker%20{name}")
+    };
+    let busy = |name: &str| [(); 3].map(|()| greedy(&worker_of(name)));
+    let (_others, leaving) = ([busy("busy1"), busy("busy2")], busy("busy3"));
+    eventually("all of them are connected", LIMIT, async || {
+        let count =
+            scene.sql("SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'baton-worker busy%'").await;
+        if count.trim() == "9" { Ok(()) } else { Err(count) }
+    })
+    .await;
+    let mut worker = scene.worker_with(&[], "w2", &[]);
+    worker.says("13 are usable, 3 workers need 12 of them").await;
+    worker.says("max_connections").await;
+    assert!(!worker.has_ended() && !worker.log().contains("worker ready"), "{}", worker.log());
+    drop(leaving);
+    worker.ready().await;
+    assert!(worker.terminate().await.success());
+}
+
 /// The writer of a worker whose role may have no more connections uses those for everything else.
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
