@@ -348,6 +348,9 @@ pub(crate) struct LogsArguments {
     pub(crate) follow: bool,
 }
 
+/// What says something of single processes. A request to the fleet has none of it, and does not drop it either.
+const NOT_OF_A_FLEET: [&str; 8] = ["label", "session", "queue", "kind", "state", "worker", "older_than", "dry_run"];
+
 #[derive(Args, Debug)]
 pub(crate) struct PauseArguments {
     #[command(flatten)]
@@ -356,7 +359,7 @@ pub(crate) struct PauseArguments {
     #[arg(long)]
     pub(crate) now: bool,
     /// The fleet takes no more work; what is held goes on
-    #[arg(long, group = "whom")]
+    #[arg(long, group = "whom", conflicts_with_all = NOT_OF_A_FLEET, conflicts_with = "now")]
     pub(crate) fleet: bool,
 }
 
@@ -365,7 +368,7 @@ pub(crate) struct PlayArguments {
     #[command(flatten)]
     pub(crate) control: ControlArguments,
     /// The fleet takes work again
-    #[arg(long, group = "whom")]
+    #[arg(long, group = "whom", conflicts_with_all = NOT_OF_A_FLEET)]
     pub(crate) fleet: bool,
 }
 

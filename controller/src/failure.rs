@@ -72,6 +72,7 @@ impl From<store::Error> for Failure {
             store::Error::Full(_) => Some("raise the server's max_connections, or stop what uses its connections"),
             store::Error::Refused(_) => Some("check user, password and database name in BATON_DATABASE_URL"),
             store::Error::Url
+            | store::Error::UrlParts(_)
             | store::Error::Folder { .. }
             | store::Error::Retry(_)
             | store::Error::SchemaNewer { .. }

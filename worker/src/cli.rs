@@ -452,7 +452,7 @@ pub(crate) fn remedy_of(error: &StoreError) -> &'static str {
 /// The exit code of what the database answered.
 pub fn exit_code(error: &StoreError) -> u8 {
     match error {
-        store::Error::Url => exit::USAGE,
+        store::Error::Url | store::Error::UrlParts(_) => exit::USAGE,
         store::Error::Unreachable(_) | store::Error::Full(_) | store::Error::Retry(_) => exit::UNREACHABLE,
         store::Error::Refused(_) | store::Error::SchemaNewer { .. } | store::Error::Newer { .. } => exit::REFUSED,
         store::Error::Folder { .. }

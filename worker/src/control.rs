@@ -82,7 +82,7 @@ async fn handle(shared: Arc<Shared>, threads: Arc<Vec<Thread>>, request: Control
     }
     let reply = match control {
         // From outside, it says nothing yet: whoever takes its durable copy writes it into the rows, and says it again.
-        Control::Obey { .. } | Control::Fleet { .. } if from_broadcast && !from_baton => return,
+        Control::Obey { .. } | Control::Fleet { .. } | Control::Drain if from_broadcast && !from_baton => return,
         Control::Obey { verb, .. } if from_broadcast => obey_broadcast(&shared, verb).await,
         Control::Obey { verb, select, reason } => match select.pids.as_deref() {
             Some(&[pid]) if select == Select::one(pid) => {

@@ -1,6 +1,7 @@
 //! Tasks come in: claim, then acknowledge.
 
 use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use baton_common::border;
 use baton_common::communicator::Delivery;
@@ -115,6 +116,9 @@ async fn take(shared: Arc<Shared>, threads: Arc<Vec<Thread>>, delivery: Delivery
     }
 }
 
+/// How far the clock of whoever makes an id may be ahead.
+const CLOCKS_APART: Duration = Duration::from_secs(86_400);
+
 /// Claims, and looks once more if another message for the same process has come meanwhile.
 pub(crate) async fn claim(
     shared: &Shared,
@@ -133,6 +137,13 @@ pub(crate) async fn claim(
 /// The process that a launch from outside brings along; `None` for Baton's own messages, whose rows are there.
 fn launch(delivery: &Delivery) -> Result<Option<Box<NewProcess>>, String> {
     let Task::Launch { pid, spec: Some(spec), wait, .. } = &delivery.task else { return Ok(None) };
+    // By when an id was made a late copy of a launch is known after its process was pruned.
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default() + CLOCKS_APART;
+    match pid.made_at() {
+        Some(made_at) if u128::try_from(made_at).is_ok_and(|made_at| made_at <= now.as_micros()) => {}
+        Some(_) => return Err("pid: its UUIDv7 was made in the future; set the clock of its maker".to_owned()),
+        None => return Err("pid: the id of a new process is a UUID of version 7".to_owned()),
+    }
     let spec = spec::from_json_value(spec.clone()).map_err(|error| format!("spec: {error}"))?;
     if spec.on_site.as_ref().is_some_and(OnSite::needs_client) {
         let reason = "spec: `in` has files of client://, and whoever sends a message has no folder here; put them into the \

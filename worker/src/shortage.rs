@@ -61,8 +61,12 @@ const FREE_BYTES_MIN: u64 = 1 << 20;
 const FREE_INODES_MIN: u64 = 64;
 const FREE_PART: u64 = 16;
 
-/// Memory that must be available, on the machine and below a limit of the address space.
+/// Memory that must be available on the machine.
 const FREE_MEMORY_MIN: u64 = 16 << 20;
+
+/// Address space that must be left below a limit of it. Threads and allocators reserve it in large pieces, and some parts of
+/// a program end it where they get none.
+const FREE_ADDRESS_SPACE_MIN: u64 = 96 << 20;
 
 /// How long a child process may take to start and exit.
 const CHILD_LIMIT: Duration = Duration::from_secs(10);
@@ -331,7 +335,7 @@ fn address_space() -> Option<Shortage> {
 fn has_little_address_space() -> bool {
     let Some(limit) = getrlimit(Resource::As).current else { return false };
     let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
-    kib(&status, "VmSize:").is_some_and(|size| size + FREE_MEMORY_MIN > limit)
+    kib(&status, "VmSize:").is_some_and(|size| size + FREE_ADDRESS_SPACE_MIN > limit)
 }
 
 /// A size of /proc in bytes.

@@ -11,6 +11,12 @@ pub enum Error {
     /// The URL names no database that Baton knows.
     #[error("the database URL must begin with postgres:// or sqlite:")]
     Url,
+    /// The URL cannot be read. The text has nothing of it, as it may be a part of a password.
+    #[error(
+        "the database URL cannot be read: {0}; it is postgres://USER:PASSWORD@HOST:PORT/NAME, and in user, password and \
+         name `/`, `#`, `?`, `@`, `:` and `%` are written as %2F, %23, %3F, %40, %3A and %25"
+    )]
+    UrlParts(&'static str),
     /// The folder of a SQLite file cannot be made.
     #[error("cannot make {}", .path.display())]
     Folder {
@@ -69,6 +75,7 @@ impl Error {
         match self {
             Error::Unreachable(_) | Error::Full(_) | Error::Retry(_) => true,
             Error::Url
+            | Error::UrlParts(_)
             | Error::Folder { .. }
             | Error::Refused(_)
             | Error::SchemaNewer { .. }
@@ -131,7 +138,19 @@ fn classify(cause: &sqlx::Error) -> Error {
         | sqlx::Error::PoolTimedOut
         | sqlx::Error::PoolClosed
         | sqlx::Error::WorkerCrashed => Error::Unreachable(cause.to_string()),
-        sqlx::Error::Configuration(_) => Error::Url,
+        sqlx::Error::Configuration(cause) => Error::UrlParts(url_part(&cause.to_string())),
         other => Error::Database(other.to_string()),
     }
+}
+
+/// What of a URL cannot be read, from what its reader says.
+fn url_part(said: &str) -> &'static str {
+    let parts = [
+        ("port", "its port is no number"),
+        ("ssl", "its `sslmode` or another option of TLS is unknown"),
+        ("host", "its host is missing or has characters that no host has"),
+        ("percent", "its percent-encoding is broken"),
+    ];
+    let said = said.to_lowercase();
+    parts.iter().find(|(word, _)| said.contains(word)).map_or("a part of it is not as it should be", |(_, what)| what)
 }

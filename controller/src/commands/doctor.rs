@@ -112,7 +112,7 @@ fn finding(what: &'static str, verdict: Verdict, text: String, remedy: Option<&s
 
 fn database_failure(error: &store::Error) -> Finding {
     let remedy = match error {
-        store::Error::Url => "postgres://USER:PASSWORD@HOST:PORT/NAME, or sqlite:PATH",
+        store::Error::Url | store::Error::UrlParts(_) => "postgres://USER:PASSWORD@HOST:PORT/NAME, or sqlite:PATH",
         store::Error::Unreachable(_) | store::Error::Retry(_) => "start it, or correct host and port",
         store::Error::Refused(_) => "correct user, password or database name, or grant the right",
         store::Error::SchemaNewer { .. } | store::Error::Newer { .. } => "install the newer Baton on this machine",

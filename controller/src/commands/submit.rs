@@ -67,7 +67,9 @@ pub(crate) async fn run(global: &Global, arguments: SubmitArguments) -> Result<u
         }
     };
     if let Err(reason) = &told {
-        output::warn(&format!("recorded, but not announced ({reason}); workers find it when the broker is back"));
+        output::warn(&format!(
+            "recorded, but not announced ({reason}); workers find it in the database, which takes longer"
+        ));
     }
     print(global, &pids, told.is_ok())?;
     let code = if arguments.wait {

@@ -51,6 +51,13 @@ async fn a_missing_or_refusing_server_is_named_without_its_password() {
     let output = run(&[("BATON_DATABASE_URL", &database)], &["list"]).await.exits(4);
     assert!(output.stderr.contains("does not exist"), "{output:?}");
     run(&[("BATON_DATABASE_URL", "mysql://x")], &["list"]).await.exits(2);
+    let output = run(&[("BATON_DATABASE_URL", "postgres://u:s3cret#x@127.0.0.1:9/x")], &["list"]).await.exits(2);
+    assert!(output.stderr.contains("%23"), "{output:?}");
+    // A log that cannot be written ends nothing.
+    let mut list = scene.command(&["list"]);
+    list.env("BATON_LOG", "trace").stdout(std::process::Stdio::null());
+    list.stderr(std::fs::File::options().write(true).open("/dev/full").unwrap());
+    assert!(list.status().await.unwrap().success());
 
     // Without a broker a submit is as durable as with one, and says so.
     let output = run(&[("BATON_BROKER_URL", "amqp://u:s3cret@127.0.0.1:9/x")], &["submit", &spec]).await.ok();

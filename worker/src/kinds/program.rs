@@ -215,9 +215,12 @@ async fn written(context: &Context, sandbox: &Sandbox) -> Written {
                 error.to_string()
             }
             Err(Error::Lacking(shortage)) => {
-                let text = shortage.to_string();
                 context.shared.health.note(shortage);
-                text
+                // Without a thread for it, it is read here: two small files.
+                match capture(sandbox) {
+                    Ok(written) => return written,
+                    Err(error) => error.to_string(),
+                }
             }
             // Reading has panicked, and would again.
             Err(_) => return Written::default(),

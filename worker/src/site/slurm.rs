@@ -39,7 +39,7 @@ const UNSURE: [&str; 10] = [
 ];
 
 /// In what `sbatch` says when it is refused for a reason that passes by itself.
-const PASSING: [&str; 21] = [
+const PASSING: [&str; 26] = [
     "backup controller",
     "cannot allocate memory",
     "cannot fork",
@@ -57,7 +57,12 @@ const PASSING: [&str; 21] = [
     "presently disabled",
     "slurm is busy",
     "standby mode",
+    "not available now",
+    "not usable now",
+    "protocol authentication error",
+    "required node not available",
     "submissions disabled",
+    "submit limit exceeded",
     "temporarily",
     "too many open files",
     "try again",

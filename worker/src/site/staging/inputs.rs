@@ -23,6 +23,15 @@ const STREAM_BYTES: usize = 256 * 1024;
 /// At the latest after so long a process looks again whether what another sends is there.
 const SENT_PAUSE: Duration = Duration::from_secs(20);
 
+/// When a file of the cache was last changed, in seconds since 1970: long ago. One that was written to since is not used.
+const WHOLE_SINCE: u32 = 86_400;
+
+/// Prints `there` if the cache has a file that is as it was when its digest was compared. What is used is young.
+fn intact(path: &str) -> String {
+    let path = quote(path);
+    format!("if [ \"$(stat -c %Y {path} 2>/dev/null)\" = {WHOLE_SINCE} ]; then touch -c -a {path}; echo there; fi")
+}
+
 /// Makes the folder of a try with everything that its job needs, and verifies it.
 pub(crate) async fn stage_in(
     site: &Arc<Site>,
@@ -43,12 +52,12 @@ pub(crate) async fn stage_in(
     }
     let (large, small): (Vec<Entry>, Vec<Entry>) = entries.into_iter().partition(|entry| entry.size >= CACHED_FROM);
     staging.send_small(small, folders, own).await?;
-    let mut links = Vec::new();
+    let mut copies = Vec::new();
     for entry in &large {
         let cached = staging.cached(entry.digest, entry.size, entry.executable).await?;
-        links.extend([cached.as_bytes(), b"\0", entry.path.as_bytes(), b"\0"].concat());
+        copies.extend([cached.as_bytes(), b"\0", entry.path.as_bytes(), b"\0"].concat());
     }
-    staging.link(&links).await?;
+    staging.copy_cached(&copies).await?;
     for (idx, input) in on_site.inputs.iter().enumerate() {
         staging.place(idx, input).await?;
     }
@@ -123,11 +132,7 @@ impl Staging<'_> {
     async fn cached(&self, digest: Digest, size: u64, executable: bool) -> Result<String, Error> {
         let cache = format!("{}/cache", self.visit.root);
         let path = format!("{cache}/{digest}{}", if executable { ".x" } else { "" });
-        let (folder, quoted) = (quote(&cache), quote(&path));
-        // What is used is young.
-        let look = format!(
-            "umask 077; mkdir -p {folder} && {{ [ ! -f {quoted} ] || {{ touch -c -a {quoted}; echo there; }}; }}"
-        );
+        let look = format!("umask 077; mkdir -p {} && {{ {}; }}", quote(&cache), intact(&path));
         if self.run(&look, b"").await?.starts_with(b"there") {
             return Ok(path);
         }
@@ -140,7 +145,7 @@ impl Staging<'_> {
 
     async fn send_to_cache(&self, digest: Digest, size: u64, executable: bool, path: &str) -> Result<(), Error> {
         // Another may have sent it between the look and the permit.
-        if self.run(&format!("[ ! -f {} ] || echo there", quote(path)), b"").await?.starts_with(b"there") {
+        if self.run(&intact(path), b"").await?.starts_with(b"there") {
             return Ok(());
         }
         let source = match self.site.objects.local_path(digest) {
@@ -161,7 +166,9 @@ impl Staging<'_> {
             let _ = std::fs::remove_file(&source);
         }
         let mode = if executable { 555 } else { 444 };
-        self.run(&format!("chmod {mode} {0} && mv -f {0} {1}", quote(&coming), quote(path)), b"").await?;
+        let (coming, path) = (quote(&coming), quote(path));
+        let take = format!("chmod {mode} {coming} && touch -m -d @{WHOLE_SINCE} {coming} && mv -f {coming} {path}");
+        self.run(&take, b"").await?;
         self.shrink_cache().await
     }
 
@@ -185,14 +192,15 @@ impl Staging<'_> {
         self.run(&script, b"").await.map(drop)
     }
 
-    /// Files of the cache under their names in the sandbox, by pairs of these; hard links, so that the cache cannot lose them.
-    async fn link(&self, pairs: &[u8]) -> Result<(), Error> {
+    /// Files of the cache under their names in the sandbox, by pairs of these. Each is the program's own: what it writes there
+    /// changes nobody else's input. File systems that can share the blocks of a copy do so.
+    async fn copy_cached(&self, pairs: &[u8]) -> Result<(), Error> {
         if pairs.is_empty() {
             return Ok(());
         }
         let script = "while [ $# -gt 1 ]; do
                case $2 in */*) mkdir -p \"./${2%/*}\" || exit 1 ;; esac
-               ln -fT \"$1\" \"./$2\" || cp -fpT \"$1\" \"./$2\" || exit 1
+               cp -T --reflink=auto --remove-destination \"$1\" \"./$2\" && chmod u+w \"./$2\" || exit 1
                shift 2
              done";
         let (dir, script) = (quote(self.dir), quote(script));
@@ -229,7 +237,7 @@ impl Staging<'_> {
         let is_whole_scope = path.is_empty();
         let to = if is_whole_scope { to_scope.clone() } else { format!("{to_scope}/{path}") };
         let act = match input.how {
-            How::Auto if input.from.scope == Scope::Store => "ln -fT \"$from\" \"$to\" 2>/dev/null || copy_file",
+            How::Auto if input.from.scope == Scope::Store => "copy_file && touch \"$to\"",
             // The folder of a scope is there already, and cannot become a link.
             How::Auto if is_whole_scope => "copy",
             How::Auto | How::Link => "ln -sfnT \"$from\" \"$to\"",
@@ -332,7 +340,7 @@ copy() {
 copy_file() {
   part=${to%/*}/$part
   rm -f "$part"
-  cp -T --preserve=mode,timestamps "$from" "$part" && chmod u+w "$part" && mv -fT "$part" "$to" ||
+  cp -T --reflink=auto --preserve=mode,timestamps "$from" "$part" && chmod u+w "$part" && mv -fT "$part" "$to" ||
     { rm -f "$part"; return 1; }
 }
 copy_folder() {

@@ -51,7 +51,10 @@ impl Staging<'_> {
     pub(super) async fn list(&self, may_hold: impl Fn(&[u8]) -> bool) -> Result<Listing, Error> {
         let of_links = quote(
             r#"printf '%s\0' "L $#"
-             for link; do printf '%s\0' "${link#./}"; done
+             for link; do
+               if [ -d "$link" ]; then what=d; else what=-; fi
+               printf '%s\0' "$what ${link#./}"
+             done
              readlink -mz -- "$@""#,
         );
         let script = format!(
@@ -60,8 +63,7 @@ impl Staging<'_> {
              find . -path ./.baton -prune \
                -o -type d ! \\( -readable -executable \\) -printf 'u %s %m %P\\0' -prune \
                -o -type f ! -readable -printf 'r %s %m %P\\0' \
-               -o ! -type l ! -name . -printf '%y %s %m %P\\0' \
-               -o -type l -xtype d -printf 'l %s %m %P\\0' || exit 3
+               -o ! -type l ! -name . -printf '%y %s %m %P\\0' || exit 3
              find . -path ./.baton -prune -o -type d ! \\( -readable -executable \\) -prune \
                -o -type l -exec sh -c {of_links} sh {{}} + || exit 3",
             quote(self.dir)
@@ -97,9 +99,8 @@ fn entries(stdout: &[u8]) -> Option<BTreeMap<BytePath, Entry>> {
             let links: Vec<&[u8]> = fields.by_ref().take(count).collect();
             for link in links {
                 let target = fields.next().filter(|target| !target.is_empty())?;
-                let link: BytePath = link.to_vec().into();
-                let is_folder = entries.get(&link) == Some(&TO_FOLDER);
-                entries.insert(link, target_of(target, sandbox, is_folder));
+                let (is_folder, link) = (link.starts_with(b"d "), link.get(2..)?);
+                entries.insert(link.to_vec().into(), target_of(target, sandbox, is_folder));
             }
             continue;
         }
@@ -112,8 +113,6 @@ fn entries(stdout: &[u8]) -> Option<BTreeMap<BytePath, Entry>> {
                 Entry::File { size: text(size)?.parse().ok()?, executable: mode & 0o100 != 0 }
             }
             b"d" => Entry::Folder,
-            // Where it leads follows.
-            b"l" => TO_FOLDER,
             b"u" => Entry::RefusedFolder("is a folder that may not be read"),
             b"r" => Entry::Refused("may not be read"),
             b"p" => Entry::Refused("is a pipe"),
@@ -126,13 +125,11 @@ fn entries(stdout: &[u8]) -> Option<BTreeMap<BytePath, Entry>> {
     Some(entries)
 }
 
-/// A link to a folder.
-const TO_FOLDER: Entry = Entry::RefusedFolder("is a link that leads out of the sandbox");
-
 /// A link, by its target without links.
 fn target_of(target: &[u8], sandbox: &[u8], is_folder: bool) -> Entry {
     let Some(below) = target.strip_prefix(sandbox).filter(|below| below.is_empty() || below.starts_with(b"/")) else {
-        return if is_folder { TO_FOLDER } else { Entry::Refused("is a link that leads out of the sandbox") };
+        let why = "is a link that leads out of the sandbox";
+        return if is_folder { Entry::RefusedFolder(why) } else { Entry::Refused(why) };
     };
     let below = below.strip_prefix(b"/").unwrap_or(below);
     if below.split(|byte| *byte == b'/').next() == Some(RESERVED.as_bytes()) {
@@ -223,11 +220,10 @@ mod tests {
     #[test]
     fn links_are_followed_and_loops_end() {
         let found = followed(
-            "/s|d 1 755 lib|f 7 755 lib/a|d 1 755 lib/empty|p 0 644 pipe|d 1 755 way|\
-             u 1 0 shut|l 4 777 far|l 3 777 lib64|\
-             L 9|lib64|one|way/up|self|out|nowhere|to-pipe|own|far|\
+            "/s|d 1 755 lib|f 7 755 lib/a|d 1 755 lib/empty|p 0 644 pipe|d 1 755 way|u 1 0 shut|\
+             L 9|d lib64|- one|d way/up|- self|- out|- nowhere|- to-pipe|- own|d far|\
              /s/lib|/s/lib/a|/s|/s/self|/t|/s/x|/s/pipe|/s/.baton/done.json|/u|\
-             L 1|way/lib|/s/lib|",
+             L 1|d way/lib|/s/lib|",
         );
         let file = Found::File { size: 7, executable: true };
         let (full, empty) = (Found::Folder { is_empty: false }, Found::Folder { is_empty: true });
@@ -259,7 +255,7 @@ mod tests {
 
     #[test]
     fn folders_that_link_to_each_other_end() {
-        let found = followed("/s|d 1 755 a|d 1 755 b|L 2|a/to-b|b/to-a|/s/b|/s/a|");
+        let found = followed("/s|d 1 755 a|d 1 755 b|L 2|d a/to-b|d b/to-a|/s/b|/s/a|");
         let back = Found::Refused("is a link that leads back to a folder in which it is");
         assert!(found.contains(&("a/to-b/to-a".to_owned(), back)), "{found:?}");
         assert_eq!(found.len(), 6, "{found:?}");

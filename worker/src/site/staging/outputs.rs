@@ -262,9 +262,15 @@ impl Staging<'_> {
                folder=${{to%/*}}; part=$folder/{}
                why=$(inside \"$folder\" \"$scope\" 2>&1) || {{ printf '%s: %s\\0' \"$name\" \"$why\"; continue; }}
                if [ $kind = d ]; then
-                 [ ! -L \"$to\" ] || rm -f \"$to\"; mkdir -p \"$to\" || exit 1; continue
+                 [ ! -L \"$to\" ] || rm -f \"$to\"; folder=$to
                fi
-               mkdir -p \"$folder\" && rm -f \"$part\" || exit 1
+               why=$(mkdir -p \"$folder\" 2>&1) || {{
+                 case $why in *\"File exists\" | *\"Not a directory\") printf '%s: %s\\0' \"$name\" \"$why\"; continue ;; esac
+                 echo \"$why\" >&2; exit 1
+               }}
+               [ $kind != d ] || continue
+               if [ -d \"$to\" ]; then printf '%s: %s is a folder\\0' \"$name\" \"$to\"; continue; fi
+               rm -f \"$part\" || exit 1
                {act} && mv -fT \"$part\" \"$to\" || {{ rm -f \"$part\"; exit 1; }}
              done",
             guards(&self.visit.root),
