@@ -15,7 +15,7 @@ use tracing::{error, info, warn};
 
 use crate::held::Entry;
 use crate::incarnation::Shared;
-use crate::shim::boottime_ms;
+use crate::machine::clock::boottime_ms;
 use crate::thread::Thread;
 
 /// A beat that takes longer than this counts as failed. The next one tries again, long before the lease is over.

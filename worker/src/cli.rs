@@ -18,10 +18,12 @@ use clap::{Args, Parser, ValueEnum};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::{error, info, warn};
 
+pub use crate::machine::causes::chain;
+use crate::machine::{handover, open_files};
 use crate::registry::Registry;
+use crate::shim;
 use crate::user::{self, User};
 use crate::worker::{self, Limits, Options, Stop};
-use crate::{handover, open_files, shim};
 
 /// Slots of a worker that names none. A held process costs memory and, if it runs a program, a share of the machine. Of
 /// short ones a worker has one or two hundred on their way between broker, claim and acknowledgement, and each has a slot.
@@ -451,17 +453,6 @@ pub fn exit_code(error: &StoreError) -> u8 {
         | store::Error::Rejected(_)
         | store::Error::Database(_) => exit::FAILED,
     }
-}
-
-/// An error with its causes, in one line.
-pub fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(inner) = cause {
-        text.push_str(&format!(": {inner}"));
-        cause = inner.source();
-    }
-    text
 }
 
 /// The host's name.

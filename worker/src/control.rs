@@ -286,10 +286,10 @@ fn status(shared: &Shared, threads: &[Thread], pid: Pid) -> Reply {
 /// What a held program has written from these offsets on.
 async fn written(shared: &Shared, pid: Pid, stdout_offset: u64, stderr_offset: u64) -> Reply {
     let Some(entry) = shared.held.get(pid) else { return outcome(pid, Effect::NotHeld) };
-    let Some(sandbox) = entry.live.sandbox() else { return outcome(pid, Effect::NotStarted) };
+    let Some(streams) = entry.live.streams() else { return outcome(pid, Effect::NotStarted) };
     let read = shared.blocking.spawn_blocking(move || {
-        let stdout = output::read_from(&sandbox.stdout(), stdout_offset, CHUNK_BYTES_MAX)?;
-        let stderr = output::read_from(&sandbox.stderr(), stderr_offset, CHUNK_BYTES_MAX)?;
+        let stdout = output::read_from(&streams.stdout, stdout_offset, CHUNK_BYTES_MAX)?;
+        let stderr = output::read_from(&streams.stderr, stderr_offset, CHUNK_BYTES_MAX)?;
         Ok::<_, std::io::Error>((stdout, stderr))
     });
     match read.await {

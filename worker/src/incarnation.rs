@@ -23,20 +23,22 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
-use crate::held::{Drain, Held};
+use crate::held::Held;
 use crate::lease::{Lease, TRUST};
+use crate::live::Drain;
 use crate::local::{self, Programs};
+use crate::machine::SELF;
+use crate::machine::clock::boottime_ms;
+use crate::machine::shortage::Health;
 use crate::registry::Registry;
 use crate::setbacks::Setbacks;
-use crate::shim::boottime_ms;
-use crate::shortage::{self, Health};
 use crate::site::{Sites, actor, sharing};
 use crate::suspects::Suspects;
 use crate::sweeps::Timer;
 use crate::thread::Thread;
 use crate::user::User;
 use crate::worker::Options;
-use crate::{beat, control, direct, intake, peers, suspects, sweeps};
+use crate::{beat, control, direct, intake, peers, probing, suspects, sweeps};
 
 /// Messages that wait to be published. Each stands for a row that is queued already, so a full channel only slows down
 /// whoever queues more.
@@ -294,7 +296,7 @@ pub(crate) async fn run(
         database: Some(store.identity().await?),
     });
     let lease = Lease::new(sent_at);
-    let programs = Programs::start(PathBuf::from(local::SELF), lease.renewals(), TRUST)?;
+    let programs = Programs::start(PathBuf::from(SELF), lease.renewals(), TRUST)?;
     let sites = Sites::new(&options.sites, &options.ssh, &store, &options.objects, me).map_err(Error::Sites)?;
     let (tell, told) = mpsc::channel(TELL_LENGTH);
     let threads = (0..options.threads).map(Thread::start).collect::<Result<Vec<_>, _>>().map_err(Error::Thread)?;
@@ -383,8 +385,8 @@ impl Incarnation {
             let actor = actor::run(Arc::clone(shared), Arc::clone(&self.threads), Arc::clone(site));
             self.tasks.spawn(until_stop(Box::pin(actor)));
         }
-        shortage::look_once(shared).await;
-        self.tasks.spawn(until_stop(Box::pin(shortage::run(Arc::clone(shared)))));
+        probing::look_once(shared).await;
+        self.tasks.spawn(until_stop(Box::pin(probing::run(Arc::clone(shared)))));
         shared.take_what_it_can().await;
     }
 

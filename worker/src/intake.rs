@@ -14,8 +14,9 @@ use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use tokio::task::JoinSet;
 use tracing::{debug, warn};
 
-use crate::held::{Entry, Live, Orders};
+use crate::held::Entry;
 use crate::incarnation::{Shared, end_reply};
+use crate::live::{Live, Orders};
 use crate::run::Start;
 use crate::thread::Thread;
 

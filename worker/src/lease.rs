@@ -9,7 +9,7 @@ use std::time::Duration;
 use baton_common::store::worker::LEASE;
 use tokio::sync::watch;
 
-use crate::shim::boottime_ms;
+use crate::machine::clock::boottime_ms;
 
 /// For how long after a beat this worker acts on its lease.
 pub(crate) const TRUST: Duration = LEASE.checked_sub(Duration::from_secs(1)).expect("a lease is longer than a second");

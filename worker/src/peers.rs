@@ -16,7 +16,7 @@ use tokio::time::MissedTickBehavior;
 use tracing::{debug, info, warn};
 
 use crate::incarnation::Shared;
-use crate::shim::boottime_ms;
+use crate::machine::clock::boottime_ms;
 use crate::sweeps;
 
 /// Pause between two looks at the beats.

@@ -27,7 +27,7 @@
 use std::cell::{Cell, RefCell};
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use baton_common::id::Pid;
 use baton_common::lack::Shortage;
@@ -39,9 +39,10 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-use crate::held::Live;
 use crate::incarnation::Shared;
-use crate::shortage;
+use crate::live::Live;
+use crate::machine::causes::chain;
+use crate::machine::shortage;
 use crate::site::AtSite;
 
 /// Bytes of `log` that are kept of its beginning, and as many of its end.
@@ -164,14 +165,7 @@ pub enum Error {
 impl Error {
     /// An error with the whole chain of its causes.
     pub fn failed(error: impl Into<Box<dyn std::error::Error>>) -> Self {
-        let error = error.into();
-        let mut text = error.to_string();
-        let mut cause = error.source();
-        while let Some(inner) = cause {
-            text.push_str(&format!(": {inner}"));
-            cause = inner.source();
-        }
-        Error::Failed(text)
+        Error::Failed(chain(error.into().as_ref()))
     }
 }
 
@@ -400,18 +394,5 @@ impl Context {
             Ok(Some(_)) => Ok(()),
             Ok(None) | Err(_) => Err(Error::Interrupted("the lease was lost".into())),
         }
-    }
-}
-
-/// How long a thing has been as it is.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Since<T> {
-    pub(crate) what: T,
-    pub(crate) since: Instant,
-}
-
-impl<T> Since<T> {
-    pub(crate) fn now(what: T) -> Self {
-        Self { what, since: Instant::now() }
     }
 }

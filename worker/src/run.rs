@@ -5,7 +5,6 @@
 
 use std::any::Any;
 use std::cell::{Cell, RefCell};
-use std::hash::{BuildHasher, Hasher, RandomState};
 use std::panic::AssertUnwindSafe;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -24,11 +23,12 @@ use futures_util::FutureExt;
 use tokio::sync::OwnedSemaphorePermit;
 use tracing::{Instrument, Span, debug, info, warn};
 
-use crate::held::{Drain, Live, Orders, SLEEPING, WRITING};
 use crate::incarnation::Shared;
+use crate::live::{Drain, Live, Orders, SLEEPING, WRITING};
+use crate::machine::clock::boottime_ms;
+use crate::machine::random::random;
 use crate::process::{Advance, Context, Draft, Error, Interrupt, Wait, by_worker};
 use crate::registry::{AnyProcess, NotMade};
-use crate::shim::boottime_ms;
 
 /// Waits shorter than this are spent in memory, with the lease; longer ones are parked. A parked second costs two
 /// commits and a message, a held one nothing but memory.
@@ -737,10 +737,4 @@ fn refusal_pause(now: i64, refused_at: Option<i64>) -> Duration {
 fn panic_text(panic: &(dyn Any + Send)) -> String {
     let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
     text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_else(|| "no text".into())
-}
-
-/// A number in 0..1 to spread retries with; nothing depends on its quality.
-pub(crate) fn random() -> f64 {
-    let bits = RandomState::new().build_hasher().finish() & u64::from(u32::MAX);
-    f64::from(u32::try_from(bits).expect("masked to 32 bits")) / (f64::from(u32::MAX) + 1.0)
 }

@@ -12,9 +12,9 @@ use std::io::{self, BufRead, Write};
 use std::process::ExitCode;
 
 use rustix::process::{getpid, set_child_subreaper, setsid};
-use rustix::time::{ClockId, clock_gettime};
 
-use crate::{handover, user};
+use crate::machine::handover;
+use crate::user;
 
 pub(crate) mod course;
 mod stage;
@@ -79,13 +79,6 @@ pub fn main() -> ExitCode {
         }
         Err(error) => failed(error.to_string(), error.errno()),
     }
-}
-
-/// Milliseconds on the clock by which leases are judged: it counts on while the machine is suspended, and nobody can
-/// set it. The worker and its shims read the same clock.
-pub(crate) fn boottime_ms() -> u64 {
-    let now = clock_gettime(ClockId::Boottime);
-    u64::try_from(now.tv_sec).unwrap_or(0) * 1000 + u64::try_from(now.tv_nsec).unwrap_or(0) / 1_000_000
 }
 
 /// An exit code that tells the operating system's number of a failure.

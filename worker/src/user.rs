@@ -11,6 +11,7 @@ use nix::unistd::{self, Gid, Uid};
 use serde::{Deserialize, Serialize};
 
 use crate::local;
+use crate::machine::SELF;
 use crate::shim::{self, supervise, tree};
 
 /// What a worker does as this user, in a process of its own: it enters a folder.
@@ -144,7 +145,7 @@ impl Ids {
     /// This program once more, to do something as this user.
     fn command(&self, what: &str, argument: &OsStr) -> Command {
         let ids = serde_json::to_string(self).expect("ids are numbers");
-        let mut command = Command::new(local::SELF);
+        let mut command = Command::new(SELF);
         command.args([shim::COMMAND, shim::AS, &ids, what]).arg(argument).env_clear();
         command
     }

@@ -12,10 +12,11 @@ use baton_common::store::Store;
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
-use crate::cli::{chain, remedy_of};
+use crate::cli::remedy_of;
 use crate::incarnation::{self, Ended};
 pub use crate::incarnation::{Error, Limits};
-use crate::open_files;
+use crate::machine::causes::chain;
+use crate::machine::open_files;
 use crate::registry::Registry;
 use crate::user::User;
 

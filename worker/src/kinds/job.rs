@@ -21,8 +21,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use self::submission::Refusal;
+use crate::machine::shortage;
 use crate::process::{Advance, Context, Error, Process, Wait};
-use crate::shortage;
 use crate::site::launcher::{Listed, Phase};
 use crate::site::script::{self, AGAIN, BEGUN, Done, GIVEN_UP, RAN, Script, UNMARKED};
 use crate::site::watch::{ENDED, LOST};

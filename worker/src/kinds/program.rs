@@ -12,12 +12,13 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tracing::warn;
 
+use crate::live::Streams;
 use crate::local::output::Capture;
 use crate::local::sandbox::Sandbox;
 use crate::local::{self, Command, Running};
+use crate::machine::shortage;
 use crate::process::{Advance, Context, Error, Interrupt, Process};
 use crate::shim::wire::{Ended, EndedBy};
-use crate::shortage;
 
 /// Pause between two looks at a running program: what it has written is stored, so that little of it is lost with the
 /// worker, and its memory is measured.
@@ -42,7 +43,7 @@ const STOP_PATIENCE: Duration = Duration::from_secs(2);
 #[derive(Default, Serialize, Deserialize)]
 pub(crate) struct Program {
     #[serde(skip)]
-    running: Option<Running>,
+    running: Option<(Running, Sandbox)>,
 }
 
 impl Process for Program {
@@ -56,13 +57,11 @@ impl Process for Program {
 
     fn interrupted<'a>(&'a mut self, context: &'a Context, _why: Interrupt) -> LocalBoxFuture<'a, ()> {
         Box::pin(async {
-            if let Some(mut running) = self.running.take() {
+            if let Some((mut running, sandbox)) = self.running.take() {
                 context.set_stage("ending");
                 // However it ends now, nothing of it is left.
                 let _ = running.terminate().await;
-                if let Some(sandbox) = context.live.sandbox()
-                    && let Ok(Ok((outputs, _))) = context.blocking(move || capture(&sandbox)).await
-                {
+                if let Ok(Ok((outputs, _))) = context.blocking(move || capture(&sandbox)).await {
                     context.draft.borrow_mut().outputs = outputs;
                 }
             }
@@ -81,7 +80,7 @@ impl Program {
             None => Sandbox::create(&root, pid, attempt, epoch),
         };
         let sandbox = context.blocking(create).await?.map_err(refused)?;
-        context.live.set_sandbox(sandbox.clone());
+        context.live.set_streams(Streams { stdout: sandbox.stdout(), stderr: sandbox.stderr() });
         context.draft.borrow_mut().outcome.sandbox = Some(sandbox.path().display().to_string());
 
         context.set_stage("submit");
@@ -99,7 +98,7 @@ impl Program {
             sandbox: sandbox.clone(),
         };
         let running = launch(context, program).await?;
-        let running = self.running.insert(running);
+        let (running, _) = self.running.insert((running, sandbox.clone()));
         border!("program-started");
 
         context.set_stage("monitor");
@@ -256,7 +255,7 @@ fn read(path: &Path) -> io::Result<Capture> {
 }
 
 fn refused(error: local::Error) -> Error {
-    match shortage::of_local(&error) {
+    match error.shortage() {
         Some(shortage) => Error::Lacking(shortage),
         None => Error::Interrupted(error.to_string()),
     }

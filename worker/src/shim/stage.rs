@@ -17,7 +17,7 @@ use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::process::{Pid, Signal, getppid, set_parent_process_death_signal, setsid};
 use serde::{Deserialize, Serialize};
 
-use crate::{open_files, shortage};
+use crate::machine::{open_files, shortage};
 
 /// There is no such program: the shell's exit code for it.
 const EXIT_NOT_FOUND: u8 = 127;

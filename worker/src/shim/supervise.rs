@@ -15,7 +15,9 @@ use rustix::process::{WaitOptions, WaitStatus, wait};
 use super::course::{Act, Course, Event, Now};
 use super::stage::{Image, NotExecuted, memory_file};
 use super::wire::{Ended, EndedBy, Order, Report, Request, Script};
-use super::{COMMAND, PROBE, STAGE, boottime_ms, report, tree};
+use super::{COMMAND, PROBE, STAGE, report, tree};
+use crate::machine::SELF;
+use crate::machine::clock::boottime_ms;
 
 /// What the two reading threads may have said without being heard: they wait for the main thread, which only ever waits for
 /// them, so more would change nothing.
@@ -130,7 +132,7 @@ pub(crate) fn try_start(folder: Option<&Path>) -> io::Result<()> {
     }
     let file = memory_file("image", b"{}")?;
     let (_failure, to_shim) = io::pipe()?;
-    let mut command = Command::new(crate::local::SELF);
+    let mut command = Command::new(SELF);
     command.args([COMMAND, PROBE, PROBE]).env_clear().stdin(file).stdout(to_shim).spawn()?.wait()?;
     let Some(folder) = folder else { return Ok(()) };
     // The root may be shared with a worker that probes at the same time, on another machine with the same number.
@@ -167,7 +169,7 @@ fn start(order: &Order) -> Result<(u32, io::PipeReader), Error> {
             open_files: order.open_files,
         };
         let (failure, to_shim) = io::pipe()?;
-        let child = Command::new(crate::local::SELF)
+        let child = Command::new(SELF)
             .arg0("baton")
             .args([COMMAND, STAGE])
             .env_clear()

@@ -8,8 +8,8 @@ use baton_common::spec::OnSite;
 use baton_common::spec::on_site::Scope;
 use tracing::{debug, info, warn};
 
-use crate::cli::chain;
 use crate::incarnation::Shared;
+use crate::machine::causes::chain;
 
 /// Pause between two looks: while something is wrong, and while nothing is.
 const PAUSE_WRONG: Duration = Duration::from_secs(10);

@@ -9,8 +9,8 @@ use baton_common::store::site::{Intent, NEVER};
 use serde::{Deserialize, Serialize};
 
 use super::{At, Job, NO_FOLDER, SETTLE_PAUSE, Stage, Trouble, gives_up};
+use crate::machine::random::random;
 use crate::process::{Advance, Error, Wait};
-use crate::run::random;
 use crate::site::LOOK_AGAIN;
 use crate::site::script::{self, GIVEN_UP, UNMARKED};
 use crate::transport::{self, quote};

@@ -20,7 +20,7 @@ use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::process::{DumpableBehavior, set_dumpable_behavior};
 use serde::{Deserialize, Serialize};
 
-use crate::local;
+use super::SELF;
 
 /// The variable that names the file in memory; its number is of no use to others.
 const MARK: &str = "BATON_HANDOVER";
@@ -121,7 +121,7 @@ fn start_again(arguments: &[OsString], hidden: &[OsString], variables: BTreeMap<
 /// By its path, from which the system takes the name of the process, unless it was replaced or removed meanwhile.
 fn program() -> PathBuf {
     let path = std::env::current_exe().unwrap_or_default();
-    if path.is_file() { path } else { PathBuf::from(local::SELF) }
+    if path.is_file() { path } else { PathBuf::from(SELF) }
 }
 
 /// The arguments without the URLs.
