@@ -4,18 +4,26 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
+use baton_common::communicator::Communicator;
 use baton_common::id::{Pid, RequestId};
 use baton_common::lack::{Lack, Shortage};
 use baton_common::state::Desired;
+use baton_common::store::Store;
 use baton_common::store::control::Request;
-use baton_common::store::worker::{BEAT, Beat, Lease, Load};
-use baton_common::store::writer::{Attempt, Fence, Fenced, How, Verb};
+use baton_common::store::worker::{BEAT, Beat, Lease as Row, Load};
+use baton_common::store::writer::{Attempt, Fence, Fenced, How, Verb, Writer};
+use tokio::sync::Notify;
 use tokio::time::MissedTickBehavior;
+use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
-use crate::held::Entry;
-use crate::incarnation::Shared;
+use crate::facilities::Identity;
+use crate::gate::Gate;
+use crate::held::{Entry, Held};
+use crate::lease::Lease;
 use crate::machine::clock::boottime_ms;
+use crate::machine::shortage::Health;
+use crate::outbox::Outbox;
 use crate::thread::Thread;
 
 /// A beat that takes longer than this counts as failed. The next one tries again, long before the lease is over.
@@ -31,8 +39,28 @@ const RECONCILE_EVERY: u64 = 5;
 /// and a commit that the database still works on is seen by the next.
 const BEATS_UNTIL_SURE: u32 = 4;
 
+/// What a beat says, and on what it acts.
+pub(crate) struct Heart {
+    pub(crate) identity: Arc<Identity>,
+    pub(crate) store: Store,
+    pub(crate) writer: Writer,
+    pub(crate) communicator: Communicator,
+    pub(crate) outbox: Arc<Outbox>,
+    pub(crate) gate: Arc<Gate>,
+    pub(crate) health: Arc<Health>,
+    pub(crate) held: Arc<Held>,
+    pub(crate) lease: Arc<Lease>,
+    pub(crate) threads: Arc<Vec<Thread>>,
+    /// Cancelled when the worker is asked to drain.
+    pub(crate) drain: CancellationToken,
+    /// Cancelled when somebody has declared this incarnation gone.
+    pub(crate) gone: CancellationToken,
+    /// Notified when a beat has something to say or to learn.
+    pub(crate) beat_now: Arc<Notify>,
+}
+
 /// Beats until this incarnation is gone.
-pub(crate) async fn run(shared: Arc<Shared>, threads: Arc<Vec<Thread>>) {
+pub(crate) async fn run(heart: Heart) {
     let mut ticks = tokio::time::interval(BEAT);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut reconciliation = Reconciliation::default();
@@ -44,26 +72,26 @@ pub(crate) async fn run(shared: Arc<Shared>, threads: Arc<Vec<Thread>>) {
     for count in 0_u64.. {
         tokio::select! {
             _ = ticks.tick() => {}
-            () = shared.beat_now.notified() => {}
+            () = heart.beat_now.notified() => {}
         }
         let load = Load {
-            held: u32::try_from(shared.held.count()).unwrap_or(u32::MAX),
-            blocked: blocked(&threads, &mut named),
-            shortage: shared.health.current().or_else(|| without_broker(&shared)),
+            held: u32::try_from(heart.held.count()).unwrap_or(u32::MAX),
+            blocked: blocked(&heart.threads, &mut named),
+            shortage: heart.health.current().or_else(|| without_broker(&heart)),
         };
         let sent_at = boottime_ms();
-        match tokio::time::timeout(BEAT_LIMIT, shared.store.beat(shared.me, &load)).await {
+        match tokio::time::timeout(BEAT_LIMIT, heart.store.beat(heart.identity.me, &load)).await {
             // Rows of workers are kept for a day after their end.
-            Ok(Ok(answer)) if is_older(answer, last_beat, shared.lease.age(sent_at)) => {
+            Ok(Ok(answer)) if is_older(answer, last_beat, heart.lease.age(sent_at)) => {
                 // So grave a verdict is not based on one answer, which may have been to an earlier question.
-                match shared.store.last_beat(shared.me).await {
+                match heart.store.last_beat(heart.identity.me).await {
                     Ok(Some(beat)) if beat > last_beat => {
                         warn!(?answer, beat, last_beat, "the database has answered what it was asked before");
                         continue;
                     }
                     Ok(beat) => {
                         let now = beat.map_or_else(|| "its row is missing".to_owned(), |beat| format!("is {beat}"));
-                        refuse_the_past(&shared, &format!("its beat was {last_beat}, now {now}")).await;
+                        refuse_the_past(&heart, &format!("its beat was {last_beat}, now {now}")).await;
                         return;
                     }
                     Err(error) => {
@@ -74,9 +102,9 @@ pub(crate) async fn run(shared: Arc<Shared>, threads: Arc<Vec<Thread>>) {
             }
             Ok(Ok(Beat::Alive { beat, drain, is_fleet_paused: is_paused })) => {
                 last_beat = beat;
-                shared.lease.renew(sent_at);
+                heart.lease.renew(sent_at);
                 if drain {
-                    shared.drain.cancel();
+                    heart.drain.cancel();
                 }
                 if is_paused != is_fleet_paused || is_away {
                     if is_away {
@@ -85,12 +113,12 @@ pub(crate) async fn run(shared: Arc<Shared>, threads: Arc<Vec<Thread>>) {
                     if is_paused {
                         info!("the fleet is paused: what is held goes on, nothing new is taken");
                     }
-                    shared.has_database(is_paused).await;
+                    heart.gate.has_database(is_paused).await;
                     (is_away, is_fleet_paused) = (false, is_paused);
                 }
             }
             Ok(Ok(Beat::Gone | Beat::Unknown)) => {
-                shared.gone.cancel();
+                heart.gone.cancel();
                 return;
             }
             failed => {
@@ -104,18 +132,18 @@ pub(crate) async fn run(shared: Arc<Shared>, threads: Arc<Vec<Thread>>) {
                     );
                     warn!(reason, "the database is away; taking no more tasks until it is back");
                     is_away = true;
-                    shared.lacks_database().await;
+                    heart.gate.lacks_database().await;
                 }
                 continue;
             }
         }
-        obey(&shared).await;
-        if shared.writer.take_unsure() {
+        obey(&heart).await;
+        if heart.writer.take_unsure() {
             until_sure = BEATS_UNTIL_SURE;
         }
         if count % RECONCILE_EVERY == 0 || until_sure > 0 {
             until_sure = until_sure.saturating_sub(1);
-            reconciliation.run(&shared).await;
+            reconciliation.run(&heart).await;
         }
     }
 }
@@ -132,37 +160,37 @@ fn is_older(answer: Beat, last_beat: i64, age: Duration) -> bool {
 /// What this worker has seen committed is not there any more: the database was restored from an older copy, or a standby
 /// that had not received everything has taken its place. What was recorded in between, by anybody, is lost, and processes
 /// would do again what they have done. So the fleet is paused, which outlives every worker, until a person has decided.
-async fn refuse_the_past(shared: &Shared, evidence: &str) {
+async fn refuse_the_past(heart: &Heart, evidence: &str) {
     error!(evidence, "the database has gone back in time; pausing the fleet and dropping everything that is held");
     let reason = format!(
         "the database has gone back in time (as worker {} saw it: {evidence}): what was recorded in between is lost, and \
          processes would go on from where they were before. If that is as it should be, say so with `baton play --fleet`",
-        shared.name
+        heart.identity.name
     );
     let request = Request { reason: Some(reason), ..Request::new(Desired::Pause, "baton") };
     let id = RequestId::generate();
-    while let Err(failure) = shared.store.control_fleet(id, &request).await {
+    while let Err(failure) = heart.store.control_fleet(id, &request).await {
         warn!(%failure, "could not pause the fleet; trying again");
         tokio::time::sleep(BEAT).await;
     }
-    if let Err(failure) = shared.store.leave(shared.me).await {
+    if let Err(failure) = heart.store.leave(heart.identity.me).await {
         warn!(%failure, "could not sign off; others find out by the beat");
     }
-    shared.gone.cancel();
+    heart.gone.cancel();
 }
 
 /// Tells held processes what their rows say, for requests whose message was lost or never sent.
-async fn obey(shared: &Shared) {
-    match shared.store.desired_of(shared.me, false).await {
-        Ok(wishes) => wishes.into_iter().for_each(|wish| shared.held.order(wish)),
+async fn obey(heart: &Heart) {
+    match heart.store.desired_of(heart.identity.me, false).await {
+        Ok(wishes) => wishes.into_iter().for_each(|wish| heart.held.order(wish)),
         Err(error) => warn!(%error, "could not read what is desired; the next beat tries again"),
     }
 }
 
 /// That the worker has no broker, for as long as that is so.
-fn without_broker(shared: &Shared) -> Option<Shortage> {
-    let health = shared.communicator.health();
-    (health.unreachable && !shared.store.is_embedded()).then(|| Shortage {
+fn without_broker(heart: &Heart) -> Option<Shortage> {
+    let health = heart.communicator.health();
+    (health.unreachable && !heart.store.is_embedded()).then(|| Shortage {
         lack: Lack::Broker,
         text: health.last_error.unwrap_or_else(|| "a connection could not be opened".to_owned()),
     })
@@ -188,11 +216,11 @@ struct Reconciliation {
 }
 
 impl Reconciliation {
-    async fn run(&mut self, shared: &Arc<Shared>) {
+    async fn run(&mut self, heart: &Heart) {
         // What is in the table before the question was asked; what was claimed since is not the answer's business.
         let before: HashMap<Pid, Entry> =
-            shared.held.entries().into_iter().map(|entry| (entry.fence.pid, entry)).collect();
-        let rows = match shared.store.held_by(shared.me).await {
+            heart.held.entries().into_iter().map(|entry| (entry.fence.pid, entry)).collect();
+        let rows = match heart.store.held_by(heart.identity.me).await {
             Ok(rows) => rows,
             Err(error) => {
                 warn!(%error, "could not compare what is held with the database; trying again");
@@ -204,30 +232,30 @@ impl Reconciliation {
         let missing: HashSet<Fence> =
             before.values().map(|entry| entry.fence).filter(|fence| !ours.contains(fence)).collect();
         for fence in missing.intersection(&self.missing) {
-            if shared.held.get(fence.pid).is_some_and(|entry| entry.fence == *fence) {
+            if heart.held.get(fence.pid).is_some_and(|entry| entry.fence == *fence) {
                 warn!(pid = %fence.pid, epoch = fence.epoch, "the lease is lost; dropping the process");
-                shared.held.abandon(*fence);
+                heart.held.abandon(*fence);
             }
         }
         self.missing = missing;
-        let is_known = |fence: Fence| shared.held.holds(fence) || shared.held.is_claiming(fence.pid);
-        let unknown: Vec<Lease> = rows.into_iter().filter(|lease| !is_known(lease.fence)).collect();
+        let is_known = |fence: Fence| heart.held.holds(fence) || heart.held.is_claiming(fence.pid);
+        let unknown: Vec<Row> = rows.into_iter().filter(|lease| !is_known(lease.fence)).collect();
         for lease in unknown.iter().filter(|lease| self.unknown.contains(&lease.fence)) {
             let Fence { pid, epoch } = lease.fence;
             error!(%pid, epoch, "the database says that this worker holds a process that it does not know; giving it back");
             if !cfg!(feature = "without-reconciling") {
-                give_back(shared, *lease).await;
+                give_back(heart, *lease).await;
             }
         }
         self.unknown = unknown.into_iter().map(|lease| lease.fence).collect();
     }
 }
 
-async fn give_back(shared: &Arc<Shared>, Lease { fence, claimed_at, attempt }: Lease) {
+async fn give_back(heart: &Heart, Row { fence, claimed_at, attempt }: Row) {
     let reason = Some("its worker never heard that it holds it".to_owned());
     let ended = Some(Attempt { started_at: claimed_at, how: How::Drained, reason });
     let fenced = Fenced { fence, verb: Verb::GiveBack, checkpoint: None, attempt, ended, outputs: vec![] };
-    if let Ok(Some(written)) = shared.writer.write(fenced).await {
-        shared.tell(fence.pid, written.queue, written.told_at).await;
+    if let Ok(Some(written)) = heart.writer.write(fenced).await {
+        heart.outbox.tell(fence.pid, written.queue, written.told_at).await;
     }
 }

@@ -7,23 +7,26 @@ use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use baton_common::communicator::{ControlRequest, ReplyTo};
+use baton_common::communicator::{Communicator, ControlRequest, ReplyTo};
 use baton_common::id::{Pid, RequestId};
 use baton_common::message::{Control, Effect, OutputChunk, Reply};
 use baton_common::select::Select;
 use baton_common::state::{Desired, Place};
-use baton_common::store;
 use baton_common::store::control::{Answer, Controlled, Request};
 use baton_common::store::worker::Wish;
 use baton_common::store::writer::Fence;
-use tokio::sync::mpsc;
+use baton_common::store::{self, Store};
+use tokio::runtime::Handle;
+use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
-use crate::held::Entry;
-use crate::incarnation::Shared;
+use crate::facilities::Identity;
+use crate::held::{Entry, Held};
 use crate::local::output;
-use crate::sweeps;
+use crate::outbox::Outbox;
+use crate::setbacks::Setbacks;
 use crate::thread::Thread;
 
 /// Requests that are dealt with at a time. Each waits for the database or for a moment; more of them wait in the channel.
@@ -38,8 +41,23 @@ const BROADCAST_LIMIT: Duration = Duration::from_secs(1);
 /// Most of a stream that one answer carries.
 const CHUNK_BYTES_MAX: u64 = 256 * 1024;
 
+/// What it takes to answer requests.
+pub(crate) struct Desk {
+    pub(crate) identity: Arc<Identity>,
+    pub(crate) store: Store,
+    pub(crate) communicator: Communicator,
+    pub(crate) outbox: Arc<Outbox>,
+    pub(crate) held: Arc<Held>,
+    pub(crate) threads: Arc<Vec<Thread>>,
+    pub(crate) setbacks: Arc<Setbacks>,
+    pub(crate) blocking: Handle,
+    pub(crate) drain: CancellationToken,
+    /// Notified when a beat has something to learn.
+    pub(crate) beat_now: Arc<Notify>,
+}
+
 /// Answers requests until the communicator has none any more.
-pub(crate) async fn run(shared: Arc<Shared>, threads: Arc<Vec<Thread>>, mut requests: mpsc::Receiver<ControlRequest>) {
+pub(crate) async fn run(desk: Arc<Desk>, mut requests: mpsc::Receiver<ControlRequest>) {
     let mut answers = JoinSet::new();
     while let Some(request) = requests.recv().await {
         while answers.len() >= REQUESTS_MAX || answers.try_join_next().is_some() {
@@ -47,11 +65,11 @@ pub(crate) async fn run(shared: Arc<Shared>, threads: Arc<Vec<Thread>>, mut requ
                 answers.join_next().await;
             }
         }
-        answers.spawn(handle(Arc::clone(&shared), Arc::clone(&threads), request));
+        answers.spawn(handle(Arc::clone(&desk), request));
     }
 }
 
-async fn handle(shared: Arc<Shared>, threads: Arc<Vec<Thread>>, request: ControlRequest) {
+async fn handle(desk: Arc<Desk>, request: ControlRequest) {
     let ControlRequest { control, from_broadcast, from_baton, message_id, user, reply_to, durable } = request;
     let asked = |verb, reason| Request {
         login: Some(user.map_or_else(|| "amqp".to_owned(), |user| format!("amqp:{user}"))),
@@ -60,21 +78,21 @@ async fn handle(shared: Arc<Shared>, threads: Arc<Vec<Thread>>, request: Control
     };
     if let Some(settle) = durable {
         // Baton's own programs have written the rows themselves.
-        let recorded = if from_baton { Ok(None) } else { record(&shared, control, message_id.as_deref(), asked).await };
+        let recorded = if from_baton { Ok(None) } else { record(&desk, control, message_id.as_deref(), asked).await };
         match recorded {
             Ok(reply) => {
-                shared.setbacks.end(None);
+                desk.setbacks.end(None);
                 settle.ack().await;
-                answer(&shared, reply_to.filter(|_| !from_baton), reply).await;
+                answer(&desk, reply_to.filter(|_| !from_baton), reply).await;
             }
             Err(Refusal::Unusable(reason)) => {
-                answer(&shared, reply_to, Some(Reply::refusal(&reason))).await;
+                answer(&desk, reply_to, Some(Reply::refusal(&reason))).await;
                 settle.dead(&reason).await;
             }
             Err(Refusal::Database(error)) => {
-                let pause = shared.setbacks.next_pause(None);
+                let pause = desk.setbacks.next_pause(None);
                 warn!(%error, pause_ms = pause.as_millis(), "a broadcast could not be recorded; it comes again after a pause");
-                shared.drain.run_until_cancelled(tokio::time::sleep(pause)).await;
+                desk.drain.run_until_cancelled(tokio::time::sleep(pause)).await;
                 settle.give_back().await;
             }
         }
@@ -83,11 +101,11 @@ async fn handle(shared: Arc<Shared>, threads: Arc<Vec<Thread>>, request: Control
     let reply = match control {
         // From outside, it says nothing yet: whoever takes its durable copy writes it into the rows, and says it again.
         Control::Obey { .. } | Control::Fleet { .. } if from_broadcast && !from_baton => return,
-        Control::Obey { verb, .. } if from_broadcast => obey_broadcast(&shared, verb).await,
+        Control::Obey { verb, .. } if from_broadcast => obey_broadcast(&desk, verb).await,
         Control::Obey { verb, select, reason } => match select.pids.as_deref() {
             Some(&[pid]) if select == Select::one(pid) => {
                 let asked = (!from_baton).then(|| asked(verb, reason));
-                obey_one(&shared, verb, pid, asked).await
+                obey_one(&desk, verb, pid, asked).await
             }
             Some(_) | None => {
                 Reply::refusal("a worker's own queue takes requests to one process; broadcast those to many")
@@ -95,36 +113,36 @@ async fn handle(shared: Arc<Shared>, threads: Arc<Vec<Thread>>, request: Control
         },
         Control::Fleet { .. } => {
             // What it says stands in the database, and the beat reads it.
-            shared.beat_now.notify_one();
-            named(&shared, Reply { outcome: Some(Effect::Recorded), ..Reply::default() })
+            desk.beat_now.notify_one();
+            named(&desk, Reply { outcome: Some(Effect::Recorded), ..Reply::default() })
         }
-        Control::Status(pid) => status(&shared, &threads, pid),
+        Control::Status(pid) => status(&desk, pid),
         Control::Output { pid, stdout_offset, stderr_offset } => {
-            written(&shared, pid, stdout_offset, stderr_offset).await
+            written(&desk, pid, stdout_offset, stderr_offset).await
         }
         Control::Ping => {
-            Reply { outcome: Some(Effect::Alive), traffic: Some(shared.communicator.traffic()), ..Reply::default() }
+            Reply { outcome: Some(Effect::Alive), traffic: Some(desk.communicator.traffic()), ..Reply::default() }
         }
         Control::Drain => {
             info!("asked to drain");
-            shared.drain.cancel();
+            desk.drain.cancel();
             Reply { outcome: Some(Effect::Draining), ..Reply::default() }
         }
     };
-    answer(&shared, reply_to, Some(reply)).await;
+    answer(&desk, reply_to, Some(reply)).await;
 }
 
-async fn answer(shared: &Shared, to: Option<ReplyTo>, reply: Option<Reply>) {
+async fn answer(desk: &Desk, to: Option<ReplyTo>, reply: Option<Reply>) {
     if let (Some(to), Some(reply)) = (to, reply)
-        && let Err(error) = shared.communicator.reply(&to, &reply).await
+        && let Err(error) = desk.communicator.reply(&to, &reply).await
     {
         debug!(%error, "the answer to a control request was not sent");
     }
 }
 
 /// An answer to a broadcast says whose it is.
-fn named(shared: &Shared, reply: Reply) -> Reply {
-    Reply { worker: Some(shared.name.clone()), incarnation: Some(shared.me), ..reply }
+fn named(desk: &Desk, reply: Reply) -> Reply {
+    Reply { worker: Some(desk.identity.name.clone()), incarnation: Some(desk.identity.me), ..reply }
 }
 
 /// Why a broadcast from outside is not recorded.
@@ -136,7 +154,7 @@ enum Refusal {
 /// Writes a broadcast from outside into the rows, once, whoever takes it. A worker that dies meanwhile leaves the message
 /// to another, who goes on where it was.
 async fn record(
-    shared: &Shared,
+    desk: &Desk,
     control: Control,
     message_id: Option<&str>,
     asked: impl FnOnce(Desired, Option<String>) -> Request,
@@ -146,10 +164,10 @@ async fn record(
     let recorded = match &control {
         Control::Obey { verb, select, reason } => {
             let asked = asked(*verb, reason.clone());
-            record_many(shared, id, select, &asked).await
+            record_many(desk, id, select, &asked).await
         }
         Control::Fleet { verb, reason } => {
-            let written = shared.store.control_fleet(id, &asked(*verb, reason.clone())).await;
+            let written = desk.store.control_fleet(id, &asked(*verb, reason.clone())).await;
             written.map(|is_new| is_new.then_some(0))
         }
         Control::Status(_) | Control::Output { .. } | Control::Ping | Control::Drain => {
@@ -162,87 +180,87 @@ async fn record(
     })?;
     let Some(count) = count else { return Ok(None) };
     info!(count, %id, "a broadcast from outside is recorded");
-    if let Err(error) = shared.communicator.broadcast(control).await {
+    if let Err(error) = desk.communicator.broadcast(control).await {
         debug!(%error, "the other workers find out at their next beat");
     }
     let counts = BTreeMap::from([(Effect::Recorded.word().to_owned(), count)]);
-    Ok(Some(named(shared, Reply { outcome: Some(Effect::Recorded), counts: Some(counts), ..Reply::default() })))
+    Ok(Some(named(desk, Reply { outcome: Some(Effect::Recorded), counts: Some(counts), ..Reply::default() })))
 }
 
 /// Asks every process of a selection; gives their number, or `None` when all have been asked before.
 async fn record_many(
-    shared: &Shared,
+    desk: &Desk,
     id: RequestId,
     select: &Select,
     asked: &Request,
 ) -> Result<Option<u64>, store::Error> {
-    let Some(mut many) = shared.store.control_many(id, select, asked).await? else { return Ok(None) };
+    let Some(mut many) = desk.store.control_many(id, select, asked).await? else { return Ok(None) };
     let mut count = 0;
     while let Some(page) = many.next().await? {
         count += page.len() as u64;
         for row in page {
-            follow(shared, row).await;
+            follow(desk, row).await;
         }
     }
     Ok(Some(count))
 }
 
 /// Does what follows a request that was applied in the database.
-async fn follow(shared: &Shared, row: Controlled) {
+async fn follow(desk: &Desk, row: Controlled) {
     if let Some((queue, told)) = row.told {
-        shared.tell(row.pid, queue, told.told_at).await;
+        desk.outbox.tell(row.pid, queue, told.told_at).await;
     }
     if row.place == Place::Ended {
-        sweeps::ended(shared, row.pid, row.state, row.reply_to).await;
+        desk.outbox.ended(row.pid, row.state, row.reply_to).await;
     } else if row.place != Place::Held {
-        shared.announce(row.pid, row.state, None);
+        desk.outbox.announce(row.pid, row.state, None);
     }
 }
 
 /// Reads the row of everything that is held, and tells every process what its own says.
-pub(crate) async fn reread(shared: &Shared) -> Result<Vec<Wish>, store::Error> {
+async fn reread(desk: &Desk) -> Result<Vec<Wish>, store::Error> {
     // What is claimed after this was claimed with its row's wish.
-    let before = shared.held.entries();
-    let wishes = shared.store.desired_of(shared.me, true).await?;
+    let before = desk.held.entries();
+    let wishes = desk.store.desired_of(desk.identity.me, true).await?;
     let ours: HashSet<Fence> = wishes.iter().map(|wish| wish.fence).collect();
     for wish in &wishes {
-        shared.held.order(*wish);
+        desk.held.order(*wish);
     }
     for entry in before.iter().filter(|entry| !ours.contains(&entry.fence)) {
         // It has left just now, by its own last write, or somebody has ended it by force.
-        shared.held.abandon(entry.fence);
+        desk.held.abandon(entry.fence);
     }
     Ok(wishes)
 }
 
 /// A broadcast to many, which is written into the rows already or will be by whoever takes its copy.
-async fn obey_broadcast(shared: &Shared, verb: Desired) -> Reply {
-    let entries = shared.held.entries();
-    let wishes = match reread(shared).await {
+async fn obey_broadcast(desk: &Desk, verb: Desired) -> Reply {
+    let entries = desk.held.entries();
+    let wishes = match reread(desk).await {
         Ok(wishes) => wishes,
-        Err(error) => return named(shared, Reply::refusal(error.to_string())),
+        Err(error) => return named(desk, Reply::refusal(error.to_string())),
     };
     let wanted: HashSet<Fence> = wishes.iter().filter(|wish| wish.desired == verb).map(|wish| wish.fence).collect();
     let wanted: Vec<Entry> = entries.into_iter().filter(|entry| wanted.contains(&entry.fence)).collect();
     let mut counts: BTreeMap<String, u64> = BTreeMap::new();
     if verb != Desired::Run {
-        shared.held.all_left(&wanted, BROADCAST_LIMIT).await;
+        desk.held.all_left(&wanted, BROADCAST_LIMIT).await;
     }
     for entry in &wanted {
-        let effect = if shared.held.holds(entry.fence) { Effect::pending(verb) } else { entry.live.effect(verb) };
+        let effect = if desk.held.holds(entry.fence) { Effect::pending(verb) } else { entry.live.effect(verb) };
         *counts.entry(effect.word().to_owned()).or_default() += 1;
     }
     info!(verb = verb.verb(), ?counts, "a broadcast is obeyed");
-    named(shared, Reply { counts: Some(counts), ..Reply::default() })
+    named(desk, Reply { counts: Some(counts), ..Reply::default() })
 }
 
 /// A request to one process. `asked` is what has to be written into its row first.
-async fn obey_one(shared: &Shared, verb: Desired, pid: Pid, asked: Option<Request>) -> Reply {
+async fn obey_one(desk: &Desk, verb: Desired, pid: Pid, asked: Option<Request>) -> Reply {
     if let Some(asked) = asked {
-        match shared.store.control(pid, &asked).await {
+        match desk.store.control(pid, &asked).await {
             Ok(Answer::Recorded(row)) => {
                 let (place, effect) = (row.place, row.effect);
-                follow(shared, row).await;
+                follow(desk, row).await;
                 if place != Place::Held {
                     return outcome(pid, effect);
                 }
@@ -256,18 +274,18 @@ async fn obey_one(shared: &Shared, verb: Desired, pid: Pid, asked: Option<Reques
             Err(error) => return Reply::refusal(error.to_string()),
         }
     }
-    let Some(entry) = shared.held.get(pid) else { return outcome(pid, Effect::NotHeld) };
-    match shared.store.desired_of_one(shared.me, pid).await {
-        Ok(Some(wish)) => shared.held.order(wish),
+    let Some(entry) = desk.held.get(pid) else { return outcome(pid, Effect::NotHeld) };
+    match desk.store.desired_of_one(desk.identity.me, pid).await {
+        Ok(Some(wish)) => desk.held.order(wish),
         Ok(None) => {
-            shared.held.abandon(entry.fence);
+            desk.held.abandon(entry.fence);
             return outcome(pid, Effect::NotHeld);
         }
         Err(error) => return Reply::refusal(error.to_string()),
     }
     // A pause waits for the advance, however long that takes; everything else is a matter of a commit.
     let is_quick = verb == Desired::Kill || entry.live.orders().interrupts() || !entry.live.is_advancing();
-    let has_left = verb != Desired::Run && is_quick && shared.held.left(entry.fence, APPLY_LIMIT).await;
+    let has_left = verb != Desired::Run && is_quick && desk.held.left(entry.fence, APPLY_LIMIT).await;
     outcome(pid, if has_left { entry.live.effect(verb) } else { Effect::pending(verb) })
 }
 
@@ -275,19 +293,19 @@ fn outcome(pid: Pid, effect: Effect) -> Reply {
     Reply { pid: Some(pid), outcome: Some(effect), ..Reply::default() }
 }
 
-fn status(shared: &Shared, threads: &[Thread], pid: Pid) -> Reply {
-    let Some(entry) = shared.held.get(pid) else { return outcome(pid, Effect::NotHeld) };
-    let mut status = entry.live.status(&shared.name, entry.fence.epoch);
-    let blocked = threads.iter().filter_map(Thread::blocked).find(|(other, _)| *other == pid);
+fn status(desk: &Desk, pid: Pid) -> Reply {
+    let Some(entry) = desk.held.get(pid) else { return outcome(pid, Effect::NotHeld) };
+    let mut status = entry.live.status(&desk.identity.name, entry.fence.epoch);
+    let blocked = desk.threads.iter().filter_map(Thread::blocked).find(|(other, _)| *other == pid);
     status.blocked_ms = blocked.map(|(_, elapsed)| u64::try_from(elapsed.as_millis()).unwrap_or(u64::MAX));
     Reply { pid: Some(pid), status: Some(status), ..Reply::default() }
 }
 
 /// What a held program has written from these offsets on.
-async fn written(shared: &Shared, pid: Pid, stdout_offset: u64, stderr_offset: u64) -> Reply {
-    let Some(entry) = shared.held.get(pid) else { return outcome(pid, Effect::NotHeld) };
+async fn written(desk: &Desk, pid: Pid, stdout_offset: u64, stderr_offset: u64) -> Reply {
+    let Some(entry) = desk.held.get(pid) else { return outcome(pid, Effect::NotHeld) };
     let Some(streams) = entry.live.streams() else { return outcome(pid, Effect::NotStarted) };
-    let read = shared.blocking.spawn_blocking(move || {
+    let read = desk.blocking.spawn_blocking(move || {
         let stdout = output::read_from(&streams.stdout, stdout_offset, CHUNK_BYTES_MAX)?;
         let stderr = output::read_from(&streams.stderr, stderr_offset, CHUNK_BYTES_MAX)?;
         Ok::<_, std::io::Error>((stdout, stderr))

@@ -8,16 +8,12 @@ use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
-use baton_common::id::Pid;
-use baton_common::store::writer::Claim;
-use tokio::sync::OwnedSemaphorePermit;
+use baton_common::communicator::Communicator;
 use tokio::task::JoinSet;
 use tokio::time::MissedTickBehavior;
 use tracing::{debug, info, warn};
 
-use crate::incarnation::Shared;
-use crate::intake;
-use crate::thread::Thread;
+use crate::claims::Claims;
 
 /// Pause between two looks. A queue that delivers nothing twice in a row is not just being opened.
 const ROUND: Duration = Duration::from_secs(1);
@@ -26,7 +22,7 @@ const ROUND: Duration = Duration::from_secs(1);
 const CLAIMS_MAX: usize = 256;
 
 /// Looks until it is dropped.
-pub(crate) async fn run(shared: Arc<Shared>, threads: Arc<Vec<Thread>>) {
+pub(crate) async fn run(claims: Arc<Claims>, communicator: Communicator) {
     let mut ticks = tokio::time::interval(ROUND);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut silent: HashSet<String> = HashSet::new();
@@ -34,11 +30,11 @@ pub(crate) async fn run(shared: Arc<Shared>, threads: Arc<Vec<Thread>>) {
     loop {
         ticks.tick().await;
         // A full worker takes nothing from the broker either, which says nothing about the broker.
-        if shared.slots.available_permits() == 0 {
+        if claims.slots.available_permits() == 0 {
             continue;
         }
-        let now_silent: HashSet<String> = if shared.takes_tasks() {
-            shared.queues.iter().filter(|queue| !shared.communicator.delivers(queue)).cloned().collect()
+        let now_silent: HashSet<String> = if claims.execution.gate.takes_tasks() {
+            claims.queues.iter().filter(|queue| !communicator.delivers(queue)).cloned().collect()
         } else {
             HashSet::new()
         };
@@ -50,9 +46,9 @@ pub(crate) async fn run(shared: Arc<Shared>, threads: Arc<Vec<Thread>>) {
             if named.insert(queue.clone()) {
                 warn!(queue, "the broker does not deliver this queue; taking its tasks from the database");
             }
-            while claim_page(&shared, &threads, queue).await {
+            while claim_page(&claims, &communicator, queue).await {
                 // There is more: the next page is for the next slot, at the latest in a round.
-                let slot = Arc::clone(&shared.slots).acquire_owned();
+                let slot = Arc::clone(&claims.slots).acquire_owned();
                 if tokio::time::timeout(ROUND, slot).await.is_err() {
                     break;
                 }
@@ -63,14 +59,14 @@ pub(crate) async fn run(shared: Arc<Shared>, threads: Arc<Vec<Thread>>) {
 }
 
 /// Claims what the free slots can take of one queue, the oldest first; says whether there may be more.
-async fn claim_page(shared: &Arc<Shared>, threads: &Arc<Vec<Thread>>, queue: &str) -> bool {
-    let free = shared.slots.available_permits().min(CLAIMS_MAX);
-    if free == 0 || !shared.takes_tasks() || shared.communicator.delivers(queue) {
+async fn claim_page(claims: &Arc<Claims>, communicator: &Communicator, queue: &str) -> bool {
+    let free = claims.slots.available_permits().min(CLAIMS_MAX);
+    if free == 0 || !claims.execution.gate.takes_tasks() || communicator.delivers(queue) {
         return false;
     }
     // Those are claimed one after the other, and must not hide the others.
-    let suspects = shared.suspects.pids();
-    let pids = match shared.store.queued_in(queue, free + suspects.len()).await {
+    let suspects = claims.suspects.pids();
+    let pids = match claims.execution.store.queued_in(queue, free + suspects.len()).await {
         Ok(pids) => pids,
         Err(error) => {
             debug!(queue, %error, "could not look for queued processes");
@@ -78,41 +74,13 @@ async fn claim_page(shared: &Arc<Shared>, threads: &Arc<Vec<Thread>>, queue: &st
         }
     };
     let is_full = pids.len() == free + suspects.len();
-    let mut claims = JoinSet::new();
+    let mut taking = JoinSet::new();
     for pid in pids.into_iter().filter(|pid| !suspects.contains(pid)) {
-        let Ok(permit) = Arc::clone(&shared.slots).try_acquire_owned() else { break };
-        if shared.held.begin_claim(pid) {
-            claims.spawn(claim(Arc::clone(shared), Arc::clone(threads), pid, queue.to_owned(), permit));
+        let Ok(permit) = Arc::clone(&claims.slots).try_acquire_owned() else { break };
+        if let Some(begun) = claims.execution.held.begin_claim(pid) {
+            taking.spawn(Arc::clone(claims).take(pid, queue.to_owned(), permit, begun));
         }
     }
-    let claimed = claims.join_all().await;
-    is_full && claimed.contains(&true)
-}
-
-/// Claims one that is told by no message; says whether it is this worker's now.
-pub(crate) async fn claim(
-    shared: Arc<Shared>,
-    threads: Arc<Vec<Thread>>,
-    pid: Pid,
-    queue: String,
-    permit: OwnedSemaphorePermit,
-) -> bool {
-    match intake::claim(&shared, pid, &queue, None).await {
-        Ok(Claim::Claimed(claimed)) => {
-            intake::begin(&shared, &threads, claimed, permit).await;
-            return true;
-        }
-        Ok(Claim::NotBesideAnother) => {
-            shared.held.end_claim(pid, None);
-            shared.suspects.wait(pid, queue);
-        }
-        Ok(Claim::NotQueued | Claim::Absent | Claim::OtherSpec | Claim::Pruned | Claim::Rejected(_)) => {
-            shared.held.end_claim(pid, None)
-        }
-        Err(error) => {
-            shared.held.end_claim(pid, None);
-            debug!(%pid, %error, "not claimed; the next look tries again");
-        }
-    }
-    false
+    let taken = taking.join_all().await;
+    is_full && taken.contains(&true)
 }

@@ -56,37 +56,60 @@ impl Table {
     }
 }
 
+/// A claim under way. It ends when this is dropped, whatever has become of it, and so a message that comes later for the
+/// same process is claimed.
+#[must_use = "the claim ends when this is dropped"]
+pub(crate) struct Begun {
+    /// None once the process is in the table.
+    held: Option<Arc<Held>>,
+    pid: Pid,
+}
+
+impl Begun {
+    /// Whether another message came while this claim was under way; asking answers it.
+    pub(crate) fn take_another(&self) -> bool {
+        let held = self.held.as_ref();
+        held.is_some_and(|held| held.lock().claiming.get_mut(&self.pid).is_some_and(std::mem::take))
+    }
+}
+
+impl Drop for Begun {
+    fn drop(&mut self) {
+        if let Some(held) = self.held.take() {
+            held.lock().claiming.remove(&self.pid);
+            held.changed.notify_waiters();
+        }
+    }
+}
+
 impl Held {
-    /// Says that a claim is under way. `false` when one is already: that one will look once more if it finds nothing, so
-    /// this message is dealt with.
-    pub(crate) fn begin_claim(&self, pid: Pid) -> bool {
+    /// Begins a claim. `None` when one of the same process is under way: that one will look once more if it finds nothing,
+    /// so this message is dealt with.
+    pub(crate) fn begin_claim(self: &Arc<Self>, pid: Pid) -> Option<Begun> {
         match self.lock().claiming.entry(pid) {
             hash_map::Entry::Occupied(mut claim) => {
                 claim.insert(true);
-                false
+                None
             }
             hash_map::Entry::Vacant(claim) => {
                 claim.insert(false);
-                true
+                Some(Begun { held: Some(Arc::clone(self)), pid })
             }
         }
     }
 
-    /// Whether another message came while this claim was under way; asking answers it.
-    pub(crate) fn take_another(&self, pid: Pid) -> bool {
-        self.lock().claiming.get_mut(&pid).is_some_and(std::mem::take)
-    }
-
-    /// Says how the claim ended. A worker that has begun to drain meanwhile tells the process at once.
-    pub(crate) fn end_claim(&self, pid: Pid, entry: Option<Entry>) {
+    /// Enters a process that has been claimed; its claim ends in the same step. A worker that has begun to drain meanwhile
+    /// tells the process at once.
+    pub(crate) fn enter(&self, entry: Entry, begun: Option<Begun>) {
         let mut table = self.lock();
-        table.claiming.remove(&pid);
-        if let Some(entry) = entry {
-            if table.draining {
-                entry.live.order(|orders| orders.drain = Drain::Soon);
-            }
-            table.insert(entry);
+        if let Some(mut begun) = begun {
+            table.claiming.remove(&begun.pid);
+            begun.held = None;
         }
+        if table.draining {
+            entry.live.order(|orders| orders.drain = Drain::Soon);
+        }
+        table.insert(entry);
         drop(table);
         self.changed.notify_waiters();
     }

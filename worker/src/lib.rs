@@ -15,17 +15,23 @@
 //! sweeps). Shutdown goes in this order: stop taking, finish or checkpoint, settle deliveries, flush, close.
 
 mod beat;
+mod claims;
 pub mod cli;
 mod control;
 mod direct;
+mod facilities;
+mod gate;
+mod heads;
 mod held;
 mod incarnation;
 mod intake;
 mod kinds;
 mod lease;
+mod limits;
 mod live;
 pub mod local;
 mod machine;
+mod outbox;
 pub mod peers;
 mod probing;
 pub mod process;
@@ -37,6 +43,7 @@ pub mod site;
 mod suspects;
 mod sweeps;
 mod thread;
+mod timer;
 pub mod transport;
 pub mod user;
 pub mod worker;

@@ -9,15 +9,16 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use baton_common::communicator::Communicator;
 use baton_common::id::Incarnation;
 use baton_common::store::worker::{LEASE, Peer};
 use baton_common::store::{self, Store};
 use tokio::time::MissedTickBehavior;
 use tracing::{debug, info, warn};
 
-use crate::incarnation::Shared;
+use crate::facilities::Identity;
 use crate::machine::clock::boottime_ms;
-use crate::sweeps;
+use crate::sweeps::Sweeps;
 
 /// Pause between two looks at the beats.
 pub const LOOK_INTERVAL: Duration = Duration::from_millis(500);
@@ -132,44 +133,51 @@ struct Queues {
 
 impl Queues {
     /// Looks once at the queue of each peer that was not seen over the present connection.
-    async fn see(&mut self, shared: &Shared, peers: &[Peer]) {
+    async fn see(&mut self, communicator: &Communicator, peers: &[Peer]) {
         self.seen.retain(|id, _| peers.iter().any(|peer| peer.id == *id));
         for peer in peers {
-            if !self.is_seen(shared, peer) && matches!(shared.communicator.ping(&peer.control_queue()).await, Ok(true))
-            {
+            if !self.is_seen(communicator, peer) && matches!(communicator.ping(&peer.control_queue()).await, Ok(true)) {
                 self.seen.insert(peer.id, Instant::now());
             }
         }
     }
 
     /// Whether the queue was seen over the connection that is open now; after a restart of the broker it was not.
-    fn is_seen(&self, shared: &Shared, peer: &Peer) -> bool {
-        let age = shared.communicator.control_connected_for();
+    fn is_seen(&self, communicator: &Communicator, peer: &Peer) -> bool {
+        let age = communicator.control_connected_for();
         self.seen.get(&peer.id).is_some_and(|seen| age.is_some_and(|age| age > seen.elapsed()))
     }
 
     /// Whether the broker says twice that a queue does not exist that it has shown before.
-    async fn has_vanished(&self, shared: &Shared, peer: &Peer) -> bool {
+    async fn has_vanished(&self, communicator: &Communicator, peer: &Peer) -> bool {
         for _ in 0..2 {
-            if !self.is_seen(shared, peer)
-                || !matches!(shared.communicator.ping(&peer.control_queue()).await, Ok(false))
+            if !self.is_seen(communicator, peer) || !matches!(communicator.ping(&peer.control_queue()).await, Ok(false))
             {
                 return false;
             }
         }
-        self.is_seen(shared, peer)
+        self.is_seen(communicator, peer)
     }
 }
 
+/// What it takes to watch the others.
+pub(crate) struct Lookout {
+    pub(crate) identity: Arc<Identity>,
+    pub(crate) store: Store,
+    pub(crate) communicator: Communicator,
+    /// They free what the dead held.
+    pub(crate) sweeps: Arc<Sweeps>,
+}
+
 /// Watches the others until it is dropped.
-pub(crate) async fn run(shared: Arc<Shared>) {
+pub(crate) async fn run(lookout: Arc<Lookout>) {
     let mut ticks = tokio::time::interval(LOOK_INTERVAL);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut observations = Observations::default();
     let mut queues = Queues::default();
     loop {
         ticks.tick().await;
-        let peers = match shared.store.peers().await {
+        let peers = match lookout.store.peers().await {
             Ok(peers) => peers,
             Err(error) => {
                 debug!(%error, "could not read the other workers' beats");
@@ -177,39 +185,40 @@ pub(crate) async fn run(shared: Arc<Shared>) {
                 continue;
             }
         };
-        let others: Vec<Peer> = peers.into_iter().filter(|peer| peer.id != shared.me).collect();
-        queues.see(&shared, &others).await;
+        let others: Vec<Peer> = peers.into_iter().filter(|peer| peer.id != lookout.identity.me).collect();
+        queues.see(&lookout.communicator, &others).await;
         let mut someone_died = false;
         for (peer, verdict) in observations.look(&others, boottime_ms()) {
             let is_dead = match verdict {
                 Verdict::Alive => false,
-                Verdict::Suspect => queues.has_vanished(&shared, &peer).await,
+                Verdict::Suspect => queues.has_vanished(&lookout.communicator, &peer).await,
                 Verdict::Dead => true,
             };
             if is_dead {
-                someone_died |= declare_gone(&shared, &peer).await;
+                someone_died |= declare_gone(&lookout, &peer).await;
             }
         }
         if someone_died {
-            sweeps::free(&shared).await;
+            lookout.sweeps.free().await;
         }
     }
 }
 
 /// Declares gone what this worker has left behind under the same name on the same host: its process is no more.
-pub(crate) async fn take_up_own(shared: &Shared) {
-    let Ok(peers) = shared.store.peers().await else { return };
+pub(crate) async fn take_up_own(lookout: &Lookout) {
+    let Ok(peers) = lookout.store.peers().await else { return };
     for peer in peers {
-        let is_mine = peer.id != shared.me && peer.name == shared.name && peer.host == shared.host;
+        let is_mine =
+            peer.id != lookout.identity.me && peer.name == lookout.identity.name && peer.host == lookout.identity.host;
         if is_mine && !std::path::Path::new(&format!("/proc/{}", peer.os_pid)).exists() {
-            declare_gone(shared, &peer).await;
+            declare_gone(lookout, &peer).await;
         }
     }
-    sweeps::free(shared).await;
+    lookout.sweeps.free().await;
 }
 
-async fn declare_gone(shared: &Shared, peer: &Peer) -> bool {
-    match shared.store.declare_gone(peer.id, peer.beat).await {
+async fn declare_gone(lookout: &Lookout, peer: &Peer) -> bool {
+    match lookout.store.declare_gone(peer.id, peer.beat).await {
         Ok(declared) => {
             if declared {
                 warn!(worker = peer.name, incarnation = %peer.id, "a worker is gone; freeing what it held");

@@ -39,11 +39,10 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-use crate::incarnation::Shared;
+use crate::facilities::Facilities;
 use crate::live::Live;
 use crate::machine::causes::chain;
 use crate::machine::shortage;
-use crate::site::AtSite;
 
 /// Bytes of `log` that are kept of its beginning, and as many of its end.
 const LOG_PART_BYTES: usize = 32 * 1024;
@@ -183,7 +182,7 @@ pub fn by_worker(name: &str) -> String {
 
 /// What a process may use during an advance.
 pub struct Context {
-    pub(crate) shared: Arc<Shared>,
+    pub(crate) facilities: Arc<Facilities>,
     pub(crate) fence: Fence,
     pub(crate) attempt: Cell<i64>,
     /// None only while the process waits in memory for long.
@@ -298,12 +297,12 @@ impl Context {
 
     /// How long [`Process::interrupted`] may take: the worker's grace, and a little more for what is killed after it.
     pub fn interrupt_limit(&self) -> Duration {
-        self.shared.grace + INTERRUPT_MARGIN
+        self.facilities.grace + INTERRUPT_MARGIN
     }
 
     /// The worker's name.
     pub fn worker(&self) -> &str {
-        &self.shared.name
+        &self.facilities.identity.name
     }
 
     /// What the user wrote.
@@ -344,15 +343,6 @@ impl Context {
         draft.logged = true;
     }
 
-    /// A session with a site of the worker's configuration, until it is dropped. Ask for it at the beginning of an advance:
-    /// when there is none, `?` ends this one, and it is made when there is.
-    ///
-    /// # Errors
-    /// [`Error::NotNow`], or [`Error::Failed`] when the worker has no such site.
-    pub async fn site(&self, name: &str) -> Result<AtSite<'_>, Error> {
-        AtSite::enter(self, name).await
-    }
-
     /// Runs what blocks (hashing, big files, a library that waits) on the blocking pool.
     ///
     /// # Errors
@@ -361,7 +351,7 @@ impl Context {
     /// # Cancel safety
     /// If this is dropped, the work runs on to its end and its result is lost.
     pub async fn blocking<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> Result<T, Error> {
-        let task = shortage::spawn_blocking(&self.shared.blocking, work).map_err(Error::Lacking)?;
+        let task = shortage::spawn_blocking(&self.facilities.blocking, work).map_err(Error::Lacking)?;
         task.await.map_err(|error| Error::failed(error.to_string()))
     }
 
@@ -377,7 +367,7 @@ impl Context {
 
     /// The folder below which sandboxes are made.
     pub(crate) fn root(&self) -> &Path {
-        &self.shared.root
+        &self.facilities.root
     }
 
     /// Stores what the program has written so far, in the middle of an advance.
@@ -390,7 +380,7 @@ impl Context {
             ended: None,
             outputs,
         };
-        match self.shared.writer.write(fenced).await {
+        match self.facilities.writer.write(fenced).await {
             Ok(Some(_)) => Ok(()),
             Ok(None) | Err(_) => Err(Error::Interrupted("the lease was lost".into())),
         }

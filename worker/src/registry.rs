@@ -1,26 +1,29 @@
 //! The kinds of processes that a worker knows, by name.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use baton_common::spec::Spec;
 use futures_util::future::LocalBoxFuture;
 use serde_json::Value;
 
-use crate::kinds;
 use crate::process::{Advance, Context, Error, Interrupt, Process};
 
 /// Names and what they stand for.
-#[derive(Clone)]
+#[derive(Clone, Default)]
 pub struct Registry {
     kinds: BTreeMap<String, Kind>,
 }
 
 /// How a kind's processes are made.
-#[derive(Clone, Copy)]
+#[derive(Clone)]
 struct Kind {
-    start: fn(&Value) -> Made,
-    restore: fn(&[u8]) -> Made,
+    start: Start,
+    restore: Restore,
 }
+
+type Start = Arc<dyn Fn(&Value) -> Made + Send + Sync>;
+type Restore = Arc<dyn Fn(&[u8]) -> Made + Send + Sync>;
 
 /// A process, or why there is none.
 type Made = Result<Box<dyn AnyProcess>, NotMade>;
@@ -39,35 +42,42 @@ pub(crate) enum NotMade {
 }
 
 impl Registry {
-    /// Baton's own kinds.
+    /// No kinds but Baton's own, which every worker adds.
     pub fn new() -> Self {
-        let mut registry = Self { kinds: BTreeMap::new() };
-        registry.register::<kinds::program::Program>("program");
-        registry.register::<kinds::job::Job>("job");
-        registry.register::<kinds::aids::Noop>("baton.noop");
-        registry.register::<kinds::aids::Sleep>("baton.sleep");
-        registry.register::<kinds::aids::Count>("baton.count");
-        registry.register::<kinds::aids::Block>("baton.block");
-        registry.register::<kinds::aids::Fail>("baton.fail");
-        registry
+        Self::default()
     }
 
     /// Adds a kind, or replaces the one of this name. A spec calls it by `call: NAME`.
     pub fn register<P: Process>(&mut self, name: impl Into<String>) {
+        self.register_equipped::<P>(name, |process| process);
+    }
+
+    /// The same for a kind that needs something of its worker beside its context: `equip` gives it to each process.
+    pub(crate) fn register_equipped<P: Process>(
+        &mut self,
+        name: impl Into<String>,
+        equip: impl Fn(P) -> P + Clone + Send + Sync + 'static,
+    ) {
+        let equip_restored = equip.clone();
         let kind = Kind {
-            start: |input| match P::start(input) {
-                Ok(process) => Ok(Box::new(process)),
+            start: Arc::new(move |input| match P::start(input) {
+                Ok(process) => Ok(Box::new(equip(process))),
                 Err(error) => Err(NotMade::Failed(error.to_string())),
-            },
-            restore: |state| {
+            }),
+            restore: Arc::new(move |state| {
                 // Whether it is damaged or of another build cannot be told; the other build may come, so it is kept.
                 let process: P = rmp_serde::from_slice(state).map_err(|error| {
                     NotMade::OtherBuild(format!("its checkpoint does not fit this build's process: {error}"))
                 })?;
-                Ok(Box::new(process))
-            },
+                Ok(Box::new(equip_restored(process)))
+            }),
         };
         self.kinds.insert(name.into(), kind);
+    }
+
+    /// Adds all kinds of another registry; of two with one name the other's stays.
+    pub(crate) fn add(&mut self, other: &Registry) {
+        self.kinds.extend(other.kinds.iter().map(|(name, kind)| (name.clone(), kind.clone())));
     }
 
     /// Every name, sorted.
@@ -85,12 +95,6 @@ impl Registry {
             Some(state) => (kind.restore)(state),
             None => (kind.start)(input),
         }
-    }
-}
-
-impl Default for Registry {
-    fn default() -> Self {
-        Self::new()
     }
 }
 

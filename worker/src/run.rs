@@ -15,20 +15,28 @@ use baton_common::communicator::ReplyTo;
 use baton_common::id::Pid;
 use baton_common::spec::{Spec, Work};
 use baton_common::state::{Desired, Place, State};
-use baton_common::store::Error as StoreError;
 use baton_common::store::blob::{Checkpoint, Outcome, spec_from_bytes, spec_to_bytes};
 use baton_common::store::control::{Answer, Request};
 use baton_common::store::writer::{Attempt, Claimed, Fence, Fenced, How, Verb, Written};
+use baton_common::store::{Error as StoreError, Store};
 use futures_util::FutureExt;
-use tokio::sync::OwnedSemaphorePermit;
+use tokio::sync::{Notify, OwnedSemaphorePermit};
 use tracing::{Instrument, Span, debug, info, warn};
 
-use crate::incarnation::Shared;
+use crate::facilities::Facilities;
+use crate::gate::Gate;
+use crate::held::Held;
+use crate::lease::Lease;
+use crate::limits::Limits;
 use crate::live::{Drain, Live, Orders, SLEEPING, WRITING};
 use crate::machine::clock::boottime_ms;
 use crate::machine::random::random;
+use crate::machine::shortage::Health;
+use crate::outbox::Outbox;
 use crate::process::{Advance, Context, Draft, Error, Interrupt, Wait, by_worker};
-use crate::registry::{AnyProcess, NotMade};
+use crate::registry::{AnyProcess, NotMade, Registry};
+use crate::site::Sites;
+use crate::timer::Timer;
 
 /// Waits shorter than this are spent in memory, with the lease; longer ones are parked. A parked second costs two
 /// commits and a message, a held one nothing but memory.
@@ -45,11 +53,28 @@ const REFUSAL_PAUSE_MAX: Duration = Duration::from_secs(60);
 /// The longest pause of a process that needs another worker of this build: there is one in a fleet that is mostly well.
 const NOT_HERE_PAUSE_MAX: Duration = Duration::from_secs(5);
 
+/// What the loops of all held processes work with.
+pub(crate) struct Execution {
+    pub(crate) facilities: Arc<Facilities>,
+    pub(crate) limits: Limits,
+    pub(crate) registry: Registry,
+    pub(crate) store: Store,
+    pub(crate) sites: Arc<Sites>,
+    pub(crate) outbox: Arc<Outbox>,
+    pub(crate) gate: Arc<Gate>,
+    pub(crate) health: Arc<Health>,
+    pub(crate) held: Arc<Held>,
+    pub(crate) lease: Arc<Lease>,
+    pub(crate) timer: Arc<Timer>,
+    /// Notified when a suspect has made a checkpoint or has left: another can be claimed.
+    pub(crate) next_suspect: Arc<Notify>,
+}
+
 /// A claimed process on its way to its thread.
 pub(crate) struct Start {
     pub(crate) claimed: Box<Claimed>,
     pub(crate) live: Arc<Live>,
-    pub(crate) shared: Arc<Shared>,
+    pub(crate) execution: Arc<Execution>,
     pub(crate) permit: OwnedSemaphorePermit,
 }
 
@@ -61,15 +86,15 @@ impl Start {
 
 /// Runs a process until it leaves this worker.
 pub(crate) async fn run(start: Start) {
-    let Start { mut claimed, live, shared, permit } = start;
+    let Start { mut claimed, live, execution, permit } = start;
     let (fence, refused_at) = (claimed.fence, claimed.refused_at);
     let reply_to = claimed.reply_to.take();
     // What is not needed between two advances is boxed while it is: thousands of processes may do nothing but wait.
-    let (mut run, made) = Run::restore(claimed, live, &shared);
+    let (mut run, made) = Run::restore(claimed, live, &execution);
     match made {
         Ok(()) => run.go_on().await,
         // `baton run` is all workers that there are.
-        Err(NotMade::UnknownKind(reason)) if !shared.store.is_embedded() => {
+        Err(NotMade::UnknownKind(reason)) if !execution.store.is_embedded() => {
             Box::pin(run.refuse(reason, refused_at, REFUSAL_PAUSE_MAX)).await;
         }
         Err(NotMade::OtherBuild(reason)) => Box::pin(run.refuse(reason, refused_at, REFUSAL_PAUSE_MAX)).await,
@@ -79,16 +104,16 @@ pub(crate) async fn run(start: Start) {
         }
     }
     Box::pin(run.leave(reply_to)).await;
-    shared.held.remove(fence);
+    execution.held.remove(fence);
     if run.is_suspect {
-        shared.suspects.next();
+        execution.next_suspect.notify_one();
     }
     drop(permit);
 }
 
 /// A process while it is held.
 struct Run {
-    shared: Arc<Shared>,
+    execution: Arc<Execution>,
     context: Rc<Context>,
     process: Option<Box<dyn AnyProcess>>,
     checkpoint: Checkpoint,
@@ -141,7 +166,7 @@ impl From<Hold> for Next {
 
 impl Run {
     /// Makes the process anew, or says why that cannot be done.
-    fn restore(claimed: Box<Claimed>, live: Arc<Live>, shared: &Arc<Shared>) -> (Box<Self>, Result<(), NotMade>) {
+    fn restore(claimed: Box<Claimed>, live: Arc<Live>, execution: &Arc<Execution>) -> (Box<Self>, Result<(), NotMade>) {
         let is_suspect = claimed.is_suspect();
         let Claimed { fence, claimed_at, attempt, checkpoint, spec, has_outside, .. } = *claimed;
         let spec = spec.map_err(|error| unread("spec", &error));
@@ -152,7 +177,7 @@ impl Run {
             Err(not_made) => (Spec::new(Work::Run { argv: vec!["false".into()] }), Err(not_made)),
         };
         let context = Context {
-            shared: Arc::clone(shared),
+            facilities: Arc::clone(&execution.facilities),
             fence,
             attempt: Cell::new(attempt),
             spec: Some(Box::new(spec)),
@@ -160,7 +185,7 @@ impl Run {
             draft: RefCell::new(Draft::of(&restored)),
         };
         let mut run = Box::new(Run {
-            shared: Arc::clone(shared),
+            execution: Arc::clone(execution),
             context: Rc::new(context),
             process: None,
             checkpoint: restored,
@@ -176,14 +201,14 @@ impl Run {
             let spec = run.context.spec();
             let state = checkpoint?.map(|checkpoint| checkpoint.state).filter(|state| !state.is_empty());
             if let Some(on_site) = &spec.on_site
-                && shared.sites.get(&on_site.at).is_none()
+                && execution.sites.get(&on_site.at).is_none()
             {
                 return Err(NotMade::OtherBuild(format!("this worker has no site `{}`", on_site.at)));
             }
-            if let Some(reason) = spec.on_site.as_ref().and_then(|on_site| shared.sites.sharing.refuses(on_site)) {
-                return Err(NotMade::NotHere(format!("{}: {reason}", shared.name)));
+            if let Some(reason) = spec.on_site.as_ref().and_then(|on_site| execution.sites.sharing.refuses(on_site)) {
+                return Err(NotMade::NotHere(format!("{}: {reason}", execution.facilities.identity.name)));
             }
-            shared.registry.make(spec, run.context.input(), state.as_deref())
+            execution.registry.make(spec, run.context.input(), state.as_deref())
         });
         let made = made.map(|process| run.process = Some(process));
         (run, made)
@@ -199,7 +224,7 @@ impl Run {
         loop {
             let verb = Verb::Refuse { wake_in: pause, reason: reason.clone() };
             if self.write(verb, None, None).await == Hold::Gone {
-                self.shared.timer.due_in(pause);
+                self.execution.timer.due_in(pause);
                 return;
             }
             // It was woken or killed meanwhile.
@@ -215,7 +240,7 @@ impl Run {
             if self.context.live.orders().are_any() && Box::pin(self.obey()).await == Hold::Gone {
                 return;
             }
-            if !self.shared.lease.is_trusted(boottime_ms()) {
+            if !self.execution.lease.is_trusted(boottime_ms()) {
                 Box::pin(self.wait_for_trust()).await;
             }
             if self.context.live.orders().abandon {
@@ -241,7 +266,7 @@ impl Run {
     /// An advance that begins after the lease's deadline could run twice at once; the next beat decides.
     async fn wait_for_trust(&self) {
         tokio::select! {
-            () = self.shared.lease.trusted() => {}
+            () = self.execution.lease.trusted() => {}
             () = self.context.live.until(|orders| orders.abandon) => {}
         }
     }
@@ -252,7 +277,7 @@ impl Run {
             return Hold::Gone;
         }
         let state = Some(&*self.checkpoint.state).filter(|state| !state.is_empty());
-        match self.shared.registry.make(self.context.spec(), self.context.input(), state) {
+        match self.execution.registry.make(self.context.spec(), self.context.input(), state) {
             Ok(process) => {
                 self.process = Some(process);
                 Hold::Held
@@ -309,7 +334,7 @@ impl Run {
                 Ok(()) => None,
                 Err(Error::NotNow(wait)) => Some(wait),
                 Err(Error::Lacking(shortage)) => {
-                    self.shared.health.note(shortage);
+                    self.execution.health.note(shortage);
                     Some(Wait::pause(STUCK_PAUSE))
                 }
                 Err(failure @ (Error::Input(_) | Error::Failed(_) | Error::Interrupted(_) | Error::Stuck(_))) => {
@@ -402,7 +427,7 @@ impl Run {
             progress,
             state,
         };
-        if let Some(reason) = self.shared.limits.broken_by(&checkpoint)
+        if let Some(reason) = self.execution.limits.broken_by(&checkpoint)
             && !matches!(advance, Advance::Finished { .. })
         {
             Box::pin(self.end(State::Excepted, Outcome::because(reason), How::Error)).await;
@@ -413,7 +438,7 @@ impl Run {
             Advance::After(pause) if pause >= PARK_FROM => {
                 let hold = Box::pin(self.write(Verb::Park { wake_in: pause }, Some(checkpoint), None)).await;
                 if hold == Hold::Gone {
-                    self.shared.timer.due_in(pause);
+                    self.execution.timer.due_in(pause);
                 }
                 hold.into()
             }
@@ -490,7 +515,7 @@ impl Run {
     async fn wait(&mut self, Wait { waits_for, at_most }: Wait, killing: bool) -> Hold {
         let hold = self.write(Verb::Wait { waits_for, wake_in: at_most, killing }, None, None).await;
         if hold == Hold::Gone {
-            self.shared.timer.due_in(at_most);
+            self.execution.timer.due_in(at_most);
         }
         hold
     }
@@ -506,8 +531,8 @@ impl Run {
             Error::Lacking(shortage) => {
                 let reason = Some(shortage.to_string());
                 // Before the process can come back.
-                self.shared.health.note(shortage);
-                self.shared.take_what_it_can().await;
+                self.execution.health.note(shortage);
+                self.execution.gate.take_what_it_can().await;
                 self.write(Verb::GiveBack, None, Some((How::Drained, reason))).await
             }
             Error::Failed(reason) => {
@@ -529,11 +554,11 @@ impl Run {
     async fn pause(&mut self, reason: String) -> Hold {
         let Fence { pid, .. } = self.context.fence;
         warn!(%pid, reason, "it cannot go on by itself, and is paused");
-        let by = by_worker(&self.shared.name);
+        let by = by_worker(&self.execution.facilities.identity.name);
         let request = Request { reason: Some(reason.clone()), ..Request::new(Desired::Pause, by) };
         let asked = tokio::select! {
             biased;
-            asked = self.shared.store.control_held(self.context.fence, &request) => asked,
+            asked = self.execution.store.control_held(self.context.fence, &request) => asked,
             () = self.context.live.until(|orders| orders.abandon) => return Hold::Gone,
         };
         match asked {
@@ -561,12 +586,12 @@ impl Run {
         let checkpoint = Checkpoint { failures, last_error: Some(reason.clone()), ..self.checkpoint.clone() };
         let attempt = Some((How::Error, Some(reason)));
         let hold = self.write_as(Verb::Park { wake_in: pause }, Some(checkpoint), attempt, 1).await;
-        self.shared.timer.due_in(pause);
+        self.execution.timer.due_in(pause);
         Some(hold)
     }
 
     async fn killed(&self) -> Outcome {
-        let reason = self.shared.store.killed_because(self.context.pid()).await.ok().flatten();
+        let reason = self.execution.store.killed_because(self.context.pid()).await.ok().flatten();
         let outcome = self.context.draft.borrow().outcome.clone();
         Outcome {
             reason: Some(reason.unwrap_or_else(|| "killed".into())),
@@ -579,10 +604,9 @@ impl Run {
     fn place(&self, outcome: &Outcome) -> Option<String> {
         // One at a site says where that is.
         let is_elsewhere = self.context.spec().on_site.is_some();
-        outcome
-            .sandbox
-            .as_ref()
-            .map(|path| if is_elsewhere { path.clone() } else { format!("{}:{path}", self.shared.host) })
+        outcome.sandbox.as_ref().map(|path| {
+            if is_elsewhere { path.clone() } else { format!("{}:{path}", self.execution.facilities.identity.host) }
+        })
     }
 
     async fn end(&mut self, state: State, outcome: Outcome, how: How) {
@@ -602,7 +626,7 @@ impl Run {
         }
         self.context.live.set_stage(WRITING);
         let fence = self.context.fence;
-        let write = self.shared.writer.checkpoint(fence, &checkpoint);
+        let write = self.execution.facilities.writer.checkpoint(fence, &checkpoint);
         let written = tokio::select! {
             biased;
             written = write => written,
@@ -643,7 +667,7 @@ impl Run {
         self.context.live.set_stage(WRITING);
         let written = tokio::select! {
             biased;
-            written = self.shared.writer.write(fenced) => written,
+            written = self.execution.facilities.writer.write(fenced) => written,
             () = self.context.live.until(|orders| orders.abandon) => return Hold::Gone,
         };
         if written.is_err() && Box::pin(self.end_if_rejected(&written)).await {
@@ -664,7 +688,7 @@ impl Run {
                     self.context.live.set_advances(checkpoint.advances);
                     self.checkpoint = checkpoint;
                     if std::mem::take(&mut self.is_suspect) {
-                        self.shared.suspects.next();
+                        self.execution.next_suspect.notify_one();
                     }
                 }
                 if written.place == Place::Held {
@@ -708,16 +732,16 @@ impl Run {
         let Fence { pid, .. } = self.context.fence;
         debug!(%pid, place = written.place.word(), state = written.state.word(), "left this worker");
         match written.place {
-            Place::Queued => self.shared.tell(pid, written.queue, written.told_at).await,
+            Place::Queued => self.execution.outbox.tell(pid, written.queue, written.told_at).await,
             Place::Ended | Place::Parked | Place::Held => {
                 let exit = self.outcome.as_ref().and_then(|outcome| outcome.exit);
-                self.shared.announce(pid, written.state, exit);
+                self.execution.outbox.announce(pid, written.state, exit);
             }
         }
         if written.place == Place::Ended
             && let Some(reply_to) = reply_to.as_deref().and_then(ReplyTo::from_bytes)
         {
-            self.shared.answer_end(pid, written.state, self.outcome.as_ref(), reply_to).await;
+            self.execution.outbox.answer_end(pid, written.state, self.outcome.as_ref(), reply_to).await;
         }
     }
 }

@@ -15,10 +15,11 @@ use baton_common::objects::Objects;
 use baton_common::spec::Spec;
 use baton_common::store::site::REFUSED;
 use baton_common::store::{self, Store};
+use tokio::runtime::Handle;
 use tokio::sync::{Notify, OnceCell};
 use tracing::debug;
 
-use crate::incarnation::Shared;
+use crate::outbox::Outbox;
 use crate::process::{Context, Error, Wait};
 use crate::transport::{self, Output, quote};
 
@@ -84,6 +85,10 @@ pub(crate) struct Site {
     pub(crate) store: Store,
     pub(crate) objects: Objects,
     pub(crate) me: Incarnation,
+    pub(crate) outbox: Arc<Outbox>,
+    /// The queues that the worker serves.
+    pub(crate) queues: Arc<[String]>,
+    blocking: Handle,
     pool: Pool,
     /// The site's folder, as the far end writes it.
     root: OnceCell<String>,
@@ -93,6 +98,16 @@ pub(crate) struct Site {
     sending: Mutex<HashSet<String>>,
     /// There may be something for the actor to do.
     pub(crate) changed: Notify,
+}
+
+/// What all sites of a worker use.
+pub(crate) struct Common {
+    pub(crate) me: Incarnation,
+    pub(crate) store: Store,
+    pub(crate) objects: Objects,
+    pub(crate) outbox: Arc<Outbox>,
+    pub(crate) queues: Arc<[String]>,
+    pub(crate) blocking: Handle,
 }
 
 /// Why a process cannot use a site now.
@@ -119,9 +134,7 @@ impl Sites {
     pub(crate) fn new(
         sites: &BTreeMap<String, config::Site>,
         ssh: &BTreeMap<String, config::Ssh>,
-        store: &Store,
-        objects: &Objects,
-        me: Incarnation,
+        common: &Common,
     ) -> Result<Self, String> {
         let mut by_name = BTreeMap::new();
         for (name, config) in sites {
@@ -140,10 +153,13 @@ impl Sites {
                 name: name.clone(),
                 config: config.clone(),
                 launcher: launcher::of(config.launcher),
-                store: store.clone(),
-                objects: objects.clone(),
-                me,
-                pool: Pool::new(name, way, store, me),
+                store: common.store.clone(),
+                objects: common.objects.clone(),
+                me: common.me,
+                outbox: Arc::clone(&common.outbox),
+                queues: Arc::clone(&common.queues),
+                blocking: common.blocking.clone(),
+                pool: Pool::new(name, way, &common.store, common.me),
                 root: OnceCell::new(),
                 marked: OnceCell::new(),
                 sending: Mutex::default(),
@@ -254,16 +270,11 @@ impl Site {
     ///
     /// # Errors
     /// The database does not answer.
-    pub(crate) async fn begin_sending(
-        self: &Arc<Self>,
-        permit: &str,
-        shared: &Arc<Shared>,
-    ) -> Result<Option<Sending>, store::Error> {
+    pub(crate) async fn begin_sending(self: &Arc<Self>, permit: &str) -> Result<Option<Sending>, store::Error> {
         if !self.sending.lock().unwrap_or_else(PoisonError::into_inner).insert(permit.to_owned()) {
             return Ok(None);
         }
-        let (site, shared) = (Arc::clone(self), Arc::clone(shared));
-        let mut sending = Sending { site, shared, permit: permit.to_owned(), is_permitted: false };
+        let mut sending = Sending { site: Arc::clone(self), permit: permit.to_owned(), is_permitted: false };
         sending.is_permitted = self.store.take_permit(permit, self.me).await?;
         Ok(sending.is_permitted.then_some(sending))
     }
@@ -293,7 +304,6 @@ impl Site {
 /// A file is being sent until this is dropped; then those that wait for it look again.
 pub(crate) struct Sending {
     site: Arc<Site>,
-    shared: Arc<Shared>,
     permit: String,
     /// Nobody waits for one who may not send.
     is_permitted: bool,
@@ -301,18 +311,17 @@ pub(crate) struct Sending {
 
 impl Drop for Sending {
     fn drop(&mut self) {
-        let (site, shared, permit) =
-            (Arc::clone(&self.site), Arc::clone(&self.shared), std::mem::take(&mut self.permit));
+        let (site, permit) = (Arc::clone(&self.site), std::mem::take(&mut self.permit));
         let is_permitted = self.is_permitted;
-        self.shared.blocking.spawn(async move {
+        self.site.blocking.spawn(async move {
             // If the database does not answer, this worker still has it, and is the one that sends it.
             let _ = site.store.give_permit(&permit, site.me).await;
             site.sending.lock().unwrap_or_else(PoisonError::into_inner).remove(&permit);
             while is_permitted
-                && let Ok(woken) = site.store.wake_waiting(&permit, &shared.queues, WOKEN_PAGE).await
+                && let Ok(woken) = site.store.wake_waiting(&permit, &site.queues, WOKEN_PAGE).await
                 && !woken.is_empty()
             {
-                shared.tell_all(woken).await;
+                site.outbox.tell_all(woken).await;
             }
         });
     }

@@ -9,31 +9,29 @@ use baton_common::store::writer::Claim;
 use tokio::sync::Notify;
 use tracing::debug;
 
-use crate::incarnation::Shared;
-use crate::intake;
-use crate::thread::Thread;
+use crate::claims::Claims;
 
 /// So many are remembered; the messages of the others are told again by the head rule.
 const WAITING_MAX: usize = 10_000;
 
 /// Those that could not be claimed beside another. Their messages are gone, so whoever forgets them costs them no more
 /// than the time until the head rule finds them.
-#[derive(Default)]
 pub(crate) struct Suspects {
     waiting: Mutex<BTreeSet<(Pid, String)>>,
-    turn: Notify,
+    /// Notified when another can be claimed: one has made a checkpoint or has left, or the worker takes tasks again.
+    turn: Arc<Notify>,
 }
 
 impl Suspects {
+    /// None yet. Whoever notifies `turn` has the next one claimed.
+    pub(crate) fn new(turn: Arc<Notify>) -> Self {
+        Self { waiting: Mutex::default(), turn }
+    }
+
     /// This one could not be claimed from this queue.
     pub(crate) fn wait(&self, pid: Pid, queue: String) {
         self.put(pid, queue);
         // The other may have gone on since it was refused.
-        self.turn.notify_one();
-    }
-
-    /// One has made a checkpoint, or has left.
-    pub(crate) fn next(&self) {
         self.turn.notify_one();
     }
 
@@ -59,43 +57,37 @@ impl Suspects {
 }
 
 /// Claims them, the oldest first, until it is dropped.
-pub(crate) async fn run(shared: Arc<Shared>, threads: Arc<Vec<Thread>>) {
+pub(crate) async fn run(claims: Arc<Claims>) {
     loop {
-        shared.suspects.turn.notified().await;
-        while shared.takes_tasks() && claim_next(&shared, &threads).await {}
+        claims.suspects.turn.notified().await;
+        while claims.execution.gate.takes_tasks() && claim_next(&claims).await {}
     }
 }
 
 /// Whether the next can be tried, too.
-async fn claim_next(shared: &Arc<Shared>, threads: &Arc<Vec<Thread>>) -> bool {
-    let Ok(permit) = Arc::clone(&shared.slots).acquire_owned().await else { return false };
+async fn claim_next(claims: &Claims) -> bool {
+    let Ok(permit) = Arc::clone(&claims.slots).acquire_owned().await else { return false };
     // That may have taken long.
-    if !shared.takes_tasks() {
+    if !claims.execution.gate.takes_tasks() {
         return false;
     }
-    let Some((pid, queue)) = shared.suspects.take() else { return false };
+    let Some((pid, queue)) = claims.suspects.take() else { return false };
     // A claim of the same that is under way puts it back if it is refused.
-    if !shared.held.begin_claim(pid) {
-        return true;
-    }
-    match intake::claim(shared, pid, &queue, None).await {
+    let Some(begun) = claims.execution.held.begin_claim(pid) else { return true };
+    let (claim, begun) = claims.claim(pid, &queue, None, Some(begun)).await;
+    match claim {
         Ok(Claim::Claimed(claimed)) => {
             // Whoever had it meanwhile may have made a checkpoint.
             let is_suspect = claimed.is_suspect();
-            intake::begin(shared, threads, claimed, permit).await;
+            claims.start(claimed, permit, begun).await;
             !is_suspect
         }
         Ok(Claim::NotBesideAnother) => {
-            shared.held.end_claim(pid, None);
-            shared.suspects.put(pid, queue);
+            claims.suspects.put(pid, queue);
             false
         }
-        Ok(Claim::NotQueued | Claim::Absent | Claim::OtherSpec | Claim::Pruned | Claim::Rejected(_)) => {
-            shared.held.end_claim(pid, None);
-            true
-        }
+        Ok(Claim::NotQueued | Claim::Absent | Claim::OtherSpec | Claim::Pruned | Claim::Rejected(_)) => true,
         Err(error) => {
-            shared.held.end_claim(pid, None);
             debug!(%pid, %error, "not claimed; the head rule tells it again");
             false
         }

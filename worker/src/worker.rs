@@ -13,8 +13,9 @@ use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
 use crate::cli::remedy_of;
+pub use crate::incarnation::Error;
 use crate::incarnation::{self, Ended};
-pub use crate::incarnation::{Error, Limits};
+pub use crate::limits::Limits;
 use crate::machine::causes::chain;
 use crate::machine::open_files;
 use crate::registry::Registry;

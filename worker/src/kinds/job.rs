@@ -26,7 +26,7 @@ use crate::process::{Advance, Context, Error, Process, Wait};
 use crate::site::launcher::{Listed, Phase};
 use crate::site::script::{self, AGAIN, BEGUN, Done, GIVEN_UP, RAN, Script, UNMARKED};
 use crate::site::watch::{ENDED, LOST};
-use crate::site::{LOOK_AGAIN, Site, Visit, staging};
+use crate::site::{LOOK_AGAIN, Site, Sites, Visit, staging};
 use crate::transport::{self, quote};
 
 /// Pause between two looks for a job whose submission was not answered, and for what a job should have left.
@@ -59,6 +59,8 @@ const EMPTIED: i32 = 43;
 /// What is kept between two advances.
 #[derive(Default, Serialize, Deserialize)]
 pub(crate) struct Job {
+    #[serde(skip)]
+    sites: Option<Arc<Sites>>,
     /// The try that the stage is of.
     attempt: i64,
     stage: Stage,
@@ -96,10 +98,10 @@ impl Process for Job {
 
     fn advance<'a>(&'a mut self, context: &'a Context) -> LocalBoxFuture<'a, Result<Advance, Error>> {
         Box::pin(async move {
-            let at = At::new(context)?;
+            let at = At::new(context, self.sites())?;
             if self.attempt != context.attempt() {
-                let (lost, refusal) = (self.lost, self.refusal.take());
-                *self = Job { attempt: context.attempt(), lost, refusal, ..Job::default() };
+                let (sites, lost, refusal) = (self.sites.take(), self.lost, self.refusal.take());
+                *self = Job { sites, attempt: context.attempt(), lost, refusal, ..Job::default() };
             }
             let advanced = match self.stage {
                 Stage::In => self.stage_in(&at).await,
@@ -151,7 +153,7 @@ impl Process for Job {
 
     fn end_outside<'a>(&'a mut self, context: &'a Context) -> LocalBoxFuture<'a, Result<(), Error>> {
         Box::pin(async move {
-            let at = At::new(context)?;
+            let at = At::new(context, self.sites())?;
             match at.end_job().await {
                 Err(Trouble::Site(error)) => Err(at.site.trouble(context, &error).await),
                 // The database does not answer; its next answer decides.
@@ -247,10 +249,10 @@ struct At<'a> {
 }
 
 impl<'a> At<'a> {
-    fn new(context: &'a Context) -> Result<Self, Error> {
+    fn new(context: &'a Context, sites: &Sites) -> Result<Self, Error> {
         let spec = context.spec();
         let on_site = spec.on_site.as_ref().ok_or_else(|| Error::Input("no site".into()))?;
-        let site = context.shared.sites.get(&on_site.at);
+        let site = sites.get(&on_site.at);
         let site = site.ok_or_else(|| Error::Interrupted(format!("this worker has no site `{}`", on_site.at)))?;
         Ok(Self { context, spec, on_site, site })
     }
@@ -291,7 +293,7 @@ impl<'a> At<'a> {
     /// Records that the job of this try is gone, or that there is none.
     async fn record_ended(&self, row: &Row, status: &str) -> Result<(), Trouble> {
         let woken = self.site.store.record_seen(&[Seen::ended(row, status)]).await?;
-        self.context.shared.tell_all(woken).await;
+        self.site.outbox.tell_all(woken).await;
         Ok(())
     }
 
@@ -371,6 +373,15 @@ impl<'a> At<'a> {
 }
 
 impl Job {
+    /// The same, with the sites of its worker.
+    pub(super) fn with(self, sites: Arc<Sites>) -> Self {
+        Self { sites: Some(sites), ..self }
+    }
+
+    fn sites(&self) -> &Sites {
+        self.sites.as_deref().expect("its registry gives them to it")
+    }
+
     async fn stage_in(&mut self, at: &At<'_>) -> Result<Advance, Trouble> {
         at.context.set_stage("stage-in");
         self.wait_for_refusal(at).await?;

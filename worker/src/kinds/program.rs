@@ -2,6 +2,7 @@
 
 use std::io;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use baton_common::border;
@@ -15,10 +16,11 @@ use tracing::warn;
 use crate::live::Streams;
 use crate::local::output::Capture;
 use crate::local::sandbox::Sandbox;
-use crate::local::{self, Command, Running};
-use crate::machine::shortage;
+use crate::local::{self, Command, Programs, Running};
+use crate::machine::shortage::{self, Health};
 use crate::process::{Advance, Context, Error, Interrupt, Process};
 use crate::shim::wire::{Ended, EndedBy};
+use crate::user::User;
 
 /// Pause between two looks at a running program: what it has written is stored, so that little of it is lost with the
 /// worker, and its memory is measured.
@@ -39,9 +41,19 @@ const READS_MAX: u32 = 10;
 /// How long a worker that is asked to stop may take to know it: whoever asks that of it may also have ended its shims.
 const STOP_PATIENCE: Duration = Duration::from_secs(2);
 
+/// What programs need of their worker.
+pub(crate) struct Local {
+    pub(crate) programs: Programs,
+    pub(crate) health: Arc<Health>,
+    /// As whom they run, if that is another user than the worker's.
+    pub(crate) user: Option<Arc<User>>,
+}
+
 /// One try is one advance: if the worker dies, the shim ends the program, and the next holder runs it again.
 #[derive(Default, Serialize, Deserialize)]
 pub(crate) struct Program {
+    #[serde(skip)]
+    local: Option<Arc<Local>>,
     #[serde(skip)]
     running: Option<(Running, Sandbox)>,
 }
@@ -70,11 +82,17 @@ impl Process for Program {
 }
 
 impl Program {
+    /// The same, with what it needs.
+    pub(super) fn with(self, local: Arc<Local>) -> Self {
+        Self { local: Some(local), ..self }
+    }
+
     async fn run(&mut self, context: &Context) -> Result<Advance, Error> {
         context.set_stage("prepare");
+        let local = Arc::clone(self.local.as_ref().expect("its registry gives it what it needs"));
         let (root, pid, epoch) = (context.root().to_owned(), context.pid(), context.epoch());
         let attempt = i32::try_from(context.attempt()).unwrap_or(i32::MAX);
-        let user = context.shared.user.clone();
+        let user = local.user.clone();
         let create = move || match user {
             Some(user) => Sandbox::create_for(user, &root, pid, attempt, epoch),
             None => Sandbox::create(&root, pid, attempt, epoch),
@@ -94,10 +112,10 @@ impl Program {
             vars: spec.vars.clone(),
             stdin: spec.stdin.clone(),
             time_limit: spec.time,
-            grace: context.shared.grace,
+            grace: context.facilities.grace,
             sandbox: sandbox.clone(),
         };
-        let running = launch(context, program).await?;
+        let running = launch(&local, program).await?;
         let (running, _) = self.running.insert((running, sandbox.clone()));
         border!("program-started");
 
@@ -110,7 +128,7 @@ impl Program {
         context.set_stage("stage-out");
         let ended = ended?;
         border!("program-ended");
-        let (outputs, last_line) = written(context, &sandbox).await;
+        let (outputs, last_line) = written(context, &local.health, &sandbox).await;
         if let Some(line) = last_line {
             context.live.set_last_line(&line);
         }
@@ -122,13 +140,13 @@ impl Program {
 
 /// Starts a program. Where this worker's own programs have what it needs, it waits for the end of one, though not for long:
 /// another worker may have it.
-async fn launch(context: &Context, program: local::Program) -> Result<Running, Error> {
-    let programs = &context.shared.programs;
+async fn launch(local: &Local, program: local::Program) -> Result<Running, Error> {
+    let programs = &local.programs;
     let lacking = match programs.launch(program.clone()).await.map_err(refused) {
         Err(Error::Lacking(shortage)) if shortage.lack.is_shared_by_programs() && programs.count() > 0 => shortage,
         launched => return launched,
     };
-    context.shared.health.note(lacking.clone());
+    local.health.note(lacking.clone());
     let in_turn = async {
         // One after the other, or all would try at each end, and one succeed.
         let _turn = programs.turn().await;
@@ -200,7 +218,7 @@ fn conclude(
 
 /// What is kept of both streams of a program that has ended. Its end is known and is not given up for its output: where the
 /// worker lacks an open file or a thread, it waits.
-async fn written(context: &Context, sandbox: &Sandbox) -> Written {
+async fn written(context: &Context, health: &Health, sandbox: &Sandbox) -> Written {
     let mut n_failures = 0;
     loop {
         let to_read = sandbox.clone();
@@ -209,13 +227,13 @@ async fn written(context: &Context, sandbox: &Sandbox) -> Written {
             Ok(Err(error)) => {
                 n_failures += u32::from(shortage::of_worker(&error).is_none());
                 if let Some(shortage) = shortage::of_worker(&error) {
-                    context.shared.health.note(shortage);
+                    health.note(shortage);
                 }
                 error.to_string()
             }
             Err(Error::Lacking(shortage)) => {
                 let text = shortage.to_string();
-                context.shared.health.note(shortage);
+                health.note(shortage);
                 text
             }
             // Reading has panicked, and would again.

@@ -7,11 +7,9 @@ use baton_common::store::submit::ByQueue;
 use tokio::task::JoinSet;
 use tracing::debug;
 
-use super::Site;
-use super::watch::Watch;
-use crate::direct;
-use crate::incarnation::Shared;
-use crate::thread::Thread;
+use crate::claims::Claims;
+use crate::site::watch::Watch;
+use crate::site::{Site, launcher};
 
 /// Pause between two looks.
 const ROUND: Duration = Duration::from_secs(1);
@@ -23,8 +21,8 @@ const PAUSE: Duration = Duration::from_millis(50);
 const TAKEN_MAX: usize = 64;
 
 /// Runs until it is dropped.
-pub(crate) async fn run(shared: Arc<Shared>, threads: Arc<Vec<Thread>>, site: Arc<Site>) {
-    let word = super::launcher::word(site.config.launcher);
+pub(crate) async fn run(claims: Arc<Claims>, site: Arc<Site>) {
+    let word = launcher::word(site.config.launcher);
     let mut is_announced = false;
     let mut watch = Watch::default();
     loop {
@@ -33,7 +31,7 @@ pub(crate) async fn run(shared: Arc<Shared>, threads: Arc<Vec<Thread>>, site: Ar
             is_announced = site.store.announce_site(&site.name, word, &site.config.root, slots).await.is_ok();
         }
         if is_announced {
-            look(&shared, &threads, &site, &mut watch).await;
+            look(&claims, &site, &mut watch).await;
         }
         site.pool.tend().await;
         tokio::time::sleep(PAUSE).await;
@@ -41,7 +39,7 @@ pub(crate) async fn run(shared: Arc<Shared>, threads: Arc<Vec<Thread>>, site: Ar
     }
 }
 
-async fn look(shared: &Arc<Shared>, threads: &Arc<Vec<Thread>>, site: &Arc<Site>, watch: &mut Watch) {
+async fn look(claims: &Arc<Claims>, site: &Site, watch: &mut Watch) {
     let work = match site.store.site_work(&site.name).await {
         Ok(work) => work,
         Err(error) => {
@@ -53,8 +51,8 @@ async fn look(shared: &Arc<Shared>, threads: &Arc<Vec<Thread>>, site: &Arc<Site>
         watch.give_up(site).await;
         return;
     }
-    watch.look(shared, site, work.has_jobs).await;
-    if !shared.takes_tasks() {
+    watch.look(site, work.has_jobs).await;
+    if !claims.execution.gate.takes_tasks() {
         return;
     }
     // A session is opened for those that wait only if one may be had; who has none leaves them to the others. One that is
@@ -63,40 +61,40 @@ async fn look(shared: &Arc<Shared>, threads: &Arc<Vec<Thread>>, site: &Arc<Site>
     if needs_session && site.pool.n_young() == 0 {
         drop(site.pool.lease().await);
     }
-    let free = site.pool.free_channels().min(shared.slots.available_permits()).min(TAKEN_MAX);
+    let free = site.pool.free_channels().min(claims.slots.available_permits()).min(TAKEN_MAX);
     if work.waits_for_slot {
-        take_up(shared, threads, site, &site.slot(), free).await;
+        take_up(claims, site, &site.slot(), free).await;
     }
     if work.waits_for_room && free > 0 {
         let room = site.store.room(&site.name, site.config.limits).await.unwrap_or(0);
-        take_up(shared, threads, site, &site.room(), free.min(usize::try_from(room).unwrap_or(usize::MAX))).await;
+        take_up(claims, site, &site.room(), free.min(usize::try_from(room).unwrap_or(usize::MAX))).await;
     }
 }
 
 /// Claims those that have waited longest. They come to the worker that has what they wait for, without a message.
-async fn take_up(shared: &Arc<Shared>, threads: &Arc<Vec<Thread>>, site: &Site, waits_for: &str, most: usize) {
+async fn take_up(claims: &Arc<Claims>, site: &Site, waits_for: &str, most: usize) {
     let most = u32::try_from(most).unwrap_or(u32::MAX);
-    let woken = match site.store.wake_waiting(waits_for, &shared.queues, most).await {
+    let woken = match site.store.wake_waiting(waits_for, &claims.queues, most).await {
         Ok(woken) => woken,
         Err(error) => {
             debug!(site = site.name, %error, "could not take up who waits");
             return;
         }
     };
-    let mut claims = JoinSet::new();
+    let mut taking = JoinSet::new();
     let mut left = ByQueue::new();
     for (queue, rows) in woken {
         for told in rows {
-            let permit = Arc::clone(&shared.slots).try_acquire_owned();
-            match permit {
-                Ok(permit) if shared.held.begin_claim(told.pid) => {
-                    let claim = direct::claim(Arc::clone(shared), Arc::clone(threads), told.pid, queue.clone(), permit);
-                    claims.spawn(claim);
+            let permit = Arc::clone(&claims.slots).try_acquire_owned().ok();
+            let begun = permit.and_then(|permit| Some((permit, claims.execution.held.begin_claim(told.pid)?)));
+            match begun {
+                Some((permit, begun)) => {
+                    taking.spawn(Arc::clone(claims).take(told.pid, queue.clone(), permit, begun));
                 }
-                Ok(_) | Err(_) => left.entry(queue.clone()).or_default().push(told),
+                None => left.entry(queue.clone()).or_default().push(told),
             }
         }
     }
-    shared.tell_all(left).await;
-    claims.join_all().await;
+    site.outbox.tell_all(left).await;
+    taking.join_all().await;
 }

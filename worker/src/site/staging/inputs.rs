@@ -75,7 +75,7 @@ impl Staging<'_> {
         self.tell(&format!("sending {} files", expected.len()));
         let (reader, writer) = tokio::io::duplex(STREAM_BYTES);
         let objects = self.site.objects.clone();
-        let runtime = self.context.shared.blocking.clone();
+        let runtime = self.context.facilities.blocking.clone();
         let packing = self.context.blocking(move || {
             let mut archive = tar::Builder::new(SyncIoBridge::new_with_handle(writer, runtime.clone()));
             for (path, bytes) in &own {
@@ -132,7 +132,7 @@ impl Staging<'_> {
             return Ok(path);
         }
         let permit = format!("sent/{}/{digest}", self.site.name);
-        let Some(_sending) = self.site.begin_sending(&permit, &self.context.shared).await? else {
+        let Some(_sending) = self.site.begin_sending(&permit).await? else {
             return Err(Error::Wait(Wait { waits_for: permit, at_most: SENT_PAUSE }));
         };
         self.send_to_cache(digest, size, executable, &path).await.map(|()| path)
