@@ -1,7 +1,7 @@
 //! Local programs: what a worker runs on its own machine, so that nothing of it is ever left behind.
 //!
-//! [`Programs`] owns a thread on which nothing else runs. It starts a shim for each program (see [`crate::shim`]), tells it
-//! of every renewal of the worker's lease, and waits for it; so a process thread that is blocked for a minute, or ends,
+//! [`Programs`] owns a thread on which nothing else runs. It starts a shim for each program (see [`shim`]), tells it of
+//! every renewal of the worker's lease, and waits for it; so a process thread that is blocked for a minute, or ends,
 //! costs no program its lease. A [`Running`] program ends when its handle is dropped.
 //!
 //! A service manager must not send TERM to shims (systemd: `KillMode=mixed`): one that dies of it takes its program along at
@@ -16,15 +16,17 @@ use baton_common::lack::{Lack, Shortage};
 use tokio::runtime::Handle;
 use tokio::sync::{Mutex, MutexGuard, mpsc, oneshot, watch};
 
+use crate::local::shim::tree;
+use crate::local::shim::wire::{Ended, Request};
 use crate::machine::causes::chain;
 use crate::machine::{open_files, shortage};
-use crate::shim::tree;
-use crate::shim::wire::{Ended, Request};
 
 mod keeper;
 pub mod output;
 pub(crate) mod probe;
 pub mod sandbox;
+pub mod shim;
+pub mod user;
 
 use keeper::{Keeper, Outcome};
 use sandbox::Sandbox;
@@ -132,8 +134,8 @@ struct Launch {
 
 impl Programs {
     /// Starts the thread; blocking work is done by the runtime of the caller. `shim` is an executable that calls
-    /// [`crate::shim::main`], normally the running one; `lease` changes at each renewal of the worker's lease, which lasts for `lease_limit` after one. If nobody can renew it any more (its
-    /// sender is dropped), all programs are killed.
+    /// [`shim::main`], normally the running one; `lease` changes at each renewal of the worker's lease, which lasts for
+    /// `lease_limit` after one. If nobody can renew it any more (its sender is dropped), all programs are killed.
     ///
     /// # Errors
     /// [`Error::Shim`] if there can be no thread.

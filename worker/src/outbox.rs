@@ -12,7 +12,7 @@ use baton_common::store::submit::ByQueue;
 use tokio::sync::mpsc;
 use tracing::{debug, warn};
 
-use crate::facilities::Identity;
+use crate::author::facilities::Identity;
 
 /// Messages that wait to be published. Each stands for a row that is queued already, so a full channel only slows down
 /// whoever queues more.

@@ -1,8 +1,8 @@
 //! Sites: places to run programs other than the workers' own machines.
 //!
-//! Each worker has one actor for each site that its configuration names. It keeps the worker's part of the sessions that
-//! the fleet may have there (`pool`), looks at the jobs if this worker has the watch (`watch`), and takes up the processes
-//! that wait for either (`actor`). A process uses a session within an advance and never beyond it; when there is none, it
+//! Each worker has one loop for each site that its configuration names (`intake::sites`). It keeps the worker's part of the
+//! sessions that the fleet may have there (`pool`), looks at the jobs if this worker has the watch (`watch`), and takes up the
+//! processes that wait for either. A process uses a session within an advance and never beyond it; when there is none, it
 //! parks, and costs nothing.
 
 use std::collections::{BTreeMap, HashSet};
@@ -19,11 +19,10 @@ use tokio::runtime::Handle;
 use tokio::sync::{Notify, OnceCell};
 use tracing::debug;
 
+use crate::author::process::{Context, Error, Wait};
 use crate::outbox::Outbox;
-use crate::process::{Context, Error, Wait};
 use crate::transport::{self, Output, quote};
 
-pub(crate) mod actor;
 mod at_site;
 mod fork;
 pub(crate) mod launcher;
@@ -89,14 +88,14 @@ pub(crate) struct Site {
     /// The queues that the worker serves.
     pub(crate) queues: Arc<[String]>,
     blocking: Handle,
-    pool: Pool,
+    pub(crate) pool: Pool,
     /// The site's folder, as the far end writes it.
     root: OnceCell<String>,
     /// The object store knows that this database keeps something there.
     marked: OnceCell<()>,
     /// Files that this worker sends to the site's cache right now.
     sending: Mutex<HashSet<String>>,
-    /// There may be something for the actor to do.
+    /// There may be something to do for the loop over the site.
     pub(crate) changed: Notify,
 }
 

@@ -16,12 +16,12 @@ use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout};
 use uuid::Uuid;
 
+use crate::local::shim::{self, supervise::PROBE_BYTES};
+use crate::local::user::{Ids, User};
 use crate::machine::SELF;
 use crate::machine::shortage::{
     FREE_MEMORY_MIN, address_space, below_root, has_little_address_space, kib, lack_of, of_children, spawn_blocking,
 };
-use crate::shim::{self, supervise::PROBE_BYTES};
-use crate::user::{Ids, User};
 
 /// A disk that takes longer for a small file is slow.
 const SLOW_AFTER: Duration = Duration::from_secs(2);

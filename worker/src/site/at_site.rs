@@ -7,7 +7,7 @@ use std::time::Duration;
 use baton_common::digest::Digest;
 
 use super::{Site, Sites, Visit};
-use crate::process::{Context, Error};
+use crate::author::process::{Context, Error};
 use crate::transport::{self, Output, quote};
 
 /// How long a site that is well may take to answer anything.

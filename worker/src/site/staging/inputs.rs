@@ -13,7 +13,7 @@ use baton_common::spec::on_site::{self, How, Input, OnSite, RESERVED, Scope};
 use tokio_util::io::SyncIoBridge;
 
 use super::{CACHED_FROM, Error, Staging, guards, links_inside, second_name};
-use crate::process::{Context, Wait};
+use crate::author::process::{Context, Wait};
 use crate::site::{Site, Visit, script};
 use crate::transport::quote;
 

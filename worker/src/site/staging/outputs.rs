@@ -17,7 +17,7 @@ use tokio_util::sync::PollSender;
 use super::listing::{Found, Listing};
 use super::missing::Missing;
 use super::{CACHED_FROM, Error, Staging, guards, values};
-use crate::process::Context;
+use crate::author::process::Context;
 use crate::site::{Site, Visit, script};
 use crate::transport::{self, quote};
 
