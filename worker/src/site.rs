@@ -24,12 +24,10 @@ use crate::outbox::Outbox;
 use crate::transport::{self, Output, quote};
 
 mod at_site;
-mod fork;
 pub(crate) mod launcher;
 pub(crate) mod pool;
 pub(crate) mod script;
 pub(crate) mod sharing;
-mod slurm;
 pub(crate) mod staging;
 pub(crate) mod watch;
 

@@ -429,7 +429,7 @@ impl Job {
         };
         let done: Done = serde_json::from_slice(&done)
             .map_err(|error| Trouble::Content(format!("its done.json is not what a script writes: {error}")))?;
-        let is_timed_out = done.is_timed_out(&at.site.config, at.spec);
+        let is_timed_out = done.is_timed_out(at.site.launcher, at.spec);
         if done.signalled
             && let Some(row) = at.row().await?
         {
