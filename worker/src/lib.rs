@@ -10,35 +10,26 @@
 //! }
 //! ```
 //!
+//! The modules are rooms, one above the other: each imports from itself and from those below it. From the ground up:
+//! `machine`, `author`, `outbox`, [`transport`], [`local`], [`site`], `builtin`, `execution`, `intake`, `lifecycle`.
+//!
 //! Threads: the communicator's (AMQP, see `baton_common::communicator`), process threads ([`process`]), one that owns
 //! local programs ([`local`]), and the runtime of the caller for everything else (the store's writer, the beat, the
 //! sweeps). Shutdown goes in this order: stop taking, finish or checkpoint, settle deliveries, flush, close.
 
-mod beat;
-pub mod cli;
-mod control;
-mod direct;
-pub mod handover;
-mod held;
-mod incarnation;
+mod author;
+mod builtin;
+mod execution;
 mod intake;
-mod kinds;
-mod lease;
+mod lifecycle;
 pub mod local;
-mod open_files;
-pub mod peers;
-pub mod process;
-pub mod registry;
-mod run;
-mod setbacks;
-pub mod shim;
-mod shortage;
+mod machine;
+mod outbox;
 pub mod site;
-mod suspects;
-mod sweeps;
-mod thread;
 pub mod transport;
-pub mod user;
-pub mod worker;
 
-pub use cli::main;
+pub use author::{process, registry};
+pub use lifecycle::cli::main;
+pub use lifecycle::{cli, peers, worker};
+pub use local::{shim, user};
+pub use machine::handover;

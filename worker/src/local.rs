@@ -1,7 +1,7 @@
 //! Local programs: what a worker runs on its own machine, so that nothing of it is ever left behind.
 //!
-//! [`Programs`] owns a thread on which nothing else runs. It starts a shim for each program (see [`crate::shim`]), tells it
-//! of every renewal of the worker's lease, and waits for it; so a process thread that is blocked for a minute, or ends,
+//! [`Programs`] owns a thread on which nothing else runs. It starts a shim for each program (see [`shim`]), tells it of
+//! every renewal of the worker's lease, and waits for it; so a process thread that is blocked for a minute, or ends,
 //! costs no program its lease. A [`Running`] program ends when its handle is dropped.
 //!
 //! A service manager must not send TERM to shims (systemd: `KillMode=mixed`): one that dies of it takes its program along at
@@ -12,23 +12,24 @@ use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use baton_common::lack::Shortage;
+use baton_common::lack::{Lack, Shortage};
 use tokio::runtime::Handle;
 use tokio::sync::{Mutex, MutexGuard, mpsc, oneshot, watch};
 
-use crate::open_files;
-use crate::shim::tree;
-use crate::shim::wire::{Ended, Request};
+use crate::local::shim::tree;
+use crate::local::shim::wire::{Ended, Request};
+use crate::machine::causes::chain;
+use crate::machine::{open_files, shortage};
 
 mod keeper;
 pub mod output;
+pub(crate) mod probe;
 pub mod sandbox;
+pub mod shim;
+pub mod user;
 
 use keeper::{Keeper, Outcome};
 use sandbox::Sandbox;
-
-/// The running executable as the shim's, also when its file was replaced or deleted by an upgrade.
-pub const SELF: &str = "/proc/self/exe";
 
 /// Launches that wait for the thread: each takes it a millisecond, and who waits in vain waits in `launch` instead.
 const LAUNCHES_MAX: usize = 16;
@@ -65,6 +66,19 @@ pub enum Error {
     /// [`Programs`] is stopping, or the lease is no longer renewed by anybody.
     #[error("no more programs are started by this worker")]
     Stopping,
+}
+
+impl Error {
+    /// The shortage that kept a program from running, if it was one.
+    pub(crate) fn shortage(&self) -> Option<Shortage> {
+        match self {
+            Error::Sandbox { path, source } => Some(shortage::below_root(path, source)),
+            Error::Shim(source) => Some(shortage::of_children(&self.to_string(), source)),
+            Error::NotStarted { shortage } => Some(shortage.clone()),
+            Error::Vanished { has_started: false } => Some(Shortage { lack: Lack::Children, text: chain(self) }),
+            Error::Vanished { has_started: true } | Error::Stopping => None,
+        }
+    }
 }
 
 /// What to run.
@@ -119,9 +133,9 @@ struct Launch {
 }
 
 impl Programs {
-    /// Starts the thread; blocking work is done by the runtime of the caller. `shim` is an executable that calls [`crate::shim::main`], normally [`SELF`]; `lease` changes at
-    /// each renewal of the worker's lease, which lasts for `lease_limit` after one. If nobody can renew it any more (its
-    /// sender is dropped), all programs are killed.
+    /// Starts the thread; blocking work is done by the runtime of the caller. `shim` is an executable that calls
+    /// [`shim::main`], normally the running one; `lease` changes at each renewal of the worker's lease, which lasts for
+    /// `lease_limit` after one. If nobody can renew it any more (its sender is dropped), all programs are killed.
     ///
     /// # Errors
     /// [`Error::Shim`] if there can be no thread.

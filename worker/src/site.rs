@@ -1,8 +1,8 @@
 //! Sites: places to run programs other than the workers' own machines.
 //!
-//! Each worker has one actor for each site that its configuration names. It keeps the worker's part of the sessions that
-//! the fleet may have there (`pool`), looks at the jobs if this worker has the watch (`watch`), and takes up the processes
-//! that wait for either (`actor`). A process uses a session within an advance and never beyond it; when there is none, it
+//! Each worker has one loop for each site that its configuration names (`intake::sites`). It keeps the worker's part of the
+//! sessions that the fleet may have there (`pool`), looks at the jobs if this worker has the watch (`watch`), and takes up the
+//! processes that wait for either. A process uses a session within an advance and never beyond it; when there is none, it
 //! parks, and costs nothing.
 
 use std::collections::{BTreeMap, HashSet};
@@ -15,21 +15,19 @@ use baton_common::objects::Objects;
 use baton_common::spec::Spec;
 use baton_common::store::site::REFUSED;
 use baton_common::store::{self, Store};
+use tokio::runtime::Handle;
 use tokio::sync::{Notify, OnceCell};
 use tracing::debug;
 
-use crate::incarnation::Shared;
-use crate::process::{Context, Error, Wait};
+use crate::author::process::{Context, Error, Wait};
+use crate::outbox::Outbox;
 use crate::transport::{self, Output, quote};
 
-pub(crate) mod actor;
 mod at_site;
-mod fork;
 pub(crate) mod launcher;
 pub(crate) mod pool;
 pub(crate) mod script;
 pub(crate) mod sharing;
-mod slurm;
 pub(crate) mod staging;
 pub(crate) mod watch;
 
@@ -84,15 +82,29 @@ pub(crate) struct Site {
     pub(crate) store: Store,
     pub(crate) objects: Objects,
     pub(crate) me: Incarnation,
-    pool: Pool,
+    pub(crate) outbox: Arc<Outbox>,
+    /// The queues that the worker serves.
+    pub(crate) queues: Arc<[String]>,
+    blocking: Handle,
+    pub(crate) pool: Pool,
     /// The site's folder, as the far end writes it.
     root: OnceCell<String>,
     /// The object store knows that this database keeps something there.
     marked: OnceCell<()>,
     /// Files that this worker sends to the site's cache right now.
     sending: Mutex<HashSet<String>>,
-    /// There may be something for the actor to do.
+    /// There may be something to do for the loop over the site.
     pub(crate) changed: Notify,
+}
+
+/// What all sites of a worker use.
+pub(crate) struct Common {
+    pub(crate) me: Incarnation,
+    pub(crate) store: Store,
+    pub(crate) objects: Objects,
+    pub(crate) outbox: Arc<Outbox>,
+    pub(crate) queues: Arc<[String]>,
+    pub(crate) blocking: Handle,
 }
 
 /// Why a process cannot use a site now.
@@ -119,9 +131,7 @@ impl Sites {
     pub(crate) fn new(
         sites: &BTreeMap<String, config::Site>,
         ssh: &BTreeMap<String, config::Ssh>,
-        store: &Store,
-        objects: &Objects,
-        me: Incarnation,
+        common: &Common,
     ) -> Result<Self, String> {
         let mut by_name = BTreeMap::new();
         for (name, config) in sites {
@@ -140,10 +150,13 @@ impl Sites {
                 name: name.clone(),
                 config: config.clone(),
                 launcher: launcher::of(config.launcher),
-                store: store.clone(),
-                objects: objects.clone(),
-                me,
-                pool: Pool::new(name, way, store, me),
+                store: common.store.clone(),
+                objects: common.objects.clone(),
+                me: common.me,
+                outbox: Arc::clone(&common.outbox),
+                queues: Arc::clone(&common.queues),
+                blocking: common.blocking.clone(),
+                pool: Pool::new(name, way, &common.store, common.me),
                 root: OnceCell::new(),
                 marked: OnceCell::new(),
                 sending: Mutex::default(),
@@ -254,16 +267,11 @@ impl Site {
     ///
     /// # Errors
     /// The database does not answer.
-    pub(crate) async fn begin_sending(
-        self: &Arc<Self>,
-        permit: &str,
-        shared: &Arc<Shared>,
-    ) -> Result<Option<Sending>, store::Error> {
+    pub(crate) async fn begin_sending(self: &Arc<Self>, permit: &str) -> Result<Option<Sending>, store::Error> {
         if !self.sending.lock().unwrap_or_else(PoisonError::into_inner).insert(permit.to_owned()) {
             return Ok(None);
         }
-        let (site, shared) = (Arc::clone(self), Arc::clone(shared));
-        let mut sending = Sending { site, shared, permit: permit.to_owned(), is_permitted: false };
+        let mut sending = Sending { site: Arc::clone(self), permit: permit.to_owned(), is_permitted: false };
         sending.is_permitted = self.store.take_permit(permit, self.me).await?;
         Ok(sending.is_permitted.then_some(sending))
     }
@@ -293,7 +301,6 @@ impl Site {
 /// A file is being sent until this is dropped; then those that wait for it look again.
 pub(crate) struct Sending {
     site: Arc<Site>,
-    shared: Arc<Shared>,
     permit: String,
     /// Nobody waits for one who may not send.
     is_permitted: bool,
@@ -301,18 +308,17 @@ pub(crate) struct Sending {
 
 impl Drop for Sending {
     fn drop(&mut self) {
-        let (site, shared, permit) =
-            (Arc::clone(&self.site), Arc::clone(&self.shared), std::mem::take(&mut self.permit));
+        let (site, permit) = (Arc::clone(&self.site), std::mem::take(&mut self.permit));
         let is_permitted = self.is_permitted;
-        self.shared.blocking.spawn(async move {
+        self.site.blocking.spawn(async move {
             // If the database does not answer, this worker still has it, and is the one that sends it.
             let _ = site.store.give_permit(&permit, site.me).await;
             site.sending.lock().unwrap_or_else(PoisonError::into_inner).remove(&permit);
             while is_permitted
-                && let Ok(woken) = site.store.wake_waiting(&permit, &shared.queues, WOKEN_PAGE).await
+                && let Ok(woken) = site.store.wake_waiting(&permit, &site.queues, WOKEN_PAGE).await
                 && !woken.is_empty()
             {
-                shared.tell_all(woken).await;
+                site.outbox.tell_all(woken).await;
             }
         });
     }

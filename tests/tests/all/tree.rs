@@ -1,6 +1,18 @@
 //! Rules about the source tree itself.
 
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
+
+use self::imports::{Import, imports, tops};
+
+mod imports;
+
+/// The rooms of the worker from the ground up: each imports from itself and from those before it.
+const WORKER_ROOMS: [&str; 10] =
+    ["machine", "author", "outbox", "transport", "local", "site", "builtin", "execution", "intake", "lifecycle"];
+
+/// Two modules of the controller that import each other.
+const KNOWN_CIRCLE: [&str; 2] = ["condition", "commands"];
 
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace").to_owned()
@@ -69,6 +81,46 @@ fn common_knows_neither_worker_nor_controller_and_worker_knows_no_controller() {
     let manifest = |name: &str| std::fs::read_to_string(root().join(name).join("Cargo.toml")).unwrap();
     assert!(!manifest("common").contains("baton-worker") && !manifest("common").contains("baton-controller"));
     assert!(!manifest("worker").contains("baton-controller"));
+}
+
+#[test]
+fn a_room_of_the_worker_imports_from_itself_and_from_those_below_it() {
+    let (src, sources) = ("worker/src/", sources());
+    assert_eq!(tops(src, &sources), WORKER_ROOMS.map(str::to_owned).into(), "each room has its place in the order");
+    let height = |room: &str| WORKER_ROOMS.iter().position(|known| *known == room);
+    let imports = imports(src, &sources);
+    assert!(imports.len() > 100, "imports are not read");
+    let up: Vec<String> =
+        imports.iter().filter(|import| height(&import.from) < height(&import.to)).map(Import::to_string).collect();
+    assert!(up.is_empty(), "imports of what is above:\n{}", up.join("\n"));
+}
+
+/// For the worker, the order of its rooms says more.
+#[test]
+fn no_modules_of_a_crate_import_each_other_in_a_circle() {
+    let sources = sources();
+    for src in ["common/src/", "controller/src/"] {
+        let mut imports = imports(src, &sources);
+        assert!(imports.len() > 30, "imports are not read");
+        imports.retain(|import| ![&*import.from, &*import.to].iter().all(|module| KNOWN_CIRCLE.contains(module)));
+        let is_circular = |import: &&Import| leads(&imports, &import.to, &import.from);
+        let circle: Vec<String> = imports.iter().filter(is_circular).map(Import::to_string).collect();
+        assert!(circle.is_empty(), "imports in a circle:\n{}", circle.join("\n"));
+    }
+}
+
+/// Whether a module imports another one, by others or itself.
+fn leads(imports: &[Import], from: &str, to: &str) -> bool {
+    let mut seen = HashSet::from([from]);
+    let mut next = vec![from];
+    while let Some(module) = next.pop() {
+        if module == to {
+            return true;
+        }
+        let imported = imports.iter().filter(|import| import.from == module).map(|import| import.to.as_str());
+        next.extend(imported.filter(|to| seen.insert(to)));
+    }
+    false
 }
 
 #[test]

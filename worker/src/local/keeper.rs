@@ -16,10 +16,11 @@ use baton_common::lack::Shortage;
 
 use super::sandbox::{MARK, Sandbox};
 use super::{Command, Error, Launch, Program, REQUESTS_MAX, Running};
-use crate::shim::course::KILL_LIMIT;
-use crate::shim::wire::{Ended, Order, Report, Request};
-use crate::shim::{self, boottime_ms, tree};
-use crate::{open_files, shortage};
+use crate::local::shim::course::KILL_LIMIT;
+use crate::local::shim::wire::{Ended, Order, Report, Request};
+use crate::local::shim::{self, tree};
+use crate::machine::clock::boottime_ms;
+use crate::machine::{open_files, shortage};
 
 /// How long a shim may take until it says that the program has a process. It is a millisecond's work; a machine that swaps
 /// may need seconds.

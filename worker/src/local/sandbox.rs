@@ -9,8 +9,8 @@ use std::sync::Arc;
 use baton_common::id::Pid;
 
 use super::Error;
-use crate::shim::wire::Script;
-use crate::user::User;
+use crate::local::shim::wire::Script;
+use crate::local::user::User;
 
 /// The directory inside a sandbox that holds Baton's own files.
 const OWN: &str = ".baton";
@@ -93,7 +93,7 @@ impl Sandbox {
         self.path.join(OWN).join("stderr")
     }
 
-    /// The file that says how the program ended, a [`crate::shim::wire::Ended`] as JSON; absent before.
+    /// The file that says how the program ended, a [`shim::wire::Ended`](super::shim::wire::Ended) as JSON; absent before.
     pub fn done(&self) -> PathBuf {
         self.path.join(OWN).join("done.json")
     }

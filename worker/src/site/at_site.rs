@@ -6,12 +6,23 @@ use std::time::Duration;
 
 use baton_common::digest::Digest;
 
-use super::{Site, Visit};
-use crate::process::{Context, Error};
+use super::{Site, Sites, Visit};
+use crate::author::process::{Context, Error};
 use crate::transport::{self, Output, quote};
 
 /// How long a site that is well may take to answer anything.
 const PING_LIMIT: Duration = Duration::from_secs(10);
+
+impl Context {
+    /// A session with a site of the worker's configuration, until it is dropped. Ask for it at the beginning of an advance:
+    /// when there is none, `?` ends this one, and it is made when there is.
+    ///
+    /// # Errors
+    /// [`Error::NotNow`], or [`Error::Failed`] when the worker has no such site.
+    pub async fn site(&self, name: &str) -> Result<AtSite<'_>, Error> {
+        AtSite::enter(self, name).await
+    }
+}
 
 /// Commands and files at a site, in the middle of an advance. All paths begin at the folder of the process's try there,
 /// which is made; nothing else of Baton uses it for such a process.
@@ -27,7 +38,8 @@ pub struct AtSite<'a> {
 
 impl<'a> AtSite<'a> {
     pub(crate) async fn enter(context: &'a Context, name: &str) -> Result<Self, Error> {
-        let site = context.shared.sites.get(name).ok_or_else(|| {
+        let sites = context.facilities.sites.downcast_ref::<Sites>().expect("an incarnation puts its sites there");
+        let site = sites.get(name).ok_or_else(|| {
             Error::Failed(format!("this worker has no site `{name}`; sites stand in its configuration as [sites.NAME]"))
         })?;
         let visit = site.enter(context).await?;

@@ -5,13 +5,21 @@ use baton_common::config;
 use baton_common::spec::{OnSite, Spec};
 use baton_common::store::site::Job;
 
-use super::{fork, slurm};
 use crate::transport::Output;
+
+mod fork;
+mod slurm;
 
 /// A launcher: only texts, so that every transport is the same to it.
 pub(crate) trait Launcher: Send + Sync {
     /// What the script's first lines tell it.
     fn header(&self, spec: &Spec, on_site: &OnSite, site: &config::Site, dir: &str, token: &str) -> String;
+
+    /// What the outer layer of the script does about signals: a line, or nothing.
+    fn trap(&self) -> &'static str;
+
+    /// The time that the script keeps itself, in seconds, and 0 for no limit; `None` where the launcher keeps it.
+    fn time_limit(&self, spec: &Spec) -> Option<u64>;
 
     /// The shell expression by which a script knows its job. `baton` runs a command in it.
     fn job_id(&self) -> &'static str;

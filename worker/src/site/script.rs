@@ -140,7 +140,7 @@ set -- "$1" "$(baton date +%s)" "$(baton_clock)"
 {run} {program} < /dev/null > {stdout} 2> {stderr}
 set -- "$1" "$2" "$3" "$?"
 {ending}"#,
-            trap = self.trap(),
+            trap = self.launcher.trap(),
             run = self.run(),
             program = self.own("program"),
             ending = self.ending()
@@ -148,31 +148,13 @@ set -- "$1" "$2" "$3" "$?"
         text
     }
 
-    /// Under Slurm both layers are of one process group, so the outer one outlives a signal that the program sends to its
-    /// group (`kill 0`), and says that there was one: it can as well be Slurm's.
-    fn trap(&self) -> &'static str {
-        match self.site.launcher {
-            config::Launcher::Fork => "",
-            config::Launcher::Slurm => "trap baton_signalled=true TERM INT HUP\n",
-        }
-    }
-
-    /// What runs the inner layer. On a plain machine `timeout` keeps the time, and gives the layer a process group of its
-    /// own, so that a signal to its group does not reach the outer layer. Slurm keeps the time itself, and may know the
-    /// processes of a job by their group.
+    /// What runs the inner layer. Where the script keeps the time, `timeout` does, and gives the layer a process group of its
+    /// own, so that a signal to its group does not reach the outer layer.
     fn run(&self) -> String {
         let shell = self.site.shell.iter().map(|word| quote(word)).collect::<Vec<_>>().join(" ");
-        match self.time_limit() {
+        match self.launcher.time_limit(self.spec) {
             Some(secs) => format!("\"$(baton sh -c 'command -v timeout')\" -k 10 {secs} {shell}"),
             None => shell,
-        }
-    }
-
-    /// The time that the script keeps itself, in seconds; 0 for no limit.
-    fn time_limit(&self) -> Option<u64> {
-        match self.site.launcher {
-            config::Launcher::Fork => Some(self.spec.time.map_or(0, |time| time.as_secs().max(1))),
-            config::Launcher::Slurm => None,
         }
     }
 
@@ -180,7 +162,7 @@ set -- "$1" "$2" "$3" "$?"
     fn ending(&self) -> String {
         let [started, job, running, exits] = ["started", "started/job", RUNNING, "exit."].map(|name| self.own(name));
         let [part, done] = ["done.json.part", "done.json"].map(|name| self.own(name));
-        let over = match self.time_limit() {
+        let over = match self.launcher.time_limit(self.spec) {
             Some(secs @ 1..) => format!(
                 // The clock counts in hundredths, so it may be one behind.
                 "case $4 in {TIMED_OUT} | {TIMED_OUT_KILLED}) [ $(($(baton_clock) - $3)) -lt {} ] || baton_over=true ;; esac\n",
@@ -338,8 +320,9 @@ pub(crate) const RAN: &str = "ran";
 
 impl Done {
     /// Whether the script itself has ended the program because its time was over.
-    pub(crate) fn is_timed_out(&self, site: &config::Site, spec: &Spec) -> bool {
-        let guess = || site.launcher == config::Launcher::Fork && spec.time.is_some() && self.exit == TIMED_OUT;
+    pub(crate) fn is_timed_out(&self, launcher: &dyn Launcher, spec: &Spec) -> bool {
+        let keeps_time = || spec.time.is_some() && launcher.time_limit(spec).is_some();
+        let guess = || keeps_time() && self.exit == TIMED_OUT;
         self.timed_out.unwrap_or_else(guess)
     }
 

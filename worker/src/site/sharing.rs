@@ -8,8 +8,8 @@ use baton_common::spec::OnSite;
 use baton_common::spec::on_site::Scope;
 use tracing::{debug, info, warn};
 
-use crate::cli::chain;
-use crate::incarnation::Shared;
+use super::Sites;
+use crate::machine::causes::chain;
 
 /// Pause between two looks: while something is wrong, and while nothing is.
 const PAUSE_WRONG: Duration = Duration::from_secs(10);
@@ -35,8 +35,8 @@ impl Sharing {
     }
 
     /// Looks, and logs and records what has changed. A worker without sites has no use for a store.
-    pub(crate) async fn look(&self, shared: &Shared) {
-        let Some(site) = shared.sites.all().next() else { return };
+    pub(crate) async fn look(&self, sites: &Sites) {
+        let Some(site) = sites.all().next() else { return };
         let looked = tokio::time::timeout(LIMIT, sharing::join(&site.store, &site.objects)).await;
         let problem = match looked {
             Ok(Ok(foreign)) => foreign.map(|foreign| format!("{}; {}", foreign.text, foreign.remedy)),
@@ -55,7 +55,7 @@ impl Sharing {
             None => info!("the object store can be used"),
         }
         self.problem().clone_from(&problem);
-        if let Err(error) = site.store.note_objects(shared.me, problem.as_deref()).await {
+        if let Err(error) = site.store.note_objects(site.me, problem.as_deref()).await {
             debug!(%error, "the state of the object store is not recorded");
         }
     }
@@ -66,10 +66,10 @@ impl Sharing {
 }
 
 /// Runs until it is dropped.
-pub(crate) async fn run(shared: Arc<Shared>) {
+pub(crate) async fn run(sites: Arc<Sites>) {
     loop {
-        let pause = if shared.sites.sharing.problem().is_some() { PAUSE_WRONG } else { PAUSE_WELL };
+        let pause = if sites.sharing.problem().is_some() { PAUSE_WRONG } else { PAUSE_WELL };
         tokio::time::sleep(pause).await;
-        shared.sites.sharing.look(&shared).await;
+        sites.sharing.look(&sites).await;
     }
 }

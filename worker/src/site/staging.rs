@@ -25,7 +25,7 @@ use baton_common::spec::on_site::{self, Scope};
 pub(crate) use self::inputs::stage_in;
 pub(crate) use self::outputs::stage_out;
 use super::{Site, Visit};
-use crate::process::{Context, Wait};
+use crate::author::process::{Context, Wait};
 use crate::transport::{self, quote};
 
 /// Files of at least this size go through the cache.
@@ -101,7 +101,7 @@ impl From<objects::Error> for Error {
         {
             of_file = Some((path.clone(), io::Error::from_raw_os_error(errno)));
         }
-        let text = crate::process::Error::failed(error).to_string();
+        let text = crate::author::process::Error::failed(error).to_string();
         match of_file {
             Some((path, error)) => Error::Here { path, error, text },
             None if is_asked_too_much => Error::Stage(text),
@@ -116,8 +116,8 @@ impl From<baton_common::store::Error> for Error {
     }
 }
 
-impl From<crate::process::Error> for Error {
-    fn from(error: crate::process::Error) -> Self {
+impl From<crate::author::process::Error> for Error {
+    fn from(error: crate::author::process::Error) -> Self {
         Error::Stage(error.to_string())
     }
 }

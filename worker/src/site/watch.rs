@@ -18,7 +18,6 @@ use tracing::{debug, info, warn};
 use super::launcher::{Listed, Phase};
 use super::pool::Lease;
 use super::{COMMAND_LIMIT, Site, Visit, script};
-use crate::incarnation::Shared;
 use crate::transport::{self, Output, Shell, quote};
 
 /// In at least so many lists in a row a job must be missing, and for the time of settling, before it is gone.
@@ -66,7 +65,7 @@ impl Open {
 
 impl Watch {
     /// Looks at the jobs, if it is time to and this worker has the watch or can take it.
-    pub(crate) async fn look(&mut self, shared: &Shared, site: &Site, has_jobs: bool) {
+    pub(crate) async fn look(&mut self, site: &Site, has_jobs: bool) {
         let now = Instant::now();
         if has_jobs {
             self.last_needed = Some(now);
@@ -105,7 +104,7 @@ impl Watch {
         }
         self.next = Some(now + site.config.poll.mul_f64(0.9));
         let Some(open) = &mut self.open else { return };
-        match poll(shared, site, open).await {
+        match poll(site, open).await {
             Ok(()) => {
                 self.has_complained = false;
                 let _ = site.store.note_launcher(&site.name, None).await;
@@ -174,7 +173,7 @@ impl From<baton_common::store::Error> for Failure {
     }
 }
 
-async fn poll(shared: &Shared, site: &Site, open: &mut Open) -> Result<(), Failure> {
+async fn poll(site: &Site, open: &mut Open) -> Result<(), Failure> {
     let jobs = site.store.open_jobs(&site.name).await?;
     let dirs: Vec<(&Job, String)> =
         jobs.iter().map(|job| (job, format!("{}/p/{}/{}", open.root, job.pid, job.attempt))).collect();
@@ -239,7 +238,7 @@ async fn poll(shared: &Shared, site: &Site, open: &mut Open) -> Result<(), Failu
         if page.iter().any(|seen| seen.is_ended) {
             border!("job-seen");
         }
-        shared.tell_all(woken).await;
+        site.outbox.tell_all(woken).await;
     }
     for (job, dir, found) in unwanted.into_iter().take(REAPED_MAX) {
         reap(site, open, job, dir, found).await?;

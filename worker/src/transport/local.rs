@@ -12,7 +12,7 @@ use tokio::process::{Child, ChildStderr, ChildStdin, ChildStdout};
 
 use super::Error;
 use super::running::Event;
-use crate::open_files;
+use crate::machine::open_files;
 
 /// The worker's variables that a command sees. All others stay with the worker: they hold its passwords, and some
 /// schedulers give a job the whole environment of what submits it.

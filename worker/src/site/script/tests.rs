@@ -329,13 +329,17 @@ fn a_time_limit_is_known_from_what_the_script_did() {
         let spec = Spec { time, ..script(text) };
         run(&spec, dir.path());
         let done = done(dir.path()).unwrap();
-        assert_eq!((done.exit, done.is_timed_out(&site("fork", ""), &spec)), (exit, is_timed_out), "{text}");
+        assert_eq!(
+            (done.exit, done.is_timed_out(launcher::of(config::Launcher::Fork), &spec)),
+            (exit, is_timed_out),
+            "{text}"
+        );
         // What a program writes when it is told to end is there before its end is.
         assert_eq!(dir.path().join("kept").exists(), text.contains("kept"), "{text}");
     }
     let old = r#"{"exit":124,"phase":"program","started_at":1,"ended_at":2}"#;
     let old: Done = serde_json::from_str(old).unwrap();
-    assert!(old.is_timed_out(&site("fork", ""), &Spec { time: limit, ..script("true") }));
+    assert!(old.is_timed_out(launcher::of(config::Launcher::Fork), &Spec { time: limit, ..script("true") }));
 }
 
 #[test]

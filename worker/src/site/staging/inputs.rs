@@ -13,7 +13,7 @@ use baton_common::spec::on_site::{self, How, Input, OnSite, RESERVED, Scope};
 use tokio_util::io::SyncIoBridge;
 
 use super::{CACHED_FROM, Error, Staging, guards, links_inside, second_name};
-use crate::process::{Context, Wait};
+use crate::author::process::{Context, Wait};
 use crate::site::{Site, Visit, script};
 use crate::transport::quote;
 
@@ -84,7 +84,7 @@ impl Staging<'_> {
         self.tell(&format!("sending {} files", expected.len()));
         let (reader, writer) = tokio::io::duplex(STREAM_BYTES);
         let objects = self.site.objects.clone();
-        let runtime = self.context.shared.blocking.clone();
+        let runtime = self.context.facilities.blocking.clone();
         let packing = self.context.blocking(move || {
             let mut archive = tar::Builder::new(SyncIoBridge::new_with_handle(writer, runtime.clone()));
             for (path, bytes) in &own {
@@ -137,7 +137,7 @@ impl Staging<'_> {
             return Ok(path);
         }
         let permit = format!("sent/{}/{digest}", self.site.name);
-        let Some(_sending) = self.site.begin_sending(&permit, &self.context.shared).await? else {
+        let Some(_sending) = self.site.begin_sending(&permit).await? else {
             return Err(Error::Wait(Wait { waits_for: permit, at_most: SENT_PAUSE }));
         };
         self.send_to_cache(digest, size, executable, &path).await.map(|()| path)

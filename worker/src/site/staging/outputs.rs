@@ -17,7 +17,7 @@ use tokio_util::sync::PollSender;
 use super::listing::{Found, Listing};
 use super::missing::Missing;
 use super::{CACHED_FROM, Error, Staging, guards, values};
-use crate::process::Context;
+use crate::author::process::Context;
 use crate::site::{Site, Visit, script};
 use crate::transport::{self, quote};
 
@@ -344,7 +344,7 @@ impl Staging<'_> {
             pieces_rx.poll_recv(context).map(|piece: Option<Bytes>| piece.map(Ok::<_, io::Error>))
         }));
         let (files_tx, mut files_rx) = tokio::sync::mpsc::channel::<(BytePath, Vec<u8>)>(OBJECTS_AT_ONCE);
-        let runtime = self.context.shared.blocking.clone();
+        let runtime = self.context.facilities.blocking.clone();
         let unpacking = self.context.blocking(move || {
             let mut archive = tar::Archive::new(SyncIoBridge::new_with_handle(reader, runtime));
             for entry in archive.entries()? {

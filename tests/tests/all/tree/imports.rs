@@ -1,0 +1,308 @@
+//! Which modules the code of a crate names, by `crate::`, `super::`, `self::` and the names of child modules, with all
+//! re-exports resolved; what stands in modules of tests is left out. It reads words, and no more of the language than paths need.
+
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::fmt;
+
+/// A place in the code that names another module of its crate.
+#[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Import {
+    /// The file, from the root of the repository.
+    pub(super) file: String,
+    pub(super) line: usize,
+    /// The module at the top of the crate that the file belongs to.
+    pub(super) from: String,
+    /// The one that is named, or through which a re-export leads.
+    pub(super) to: String,
+}
+
+impl fmt::Display for Import {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}: {} imports {}", self.file, self.line, self.from, self.to)
+    }
+}
+
+/// The absolute path of a module or of something in it, without `crate`.
+type Path = Vec<String>;
+
+struct Word {
+    text: String,
+    line: usize,
+}
+
+/// A path in the code.
+struct Named {
+    path: Path,
+    line: usize,
+    /// The name that a `pub use` gives it, and where.
+    alias: Option<(Path, String)>,
+}
+
+/// All of a crate's imports between its modules at the top. `sources` are the files below `src/`, each with its path from
+/// there. What `lib.rs` and `main.rs` name themselves is left out: they know all.
+pub(super) fn imports(src: &str, sources: &[(String, String)]) -> Vec<Import> {
+    let files: Vec<(&str, Path, Vec<Word>)> = sources
+        .iter()
+        .filter_map(|(path, text)| {
+            let path = path.strip_prefix(src)?;
+            Some((path, module_of(path), words(text)))
+        })
+        .collect();
+    let modules: HashSet<&Path> = files.iter().map(|(_, module, _)| module).collect();
+    let named: Vec<(&str, &Path, Vec<Named>)> =
+        files.iter().map(|(file, module, words)| (*file, module, paths(module, words, &modules))).collect();
+    let aliases: HashMap<(Path, String), Path> = named
+        .iter()
+        .flat_map(|(_, _, named)| named)
+        .filter_map(|named| Some((named.alias.clone()?, named.path.clone())))
+        .collect();
+    let mut imports = Vec::new();
+    for (file, module, named) in &named {
+        let Some(from) = module.first() else { continue };
+        for Named { path, line, .. } in named {
+            for to in rooms(path, &aliases).into_iter().filter(|to| to != from && modules.contains(&vec![to.clone()])) {
+                imports.push(Import { file: format!("{src}{file}"), line: *line, from: from.clone(), to });
+            }
+        }
+    }
+    imports.sort();
+    imports.dedup();
+    imports
+}
+
+/// The modules at the top of the crate that have a file.
+pub(super) fn tops(src: &str, sources: &[(String, String)]) -> HashSet<String> {
+    let files = sources.iter().filter_map(|(path, _)| path.strip_prefix(src));
+    files.filter_map(|path| module_of(path).into_iter().next()).collect()
+}
+
+fn module_of(path: &str) -> Path {
+    let path = path.strip_suffix(".rs").unwrap_or(path);
+    path.split('/').filter(|name| !["lib", "main", "mod"].contains(name)).map(str::to_owned).collect()
+}
+
+/// The modules at the top to which a path leads, those with re-exports on the way included.
+fn rooms(path: &Path, aliases: &HashMap<(Path, String), Path>) -> Vec<String> {
+    let mut rooms = Vec::new();
+    let (mut at, mut rest) = (Path::new(), VecDeque::from(path.clone()));
+    let mut n_hops = 0;
+    while let Some(name) = rest.pop_front() {
+        match aliases.get(&(at.clone(), name.clone())).filter(|_| n_hops < 20) {
+            Some(target) => {
+                n_hops += 1;
+                rooms.extend(at.first().cloned());
+                rest = target.iter().cloned().chain(rest).collect();
+                at.clear();
+            }
+            None => at.push(name),
+        }
+    }
+    rooms.extend(at.first().cloned());
+    rooms
+}
+
+/// All paths that a file names. Modules within the file count, since `super` means another one there.
+fn paths(file: &Path, words: &[Word], modules: &HashSet<&Path>) -> Vec<Named> {
+    let word = |idx: usize| words.get(idx).map_or("", |word| word.text.as_str());
+    let mut inner: Vec<(String, usize)> = Vec::new();
+    let (mut depth, mut idx, mut found) = (0, 0, Vec::new());
+    while idx < words.len() {
+        let module = || file.iter().cloned().chain(inner.iter().map(|(name, _)| name.clone())).collect::<Path>();
+        let before = if idx == 0 { "" } else { word(idx - 1) };
+        match word(idx) {
+            // What is only tested with is no part of the crate.
+            "mod" if word(idx + 2) == "{" && is_of_tests(&words[..idx]) => {
+                let outer = depth;
+                idx += 2;
+                depth += 1;
+                while depth > outer && idx + 1 < words.len() {
+                    idx += 1;
+                    depth = depth + usize::from(word(idx) == "{") - usize::from(word(idx) == "}");
+                }
+            }
+            "mod" if word(idx + 2) == "{" => inner.push((word(idx + 1).to_owned(), depth)),
+            "{" => depth += 1,
+            "}" => {
+                depth -= 1;
+                inner.retain(|(_, opened)| *opened < depth);
+            }
+            // `use<..>` names what a type captures.
+            "use" if word(idx + 1) != "<" => {
+                let is_public = ["pub", ")"].contains(&before);
+                let mut leaves = Vec::new();
+                idx += 1;
+                tree(words, &mut idx, &Path::new(), &mut leaves);
+                for (path, name, line) in leaves {
+                    if let Some(path) = absolute(&module(), &path, modules, true) {
+                        found.push(Named { path, line, alias: is_public.then(|| (module(), name)) });
+                    }
+                }
+            }
+            "crate" | "super" if word(idx + 1) == "::" && before != "::" => {
+                let line = words[idx].line;
+                let mut path = vec![word(idx).to_owned()];
+                while word(idx + 1) == "::" && is_name(word(idx + 2)) {
+                    path.push(word(idx + 2).to_owned());
+                    idx += 2;
+                }
+                found.extend(absolute(&module(), &path, modules, false).map(|path| Named { path, line, alias: None }));
+            }
+            _ => {}
+        }
+        idx += 1;
+    }
+    found
+}
+
+/// The paths of a `use`, each with its name and line. `idx` comes to stand at the first word behind the tree.
+fn tree(words: &[Word], idx: &mut usize, prefix: &Path, leaves: &mut Vec<(Path, String, usize)>) {
+    let mut path = prefix.clone();
+    let line = words.get(*idx).map_or(0, |word| word.line);
+    while let Some(Word { text, .. }) = words.get(*idx) {
+        match text.as_str() {
+            "{" => {
+                *idx += 1;
+                while words.get(*idx).is_some_and(|word| word.text != "}") {
+                    tree(words, idx, &path, leaves);
+                    assert!(
+                        words.get(*idx).is_some_and(|word| ["}", ","].contains(&word.text.as_str())),
+                        "line {line}"
+                    );
+                    *idx += usize::from(words[*idx].text == ",");
+                }
+                *idx += 1;
+                return;
+            }
+            ";" | "," | "}" => break,
+            "::" | "*" => {}
+            "as" => {
+                let name = words.get(*idx + 1).map_or_else(String::new, |word| word.text.clone());
+                *idx += 2;
+                leaves.push((path, name, line));
+                return;
+            }
+            "self" if !path.is_empty() => {}
+            name => path.push(name.to_owned()),
+        }
+        *idx += 1;
+    }
+    let name = path.last().cloned().unwrap_or_default();
+    leaves.push((path, name, line));
+}
+
+/// A path from the root of the crate; `None` for one of another crate.
+fn absolute(module: &Path, path: &Path, modules: &HashSet<&Path>, is_use: bool) -> Option<Path> {
+    let mut rest = path.iter().peekable();
+    let mut at = match rest.peek()?.as_str() {
+        "crate" => Path::new(),
+        "super" | "self" => module.clone(),
+        name => {
+            let child: Path = module.iter().cloned().chain([name.to_owned()]).collect();
+            return (is_use && modules.contains(&child)).then(|| module.iter().chain(path).cloned().collect());
+        }
+    };
+    while let Some(name) = rest.next_if(|name| ["crate", "super", "self"].contains(&name.as_str())) {
+        if name == "super" {
+            at.pop();
+        }
+    }
+    at.extend(rest.cloned());
+    Some(at)
+}
+
+/// Whether the words before something are those that keep it to tests.
+fn is_of_tests(before: &[Word]) -> bool {
+    const ATTRIBUTE: [&str; 7] = ["#", "[", "cfg", "(", "test", ")", "]"];
+    before.len() >= ATTRIBUTE.len()
+        && before[before.len() - ATTRIBUTE.len()..].iter().map(|word| &*word.text).eq(ATTRIBUTE)
+}
+
+fn is_name(word: &str) -> bool {
+    word.starts_with(|c: char| c.is_alphabetic() || c == '_')
+}
+
+/// Names, `::` and signs, without comments and without what stands in quotes.
+fn words(text: &str) -> Vec<Word> {
+    let chars: Vec<char> = text.chars().collect();
+    let at = |idx: usize| chars.get(idx).copied().unwrap_or('\0');
+    let (mut words, mut line, mut idx) = (Vec::new(), 1, 0);
+    while idx < chars.len() {
+        let begin = idx;
+        let is_raw =
+            at(idx) == 'r' && (at(idx + 1) == '"' || (at(idx + 1) == '#' && ['"', '#'].contains(&at(idx + 2))));
+        match at(idx) {
+            '/' if at(idx + 1) == '/' => idx += chars[idx..].iter().take_while(|c| **c != '\n').count(),
+            '"' => idx = quoted(&chars, idx),
+            _ if is_raw => {
+                let n_signs = chars[idx + 1..].iter().take_while(|c| **c == '#').count();
+                let end: Vec<char> = std::iter::once('"').chain(std::iter::repeat_n('#', n_signs)).collect();
+                idx += 2 + n_signs;
+                idx += chars[idx..].windows(end.len()).position(|some| some == end).unwrap_or(0) + end.len();
+            }
+            // Else it is a lifetime, whose name does no harm.
+            '\'' if at(idx + 1) == '\\' || at(idx + 2) == '\'' => {
+                idx += 1 + usize::from(at(idx + 1) == '\\');
+                idx += 1 + chars[idx + 1..].iter().take_while(|c| **c != '\'').count() + 1;
+            }
+            c if c.is_alphanumeric() || c == '_' => {
+                while at(idx).is_alphanumeric() || at(idx) == '_' {
+                    idx += 1;
+                }
+                words.push(Word { text: chars[begin..idx].iter().collect(), line });
+            }
+            ':' if at(idx + 1) == ':' => {
+                words.push(Word { text: "::".to_owned(), line });
+                idx += 2;
+            }
+            c => {
+                if !c.is_whitespace() {
+                    words.push(Word { text: c.to_string(), line });
+                }
+                idx += 1;
+            }
+        }
+        line += chars[begin..idx.min(chars.len())].iter().filter(|c| **c == '\n').count();
+    }
+    words
+}
+
+/// The first place behind a string that begins here.
+fn quoted(chars: &[char], begin: usize) -> usize {
+    let mut idx = begin + 1;
+    while idx < chars.len() && chars[idx] != '"' {
+        idx += 1 + usize::from(chars[idx] == '\\');
+    }
+    idx + 1
+}
+
+#[test]
+fn a_path_is_followed_through_groups_re_exports_and_modules_within_a_file() {
+    let sources = [
+        ("src/lib.rs", "mod low; mod middle; mod high; pub use high::{deep::{self as alias}, Thing};"),
+        ("src/low.rs", "fn f() { let s = \"crate::high\"; crate::alias::run('{', r#\"crate::high \"#) }"),
+        ("src/middle.rs", "pub(crate) use crate::low::Small;\nmod own { use super::super::high; }\nuse super::Thing;"),
+        ("src/middle/part.rs", "//! crate::high\nuse super::{Small, super::low};\nuse std::high::X;"),
+        (
+            "src/high.rs",
+            "use crate::{middle::{Small, part as p}, low};\n#[cfg(test)] mod tests { fn f() { crate::deep::X } }",
+        ),
+        ("src/high/deep.rs", "impl<'a> X<'a> { fn f() -> crate::middle::Small<crate::low::Y> {} }"),
+    ];
+    let sources = sources.map(|(path, text)| (path.to_owned(), text.to_owned()));
+    let found: Vec<String> = imports("src/", &sources)
+        .iter()
+        .map(|import| format!("{}:{} {} {}", import.file, import.line, import.from, import.to))
+        .collect();
+    let wanted = [
+        "src/high.rs:1 high low",
+        "src/high.rs:1 high middle",
+        "src/high/deep.rs:1 high low",
+        "src/high/deep.rs:1 high middle",
+        "src/low.rs:1 low high",
+        "src/middle.rs:1 middle low",
+        "src/middle.rs:2 middle high",
+        "src/middle.rs:3 middle high",
+        "src/middle/part.rs:2 middle low",
+    ];
+    assert_eq!(found, wanted);
+}

@@ -1,0 +1,232 @@
+//! What passes between a held process and its worker while it is held: what it does right now, and what it has to obey.
+
+use std::path::PathBuf;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use baton_common::message::{Effect, Status};
+use baton_common::state::{Desired, State};
+use tokio::sync::Notify;
+
+/// What a held process has to obey before its next advance, or in the middle of one if it is urgent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Orders {
+    /// What the row said when it was last read.
+    pub(crate) desired: Desired,
+    /// Whether that is wanted at once.
+    pub(crate) urgent: bool,
+    /// Whether the worker stops.
+    pub(crate) drain: Drain,
+    /// The lease is lost: drop everything and write nothing more.
+    pub(crate) abandon: bool,
+}
+
+/// How urgently the worker wants its processes back in the queue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Drain {
+    /// It does not.
+    No,
+    /// Before the next advance.
+    Soon,
+    /// The grace has passed: drop the advance, and give it time to end what it runs.
+    Now,
+    /// Somebody is in a hurry: do not even wait for that.
+    AtOnce,
+}
+
+/// What a held process does right now, written on its thread and read on another; and what it has to obey, the other way
+/// round.
+pub(crate) struct Live {
+    facts: Mutex<Facts>,
+    orders: Mutex<Orders>,
+    ordered: Notify,
+}
+
+struct Facts {
+    stage: Since<&'static str>,
+    advances: u64,
+    last_line: Option<String>,
+    child: Option<u32>,
+    memory_bytes: Option<u64>,
+    /// Most held processes have none.
+    streams: Option<Box<Streams>>,
+    left_as: Option<State>,
+}
+
+/// The stage before the first advance.
+const CLAIMED: &str = "claimed";
+
+/// The stage of a short wait between two advances.
+pub(crate) const SLEEPING: &str = "sleeping";
+
+/// The stage of a fenced write.
+pub(crate) const WRITING: &str = "writing";
+
+/// Where the output of a process's program is while that runs.
+#[derive(Clone)]
+pub(crate) struct Streams {
+    pub(crate) stdout: PathBuf,
+    pub(crate) stderr: PathBuf,
+}
+
+impl Orders {
+    pub(crate) fn new(desired: Desired, urgent: bool) -> Self {
+        Self { desired, urgent, drain: Drain::No, abandon: false }
+    }
+
+    /// Whether there is anything to obey before the next advance.
+    pub(crate) fn are_any(&self) -> bool {
+        self.abandon || self.desired != Desired::Run || self.drain != Drain::No
+    }
+
+    /// Whether a running advance has to be dropped.
+    pub(crate) fn interrupts(&self) -> bool {
+        self.abandon
+            || self.desired == Desired::Kill
+            || (self.desired == Desired::Pause && self.urgent)
+            || self.drain >= Drain::Now
+    }
+}
+
+impl Live {
+    pub(crate) fn new(advances: u64, orders: Orders) -> Self {
+        let facts = Facts {
+            stage: Since::now(CLAIMED),
+            advances,
+            last_line: None,
+            child: None,
+            memory_bytes: None,
+            streams: None,
+            left_as: None,
+        };
+        Self { facts: Mutex::new(facts), orders: Mutex::new(orders), ordered: Notify::new() }
+    }
+
+    /// What has to be obeyed now.
+    pub(crate) fn orders(&self) -> Orders {
+        *self.lock_orders()
+    }
+
+    /// Waits until the orders are such.
+    pub(crate) async fn until(&self, are_such: impl Fn(&Orders) -> bool) {
+        loop {
+            // What is ordered between the look and the wait is not missed.
+            let ordered = self.ordered.notified();
+            if are_such(&self.orders()) {
+                return;
+            }
+            ordered.await;
+        }
+    }
+
+    /// What the row says is desired.
+    pub(crate) fn wish(&self, desired: Desired, urgent: bool) {
+        self.order(|orders| {
+            orders.desired = desired;
+            orders.urgent = urgent;
+        });
+    }
+
+    /// Changes the orders, and wakes whoever waits for a change.
+    pub(crate) fn order(&self, change: impl FnOnce(&mut Orders)) {
+        let mut orders = self.lock_orders();
+        let before = *orders;
+        change(&mut orders);
+        if *orders != before {
+            self.ordered.notify_waiters();
+        }
+    }
+
+    fn lock_orders(&self) -> MutexGuard<'_, Orders> {
+        self.orders.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn set_stage(&self, stage: &'static str) {
+        let mut facts = self.lock();
+        if facts.stage.what != stage {
+            facts.stage = Since::now(stage);
+        }
+    }
+
+    pub(crate) fn set_advances(&self, advances: u64) {
+        self.lock().advances = advances;
+    }
+
+    pub(crate) fn set_last_line(&self, line: &str) {
+        self.lock().last_line = Some(line.chars().take(200).collect());
+    }
+
+    pub(crate) fn set_child(&self, child: Option<u32>, memory_bytes: Option<u64>) {
+        let mut facts = self.lock();
+        facts.child = child;
+        facts.memory_bytes = memory_bytes;
+    }
+
+    /// The state in which the row has left this holder, by its own last write.
+    pub(crate) fn set_left_as(&self, state: State) {
+        self.lock().left_as = Some(state);
+    }
+
+    /// What a request has come to, now that the process has left this holder.
+    pub(crate) fn effect(&self, verb: Desired) -> Effect {
+        match self.lock().left_as {
+            Some(State::Paused(_)) => Effect::Paused,
+            Some(state @ (State::Finished | State::Excepted | State::Killed)) => Effect::ended(state),
+            // Back in the queue or asleep, since somebody has played it meanwhile or the worker stops.
+            Some(State::Created | State::Running | State::Waiting) => Effect::pending(verb),
+            None => Effect::NotHeld,
+        }
+    }
+
+    pub(crate) fn set_streams(&self, streams: Streams) {
+        self.lock().streams = Some(Box::new(streams));
+    }
+
+    pub(crate) fn streams(&self) -> Option<Streams> {
+        self.lock().streams.as_deref().cloned()
+    }
+
+    /// Whether an advance is under way, so that a pause has to wait for it.
+    pub(crate) fn is_advancing(&self) -> bool {
+        !matches!(self.lock().stage.what, CLAIMED | SLEEPING | WRITING)
+    }
+
+    /// Whether a fenced write is under way.
+    pub(crate) fn is_writing(&self) -> bool {
+        self.lock().stage.what == WRITING
+    }
+
+    /// The answer to `status`.
+    pub(crate) fn status(&self, worker: &str, epoch: i64) -> Status {
+        let facts = self.lock();
+        Status {
+            stage: facts.stage.what.to_owned(),
+            stage_ms: u64::try_from(facts.stage.since.elapsed().as_millis()).unwrap_or(u64::MAX),
+            advances: facts.advances,
+            worker: worker.to_owned(),
+            epoch,
+            last_line: facts.last_line.clone(),
+            child: facts.child,
+            memory_bytes: facts.memory_bytes,
+            blocked_ms: None,
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Facts> {
+        // Plain data: a panic while it was written leaves nothing half-done that matters.
+        self.facts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// How long a thing has been as it is.
+#[derive(Clone, Copy, Debug)]
+struct Since<T> {
+    what: T,
+    since: Instant,
+}
+
+impl<T> Since<T> {
+    fn now(what: T) -> Self {
+        Self { what, since: Instant::now() }
+    }
+}

@@ -1,0 +1,112 @@
+//! Whether this worker takes tasks: not while it ends, while its database is away, while the fleet is paused or while its
+//! machine lacks something.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use baton_common::communicator::Communicator;
+use tokio::sync::{Mutex, Notify, Semaphore};
+
+use crate::machine::shortage::Health;
+
+/// Begins and ends the consumption of tasks.
+pub(crate) struct Gate {
+    communicator: Communicator,
+    queues: Arc<[String]>,
+    slots: Arc<Semaphore>,
+    health: Arc<Health>,
+    /// Notified when the gate opens: a suspect can be claimed again.
+    next_suspect: Arc<Notify>,
+    takes_tasks: AtomicBool,
+    halts: Mutex<Halts>,
+}
+
+/// What keeps this worker from taking tasks, beside what its machine lacks; and what it takes.
+#[derive(Default)]
+struct Halts {
+    is_ending: bool,
+    is_database_away: bool,
+    is_fleet_paused: bool,
+    taking: Taking,
+}
+
+#[derive(Clone, Copy, Default, PartialEq)]
+enum Taking {
+    /// Neither tasks nor broadcasts that have to be recorded.
+    #[default]
+    Nothing,
+    /// Broadcasts only.
+    Orders,
+    Everything,
+}
+
+impl Gate {
+    /// A gate that is shut.
+    pub(crate) fn new(
+        communicator: Communicator,
+        queues: Arc<[String]>,
+        slots: Arc<Semaphore>,
+        health: Arc<Health>,
+        next_suspect: Arc<Notify>,
+    ) -> Self {
+        let (takes_tasks, halts) = (AtomicBool::new(false), Mutex::default());
+        Self { communicator, queues, slots, health, next_suspect, takes_tasks, halts }
+    }
+
+    /// The database has answered a beat, which also says whether the fleet is paused.
+    pub(crate) async fn has_database(&self, is_fleet_paused: bool) {
+        let mut halts = self.halts.lock().await;
+        (halts.is_database_away, halts.is_fleet_paused) = (false, is_fleet_paused);
+        self.settle(&mut halts).await;
+    }
+
+    /// The database does not answer.
+    pub(crate) async fn lacks_database(&self) {
+        let mut halts = self.halts.lock().await;
+        halts.is_database_away = true;
+        self.settle(&mut halts).await;
+    }
+
+    /// The incarnation ends: it takes nothing more.
+    pub(crate) async fn take_nothing_more(&self) {
+        let mut halts = self.halts.lock().await;
+        halts.is_ending = true;
+        self.settle(&mut halts).await;
+    }
+
+    /// Begins or ends to take tasks, as the machine allows.
+    pub(crate) async fn take_what_it_can(&self) {
+        self.settle(&mut *self.halts.lock().await).await;
+    }
+
+    async fn settle(&self, halts: &mut Halts) {
+        let taking = if halts.is_ending || halts.is_database_away {
+            Taking::Nothing
+        } else if halts.is_fleet_paused || self.health.stops_taking() {
+            Taking::Orders
+        } else {
+            Taking::Everything
+        };
+        if std::mem::replace(&mut halts.taking, taking) == taking {
+            return;
+        }
+        self.takes_tasks.store(taking == Taking::Everything, Ordering::Release);
+        match taking {
+            Taking::Nothing => self.communicator.stop_consuming().await,
+            Taking::Orders => {
+                self.communicator.stop_consuming().await;
+                self.communicator.consume_control().await;
+            }
+            Taking::Everything => {
+                self.communicator.consume(self.queues.to_vec(), Arc::clone(&self.slots)).await;
+                self.communicator.consume_control().await;
+                self.next_suspect.notify_one();
+            }
+        }
+    }
+
+    /// Whether this worker takes tasks at the moment.
+    pub(crate) fn takes_tasks(&self) -> bool {
+        self.takes_tasks.load(Ordering::Acquire) && !self.health.stops_taking()
+    }
+}

@@ -1,0 +1,477 @@
+//! The command line of a worker, and the options that every program of Baton shares.
+
+use std::hint::black_box;
+use std::io;
+use std::panic::catch_unwind;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use baton_common::communicator::{Broker, CheckError};
+use baton_common::config::{self, Config};
+use baton_common::failpoint;
+use baton_common::objects::Objects;
+use baton_common::store::{self, Access, Location, Store};
+use baton_common::telemetry::{self, LogFormat};
+use baton_common::{duration, store::Error as StoreError};
+use clap::{Args, Parser, ValueEnum};
+use tokio::signal::unix::{SignalKind, signal};
+use tracing::{error, info, warn};
+
+use crate::author::registry::Registry;
+use crate::lifecycle::worker::{self, Limits, Options, Stop};
+use crate::local::shim;
+use crate::local::user::{self, User};
+pub use crate::machine::causes::chain;
+use crate::machine::{handover, open_files};
+
+/// Slots of a worker that names none. A held process costs memory and, if it runs a program, a share of the machine. Of
+/// short ones a worker has one or two hundred on their way between broker, claim and acknowledgement, and each has a slot.
+const SLOTS: u32 = 400;
+
+/// Grace of a worker that names none: service managers send KILL after 30 s and more.
+const GRACE: Duration = Duration::from_secs(25);
+
+/// Pause between two attempts of a worker to reach the database when it starts.
+const CONNECT_PAUSE: Duration = Duration::from_secs(1);
+
+/// How long a worker that starts asks its broker to whom the virtual host belongs.
+const CHECK_LIMIT: Duration = Duration::from_secs(3);
+
+/// Most connections of one worker: more are a slip of the pen.
+const CONNECTIONS_MAX: u32 = 100;
+/// How long a thread for blocking work is kept without any. A probe of the worker's machine uses one every few seconds.
+const BLOCKING_KEPT: Duration = Duration::from_secs(60);
+
+/// Memory that a worker keeps for itself: 16 MiB. A larger chunk would not stay with the allocator.
+const HEADROOM_CHUNKS: usize = 160;
+const HEADROOM_CHUNK_BYTES: usize = 100 << 10;
+
+/// Open files without which no program of Baton can work.
+const FILES_MIN: usize = 16;
+
+/// Exit codes of Baton's programs, documented in the README.
+pub mod exit {
+    /// It was done.
+    pub const OK: u8 = 0;
+    /// It failed for a reason that has no code of its own.
+    pub const FAILED: u8 = 1;
+    /// The command line, the configuration or a spec is wrong.
+    pub const USAGE: u8 = 2;
+    /// There is no such process, worker, dead letter or file.
+    pub const NOT_FOUND: u8 = 3;
+    /// It is not allowed: wrong credentials, or a schema that is newer than the program.
+    pub const REFUSED: u8 = 4;
+    /// It does not fit the present state.
+    pub const CONFLICT: u8 = 5;
+    /// `--wait` has waited long enough.
+    pub const WAIT_TIMED_OUT: u8 = 6;
+    /// Broker or database cannot be reached, and nothing was recorded.
+    pub const UNREACHABLE: u8 = 7;
+    /// The process itself failed.
+    pub const PROCESS_FAILED: u8 = 8;
+    /// Some of many failed.
+    pub const SOME_FAILED: u8 = 9;
+}
+
+/// Options of every program.
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Connection")]
+pub struct Connection {
+    /// Configuration file [default: baton.toml, ~/.config/baton/baton.toml, /etc/baton/baton.toml]
+    #[arg(long, global = true, env = "BATON_CONFIG", value_name = "PATH")]
+    pub config: Option<PathBuf>,
+    /// RabbitMQ: amqp://USER:PASSWORD@HOST:PORT/VHOST; several separated by commas
+    #[arg(long, global = true, env = "BATON_BROKER_URL", value_name = "URL", hide_env_values = true)]
+    pub broker_url: Option<String>,
+    /// A file that holds the broker's URL
+    #[arg(long, global = true, env = "BATON_BROKER_URL_FILE", value_name = "PATH")]
+    pub broker_url_file: Option<PathBuf>,
+    /// Database: postgres://USER:PASSWORD@HOST:PORT/NAME, or sqlite:PATH
+    #[arg(long, global = true, env = "BATON_DATABASE_URL", value_name = "URL", hide_env_values = true)]
+    pub database_url: Option<String>,
+    /// A file that holds the database's URL
+    #[arg(long, global = true, env = "BATON_DATABASE_URL_FILE", value_name = "PATH")]
+    pub database_url_file: Option<PathBuf>,
+    /// Where files of processes are kept: a folder, or s3://BUCKET/PREFIX [default: ~/.local/share/baton/objects]
+    #[arg(long, global = true, env = "BATON_OBJECTS_URL", value_name = "URL")]
+    pub objects_url: Option<String>,
+}
+
+/// Where broker, database and objects are, after flags, environment and file have been merged.
+#[derive(Clone)]
+pub struct Resolved {
+    /// The file's content.
+    pub config: Config,
+    /// The broker's URLs; empty when none is named.
+    pub broker_urls: Vec<String>,
+    /// The database's URL.
+    pub database_url: Option<String>,
+    /// Where objects are; `url` is absent when nobody names a place.
+    pub objects: config::Objects,
+}
+
+impl Connection {
+    /// Merges flags and environment with the configuration file.
+    ///
+    /// # Errors
+    /// The file cannot be read or used.
+    pub fn resolve(&self) -> Result<Resolved, config::Error> {
+        let config = Config::load(self.config.as_deref())?;
+        let broker_urls = match (&self.broker_url, &self.broker_url_file) {
+            (Some(urls), _) => config::split_urls(urls),
+            (None, Some(path)) => config::split_urls(&config::read_secret(path)?),
+            (None, None) => config.broker_urls()?,
+        };
+        let database_url = match (&self.database_url, &self.database_url_file) {
+            (Some(url), _) => Some(url.clone()),
+            (None, Some(path)) => Some(config::read_secret(path)?),
+            (None, None) => config.database_url()?,
+        };
+        let mut objects = config.objects.clone();
+        objects.url = self.objects_url.clone().or(objects.url);
+        Ok(Resolved { config, broker_urls, database_url, objects })
+    }
+}
+
+/// Advances Baton's processes: takes them from RabbitMQ, checkpoints them in the database, gives them back when it stops.
+#[derive(Parser, Debug)]
+#[command(
+    name = "baton-worker",
+    version,
+    after_help = "Examples:
+  baton-worker --broker-url amqp://guest:guest@localhost --database-url postgres://postgres@localhost/baton
+  baton-worker --name gpu-1 --queue gpu --slots 4
+
+TERM lets it drain: it takes nothing more, checkpoints, ends what outlives the grace at no charge, and exits with 0.
+A second TERM does not wait for the grace."
+)]
+struct Command {
+    #[command(flatten)]
+    connection: Connection,
+    /// A label for people [default: the host's name]
+    #[arg(long, env = "BATON_WORKER_NAME")]
+    name: Option<String>,
+    /// A queue to serve; may be repeated [default: default]
+    #[arg(long = "queue", env = "BATON_WORKER_QUEUES", value_delimiter = ',')]
+    queues: Vec<String>,
+    /// How many processes it holds at a time [default: 400]
+    #[arg(long, env = "BATON_WORKER_SLOTS", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    slots: Option<u32>,
+    /// How many threads advance processes [default: as many as there are cores]
+    #[arg(long, env = "BATON_WORKER_THREADS", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    threads: Option<u16>,
+    /// How many connections to the database it has at most; from 4 [default: 4]
+    #[arg(long, env = "BATON_WORKER_DATABASE_CONNECTIONS", value_name = "N")]
+    database_connections: Option<u32>,
+    /// Where sandboxes of local programs are made [default: ./.baton/worker]
+    #[arg(long, env = "BATON_WORKER_ROOT", value_name = "DIR")]
+    root: Option<PathBuf>,
+    /// Run local programs as this user; the worker has to be root [default: the worker's own user]
+    #[arg(long, env = "BATON_WORKER_USER", value_name = "NAME")]
+    user: Option<String>,
+    /// How long an advance may go on when the worker stops [default: 25s]
+    #[arg(long, env = "BATON_WORKER_GRACE", value_parser = duration::parse, value_name = "DURATION")]
+    grace: Option<Duration>,
+    /// What is logged: error, warn, info, debug, or a list such as baton_worker=debug
+    #[arg(long, env = "BATON_LOG", default_value = "info", value_name = "FILTER")]
+    log: String,
+    /// How it is logged
+    #[arg(long, env = "BATON_LOG_FORMAT", value_enum, default_value = "text")]
+    log_format: Format,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Format {
+    Text,
+    Json,
+}
+
+/// The whole of a worker's program: command line, signals, exit code. Also runs the shim, so call it first in `main`.
+pub fn main(registry: Registry) -> ExitCode {
+    if std::env::args().nth(1).as_deref() == Some(shim::COMMAND) {
+        return shim::main();
+    }
+    keep_headroom();
+    let command = Command::parse_from(handover::begin());
+    let _failpoints = failpoint::init();
+    let format = match command.log_format {
+        Format::Text => LogFormat::Text,
+        Format::Json => LogFormat::Json,
+    };
+    telemetry::init(&command.log, format);
+    let runtime = match runtime() {
+        Ok(runtime) => runtime,
+        Err(failure) => {
+            error!("cannot start: {failure}");
+            return ExitCode::from(exit::FAILED);
+        }
+    };
+    let code = runtime.block_on(serve(command, registry));
+    // A process that blocks its thread, or work on the blocking pool, does not keep the program.
+    runtime.shutdown_timeout(Duration::from_secs(1));
+    code
+}
+
+/// Lets the allocator keep some memory, so that a worker that is given no more can still say so: an allocation that fails
+/// ends a program. What is never written to costs no memory of the machine.
+fn keep_headroom() {
+    let chunks: Vec<Vec<u8>> = (0..HEADROOM_CHUNKS).map(|_| Vec::with_capacity(HEADROOM_CHUNK_BYTES)).collect();
+    // The allocator gives back only what lies above the last one that is in use.
+    std::mem::forget(black_box(Box::new([0_u8; 64])));
+    drop(black_box(chunks));
+}
+
+/// The main runtime of a program.
+///
+/// # Errors
+/// There are too few open files, processes or threads for it.
+pub fn runtime() -> io::Result<tokio::runtime::Runtime> {
+    open_files::raise();
+    open_files::check(FILES_MIN)?;
+    let build = || {
+        tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(2)
+            // Where the system starts no further thread, blocking work needs one that is there.
+            .thread_keep_alive(BLOCKING_KEPT)
+            .enable_all()
+            .build()
+    };
+    // Without a thread, the runtime panics. The error says it better.
+    let hook = std::panic::take_hook();
+    std::panic::set_hook(Box::new(|_| {}));
+    let built = catch_unwind(build);
+    std::panic::set_hook(hook);
+    built.unwrap_or_else(|_| {
+        Err(io::Error::other("the system starts no thread; raise the limit of processes (`ulimit -u`, `pids.max`)"))
+    })
+}
+
+async fn serve(command: Command, registry: Registry) -> ExitCode {
+    let stop = Stop::default();
+    let mut signals = match Signals::new() {
+        Ok(signals) => signals,
+        Err(failure) => {
+            error!(%failure, "cannot listen for signals");
+            return ExitCode::from(exit::FAILED);
+        }
+    };
+    let working = async {
+        let (options, user) = match options(command, registry, &stop).await {
+            Ok(options) => options,
+            Err(code) => return code,
+        };
+        if let Err(code) = refuse_other_database(&options, &stop).await {
+            return code;
+        }
+        match worker::run_as(&options, user, &stop).await {
+            Ok(()) => ExitCode::from(exit::OK),
+            Err(failure) => {
+                error!("{}", chain(&failure));
+                ExitCode::from(exit::FAILED)
+            }
+        }
+    };
+    tokio::pin!(working);
+    let mut received = 0;
+    loop {
+        tokio::select! {
+            code = &mut working => return code,
+            name = signals.next() => {
+                received += 1;
+                if received == 1 {
+                    info!(signal = name, "stopping");
+                    stop.drain();
+                } else {
+                    warn!(signal = name, "stopping at once");
+                    stop.hurry();
+                }
+            }
+        }
+    }
+}
+
+struct Signals {
+    terminate: tokio::signal::unix::Signal,
+    interrupt: tokio::signal::unix::Signal,
+}
+
+impl Signals {
+    fn new() -> std::io::Result<Self> {
+        Ok(Self { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? })
+    }
+
+    async fn next(&mut self) -> &'static str {
+        tokio::select! {
+            _ = self.terminate.recv() => "TERM",
+            _ = self.interrupt.recv() => "INT",
+        }
+    }
+}
+
+async fn options(command: Command, registry: Registry, stop: &Stop) -> Result<(Options, Option<User>), ExitCode> {
+    let refuse = |text: String| {
+        error!("{text}");
+        ExitCode::from(exit::USAGE)
+    };
+    let resolved = command.connection.resolve().map_err(|error| refuse(chain(&error)))?;
+    let url = resolved.database_url.ok_or_else(|| {
+        refuse("no database is named; set BATON_DATABASE_URL, `database.url` in baton.toml, or --database-url".into())
+    })?;
+    if resolved.broker_urls.is_empty() {
+        return Err(refuse(
+            "no broker is named; set BATON_BROKER_URL, `broker.url` in baton.toml, or --broker-url".into(),
+        ));
+    }
+    let location = Location::parse(&url).map_err(|error| refuse(error.to_string()))?;
+    if matches!(location, Location::Sqlite(_)) {
+        return Err(refuse("a fleet needs PostgreSQL; SQLite is for `baton run`".into()));
+    }
+    let objects = Objects::open(&resolved.objects).map_err(|error| refuse(chain(&error)))?;
+    let (sites, ssh) = (resolved.config.sites, resolved.config.ssh);
+    let file = resolved.config.worker;
+    let host = host_name();
+    let name = command.name.or(file.name).unwrap_or_else(|| host.clone());
+    if !is_plain(&name) {
+        return Err(refuse(format!(
+            "the worker's name `{name}` may have letters, digits, `-`, `_` and `.`, at most 64"
+        )));
+    }
+    let queues =
+        if command.queues.is_empty() { file.queues.unwrap_or_else(|| vec!["default".into()]) } else { command.queues };
+    if let Some(queue) = queues.iter().find(|queue| !is_plain(queue) || queue.contains('.')) {
+        return Err(refuse(format!("the queue's name `{queue}` may have letters, digits, `-` and `_`, at most 64")));
+    }
+    let connections = command.database_connections.or(file.database_connections).unwrap_or(store::WORKER_CONNECTIONS);
+    if !(store::WORKER_CONNECTIONS..=CONNECTIONS_MAX).contains(&connections) {
+        let least = store::WORKER_CONNECTIONS;
+        return Err(refuse(format!(
+            "`database_connections` is {connections}; it must be {least} to {CONNECTIONS_MAX}"
+        )));
+    }
+    let access = Access::of_worker(&name, connections);
+    let root = command.root.or(file.root).unwrap_or_else(|| PathBuf::from(".baton/worker"));
+    let root = config::from_home(&root).map_err(|problem| refuse(format!("`worker.root` {problem}")))?;
+    let user = match command.user.or(file.user) {
+        Some(name) => Some(user(&name, &root).map_err(|error| refuse(chain(&error)))?),
+        None => None,
+    };
+    let cores = std::thread::available_parallelism().map_or(1, std::num::NonZeroUsize::get);
+    let defaults = Limits::default();
+    let options = Options {
+        name,
+        host,
+        queues,
+        slots: command.slots.or(file.slots).unwrap_or(SLOTS),
+        threads: command.threads.map(usize::from).or(file.threads).unwrap_or(cores).max(1),
+        root,
+        grace: command.grace.or(file.grace).unwrap_or(GRACE),
+        limits: Limits {
+            advances_max: file.advances_max.unwrap_or(defaults.advances_max),
+            idle_advances_max: file.idle_advances_max.unwrap_or(defaults.idle_advances_max),
+        },
+        registry,
+        sites,
+        ssh,
+        objects,
+        store: open(location, access, stop).await?,
+        broker: Broker::Amqp(resolved.broker_urls),
+    };
+    Ok((options, user))
+}
+
+/// The user as whom local programs run.
+fn user(name: &str, root: &std::path::Path) -> Result<User, user::Error> {
+    let user = User::find(name)?;
+    user.check(root)?;
+    Ok(user)
+}
+
+/// Refuses to start on a virtual host of another database. A broker that does not answer is asked again by the communicator.
+async fn refuse_other_database(options: &Options, stop: &Stop) -> Result<(), ExitCode> {
+    let Broker::Amqp(urls) = &options.broker else { return Ok(()) };
+    let asking = async {
+        let database = options.store.identity().await.ok()?;
+        let checks = Broker::check(urls, Some(database)).await;
+        checks.into_iter().filter_map(Result::err).find(|error| matches!(error, CheckError::OtherDatabase { .. }))
+    };
+    match stop.unless_stopped(tokio::time::timeout(CHECK_LIMIT, asking)).await {
+        Some(Ok(Some(error))) => {
+            error!(
+                "{error}: name a virtual host of its own for each database; if the other database is gone, delete the queue \
+                 `baton.database` of this virtual host"
+            );
+            Err(ExitCode::from(exit::CONFLICT))
+        }
+        Some(Ok(None) | Err(_)) | None => Ok(()),
+    }
+}
+
+/// Waits for the database as long as it does not answer, or until the worker is told to stop; what it refuses needs a person.
+async fn open(location: Location, access: Access, stop: &Stop) -> Result<Store, ExitCode> {
+    let mut said = None;
+    loop {
+        let opening = async {
+            let store = Store::open_as(location.clone(), access.clone()).await?;
+            match store.room_for_worker().await {
+                Ok(()) => Ok(store),
+                Err(failure) => {
+                    // Others may need it meanwhile.
+                    store.close().await;
+                    Err(failure)
+                }
+            }
+        };
+        let opened = stop.unless_stopped(opening).await;
+        match opened.ok_or(ExitCode::from(exit::OK))? {
+            Ok(store) => return Ok(store),
+            Err(failure) if failure.is_transient() => {
+                // Its numbers change from one look to the next.
+                let kind = std::mem::discriminant(&failure);
+                if said.replace(kind) != Some(kind) {
+                    warn!("{failure}; {}", remedy_of(&failure));
+                }
+                let pause = tokio::time::sleep(CONNECT_PAUSE);
+                stop.unless_stopped(pause).await.ok_or(ExitCode::from(exit::OK))?;
+            }
+            Err(failure) => {
+                error!("{}", chain(&failure));
+                return Err(ExitCode::from(exit_code(&failure)));
+            }
+        }
+    }
+}
+
+/// What a person can do while a worker waits for the database.
+pub(crate) fn remedy_of(error: &StoreError) -> &'static str {
+    if matches!(error, store::Error::Full(_)) {
+        "the worker starts when another program closes one; raise the server's max_connections for more workers"
+    } else {
+        "the worker waits until it does"
+    }
+}
+
+/// The exit code of what the database answered.
+pub fn exit_code(error: &StoreError) -> u8 {
+    match error {
+        store::Error::Url | store::Error::UrlParts(_) => exit::USAGE,
+        store::Error::Unreachable(_) | store::Error::Full(_) | store::Error::Retry(_) => exit::UNREACHABLE,
+        store::Error::Refused(_) | store::Error::SchemaNewer { .. } | store::Error::Newer { .. } => exit::REFUSED,
+        store::Error::Folder { .. }
+        | store::Error::Unreadable(_)
+        | store::Error::NoRow
+        | store::Error::Stopped
+        | store::Error::Rejected(_)
+        | store::Error::Database(_) => exit::FAILED,
+    }
+}
+
+/// The host's name.
+pub fn host_name() -> String {
+    rustix::system::uname().nodename().to_string_lossy().into_owned()
+}
+
+fn is_plain(name: &str) -> bool {
+    (1..=64).contains(&name.len())
+        && name.chars().all(|letter| letter.is_ascii_alphanumeric() || matches!(letter, '-' | '_' | '.'))
+}

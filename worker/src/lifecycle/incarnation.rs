@@ -1,0 +1,450 @@
+//! One incarnation of a worker: from its row in the database to its end by a drain, or by being declared gone.
+//!
+//! Everything of an incarnation is made anew for the next one; nothing is shared. The order of its end: stop taking,
+//! checkpoint and give back what is held, settle deliveries, leave the table of workers, close.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use baton_common::communicator::{self, Communicator, Incoming};
+use baton_common::id::Incarnation as Id;
+use baton_common::store::worker::NewWorker;
+use baton_common::store::writer::Writer;
+use baton_common::store::{self, Store};
+use futures_util::future::BoxFuture;
+use tokio::runtime::Handle;
+use tokio::sync::{Notify, Semaphore};
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, info, warn};
+
+use crate::author::facilities::{Facilities, Identity};
+use crate::author::live::Drain;
+use crate::builtin;
+use crate::builtin::program::Local;
+use crate::execution::gate::Gate;
+use crate::execution::lease::{Lease, TRUST};
+use crate::execution::lease_table::Held;
+use crate::execution::run::Execution;
+use crate::execution::thread::Thread;
+use crate::execution::timer::Timer;
+use crate::intake::broker::{self, Intake};
+use crate::intake::claims::Claims;
+use crate::intake::control::{self, Desk};
+use crate::intake::heads::Heads;
+use crate::intake::quarantine::{self, Suspects};
+use crate::intake::setbacks::Setbacks;
+use crate::intake::{database, sites};
+use crate::lifecycle::heartbeat::{self, Heart};
+use crate::lifecycle::peers::{self, Lookout};
+use crate::lifecycle::probing::{self, Probing};
+use crate::lifecycle::sweeps::Sweeps;
+use crate::lifecycle::worker::Options;
+use crate::local::user::User;
+use crate::local::{self, Programs};
+use crate::machine::SELF;
+use crate::machine::clock::boottime_ms;
+use crate::machine::shortage::Health;
+use crate::outbox::{self, Outbox, ToldRows};
+use crate::site::{self, Sites, sharing};
+
+/// How long the end of the threads is awaited; a process that blocks its thread is left behind after that.
+const THREADS_LIMIT: Duration = Duration::from_secs(2);
+
+/// How long the row of a worker that stops may take to be written.
+const LEAVE_LIMIT: Duration = Duration::from_secs(2);
+
+/// How long a process may take beyond the grace to end what it runs.
+const CLEAN_UP_LIMIT: Duration = Duration::from_secs(10);
+
+/// How an incarnation ended.
+pub(crate) enum Ended {
+    /// It gave back what it held.
+    Drained,
+    /// Somebody declared it gone.
+    Gone,
+}
+
+/// The task queues that a queue's name stands for.
+fn classes(queue: &str) -> [String; 3] {
+    [format!("{queue}.high"), queue.to_owned(), format!("{queue}.low")]
+}
+
+/// Runs one incarnation until it is drained or gone. `drain` is cancelled to end it.
+pub(crate) async fn run(
+    options: &Options,
+    user: Option<Arc<User>>,
+    drain: CancellationToken,
+    hurry: CancellationToken,
+) -> Result<Ended, Error> {
+    let me = Id::generate();
+    let sent_at = boottime_ms();
+    let row = NewWorker {
+        name: options.name.clone(),
+        host: options.host.clone(),
+        os_pid: std::process::id(),
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        queues: options.queues.clone(),
+        slots: options.slots,
+        sites: options.sites.keys().cloned().collect(),
+    };
+    options.store.register(me, &row).await?;
+    let mut tasks = JoinSet::new();
+    let (wires, ends) = Wires::open(options, me, &mut tasks).await?;
+    let lease = Arc::new(Lease::new(sent_at));
+    let programs = Programs::start(PathBuf::from(SELF), lease.renewals(), TRUST)?;
+    let local = Arc::new(Local { programs, health: Arc::clone(&wires.health), user });
+    let execution = Arc::new(execution(options, &wires, &local, lease)?);
+    let threads = (0..options.threads).map(Thread::start).collect::<Result<Vec<_>, _>>().map_err(Error::Thread)?;
+    let mut incarnation = Incarnation {
+        wires,
+        execution,
+        local,
+        threads: Arc::new(threads),
+        drain,
+        gone: CancellationToken::new(),
+        tasks,
+        stop: CancellationToken::new(),
+    };
+    incarnation.start(ends).await;
+    info!(worker = options.name, incarnation = %me, queues = options.queues.join(","), slots = options.slots, "worker ready");
+    let ended = tokio::select! {
+        () = incarnation.drain.cancelled() => Ended::Drained,
+        () = incarnation.gone.cancelled() => Ended::Gone,
+    };
+    match ended {
+        Ended::Drained => incarnation.drain(&hurry).await,
+        Ended::Gone => incarnation.abandon().await,
+    }
+    Ok(ended)
+}
+
+/// What an incarnation has of the world, before it runs anything.
+struct Wires {
+    identity: Arc<Identity>,
+    store: Store,
+    writer: Writer,
+    communicator: Communicator,
+    outbox: Arc<Outbox>,
+    /// The queues that the worker serves, with all their classes.
+    queues: Arc<[String]>,
+    slots: Arc<Semaphore>,
+    health: Arc<Health>,
+}
+
+/// The ends of channels, for the loops that read them.
+struct Ends {
+    incoming: Incoming,
+    told: ToldRows,
+}
+
+impl Wires {
+    async fn open(options: &Options, me: Id, tasks: &mut JoinSet<()>) -> Result<(Self, Ends), Error> {
+        let store = options.store.clone();
+        let slots = Arc::new(Semaphore::new(usize::try_from(options.slots).unwrap_or(usize::MAX >> 4)));
+        let (writer, writing) = Writer::new(&store, me, &slots).await?;
+        tasks.spawn(writing);
+        let (communicator, incoming) = Communicator::start(communicator::Options {
+            broker: options.broker.clone(),
+            name: format!("baton-worker {}", options.name),
+            control_queue: Some(communicator::control_queue(&options.name, me)),
+            heartbeat: None,
+            database: Some(store.identity().await?),
+        });
+        let identity = Arc::new(Identity { me, name: options.name.clone(), host: options.host.clone() });
+        let (outbox, told) = Outbox::new(Arc::clone(&identity), communicator.clone());
+        let wires = Self {
+            identity,
+            store,
+            writer,
+            communicator,
+            outbox: Arc::new(outbox),
+            queues: options.queues.iter().flat_map(|queue| classes(queue)).collect(),
+            slots,
+            health: Arc::default(),
+        };
+        Ok((wires, Ends { incoming, told }))
+    }
+}
+
+/// What the processes of an incarnation work with.
+fn execution(options: &Options, wires: &Wires, local: &Arc<Local>, lease: Arc<Lease>) -> Result<Execution, Error> {
+    let blocking = Handle::current();
+    let common = site::Common {
+        me: wires.identity.me,
+        store: wires.store.clone(),
+        objects: options.objects.clone(),
+        outbox: Arc::clone(&wires.outbox),
+        queues: Arc::clone(&wires.queues),
+        blocking: blocking.clone(),
+    };
+    let sites = Arc::new(Sites::new(&options.sites, &options.ssh, &common).map_err(Error::Sites)?);
+    let facilities = Facilities {
+        identity: Arc::clone(&wires.identity),
+        root: options.root.clone(),
+        grace: options.grace,
+        blocking,
+        writer: wires.writer.clone(),
+        sites: Arc::clone(&sites) as _,
+    };
+    let next_suspect = Arc::new(Notify::new());
+    let gate = Gate::new(
+        wires.communicator.clone(),
+        Arc::clone(&wires.queues),
+        Arc::clone(&wires.slots),
+        Arc::clone(&wires.health),
+        Arc::clone(&next_suspect),
+    );
+    Ok(Execution {
+        facilities: Arc::new(facilities),
+        limits: options.limits,
+        registry: builtin::registry(&options.registry, local, &sites),
+        store: wires.store.clone(),
+        sites,
+        outbox: Arc::clone(&wires.outbox),
+        gate: Arc::new(gate),
+        health: Arc::clone(&wires.health),
+        held: Arc::new(Held::default()),
+        lease,
+        timer: Arc::new(Timer::default()),
+        next_suspect,
+    })
+}
+
+/// What has to be ended in order.
+struct Incarnation {
+    wires: Wires,
+    execution: Arc<Execution>,
+    local: Arc<Local>,
+    threads: Arc<Vec<Thread>>,
+    /// Cancelled to let the worker drain and end.
+    drain: CancellationToken,
+    /// Cancelled when somebody has declared this incarnation gone.
+    gone: CancellationToken,
+    tasks: JoinSet<()>,
+    stop: CancellationToken,
+}
+
+impl Incarnation {
+    async fn start(&mut self, ends: Ends) {
+        let Ends { incoming: Incoming { tasks: deliveries, controls }, told } = ends;
+        let (heads, setbacks, beat_now): (Arc<Heads>, Arc<Setbacks>, Arc<Notify>) = Default::default();
+        let claims = self.claims();
+        let lookout = Arc::new(self.lookout(&heads));
+        self.tasks.spawn(outbox::publish(self.wires.communicator.clone(), told));
+        self.tasks.spawn(broker::run(Arc::new(self.intake(&claims, heads, &setbacks)), deliveries));
+        self.tasks.spawn(control::run(Arc::new(self.desk(setbacks, &beat_now)), controls));
+        peers::take_up_own(&lookout).await;
+        self.until_stop(Box::pin(heartbeat::run(self.heart(&beat_now))));
+        self.until_stop(Box::pin(Arc::clone(&lookout.sweeps).run()));
+        self.until_stop(Box::pin(quarantine::run(Arc::clone(&claims))));
+        if !self.wires.store.is_embedded() {
+            self.until_stop(Box::pin(peers::run(lookout)));
+            self.until_stop(Box::pin(database::run(Arc::clone(&claims), self.wires.communicator.clone())));
+        }
+        // What has files is taken only where they are.
+        let sites = Arc::clone(&self.execution.sites);
+        sites.sharing.look(&sites).await;
+        self.until_stop(Box::pin(sharing::run(Arc::clone(&sites))));
+        for site in sites.all() {
+            self.until_stop(Box::pin(sites::run(Arc::clone(&claims), Arc::clone(site))));
+        }
+        let probing = self.probing(beat_now);
+        probing::look_once(&probing).await;
+        self.until_stop(Box::pin(probing::run(probing)));
+        self.execution.gate.take_what_it_can().await;
+    }
+
+    fn until_stop(&mut self, task: BoxFuture<'static, ()>) {
+        let stop = self.stop.clone();
+        self.tasks.spawn(async move {
+            stop.run_until_cancelled(task).await;
+        });
+    }
+
+    fn claims(&self) -> Arc<Claims> {
+        Arc::new(Claims {
+            execution: Arc::clone(&self.execution),
+            threads: Arc::clone(&self.threads),
+            slots: Arc::clone(&self.wires.slots),
+            queues: Arc::clone(&self.wires.queues),
+            suspects: Suspects::new(Arc::clone(&self.execution.next_suspect)),
+        })
+    }
+
+    fn intake(&self, claims: &Arc<Claims>, heads: Arc<Heads>, setbacks: &Arc<Setbacks>) -> Intake {
+        Intake {
+            claims: Arc::clone(claims),
+            communicator: self.wires.communicator.clone(),
+            heads,
+            setbacks: Arc::clone(setbacks),
+            health: Arc::clone(&self.wires.health),
+            drain: self.drain.clone(),
+        }
+    }
+
+    fn desk(&self, setbacks: Arc<Setbacks>, beat_now: &Arc<Notify>) -> Desk {
+        Desk {
+            identity: Arc::clone(&self.wires.identity),
+            store: self.wires.store.clone(),
+            communicator: self.wires.communicator.clone(),
+            outbox: Arc::clone(&self.wires.outbox),
+            held: Arc::clone(&self.execution.held),
+            threads: Arc::clone(&self.threads),
+            setbacks,
+            blocking: self.execution.facilities.blocking.clone(),
+            drain: self.drain.clone(),
+            beat_now: Arc::clone(beat_now),
+        }
+    }
+
+    fn lookout(&self, heads: &Arc<Heads>) -> Lookout {
+        let sweeps = Sweeps {
+            store: self.wires.store.clone(),
+            communicator: self.wires.communicator.clone(),
+            outbox: Arc::clone(&self.wires.outbox),
+            queues: Arc::clone(&self.wires.queues),
+            heads: Arc::clone(heads),
+            timer: Arc::clone(&self.execution.timer),
+        };
+        Lookout {
+            identity: Arc::clone(&self.wires.identity),
+            store: self.wires.store.clone(),
+            communicator: self.wires.communicator.clone(),
+            sweeps: Arc::new(sweeps),
+        }
+    }
+
+    fn heart(&self, beat_now: &Arc<Notify>) -> Heart {
+        Heart {
+            identity: Arc::clone(&self.wires.identity),
+            store: self.wires.store.clone(),
+            writer: self.wires.writer.clone(),
+            communicator: self.wires.communicator.clone(),
+            outbox: Arc::clone(&self.wires.outbox),
+            gate: Arc::clone(&self.execution.gate),
+            health: Arc::clone(&self.wires.health),
+            held: Arc::clone(&self.execution.held),
+            lease: Arc::clone(&self.execution.lease),
+            threads: Arc::clone(&self.threads),
+            drain: self.drain.clone(),
+            gone: self.gone.clone(),
+            beat_now: Arc::clone(beat_now),
+        }
+    }
+
+    fn probing(&self, beat_now: Arc<Notify>) -> Probing {
+        Probing {
+            root: self.execution.facilities.root.clone(),
+            local: Arc::clone(&self.local),
+            health: Arc::clone(&self.wires.health),
+            gate: Arc::clone(&self.execution.gate),
+            beat_now,
+        }
+    }
+
+    /// Gives back what is held, and ends what outlives the grace.
+    async fn drain(self, hurry: &CancellationToken) {
+        let held = &self.execution.held;
+        info!(held = held.count(), grace_s = self.execution.facilities.grace.as_secs(), "draining");
+        self.execution.gate.take_nothing_more().await;
+        held.drain(Drain::Soon);
+        tokio::select! {
+            _ = held.emptied(self.execution.facilities.grace) => {}
+            () = hurry.cancelled() => {}
+        }
+        held.drain(Drain::Now);
+        tokio::select! {
+            _ = held.emptied(self.execution.facilities.grace + CLEAN_UP_LIMIT) => {}
+            // Without the database nothing can be given back, and by then the shims have ended the programs.
+            () = self.execution.lease.distrusted() => {}
+            () = hurry.cancelled() => {
+                held.drain(Drain::AtOnce);
+                tokio::select! {
+                    _ = held.emptied(CLEAN_UP_LIMIT) => {}
+                    () = self.execution.lease.distrusted() => {}
+                }
+            }
+        }
+        let left = held.count();
+        if left > 0 {
+            let is_away = !self.execution.lease.is_trusted(boottime_ms());
+            let blocked = self.threads.iter().filter(|thread| thread.blocked().is_some()).count();
+            let cause = match (is_away, blocked) {
+                (true, _) => "the database does not answer",
+                (false, 1..) => "some of them block their thread",
+                (false, 0) => "they did not end in time",
+            };
+            warn!(
+                held = left,
+                blocked, cause, "stopping with processes that could not be given back; other workers take them over"
+            );
+            if is_away {
+                held.abandon_all();
+                held.emptied(CLEAN_UP_LIMIT).await;
+            }
+        }
+        self.end().await;
+        info!("drained");
+    }
+
+    /// Drops everything: others have taken it over or will.
+    async fn abandon(self) {
+        let dropped = self.execution.held.abandon_all();
+        warn!(
+            incarnation = %self.wires.identity.me,
+            processes = dropped,
+            "this incarnation was declared gone: it stops its processes and their programs, and writes nothing more for them"
+        );
+        self.execution.gate.take_nothing_more().await;
+        self.end().await;
+    }
+
+    async fn end(mut self) {
+        self.stop.cancel();
+        self.execution.sites.close().await;
+        let emptied = self.execution.held.count() == 0;
+        let leaving = tokio::time::timeout(LEAVE_LIMIT, self.execution.store.leave(self.wires.identity.me));
+        if emptied && !matches!(leaving.await, Ok(Ok(()))) {
+            debug!("deregistration failed; the lease will expire");
+        }
+        // Flushes what was announced and told, then ends the channels that the tasks read.
+        self.wires.communicator.shutdown().await;
+        self.tasks.shutdown().await;
+        if let Ok(threads) = Arc::try_unwrap(self.threads) {
+            for thread in threads {
+                if !thread.stop(THREADS_LIMIT).await {
+                    warn!("a process blocks its thread; the thread is left behind");
+                }
+            }
+        }
+    }
+}
+
+/// Why a worker cannot run.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The database does not answer, or refuses.
+    #[error(transparent)]
+    Store(#[from] store::Error),
+    /// The operating system gives no thread.
+    #[error("cannot start a thread")]
+    Thread(#[source] std::io::Error),
+    /// The operating system lets it open too few files.
+    #[error(transparent)]
+    OpenFiles(std::io::Error),
+    /// A site is not configured as it must be.
+    #[error("{0}")]
+    Sites(String),
+    /// Local programs cannot be run.
+    #[error("cannot run local programs")]
+    Programs(#[from] local::Error),
+}
+
+impl Error {
+    /// Whether the same can succeed later without a person.
+    pub(crate) fn is_transient(&self) -> bool {
+        matches!(self, Error::Store(error) if error.is_transient())
+    }
+}

@@ -1,0 +1,288 @@
+//! Who is dead: every worker watches every other's beat, and declares gone whose beat stands still.
+//!
+//! Slowly, by a whole lease; or fast, when a beat is missed and the broker says twice that the worker's control queue
+//! does not exist, over the same connection over which it was once seen to exist. Neither a restart of the database nor
+//! one of the broker fences anybody: the one stops all beats and the reading of them alike, and the other ends the
+//! connections over which anything was seen.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use baton_common::communicator::Communicator;
+use baton_common::id::Incarnation;
+use baton_common::store::worker::{LEASE, Peer};
+use baton_common::store::{self, Store};
+use tokio::time::MissedTickBehavior;
+use tracing::{debug, info, warn};
+
+use crate::author::facilities::Identity;
+use crate::lifecycle::sweeps::Sweeps;
+use crate::machine::clock::boottime_ms;
+
+/// Pause between two looks at the beats.
+pub const LOOK_INTERVAL: Duration = Duration::from_millis(500);
+
+/// Two looks further apart than this leave a gap in which anything may have happened; all observations begin anew.
+const GAP_MAX_MS: u64 = 2_500;
+
+/// A beat that stands still for this long is missed; beats come every second.
+const SUSPECT_AFTER: Duration = Duration::from_millis(1_500);
+
+/// So many looks in a row must have seen the same beat.
+const LOOKS_MIN: u32 = 3;
+
+/// What was seen of one peer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Seen {
+    beat: i64,
+    since_ms: u64,
+    looks: u32,
+}
+
+/// What the beats say of a peer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Verdict {
+    Alive,
+    Suspect,
+    Dead,
+}
+
+/// The beats of all peers, as seen by this worker on its own clock.
+#[derive(Default)]
+struct Observations {
+    seen: HashMap<Incarnation, Seen>,
+    last_look_ms: Option<u64>,
+}
+
+impl Observations {
+    /// Takes in a successful look. `now_ms` is this worker's own clock.
+    fn look(&mut self, peers: &[Peer], now_ms: u64) -> Vec<(Peer, Verdict)> {
+        if self.last_look_ms.is_some_and(|last| now_ms.saturating_sub(last) > GAP_MAX_MS) {
+            self.seen.clear();
+        }
+        self.last_look_ms = Some(now_ms);
+        self.seen.retain(|id, _| peers.iter().any(|peer| peer.id == *id));
+        peers
+            .iter()
+            .map(|peer| {
+                let fresh = Seen { beat: peer.beat, since_ms: now_ms, looks: 0 };
+                let seen = self.seen.entry(peer.id).or_insert(fresh);
+                if seen.beat != peer.beat {
+                    *seen = fresh;
+                }
+                seen.looks += 1;
+                (peer.clone(), verdict(*seen, now_ms))
+            })
+            .collect()
+    }
+
+    /// A look has failed: nothing that was seen before counts any more.
+    fn forget(&mut self) {
+        self.seen.clear();
+    }
+}
+
+fn verdict(seen: Seen, now_ms: u64) -> Verdict {
+    let still = Duration::from_millis(now_ms.saturating_sub(seen.since_ms));
+    if seen.looks < LOOKS_MIN || still < SUSPECT_AFTER {
+        Verdict::Alive
+    } else if still < LEASE {
+        Verdict::Suspect
+    } else {
+        Verdict::Dead
+    }
+}
+
+/// Watches all workers for a program that is none: one that waits for what a dead worker holds, when no other is there to
+/// notice.
+#[derive(Default)]
+pub struct Watch {
+    observations: Observations,
+}
+
+impl Watch {
+    /// Takes a look, which has to be repeated about every half second, and declares gone whose beat has stood still for a
+    /// whole lease; says whether that was somebody.
+    ///
+    /// # Errors
+    /// The database does not answer; what was seen before counts no more.
+    pub async fn look(&mut self, store: &Store) -> Result<bool, store::Error> {
+        let peers = match store.peers().await {
+            Ok(peers) => peers,
+            Err(error) => {
+                self.observations.forget();
+                return Err(error);
+            }
+        };
+        let mut someone_died = false;
+        for (peer, verdict) in self.observations.look(&peers, boottime_ms()) {
+            if verdict == Verdict::Dead {
+                someone_died |= store.declare_gone(peer.id, peer.beat).await?;
+            }
+        }
+        Ok(someone_died)
+    }
+}
+
+/// When each peer's control queue was last seen to exist.
+#[derive(Default)]
+struct Queues {
+    seen: HashMap<Incarnation, Instant>,
+}
+
+impl Queues {
+    /// Looks once at the queue of each peer that was not seen over the present connection.
+    async fn see(&mut self, communicator: &Communicator, peers: &[Peer]) {
+        self.seen.retain(|id, _| peers.iter().any(|peer| peer.id == *id));
+        for peer in peers {
+            if !self.is_seen(communicator, peer) && matches!(communicator.ping(&peer.control_queue()).await, Ok(true)) {
+                self.seen.insert(peer.id, Instant::now());
+            }
+        }
+    }
+
+    /// Whether the queue was seen over the connection that is open now; after a restart of the broker it was not.
+    fn is_seen(&self, communicator: &Communicator, peer: &Peer) -> bool {
+        let age = communicator.control_connected_for();
+        self.seen.get(&peer.id).is_some_and(|seen| age.is_some_and(|age| age > seen.elapsed()))
+    }
+
+    /// Whether the broker says twice that a queue does not exist that it has shown before.
+    async fn has_vanished(&self, communicator: &Communicator, peer: &Peer) -> bool {
+        for _ in 0..2 {
+            if !self.is_seen(communicator, peer) || !matches!(communicator.ping(&peer.control_queue()).await, Ok(false))
+            {
+                return false;
+            }
+        }
+        self.is_seen(communicator, peer)
+    }
+}
+
+/// What it takes to watch the others.
+pub(crate) struct Lookout {
+    pub(crate) identity: Arc<Identity>,
+    pub(crate) store: Store,
+    pub(crate) communicator: Communicator,
+    /// They free what the dead held.
+    pub(crate) sweeps: Arc<Sweeps>,
+}
+
+/// Watches the others until it is dropped.
+pub(crate) async fn run(lookout: Arc<Lookout>) {
+    let mut ticks = tokio::time::interval(LOOK_INTERVAL);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut observations = Observations::default();
+    let mut queues = Queues::default();
+    loop {
+        ticks.tick().await;
+        let peers = match lookout.store.peers().await {
+            Ok(peers) => peers,
+            Err(error) => {
+                debug!(%error, "could not read the other workers' beats");
+                observations.forget();
+                continue;
+            }
+        };
+        let others: Vec<Peer> = peers.into_iter().filter(|peer| peer.id != lookout.identity.me).collect();
+        queues.see(&lookout.communicator, &others).await;
+        let mut someone_died = false;
+        for (peer, verdict) in observations.look(&others, boottime_ms()) {
+            let is_dead = match verdict {
+                Verdict::Alive => false,
+                Verdict::Suspect => queues.has_vanished(&lookout.communicator, &peer).await,
+                Verdict::Dead => true,
+            };
+            if is_dead {
+                someone_died |= declare_gone(&lookout, &peer).await;
+            }
+        }
+        if someone_died {
+            lookout.sweeps.free().await;
+        }
+    }
+}
+
+/// Declares gone what this worker has left behind under the same name on the same host: its process is no more.
+pub(crate) async fn take_up_own(lookout: &Lookout) {
+    let Ok(peers) = lookout.store.peers().await else { return };
+    for peer in peers {
+        let is_mine =
+            peer.id != lookout.identity.me && peer.name == lookout.identity.name && peer.host == lookout.identity.host;
+        if is_mine && !std::path::Path::new(&format!("/proc/{}", peer.os_pid)).exists() {
+            declare_gone(lookout, &peer).await;
+        }
+    }
+    lookout.sweeps.free().await;
+}
+
+async fn declare_gone(lookout: &Lookout, peer: &Peer) -> bool {
+    match lookout.store.declare_gone(peer.id, peer.beat).await {
+        Ok(declared) => {
+            if declared {
+                warn!(worker = peer.name, incarnation = %peer.id, "a worker is gone; freeing what it held");
+            } else {
+                info!(worker = peer.name, incarnation = %peer.id, "a worker lives after all, or is gone already");
+            }
+            declared
+        }
+        Err(error) => {
+            debug!(%error, "could not declare a worker gone; the next look tries again");
+            false
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn peer(beat: i64) -> Peer {
+        Peer { id: uuid(), name: "w".into(), host: "h".into(), os_pid: 1, beat }
+    }
+
+    fn uuid() -> Incarnation {
+        serde_json::from_str("\"01940000-0000-7000-8000-000000000000\"").unwrap()
+    }
+
+    /// Looks at these `(time, beat)` and gives the last verdict.
+    fn after(looks: &[(u64, i64)]) -> Verdict {
+        let mut observations = Observations::default();
+        let mut verdict = Verdict::Alive;
+        for (now_ms, beat) in looks {
+            verdict = observations.look(&[peer(*beat)], *now_ms)[0].1;
+        }
+        verdict
+    }
+
+    #[test]
+    fn a_beat_that_moves_is_alive() {
+        assert_eq!(after(&[(0, 1), (2_000, 2), (4_000, 3), (6_000, 4)]), Verdict::Alive);
+    }
+
+    #[test]
+    fn a_missed_beat_is_suspect_and_a_still_lease_is_dead() {
+        assert_eq!(after(&[(0, 1), (500, 1), (1_000, 1), (1_499, 1)]), Verdict::Alive);
+        assert_eq!(after(&[(0, 1), (500, 1), (1_000, 1), (1_500, 1)]), Verdict::Suspect);
+        let looks: Vec<(u64, i64)> = (0..=10).map(|second| (second * 1000, 1)).collect();
+        assert_eq!(after(&looks[..10]), Verdict::Suspect);
+        assert_eq!(after(&looks), Verdict::Dead);
+    }
+
+    #[test]
+    fn a_gap_between_two_looks_proves_nothing() {
+        assert_eq!(after(&[(0, 1), (60_000, 1)]), Verdict::Alive);
+        assert_eq!(after(&[(0, 1), (500, 1), (60_000, 1), (60_500, 1), (61_000, 1)]), Verdict::Alive);
+    }
+
+    #[test]
+    fn a_failed_look_begins_anew() {
+        let mut observations = Observations::default();
+        for second in 0..9 {
+            observations.look(&[peer(1)], second * 1000);
+        }
+        observations.forget();
+        assert_eq!(observations.look(&[peer(1)], 10_000)[0].1, Verdict::Alive);
+    }
+}
