@@ -82,7 +82,8 @@ pub enum Error {
         /// The line of the other key, from 1.
         line: usize,
     },
-    /// The server lets us not in, or does not do what we need. Trying again does not help.
+    /// The server rejected the credentials or does not offer what is needed. Later attempts may succeed: an account can be
+    /// locked, or a server overloaded, for a while.
     #[error("{host} refuses: {reason}")]
     Refused {
         /// The machine.
