@@ -224,9 +224,9 @@ impl From<staging::Error> for Trouble {
     }
 }
 
-/// What this worker lacks, if that is why it does not take or give a file: below its root only Baton writes.
+/// What this worker lacks, if that is why it does not take or give a file: where files come to it, only Baton writes.
 fn shortage_here(context: &Context, path: &Path, error: &io::Error) -> Option<Shortage> {
-    let is_own = path.starts_with(context.root());
+    let is_own = path.starts_with(context.root().join(staging::FOLDER));
     if is_own { Some(shortage::below_root(path, error)) } else { shortage::of_worker(error) }
 }
 

@@ -34,6 +34,9 @@ const CACHED_FROM: u64 = 1 << 20;
 /// Pause after the object store did not answer.
 const STORE_PAUSE: Duration = Duration::from_secs(10);
 
+/// The folder below a worker's root for what comes to it.
+pub(crate) const FOLDER: &str = "staging";
+
 /// What has come in part is kept for so long.
 const SCRATCH_AGE_MAX: Duration = Duration::from_secs(7 * 86_400);
 
@@ -226,7 +229,7 @@ impl Staging<'_> {
 
     /// Whoever goes on with a try elsewhere leaves here what had come.
     fn remove_old_scratch(&self) {
-        let Ok(entries) = std::fs::read_dir(self.context.root().join("staging")) else { return };
+        let Ok(entries) = std::fs::read_dir(self.context.root().join(FOLDER)) else { return };
         for entry in entries.flatten() {
             let age = entry.metadata().and_then(|metadata| metadata.modified()).map(|at| at.elapsed());
             if matches!(age, Ok(Ok(age)) if age > SCRATCH_AGE_MAX) {
@@ -243,7 +246,7 @@ impl Staging<'_> {
     fn scratch_path(&self) -> PathBuf {
         // Another worker on this machine may be at the same try, and not know yet that it is not its own any more.
         let name = format!("{}-{}-{}", self.context.pid(), self.context.attempt(), self.site.me);
-        self.context.root().join("staging").join(name)
+        self.context.root().join(FOLDER).join(name)
     }
 }
 
