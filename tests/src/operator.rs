@@ -9,6 +9,7 @@ use baton_common::select::Select;
 use baton_common::state::Desired;
 use baton_common::store::control::{Answer, Request};
 use baton_common::store::{Location, Store};
+use tokio::sync::Semaphore;
 
 use crate::history::Answered;
 use crate::scene::Scene;
@@ -16,11 +17,16 @@ use crate::scene::Scene;
 /// How long a holder may take to answer; a frozen one never does.
 const LIMIT: Duration = Duration::from_secs(1);
 
+/// Connections of a store that is opened by itself.
+const CONNECTIONS: usize = 4;
+
 /// One operator with connections of their own.
 pub struct Operator {
     name: String,
     store: Store,
     communicator: Communicator,
+    /// Those who ask at once wait here for a connection, and on a busy machine for longer than the store lets them.
+    turns: Semaphore,
 }
 
 impl Operator {
@@ -39,7 +45,7 @@ impl Operator {
             database: None,
         });
         communicator.wait_connected(Duration::from_secs(10)).await.expect("the broker answers");
-        Self { name: name.to_owned(), store, communicator }
+        Self { name: name.to_owned(), store, communicator, turns: Semaphore::new(CONNECTIONS) }
     }
 
     /// The database, as operators see it.
@@ -59,18 +65,23 @@ impl Operator {
     pub async fn ask(&self, pid: &str, verb: Desired) -> Option<Answered> {
         let pid: Pid = pid.parse().expect("a pid");
         let request = Request::new(verb, &*self.name);
+        let turn = self.turns.acquire().await.expect("it is never closed");
         let Answer::Recorded(row) = self.store.control(pid, &request).await.expect("the database takes it") else {
             return None;
         };
+        drop(turn);
         if let Some((queue, told)) = row.told {
             let task = Task::Continue { pid, told_at: Some(told.told_at) };
             // What is not told, the head rule tells.
             let _ = self.communicator.tell(&queue, vec![Told { task, traceparent: None }]).await;
         }
         let mut effect = row.effect;
-        if let Some(owner) = row.owner
-            && let Ok(Some(queue)) = self.store.control_queue_of(owner).await
-        {
+        let mut queue = None;
+        if let Some(owner) = row.owner {
+            let _turn = self.turns.acquire().await;
+            queue = self.store.control_queue_of(owner).await.ok().flatten();
+        }
+        if let Some(queue) = queue {
             let control = Control::Obey { verb, select: Select::one(pid), reason: None };
             if let Ok(reply) = self.communicator.request(&queue, control, LIMIT).await {
                 effect = reply.outcome.unwrap_or(effect);
