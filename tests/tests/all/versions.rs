@@ -132,6 +132,8 @@ async fn a_fleet_is_upgraded_worker_by_worker_under_load() {
 
     let program = next("baton-worker").display().to_string();
     let mut new = vec![scene.worker_of(&program, "new1", slots).await];
+    // Those of before may have ended by now.
+    pids.extend(scene.submit(&counting("1s"), 50).await);
     eventually("an old worker meets what a new one has advanced", Duration::from_secs(20), async || {
         let logs: Vec<String> = old.iter().map(Worker::log).collect();
         if logs.iter().any(|log| log.contains("its checkpoint: version 4 is newer")) { Ok(()) } else { Err(logs) }
