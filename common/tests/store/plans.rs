@@ -275,7 +275,7 @@ async fn thousands_that_meet_only_one_of_two_conditions_are_passed_at_once() {
     assert!(found.is_empty(), "{found:#?}");
 }
 
-/// Removes the versions of rows that nobody can see any more, when nobody can: an older transaction of another test keeps them.
+/// Removes dead row versions. It first waits for older transactions, of other tests too, which would keep them.
 async fn vacuum(url: &str) {
     let wait = "DO $$
         DECLARE mine xid := pg_current_xact_id()::xid;

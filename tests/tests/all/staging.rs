@@ -169,7 +169,7 @@ async fn an_input_that_many_share_is_sent_once_and_is_the_own_of_each() {
         if round == 1 {
             break;
         }
-        // Whatever has been written to the cache reaches nobody.
+        // A write to the cache reaches no process.
         let file = &cached()[0];
         std::fs::set_permissions(file, PermissionsExt::from_mode(0o644)).unwrap();
         let mut open = std::fs::OpenOptions::new().append(true).open(file).unwrap();
