@@ -2,7 +2,7 @@
 //! worker has nothing to do, so an unusable worker is known before it takes anything.
 
 use std::fs::{self, DirBuilder, File};
-use std::io::{self, Write};
+use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -16,7 +16,7 @@ use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout};
 use uuid::Uuid;
 
-use crate::local::shim::{self, supervise::PROBE_BYTES};
+use crate::local::shim::{self, supervise::write_probe};
 use crate::local::user::{Ids, User};
 use crate::machine::SELF;
 use crate::machine::shortage::{
@@ -134,14 +134,7 @@ fn disk(root: &Path) -> Option<Shortage> {
     }
     // Another probe may still wait for a slow disk, and another worker may have the same root.
     let path = root.join(format!(".probe-{}", Uuid::now_v7()));
-    let write = || {
-        let mut file = File::create(&path)?;
-        file.write_all(&[0; PROBE_BYTES])?;
-        file.sync_all()
-    };
-    let written = write();
-    let removed = fs::remove_file(&path);
-    written.and(removed).err().map(|error| below_root(&path, &error))
+    write_probe(&path).err().map(|error| below_root(&path, &error))
 }
 
 fn too_little_free(root: &Path, status: &StatVfs) -> Option<Shortage> {

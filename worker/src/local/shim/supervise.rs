@@ -24,7 +24,7 @@ use crate::machine::clock::boottime_ms;
 const EVENTS_MAX: usize = 16;
 
 /// Bytes that a probe of the disk writes.
-pub(crate) const PROBE_BYTES: usize = 4096;
+const PROBE_BYTES: usize = 4096;
 
 /// Room for `done.json`, which has a reason of some hundred bytes at most.
 const DONE_BYTES: usize = 4096;
@@ -136,14 +136,18 @@ pub(crate) fn try_start(folder: Option<&Path>) -> io::Result<()> {
     command.args([COMMAND, PROBE, PROBE]).env_clear().stdin(file).stdout(to_shim).spawn()?.wait()?;
     let Some(folder) = folder else { return Ok(()) };
     // The root may be shared with a worker that probes at the same time, on another machine with the same number.
-    let path = folder.join(format!("{}-{}", std::process::id(), boottime_ms()));
+    write_probe(&folder.join(format!("{}-{}", std::process::id(), boottime_ms())))
+}
+
+/// Writes a small file to the disk and removes it.
+pub(crate) fn write_probe(path: &Path) -> io::Result<()> {
     let write = || {
-        let mut file = File::create(&path)?;
+        let mut file = File::create(path)?;
         file.write_all(&[0; PROBE_BYTES])?;
         file.sync_all()
     };
     let written = write();
-    let removed = fs::remove_file(&path);
+    let removed = fs::remove_file(path);
     written.and(removed)
 }
 
