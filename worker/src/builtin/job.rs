@@ -128,11 +128,13 @@ impl Process for Job {
                     | Error::NotNow(_)) => error,
                 }),
                 Err(Trouble::Lacks(text)) if self.stage == Stage::In => self.wait_for_room(&at, text).await,
-                Err(Trouble::Here { path, error, text }) => Err(match shortage_here(context, &path, &error) {
-                    Some(shortage) => Error::Lacking(shortage),
-                    None if self.stage == Stage::Out => stuck(&text),
-                    None => Error::Failed(format!("stage: {text}")),
-                }),
+                Err(Trouble::Here { path, error, text }) => match shortage_here(context, &path, &error) {
+                    Some(shortage) => Err(Error::Lacking(shortage)),
+                    None if self.stage == Stage::Out => Err(stuck(&text)),
+                    // The folder of a site on this machine has no room.
+                    None if shortage::lack_of(&error).is_some() => self.wait_for_room(&at, text).await,
+                    None => Err(Error::Failed(format!("stage: {text}"))),
+                },
                 Err(Trouble::Content(text) | Trouble::Emptied(text)) if self.looks < LOOKS_MAX => {
                     context.log(text);
                     self.looks += 1;
@@ -527,9 +529,10 @@ impl Job {
                     let text = format!("scheduler: the job ended without its mark; its script said: {last}");
                     return Err(Error::Failed(text).into());
                 }
-                self.begin_again(at, visit, dir, row, &format!("its script ran nothing, and said: {last}")).await
+                let why = format!("its script ran nothing, and said: {last}");
+                self.begin_again(at, visit, dir, row, &left, &why).await
             }
-            status => self.begin_again(at, visit, dir, row, status).await,
+            status => self.begin_again(at, visit, dir, row, &left, status).await,
         }
     }
 
@@ -540,13 +543,15 @@ impl Job {
         visit: &Visit,
         dir: &str,
         row: &Row,
+        left: &Traces,
         why: &str,
     ) -> Result<Advance, Trouble> {
         // No job of this try may run any more, and none may still do so.
         let cancel = row.external_id.as_ref().map(|id| at.site.launcher.cancel(id)).unwrap_or_default();
         let end = format!("{}{}{cancel}\ntrue", script::give_up(dir), script::prevent_start(dir));
         let stdout = visit.exec(&end).await?.ok()?;
-        if has_line(&stdout, RAN) {
+        // Scripts of earlier versions leave another sign that the program has started.
+        if left.has_run || has_line(&stdout, RAN) {
             let text = format!("lost: the site lost the job after its program had started ({why})");
             return Err(Error::Failed(text).into());
         }

@@ -52,12 +52,11 @@ pub(crate) async fn stage_in(
     }
     let (large, small): (Vec<Entry>, Vec<Entry>) = entries.into_iter().partition(|entry| entry.size >= CACHED_FROM);
     staging.send_small(small, folders, own).await?;
-    let mut copies = Vec::new();
     for entry in &large {
         let cached = staging.cached(entry.digest, entry.size, entry.executable).await?;
-        copies.extend([cached.as_bytes(), b"\0", entry.path.as_bytes(), b"\0"].concat());
+        // At once: the cache may remove what nobody has used for a while.
+        staging.copy_cached(&cached, &entry.path).await?;
     }
-    staging.copy_cached(&copies).await?;
     for (idx, input) in on_site.inputs.iter().enumerate() {
         staging.place(idx, input).await?;
     }
@@ -172,7 +171,7 @@ impl Staging<'_> {
         self.shrink_cache().await
     }
 
-    /// Removes what the cache may not keep: the longest unused first, and nothing that a sandbox links.
+    /// Removes what the cache may not keep: the longest unused first, and nothing that a sandbox of an earlier version links.
     async fn shrink_cache(&self) -> Result<(), Error> {
         let cache = self.site.config.cache;
         let script = format!(
@@ -192,20 +191,16 @@ impl Staging<'_> {
         self.run(&script, b"").await.map(drop)
     }
 
-    /// Files of the cache under their names in the sandbox, by pairs of these. Each is the program's own: what it writes there
-    /// changes nobody else's input. File systems that can share the blocks of a copy do so.
-    async fn copy_cached(&self, pairs: &[u8]) -> Result<(), Error> {
-        if pairs.is_empty() {
-            return Ok(());
-        }
-        let script = "while [ $# -gt 1 ]; do
-               case $2 in */*) mkdir -p \"./${2%/*}\" || exit 1 ;; esac
-               cp -T --reflink=auto --remove-destination \"$1\" \"./$2\" && chmod u+w \"./$2\" || exit 1
-               shift 2
-             done";
+    /// Copies a file of the cache into the sandbox. The copy is the program's own: a write to it changes no other process's
+    /// input. File systems that can share the blocks of a copy do so.
+    async fn copy_cached(&self, cached: &str, path: &BytePath) -> Result<(), Error> {
+        let script = "case $2 in */*) mkdir -p \"./${2%/*}\" || exit 1 ;; esac
+             cp -T --reflink=auto --remove-destination \"$1\" \"./$2\" && chmod u+w \"./$2\"";
         let (dir, script) = (quote(self.dir), quote(script));
-        let command = format!("umask 077; cd {dir} && xargs -0 -s 1000000 -n 128 sh -c {script} sh");
-        self.run(&command, pairs).await.map(drop)
+        let command = format!("umask 077; cd {dir} && xargs -0 sh -c {script} sh");
+        // By its bytes: a name need not be UTF-8, which a command is.
+        let names = [cached.as_bytes(), b"\0", path.as_bytes(), b"\0"].concat();
+        self.run(&command, &names).await.map(drop)
     }
 
     /// A line of `in` whose source is at the site or in the object store. Whoever does this again does the same again.
@@ -321,8 +316,8 @@ fn not_packed(error: io::Error) -> Error {
 /// or a folder without links; `to`; the folders of the scopes of both; `part`, the name of a file that is not whole; and
 /// `work`, a folder in which nothing of the try is.
 ///
-/// A file takes its place by a rename and a folder's files by links, so that what is there already, which may be linked from
-/// the cache or lead to a scope that others share, is replaced and never written to.
+/// A file takes its place by a rename and a folder's files by links, so that what is there already, which may lead to a scope
+/// that others share, is replaced and never written to.
 const PLACING: &str = r#"
 may_take() {
   inside "${1%/*}" "$to_scope" || return 1
