@@ -5,15 +5,14 @@
 //! or a broker in memory; callers cannot tell which. An absent broker is no error at the start: the thread connects in
 //! the background for ever, and what cannot wait is answered with [`Down`].
 
-pub mod bare;
-mod board;
+pub mod baseline;
 mod check;
 mod control;
-mod credits;
 pub mod dead;
 mod delivery;
 mod envelope;
 mod guard;
+mod health;
 mod intake;
 mod ledger;
 mod link;
@@ -29,6 +28,7 @@ mod settle;
 mod source;
 mod thread;
 mod topology;
+mod weighted_round_robin;
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -39,9 +39,9 @@ use tokio::time::{Instant, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-use self::board::{Board, Link};
 use self::control::{Ask, encode_reply};
 use self::envelope::Envelope;
+use self::health::{HealthState, Link};
 use self::intake::Order;
 use self::link::ANSWER_LIMIT;
 use self::publish::{Job, Target};
@@ -85,7 +85,7 @@ pub struct Incoming {
 
 /// A task to publish.
 #[derive(Clone, Debug)]
-pub struct Told {
+pub struct TaskMessage {
     /// The message.
     pub task: Task,
     /// The W3C trace context of whoever sends it.
@@ -112,7 +112,7 @@ pub struct Down(pub String);
 
 /// Why tasks were not told.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum TellError {
+pub enum PublishError {
     /// Some or all may have arrived. Telling again is right: whoever takes a task twice claims it once.
     #[error("outcome unknown: {0}")]
     Unknown(String),
@@ -264,7 +264,7 @@ struct Shared {
     asks_tx: mpsc::Sender<Ask>,
     orders_tx: mpsc::Sender<Order>,
     events_tx: mpsc::Sender<Event>,
-    board: Arc<Board>,
+    health: Arc<HealthState>,
     in_process: bool,
     stop: CancellationToken,
     thread: Mutex<Option<std::thread::JoinHandle<()>>>,
@@ -301,7 +301,7 @@ impl Communicator {
         let (settle_tx, settlements) = mpsc::channel(N_SETTLEMENTS_MAX);
         let (tasks_tx, tasks) = mpsc::channel(N_DELIVERIES_MAX);
         let (controls_tx, controls) = mpsc::channel(N_CONTROLS_MAX);
-        let board = Arc::new(Board::new());
+        let health = Arc::new(HealthState::new());
         let stop = CancellationToken::new();
         let work = thread::Work {
             jobs,
@@ -313,12 +313,12 @@ impl Communicator {
             settle_tx,
             tasks_tx,
             controls_tx,
-            board: Arc::clone(&board),
+            health: Arc::clone(&health),
             stop: stop.clone(),
         };
         let in_process = matches!(options.broker, Broker::InProcess);
         let thread = Mutex::new(Some(thread::start(options, work)));
-        let shared = Shared { jobs_tx, asks_tx, orders_tx, events_tx, board, in_process, stop, thread };
+        let shared = Shared { jobs_tx, asks_tx, orders_tx, events_tx, health, in_process, stop, thread };
         (Communicator { shared: Arc::new(shared) }, Incoming { tasks, controls })
     }
 
@@ -351,18 +351,18 @@ impl Communicator {
     /// Publishes tasks to one queue, persistent and confirmed; the queue is declared if it is absent.
     ///
     /// # Errors
-    /// See [`TellError`]. All or nothing is not promised: after any error but `Down` and `TooLarge` some may have arrived.
+    /// See [`PublishError`]. All or nothing is not promised: after any error but `Down` and `TooLarge` some may have arrived.
     ///
     /// # Cancel safety
-    /// Dropped half-way it is as [`TellError::Unknown`].
-    pub async fn tell(&self, queue: &str, tasks: Vec<Told>) -> Result<(), TellError> {
+    /// Dropped half-way it is as [`PublishError::Unknown`].
+    pub async fn publish(&self, queue: &str, tasks: Vec<TaskMessage>) -> Result<(), PublishError> {
         if tasks.is_empty() {
             return Ok(());
         }
         let messages: Vec<Envelope> =
             tasks.into_iter().map(|told| Envelope::task(&told.task, told.traceparent)).collect();
         if let Some(message) = messages.iter().find(|message| message.body.len() > SIZE_BYTES_MAX) {
-            return Err(TellError::TooLarge(message.body.len()));
+            return Err(PublishError::TooLarge(message.body.len()));
         }
         // A broker that is busy with others confirms some hundreds a second.
         let n_messages = u32::try_from(messages.len()).unwrap_or(u32::MAX);
@@ -370,7 +370,7 @@ impl Communicator {
         let (done, outcome) = oneshot::channel();
         let job = Job { target: Target::Task(queue.to_owned()), messages, deadline, done };
         match timeout_at(deadline, self.shared.jobs_tx.send(job)).await {
-            Ok(Ok(())) => outcome.await.unwrap_or_else(|_| Err(TellError::Unknown(GONE.to_owned()))),
+            Ok(Ok(())) => outcome.await.unwrap_or_else(|_| Err(PublishError::Unknown(GONE.to_owned()))),
             Ok(Err(_)) => Err(Down(ENDED.to_owned()).into()),
             Err(_) => Err(Down("too much is being published already".to_owned()).into()),
         }
@@ -400,7 +400,7 @@ impl Communicator {
 
     /// For how long the control connection has been open; `None` while it is not.
     pub fn control_connected_for(&self) -> Option<Duration> {
-        self.shared.board.up_for(Link::Control)
+        self.shared.health.up_for(Link::Control)
     }
 
     /// Sends a control message to every worker; it lands in `baton.control` as well. The answers come in as workers give
@@ -441,22 +441,22 @@ impl Communicator {
     /// Whether what is told to a task queue arrives here: it is consumed, and takes messages. What the broker in memory
     /// is told always arrives.
     pub fn delivers(&self, queue: &str) -> bool {
-        self.shared.in_process || self.shared.board.delivers(&envelope::task_queue(queue))
+        self.shared.in_process || self.shared.health.delivers(&envelope::task_queue(queue))
     }
 
     /// What has gone over the connections since the start. The broker in memory counts nothing.
     pub fn traffic(&self) -> Traffic {
-        self.shared.board.meter.read()
+        self.shared.health.meter.read()
     }
 
     /// How the broker is now.
     pub fn health(&self) -> Health {
-        self.shared.board.watch().borrow().clone()
+        self.shared.health.watch().borrow().clone()
     }
 
     /// How the broker is, whenever that changes.
     pub fn watch_health(&self) -> watch::Receiver<Health> {
-        self.shared.board.watch()
+        self.shared.health.watch()
     }
 
     /// Waits until every connection that this program needs is open.
@@ -488,7 +488,7 @@ impl Communicator {
 
     async fn order(&self, order: Order) {
         // Needed from this moment on, so that whoever waits for the connection next waits for this one, too.
-        self.shared.board.need(Link::Consume);
+        self.shared.health.need(Link::Consume);
         // A communicator that has ended consumes nothing any more.
         let _ = self.shared.orders_tx.send(order).await;
     }

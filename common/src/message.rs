@@ -62,14 +62,14 @@ pub enum Task {
         /// Answer a second time when the process has ended.
         wait: bool,
         /// When the row was told, in database time (microseconds since 1970); absent in messages from outside.
-        told_at: Option<i64>,
+        announced_at: Option<i64>,
     },
     /// A process that can go on.
     Continue {
         /// The process.
         pid: Pid,
         /// As in [`Task::Launch`].
-        told_at: Option<i64>,
+        announced_at: Option<i64>,
     },
 }
 
@@ -82,9 +82,9 @@ impl Task {
     }
 
     /// When the row was told, if the sender was Baton.
-    pub fn told_at(&self) -> Option<i64> {
+    pub fn announced_at(&self) -> Option<i64> {
         match self {
-            Task::Launch { told_at, .. } | Task::Continue { told_at, .. } => *told_at,
+            Task::Launch { announced_at, .. } | Task::Continue { announced_at, .. } => *announced_at,
         }
     }
 
@@ -99,10 +99,10 @@ impl Task {
     /// The message's body.
     pub fn encode(&self, encoding: Encoding) -> Vec<u8> {
         let wire = match self.clone() {
-            Task::Launch { pid, spec, wait, told_at } => {
-                Wire { pid: Some(pid), spec, wait: wait.then_some(true), told_at, ..Wire::new("launch") }
+            Task::Launch { pid, spec, wait, announced_at } => {
+                Wire { pid: Some(pid), spec, wait: wait.then_some(true), announced_at, ..Wire::new("launch") }
             }
-            Task::Continue { pid, told_at } => Wire { pid: Some(pid), told_at, ..Wire::new("continue") },
+            Task::Continue { pid, announced_at } => Wire { pid: Some(pid), announced_at, ..Wire::new("continue") },
         };
         encode(&wire, encoding)
     }
@@ -118,9 +118,11 @@ impl Task {
                 pid: wire.pid.ok_or(Error::Missing("pid"))?,
                 spec: wire.spec,
                 wait: wire.wait.unwrap_or(false),
-                told_at: wire.told_at,
+                announced_at: wire.announced_at,
             }),
-            "continue" => Ok(Task::Continue { pid: wire.pid.ok_or(Error::Missing("pid"))?, told_at: wire.told_at }),
+            "continue" => {
+                Ok(Task::Continue { pid: wire.pid.ok_or(Error::Missing("pid"))?, announced_at: wire.announced_at })
+            }
             _ => Err(Error::UnknownType(wire.kind)),
         }
     }
@@ -548,8 +550,8 @@ struct Wire {
     spec: Option<Value>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     wait: Option<bool>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    told_at: Option<i64>,
+    #[serde(rename = "told_at", default, skip_serializing_if = "Option::is_none")]
+    announced_at: Option<i64>,
     #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "by_name::given")]
     select: Option<Select>,
     #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "by_name::given")]
@@ -619,9 +621,9 @@ mod tests {
     fn tasks_come_back_as_they_were_sent_in_both_encodings() {
         let pid = Pid::generate();
         let tasks = [
-            Task::Launch { pid, spec: Some(serde_json::json!({"run": ["true"]})), wait: true, told_at: None },
-            Task::Launch { pid, spec: None, wait: false, told_at: Some(7) },
-            Task::Continue { pid, told_at: Some(1_700_000_000_000_000) },
+            Task::Launch { pid, spec: Some(serde_json::json!({"run": ["true"]})), wait: true, announced_at: None },
+            Task::Launch { pid, spec: None, wait: false, announced_at: Some(7) },
+            Task::Continue { pid, announced_at: Some(1_700_000_000_000_000) },
         ];
         for encoding in BOTH {
             for task in &tasks {

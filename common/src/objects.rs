@@ -8,8 +8,8 @@
 
 mod error;
 mod file_url;
+mod location;
 pub mod manifest;
-mod place;
 #[cfg(test)]
 mod tests;
 
@@ -27,7 +27,7 @@ use uuid::Uuid;
 
 use crate::config;
 use crate::digest::{Digest, Hasher};
-use place::Place;
+use location::Location;
 
 pub use error::Error;
 pub use manifest::{Entry, Manifest};
@@ -69,7 +69,7 @@ const DEFAULT_FOLDER: &str = "~/.local/share/baton/objects";
 #[derive(Clone)]
 pub struct Objects {
     store: Arc<dyn ObjectStore>,
-    place: Arc<Place>,
+    location: Arc<Location>,
     locks: Arc<[Mutex<()>; N_LOCKS]>,
 }
 
@@ -103,7 +103,7 @@ impl Objects {
     /// # Errors
     /// [`Error::Config`] and [`Error::Folder`].
     pub fn open(config: &config::Objects) -> Result<Self, Error> {
-        if let Some(folder) = place::folder(config)? {
+        if let Some(folder) = location::folder(config)? {
             std::fs::create_dir_all(&folder).map_err(|source| Error::Folder { path: folder, source })?;
         }
         Self::new(config)
@@ -114,15 +114,15 @@ impl Objects {
     /// # Errors
     /// [`Error::Config`] and [`Error::Folder`].
     pub fn open_existing(config: &config::Objects) -> Result<Option<Self>, Error> {
-        match place::folder(config)? {
+        match location::folder(config)? {
             Some(folder) if !folder.exists() => Ok(None),
             Some(_) | None => Self::new(config).map(Some),
         }
     }
 
     fn new(config: &config::Objects) -> Result<Self, Error> {
-        let (store, place) = place::open(config)?;
-        Ok(Self { store, place: Arc::new(place), locks: Arc::new(std::array::from_fn(|_| Mutex::new(()))) })
+        let (store, location) = location::open(config)?;
+        Ok(Self { store, location: Arc::new(location), locks: Arc::new(std::array::from_fn(|_| Mutex::new(()))) })
     }
 
     /// Puts a file, unless the store has it.
@@ -157,7 +157,7 @@ impl Objects {
         }
         if let Some(target) = self.local_path(digest) {
             let source = path.to_owned();
-            let moved = move || place::move_durably(&source, &target).map_err(|error| Error::file(&source, error));
+            let moved = move || location::move_durably(&source, &target).map_err(|error| Error::file(&source, error));
             if blocking(moved).await? {
                 return Ok(());
             }
@@ -230,9 +230,9 @@ impl Objects {
 
     /// Where an object lies, or will, if the store is a folder; whoever only reads it needs no copy.
     pub fn local_path(&self, digest: Digest) -> Option<PathBuf> {
-        match &*self.place {
-            Place::Folder(folder) => Some(folder.join(name(digest))),
-            Place::Bucket { .. } => None,
+        match &*self.location {
+            Location::Folder(folder) => Some(folder.join(name(digest))),
+            Location::Bucket { .. } => None,
         }
     }
 
@@ -247,8 +247,8 @@ impl Objects {
     }
 
     /// The place itself, for people.
-    pub fn place(&self) -> String {
-        self.place.to_string()
+    pub fn location(&self) -> String {
+        self.location.to_string()
     }
 
     /// When an object was put, by the store's clock; `None` if it is absent.
@@ -299,7 +299,7 @@ impl Objects {
     /// What the store answers.
     pub async fn owners(&self) -> Result<Vec<Uuid>, Error> {
         let mut owners = Vec::new();
-        let mut listed = self.store.list(Some(&self.place.prefix().join(OWNERS)));
+        let mut listed = self.store.list(Some(&self.location.prefix().join(OWNERS)));
         while let Some(found) = listed.next().await {
             let meta = found.map_err(|error| self.of_store(error))?;
             owners.extend(meta.location.filename().and_then(|name| name.parse::<Uuid>().ok()));
@@ -349,13 +349,13 @@ impl Objects {
     /// The stream holds a page at a time, however many there are. Its errors are what the store answers.
     pub fn list(&self) -> BoxStream<'static, Result<Listed, Error>> {
         let this = self.clone();
-        let prefix = self.place.prefix().join(ROOT);
+        let prefix = self.location.prefix().join(ROOT);
         let listed = self.store.list(Some(&prefix)).filter_map(move |found| {
             let listed = match found {
                 Ok(meta) => digest_of(&meta.location)
                     .map(|digest| Ok(Listed { digest, size: meta.size, at: meta.last_modified })),
                 // Somebody else removed it meanwhile.
-                Err(object_store::Error::NotFound { .. }) if matches!(&*this.place, Place::Folder(_)) => None,
+                Err(object_store::Error::NotFound { .. }) if matches!(&*this.location, Location::Folder(_)) => None,
                 Err(error) => Some(Err(this.of_store(error))),
             };
             std::future::ready(listed)
@@ -369,12 +369,12 @@ impl Objects {
     /// # Errors
     /// [`Error::Folder`].
     pub async fn remove_leftovers(&self, age: Duration) -> Result<u64, Error> {
-        match &*self.place {
-            Place::Bucket { .. } => Ok(0),
-            Place::Folder(folder) => {
+        match &*self.location {
+            Location::Bucket { .. } => Ok(0),
+            Location::Folder(folder) => {
                 let folder = folder.clone();
                 let remove = move || {
-                    place::remove_leftovers(&folder.join(ROOT), age)
+                    location::remove_leftovers(&folder.join(ROOT), age)
                         .map_err(|source| Error::Folder { path: folder, source })
                 };
                 blocking(remove).await
@@ -458,34 +458,38 @@ impl Objects {
     }
 
     fn key(&self, digest: Digest) -> Key {
-        name(digest).split('/').fold(self.place.prefix(), |key, part| key.join(part))
+        name(digest).split('/').fold(self.location.prefix(), |key, part| key.join(part))
     }
 
     fn owner_key(&self, database: Uuid) -> Key {
-        self.place.prefix().join(OWNERS).join(database.to_string())
+        self.location.prefix().join(OWNERS).join(database.to_string())
     }
 
     fn mark_key(&self, mark: Uuid) -> Key {
-        self.place.prefix().join(FLEETS).join(mark.to_string())
+        self.location.prefix().join(FLEETS).join(mark.to_string())
     }
 
     fn url_of(&self, key: &Key) -> String {
-        match &*self.place {
-            Place::Folder(folder) => file_url::of_path(&folder.join(key.as_ref())),
-            Place::Bucket { name, .. } => format!("s3://{name}/{key}"),
+        match &*self.location {
+            Location::Folder(folder) => file_url::of_path(&folder.join(key.as_ref())),
+            Location::Bucket { name, .. } => format!("s3://{name}/{key}"),
         }
     }
 
     fn of_store(&self, error: object_store::Error) -> Error {
-        error::of_store(error, &self.place)
+        error::of_store(error, &self.location)
     }
 
     fn of_object(&self, error: object_store::Error, digest: Digest) -> Error {
-        match (error, &*self.place) {
-            (error @ object_store::Error::NotFound { .. }, Place::Bucket { .. }) if error::names_no_bucket(&error) => {
+        match (error, &*self.location) {
+            (error @ object_store::Error::NotFound { .. }, Location::Bucket { .. })
+                if error::names_no_bucket(&error) =>
+            {
                 self.of_store(error)
             }
-            (object_store::Error::NotFound { .. }, place) => Error::Absent { digest, place: place.to_string() },
+            (object_store::Error::NotFound { .. }, location) => {
+                Error::Absent { digest, location: location.to_string() }
+            }
             (error, _) => self.of_store(error),
         }
     }

@@ -61,7 +61,7 @@ pub async fn join(store: &Store, objects: &Objects) -> Result<Option<Foreign>, E
 }
 
 fn foreign(objects: Option<&Objects>, mark: Uuid) -> Foreign {
-    let place = objects.map_or_else(|| "a folder that is not there".to_owned(), Objects::place);
+    let place = objects.map_or_else(|| "a folder that is not there".to_owned(), Objects::location);
     let text = format!("the object store here, {place}, is not the one that the fleet shares");
     let remedy = "name the same one for all controllers and workers in BATON_OBJECTS_URL or `objects.url`: a folder that \
                   they share, or s3://BUCKET/PREFIX";

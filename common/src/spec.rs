@@ -310,8 +310,8 @@ impl Wait {
 
     /// The pause after `attempt` charged attempts (1 for the first). `random` is from 0 to 1: how much of the jitter
     /// is taken away.
-    pub fn before(&self, attempt: u32, random: f64) -> Duration {
-        let exponent = i32::try_from(attempt.saturating_sub(1)).unwrap_or(i32::MAX);
+    pub fn before(&self, try_number: u32, random: f64) -> Duration {
+        let exponent = i32::try_from(try_number.saturating_sub(1)).unwrap_or(i32::MAX);
         let grown = self.first.as_secs_f64() * self.factor.powi(exponent);
         let pause = if grown < self.max.as_secs_f64() { Duration::from_secs_f64(grown) } else { self.max };
         pause.mul_f64(1.0 - self.jitter * random.clamp(0.0, 1.0))

@@ -5,19 +5,19 @@
 //! [`submit`], [`writer`] (claims and fenced writes, group-committed), [`control`], [`sweep`], [`worker`], [`prune`];
 //! [`query`], [`explain`] and [`needed`] only read.
 
-pub mod bare;
+pub mod baseline;
 pub mod blob;
 pub mod control;
+mod dedicated_connection;
 mod dialect;
 mod error;
 pub mod explain;
 mod fenced;
 pub mod fleet;
+pub mod gc_roots;
 pub mod measure;
 mod migration;
-pub mod needed;
 mod objects;
-mod own;
 pub mod prune;
 pub mod query;
 mod select;
@@ -40,9 +40,9 @@ use sea_orm::{
 use sea_orm_migration::MigratorTrait;
 use uuid::Uuid;
 
+use dedicated_connection::DedicatedConnection;
 use dialect::Dialect;
 pub use error::Error;
-use own::OwnConnection;
 
 /// How long a statement may wait for a connection. Longer means that the database is away; callers try again.
 const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(5);
@@ -156,7 +156,7 @@ pub struct Store {
     access: Access,
     db: DatabaseConnection,
     /// No other statement waits before a beat, so that a worker that is busy keeps its lease.
-    beats: Arc<OwnConnection>,
+    beats: Arc<DedicatedConnection>,
     dialect: Dialect,
 }
 
@@ -185,7 +185,7 @@ impl Store {
         };
         // Boxed, because the futures are large and every caller would carry them.
         let db = Box::pin(connect(&location, &access, Use::Pool)).await?;
-        let beats = OwnConnection::open(&location, &access, Use::Beat, Some(db.clone()));
+        let beats = DedicatedConnection::open(&location, &access, Use::Beat, Some(db.clone()));
         let beats = Arc::new(Box::pin(beats).await?);
         let store = Self { location, access, db, beats, dialect };
         Box::pin(store.migrate()).await?;
@@ -229,8 +229,8 @@ impl Store {
     }
 
     /// A connection that stays with its user, and the pool's while the server has none left for it.
-    async fn own_connection(&self) -> Result<OwnConnection, Error> {
-        OwnConnection::open(&self.location, &self.access, Use::Lane, Some(self.db.clone())).await
+    async fn dedicated_connection(&self) -> Result<DedicatedConnection, Error> {
+        DedicatedConnection::open(&self.location, &self.access, Use::Lane, Some(self.db.clone())).await
     }
 
     async fn migrate(&self) -> Result<(), Error> {

@@ -77,13 +77,13 @@ fn task() -> impl Strategy<Value = Task> {
     // `null` stands for no spec.
     let spec = option::of(value().prop_filter("a spec", |value| !value.is_null()));
     prop_oneof![
-        (pid(), spec, any::<bool>(), any::<Option<i64>>()).prop_map(|(pid, spec, wait, told_at)| Task::Launch {
+        (pid(), spec, any::<bool>(), any::<Option<i64>>()).prop_map(|(pid, spec, wait, announced_at)| Task::Launch {
             pid,
             spec,
             wait,
-            told_at
+            announced_at
         }),
-        (pid(), any::<Option<i64>>()).prop_map(|(pid, told_at)| Task::Continue { pid, told_at }),
+        (pid(), any::<Option<i64>>()).prop_map(|(pid, announced_at)| Task::Continue { pid, announced_at }),
     ]
 }
 

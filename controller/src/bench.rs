@@ -14,11 +14,11 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use baton_common::communicator::Communicator;
-use baton_common::communicator::bare::{self, BareQueue};
+use baton_common::communicator::baseline::{self, BaselineQueue};
 use baton_common::id::Pid;
 use baton_common::spec::{Spec, Work};
 use baton_common::state::Place;
-use baton_common::store::bare::BareTables;
+use baton_common::store::baseline::BaselineTables;
 use baton_common::store::query::WorkerRow;
 use baton_common::store::submit::NewProcess;
 use baton_common::store::{Location, Store};
@@ -159,13 +159,13 @@ impl Bench {
         format!("bench-{}", self.id)
     }
 
-    async fn bare_queue(&self) -> Result<BareQueue, Failure> {
-        Ok(BareQueue::declare(&self.broker_urls, &format!("baton.bench.{}", self.id)).await?)
+    async fn bare_queue(&self) -> Result<BaselineQueue, Failure> {
+        Ok(BaselineQueue::declare(&self.broker_urls, &format!("baton.bench.{}", self.id)).await?)
     }
 
     /// Tables with nothing around them.
-    async fn bare_tables(&self) -> Result<BareTables, Failure> {
-        Ok(BareTables::create(&self.store, &format!("baton_bench_{}", self.id)).await?)
+    async fn bare_tables(&self) -> Result<BaselineTables, Failure> {
+        Ok(BaselineTables::create(&self.store, &format!("baton_bench_{}", self.id)).await?)
     }
 
     /// The workers that take what is told to the run's queue.
@@ -180,7 +180,7 @@ impl Bench {
             store,
             count,
             make,
-            async |queued| self.client.tell(queued, true).await,
+            async |queued| self.client.publish(queued, true).await,
             |page| {
                 self.submitted
                     .lock()
@@ -237,7 +237,7 @@ impl Bench {
             self.store.erase(&pids).await?;
         }
         if self.queue == format!("bench-{}", self.id) {
-            bare::remove_task_queues(&self.broker_urls, &self.queue).await?;
+            baseline::remove_task_queues(&self.broker_urls, &self.queue).await?;
         }
         self.client.close().await;
         Ok(())

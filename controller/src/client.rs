@@ -7,7 +7,7 @@ use std::str::FromStr;
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
-use baton_common::communicator::{self, Broker, Communicator, ReplyTo, Told};
+use baton_common::communicator::{self, Broker, Communicator, ReplyTo, TaskMessage};
 use baton_common::config;
 use baton_common::id::{ParseError, Pid};
 use baton_common::message::{Event, Reply, Task};
@@ -124,7 +124,7 @@ impl Client {
             if freed.count() == 0 {
                 return Ok(());
             }
-            if let Err(reason) = self.tell(&freed.queued, false).await {
+            if let Err(reason) = self.publish(&freed.queued, false).await {
                 output::warn(&format!("freed processes were not told ({reason}); workers find them"));
             }
         }
@@ -155,7 +155,7 @@ impl Client {
             queued.entry(queue).or_default().push(told);
         }
         // Without a broker this was said before, and workers find what is queued.
-        let _ = self.tell(&queued, false).await;
+        let _ = self.publish(&queued, false).await;
         let Ok(Some(communicator)) = self.broker().await else { return };
         let at = chrono::Utc::now().timestamp_micros();
         for row in rows.iter().filter(|row| row.place != Place::Held) {
@@ -170,7 +170,7 @@ impl Client {
     }
 
     /// Publishes the messages of rows that were queued. What it cannot publish, workers find in the database.
-    pub(crate) async fn tell(&self, queued: &ByQueue, is_launch: bool) -> Result<(), String> {
+    pub(crate) async fn publish(&self, queued: &ByQueue, is_launch: bool) -> Result<(), String> {
         if queued.is_empty() {
             return Ok(());
         }
@@ -179,16 +179,16 @@ impl Client {
             let tasks = rows
                 .iter()
                 .map(|row| {
-                    let (pid, told_at) = (row.pid, Some(row.told_at));
+                    let (pid, announced_at) = (row.pid, Some(row.announced_at));
                     let task = if is_launch {
-                        Task::Launch { pid, spec: None, wait: false, told_at }
+                        Task::Launch { pid, spec: None, wait: false, announced_at }
                     } else {
-                        Task::Continue { pid, told_at }
+                        Task::Continue { pid, announced_at }
                     };
-                    Told { task, traceparent: row.traceparent.clone() }
+                    TaskMessage { task, traceparent: row.traceparent.clone() }
                 })
                 .collect();
-            communicator.tell(queue, tasks).await.map_err(|error| error.to_string())?;
+            communicator.publish(queue, tasks).await.map_err(|error| error.to_string())?;
         }
         Ok(())
     }

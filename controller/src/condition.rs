@@ -251,7 +251,7 @@ impl Case<'_> {
             return Explanation::new("waits_for_timer", format!("it sleeps, and wakes {when}"), facts);
         };
         let max = self.facts.details.spec.as_ref().map(|spec| spec.retry.max);
-        let attempt = summary.attempt;
+        let attempt = summary.try_number;
         facts["try"] = json!(attempt);
         facts["tries_max"] = json!(max);
         facts["last_error"] = json!(error);
@@ -500,7 +500,7 @@ pub(crate) mod tests {
             worker: None,
             owner: None,
             epoch: 0,
-            attempt: 1,
+            try_number: 1,
             advances: 0,
             created_at: 0,
             changed_at: NOW - 300_000,
@@ -655,7 +655,7 @@ pub(crate) mod tests {
         facts.details.summary.last_error = Some("exit 1".into());
         is(&facts, &Ok(None), "waits_for_timer", &["wakes in 40s"]);
         facts.details.summary.waits_for_retry = true;
-        facts.details.summary.attempt = 2;
+        facts.details.summary.try_number = 2;
         facts.details.spec.as_mut().unwrap().retry.max = 3;
         is(&facts, &Ok(None), "waits_for_retry", &["again in 40s: try 2 of 3; try 1 failed: exit 1"]);
         facts.details.summary.wake_at = Some(NOW - SECOND);

@@ -56,7 +56,7 @@ pub(crate) async fn wait_ended(
             let rows: HashMap<Pid, &Summary> = rows.iter().map(|row| (row.pid, row)).collect();
             for (pid, seen) in page {
                 let row = rows.get(pid).ok_or_else(|| absent(*pid))?;
-                let now = Some((row.state, row.advances, row.attempt));
+                let now = Some((row.state, row.advances, row.try_number));
                 if *seen != now {
                     bar.suspend(|| say(row));
                     pause = LOOK_MIN;

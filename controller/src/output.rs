@@ -173,7 +173,7 @@ fn waits(summary: &Summary, wake_at: i64) -> String {
         return "its job waits or runs".to_owned();
     }
     match &summary.last_error {
-        Some(error) if summary.waits_for_retry => format!("try {} in {pause}, after: {error}", summary.attempt),
+        Some(error) if summary.waits_for_retry => format!("try {} in {pause}, after: {error}", summary.try_number),
         Some(_) | None => format!("wakes in {pause}"),
     }
 }
@@ -197,7 +197,7 @@ pub(crate) fn summary_json(summary: &Summary) -> Value {
         "queue": summary.queue,
         "worker": summary.worker,
         "epoch": summary.epoch,
-        "try": summary.attempt,
+        "try": summary.try_number,
         "advances": summary.advances,
         "created_at": timestamp(summary.created_at),
         "changed_at": timestamp(summary.changed_at),
@@ -211,7 +211,7 @@ pub(crate) fn summary_json(summary: &Summary) -> Value {
         "sandbox": outcome.and_then(|outcome| outcome.sandbox.as_ref()),
         "results": outcome.and_then(|outcome| outcome.results),
         "last_error": summary.last_error,
-        "retries": summary.attempt - 1,
+        "retries": summary.try_number - 1,
         "refused_since": summary.refusal.as_ref().map(|refusal| timestamp(refusal.since)),
         "refusal": summary.refusal.as_ref().map(|refusal| &refusal.reason),
         "paused_by": summary.paused.as_ref().map(|paused| &paused.by),
@@ -250,7 +250,7 @@ pub(crate) fn job_text(job: &Job, now: i64) -> String {
 pub(crate) fn job_json(job: &Job) -> Value {
     json!({
         "token": job.token(),
-        "try": job.attempt,
+        "try": job.try_number,
         "external_id": job.external_id,
         "status": job.look.status,
         "reason": job.look.reason,

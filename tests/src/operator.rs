@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use baton_common::communicator::{Broker, Communicator, Options, Told};
+use baton_common::communicator::{Broker, Communicator, Options, TaskMessage};
 use baton_common::id::Pid;
 use baton_common::message::{Control, Effect, Task};
 use baton_common::select::Select;
@@ -71,9 +71,9 @@ impl Operator {
         };
         drop(turn);
         if let Some((queue, told)) = row.told {
-            let task = Task::Continue { pid, told_at: Some(told.told_at) };
+            let task = Task::Continue { pid, announced_at: Some(told.announced_at) };
             // What is not told, the head rule tells.
-            let _ = self.communicator.tell(&queue, vec![Told { task, traceparent: None }]).await;
+            let _ = self.communicator.publish(&queue, vec![TaskMessage { task, traceparent: None }]).await;
         }
         let mut effect = row.effect;
         let mut queue = None;

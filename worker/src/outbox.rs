@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use baton_common::communicator::{Communicator, ReplyTo, Told};
+use baton_common::communicator::{Communicator, ReplyTo, TaskMessage};
 use baton_common::id::Pid;
 use baton_common::message::{Event, Reply, Task};
 use baton_common::state::State;
@@ -22,21 +22,21 @@ const TELL_LENGTH: usize = 1024;
 pub(crate) struct Outbox {
     identity: Arc<Identity>,
     communicator: Communicator,
-    tell: mpsc::Sender<(String, Told)>,
+    tell: mpsc::Sender<(String, TaskMessage)>,
 }
 
 /// What [`publish`] takes messages from.
-pub(crate) type ToldRows = mpsc::Receiver<(String, Told)>;
+pub(crate) type TaskMessages = mpsc::Receiver<(String, TaskMessage)>;
 
 impl Outbox {
-    pub(crate) fn new(identity: Arc<Identity>, communicator: Communicator) -> (Self, ToldRows) {
+    pub(crate) fn new(identity: Arc<Identity>, communicator: Communicator) -> (Self, TaskMessages) {
         let (tell, told) = mpsc::channel(TELL_LENGTH);
         (Self { identity, communicator, tell }, told)
     }
 
     /// Publishes the `continue` of a row that has been queued.
-    pub(crate) async fn tell(&self, pid: Pid, queue: String, told_at: i64) {
-        let told = Told { task: Task::Continue { pid, told_at: Some(told_at) }, traceparent: None };
+    pub(crate) async fn publish(&self, pid: Pid, queue: String, announced_at: i64) {
+        let told = TaskMessage { task: Task::Continue { pid, announced_at: Some(announced_at) }, traceparent: None };
         // The channel is closed only when the incarnation ends; the head rule of another worker finds the row then.
         let _ = self.tell.send((queue, told)).await;
     }
@@ -45,8 +45,8 @@ impl Outbox {
     pub(crate) async fn tell_all(&self, queued: ByQueue) {
         for (queue, rows) in queued {
             for row in rows {
-                let task = Task::Continue { pid: row.pid, told_at: Some(row.told_at) };
-                let _ = self.tell.send((queue.clone(), Told { task, traceparent: row.traceparent })).await;
+                let task = Task::Continue { pid: row.pid, announced_at: Some(row.announced_at) };
+                let _ = self.tell.send((queue.clone(), TaskMessage { task, traceparent: row.traceparent })).await;
             }
         }
     }
@@ -87,16 +87,16 @@ pub(crate) fn end_reply(pid: Pid, state: State, outcome: Option<&Outcome>) -> Re
 }
 
 /// Publishes what has been queued, in batches of whatever has gathered.
-pub(crate) async fn publish(communicator: Communicator, mut told: ToldRows) {
+pub(crate) async fn publish(communicator: Communicator, mut told: TaskMessages) {
     let mut gathered = Vec::new();
     while told.recv_many(&mut gathered, TELL_LENGTH).await > 0 {
-        let mut by_queue: BTreeMap<String, Vec<Told>> = BTreeMap::new();
+        let mut by_queue: BTreeMap<String, Vec<TaskMessage>> = BTreeMap::new();
         for (queue, told) in gathered.drain(..) {
             by_queue.entry(queue).or_default().push(told);
         }
         for (queue, tasks) in by_queue {
             let count = tasks.len();
-            if let Err(error) = communicator.tell(&queue, tasks).await {
+            if let Err(error) = communicator.publish(&queue, tasks).await {
                 debug!(queue, count, %error, "not told; the head rule tells them again");
             }
         }

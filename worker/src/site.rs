@@ -49,7 +49,7 @@ pub fn job_script(spec: &Spec, site: &config::Site) -> String {
         dir: &dir,
         token: "baton-PID-TRY",
         pid: "PID",
-        attempt: "TRY",
+        try_number: "TRY",
     };
     script.text()
 }
@@ -326,8 +326,8 @@ impl Drop for Sending {
 
 impl Visit {
     /// The folder of a try: its sandbox.
-    pub(crate) fn sandbox(&self, pid: Pid, attempt: i64) -> String {
-        format!("{}/p/{pid}/{attempt}", self.root)
+    pub(crate) fn sandbox(&self, pid: Pid, try_number: i64) -> String {
+        format!("{}/p/{pid}/{try_number}", self.root)
     }
 
     /// Runs a small command.

@@ -11,10 +11,10 @@
 mod config;
 mod download;
 mod known_hosts;
-mod landing;
 mod local;
 mod login;
 mod marks;
+mod part_file;
 mod proxy;
 mod running;
 mod shell;

@@ -15,8 +15,8 @@ use lapin::{Channel, Connection, Consumer};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, sleep, timeout};
 
-use super::board::{Board, Link};
 use super::envelope::{BROADCAST_EXCHANGE, DIRECT_REPLY, Envelope, bad_queue_name, short, task_queue};
+use super::health::{HealthState, Link};
 use super::link::{ANSWER_LIMIT, Backoff, Dial, close, is_absent, reason};
 use super::publish::{Job, bury};
 use super::topology::{BASE, Item, ensure};
@@ -69,7 +69,7 @@ pub(super) async fn run(dial: Arc<Dial>, mut ends: Ends) {
         let connection = tokio::select! {
             connection = dial.connect(Link::Control) => connection,
             () = dial.close.cancelled() => break,
-            () = refuse(&mut ends.asks, &dial.board), if has_failed => break,
+            () = refuse(&mut ends.asks, &dial.health), if has_failed => break,
         };
         let error = match connection {
             Ok(connection) => {
@@ -85,20 +85,20 @@ pub(super) async fn run(dial: Arc<Dial>, mut ends: Ends) {
             Err(error) => error.to_string(),
         };
         has_failed = true;
-        dial.board.down(Link::Control, Some(error));
+        dial.health.down(Link::Control, Some(error));
         tokio::select! {
             () = sleep(backoff.pause()) => {}
             () = dial.close.cancelled() => break,
-            () = refuse(&mut ends.asks, &dial.board) => break,
+            () = refuse(&mut ends.asks, &dial.health) => break,
         }
     }
-    dial.board.down(Link::Control, None);
+    dial.health.down(Link::Control, None);
 }
 
 /// Answers that the broker is not there, for as long as it is not; returns when nobody can ask any more.
-async fn refuse(asks: &mut mpsc::Receiver<Ask>, board: &Board) {
+async fn refuse(asks: &mut mpsc::Receiver<Ask>, health: &HealthState) {
     while let Some(ask) = asks.recv().await {
-        ask.refuse(board.refusal(Link::Control).unwrap_or_else(|| Down("not connected".to_owned())));
+        ask.refuse(health.refusal(Link::Control).unwrap_or_else(|| Down("not connected".to_owned())));
     }
 }
 
@@ -175,7 +175,7 @@ async fn session(dial: &Dial, connection: &Connection, ends: &mut Ends) -> Resul
     let own_queue = ends.own_queue.clone().unwrap_or_default();
     let mut session = Session { dial, connection, channel, requests: HashMap::new(), steps, publish_tx, own_queue };
     let mut arrived: Option<Arrived> = None;
-    dial.board.up(Link::Control);
+    dial.health.up(Link::Control);
     let outcome = loop {
         tokio::select! {
             error = &mut ended => break Err(error),
@@ -231,8 +231,8 @@ async fn prepare(
     own_queue: Option<&str>,
 ) -> Result<(Channel, Consumer, Option<Consumer>), String> {
     let fail = |error: lapin::Error| reason(&error);
-    // What of this cannot be declared stands on the board; replies work without it.
-    let _ = ensure(connection, &dial.board, &BASE).await;
+    // What of this cannot be declared stands on the health; replies work without it.
+    let _ = ensure(connection, &dial.health, &BASE).await;
     let channel = connection.create_channel().await.map_err(fail)?;
     channel.confirm_select(ConfirmSelectOptions::default()).await.map_err(fail)?;
     let no_ack = BasicConsumeOptions { no_ack: true, ..BasicConsumeOptions::default() };
@@ -241,7 +241,7 @@ async fn prepare(
     let Some(queue) = own_queue else {
         return Ok((channel, replies, None));
     };
-    ensure(connection, &dial.board, &[Item::OwnQueue(queue.to_owned())]).await?;
+    ensure(connection, &dial.health, &[Item::OwnQueue(queue.to_owned())]).await?;
     let intake = connection.create_channel().await.map_err(fail)?;
     intake.basic_qos(PREFETCH, BasicQosOptions::default()).await.map_err(fail)?;
     let options = BasicConsumeOptions { exclusive: true, ..BasicConsumeOptions::default() };
@@ -252,7 +252,7 @@ async fn prepare(
 
 impl<'a> Session<'a> {
     fn on_ask(&mut self, ask: Ask) {
-        if let Some(down) = self.dial.board.refusal(Link::Control) {
+        if let Some(down) = self.dial.health.refusal(Link::Control) {
             return ask.refuse(down);
         }
         let connection = self.connection;
@@ -272,7 +272,7 @@ impl<'a> Session<'a> {
                 .boxed(),
             ),
             Ask::Reply { to, body, done } => {
-                self.dial.board.meter.reply();
+                self.dial.health.meter.reply();
                 let envelope = Envelope {
                     correlation_id: to.correlation_id.clone(),
                     ..Envelope::new("reply", to.encoding(), body)

@@ -21,12 +21,12 @@ use lapin::{Channel, Connection, Consumer, ErrorKind, Event};
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 use tracing::debug;
 
-use super::board::{Board, Link};
 use super::envelope::{DEAD_QUEUE, TASK_EXCHANGE, short};
+use super::health::{HealthState, Link};
 use super::link::{ANSWER_LIMIT, Dial, close, reason};
 use super::publish::{Target, job_on_lane, open_lane};
 use super::topology::{Item, ensure};
-use super::{CheckError, TellError};
+use super::{CheckError, PublishError};
 
 pub use self::body::Body;
 pub use self::letter::Letter;
@@ -140,10 +140,10 @@ impl DeadLetters {
     }
 
     async fn look(urls: Vec<String>) -> Result<Self, Error> {
-        let dial = Dial::new(urls, "baton dead".to_owned(), None, None, Arc::new(Board::new()));
+        let dial = Dial::new(urls, "baton dead".to_owned(), None, None, Arc::new(HealthState::new()));
         let connection = dial.connect(Link::Publish).await?;
-        dial.board.up(Link::Publish);
-        ensure(&connection, &dial.board, &[Item::DeadQueue]).await.map_err(Error::Refused)?;
+        dial.health.up(Link::Publish);
+        ensure(&connection, &dial.health, &[Item::DeadQueue]).await.map_err(Error::Refused)?;
         let mut wait = Wait { events: connection.events_listener().boxed() };
         let channel = wait.answer(connection.create_channel()).await?;
         let prefetch = u16::try_from(PAGE).expect("a page is small");
@@ -233,11 +233,11 @@ impl DeadLetters {
         let publish = job_on_lane(&self.dial, &self.connection, lane.as_ref(), deadline, &target, messages);
         match timeout_at(deadline, publish).await {
             Ok(Ok(lane)) => self.lane = Some(lane),
-            Ok(Err(TellError::Unroutable { reason, .. })) => {
+            Ok(Err(PublishError::Unroutable { reason, .. })) => {
                 return Ok(Replayed::Kept(Kept::NotTaken { queue, reason }));
             }
             // The broker has ended the lane, and nothing else.
-            Ok(Err(TellError::Unknown(reason))) if self.connection.status().connected() => {
+            Ok(Err(PublishError::Unknown(reason))) if self.connection.status().connected() => {
                 return Ok(Replayed::Kept(Kept::NotTaken { queue, reason }));
             }
             Ok(Err(error)) => return Err(Error::Lost(error.to_string())),

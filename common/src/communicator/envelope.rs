@@ -280,7 +280,7 @@ mod tests {
     #[test]
     fn properties_survive_the_way_through_amqp() {
         let pid = Pid::generate();
-        let sent = Envelope::task(&Task::Continue { pid, told_at: Some(3) }, Some("00-aa-bb-01".into()));
+        let sent = Envelope::task(&Task::Continue { pid, announced_at: Some(3) }, Some("00-aa-bb-01".into()));
         let arrived = Envelope::from_amqp(&sent.properties(true), sent.body.clone());
         assert_eq!(arrived.message_id, Some(pid.to_string()));
         assert_eq!(arrived.kind.as_deref(), Some("continue"));

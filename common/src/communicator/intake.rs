@@ -13,17 +13,17 @@ use lapin::Connection;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep, sleep_until, timeout};
 
-use super::board::Link;
 use super::control::control_request;
-use super::credits::{Credits, share_of};
 use super::delivery::{Settlement, Ticket};
 use super::envelope::{CONTROL_QUEUE, TASK_EXCHANGE, classes, task_queue};
+use super::health::Link;
 use super::link::{ANSWER_LIMIT, Backoff, Dial, UNREADABLE, close};
 use super::poison;
 use super::publish::Job;
 use super::settle::put_aside;
 use super::source::{Head, NotOpened, Opened, Plan, Seen, Source, look};
 use super::topology::Item;
+use super::weighted_round_robin::{WeightedRoundRobin, share_of};
 use super::{ControlRequest, Delivery, Settle};
 use crate::message::Task;
 
@@ -160,18 +160,18 @@ pub(super) async fn run(dial: Arc<Dial>, mut ends: Ends) {
             }
             Err(error) => error.to_string(),
         };
-        dial.board.consumed(BTreeSet::new());
+        dial.health.consumed(BTreeSet::new());
         if error.ends_with(UNREADABLE) {
             put_aside_unreadable(&dial, &ends, &wanted).await;
         }
-        dial.board.down(Link::Consume, Some(error));
+        dial.health.down(Link::Consume, Some(error));
         tokio::select! {
             () = sleep(backoff.pause()) => {}
             () = dial.close.cancelled() => break,
             () = note(&mut ends.orders, &mut wanted) => break,
         }
     }
-    dial.board.down(Link::Consume, None);
+    dial.health.down(Link::Consume, None);
 }
 
 /// Takes out of the queues what has ended the connection, or it would end the next one as well.
@@ -215,7 +215,7 @@ async fn session(
     intake.want(wanted);
     let mut look = interval(LOOK_INTERVAL);
     look.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    dial.board.up(Link::Consume);
+    dial.health.up(Link::Consume);
     loop {
         intake.hand_over(wanted);
         intake.tend(wanted);
@@ -326,7 +326,7 @@ struct Intake {
     publish_tx: mpsc::Sender<Job>,
     /// The wanted task queues; `credits` refers to their places.
     sources: Vec<Source>,
-    credits: Credits,
+    credits: WeightedRoundRobin,
     /// Queues that are not wanted any more; their channels stay open for the settlements to come.
     former: Vec<Source>,
     control: Source,
@@ -337,7 +337,7 @@ struct Intake {
     /// A slot that was free before there was room to hand the delivery over.
     permit: Option<OwnedSemaphorePermit>,
     ready_control: Option<ControlRequest>,
-    /// What the board says is consumed.
+    /// What the health says is consumed.
     shown: BTreeSet<String>,
     /// It was full and lets more slots become free, or lets more deliveries arrive, before it hands anything over.
     gather_until: Option<Instant>,
@@ -362,7 +362,7 @@ impl Intake {
             settle_tx: ends.settle_tx.clone(),
             publish_tx: ends.publish_tx.clone(),
             sources: Vec::new(),
-            credits: Credits::default(),
+            credits: WeightedRoundRobin::default(),
             former: Vec::new(),
             control: Source::new(control),
             openings: FuturesUnordered::new(),
@@ -394,7 +394,7 @@ impl Intake {
             self.sources.push(source);
         }
         self.former = known;
-        self.credits = Credits::new(wanted.queues.iter().map(String::as_str));
+        self.credits = WeightedRoundRobin::new(wanted.queues.iter().map(String::as_str));
         self.full_since = None;
         self.is_paused = false;
         self.permit = None;
@@ -409,17 +409,17 @@ impl Intake {
                 source.plan.prefetch = share_of(name, wanted.room());
             }
             let queue = source.plan.queue.clone();
-            let open = source.open(Arc::clone(&self.connection), Arc::clone(&self.dial.board));
+            let open = source.open(Arc::clone(&self.connection), Arc::clone(&self.dial.health));
             self.openings.push(Box::pin(async move { (queue, open.await) }));
         }
     }
 
-    /// Writes on the board which queues are consumed, if that has changed.
+    /// Writes on the health which queues are consumed, if that has changed.
     fn show_consumed(&mut self) {
         let live = || self.sources.iter().filter(|source| source.is_live()).map(|source| &source.plan.queue);
         if live().count() != self.shown.len() || !live().all(|queue| self.shown.contains(queue)) {
             self.shown = live().cloned().collect();
-            self.dial.board.consumed(self.shown.clone());
+            self.dial.health.consumed(self.shown.clone());
         }
     }
 
@@ -498,7 +498,7 @@ impl Intake {
             let Some(idx) = self.credits.pick(|idx| self.sources[idx].has_head()) else { return };
             let source = &mut self.sources[idx];
             let head = source.take_head().expect("only what has a head is picked");
-            self.dial.board.meter.delivered();
+            self.dial.health.meter.delivered();
             n_handed += 1;
             let origin = source.plan.queue.clone();
             match head.envelope.read_task() {

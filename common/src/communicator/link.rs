@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use super::CheckError;
-use super::board::{Board, Link};
+use super::health::{HealthState, Link};
 use super::{guard, ownership};
 
 /// Longest wait for any one answer of the broker. A loaded quorum queue answers within a second or two.
@@ -46,7 +46,7 @@ pub(super) struct Dial {
     pub(super) heartbeat: Option<Duration>,
     /// The database to which the virtual host has to belong.
     pub(super) database: Option<Uuid>,
-    pub(super) board: Arc<Board>,
+    pub(super) health: Arc<HealthState>,
     pub(super) close: CancellationToken,
     /// For each connection: how many URLs it has been at, so that the next one has its turn.
     turns: [AtomicUsize; 3],
@@ -86,10 +86,10 @@ impl Dial {
         name: String,
         heartbeat: Option<Duration>,
         database: Option<Uuid>,
-        board: Arc<Board>,
+        health: Arc<HealthState>,
     ) -> Self {
         let close = CancellationToken::new();
-        Self { urls, name, heartbeat, database, board, close, turns: Default::default() }
+        Self { urls, name, heartbeat, database, health, close, turns: Default::default() }
     }
 
     /// Why a connection has ended; with the host, if there are several.
@@ -153,8 +153,8 @@ impl Dial {
             tokio::select! {
                 biased;
                 event = events.next() => match event {
-                    Some(Event::ConnectionBlocked(reason)) => self.board.block(link, Some(reason)),
-                    Some(Event::ConnectionUnblocked) => self.board.block(link, None),
+                    Some(Event::ConnectionBlocked(reason)) => self.health.block(link, Some(reason)),
+                    Some(Event::ConnectionUnblocked) => self.health.block(link, None),
                     Some(Event::Error(error)) if is_unreadable(&error) => return UNREADABLE.to_owned(),
                     Some(Event::Error(error)) if !connection.status().connected() => return reason(&error),
                     Some(_) => {}

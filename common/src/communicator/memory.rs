@@ -8,12 +8,12 @@ use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use tokio_util::sync::CancellationToken;
 
 use super::control::{Ask, Asker, answer, control_request};
-use super::credits::Credits;
 use super::delivery::{Settlement, Ticket, Verdict};
 use super::envelope::{CONTROL_QUEUE, DIRECT_REPLY, Envelope, bad_queue_name};
 use super::intake::{Order, Wanted, acquire, finish};
 use super::publish::{Job, Target};
-use super::{ControlRequest, Delivery, Down, RequestError, Settle, TellError};
+use super::weighted_round_robin::WeightedRoundRobin;
+use super::{ControlRequest, Delivery, Down, PublishError, RequestError, Settle};
 use crate::message::{Event, Reply, Task};
 
 /// Requests that the worker has not taken yet, bounded as a broker's queue length is; more are refused.
@@ -39,7 +39,7 @@ pub(super) struct Ends {
 struct Memory {
     own_queue: Option<String>,
     wanted: Wanted,
-    credits: Credits,
+    credits: WeightedRoundRobin,
     queues: BTreeMap<String, VecDeque<Stored>>,
     /// Delivered and not settled, by ticket.
     unsettled: HashMap<u64, (String, Stored)>,
@@ -189,15 +189,15 @@ impl Memory {
 
     fn on_order(&mut self, order: Order) {
         let done = self.wanted.apply(order);
-        self.credits = Credits::new(self.wanted.queues.iter().map(String::as_str));
+        self.credits = WeightedRoundRobin::new(self.wanted.queues.iter().map(String::as_str));
         self.permit = None;
         finish(done);
     }
 
-    fn store(&mut self, target: Target, messages: Vec<Envelope>) -> Result<(), TellError> {
+    fn store(&mut self, target: Target, messages: Vec<Envelope>) -> Result<(), PublishError> {
         let Target::Task(queue) = target else { return Ok(()) };
         if let Some(reason) = bad_queue_name(&queue) {
-            return Err(TellError::Unroutable { queue, reason });
+            return Err(PublishError::Unroutable { queue, reason });
         }
         if self.depth(&queue) + messages.len() > N_MESSAGES_MAX {
             return Err(Down(format!("the queue holds {N_MESSAGES_MAX} messages and takes no more")).into());

@@ -11,11 +11,11 @@ use lapin::{Channel, Confirmation, Connection, PublisherConfirm};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Duration, Instant, sleep, timeout, timeout_at};
 
-use super::board::{Board, Link};
 use super::envelope::{DEAD_QUEUE, EVENT_EXCHANGE, Envelope, TASK_EXCHANGE, bad_queue_name, short, task_queue};
+use super::health::{HealthState, Link};
 use super::link::{ANSWER_LIMIT, Backoff, Dial, close, reason};
 use super::topology::{Item, ensure};
-use super::{Down, TellError};
+use super::{Down, PublishError};
 use crate::border;
 use crate::message::{Encoding, Event, Events, VERSION};
 
@@ -47,7 +47,7 @@ pub(super) struct Job {
     pub(super) target: Target,
     pub(super) messages: Vec<Envelope>,
     pub(super) deadline: Instant,
-    pub(super) done: oneshot::Sender<Result<(), TellError>>,
+    pub(super) done: oneshot::Sender<Result<(), PublishError>>,
 }
 
 /// A page of messages that are published and not yet confirmed.
@@ -121,11 +121,11 @@ impl Target {
 }
 
 /// Puts a letter into `baton.dead`.
-pub(super) async fn bury(publish_tx: &mpsc::Sender<Job>, letter: Envelope) -> Result<(), TellError> {
+pub(super) async fn bury(publish_tx: &mpsc::Sender<Job>, letter: Envelope) -> Result<(), PublishError> {
     let (done, answer) = oneshot::channel();
     let job = Job { target: Target::Dead, messages: vec![letter], deadline: Instant::now() + ANSWER_LIMIT, done };
     publish_tx.send(job).await.map_err(|_| Down("the communicator has ended".to_owned()))?;
-    answer.await.unwrap_or_else(|_| Err(TellError::Unknown("the communicator has ended".to_owned())))
+    answer.await.unwrap_or_else(|_| Err(PublishError::Unknown("the communicator has ended".to_owned())))
 }
 
 /// Keeps the connection for ever, until it shall be closed.
@@ -137,7 +137,7 @@ pub(super) async fn run(dial: Arc<Dial>, mut jobs: mpsc::Receiver<Job>, mut even
             connection = dial.connect(Link::Publish) => connection,
             () = dial.close.cancelled() => break,
             // Whoever asks before the first attempt has ended waits for that; afterwards nobody waits.
-            () = refuse(&mut jobs, &dial.board), if has_failed => break,
+            () = refuse(&mut jobs, &dial.health), if has_failed => break,
         };
         let error = match connection {
             Ok(connection) => {
@@ -153,20 +153,20 @@ pub(super) async fn run(dial: Arc<Dial>, mut jobs: mpsc::Receiver<Job>, mut even
             Err(error) => error.to_string(),
         };
         has_failed = true;
-        dial.board.down(Link::Publish, Some(error));
+        dial.health.down(Link::Publish, Some(error));
         tokio::select! {
             () = sleep(backoff.pause()) => {}
             () = dial.close.cancelled() => break,
-            () = refuse(&mut jobs, &dial.board) => break,
+            () = refuse(&mut jobs, &dial.health) => break,
         }
     }
-    dial.board.down(Link::Publish, None);
+    dial.health.down(Link::Publish, None);
 }
 
 /// Answers that the broker is not there, for as long as it is not; returns when nobody can ask any more.
-async fn refuse(jobs: &mut mpsc::Receiver<Job>, board: &Board) {
+async fn refuse(jobs: &mut mpsc::Receiver<Job>, health: &HealthState) {
     while let Some(job) = jobs.recv().await {
-        let down = board.refusal(Link::Publish).unwrap_or_else(|| Down("not connected".to_owned()));
+        let down = health.refusal(Link::Publish).unwrap_or_else(|| Down("not connected".to_owned()));
         let _ = job.done.send(Err(down.into()));
     }
 }
@@ -183,8 +183,8 @@ async fn session(
     let mut idle: Vec<Channel> = Vec::new();
     let mut running: FuturesUnordered<BoxFuture<'_, Worked>> = FuturesUnordered::new();
     let mut confirmed_at = Instant::now();
-    dial.board.unmute();
-    dial.board.up(Link::Publish);
+    dial.health.unmute();
+    dial.health.up(Link::Publish);
     loop {
         tokio::select! {
             error = &mut ended => return Some(error),
@@ -239,19 +239,19 @@ enum Worked {
 async fn work(dial: &Dial, connection: &Connection, lane: Option<Channel>, job: Job) -> Worked {
     let Job { target, messages, deadline, done } = job;
     let since = Instant::now();
-    let mut health = dial.board.watch();
+    let mut health = dial.health.watch();
     let publish = timeout_at(deadline, job_on_lane(dial, connection, lane.as_ref(), deadline, &target, &messages));
     let (outcome, is_silent) = tokio::select! {
         biased;
         outcome = publish => match outcome {
             Ok(outcome) => (outcome, false),
-            Err(_) => (Err(TellError::Unknown("no confirm in time".to_owned())), true),
+            Err(_) => (Err(PublishError::Unknown("no confirm in time".to_owned())), true),
         },
         _ = health.wait_for(|health| health.blocked) => (Err(blocked(dial)), false),
     };
     if let Target::Task(queue) = &target {
         // A queue without a leader answers nothing, while everything else on the broker does.
-        dial.board.mute(&task_queue(queue), matches!(outcome, Err(TellError::Unknown(_))));
+        dial.health.mute(&task_queue(queue), matches!(outcome, Err(PublishError::Unknown(_))));
     }
     let (outcome, worked) = match outcome {
         Ok(channel) => (Ok(()), Worked::Confirmed(channel)),
@@ -262,9 +262,10 @@ async fn work(dial: &Dial, connection: &Connection, lane: Option<Channel>, job: 
 }
 
 /// A publish under an alarm is neither refused nor confirmed: it lies in the socket until the alarm ends.
-fn blocked(dial: &Dial) -> TellError {
-    let reason = dial.board.refusal(Link::Publish).map_or_else(|| "broker blocks publishers".to_owned(), |down| down.0);
-    TellError::Unknown(reason)
+fn blocked(dial: &Dial) -> PublishError {
+    let reason =
+        dial.health.refusal(Link::Publish).map_or_else(|| "broker blocks publishers".to_owned(), |down| down.0);
+    PublishError::Unknown(reason)
 }
 
 /// Publishes until everything is confirmed, on a lane that can be used again afterwards.
@@ -275,8 +276,8 @@ pub(super) async fn job_on_lane(
     deadline: Instant,
     target: &Target,
     messages: &[Envelope],
-) -> Result<Channel, TellError> {
-    if let Some(down) = dial.board.refusal(Link::Publish) {
+) -> Result<Channel, PublishError> {
+    if let Some(down) = dial.health.refusal(Link::Publish) {
         return Err(down.into());
     }
     if Instant::now() >= deadline {
@@ -285,14 +286,14 @@ pub(super) async fn job_on_lane(
     if let Target::Task(queue) = target
         && let Some(reason) = bad_queue_name(queue)
     {
-        return Err(TellError::Unroutable { queue: queue.clone(), reason });
+        return Err(PublishError::Unroutable { queue: queue.clone(), reason });
     }
     let channel = match lane {
         Some(channel) if channel.status().connected() => channel.clone(),
         Some(_) | None => open_lane(dial, connection).await?,
     };
     let (_, key) = target.address();
-    let unroutable = |reason| TellError::Unroutable { queue: key.to_owned(), reason };
+    let unroutable = |reason| PublishError::Unroutable { queue: key.to_owned(), reason };
     let mut rest: Vec<&Envelope> = messages.iter().collect();
     let mut was_declared = false;
     loop {
@@ -308,7 +309,7 @@ pub(super) async fn job_on_lane(
             return Err(unroutable("it is declared but takes no messages; is its binding gone?".to_owned()));
         } else if let Some(item) = target.item() {
             sleep(DELETED_PAUSE).await;
-            ensure(connection, &dial.board, &[item]).await.map_err(unroutable)?;
+            ensure(connection, &dial.health, &[item]).await.map_err(unroutable)?;
             was_declared = true;
         } else {
             return Err(unroutable("it does not exist".to_owned()));
@@ -324,7 +325,7 @@ pub(super) async fn job_on_lane(
 /// A channel with confirms, and what is published to declared.
 pub(super) async fn open_lane(dial: &Dial, connection: &Connection) -> Result<Channel, Down> {
     // Here and not once per connection: a lane is opened anew when its exchange was deleted, too.
-    let _ = ensure(connection, &dial.board, &[Item::TaskExchange, Item::DeadQueue]).await;
+    let _ = ensure(connection, &dial.health, &[Item::TaskExchange, Item::DeadQueue]).await;
     let open = async {
         let channel = connection.create_channel().await?;
         channel.confirm_select(ConfirmSelectOptions::default()).await?;
@@ -364,7 +365,7 @@ async fn publish_all<'a>(
     channel: &Channel,
     target: &Target,
     messages: &[&'a Envelope],
-) -> Result<Answer, TellError> {
+) -> Result<Answer, PublishError> {
     let (exchange, key) = target.address();
     // Without it the broker confirms what it throws away.
     let mandatory = !cfg!(feature = "without-mandatory");
@@ -374,7 +375,7 @@ async fn publish_all<'a>(
         let publish = channel.basic_publish(short(exchange), short(key), options, &message.body, properties);
         Ok((message, publish.await?))
     };
-    let lost = |error: lapin::Error| TellError::Unknown(reason(&error));
+    let lost = |error: lapin::Error| PublishError::Unknown(reason(&error));
     let mut answer = Answer::default();
     let mut window = Window::new();
     for page in messages.chunks(N_PAGE) {
@@ -385,7 +386,7 @@ async fn publish_all<'a>(
     if let Target::Task(_) = target {
         let is_told = |id| !answer.returned.contains(id) && !answer.refused.contains(id);
         let told = messages.iter().filter(|message| is_told(&message.message_id));
-        told.for_each(|message| dial.board.meter.told(message.body.len()));
+        told.for_each(|message| dial.health.meter.told(message.body.len()));
     }
     Ok(answer)
 }
@@ -402,7 +403,7 @@ async fn announce(dial: &Dial, connection: &Connection, events: &mut mpsc::Recei
             },
             () = dial.close.cancelled() => break,
         }
-        if dial.board.refusal(Link::Publish).is_some() {
+        if dial.health.refusal(Link::Publish).is_some() {
             continue;
         }
         let mut by_state: BTreeMap<String, Vec<Event>> = BTreeMap::new();
@@ -437,7 +438,7 @@ async fn announce_state(
     let channel = match channel {
         Some(channel) => channel,
         None => {
-            let _ = ensure(connection, &dial.board, &[Item::EventExchange]).await;
+            let _ = ensure(connection, &dial.health, &[Item::EventExchange]).await;
             let channel = connection.create_channel().await?;
             channel.confirm_select(ConfirmSelectOptions::default()).await?;
             channel
@@ -451,6 +452,6 @@ async fn announce_state(
     let confirm =
         channel.basic_publish(short(EVENT_EXCHANGE), key, options, &envelope.body, envelope.properties(false)).await?;
     confirm.await?;
-    dial.board.meter.event_message();
+    dial.health.meter.event_message();
     Ok(channel)
 }

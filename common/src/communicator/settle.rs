@@ -9,9 +9,9 @@ use tokio::sync::mpsc;
 use tokio::time::{Duration, Instant, sleep, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 
-use super::board::Board;
 use super::delivery::{Settlement, Ticket, Verdict};
 use super::envelope::Envelope;
+use super::health::HealthState;
 use super::ledger::{Ledger, Receipt};
 use super::link::ANSWER_LIMIT;
 use super::publish::{Job, bury};
@@ -33,7 +33,7 @@ const ACK_PAUSE: Duration = Duration::from_millis(10);
 pub(super) async fn run(
     mut settlements: mpsc::Receiver<Settlement>,
     publish_tx: mpsc::Sender<Job>,
-    board: &Board,
+    health: &HealthState,
     stop: CancellationToken,
 ) {
     let mut running: FuturesUnordered<BoxFuture<'_, Option<Arc<Ledger>>>> = FuturesUnordered::new();
@@ -45,27 +45,27 @@ pub(super) async fn run(
                 if n_gathered == 0 {
                     break;
                 }
-                waiting.settle(&mut gathered, &publish_tx, board, &running);
+                waiting.settle(&mut gathered, &publish_tx, health, &running);
             },
             Some(unfinished) = running.next() => if let Some(ledger) = unfinished {
                 waiting.add(&ledger);
             },
-            () = until(waiting.due) => waiting.acknowledge(board, &running),
+            () = until(waiting.due) => waiting.acknowledge(health, &running),
             () = stop.cancelled() => break,
         }
     }
     while let Ok(settlement) = settlements.try_recv() {
         gathered.push(settlement);
     }
-    waiting.settle(&mut gathered, &publish_tx, board, &running);
-    waiting.acknowledge(board, &running);
+    waiting.settle(&mut gathered, &publish_tx, health, &running);
+    waiting.acknowledge(health, &running);
     let rest = async {
         while let Some(unfinished) = running.next().await {
             // What was just given back may have been the gap before it.
             if let Some(ledger) = unfinished {
                 waiting.add(&ledger);
                 sleep(ACK_PAUSE).await;
-                waiting.acknowledge(board, &running);
+                waiting.acknowledge(health, &running);
             }
         }
     };
@@ -101,7 +101,7 @@ impl Waiting {
         &mut self,
         gathered: &mut Vec<Settlement>,
         publish_tx: &'a mpsc::Sender<Job>,
-        board: &'a Board,
+        health: &'a HealthState,
         running: &FuturesUnordered<BoxFuture<'a, Option<Arc<Ledger>>>>,
     ) {
         let mut are_many = false;
@@ -123,16 +123,20 @@ impl Waiting {
             }
         }
         if are_many {
-            self.acknowledge(board, running);
+            self.acknowledge(health, running);
         }
     }
 
-    fn acknowledge<'a>(&mut self, board: &'a Board, running: &FuturesUnordered<BoxFuture<'a, Option<Arc<Ledger>>>>) {
+    fn acknowledge<'a>(
+        &mut self,
+        health: &'a HealthState,
+        running: &FuturesUnordered<BoxFuture<'a, Option<Arc<Ledger>>>>,
+    ) {
         self.due = None;
         for ledger in self.ledgers.drain(..) {
             running.push(Box::pin(async move {
                 let (n_frames, is_any_left) = ledger.acknowledge_done().await;
-                board.meter.ack_frames(n_frames);
+                health.meter.ack_frames(n_frames);
                 is_any_left.then_some(ledger)
             }));
         }

@@ -10,8 +10,8 @@ use lapin::types::FieldTable;
 use lapin::{Channel, Connection, Consumer};
 use tokio::time::{sleep, timeout};
 
-use super::board::Board;
 use super::envelope::{Envelope, bad_queue_name, short};
+use super::health::HealthState;
 use super::ledger::{Ledger, Receipt};
 use super::link::{ANSWER_LIMIT, reason};
 use super::topology::{Item, ensure};
@@ -113,7 +113,7 @@ impl Source {
     pub(super) fn open(
         &mut self,
         connection: Arc<Connection>,
-        board: Arc<Board>,
+        health: Arc<HealthState>,
     ) -> impl Future<Output = Opened> + Send + use<> {
         let line = match std::mem::replace(&mut self.state, State::Opening) {
             State::Idle(line) => line,
@@ -121,13 +121,13 @@ impl Source {
         };
         let plan = self.plan.clone();
         async move {
-            let (why, error) = match open(&connection, &board, &plan, line).await {
+            let (why, error) = match open(&connection, &health, &plan, line).await {
                 Ok(opened) => return Ok(opened),
                 Err(not_opened) => not_opened,
             };
             // Without a connection nothing is known about the queue.
             if connection.status().connected() {
-                board.problem(&plan.queue, Some(error));
+                health.problem(&plan.queue, Some(error));
             }
             // What is silent has taken its time.
             if why == NotOpened::Refused {
@@ -246,7 +246,7 @@ pub(super) async fn look(connection: Arc<Connection>, queues: Vec<String>) -> Ve
 
 async fn open(
     connection: &Connection,
-    board: &Board,
+    health: &HealthState,
     plan: &Plan,
     line: Option<Line>,
 ) -> Result<(Line, Consumer), (NotOpened, String)> {
@@ -256,7 +256,7 @@ async fn open(
     {
         return Err((NotOpened::Refused, format!("queue {queue}: {reason}")));
     }
-    ensure(connection, board, &plan.items).await.map_err(|error| (NotOpened::Refused, error))?;
+    ensure(connection, health, &plan.items).await.map_err(|error| (NotOpened::Refused, error))?;
     let consume = async {
         let line = match line {
             Some(line) if line.channel.status().connected() => line,
@@ -274,7 +274,7 @@ async fn open(
     // one; another channel is served at once. The given up one closes when its last handle goes.
     match timeout(ANSWER_LIMIT, consume).await {
         Ok(Ok(opened)) => {
-            board.problem(queue, None);
+            health.problem(queue, None);
             Ok(opened)
         }
         Ok(Err(error)) => Err((NotOpened::Refused, format!("queue {queue}: {}", reason(&error)))),

@@ -6,9 +6,9 @@ use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use super::board::{Board, Link};
 use super::control::{self, Ask};
 use super::delivery::Settlement;
+use super::health::{HealthState, Link};
 use super::intake::{self, Order};
 use super::link::Dial;
 use super::publish::{self, Job};
@@ -26,14 +26,14 @@ pub(super) struct Work {
     pub(super) settle_tx: mpsc::Sender<Settlement>,
     pub(super) tasks_tx: mpsc::Sender<Delivery>,
     pub(super) controls_tx: mpsc::Sender<ControlRequest>,
-    pub(super) board: Arc<Board>,
+    pub(super) health: Arc<HealthState>,
     pub(super) stop: CancellationToken,
 }
 
 /// Starts the thread.
 pub(super) fn start(options: Options, work: Work) -> std::thread::JoinHandle<()> {
-    work.board.need(Link::Publish);
-    work.board.need(Link::Control);
+    work.health.need(Link::Publish);
+    work.health.need(Link::Control);
     let run = move || {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
@@ -59,7 +59,7 @@ async fn run(options: Options, work: Work) {
 
 async fn run_in_process(own_queue: Option<String>, work: Work) {
     for link in [Link::Publish, Link::Control, Link::Consume] {
-        work.board.up(link);
+        work.health.up(link);
     }
     let Work { jobs, asks, orders, events, settlements, settle_tx, tasks_tx, controls_tx, .. } = work;
     let ends = memory::Ends { own_queue, jobs, events, asks, orders, settlements, tasks_tx, controls_tx, settle_tx };
@@ -67,9 +67,10 @@ async fn run_in_process(own_queue: Option<String>, work: Work) {
 }
 
 async fn run_amqp(options: Options, urls: Vec<String>, work: Work) {
-    let Work { jobs, jobs_tx, asks, orders, events, settlements, settle_tx, tasks_tx, controls_tx, board, stop } = work;
+    let Work { jobs, jobs_tx, asks, orders, events, settlements, settle_tx, tasks_tx, controls_tx, health, stop } =
+        work;
     let Options { name, control_queue: own_queue, heartbeat, database, broker: _ } = options;
-    let dial = Arc::new(Dial::new(urls, name, heartbeat, database, Arc::clone(&board)));
+    let dial = Arc::new(Dial::new(urls, name, heartbeat, database, Arc::clone(&health)));
     let close = dial.close.clone();
     let control = control::Ends { own_queue, asks, controls_tx: controls_tx.clone(), publish_tx: jobs_tx.clone() };
     let intake = intake::Ends { orders, tasks_tx, controls_tx, settle_tx, publish_tx: jobs_tx.clone() };
@@ -79,7 +80,7 @@ async fn run_amqp(options: Options, urls: Vec<String>, work: Work) {
     connections.spawn(intake::run(dial, intake));
     // The order of the end: settle what was asked, which needs the connections; then publish and answer what was asked;
     // then close.
-    settle::run(settlements, jobs_tx, &board, stop).await;
+    settle::run(settlements, jobs_tx, &health, stop).await;
     close.cancel();
     while let Some(ended) = connections.join_next().await {
         if let Err(error) = ended {

@@ -8,10 +8,10 @@ use lapin::types::{AMQPValue, FieldTable};
 use lapin::{Channel, Connection, ExchangeKind};
 use tokio::time::timeout;
 
-use super::board::Board;
 use super::envelope::{
     BROADCAST_EXCHANGE, CONTROL_QUEUE, DEAD_QUEUE, EVENT_EXCHANGE, TASK_EXCHANGE, short, task_queue,
 };
+use super::health::HealthState;
 use super::link::{ANSWER_LIMIT, is_other_kind, reason};
 
 /// Something that must exist on the broker.
@@ -75,11 +75,11 @@ impl Item {
     }
 }
 
-/// Declares all of these. One that cannot be declared is written on the board with its remedy and keeps up no other.
+/// Declares all of these. One that cannot be declared is written on the health with its remedy and keeps up no other.
 ///
 /// # Errors
 /// The text about the last one that could not be declared.
-pub(super) async fn ensure(connection: &Connection, board: &Board, items: &[Item]) -> Result<(), String> {
+pub(super) async fn ensure(connection: &Connection, health: &HealthState, items: &[Item]) -> Result<(), String> {
     let mut outcome = Ok(());
     let mut channel = None;
     for item in items {
@@ -103,7 +103,7 @@ pub(super) async fn ensure(connection: &Connection, board: &Board, items: &[Item
         }
         // Without a connection nothing is known about the item.
         if problem.is_none() || connection.status().connected() {
-            board.problem(&item.name(), problem);
+            health.problem(&item.name(), problem);
         }
     }
     if let Some(channel) = channel {

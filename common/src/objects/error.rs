@@ -3,7 +3,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-use super::place::Place;
+use super::location::Location;
 use crate::digest::Digest;
 
 /// Why something was not put, got or listed. No text contains keys, nor what a server echoes of a request.
@@ -42,13 +42,13 @@ pub enum Error {
     },
     /// The store has no such object.
     #[error(
-        "there is no object {digest} in {place}; was it removed, or is `objects.url` another one than that of whoever put it?"
+        "there is no object {digest} in {location}; was it removed, or is `objects.url` another one than that of whoever put it?"
     )]
     Absent {
         /// Its name.
         digest: Digest,
         /// Where it was looked for.
-        place: String,
+        location: String,
     },
     /// The content is not what its name says. Remove it, and put it again.
     #[error(
@@ -92,10 +92,10 @@ pub enum Error {
         code: String,
     },
     /// The server did not answer, or not sensibly. Try again.
-    #[error("{place} cannot be used now: {reason}")]
+    #[error("{location} cannot be used now: {reason}")]
     Unreachable {
         /// What was asked.
-        place: String,
+        location: String,
         /// What went wrong.
         reason: String,
     },
@@ -125,12 +125,12 @@ impl Error {
 }
 
 /// What the store's answer means.
-pub(super) fn of_store(error: object_store::Error, place: &Place) -> Error {
-    let bucket = match place {
-        Place::Folder(path) => {
+pub(super) fn of_store(error: object_store::Error, location: &Location) -> Error {
+    let bucket = match location {
+        Location::Folder(path) => {
             return Error::Folder { path: path.clone(), source: innermost_io(&error) };
         }
-        Place::Bucket { name, .. } => name.clone(),
+        Location::Bucket { name, .. } => name.clone(),
     };
     let text = innermost(&error).to_string();
     let code = code(&text);
@@ -150,7 +150,7 @@ pub(super) fn of_store(error: object_store::Error, place: &Place) -> Error {
             // A body is the server's, and may echo the request.
             let first_line = text.split(['\n', '<']).next().unwrap_or_default().trim_end_matches([' ', ':']);
             let reason = code.unwrap_or(first_line).to_owned();
-            Error::Unreachable { place: place.to_string(), reason }
+            Error::Unreachable { location: location.to_string(), reason }
         }
     }
 }

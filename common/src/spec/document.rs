@@ -121,8 +121,8 @@ impl Reader {
         spec.timeout =
             Timeout { total: self.take(&mut timeout, "total", span), queue: self.take(&mut timeout, "queue", span) };
         let mut retry = self.take_section(&mut document, &RETRY);
-        let attempts = self.take(&mut retry, "max", attempts).unwrap_or(spec.retry.max);
-        spec.retry = Retry { max: attempts, wait: self.wait(&mut retry) };
+        let tries = self.take(&mut retry, "max", tries).unwrap_or(spec.retry.max);
+        spec.retry = Retry { max: tries, wait: self.wait(&mut retry) };
         Some(spec)
     }
 
@@ -477,10 +477,10 @@ fn priority(node: Node) -> Read<Priority> {
     }
 }
 
-fn attempts(node: Node) -> Read<u32> {
+fn tries(node: Node) -> Read<u32> {
     whole(&node, 1, i64::from(RETRY_MAX))
         .and_then(|number| u32::try_from(number).ok())
-        .ok_or_else(|| format!("must be a whole number from 1 to {RETRY_MAX}: the attempts in all"))
+        .ok_or_else(|| format!("must be a whole number from 1 to {RETRY_MAX}: the total number of tries"))
 }
 
 fn exits(node: Node) -> Read<Vec<i32>> {

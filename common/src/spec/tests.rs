@@ -357,18 +357,21 @@ fn each_mistake_is_told_with_its_line_and_its_remedy() {
             "run: [x]\ntimeout: {queue: 3651d}",
             "line 2: `timeout.queue` must be longer than nothing and at most ten years",
         ),
-        ("run: [x]\nretry: {max: 0}", "line 2: `retry.max` must be a whole number from 1 to 1000: the attempts in all"),
+        (
+            "run: [x]\nretry: {max: 0}",
+            "line 2: `retry.max` must be a whole number from 1 to 1000: the total number of tries",
+        ),
         (
             "run: [x]\nretry: {max: -1}",
-            "line 2: `retry.max` must be a whole number from 1 to 1000: the attempts in all",
+            "line 2: `retry.max` must be a whole number from 1 to 1000: the total number of tries",
         ),
         (
             "run: [x]\nretry: {max: 1001}",
-            "line 2: `retry.max` must be a whole number from 1 to 1000: the attempts in all",
+            "line 2: `retry.max` must be a whole number from 1 to 1000: the total number of tries",
         ),
         (
             "run: [x]\nretry: {max: 1.5}",
-            "line 2: `retry.max` must be a whole number from 1 to 1000: the attempts in all",
+            "line 2: `retry.max` must be a whole number from 1 to 1000: the total number of tries",
         ),
         ("run: [x]\nretry: {wait: {factor: 0.5}}", "line 2: `retry.wait.factor` must be a number from 1 to 1000"),
         ("run: [x]\nretry: {wait: {jitter: 1.1}}", "line 2: `retry.wait.jitter` must be a number from 0 to 1"),
@@ -424,7 +427,7 @@ fn every_key_of_later_versions_is_refused_by_name() {
 fn all_that_means_nothing_is_told_at_once_in_every_notation() {
     let expected = "line 2: `env` is not supported by this version\n\
                     line 3: unknown key `rnu`; did you mean `run`?\n\
-                    line 5: `retry.max` must be a whole number from 1 to 1000: the attempts in all\n\
+                    line 5: `retry.max` must be a whole number from 1 to 1000: the total number of tries\n\
                     line 6: `queue` must be 1 to 64 of a-z, 0-9, `_` and `-`";
     let toml = "script = 'x'\nenv = 'a'\nrnu = ['x']\n[retry]\nmax = 0\n";
     let toml = toml.replace("[retry]\nmax = 0\n", "\nretry.max = 0\nqueue = 'A'");

@@ -12,7 +12,7 @@ use uuid::Uuid;
 use super::blob::Outcome;
 use super::dialect::{Batch, Dialect, Kind};
 use super::select::{self, Order, Walk};
-use super::submit::Told;
+use super::submit::Announced;
 use super::writer::Fence;
 use super::{Error, Store, begin};
 use crate::border;
@@ -78,7 +78,7 @@ pub struct Controlled {
     /// What the request has come to.
     pub effect: Effect,
     /// Its task queue, and the row for its message, if it is queued now and was not before.
-    pub told: Option<(String, Told)>,
+    pub told: Option<(String, Announced)>,
     /// Whom to tell of the end, if this ended it.
     pub reply_to: Option<Vec<u8>>,
 }
@@ -407,7 +407,8 @@ fn controlled(row: &QueryResult, before: &Before, request: &Request) -> Result<C
     let pid = Pid::from(before.id);
     let place = place(row)?;
     let told = if place == Place::Queued && before.place != Place::Queued {
-        let told = Told { pid, told_at: row.try_get("", "told_at")?, traceparent: row.try_get("", "traceparent")? };
+        let told =
+            Announced { pid, announced_at: row.try_get("", "told_at")?, traceparent: row.try_get("", "traceparent")? };
         Some((row.try_get("", "queue")?, told))
     } else {
         None

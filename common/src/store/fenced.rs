@@ -79,7 +79,7 @@ fn claimed(row: &QueryResult) -> Result<Claimed, Error> {
     Ok(Claimed {
         fence: Fence { pid: id.into(), epoch: row.try_get("", "epoch")? },
         claimed_at: row.try_get("", "claimed_at")?,
-        attempt: row.try_get("", "try")?,
+        try_number: row.try_get("", "try")?,
         deaths: row.try_get("", "deaths")?,
         has_outside: row.try_get("", "outside")?,
         refused_at: row.try_get("", "refused_at")?,
@@ -199,7 +199,7 @@ pub(super) async fn checkpoint(
                 desired: Desired::from_code(desired).ok_or_else(|| Error::Unreadable("no such desire".into()))?,
                 urgent: row.try_get_by_index(2)?,
                 queue: String::new(),
-                told_at: 0,
+                announced_at: 0,
             };
             Ok((Pid::from(row.try_get_by_index::<Uuid>(0)?), written))
         })
@@ -213,7 +213,7 @@ fn written(row: &QueryResult) -> Result<(Pid, Written), Error> {
         desired: desired(row)?,
         urgent: row.try_get("", "urgent")?,
         queue: row.try_get("", "queue")?,
-        told_at: row.try_get("", "told_at")?,
+        announced_at: row.try_get("", "told_at")?,
     };
     Ok((Pid::from(row.try_get::<Uuid>("", "id")?), written))
 }
@@ -261,7 +261,7 @@ fn batch_of(writes: &[&Fenced]) -> Batch {
             fenced.checkpoint.as_ref().map(|checkpoint| checkpoint.bytes.clone()).unwrap_or_default().into(),
             fenced.checkpoint.as_ref().map_or(0, |checkpoint| checkpoint.advances.cast_signed()).into(),
             wake_us.into(),
-            fenced.attempt.into(),
+            fenced.try_number.into(),
             state.code().into(),
             outcome.map(Outcome::to_bytes).unwrap_or_default().into(),
             started_at.into(),

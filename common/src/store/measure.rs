@@ -2,8 +2,8 @@
 
 use sea_orm::{ConnectionTrait, QueryResult, Value};
 
+use super::dedicated_connection::DedicatedConnection;
 use super::dialect::Dialect;
-use super::own::OwnConnection;
 use super::{Error, Store, WORKER_CONNECTIONS, WORKER_CONNECTIONS_IDLE, WORKER_PROGRAM};
 use crate::id::Pid;
 
@@ -24,7 +24,7 @@ pub struct Meters {
 /// Of a session just accepted the server may know nothing, and of emptied tables that nothing is there. So this is a
 /// connection that finds rows by indexes, with subqueries, which no planner turns round.
 pub struct Watcher {
-    connection: OwnConnection,
+    connection: DedicatedConnection,
     dialect: Dialect,
 }
 
@@ -205,7 +205,7 @@ impl Store {
     /// # Errors
     /// The database does not answer.
     pub async fn watcher(&self) -> Result<Watcher, Error> {
-        Ok(Watcher { connection: self.own_connection().await?, dialect: self.dialect })
+        Ok(Watcher { connection: self.dedicated_connection().await?, dialect: self.dialect })
     }
 
     /// Ends this store's connections, by which the server's statistics learn what they have done.

@@ -82,7 +82,7 @@ pub struct Summary {
     /// How often it has been claimed.
     pub epoch: i64,
     /// The number of its try, from 1.
-    pub attempt: i64,
+    pub try_number: i64,
     /// Committed advances.
     pub advances: i64,
     /// When it was accepted; this and all times here are microseconds since 1970 by the database's clock.
@@ -160,7 +160,7 @@ pub struct AttemptRow {
     pub epoch: i64,
     /// The number of the try.
     #[serde(rename = "try")]
-    pub attempt: i64,
+    pub try_number: i64,
     /// The worker's name, or its incarnation where that row is gone.
     pub worker: String,
     /// Its first moment.
@@ -557,7 +557,7 @@ fn summary(row: &QueryResult) -> Result<Summary, Error> {
         worker: row.try_get("", "worker")?,
         owner: row.try_get::<Option<Uuid>>("", "owner")?.map(Incarnation::from),
         epoch: row.try_get("", "epoch")?,
-        attempt: row.try_get("", "try")?,
+        try_number: row.try_get("", "try")?,
         advances: row.try_get("", "seq")?,
         created_at: row.try_get("", "created_at")?,
         changed_at: row.try_get("", "changed_at")?,
@@ -598,7 +598,7 @@ fn attempt(row: &QueryResult) -> Result<AttemptRow, Error> {
     let name: Option<String> = row.try_get("", "worker_name")?;
     Ok(AttemptRow {
         epoch: row.try_get("", "epoch")?,
-        attempt: row.try_get("", "try")?,
+        try_number: row.try_get("", "try")?,
         worker: name.unwrap_or_else(|| worker.to_string()),
         started_at: row.try_get("", "started_at")?,
         ended_at: row.try_get("", "ended_at")?,

@@ -3,14 +3,14 @@
 //! A page reads only the tables that its conditions are about. Each condition has an index that ends in the id, so the
 //! first of a page are found at once, whether a million rows meet it or none; those that meet several, by leaps.
 
-mod leap;
+mod leapfrog;
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use sea_orm::{ConnectionTrait, Statement, Value};
 use uuid::Uuid;
 
-use leap::Line;
+use leapfrog::Line;
 
 use super::dialect::{Batch, Dialect};
 use super::query::Cursor;
@@ -221,7 +221,7 @@ impl Walk {
                 values.push(self.order.before_all().into());
                 format!("${}", values.len())
             });
-            leap::page_sql(&lines, self.order, start, limit, |on_id| join(&of_state, &of_each(on_id)))
+            leapfrog::page_sql(&lines, self.order, start, limit, |on_id| join(&of_state, &of_each(on_id)))
         };
         let states: BTreeSet<&str> = select.states().collect();
         if states.is_empty() {

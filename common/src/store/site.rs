@@ -69,7 +69,7 @@ pub struct Job {
     /// Its process.
     pub pid: Pid,
     /// The try that it is of.
-    pub attempt: i64,
+    pub try_number: i64,
     /// When it was intended, in microseconds.
     pub intent_at: i64,
     /// What the launcher calls it; `None` until that is known.
@@ -85,13 +85,13 @@ pub struct Job {
 impl Job {
     /// The name under which the launcher knows it.
     pub fn token(&self) -> String {
-        token(self.pid, self.attempt)
+        token(self.pid, self.try_number)
     }
 }
 
 /// The name under which the launcher knows the job of a try.
-pub fn token(pid: Pid, attempt: i64) -> String {
-    format!("baton-{pid}-{attempt}")
+pub fn token(pid: Pid, try_number: i64) -> String {
+    format!("baton-{pid}-{try_number}")
 }
 
 /// What a look at a site has found of a job.
@@ -100,7 +100,7 @@ pub struct Seen {
     /// Its process.
     pub pid: Pid,
     /// The try that it is of.
-    pub attempt: i64,
+    pub try_number: i64,
     /// The launcher's name for it, if that was not known.
     pub external_id: Option<String>,
     /// All else.
@@ -114,7 +114,7 @@ impl Seen {
     pub fn ended(job: &Job, status: &str) -> Self {
         Seen {
             pid: job.pid,
-            attempt: job.attempt,
+            try_number: job.try_number,
             external_id: None,
             look: Look { status: status.to_owned(), ..Look::default() },
             is_ended: true,
@@ -198,7 +198,7 @@ impl Store {
     ///
     /// # Errors
     /// Nothing is recorded, or (when the commit's answer was lost) it is: the next call says [`Intent::Known`].
-    pub async fn intend(&self, fence: Fence, attempt: i64, site: &str, limits: SiteLimits) -> Result<Intent, Error> {
+    pub async fn intend(&self, fence: Fence, try_number: i64, site: &str, limits: SiteLimits) -> Result<Intent, Error> {
         let transaction = begin(&self.db).await?;
         // One at a time for each site, so that the counts are true.
         let sql = "SELECT {now} AS now FROM site WHERE name = $1 {for_update}";
@@ -209,7 +209,7 @@ impl Store {
         if transaction.query_one_raw(self.dialect.statement(sql, values)).await?.is_none() {
             return Ok(Intent::Lost);
         }
-        let name = token(fence.pid, attempt);
+        let name = token(fence.pid, try_number);
         let sql = "SELECT 1 AS one FROM job WHERE token = $1";
         if transaction.query_one_raw(self.dialect.statement(sql, vec![name.clone().into()])).await?.is_some() {
             return Ok(Intent::Known);
@@ -234,7 +234,7 @@ impl Store {
             }
         }
         let sql = "INSERT INTO job (token, pid, try, site, intent_at) VALUES ($1, $2, $3, $4, {clock})";
-        let values = vec![name.into(), Uuid::from(fence.pid).into(), attempt.into(), site.into()];
+        let values = vec![name.into(), Uuid::from(fence.pid).into(), try_number.into(), site.into()];
         transaction.execute_raw(self.dialect.statement(sql, values)).await?;
         transaction.commit().await?;
         Ok(Intent::Recorded)
@@ -245,13 +245,13 @@ impl Store {
     ///
     /// # Errors
     /// The intent stays, or (when the commit's answer was lost) it does not: both can be gone on from.
-    pub async fn withdraw(&self, fence: Fence, attempt: i64) -> Result<(), Error> {
+    pub async fn withdraw(&self, fence: Fence, try_number: i64) -> Result<(), Error> {
         let holder = [Uuid::from(fence.pid).into(), fence.epoch.into()];
         let transaction = begin(&self.db).await?;
         // The job first, as everybody locks them.
         let sql = "DELETE FROM job WHERE token = $3 AND external_id IS NULL AND ended_at IS NULL
                    AND EXISTS (SELECT 1 FROM process WHERE id = $1 AND epoch = $2 AND place = {held})";
-        let values = holder.iter().cloned().chain([token(fence.pid, attempt).into()]).collect();
+        let values = holder.iter().cloned().chain([token(fence.pid, try_number).into()]).collect();
         transaction.execute_raw(self.dialect.statement(sql, values)).await?;
         let sql = "UPDATE process SET outside = EXISTS (SELECT 1 FROM job WHERE pid = $1 AND ended_at IS NULL)
                    WHERE id = $1 AND epoch = $2 AND place = {held}";
@@ -264,9 +264,9 @@ impl Store {
     ///
     /// # Errors
     /// The database does not answer; who asks the launcher by the token finds it again.
-    pub async fn submitted(&self, pid: Pid, attempt: i64, external_id: &str) -> Result<(), Error> {
+    pub async fn submitted(&self, pid: Pid, try_number: i64, external_id: &str) -> Result<(), Error> {
         let sql = "UPDATE job SET external_id = $2, submitted_at = {clock} WHERE token = $1 AND external_id IS NULL";
-        self.execute(sql, vec![token(pid, attempt).into(), external_id.into()]).await?;
+        self.execute(sql, vec![token(pid, try_number).into(), external_id.into()]).await?;
         Ok(())
     }
 
@@ -274,9 +274,9 @@ impl Store {
     ///
     /// # Errors
     /// The database does not answer.
-    pub async fn job(&self, pid: Pid, attempt: i64) -> Result<Option<Job>, Error> {
+    pub async fn job(&self, pid: Pid, try_number: i64) -> Result<Option<Job>, Error> {
         let sql = format!("{JOB} WHERE j.token = $1");
-        let rows = self.query(&sql, vec![token(pid, attempt).into()]).await?;
+        let rows = self.query(&sql, vec![token(pid, try_number).into()]).await?;
         rows.first().map(job).transpose()
     }
 
@@ -329,7 +329,7 @@ impl Store {
         ]);
         for seen in seen {
             jobs.push([
-                token(seen.pid, seen.attempt).into(),
+                token(seen.pid, seen.try_number).into(),
                 seen.external_id.clone().unwrap_or_default().into(),
                 seen.look.status.clone().into(),
                 seen.look.reason.clone().into(),
@@ -340,15 +340,15 @@ impl Store {
             ]);
         }
         let mut gone: Vec<&Seen> = seen.iter().filter(|seen| seen.is_ended).collect();
-        gone.sort_by_key(|seen| (seen.pid, std::cmp::Reverse(seen.attempt)));
+        gone.sort_by_key(|seen| (seen.pid, std::cmp::Reverse(seen.try_number)));
         gone.dedup_by_key(|seen| seen.pid);
         let mut ended = Batch::new(&[("b_id", Kind::Uuid), ("b_try", Kind::BigInt)]);
         for seen in &gone {
-            ended.push([Uuid::from(seen.pid).into(), seen.attempt.into()]);
+            ended.push([Uuid::from(seen.pid).into(), seen.try_number.into()]);
         }
         // Rows are locked in the order in which everybody locks them.
         let mut tokens = Batch::new(&[("b_token", Kind::Text)]);
-        seen.iter().for_each(|seen| tokens.push([token(seen.pid, seen.attempt).into()]));
+        seen.iter().for_each(|seen| tokens.push([token(seen.pid, seen.try_number).into()]));
         let transaction = begin(&self.db).await?;
         transaction.query_all_raw(self.dialect.batch(LOCK_JOBS, vec![], tokens)).await?;
         transaction.execute_raw(self.dialect.batch(RECORD_SEEN, vec![], jobs)).await?;
@@ -598,7 +598,7 @@ fn served_sites(row: &QueryResult) -> Result<Option<Vec<String>>, Error> {
 fn job(row: &QueryResult) -> Result<Job, Error> {
     Ok(Job {
         pid: row.try_get::<Uuid>("", "pid")?.into(),
-        attempt: row.try_get("", "try")?,
+        try_number: row.try_get("", "try")?,
         intent_at: row.try_get("", "intent_at")?,
         external_id: row.try_get("", "external_id")?,
         look: Look {

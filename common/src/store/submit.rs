@@ -32,17 +32,17 @@ pub struct NewProcess {
 
 /// A row that a message should now stand for.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Told {
+pub struct Announced {
     /// The process.
     pub pid: Pid,
     /// When its row was told, in database time.
-    pub told_at: i64,
+    pub announced_at: i64,
     /// W3C trace context of its launch.
     pub traceparent: Option<String>,
 }
 
 /// Rows by the task queue that their messages go to.
-pub type ByQueue = BTreeMap<String, Vec<Told>>;
+pub type ByQueue = BTreeMap<String, Vec<Announced>>;
 
 /// What accepting a page of processes did.
 #[derive(Clone, Debug, Default)]
@@ -74,8 +74,12 @@ impl Store {
         let mut accepted = Accepted::default();
         for process in processes {
             match inserted.get(&process.pid) {
-                Some((Place::Queued, told_at)) => {
-                    let told = Told { pid: process.pid, told_at: *told_at, traceparent: process.traceparent.clone() };
+                Some((Place::Queued, announced_at)) => {
+                    let told = Announced {
+                        pid: process.pid,
+                        announced_at: *announced_at,
+                        traceparent: process.traceparent.clone(),
+                    };
                     accepted.queued.entry(process.spec.task_queue()).or_default().push(told);
                 }
                 Some((Place::Held | Place::Parked | Place::Ended, _)) => accepted.held_back.push(process.pid),

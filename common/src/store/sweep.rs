@@ -9,7 +9,7 @@ use super::blob::Outcome;
 use super::control::{Answer, Controlled, Request, settle, state};
 use super::dialect::{Batch, Kind};
 use super::query::killed_because;
-use super::submit::{ByQueue, Told};
+use super::submit::{Announced, ByQueue};
 use super::{Error, Store, begin};
 use crate::id::Pid;
 use crate::state::{Desired, Place, State};
@@ -106,7 +106,7 @@ impl Store {
     /// # Errors
     /// Nobody is woken; the next sweep tries again.
     pub async fn wake_due(&self) -> Result<ByQueue, Error> {
-        self.tell_rows(WAKE_DUE, vec![]).await
+        self.announce_rows(WAKE_DUE, vec![]).await
     }
 
     /// The earliest time at which a parked process is due, in microseconds from now by the database's clock; zero or
@@ -126,11 +126,11 @@ impl Store {
     ///
     /// # Errors
     /// Nothing is marked; the next sweep tries again.
-    pub async fn tell_lost(&self, queue: &str, before: i64) -> Result<ByQueue, Error> {
+    pub async fn announce_lost(&self, queue: &str, before: i64) -> Result<ByQueue, Error> {
         if cfg!(feature = "without-head-rule") {
             return Ok(ByQueue::new());
         }
-        self.tell_rows(TELL_LOST, vec![queue.to_owned().into(), before.into()]).await
+        self.announce_rows(ANNOUNCE_LOST, vec![queue.to_owned().into(), before.into()]).await
     }
 
     /// The oldest processes of a task queue that have been queued for a second, at most `limit`.
@@ -168,7 +168,7 @@ impl Store {
         Ok(ended)
     }
 
-    async fn tell_rows(&self, sql: &str, values: Vec<Value>) -> Result<ByQueue, Error> {
+    async fn announce_rows(&self, sql: &str, values: Vec<Value>) -> Result<ByQueue, Error> {
         let mut by_queue = ByQueue::new();
         for row in self.query(sql, values).await? {
             let (queue, told) = told(&row)?;
@@ -178,10 +178,10 @@ impl Store {
     }
 }
 
-pub(super) fn told(row: &QueryResult) -> Result<(String, Told), Error> {
-    let told = Told {
+pub(super) fn told(row: &QueryResult) -> Result<(String, Announced), Error> {
+    let told = Announced {
         pid: row.try_get::<Uuid>("", "id")?.into(),
-        told_at: row.try_get("", "told_at")?,
+        announced_at: row.try_get("", "told_at")?,
         traceparent: row.try_get("", "traceparent")?,
     };
     Ok((row.try_get("", "queue")?, told))
@@ -228,7 +228,7 @@ const WAKE_DUE: &str = "
                  ORDER BY wake_at LIMIT 1000 {skip_locked})
     RETURNING id, queue, told_at, (SELECT s.traceparent FROM spec s WHERE s.id = process.id) AS traceparent";
 
-const TELL_LOST: &str = "
+const ANNOUNCE_LOST: &str = "
     UPDATE process
     SET told_at = {now}
     WHERE id IN (SELECT id FROM process

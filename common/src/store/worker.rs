@@ -61,7 +61,7 @@ pub struct Lease {
     /// When it was claimed, in database time.
     pub claimed_at: i64,
     /// The number of the try that it is in.
-    pub attempt: i64,
+    pub try_number: i64,
 }
 
 /// What a beat says of the worker's load.
@@ -262,7 +262,7 @@ impl Store {
             .iter()
             .map(|row| {
                 let fence = Fence { pid: row.try_get::<Uuid>("", "id")?.into(), epoch: row.try_get("", "epoch")? };
-                Ok(Lease { fence, claimed_at: row.try_get("", "claimed_at")?, attempt: row.try_get("", "try")? })
+                Ok(Lease { fence, claimed_at: row.try_get("", "claimed_at")?, try_number: row.try_get("", "try")? })
             })
             .collect()
     }

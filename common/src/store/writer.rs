@@ -20,9 +20,9 @@ use tracing::{debug, warn};
 use uuid::Uuid;
 
 use super::blob::{Checkpoint, Outcome, PackedCheckpoint};
+use super::dedicated_connection::DedicatedConnection;
 use super::dialect::Dialect;
 use super::fenced::Missed;
-use super::own::OwnConnection;
 use super::submit::NewProcess;
 use super::{Error, LANE_IDLE, Store, fenced, prune, submit};
 use crate::border;
@@ -72,7 +72,7 @@ pub struct Claimed {
     /// When, in database time.
     pub claimed_at: i64,
     /// The number of the try that it is in, from 1.
-    pub attempt: i64,
+    pub try_number: i64,
     /// How many of its holders died in a row without a checkpoint.
     pub deaths: i64,
     /// What the operators want of it.
@@ -123,7 +123,7 @@ pub struct Fenced {
     /// The new progress; `None` leaves the old one.
     pub checkpoint: Option<PackedCheckpoint>,
     /// The number of the try, from 1; 0 leaves it as it is.
-    pub attempt: i64,
+    pub try_number: i64,
     /// The attempt's row, if this write ends the holding. A holding that ends in an ordinary wait leaves none.
     pub ended: Option<Attempt>,
     /// What its program has written so far.
@@ -254,7 +254,7 @@ pub struct Written {
     /// Its task queue.
     pub queue: String,
     /// When it was last told, for the message that must follow if it is queued.
-    pub told_at: i64,
+    pub announced_at: i64,
 }
 
 /// The way to the writer. Cheap to clone; the writer ends when the last one is gone.
@@ -309,7 +309,7 @@ impl Writer {
         let unsure = Arc::new(AtomicBool::new(false));
         let busy = Arc::new(AtomicUsize::new(0));
         let lane = async |room: Option<Room>| {
-            let db = store.own_connection().await?;
+            let db = store.dedicated_connection().await?;
             let (requests, receiver) = mpsc::channel(QUEUE_LENGTH);
             let (busy, unsure) = (Arc::clone(&busy), Arc::clone(&unsure));
             let lane = Lane { db, dialect: store.dialect, me, room, busy, unsure };
@@ -408,7 +408,7 @@ impl Drop for Counted<'_> {
 }
 
 struct Lane {
-    db: OwnConnection,
+    db: DedicatedConnection,
     dialect: Dialect,
     me: Incarnation,
     /// None where nothing is to be gained by gathering.

@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 use std::time::Duration;
 
-use baton_common::communicator::{Broker, CheckError, RequestError, TellError, Told};
+use baton_common::communicator::{Broker, CheckError, PublishError, RequestError, TaskMessage};
 use baton_common::id::Pid;
 use baton_common::message::{Control, Effect, Encoding, Event, Events, Reply, Task};
 use baton_common::select::Select;
@@ -27,9 +27,9 @@ async fn what_is_told_is_delivered_with_its_trace_and_gone_once_acknowledged() {
     communicator.consume(vec!["default".into()], slots(4)).await;
     let traceparent = Some("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01".to_owned());
     let pid = Pid::generate();
-    let launch = Task::Launch { pid, spec: None, wait: false, told_at: Some(5) };
+    let launch = Task::Launch { pid, spec: None, wait: false, announced_at: Some(5) };
     communicator
-        .tell("default.high", vec![Told { task: launch.clone(), traceparent: traceparent.clone() }])
+        .publish("default.high", vec![TaskMessage { task: launch.clone(), traceparent: traceparent.clone() }])
         .await
         .unwrap();
     let delivery = task(&mut incoming).await;
@@ -47,7 +47,7 @@ async fn many_tasks_are_told_at_once_and_counted() {
     let vhost = Vhost::new();
     let (communicator, _incoming) = start(&vhost.broker(), "cli", None).await;
     assert_eq!(communicator.depth("default").await.unwrap(), 0);
-    communicator.tell("default", many(5000).1).await.unwrap();
+    communicator.publish("default", many(5000).1).await.unwrap();
     // Quorum queues report their length with a delay.
     eventually("all are counted", async || {
         let depth = communicator.depth("default").await.unwrap();
@@ -63,7 +63,7 @@ async fn many_tasks_are_told_at_once_and_counted() {
 async fn each_is_acknowledged_however_long_after_the_one_before() {
     let vhost = Vhost::new();
     let (communicator, mut incoming) = start(&vhost.broker(), "w1", None).await;
-    communicator.tell("default", many(5).1).await.unwrap();
+    communicator.publish("default", many(5).1).await.unwrap();
     communicator.consume(vec!["default".into()], slots(100)).await;
     let mut taken = Vec::new();
     for _ in 0..5 {
@@ -85,7 +85,7 @@ async fn thousands_are_settled_in_any_order_and_each_comes_once() {
     const COUNT: usize = 6_000;
     let vhost = Vhost::new();
     let (communicator, mut incoming) = start(&vhost.broker(), "w1", None).await;
-    communicator.tell("default", many(COUNT).1).await.unwrap();
+    communicator.publish("default", many(COUNT).1).await.unwrap();
     communicator.consume(vec!["default".into()], slots(500)).await;
     let mut pids = HashSet::new();
     let mut settling = tokio::task::JoinSet::new();
@@ -119,7 +119,7 @@ async fn an_absent_queue_is_declared_and_every_concurrent_tell_arrives() {
     let (pids, tasks) = many(200);
     let tells = tasks.into_iter().enumerate().map(|(n, told)| {
         let communicator = &communicator;
-        async move { communicator.tell(["a", "b", "c"][n % 3], vec![told]).await }
+        async move { communicator.publish(["a", "b", "c"][n % 3], vec![told]).await }
     });
     for told in futures_util::future::join_all(tells).await {
         told.unwrap();
@@ -140,12 +140,12 @@ async fn what_can_never_be_told_is_refused_at_once() {
     let vhost = Vhost::new();
     let (communicator, _incoming) = start(&vhost.broker(), "cli", None).await;
     let spec = Some(serde_json::Value::String("x".repeat(3 * 1024 * 1024)));
-    let huge = Task::Launch { pid: Pid::generate(), spec, wait: false, told_at: None };
-    let outcome = communicator.tell("default", vec![Told { task: huge, traceparent: None }]).await;
-    assert!(matches!(outcome, Err(TellError::TooLarge(_))), "{outcome:?}");
-    let outcome = communicator.tell(&"x".repeat(300), vec![go_on(Pid::generate())]).await;
-    assert!(matches!(outcome, Err(TellError::Unroutable { .. })), "{outcome:?}");
-    communicator.tell("default", vec![go_on(Pid::generate())]).await.unwrap();
+    let huge = Task::Launch { pid: Pid::generate(), spec, wait: false, announced_at: None };
+    let outcome = communicator.publish("default", vec![TaskMessage { task: huge, traceparent: None }]).await;
+    assert!(matches!(outcome, Err(PublishError::TooLarge(_))), "{outcome:?}");
+    let outcome = communicator.publish(&"x".repeat(300), vec![go_on(Pid::generate())]).await;
+    assert!(matches!(outcome, Err(PublishError::Unroutable { .. })), "{outcome:?}");
+    communicator.publish("default", vec![go_on(Pid::generate())]).await.unwrap();
 }
 
 #[tokio::test]
@@ -187,7 +187,7 @@ async fn a_launch_written_by_hand_is_delivered_and_answered_by_another_program()
 async fn what_cannot_be_read_lands_among_the_dead_with_its_reason() {
     let vhost = Vhost::new();
     let (communicator, mut incoming) = start(&vhost.broker(), "w1", Some(OWN)).await;
-    communicator.tell("default", many(1).1).await.unwrap();
+    communicator.publish("default", many(1).1).await.unwrap();
     let stranger = vhost.stranger().await;
     let huge = vec![b' '; 3 * 1024 * 1024];
     let unusable: [(&str, &[u8], &str); 6] = [
@@ -363,11 +363,11 @@ async fn full_queues_share_by_weight() {
     };
     // More than the channel to the worker takes; what comes behind them waits for its turn.
     const FIRST: usize = 80;
-    communicator.tell("default.high", many(FIRST).1).await.unwrap();
+    communicator.publish("default.high", many(FIRST).1).await.unwrap();
     communicator.consume(vec!["default".into()], slots(1_000)).await;
     all_in_hand().await;
     for (queue, count) in queues.into_iter().zip([400, 150, 50]) {
-        communicator.tell(queue, many(count).1).await.unwrap();
+        communicator.publish(queue, many(count).1).await.unwrap();
     }
     all_in_hand().await;
     let mut counts = [0usize; 3];
@@ -392,10 +392,10 @@ async fn a_full_worker_gives_back_what_it_has_in_hand_and_takes_again_when_it_is
     let (full, mut of_full) = start(&vhost.broker(), "w1", None).await;
     let slots_of_full = slots(1);
     full.consume(vec!["default".into()], slots_of_full).await;
-    full.tell("default", many(1).1).await.unwrap();
+    full.publish("default", many(1).1).await.unwrap();
     let held = task(&mut of_full).await;
     for queue in ["default.high", "default", "default.low"] {
-        full.tell(queue, many(1).1).await.unwrap();
+        full.publish(queue, many(1).1).await.unwrap();
     }
     let since = tokio::time::Instant::now();
     let (free, mut of_free) = start(&vhost.broker(), "w2", None).await;
@@ -408,7 +408,7 @@ async fn a_full_worker_gives_back_what_it_has_in_hand_and_takes_again_when_it_is
     held.settle.ack().await;
     drop(held.permit);
     let last = Pid::generate();
-    full.tell("default.low", vec![go_on(last)]).await.unwrap();
+    full.publish("default.low", vec![go_on(last)]).await.unwrap();
     let delivery = task(&mut of_full).await;
     assert_eq!(delivery.task.pid(), last);
     delivery.settle.ack().await;
@@ -422,7 +422,7 @@ async fn a_full_worker_gives_back_what_it_has_in_hand_and_takes_again_when_it_is
 async fn after_stopping_everything_but_what_was_taken_is_back_in_the_queue() {
     let vhost = Vhost::new();
     let (communicator, mut incoming) = start(&vhost.broker(), "w1", None).await;
-    communicator.tell("default", many(200).1).await.unwrap();
+    communicator.publish("default", many(200).1).await.unwrap();
     communicator.consume(vec!["default".into()], slots(3)).await;
     let taken = [task(&mut incoming).await, task(&mut incoming).await, task(&mut incoming).await];
     communicator.stop_consuming().await;
@@ -446,8 +446,8 @@ async fn a_wrong_password_and_other_mistakes_are_named_without_the_password() {
         baton_common::communicator::Communicator::start(options(Broker::Amqp(vec![wrong.clone()]), "w1", None));
     let down = communicator.wait_connected(Duration::from_secs(1)).await.unwrap_err().0;
     assert!(down.contains("refuses the credentials of user guest") && !down.contains("s3cret"), "{down}");
-    let told = communicator.tell("default", many(1).1).await.unwrap_err();
-    assert!(matches!(&told, TellError::Down(down) if down.0.contains("credentials")), "{told:?}");
+    let told = communicator.publish("default", many(1).1).await.unwrap_err();
+    assert!(matches!(&told, PublishError::Down(down) if down.0.contains("credentials")), "{told:?}");
     communicator.shutdown().await;
 
     let check = async |url: &str| Broker::check(&[url.to_owned()], None).await.remove(0);

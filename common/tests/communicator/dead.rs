@@ -166,7 +166,7 @@ async fn a_letter_keeps_its_properties_through_burial_and_replay_and_goes_nowher
     let stranger = vhost.stranger().await;
     let elsewhere = QueueDeclareOptions { durable: true, ..QueueDeclareOptions::default() };
     stranger.channel.queue_declare("elsewhere".into(), elsewhere, FieldTable::default()).await.unwrap();
-    worker.tell("default", many(1).1).await.unwrap();
+    worker.publish("default", many(1).1).await.unwrap();
     task(&mut incoming).await.settle.ack().await;
 
     let pid = Pid::generate();
@@ -248,7 +248,7 @@ async fn a_refused_request_names_the_workers_queue_and_is_kept_once_that_has_gon
 async fn a_task_queue_that_has_gone_is_declared_and_a_broadcast_is_recorded_after_all() {
     let vhost = Vhost::new();
     let (worker, mut incoming) = start(&vhost.broker(), "w1", None).await;
-    worker.tell("gone", many(1).1).await.unwrap();
+    worker.publish("gone", many(1).1).await.unwrap();
     let stranger = somebody(&vhost).await;
     stranger.channel.queue_delete("baton.task.gone".into(), QueueDeleteOptions::default()).await.unwrap();
     let pid = Pid::generate();
@@ -280,7 +280,7 @@ async fn what_rabbitmq_has_dead_lettered_itself_goes_back_to_its_queue() {
         {"dead-letter-exchange": "", "dead-letter-routing-key": "baton.dead"}}"#;
     vhost.http("PUT", "policies/{vhost}/baton-task", Some(policy));
     let (pids, tasks) = many(1);
-    teller.tell("default.high", tasks).await.unwrap();
+    teller.publish("default.high", tasks).await.unwrap();
     let stranger = vhost.stranger().await;
     eventually("the queue is dead-lettered by the policy", async || {
         let queue = vhost.http("GET", "queues/{vhost}/baton.task.default.high", None);
@@ -509,7 +509,7 @@ async fn a_burial_that_has_to_be_repeated_is_one_letter_and_no_reason_is_too_lon
     let vhost = Vhost::new();
     let (worker, mut incoming) = start(&vhost.broker(), "w1", None).await;
     worker.consume(vec!["default".into()], slots(1)).await;
-    worker.tell("default", many(1).1).await.unwrap();
+    worker.publish("default", many(1).1).await.unwrap();
     let delivery = task(&mut incoming).await;
     // Deleted, so that the first attempt is returned.
     let stranger = vhost.stranger().await;
@@ -535,7 +535,7 @@ async fn headers_that_are_nearly_too_large_to_be_kept_fit_into_a_frame() {
     let (worker, mut incoming) = start(&vhost.broker(), "w1", None).await;
     worker.consume(vec!["default".into()], slots(1)).await;
     // Its queue is there when this has come.
-    worker.tell("default", many(1).1).await.unwrap();
+    worker.publish("default", many(1).1).await.unwrap();
     task(&mut incoming).await.settle.ack().await;
     let stranger = vhost.stranger().await;
     let note = "n".repeat(31_000);

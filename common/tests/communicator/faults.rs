@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 use std::time::Duration;
 
-use baton_common::communicator::{TellError, Told};
+use baton_common::communicator::{PublishError, TaskMessage};
 use baton_common::id::Pid;
 use lapin::options::{QueueDeclareOptions, QueueDeleteOptions};
 use lapin::types::FieldTable;
@@ -25,15 +25,15 @@ async fn a_broker_that_is_killed_loses_nothing_that_was_confirmed() {
         let mut n_tells = 0;
         while confirmed.len() < 2000 {
             let pids: Vec<Pid> = (0..10).map(|_| Pid::generate()).collect();
-            let tasks: Vec<Told> = pids.iter().map(|&pid| go_on(pid)).collect();
+            let tasks: Vec<TaskMessage> = pids.iter().map(|&pid| go_on(pid)).collect();
             n_tells += 1;
-            match teller.tell("default", tasks).await {
+            match teller.publish("default", tasks).await {
                 Ok(()) => confirmed.extend(pids),
-                Err(TellError::Down(_)) => {
+                Err(PublishError::Down(_)) => {
                     let _ = teller.wait_connected(Duration::from_secs(1)).await;
                 }
-                Err(TellError::Unknown(_)) => {}
-                Err(error @ (TellError::Unroutable { .. } | TellError::TooLarge(_))) => panic!("{error}"),
+                Err(PublishError::Unknown(_)) => {}
+                Err(error @ (PublishError::Unroutable { .. } | PublishError::TooLarge(_))) => panic!("{error}"),
             }
             assert!(n_tells < 10_000, "only {} tasks were confirmed", confirmed.len());
         }
@@ -85,7 +85,7 @@ async fn a_broker_that_is_killed_loses_nothing_that_was_confirmed() {
 
     // The prefetch holds after the restart: what is out is at most what one consumer may have.
     let (_, tasks) = many(100);
-    teller.tell("default", tasks).await.unwrap();
+    teller.publish("default", tasks).await.unwrap();
     let mut held = Vec::new();
     while held.len() < 16 {
         held.push(task(&mut incoming).await);
@@ -116,12 +116,12 @@ async fn an_absent_broker_is_no_error_and_is_found_when_it_comes() {
     communicator.consume(vec!["default".into()], slots(1)).await;
     let down = communicator.wait_connected(Duration::from_millis(500)).await.unwrap_err();
     assert!(down.0.contains("cannot be reached"), "{down}");
-    let told = communicator.tell("default", many(1).1).await;
-    assert!(matches!(told, Err(TellError::Down(_))), "{told:?}");
+    let told = communicator.publish("default", many(1).1).await;
+    assert!(matches!(told, Err(PublishError::Down(_))), "{told:?}");
     assert!(communicator.depth("default").await.is_err());
     broker.start_server().await;
     communicator.wait_connected(LIMIT).await.unwrap();
-    communicator.tell("default", many(1).1).await.unwrap();
+    communicator.publish("default", many(1).1).await.unwrap();
     task(&mut incoming).await.settle.ack().await;
     communicator.shutdown().await;
 }
@@ -131,18 +131,18 @@ async fn an_absent_broker_is_no_error_and_is_found_when_it_comes() {
 async fn a_queue_that_is_purged_or_deleted_costs_only_what_was_in_it() {
     let vhost = Vhost::new();
     let (communicator, mut incoming) = start(&vhost.broker(), "w1", None).await;
-    communicator.tell("default", many(100).1).await.unwrap();
+    communicator.publish("default", many(100).1).await.unwrap();
     vhost.http("DELETE", "queues/{vhost}/baton.task.default/contents", None);
     communicator.consume(vec!["default".into()], slots(2)).await;
     let first = Pid::generate();
-    communicator.tell("default", vec![go_on(first)]).await.unwrap();
+    communicator.publish("default", vec![go_on(first)]).await.unwrap();
     let delivery = task(&mut incoming).await;
     assert_eq!(delivery.task.pid(), first);
     // Deleted while it is consumed and while a delivery of it is out.
     let stranger = vhost.stranger().await;
     stranger.channel.queue_delete("baton.task.default".into(), QueueDeleteOptions::default()).await.unwrap();
     let second = Pid::generate();
-    communicator.tell("default", vec![go_on(second)]).await.unwrap();
+    communicator.publish("default", vec![go_on(second)]).await.unwrap();
     delivery.settle.ack().await;
     drop(delivery.permit);
     let delivery = task(&mut incoming).await;
@@ -157,7 +157,7 @@ async fn connections_that_the_broker_closes_are_rebuilt_and_old_deliveries_are_h
     let vhost = Vhost::new();
     let (communicator, mut incoming) = start(&vhost.broker(), "baton-worker w1", Some("baton.worker.w1.0")).await;
     communicator.consume(vec!["default".into()], slots(4)).await;
-    communicator.tell("default", many(1).1).await.unwrap();
+    communicator.publish("default", many(1).1).await.unwrap();
     let old = task(&mut incoming).await;
     let mut names = HashSet::new();
     eventually("the management knows the three connections", async || {
@@ -191,7 +191,7 @@ async fn connections_that_the_broker_closes_are_rebuilt_and_old_deliveries_are_h
     counts(&vhost, "baton.task.default", 0, 0).await;
     let (pids, tasks) = many(50);
     eventually("tasks can be told again", async || {
-        let outcome = communicator.tell("default", tasks.clone()).await;
+        let outcome = communicator.publish("default", tasks.clone()).await;
         (outcome.is_ok(), outcome)
     })
     .await;
@@ -212,8 +212,8 @@ async fn a_queue_with_other_properties_is_named_with_its_remedy_and_the_others_r
     stranger.channel.queue_declare("baton.task.gpu".into(), classic, FieldTable::default()).await.unwrap();
     let (communicator, mut incoming) = start(&vhost.broker(), "w1", None).await;
     communicator.consume(vec!["gpu".into(), "default".into()], slots(4)).await;
-    communicator.tell("default", many(1).1).await.unwrap();
-    communicator.tell("gpu.high", many(1).1).await.unwrap();
+    communicator.publish("default", many(1).1).await.unwrap();
+    communicator.publish("gpu.high", many(1).1).await.unwrap();
     for _ in 0..2 {
         task(&mut incoming).await.settle.ack().await;
     }
@@ -229,7 +229,7 @@ async fn a_queue_with_other_properties_is_named_with_its_remedy_and_the_others_r
         (health.last_error.is_none(), health)
     })
     .await;
-    communicator.tell("gpu", many(1).1).await.unwrap();
+    communicator.publish("gpu", many(1).1).await.unwrap();
     assert_eq!(task(&mut incoming).await.queue, "gpu");
 }
 
@@ -239,15 +239,15 @@ async fn under_an_alarm_tells_fail_fast_and_acknowledgements_go_through() {
     let broker = OwnBroker::start().await;
     let (communicator, mut incoming) = start(&broker.broker(), "w1", Some("baton.worker.w1.0")).await;
     communicator.consume(vec!["default".into()], slots(4)).await;
-    communicator.tell("default", many(4).1).await.unwrap();
+    communicator.publish("default", many(4).1).await.unwrap();
     let held = [task(&mut incoming).await, task(&mut incoming).await, task(&mut incoming).await];
     broker.control(&["set_vm_memory_high_watermark", "0.00001"]);
     // The broker says that it blocks a connection only once that has published.
     let since = Instant::now();
-    let first = communicator.tell("default", many(1).1).await;
-    assert!(matches!(first, Err(TellError::Unknown(_))), "{first:?}");
-    let second = communicator.tell("default", many(1).1).await;
-    assert!(matches!(&second, Err(TellError::Down(down)) if down.0.contains("alarm")), "{second:?}");
+    let first = communicator.publish("default", many(1).1).await;
+    assert!(matches!(first, Err(PublishError::Unknown(_))), "{first:?}");
+    let second = communicator.publish("default", many(1).1).await;
+    assert!(matches!(&second, Err(PublishError::Down(down)) if down.0.contains("alarm")), "{second:?}");
     assert!(since.elapsed() < Duration::from_secs(5), "{:?}", since.elapsed());
     assert!(communicator.health().blocked);
     for delivery in held {
@@ -265,7 +265,7 @@ async fn under_an_alarm_tells_fail_fast_and_acknowledgements_go_through() {
     .await;
     broker.control(&["set_vm_memory_high_watermark", "0.4"]);
     eventually("the alarm is over", async || {
-        let outcome = communicator.tell("default", many(1).1).await;
+        let outcome = communicator.publish("default", many(1).1).await;
         (outcome.is_ok() && !communicator.health().blocked, outcome)
     })
     .await;
@@ -280,15 +280,15 @@ async fn a_channel_that_the_broker_closes_for_a_late_acknowledgement_is_opened_a
     broker.control(&["eval", "application:set_env(rabbit, channel_tick_interval, 1000)."]);
     let (communicator, mut incoming) = start(&broker.broker(), "w1", None).await;
     communicator.consume(vec!["default".into()], slots(4)).await;
-    communicator.tell("default", many(1).1).await.unwrap();
+    communicator.publish("default", many(1).1).await.unwrap();
     let late = task(&mut incoming).await;
     let again = task(&mut incoming).await;
     assert_eq!(again.task.pid(), late.task.pid());
     late.settle.ack().await;
     again.settle.ack().await;
-    communicator.tell("default.high", many(1).1).await.unwrap();
+    communicator.publish("default.high", many(1).1).await.unwrap();
     task(&mut incoming).await.settle.ack().await;
-    communicator.tell("default", many(1).1).await.unwrap();
+    communicator.publish("default", many(1).1).await.unwrap();
     task(&mut incoming).await.settle.ack().await;
     communicator.shutdown().await;
 }

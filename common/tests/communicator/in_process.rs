@@ -17,7 +17,7 @@ async fn what_is_told_is_delivered_with_a_slot_and_gone_once_acknowledged() {
     let (communicator, mut incoming) = start(&Broker::InProcess, "w1", Some(OWN)).await;
     let slots = slots(1);
     let pid = Pid::generate();
-    communicator.tell("default", vec![go_on(pid)]).await.unwrap();
+    communicator.publish("default", vec![go_on(pid)]).await.unwrap();
     assert_eq!(communicator.depth("default").await.unwrap(), 1);
     communicator.consume(vec!["default".into()], slots.clone()).await;
     let delivery = task(&mut incoming).await;
@@ -34,7 +34,7 @@ async fn what_is_told_is_delivered_with_a_slot_and_gone_once_acknowledged() {
 async fn what_is_given_back_comes_again_and_what_is_dead_does_not() {
     let (communicator, mut incoming) = start(&Broker::InProcess, "w1", Some(OWN)).await;
     communicator.consume(vec!["default".into()], slots(1)).await;
-    communicator.tell("default.low", vec![go_on(Pid::generate())]).await.unwrap();
+    communicator.publish("default.low", vec![go_on(Pid::generate())]).await.unwrap();
     let first = task(&mut incoming).await;
     assert!(!first.redelivered);
     drop(first.permit);
@@ -44,7 +44,7 @@ async fn what_is_given_back_comes_again_and_what_is_dead_does_not() {
     second.settle.dead("no such process").await;
     drop(second.permit);
     let last = Pid::generate();
-    communicator.tell("default.low", vec![go_on(last)]).await.unwrap();
+    communicator.publish("default.low", vec![go_on(last)]).await.unwrap();
     assert_eq!(task(&mut incoming).await.task.pid(), last);
 }
 
@@ -53,7 +53,7 @@ async fn a_full_worker_leaves_tasks_in_the_queue() {
     let (communicator, mut incoming) = start(&Broker::InProcess, "w1", Some(OWN)).await;
     communicator.consume(vec!["default".into()], slots(1)).await;
     for queue in ["default.high", "default", "default.low"] {
-        communicator.tell(queue, vec![go_on(Pid::generate())]).await.unwrap();
+        communicator.publish(queue, vec![go_on(Pid::generate())]).await.unwrap();
     }
     let held = task(&mut incoming).await;
     let depths = async || {
@@ -75,7 +75,7 @@ async fn a_full_worker_leaves_tasks_in_the_queue() {
 async fn full_queues_share_by_weight() {
     let (communicator, mut incoming) = start(&Broker::InProcess, "w1", Some(OWN)).await;
     for queue in ["default.high", "default", "default.low"] {
-        communicator.tell(queue, many(300).1).await.unwrap();
+        communicator.publish(queue, many(300).1).await.unwrap();
     }
     communicator.consume(vec!["default".into()], slots(4)).await;
     let mut n_high = 0;

@@ -14,7 +14,7 @@ mod in_process;
 use std::sync::Arc;
 use std::time::Duration;
 
-use baton_common::communicator::{Broker, Communicator, Delivery, Incoming, Options, Told};
+use baton_common::communicator::{Broker, Communicator, Delivery, Incoming, Options, TaskMessage};
 use baton_common::id::Pid;
 use baton_common::message::Task;
 use tokio::sync::{Semaphore, mpsc};
@@ -50,11 +50,11 @@ fn slots(n_slots: usize) -> Arc<Semaphore> {
     Arc::new(Semaphore::new(n_slots))
 }
 
-fn go_on(pid: Pid) -> Told {
-    Told { task: Task::Continue { pid, told_at: Some(1) }, traceparent: None }
+fn go_on(pid: Pid) -> TaskMessage {
+    TaskMessage { task: Task::Continue { pid, announced_at: Some(1) }, traceparent: None }
 }
 
-fn many(n_tasks: usize) -> (Vec<Pid>, Vec<Told>) {
+fn many(n_tasks: usize) -> (Vec<Pid>, Vec<TaskMessage>) {
     let pids: Vec<Pid> = (0..n_tasks).map(|_| Pid::generate()).collect();
     let tasks = pids.iter().map(|&pid| go_on(pid)).collect();
     (pids, tasks)

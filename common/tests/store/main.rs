@@ -111,7 +111,7 @@ impl Scene {
     async fn write_with(&self, fence: Fence, verb: Verb, checkpoint: Option<Checkpoint>) -> Option<Written> {
         let ended = Some(Attempt { started_at: 1, how: How::Ok, reason: None });
         let checkpoint = checkpoint.as_ref().map(Into::into);
-        let fenced = Fenced { fence, verb, checkpoint, attempt: 1, ended, outputs: vec![] };
+        let fenced = Fenced { fence, verb, checkpoint, try_number: 1, ended, outputs: vec![] };
         self.writer.write(fenced).await.unwrap()
     }
 
@@ -195,8 +195,8 @@ macro_rules! on_both {
 
 mod control;
 mod deaths;
+mod gc_roots;
 mod lists;
-mod needed;
 mod plans;
 mod prune;
 mod sites;
@@ -231,7 +231,7 @@ async fn a_process_goes_its_way_from_submit_to_end(scene: Scene) {
     let pid = scene.submit("{call: baton.noop, labels: {a: b}}").await;
     assert_eq!(scene.state(pid).await, (Place::Queued, State::Created));
     let claimed = scene.claimed(pid).await;
-    assert_eq!((claimed.fence.epoch, claimed.attempt, claimed.desired), (1, 1, Desired::Run));
+    assert_eq!((claimed.fence.epoch, claimed.try_number, claimed.desired), (1, 1, Desired::Run));
     assert!(claimed.traceparent.is_some_and(|text| text.starts_with("00-")));
     assert_eq!(claimed.spec.unwrap().kind(), "baton.noop");
     let written = scene.write(claimed.fence, Verb::Keep).await.unwrap();
@@ -367,13 +367,13 @@ async fn a_pausing_write_asks_the_row(scene: Scene) {
 
 async fn what_is_given_back_by_someone_who_does_not_know_it_keeps_its_try(scene: Scene) {
     let pid = scene.submit("call: baton.noop").await;
-    let give_back = |fence, attempt| {
+    let give_back = |fence, try_number| {
         let verb = Verb::GiveBack;
-        scene.writer.write(Fenced { fence, verb, checkpoint: None, attempt, ended: None, outputs: vec![] })
+        scene.writer.write(Fenced { fence, verb, checkpoint: None, try_number, ended: None, outputs: vec![] })
     };
     give_back(scene.claimed(pid).await.fence, 3).await.unwrap().unwrap();
     give_back(scene.claimed(pid).await.fence, 0).await.unwrap().unwrap();
-    assert_eq!(scene.claimed(pid).await.attempt, 3);
+    assert_eq!(scene.claimed(pid).await.try_number, 3);
 }
 
 async fn the_head_rule_tells_only_what_is_older(scene: Scene) {
@@ -381,9 +381,9 @@ async fn the_head_rule_tells_only_what_is_older(scene: Scene) {
     let head = scene.store.now().await.unwrap() + 1;
     while scene.store.now().await.unwrap() <= head {}
     let young = scene.submit("call: baton.noop").await;
-    let told = scene.store.tell_lost("default", head).await.unwrap();
+    let told = scene.store.announce_lost("default", head).await.unwrap();
     assert_eq!(told["default"].iter().map(|told| told.pid).collect::<Vec<_>>(), [old]);
-    assert!(scene.store.tell_lost("default", head).await.unwrap().is_empty(), "it has just been told");
+    assert!(scene.store.announce_lost("default", head).await.unwrap().is_empty(), "it has just been told");
     assert!(matches!(scene.claim(young).await, Claim::Claimed(_)));
 }
 
@@ -427,7 +427,7 @@ async fn outputs_are_kept_and_replaced(scene: Scene) {
     for text in ["a", "ab"] {
         let output = Output { stream: Stream::Stdout, head: text.into(), tail: vec![], total_bytes: text.len() as u64 };
         let fenced =
-            Fenced { fence, verb: Verb::Keep, checkpoint: None, attempt: 1, ended: None, outputs: vec![output] };
+            Fenced { fence, verb: Verb::Keep, checkpoint: None, try_number: 1, ended: None, outputs: vec![output] };
         scene.writer.write(fenced).await.unwrap().unwrap();
     }
     let (epoch, outputs) = scene.store.output(pid).await.unwrap().unwrap();
@@ -487,11 +487,11 @@ async fn unreadable_checkpoints_are_reported_not_fatal(scene: Scene) {
 
 async fn a_list_says_who_paused_it_and_what_a_retry_waits_for(scene: Scene) {
     let summary = async |pid| scene.store.show(pid).await.unwrap().unwrap().summary;
-    let park = |fence, attempt, ended| Fenced {
+    let park = |fence, try_number, ended| Fenced {
         fence,
         verb: Verb::Park { wake_in: Duration::ZERO },
         checkpoint: None,
-        attempt,
+        try_number,
         ended,
         outputs: vec![],
     };

@@ -89,7 +89,7 @@ fn calls() -> Vec<Call<'static>> {
     sweep("free", Box::new(async |store: &Store| drop(store.free().await.unwrap())));
     sweep("wake_due", Box::new(async |store: &Store| assert!(store.wake_due().await.unwrap().is_empty())));
     sweep("next_wake_us", Box::new(async |store: &Store| assert!(store.next_wake_us().await.unwrap().is_some())));
-    sweep("tell_lost", Box::new(async |store: &Store| drop(store.tell_lost("default", 0).await.unwrap())));
+    sweep("announce_lost", Box::new(async |store: &Store| drop(store.announce_lost("default", 0).await.unwrap())));
     sweep(
         "queued_in",
         Box::new(async |store: &Store| {
@@ -380,7 +380,7 @@ impl HotPath {
             assert!(self.writer.checkpoint(claimed.fence, &first).await.unwrap().is_some());
             let verb = Verb::End { state: State::Finished, outcome: Outcome::default() };
             let ended = Some(Attempt { started_at: 1, how: How::Ok, reason: None });
-            let end = Fenced { fence: claimed.fence, verb, checkpoint: None, attempt: 1, ended, outputs: vec![] };
+            let end = Fenced { fence: claimed.fence, verb, checkpoint: None, try_number: 1, ended, outputs: vec![] };
             assert!(self.writer.write(end).await.unwrap().is_some());
         }
     }

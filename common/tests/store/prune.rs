@@ -26,7 +26,8 @@ async fn ended(scene: &Scene, yaml: &str, state: State) -> Pid {
     let pid = scene.submit(yaml).await;
     let fence = scene.claimed(pid).await.fence;
     let output = Output { stream: Stream::Stdout, head: b"a".to_vec(), tail: vec![], total_bytes: 1 };
-    let fenced = Fenced { fence, verb: Verb::Keep, checkpoint: None, attempt: 1, ended: None, outputs: vec![output] };
+    let fenced =
+        Fenced { fence, verb: Verb::Keep, checkpoint: None, try_number: 1, ended: None, outputs: vec![output] };
     scene.writer.write(fenced).await.unwrap().unwrap();
     scene.recorded(pid, Desired::Pause).await;
     scene.write(fence, end(state)).await.unwrap();

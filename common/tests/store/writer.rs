@@ -44,7 +44,7 @@ async fn a_write_that_the_database_refuses_takes_nothing_with_it(scene: Scene) {
         fence,
         verb: end(State::Finished),
         checkpoint: None,
-        attempt: 1,
+        try_number: 1,
         ended: Some(Attempt { started_at: 1, how: How::Ok, reason: Some(reason.into()) }),
         outputs: vec![],
     };

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use baton_common::store::bare::BareTables;
+use baton_common::store::baseline::BaselineTables;
 
 use super::cost::{Cost, Reading};
 use super::fleet::Fleet;
@@ -70,7 +70,7 @@ struct OneByOne {
 async fn one_by_one(
     bench: &Bench,
     fleet: &Fleet,
-    tables: Option<&BareTables>,
+    tables: Option<&BaselineTables>,
     count: u32,
 ) -> Result<OneByOne, Failure> {
     let session = bench.session();

@@ -4,11 +4,13 @@ use std::collections::HashMap;
 use std::convert::Infallible;
 use std::time::{Duration, Instant};
 
-use baton_common::communicator::Told;
-use baton_common::communicator::bare::{BareConsumer, BareDelivery, BareMessage, BarePublisher, BareQueue};
+use baton_common::communicator::TaskMessage;
+use baton_common::communicator::baseline::{
+    BaselineConsumer, BaselineDelivery, BaselineMessage, BaselinePublisher, BaselineQueue,
+};
 use baton_common::id::Pid;
 use baton_common::message::Task;
-use baton_common::store::bare::{BareLane, BareTables};
+use baton_common::store::baseline::{BaselineLane, BaselineTables};
 use baton_common::store::submit::NewProcess;
 use baton_common::store::writer::{Claimed, Fence};
 use baton_common::telemetry::new_traceparent;
@@ -87,10 +89,10 @@ impl PathTimes {
 
 /// Plain loops over the steps of a process that is alone.
 pub(super) struct Path<'a> {
-    tables: &'a BareTables,
-    lane: BareLane,
-    queue: BareQueue,
-    publisher: BarePublisher,
+    tables: &'a BaselineTables,
+    lane: BaselineLane,
+    queue: BaselineQueue,
+    publisher: BaselinePublisher,
     accepts: Vec<Duration>,
     confirms: Vec<Duration>,
     claims: Vec<Duration>,
@@ -146,9 +148,10 @@ fn best(points: Vec<(f64, String)>) -> (f64, String) {
 }
 
 /// A launch as Baton publishes it.
-fn launch() -> BareMessage {
-    let task = Task::Launch { pid: Pid::generate(), spec: None, wait: false, told_at: Some(1_000_000_000_000_000) };
-    Told { task, traceparent: Some(new_traceparent()) }.into()
+fn launch() -> BaselineMessage {
+    let task =
+        Task::Launch { pid: Pid::generate(), spec: None, wait: false, announced_at: Some(1_000_000_000_000_000) };
+    TaskMessage { task, traceparent: Some(new_traceparent()) }.into()
 }
 
 /// The rates of the points.
@@ -163,7 +166,7 @@ async fn messages(bench: &Bench, each: Duration) -> Result<Vec<(f64, String)>, F
     Ok(points)
 }
 
-async fn message_rate(queue: &BareQueue, lanes: usize, window: usize, each: Duration) -> Result<f64, Failure> {
+async fn message_rate(queue: &BaselineQueue, lanes: usize, window: usize, each: Duration) -> Result<f64, Failure> {
     let mut publishing = JoinSet::new();
     let mut consuming = JoinSet::new();
     let (taken_tx, mut taken) = watch::channel(0);
@@ -202,7 +205,7 @@ async fn message_rate(queue: &BareQueue, lanes: usize, window: usize, each: Dura
 }
 
 /// The times of single commits, and the rates of the points.
-async fn rows(tables: &BareTables, each: Duration) -> Result<(Vec<Duration>, Vec<(f64, String)>), Failure> {
+async fn rows(tables: &BaselineTables, each: Duration) -> Result<(Vec<Duration>, Vec<(f64, String)>), Failure> {
     let first = tables.lane().await?;
     let fences = hold(tables, &first).await?;
     let mut commits = Vec::new();
@@ -240,7 +243,7 @@ async fn rows(tables: &BareTables, each: Duration) -> Result<(Vec<Duration>, Vec
 }
 
 impl<'a> Path<'a> {
-    pub(super) async fn open(bench: &Bench, tables: &'a BareTables) -> Result<Self, Failure> {
+    pub(super) async fn open(bench: &Bench, tables: &'a BaselineTables) -> Result<Self, Failure> {
         let (lane, queue) = (tables.lane().await?, bench.bare_queue().await?);
         let publisher = queue.publisher(1).await?;
         let [accepts, confirms, claims, ends] = Default::default();
@@ -255,7 +258,7 @@ impl<'a> Path<'a> {
             let told = accept(self.tables, 1).await?;
             let publishing = Instant::now();
             let pids = told.iter().map(|told| told.task.pid()).collect();
-            self.publisher.publish(told.into_iter().map(BareMessage::from)).await?;
+            self.publisher.publish(told.into_iter().map(BaselineMessage::from)).await?;
             let claiming = Instant::now();
             let claimed = self.lane.turn(pids, &[], 1).await?;
             let ending = Instant::now();
@@ -281,7 +284,7 @@ impl<'a> Path<'a> {
 }
 
 /// Holds some rows.
-async fn hold(tables: &BareTables, lane: &BareLane) -> Result<Vec<Fence>, Failure> {
+async fn hold(tables: &BaselineTables, lane: &BaselineLane) -> Result<Vec<Fence>, Failure> {
     let mut fences = Vec::new();
     while fences.len() < HELD_ROWS {
         let pids = accept(tables, PAGE.min(HELD_ROWS - fences.len())).await?.into_iter().map(|told| told.task.pid());
@@ -292,12 +295,12 @@ async fn hold(tables: &BareTables, lane: &BareLane) -> Result<Vec<Fence>, Failur
 }
 
 /// Commits new processes and gives their messages.
-async fn accept(tables: &BareTables, count: usize) -> Result<Vec<Told>, Failure> {
+async fn accept(tables: &BaselineTables, count: usize) -> Result<Vec<TaskMessage>, Failure> {
     let processes: Vec<NewProcess> = (0..count).map(|_| super::noop("default", "bench")).collect();
     let accepted = tables.store().submit(&processes).await?;
     let told = accepted.queued.into_values().flatten().map(|row| {
-        let task = Task::Launch { pid: row.pid, spec: None, wait: false, told_at: Some(row.told_at) };
-        Told { task, traceparent: row.traceparent }
+        let task = Task::Launch { pid: row.pid, spec: None, wait: false, announced_at: Some(row.announced_at) };
+        TaskMessage { task, traceparent: row.traceparent }
     });
     Ok(told.collect())
 }
@@ -307,7 +310,7 @@ async fn accept(tables: &BareTables, count: usize) -> Result<Vec<Told>, Failure>
 /// together with the claims of the next batch.
 async fn combined_points(
     bench: &Bench,
-    tables: &BareTables,
+    tables: &BaselineTables,
     combined: Combined,
 ) -> Result<Vec<(f64, String)>, Failure> {
     let mut points = Vec::new();
@@ -321,8 +324,8 @@ async fn combined_points(
 }
 
 async fn combined_rate(
-    queue: &BareQueue,
-    tables: &BareTables,
+    queue: &BaselineQueue,
+    tables: &BaselineTables,
     lanes: usize,
     batch: usize,
     combined: Combined,
@@ -361,8 +364,8 @@ async fn all_reached(
 }
 
 /// The next page is committed while the last is being published.
-async fn launch_all(tables: &BareTables, publisher: &BarePublisher, count: usize) -> Result<(), Failure> {
-    let (pages_tx, mut pages) = mpsc::channel::<Vec<Told>>(1);
+async fn launch_all(tables: &BaselineTables, publisher: &BaselinePublisher, count: usize) -> Result<(), Failure> {
+    let (pages_tx, mut pages) = mpsc::channel::<Vec<TaskMessage>>(1);
     let accepting = async {
         let mut rest = count;
         while rest > 0 {
@@ -375,7 +378,7 @@ async fn launch_all(tables: &BareTables, publisher: &BarePublisher, count: usize
     };
     let publishing = async {
         while let Some(page) = pages.recv().await {
-            publisher.publish(page.into_iter().map(BareMessage::from)).await?;
+            publisher.publish(page.into_iter().map(BaselineMessage::from)).await?;
         }
         Ok(())
     };
@@ -383,8 +386,8 @@ async fn launch_all(tables: &BareTables, publisher: &BarePublisher, count: usize
 }
 
 async fn work(
-    mut consumer: BareConsumer,
-    lane: BareLane,
+    mut consumer: BaselineConsumer,
+    lane: BaselineLane,
     batch: usize,
     steps: u64,
     ended: watch::Sender<u64>,
@@ -397,7 +400,7 @@ async fn work(
         } else {
             tokio::time::timeout(Duration::ZERO, consumer.take(batch)).await.unwrap_or(Ok(Vec::new()))?
         };
-        let taken = taken.into_iter().map(BareDelivery::pid).collect::<Result<Vec<_>, _>>()?;
+        let taken = taken.into_iter().map(BaselineDelivery::pid).collect::<Result<Vec<_>, _>>()?;
         let ends: Vec<Claimed> = held.drain().map(|(_, claimed)| claimed).collect();
         let claimed = lane.turn(taken, &ends, steps).await?;
         consumer.acknowledge().await?;

@@ -183,10 +183,10 @@ async fn objects(config: &config::Objects) -> Finding {
         objects.delete(digest).await
     };
     match tokio::time::timeout(OBJECTS_LIMIT, there_and_back).await {
-        Ok(Ok(())) => finding("objects", Verdict::Ok, objects.place(), None),
+        Ok(Ok(())) => finding("objects", Verdict::Ok, objects.location(), None),
         Ok(Err(error)) => unusable(&error),
         Err(_) => {
-            let text = format!("{} does not answer within {} s", objects.place(), OBJECTS_LIMIT.as_secs());
+            let text = format!("{} does not answer within {} s", objects.location(), OBJECTS_LIMIT.as_secs());
             finding(
                 "objects",
                 Verdict::Fail(exit::UNREACHABLE),

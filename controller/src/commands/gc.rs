@@ -127,7 +127,7 @@ async fn collect(store: &Store, objects: &Objects, age: Duration, dry_run: bool)
 
 /// Another database's objects are there, too.
 fn shared(objects: &Objects, other: Uuid) -> Failure {
-    let place = objects.place();
+    let place = objects.location();
     Failure::new(
         exit::REFUSED,
         format!("another database, {other}, keeps objects in {place}, and may need any of them"),
@@ -140,7 +140,7 @@ fn shared(objects: &Objects, other: Uuid) -> Failure {
 
 /// All of it may be another database's, or what this one needed once.
 fn unknown(objects: &Objects, database: Uuid) -> Failure {
-    let place = objects.place();
+    let place = objects.location();
     Failure::new(exit::REFUSED, format!("this database needs nothing in {place}, which may be another one's"))
         .with_remedy(format!(
             "is `objects.url` that of this database? If nobody else keeps anything there, make the empty {}",

@@ -129,7 +129,7 @@ impl Printer {
                 output::state_text(row),
                 output::age(row.now - row.created_at),
                 format!("{} ago", output::age(row.now - row.changed_at)),
-                row.attempt.to_string(),
+                row.try_number.to_string(),
                 row.advances.to_string(),
                 output::detail(row),
             ]);

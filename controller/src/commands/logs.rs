@@ -30,12 +30,12 @@ const PIECE_BYTES: usize = 4 << 20;
 /// The kind of a process whose program runs at a site.
 const JOB: &str = "job";
 
-/// How far both streams have been printed: of one holding of a local program, or of one attempt of a job at a site, which
+/// How far both streams have been printed: of one holding of a local program, or of one try_number of a job at a site, which
 /// several holdings see to.
 #[derive(Clone, Copy, Default)]
 struct Printed {
     epoch: i64,
-    attempt: i64,
+    try_number: i64,
     stdout: u64,
     stderr: u64,
 }
@@ -65,7 +65,7 @@ pub(crate) async fn run(global: &Global, arguments: LogsArguments) -> Result<u8,
                 at_site(global, &client, &summary, &mut open, &mut printed).await?
             }
             None => {
-                let is_same_try = printed.attempt == summary.attempt;
+                let is_same_try = printed.try_number == summary.try_number;
                 stored(&client, pid, &mut printed, is_same_try).await?
             }
         };
@@ -105,7 +105,7 @@ async fn live(client: &Client, summary: &Summary, printed: &mut Printed) -> Resu
     Ok(Some(!chunk.stdout.is_empty() || !chunk.stderr.is_empty()))
 }
 
-/// Prints what a job at a site has written since, over a session of this command's own: of the attempt that is being
+/// Prints what a job at a site has written since, over a session of this command's own: of the try_number that is being
 /// printed, and then of the one that has come after it.
 async fn at_site(
     global: &Global,
@@ -124,10 +124,10 @@ async fn at_site(
         *open = Some((site::open(&config, site).await?, site::there(site, "p")));
     }
     let Some((session, folder)) = open else { return Ok(false) };
-    if printed.attempt == 0 {
-        printed.attempt = summary.attempt;
+    if printed.try_number == 0 {
+        printed.try_number = summary.try_number;
     }
-    let dir = format!("{folder}/{}/{}/.baton", summary.pid, printed.attempt);
+    let dir = format!("{folder}/{}/{}/.baton", summary.pid, printed.try_number);
     let mut has_grown = false;
     for (name, offset) in [("stdout", &mut printed.stdout), ("stderr", &mut printed.stderr)] {
         let path = quote(&format!("{dir}/{name}"));
@@ -140,8 +140,8 @@ async fn at_site(
     if has_grown {
         return Ok(true);
     }
-    if printed.attempt < summary.attempt {
-        *printed = Printed { attempt: summary.attempt, ..Printed::default() };
+    if printed.try_number < summary.try_number {
+        *printed = Printed { try_number: summary.try_number, ..Printed::default() };
         return Ok(true);
     }
     tokio::time::sleep(SITE_LOOK).await;

@@ -25,7 +25,7 @@ pub(crate) async fn run(global: &Global, arguments: OpenArguments) -> Result<u8,
     let argv = match on_site {
         Some(on_site) => {
             let config = global.connection.resolve()?.config;
-            at_site(&config, &on_site.at, &format!("p/{pid}/{}", details.summary.attempt))?
+            at_site(&config, &on_site.at, &format!("p/{pid}/{}", details.summary.try_number))?
         }
         None => here(details.summary.outcome.as_ref().and_then(|outcome| outcome.sandbox.as_deref()))?,
     };

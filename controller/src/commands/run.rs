@@ -245,7 +245,7 @@ struct Shown {
 
 impl Shown {
     fn print(&mut self, home: &Path, row: &Summary) -> Result<(), Failure> {
-        let own = home.join("sandbox").join(row.pid.to_string()).join(format!("{}.{}", row.attempt, row.epoch));
+        let own = home.join("sandbox").join(row.pid.to_string()).join(format!("{}.{}", row.try_number, row.epoch));
         let own = own.join(".baton");
         if own != self.sandbox {
             *self = Self { sandbox: own, ..Self::default() };

@@ -36,7 +36,7 @@ fn json_of(details: &Details) -> Value {
         .map(|attempt| {
             json!({
                 "epoch": attempt.epoch,
-                "try": attempt.attempt,
+                "try": attempt.try_number,
                 "worker": attempt.worker,
                 "started_at": timestamp(attempt.started_at),
                 "ended_at": timestamp(attempt.ended_at),
@@ -110,7 +110,7 @@ fn text_of(details: &Details) -> String {
         let reason = because(attempt.reason.as_deref());
         timeline.push((
             attempt.started_at,
-            format!("claimed by {} (epoch {}, try {})", attempt.worker, attempt.epoch, attempt.attempt),
+            format!("claimed by {} (epoch {}, try {})", attempt.worker, attempt.epoch, attempt.try_number),
         ));
         timeline.push((
             attempt.ended_at,

@@ -52,7 +52,7 @@ pub(crate) async fn run(global: &Global, arguments: SubmitArguments) -> Result<u
         &client.store,
         arguments.count,
         make,
-        async |queued| client.tell(queued, true).await,
+        async |queued| client.publish(queued, true).await,
         |page| pids.extend(page.iter().map(|process| process.pid)),
     );
     let told = match submitted.await {

@@ -98,7 +98,7 @@ impl Real {
                 };
                 let fence = Fence { pid: self.pid, epoch: i64::from(epoch) - i64::from(*n_old) };
                 let checkpoint = Some((&Checkpoint::default()).into());
-                let fenced = Fenced { fence, verb, checkpoint, attempt: 1, ended: None, outputs: vec![] };
+                let fenced = Fenced { fence, verb, checkpoint, try_number: 1, ended: None, outputs: vec![] };
                 self.writer.write(fenced).await.unwrap();
             }
             Step::Ask(verb) => {

@@ -108,8 +108,8 @@ async fn statements(store: &Store) -> Result<(), Failure> {
     time_call!("free (nothing to do)", store.free());
     time_call!("wake_due (nothing to do)", store.wake_due());
     time_call!("next_wake_us", store.next_wake_us());
-    time_call!("tell_lost (nothing to do)", store.tell_lost("default", 0));
-    time_call!("tell_lost (a page of 1000)", store.tell_lost("default", now));
+    time_call!("announce_lost (nothing to do)", store.announce_lost("default", 0));
+    time_call!("announce_lost (a page of 1000)", store.announce_lost("default", now));
     time_call!("queued_in (200)", store.queued_in("default", 200));
     time_call!("end_overdue (nothing to do)", store.end_overdue());
     time_call!("forget_gone", store.forget_gone());

@@ -184,7 +184,7 @@ pub fn by_worker(name: &str) -> String {
 pub struct Context {
     pub(crate) facilities: Arc<Facilities>,
     pub(crate) fence: Fence,
-    pub(crate) attempt: Cell<i64>,
+    pub(crate) try_number: Cell<i64>,
     /// None only while the process waits in memory for long.
     pub(crate) spec: Option<Box<Spec>>,
     pub(crate) live: Arc<Live>,
@@ -286,8 +286,8 @@ impl Context {
     }
 
     /// The number of the try, from 1.
-    pub fn attempt(&self) -> i64 {
-        self.attempt.get()
+    pub fn try_number(&self) -> i64 {
+        self.try_number.get()
     }
 
     /// The number of this advance, from 1: one more than are committed.
@@ -376,7 +376,7 @@ impl Context {
             fence: self.fence,
             verb: Verb::Keep,
             checkpoint: None,
-            attempt: self.attempt(),
+            try_number: self.try_number(),
             ended: None,
             outputs,
         };

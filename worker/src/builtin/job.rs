@@ -62,7 +62,7 @@ pub(crate) struct Job {
     #[serde(skip)]
     sites: Option<Arc<Sites>>,
     /// The try that the stage is of.
-    attempt: i64,
+    try_number: i64,
     stage: Stage,
     /// Jobs that the site has lost.
     #[serde(default)]
@@ -99,9 +99,9 @@ impl Process for Job {
     fn advance<'a>(&'a mut self, context: &'a Context) -> LocalBoxFuture<'a, Result<Advance, Error>> {
         Box::pin(async move {
             let at = At::new(context, self.sites())?;
-            if self.attempt != context.attempt() {
+            if self.try_number != context.try_number() {
                 let (sites, lost, refusal) = (self.sites.take(), self.lost, self.refusal.take());
-                *self = Job { sites, attempt: context.attempt(), lost, refusal, ..Job::default() };
+                *self = Job { sites, try_number: context.try_number(), lost, refusal, ..Job::default() };
             }
             let advanced = match self.stage {
                 Stage::In => self.stage_in(&at).await,
@@ -263,22 +263,22 @@ impl<'a> At<'a> {
         Ok(self.site.enter(self.context).await?)
     }
 
-    fn attempt(&self) -> i64 {
-        self.context.attempt()
+    fn try_number(&self) -> i64 {
+        self.context.try_number()
     }
 
     fn token(&self) -> String {
-        token(self.context.pid(), self.attempt())
+        token(self.context.pid(), self.try_number())
     }
 
     fn sandbox(&self, visit: &Visit) -> String {
-        let path = visit.sandbox(self.context.pid(), self.attempt());
+        let path = visit.sandbox(self.context.pid(), self.try_number());
         self.context.draft.borrow_mut().outcome.sandbox = Some(format!("{}:{path}", self.site.name));
         path
     }
 
     async fn row(&self) -> Result<Option<Row>, Trouble> {
-        Ok(self.site.store.job(self.context.pid(), self.attempt()).await?)
+        Ok(self.site.store.job(self.context.pid(), self.try_number()).await?)
     }
 
     /// Whether whatever was on its way when it was submitted has come by now.
@@ -301,7 +301,7 @@ impl<'a> At<'a> {
 
     /// What the launcher lists under this try's token.
     async fn find(&self, visit: &Visit, row: &Row) -> Result<Result<Option<Listed>, String>, Trouble> {
-        let dir = visit.sandbox(self.context.pid(), self.attempt());
+        let dir = visit.sandbox(self.context.pid(), self.try_number());
         let token = self.token();
         let script = self.site.launcher.list(&[(row, dir)], Some(&token));
         let output = visit.exec(&script).await?;
@@ -320,7 +320,7 @@ impl<'a> At<'a> {
         }
         self.context.set_stage("ending the job");
         let visit = self.enter().await?;
-        let dir = visit.sandbox(self.context.pid(), self.attempt());
+        let dir = visit.sandbox(self.context.pid(), self.try_number());
         let (give_up, look, dir) = (script::give_up(&dir), script::look_for_mark(&dir), quote(&dir));
         let script = format!(
             "mkdir -p {dir}/.baton || exit 1
@@ -397,7 +397,7 @@ impl Job {
             dir: &dir,
             token: &at.token(),
             pid: &at.context.pid().to_string(),
-            attempt: &self.attempt.to_string(),
+            try_number: &self.try_number.to_string(),
         };
         staging::stage_in(&at.site, &visit, at.context, at.on_site, &dir, script.files()).await?;
         border!("job-staged");

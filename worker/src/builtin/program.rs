@@ -91,11 +91,11 @@ impl Program {
         context.set_stage("prepare");
         let local = Arc::clone(self.local.as_ref().expect("its registry gives it what it needs"));
         let (root, pid, epoch) = (context.root().to_owned(), context.pid(), context.epoch());
-        let attempt = i32::try_from(context.attempt()).unwrap_or(i32::MAX);
+        let try_number = i32::try_from(context.try_number()).unwrap_or(i32::MAX);
         let user = local.user.clone();
         let create = move || match user {
-            Some(user) => Sandbox::create_for(user, &root, pid, attempt, epoch),
-            None => Sandbox::create(&root, pid, attempt, epoch),
+            Some(user) => Sandbox::create_for(user, &root, pid, try_number, epoch),
+            None => Sandbox::create(&root, pid, try_number, epoch),
         };
         let sandbox = context.blocking(create).await?.map_err(refused)?;
         context.live.set_streams(Streams { stdout: sandbox.stdout(), stderr: sandbox.stderr() });

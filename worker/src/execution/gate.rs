@@ -16,7 +16,7 @@ pub(crate) struct Gate {
     slots: Arc<Semaphore>,
     health: Arc<Health>,
     /// Notified when the gate opens: a suspect can be claimed again.
-    next_suspect: Arc<Notify>,
+    quarantine_free: Arc<Notify>,
     takes_tasks: AtomicBool,
     halts: Mutex<Halts>,
 }
@@ -47,10 +47,10 @@ impl Gate {
         queues: Arc<[String]>,
         slots: Arc<Semaphore>,
         health: Arc<Health>,
-        next_suspect: Arc<Notify>,
+        quarantine_free: Arc<Notify>,
     ) -> Self {
         let (takes_tasks, halts) = (AtomicBool::new(false), Mutex::default());
-        Self { communicator, queues, slots, health, next_suspect, takes_tasks, halts }
+        Self { communicator, queues, slots, health, quarantine_free, takes_tasks, halts }
     }
 
     /// The database has answered a beat, which also says whether the fleet is paused.
@@ -100,7 +100,7 @@ impl Gate {
             Taking::Everything => {
                 self.communicator.consume(self.queues.to_vec(), Arc::clone(&self.slots)).await;
                 self.communicator.consume_control().await;
-                self.next_suspect.notify_one();
+                self.quarantine_free.notify_one();
             }
         }
     }

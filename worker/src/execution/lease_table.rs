@@ -21,7 +21,7 @@ pub(crate) struct Entry {
 
 /// Everything that is held, and what is just being claimed.
 #[derive(Default)]
-pub(crate) struct Held {
+pub(crate) struct LeaseTable {
     table: Mutex<Table>,
     changed: Notify,
 }
@@ -61,28 +61,28 @@ impl Table {
 #[must_use = "the claim ends when this is dropped"]
 pub(crate) struct Begun {
     /// None once the process is in the table.
-    held: Option<Arc<Held>>,
+    leases: Option<Arc<LeaseTable>>,
     pid: Pid,
 }
 
 impl Begun {
     /// Whether another message came while this claim was under way; asking answers it.
     pub(crate) fn take_another(&self) -> bool {
-        let held = self.held.as_ref();
+        let held = self.leases.as_ref();
         held.is_some_and(|held| held.lock().claiming.get_mut(&self.pid).is_some_and(std::mem::take))
     }
 }
 
 impl Drop for Begun {
     fn drop(&mut self) {
-        if let Some(held) = self.held.take() {
+        if let Some(held) = self.leases.take() {
             held.lock().claiming.remove(&self.pid);
             held.changed.notify_waiters();
         }
     }
 }
 
-impl Held {
+impl LeaseTable {
     /// Begins a claim. `None` when one of the same process is under way: that one will look once more if it finds nothing,
     /// so this message is dealt with.
     pub(crate) fn begin_claim(self: &Arc<Self>, pid: Pid) -> Option<Begun> {
@@ -93,7 +93,7 @@ impl Held {
             }
             hash_map::Entry::Vacant(claim) => {
                 claim.insert(false);
-                Some(Begun { held: Some(Arc::clone(self)), pid })
+                Some(Begun { leases: Some(Arc::clone(self)), pid })
             }
         }
     }
@@ -104,7 +104,7 @@ impl Held {
         let mut table = self.lock();
         if let Some(mut begun) = begun {
             table.claiming.remove(&begun.pid);
-            begun.held = None;
+            begun.leases = None;
         }
         if table.draining {
             entry.live.order(|orders| orders.drain = Drain::Soon);

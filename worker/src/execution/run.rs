@@ -29,7 +29,7 @@ use crate::author::process::{Advance, Context, Draft, Error, Interrupt, Wait, by
 use crate::author::registry::{AnyProcess, NotMade, Registry};
 use crate::execution::gate::Gate;
 use crate::execution::lease::Lease;
-use crate::execution::lease_table::Held;
+use crate::execution::lease_table::LeaseTable;
 use crate::execution::limits::Limits;
 use crate::execution::timer::Timer;
 use crate::machine::clock::boottime_ms;
@@ -63,11 +63,11 @@ pub(crate) struct Execution {
     pub(crate) outbox: Arc<Outbox>,
     pub(crate) gate: Arc<Gate>,
     pub(crate) health: Arc<Health>,
-    pub(crate) held: Arc<Held>,
+    pub(crate) leases: Arc<LeaseTable>,
     pub(crate) lease: Arc<Lease>,
     pub(crate) timer: Arc<Timer>,
     /// Notified when a suspect has made a checkpoint or has left: another can be claimed.
-    pub(crate) next_suspect: Arc<Notify>,
+    pub(crate) quarantine_free: Arc<Notify>,
 }
 
 /// A claimed process on its way to its thread.
@@ -104,9 +104,9 @@ pub(crate) async fn run(start: Start) {
         }
     }
     Box::pin(run.leave(reply_to)).await;
-    execution.held.remove(fence);
+    execution.leases.remove(fence);
     if run.is_suspect {
-        execution.next_suspect.notify_one();
+        execution.quarantine_free.notify_one();
     }
     drop(permit);
 }
@@ -168,7 +168,7 @@ impl Run {
     /// Makes the process anew, or says why that cannot be done.
     fn restore(claimed: Box<Claimed>, live: Arc<Live>, execution: &Arc<Execution>) -> (Box<Self>, Result<(), NotMade>) {
         let is_suspect = claimed.is_suspect();
-        let Claimed { fence, claimed_at, attempt, checkpoint, spec, has_outside, .. } = *claimed;
+        let Claimed { fence, claimed_at, try_number, checkpoint, spec, has_outside, .. } = *claimed;
         let spec = spec.map_err(|error| unread("spec", &error));
         let checkpoint = checkpoint.transpose().map_err(|error| unread("checkpoint", &error));
         let restored = checkpoint.as_ref().ok().cloned().flatten().unwrap_or_default();
@@ -179,7 +179,7 @@ impl Run {
         let context = Context {
             facilities: Arc::clone(&execution.facilities),
             fence,
-            attempt: Cell::new(attempt),
+            try_number: Cell::new(try_number),
             spec: Some(Box::new(spec)),
             live,
             draft: RefCell::new(Draft::of(&restored)),
@@ -660,7 +660,7 @@ impl Run {
             fence,
             verb,
             checkpoint: checkpoint.as_ref().map(Into::into),
-            attempt: self.context.attempt() + more_tries,
+            try_number: self.context.try_number() + more_tries,
             ended: ended.map(|(how, reason)| Attempt { started_at: self.claimed_at, how, reason }),
             outputs: self.context.draft.borrow_mut().take_outputs(),
         };
@@ -674,7 +674,7 @@ impl Run {
             return Hold::Gone;
         }
         if matches!(written, Ok(Some(_))) {
-            self.context.attempt.set(self.context.attempt() + more_tries);
+            self.context.try_number.set(self.context.try_number() + more_tries);
         }
         self.take_over(written, checkpoint)
     }
@@ -688,7 +688,7 @@ impl Run {
                     self.context.live.set_advances(checkpoint.advances);
                     self.checkpoint = checkpoint;
                     if std::mem::take(&mut self.is_suspect) {
-                        self.execution.next_suspect.notify_one();
+                        self.execution.quarantine_free.notify_one();
                     }
                 }
                 if written.place == Place::Held {
@@ -732,7 +732,7 @@ impl Run {
         let Fence { pid, .. } = self.context.fence;
         debug!(%pid, place = written.place.word(), state = written.state.word(), "left this worker");
         match written.place {
-            Place::Queued => self.execution.outbox.tell(pid, written.queue, written.told_at).await,
+            Place::Queued => self.execution.outbox.publish(pid, written.queue, written.announced_at).await,
             Place::Ended | Place::Parked | Place::Held => {
                 let exit = self.outcome.as_ref().and_then(|outcome| outcome.exit);
                 self.execution.outbox.announce(pid, written.state, exit);

@@ -43,7 +43,7 @@ pub(crate) async fn run(intake: Arc<Intake>, mut deliveries: mpsc::Receiver<Deli
         tokio::select! {
             delivery = deliveries.recv() => match delivery {
                 Some(delivery) => {
-                    intake.heads.note(&delivery.queue, delivery.task.told_at());
+                    intake.heads.note(&delivery.queue, delivery.task.announced_at());
                     claims.spawn(take(Arc::clone(&intake), delivery));
                 }
                 None => break,
@@ -78,7 +78,7 @@ async fn take(intake: Arc<Intake>, delivery: Delivery) {
     let mut begun = None;
     // A message that somebody waits for is answered, however many copies of it there are.
     if delivery.reply_to.is_none() {
-        begun = claims.execution.held.begin_claim(pid);
+        begun = claims.execution.leases.begin_claim(pid);
         if begun.is_none() {
             delivery.settle.ack().await;
             return;
@@ -104,7 +104,7 @@ async fn take(intake: Arc<Intake>, delivery: Delivery) {
         }
         Ok(Claim::NotBesideAnother) => {
             answer_launch(communicator, &delivery).await;
-            claims.suspects.wait(pid, delivery.queue.clone());
+            claims.quarantine.wait(pid, delivery.queue.clone());
             delivery.settle.ack().await;
         }
         Ok(Claim::Absent) => {

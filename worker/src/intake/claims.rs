@@ -13,7 +13,7 @@ use crate::author::live::{Live, Orders};
 use crate::execution::lease_table::{Begun, Entry};
 use crate::execution::run::{Execution, Start};
 use crate::execution::thread::Thread;
-use crate::intake::quarantine::Suspects;
+use crate::intake::quarantine::Quarantine;
 
 /// What it takes to claim processes and to start them.
 pub(crate) struct Claims {
@@ -22,7 +22,7 @@ pub(crate) struct Claims {
     pub(crate) slots: Arc<Semaphore>,
     /// The queues that the worker serves, with all their classes.
     pub(crate) queues: Arc<[String]>,
-    pub(crate) suspects: Suspects,
+    pub(crate) quarantine: Quarantine,
 }
 
 impl Claims {
@@ -54,7 +54,7 @@ impl Claims {
         permit: OwnedSemaphorePermit,
         begun: Option<Begun>,
     ) -> impl Future<Output = ()> + use<> {
-        let held = &self.execution.held;
+        let held = &self.execution.leases;
         let loads = held.loads(self.threads.len());
         let idle =
             self.threads.iter().enumerate().min_by_key(|(idx, thread)| (thread.blocked().is_some(), loads[*idx]));
@@ -86,7 +86,7 @@ impl Claims {
                 self.start(claimed, permit, begun).await;
                 return true;
             }
-            (Ok(Claim::NotBesideAnother), _) => self.suspects.wait(pid, queue),
+            (Ok(Claim::NotBesideAnother), _) => self.quarantine.wait(pid, queue),
             (Ok(Claim::NotQueued | Claim::Absent | Claim::OtherSpec | Claim::Pruned | Claim::Rejected(_)), _) => {}
             (Err(error), _) => debug!(%pid, %error, "not claimed; the next look tries again"),
         }

@@ -23,7 +23,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
 use crate::author::facilities::Identity;
-use crate::execution::lease_table::{Entry, Held};
+use crate::execution::lease_table::{Entry, LeaseTable};
 use crate::execution::thread::Thread;
 use crate::intake::setbacks::Setbacks;
 use crate::local::output;
@@ -47,7 +47,7 @@ pub(crate) struct Desk {
     pub(crate) store: Store,
     pub(crate) communicator: Communicator,
     pub(crate) outbox: Arc<Outbox>,
-    pub(crate) held: Arc<Held>,
+    pub(crate) leases: Arc<LeaseTable>,
     pub(crate) threads: Arc<Vec<Thread>>,
     pub(crate) setbacks: Arc<Setbacks>,
     pub(crate) blocking: Handle,
@@ -208,7 +208,7 @@ async fn record_many(
 /// Does what follows a request that was applied in the database.
 async fn follow(desk: &Desk, row: Controlled) {
     if let Some((queue, told)) = row.told {
-        desk.outbox.tell(row.pid, queue, told.told_at).await;
+        desk.outbox.publish(row.pid, queue, told.announced_at).await;
     }
     if row.place == Place::Ended {
         desk.outbox.ended(row.pid, row.state, row.reply_to).await;
@@ -220,22 +220,22 @@ async fn follow(desk: &Desk, row: Controlled) {
 /// Reads the row of everything that is held, and tells every process what its own says.
 async fn reread(desk: &Desk) -> Result<Vec<Wish>, store::Error> {
     // What is claimed after this was claimed with its row's wish.
-    let before = desk.held.entries();
+    let before = desk.leases.entries();
     let wishes = desk.store.desired_of(desk.identity.me, true).await?;
     let ours: HashSet<Fence> = wishes.iter().map(|wish| wish.fence).collect();
     for wish in &wishes {
-        desk.held.order(*wish);
+        desk.leases.order(*wish);
     }
     for entry in before.iter().filter(|entry| !ours.contains(&entry.fence)) {
         // It has left just now, by its own last write, or somebody has ended it by force.
-        desk.held.abandon(entry.fence);
+        desk.leases.abandon(entry.fence);
     }
     Ok(wishes)
 }
 
 /// A broadcast to many, which is written into the rows already or will be by whoever takes its copy.
 async fn obey_broadcast(desk: &Desk, verb: Desired) -> Reply {
-    let entries = desk.held.entries();
+    let entries = desk.leases.entries();
     let wishes = match reread(desk).await {
         Ok(wishes) => wishes,
         Err(error) => return named(desk, Reply::refusal(error.to_string())),
@@ -244,10 +244,10 @@ async fn obey_broadcast(desk: &Desk, verb: Desired) -> Reply {
     let wanted: Vec<Entry> = entries.into_iter().filter(|entry| wanted.contains(&entry.fence)).collect();
     let mut counts: BTreeMap<String, u64> = BTreeMap::new();
     if verb != Desired::Run {
-        desk.held.all_left(&wanted, BROADCAST_LIMIT).await;
+        desk.leases.all_left(&wanted, BROADCAST_LIMIT).await;
     }
     for entry in &wanted {
-        let effect = if desk.held.holds(entry.fence) { Effect::pending(verb) } else { entry.live.effect(verb) };
+        let effect = if desk.leases.holds(entry.fence) { Effect::pending(verb) } else { entry.live.effect(verb) };
         *counts.entry(effect.word().to_owned()).or_default() += 1;
     }
     info!(verb = verb.verb(), ?counts, "a broadcast is obeyed");
@@ -274,18 +274,18 @@ async fn obey_one(desk: &Desk, verb: Desired, pid: Pid, asked: Option<Request>) 
             Err(error) => return Reply::refusal(error.to_string()),
         }
     }
-    let Some(entry) = desk.held.get(pid) else { return outcome(pid, Effect::NotHeld) };
+    let Some(entry) = desk.leases.get(pid) else { return outcome(pid, Effect::NotHeld) };
     match desk.store.desired_of_one(desk.identity.me, pid).await {
-        Ok(Some(wish)) => desk.held.order(wish),
+        Ok(Some(wish)) => desk.leases.order(wish),
         Ok(None) => {
-            desk.held.abandon(entry.fence);
+            desk.leases.abandon(entry.fence);
             return outcome(pid, Effect::NotHeld);
         }
         Err(error) => return Reply::refusal(error.to_string()),
     }
     // A pause waits for the advance, however long that takes; everything else is a matter of a commit.
     let is_quick = verb == Desired::Kill || entry.live.orders().interrupts() || !entry.live.is_advancing();
-    let has_left = verb != Desired::Run && is_quick && desk.held.left(entry.fence, APPLY_LIMIT).await;
+    let has_left = verb != Desired::Run && is_quick && desk.leases.left(entry.fence, APPLY_LIMIT).await;
     outcome(pid, if has_left { entry.live.effect(verb) } else { Effect::pending(verb) })
 }
 
@@ -294,7 +294,7 @@ fn outcome(pid: Pid, effect: Effect) -> Reply {
 }
 
 fn status(desk: &Desk, pid: Pid) -> Reply {
-    let Some(entry) = desk.held.get(pid) else { return outcome(pid, Effect::NotHeld) };
+    let Some(entry) = desk.leases.get(pid) else { return outcome(pid, Effect::NotHeld) };
     let mut status = entry.live.status(&desk.identity.name, entry.fence.epoch);
     let blocked = desk.threads.iter().filter_map(Thread::blocked).find(|(other, _)| *other == pid);
     status.blocked_ms = blocked.map(|(_, elapsed)| u64::try_from(elapsed.as_millis()).unwrap_or(u64::MAX));
@@ -303,7 +303,7 @@ fn status(desk: &Desk, pid: Pid) -> Reply {
 
 /// What a held program has written from these offsets on.
 async fn written(desk: &Desk, pid: Pid, stdout_offset: u64, stderr_offset: u64) -> Reply {
-    let Some(entry) = desk.held.get(pid) else { return outcome(pid, Effect::NotHeld) };
+    let Some(entry) = desk.leases.get(pid) else { return outcome(pid, Effect::NotHeld) };
     let Some(streams) = entry.live.streams() else { return outcome(pid, Effect::NotStarted) };
     let read = desk.blocking.spawn_blocking(move || {
         let stdout = output::read_from(&streams.stdout, stdout_offset, CHUNK_BYTES_MAX)?;

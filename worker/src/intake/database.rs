@@ -65,19 +65,19 @@ async fn claim_page(claims: &Arc<Claims>, communicator: &Communicator, queue: &s
         return false;
     }
     // Those are claimed one after the other, and must not hide the others.
-    let suspects = claims.suspects.pids();
-    let pids = match claims.execution.store.queued_in(queue, free + suspects.len()).await {
+    let quarantine = claims.quarantine.pids();
+    let pids = match claims.execution.store.queued_in(queue, free + quarantine.len()).await {
         Ok(pids) => pids,
         Err(error) => {
             debug!(queue, %error, "could not look for queued processes");
             return false;
         }
     };
-    let is_full = pids.len() == free + suspects.len();
+    let is_full = pids.len() == free + quarantine.len();
     let mut taking = JoinSet::new();
-    for pid in pids.into_iter().filter(|pid| !suspects.contains(pid)) {
+    for pid in pids.into_iter().filter(|pid| !quarantine.contains(pid)) {
         let Ok(permit) = Arc::clone(&claims.slots).try_acquire_owned() else { break };
-        if let Some(begun) = claims.execution.held.begin_claim(pid) {
+        if let Some(begun) = claims.execution.leases.begin_claim(pid) {
             taking.spawn(Arc::clone(claims).take(pid, queue.to_owned(), permit, begun));
         }
     }

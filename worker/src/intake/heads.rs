@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
 
-/// The largest `told_at` that was delivered from each queue.
+/// The largest `announced_at` that was delivered from each queue.
 #[derive(Default)]
 pub(crate) struct Heads {
     by_queue: Mutex<HashMap<String, i64>>,
@@ -11,14 +11,14 @@ pub(crate) struct Heads {
 
 impl Heads {
     /// Notes that a task was delivered that was told at this time.
-    pub(crate) fn note(&self, queue: &str, told_at: Option<i64>) {
-        let Some(told_at) = told_at else { return };
+    pub(crate) fn note(&self, queue: &str, announced_at: Option<i64>) {
+        let Some(announced_at) = announced_at else { return };
         let mut heads = self.by_queue.lock().unwrap_or_else(PoisonError::into_inner);
-        let head = heads.entry(queue.to_owned()).or_insert(told_at);
-        *head = (*head).max(told_at);
+        let head = heads.entry(queue.to_owned()).or_insert(announced_at);
+        *head = (*head).max(announced_at);
     }
 
-    /// The largest `told_at` delivered from this queue.
+    /// The largest `announced_at` delivered from this queue.
     pub(crate) fn of(&self, queue: &str) -> Option<i64> {
         self.by_queue.lock().unwrap_or_else(PoisonError::into_inner).get(queue).copied()
     }

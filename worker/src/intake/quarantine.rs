@@ -16,13 +16,13 @@ const WAITING_MAX: usize = 10_000;
 
 /// Those that could not be claimed beside another. Their messages are gone, so whoever forgets them costs them no more
 /// than the time until the head rule finds them.
-pub(crate) struct Suspects {
+pub(crate) struct Quarantine {
     waiting: Mutex<BTreeSet<(Pid, String)>>,
     /// Notified when another can be claimed: one has made a checkpoint or has left, or the worker takes tasks again.
     turn: Arc<Notify>,
 }
 
-impl Suspects {
+impl Quarantine {
     /// None yet. Whoever notifies `turn` has the next one claimed.
     pub(crate) fn new(turn: Arc<Notify>) -> Self {
         Self { waiting: Mutex::default(), turn }
@@ -59,7 +59,7 @@ impl Suspects {
 /// Claims them, the oldest first, until it is dropped.
 pub(crate) async fn run(claims: Arc<Claims>) {
     loop {
-        claims.suspects.turn.notified().await;
+        claims.quarantine.turn.notified().await;
         while claims.execution.gate.takes_tasks() && claim_next(&claims).await {}
     }
 }
@@ -71,9 +71,9 @@ async fn claim_next(claims: &Claims) -> bool {
     if !claims.execution.gate.takes_tasks() {
         return false;
     }
-    let Some((pid, queue)) = claims.suspects.take() else { return false };
+    let Some((pid, queue)) = claims.quarantine.take() else { return false };
     // A claim of the same that is under way puts it back if it is refused.
-    let Some(begun) = claims.execution.held.begin_claim(pid) else { return true };
+    let Some(begun) = claims.execution.leases.begin_claim(pid) else { return true };
     let (claim, begun) = claims.claim(pid, &queue, None, Some(begun)).await;
     match claim {
         Ok(Claim::Claimed(claimed)) => {
@@ -83,7 +83,7 @@ async fn claim_next(claims: &Claims) -> bool {
             !is_suspect
         }
         Ok(Claim::NotBesideAnother) => {
-            claims.suspects.put(pid, queue);
+            claims.quarantine.put(pid, queue);
             false
         }
         Ok(Claim::NotQueued | Claim::Absent | Claim::OtherSpec | Claim::Pruned | Claim::Rejected(_)) => true,

@@ -87,7 +87,7 @@ async fn take_up(claims: &Arc<Claims>, site: &Site, waits_for: &str, most: usize
     for (queue, rows) in woken {
         for told in rows {
             let permit = Arc::clone(&claims.slots).try_acquire_owned().ok();
-            let begun = permit.and_then(|permit| Some((permit, claims.execution.held.begin_claim(told.pid)?)));
+            let begun = permit.and_then(|permit| Some((permit, claims.execution.leases.begin_claim(told.pid)?)));
             match begun {
                 Some((permit, begun)) => {
                     taking.spawn(Arc::clone(claims).take(told.pid, queue.clone(), permit, begun));

@@ -20,7 +20,7 @@ use tracing::{error, info, warn};
 use crate::author::facilities::Identity;
 use crate::execution::gate::Gate;
 use crate::execution::lease::Lease;
-use crate::execution::lease_table::{Entry, Held};
+use crate::execution::lease_table::{Entry, LeaseTable};
 use crate::execution::thread::Thread;
 use crate::machine::clock::boottime_ms;
 use crate::machine::shortage::Health;
@@ -48,7 +48,7 @@ pub(crate) struct Heart {
     pub(crate) outbox: Arc<Outbox>,
     pub(crate) gate: Arc<Gate>,
     pub(crate) health: Arc<Health>,
-    pub(crate) held: Arc<Held>,
+    pub(crate) leases: Arc<LeaseTable>,
     pub(crate) lease: Arc<Lease>,
     pub(crate) threads: Arc<Vec<Thread>>,
     /// Cancelled when the worker is asked to drain.
@@ -75,7 +75,7 @@ pub(crate) async fn run(heart: Heart) {
             () = heart.beat_now.notified() => {}
         }
         let load = Load {
-            held: u32::try_from(heart.held.count()).unwrap_or(u32::MAX),
+            held: u32::try_from(heart.leases.count()).unwrap_or(u32::MAX),
             blocked: blocked(&heart.threads, &mut named),
             shortage: heart.health.current().or_else(|| without_broker(&heart)),
         };
@@ -182,7 +182,7 @@ async fn refuse_the_past(heart: &Heart, evidence: &str) {
 /// Tells held processes what their rows say, for requests whose message was lost or never sent.
 async fn obey(heart: &Heart) {
     match heart.store.desired_of(heart.identity.me, false).await {
-        Ok(wishes) => wishes.into_iter().for_each(|wish| heart.held.order(wish)),
+        Ok(wishes) => wishes.into_iter().for_each(|wish| heart.leases.order(wish)),
         Err(error) => warn!(%error, "could not read what is desired; the next beat tries again"),
     }
 }
@@ -219,7 +219,7 @@ impl Reconciliation {
     async fn run(&mut self, heart: &Heart) {
         // What is in the table before the question was asked; what was claimed since is not the answer's business.
         let before: HashMap<Pid, Entry> =
-            heart.held.entries().into_iter().map(|entry| (entry.fence.pid, entry)).collect();
+            heart.leases.entries().into_iter().map(|entry| (entry.fence.pid, entry)).collect();
         let rows = match heart.store.held_by(heart.identity.me).await {
             Ok(rows) => rows,
             Err(error) => {
@@ -232,13 +232,13 @@ impl Reconciliation {
         let missing: HashSet<Fence> =
             before.values().map(|entry| entry.fence).filter(|fence| !ours.contains(fence)).collect();
         for fence in missing.intersection(&self.missing) {
-            if heart.held.get(fence.pid).is_some_and(|entry| entry.fence == *fence) {
+            if heart.leases.get(fence.pid).is_some_and(|entry| entry.fence == *fence) {
                 warn!(pid = %fence.pid, epoch = fence.epoch, "the lease is lost; dropping the process");
-                heart.held.abandon(*fence);
+                heart.leases.abandon(*fence);
             }
         }
         self.missing = missing;
-        let is_known = |fence: Fence| heart.held.holds(fence) || heart.held.is_claiming(fence.pid);
+        let is_known = |fence: Fence| heart.leases.holds(fence) || heart.leases.is_claiming(fence.pid);
         let unknown: Vec<Row> = rows.into_iter().filter(|lease| !is_known(lease.fence)).collect();
         for lease in unknown.iter().filter(|lease| self.unknown.contains(&lease.fence)) {
             let Fence { pid, epoch } = lease.fence;
@@ -251,11 +251,11 @@ impl Reconciliation {
     }
 }
 
-async fn give_back(heart: &Heart, Row { fence, claimed_at, attempt }: Row) {
+async fn give_back(heart: &Heart, Row { fence, claimed_at, try_number }: Row) {
     let reason = Some("its worker never heard that it holds it".to_owned());
     let ended = Some(Attempt { started_at: claimed_at, how: How::Drained, reason });
-    let fenced = Fenced { fence, verb: Verb::GiveBack, checkpoint: None, attempt, ended, outputs: vec![] };
+    let fenced = Fenced { fence, verb: Verb::GiveBack, checkpoint: None, try_number, ended, outputs: vec![] };
     if let Ok(Some(written)) = heart.writer.write(fenced).await {
-        heart.outbox.tell(fence.pid, written.queue, written.told_at).await;
+        heart.outbox.publish(fence.pid, written.queue, written.announced_at).await;
     }
 }

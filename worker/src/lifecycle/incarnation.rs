@@ -25,7 +25,7 @@ use crate::builtin;
 use crate::builtin::program::Local;
 use crate::execution::gate::Gate;
 use crate::execution::lease::{Lease, TRUST};
-use crate::execution::lease_table::Held;
+use crate::execution::lease_table::LeaseTable;
 use crate::execution::run::Execution;
 use crate::execution::thread::Thread;
 use crate::execution::timer::Timer;
@@ -33,7 +33,7 @@ use crate::intake::broker::{self, Intake};
 use crate::intake::claims::Claims;
 use crate::intake::control::{self, Desk};
 use crate::intake::heads::Heads;
-use crate::intake::quarantine::{self, Suspects};
+use crate::intake::quarantine::{self, Quarantine};
 use crate::intake::setbacks::Setbacks;
 use crate::intake::{database, sites};
 use crate::lifecycle::heartbeat::{self, Heart};
@@ -46,7 +46,7 @@ use crate::local::{self, Programs};
 use crate::machine::SELF;
 use crate::machine::clock::boottime_ms;
 use crate::machine::shortage::Health;
-use crate::outbox::{self, Outbox, ToldRows};
+use crate::outbox::{self, Outbox, TaskMessages};
 use crate::site::{self, Sites, sharing};
 
 /// How long the end of the threads is awaited; a process that blocks its thread is left behind after that.
@@ -136,7 +136,7 @@ struct Wires {
 /// The ends of channels, for the loops that read them.
 struct Ends {
     incoming: Incoming,
-    told: ToldRows,
+    told: TaskMessages,
 }
 
 impl Wires {
@@ -188,13 +188,13 @@ fn execution(options: &Options, wires: &Wires, local: &Arc<Local>, lease: Arc<Le
         writer: wires.writer.clone(),
         sites: Arc::clone(&sites) as _,
     };
-    let next_suspect = Arc::new(Notify::new());
+    let quarantine_free = Arc::new(Notify::new());
     let gate = Gate::new(
         wires.communicator.clone(),
         Arc::clone(&wires.queues),
         Arc::clone(&wires.slots),
         Arc::clone(&wires.health),
-        Arc::clone(&next_suspect),
+        Arc::clone(&quarantine_free),
     );
     Ok(Execution {
         facilities: Arc::new(facilities),
@@ -205,10 +205,10 @@ fn execution(options: &Options, wires: &Wires, local: &Arc<Local>, lease: Arc<Le
         outbox: Arc::clone(&wires.outbox),
         gate: Arc::new(gate),
         health: Arc::clone(&wires.health),
-        held: Arc::new(Held::default()),
+        leases: Arc::new(LeaseTable::default()),
         lease,
         timer: Arc::new(Timer::default()),
-        next_suspect,
+        quarantine_free,
     })
 }
 
@@ -269,7 +269,7 @@ impl Incarnation {
             threads: Arc::clone(&self.threads),
             slots: Arc::clone(&self.wires.slots),
             queues: Arc::clone(&self.wires.queues),
-            suspects: Suspects::new(Arc::clone(&self.execution.next_suspect)),
+            quarantine: Quarantine::new(Arc::clone(&self.execution.quarantine_free)),
         })
     }
 
@@ -290,7 +290,7 @@ impl Incarnation {
             store: self.wires.store.clone(),
             communicator: self.wires.communicator.clone(),
             outbox: Arc::clone(&self.wires.outbox),
-            held: Arc::clone(&self.execution.held),
+            leases: Arc::clone(&self.execution.leases),
             threads: Arc::clone(&self.threads),
             setbacks,
             blocking: self.execution.facilities.blocking.clone(),
@@ -325,7 +325,7 @@ impl Incarnation {
             outbox: Arc::clone(&self.wires.outbox),
             gate: Arc::clone(&self.execution.gate),
             health: Arc::clone(&self.wires.health),
-            held: Arc::clone(&self.execution.held),
+            leases: Arc::clone(&self.execution.leases),
             lease: Arc::clone(&self.execution.lease),
             threads: Arc::clone(&self.threads),
             drain: self.drain.clone(),
@@ -346,7 +346,7 @@ impl Incarnation {
 
     /// Gives back what is held, and ends what outlives the grace.
     async fn drain(self, hurry: &CancellationToken) {
-        let held = &self.execution.held;
+        let held = &self.execution.leases;
         info!(held = held.count(), grace_s = self.execution.facilities.grace.as_secs(), "draining");
         self.execution.gate.take_nothing_more().await;
         held.drain(Drain::Soon);
@@ -391,7 +391,7 @@ impl Incarnation {
 
     /// Drops everything: others have taken it over or will.
     async fn abandon(self) {
-        let dropped = self.execution.held.abandon_all();
+        let dropped = self.execution.leases.abandon_all();
         warn!(
             incarnation = %self.wires.identity.me,
             processes = dropped,
@@ -404,7 +404,7 @@ impl Incarnation {
     async fn end(mut self) {
         self.stop.cancel();
         self.execution.sites.close().await;
-        let emptied = self.execution.held.count() == 0;
+        let emptied = self.execution.leases.count() == 0;
         let leaving = tokio::time::timeout(LEAVE_LIMIT, self.execution.store.leave(self.wires.identity.me));
         if emptied && !matches!(leaving.await, Ok(Ok(()))) {
             debug!("deregistration failed; the lease will expire");

@@ -43,7 +43,7 @@ impl Sweeps {
             // The broker in memory has begun empty, and nobody else publishes: every queued row lacks its message.
             if let Ok(now) = self.store.now().await {
                 for queue in self.queues.iter() {
-                    self.tell_lost(queue, now + 1).await;
+                    self.announce_lost(queue, now + 1).await;
                 }
             }
         }
@@ -154,16 +154,16 @@ impl Sweeps {
                     self.heads.of(queue).map(|head| head - MARGIN_US)
                 };
                 if let Some(before) = before {
-                    self.tell_lost(queue, before).await;
+                    self.announce_lost(queue, before).await;
                 }
             }
         }
     }
 
     /// Publishes again what has been queued in a queue before a time and has no message any more.
-    async fn tell_lost(&self, queue: &str, before: i64) {
+    async fn announce_lost(&self, queue: &str, before: i64) {
         loop {
-            match self.store.tell_lost(queue, before).await {
+            match self.store.announce_lost(queue, before).await {
                 Ok(told) if told.is_empty() => return,
                 Ok(told) => {
                     let count: usize = told.values().map(Vec::len).sum();

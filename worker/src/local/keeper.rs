@@ -16,7 +16,7 @@ use baton_common::lack::Shortage;
 
 use super::sandbox::{MARK, Sandbox};
 use super::{Command, Error, Launch, Program, REQUESTS_MAX, Running};
-use crate::local::shim::course::KILL_LIMIT;
+use crate::local::shim::policy::KILL_LIMIT;
 use crate::local::shim::wire::{Ended, Order, Report, Request};
 use crate::local::shim::{self, tree};
 use crate::machine::clock::boottime_ms;

@@ -16,7 +16,7 @@ use rustix::process::{getpid, set_child_subreaper, setsid};
 use crate::local::user;
 use crate::machine::handover;
 
-pub(crate) mod course;
+pub(crate) mod policy;
 mod stage;
 pub(crate) mod supervise;
 pub(crate) mod tree;

@@ -43,7 +43,7 @@ impl<'a> AtSite<'a> {
             Error::Failed(format!("this worker has no site `{name}`; sites stand in its configuration as [sites.NAME]"))
         })?;
         let visit = site.enter(context).await?;
-        let folder = visit.sandbox(context.pid(), context.attempt());
+        let folder = visit.sandbox(context.pid(), context.try_number());
         let at = AtSite { context, site, visit, folder };
         at.exec("true", b"", super::COMMAND_LIMIT).await?;
         Ok(at)

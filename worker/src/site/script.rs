@@ -85,7 +85,7 @@ pub(crate) struct Script<'a> {
     pub(crate) token: &'a str,
     /// The process and the try, as the program sees them.
     pub(crate) pid: &'a str,
-    pub(crate) attempt: &'a str,
+    pub(crate) try_number: &'a str,
 }
 
 impl Script<'_> {
@@ -218,7 +218,7 @@ exit "$baton_exit"
     /// The program with its variables. `env` takes any name that an environment can hold; shells drop or refuse those that
     /// are no identifiers.
     fn program(&self) -> Vec<String> {
-        let own = [("BATON_PID", self.pid), ("BATON_TRY", self.attempt), ("BATON_SANDBOX", self.dir)];
+        let own = [("BATON_PID", self.pid), ("BATON_TRY", self.try_number), ("BATON_SANDBOX", self.dir)];
         let vars = self.spec.vars.iter().map(|(name, value)| (name.as_str(), value.as_str()));
         let vars = vars.filter(|(name, _)| own.iter().all(|(own, _)| own != name)).chain(own);
         let mut words = vec!["/usr/bin/env".to_owned(), "--".to_owned()];

@@ -45,7 +45,7 @@ impl Sharing {
                 return;
             }
             Ok(Err(sharing::Error::Objects(error))) => Some(chain(&error)),
-            Err(_) => Some(format!("{} does not answer within {} s", site.objects.place(), LIMIT.as_secs())),
+            Err(_) => Some(format!("{} does not answer within {} s", site.objects.location(), LIMIT.as_secs())),
         };
         if *self.problem() == problem {
             return;

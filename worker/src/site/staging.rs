@@ -154,7 +154,7 @@ impl Staging<'_> {
         Ok(self.visit.session.exec(command, stdin, VERIFY_LIMIT).await?.ok()?)
     }
 
-    fn tell(&self, line: &str) {
+    fn announce(&self, line: &str) {
         self.context.live.set_last_line(line);
     }
 
@@ -240,12 +240,12 @@ impl Staging<'_> {
 
     /// The name of a file that is not whole, in the folder that it is for. Another try may put the same file there.
     fn part(&self) -> String {
-        format!(".baton-{}-{}", self.context.pid(), self.context.attempt())
+        format!(".baton-{}-{}", self.context.pid(), self.context.try_number())
     }
 
     fn scratch_path(&self) -> PathBuf {
         // Another worker on this machine may be at the same try, and not know yet that it is not its own any more.
-        let name = format!("{}-{}-{}", self.context.pid(), self.context.attempt(), self.site.me);
+        let name = format!("{}-{}-{}", self.context.pid(), self.context.try_number(), self.site.me);
         self.context.root().join(FOLDER).join(name)
     }
 }
@@ -253,8 +253,8 @@ impl Staging<'_> {
 /// A second name of the script of a try, beside its folder: when the program has removed the folder, and it is not only out
 /// of sight, this is the only name.
 pub(crate) fn second_name(dir: &str) -> String {
-    let (folder, attempt) = dir.rsplit_once('/').unwrap_or((".", dir));
-    format!("{folder}/.{attempt}")
+    let (folder, try_number) = dir.rsplit_once('/').unwrap_or((".", dir));
+    format!("{folder}/.{try_number}")
 }
 
 /// Functions of the shell that keep paths in their scopes, for a script about the site's folder `root`.

@@ -176,7 +176,7 @@ impl From<baton_common::store::Error> for Failure {
 async fn poll(site: &Site, open: &mut Open) -> Result<(), Failure> {
     let jobs = site.store.open_jobs(&site.name).await?;
     let dirs: Vec<(&Job, String)> =
-        jobs.iter().map(|job| (job, format!("{}/p/{}/{}", open.root, job.pid, job.attempt))).collect();
+        jobs.iter().map(|job| (job, format!("{}/p/{}/{}", open.root, job.pid, job.try_number))).collect();
     let output = open.run(&site.launcher.list(&dirs, None)).await?;
     let listed = site.launcher.listed(&output).map_err(Failure::Launcher)?;
     let found = Found::of(&listed);
@@ -193,8 +193,13 @@ async fn poll(site: &Site, open: &mut Open) -> Result<(), Failure> {
     let mut seen = Vec::new();
     let mut unwanted = Vec::new();
     for (job, dir) in &dirs {
-        let before =
-            Seen { pid: job.pid, attempt: job.attempt, external_id: None, look: job.look.clone(), is_ended: false };
+        let before = Seen {
+            pid: job.pid,
+            try_number: job.try_number,
+            external_id: None,
+            look: job.look.clone(),
+            is_ended: false,
+        };
         let ended = |status: &str| Seen {
             look: Look { status: status.to_owned(), ..job.look.clone() },
             is_ended: true,

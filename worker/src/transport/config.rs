@@ -62,7 +62,7 @@ pub(super) struct Hop {
 
 /// A machine as somebody has written it, `USER@HOST:PORT`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-struct Place {
+struct Destination {
     host: String,
     user: Option<String>,
     port: Option<u16>,
@@ -70,19 +70,19 @@ struct Place {
 
 /// Finds out the way to a machine.
 pub(super) async fn resolve(section: &Ssh) -> Result<Route, Error> {
-    let place = Place { host: section.host.clone(), user: section.user.clone(), port: section.port };
-    let (target, answer) = hop(section, &place).await?;
-    let mut proxy = if section.jump.is_none() { answer.proxy(&place, &target)? } else { None };
+    let destination = Destination { host: section.host.clone(), user: section.user.clone(), port: section.port };
+    let (target, answer) = hop(section, &destination).await?;
+    let mut proxy = if section.jump.is_none() { answer.proxy(&destination, &target)? } else { None };
     let mut via = section.jump.clone().or_else(|| answer.one("proxyjump").map(str::to_owned));
     let mut hops = vec![target];
     // The nearest of the machines may have some before it.
     while let Some(text) = via.take() {
         let mut nearer = Vec::new();
-        for place in jumps(&text)? {
-            let (hop, answer) = hop(section, &place).await?;
+        for destination in jumps(&text)? {
+            let (hop, answer) = hop(section, &destination).await?;
             if nearer.is_empty() {
                 via = answer.one("proxyjump").map(str::to_owned);
-                proxy = answer.proxy(&place, &hop)?;
+                proxy = answer.proxy(&destination, &hop)?;
             }
             nearer.push(hop);
         }
@@ -94,15 +94,15 @@ pub(super) async fn resolve(section: &Ssh) -> Result<Route, Error> {
     Ok(Route { hops, proxy, keepalive: section.keepalive })
 }
 
-fn jumps(text: &str) -> Result<Vec<Place>, Error> {
+fn jumps(text: &str) -> Result<Vec<Destination>, Error> {
     if text == "none" {
         return Ok(Vec::new());
     }
-    text.split(',').map(|jump| place(jump.trim())).collect()
+    text.split(',').map(|jump| destination(jump.trim())).collect()
 }
 
 /// Reads `USER@HOST:PORT`; an IPv6 address with a port is in brackets.
-fn place(text: &str) -> Result<Place, Error> {
+fn destination(text: &str) -> Result<Destination, Error> {
     let wrong = || Error::Config(format!("{text:?} is not USER@HOST:PORT"));
     let text = text.strip_prefix("ssh://").unwrap_or(text);
     let (user, rest) = match text.rsplit_once('@') {
@@ -120,16 +120,16 @@ fn place(text: &str) -> Result<Place, Error> {
     if host.is_empty() || host.contains(['[', ']']) || user.as_deref() == Some("") {
         return Err(wrong());
     }
-    Ok(Place { host: host.to_owned(), user, port })
+    Ok(Destination { host: host.to_owned(), user, port })
 }
 
-async fn hop(section: &Ssh, place: &Place) -> Result<(Hop, Answer), Error> {
+async fn hop(section: &Ssh, destination: &Destination) -> Result<(Hop, Answer), Error> {
     let config = section.config.as_deref().map(at_home);
-    let answer = ask(place, config.as_deref()).await?;
-    let name = answer.one("hostname").unwrap_or(&place.host).to_owned();
-    let user = place.user.clone().or_else(|| answer.one("user").map(str::to_owned)).or_else(own_name);
-    let user = user.ok_or_else(|| Error::Config(format!("say which `user` to be at {}", place.host)))?;
-    let port = place.port.or_else(|| answer.one("port").and_then(|port| port.parse().ok())).unwrap_or(PORT);
+    let answer = ask(destination, config.as_deref()).await?;
+    let name = answer.one("hostname").unwrap_or(&destination.host).to_owned();
+    let user = destination.user.clone().or_else(|| answer.one("user").map(str::to_owned)).or_else(own_name);
+    let user = user.ok_or_else(|| Error::Config(format!("say which `user` to be at {}", destination.host)))?;
+    let port = destination.port.or_else(|| answer.one("port").and_then(|port| port.parse().ok())).unwrap_or(PORT);
     let known_hosts = match &section.known_hosts {
         Some(file) => vec![at_home(file)],
         None => answer.known_hosts(),
@@ -173,16 +173,16 @@ impl Answer {
     }
 
     /// The command that leads to a machine.
-    fn proxy(&self, place: &Place, hop: &Hop) -> Result<Option<String>, Error> {
+    fn proxy(&self, destination: &Destination, hop: &Hop) -> Result<Option<String>, Error> {
         let Some(command) = self.one("proxycommand") else { return Ok(None) };
         if self.one("proxyusefdpass") == Some("yes") {
             return Err(Error::Config(format!(
                 "OpenSSH gets its connection to {} from a ProxyCommand (ProxyUseFdpass), and Baton does not",
-                place.host
+                destination.host
             )));
         }
         let port = hop.port.to_string();
-        let tokens = [('h', hop.name.as_str()), ('n', &place.host), ('p', &port), ('r', &hop.user), ('%', "%")];
+        let tokens = [('h', hop.name.as_str()), ('n', &destination.host), ('p', &port), ('r', &hop.user), ('%', "%")];
         Ok(Some(with_tokens(command, &tokens)))
     }
 
@@ -265,20 +265,20 @@ fn with_tokens(text: &str, tokens: &[(char, &str)]) -> String {
 }
 
 /// Asks OpenSSH how it would reach a machine.
-async fn ask(place: &Place, config: Option<&Path>) -> Result<Answer, Error> {
+async fn ask(destination: &Destination, config: Option<&Path>) -> Result<Answer, Error> {
     let mut ssh = Command::new("ssh");
     ssh.arg("-G");
     if let Some(config) = config {
         ssh.arg("-F").arg(config);
     }
-    if let Some(user) = &place.user {
+    if let Some(user) = &destination.user {
         ssh.arg("-l").arg(user);
     }
-    if let Some(port) = place.port {
+    if let Some(port) = destination.port {
         ssh.arg("-p").arg(port.to_string());
     }
-    ssh.arg("--").arg(&place.host).stdin(Stdio::null()).kill_on_drop(true);
-    let failed = |reason: String| Error::Config(format!("`ssh -G {}` has failed: {reason}", place.host));
+    ssh.arg("--").arg(&destination.host).stdin(Stdio::null()).kill_on_drop(true);
+    let failed = |reason: String| Error::Config(format!("`ssh -G {}` has failed: {reason}", destination.host));
     let output = match timeout(ASK_LIMIT, ssh.output()).await {
         Ok(Ok(output)) => output,
         Ok(Err(error)) if error.kind() == std::io::ErrorKind::NotFound && config.is_none() => {
@@ -305,8 +305,8 @@ mod tests {
     #[test]
     fn a_place_has_a_host_and_may_have_a_user_and_a_port() {
         let is = |text: &str, user: Option<&str>, host: &str, port| {
-            let expected = Place { host: host.to_owned(), user: user.map(str::to_owned), port };
-            assert_eq!(place(text).unwrap(), expected, "{text}");
+            let expected = Destination { host: host.to_owned(), user: user.map(str::to_owned), port };
+            assert_eq!(destination(text).unwrap(), expected, "{text}");
         };
         is("a.example", None, "a.example", None);
         is("me@a.example:2222", Some("me"), "a.example", Some(2222));
@@ -314,7 +314,7 @@ mod tests {
         is("ssh://me@[::1]:22", Some("me"), "::1", Some(22));
         is("fe80::1", None, "fe80::1", None);
         for wrong in ["", "me@", "@a", "a:b", "a:70000", "[::1"] {
-            assert!(matches!(place(wrong), Err(Error::Config(_))), "{wrong}");
+            assert!(matches!(destination(wrong), Err(Error::Config(_))), "{wrong}");
         }
         assert_eq!(jumps("a, b:1").unwrap().len(), 2);
         assert!(jumps("none").unwrap().is_empty());
@@ -330,7 +330,7 @@ mod tests {
         assert_eq!(answer.identities("h", "me"), [PathBuf::from("/k/me@h"), home.join(".ssh/b")]);
         assert_eq!(answer.files("certificatefile", "h", "me"), [PathBuf::from("/k/me-cert.pub")]);
         assert_eq!(answer.known_hosts(), [PathBuf::from("/a"), PathBuf::from("/b")]);
-        assert_eq!(answer.proxy(&Place::default(), &target()).unwrap(), None);
+        assert_eq!(answer.proxy(&Destination::default(), &target()).unwrap(), None);
         assert_eq!(Answer::default().known_hosts()[1], PathBuf::from("/etc/ssh/ssh_known_hosts"));
     }
 
@@ -367,8 +367,8 @@ mod tests {
 
     #[test]
     fn a_proxy_command_is_told_the_machine() {
-        let place = Place { host: "alias".into(), ..Place::default() };
-        let proxy = |text: &str| parse(text).proxy(&place, &target());
+        let destination = Destination { host: "alias".into(), ..Destination::default() };
+        let proxy = |text: &str| parse(text).proxy(&destination, &target());
         let command = proxy("proxyusefdpass no\nproxycommand ssh -W %h:%p -l %r gate-of-%n\n").unwrap();
         assert_eq!(command.as_deref(), Some("ssh -W h.example:2222 -l me gate-of-alias"));
         let error = proxy("proxycommand x\nproxyusefdpass yes\n").unwrap_err();

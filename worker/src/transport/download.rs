@@ -10,7 +10,7 @@ use std::path::Path;
 use baton_common::digest::Digest;
 use tokio::sync::{mpsc, watch};
 
-use super::landing::Landing;
+use super::part_file::PartFile;
 use super::{
     DIGEST, DIGEST_LIMIT, Error, HASHED_ON_THE_WAY_FROM, Output, SILENCE_LIMIT, Session, digest_of, quote, quote_path,
 };
@@ -83,7 +83,7 @@ pub(super) async fn get(
     to: &Path,
     progress: &(dyn Fn(u64) + Send + Sync),
 ) -> Result<Digest, Error> {
-    let (mut target, _here) = Landing::open(to, size(session, from).await?).await?;
+    let (mut target, _here) = PartFile::open(to, size(session, from).await?).await?;
     let told = target.told();
     let coming = async {
         if !target.is_whole() {
@@ -109,7 +109,7 @@ pub(super) async fn get_unless<E: From<Error>>(
         Known(Digest),
         Failed(E),
     }
-    let (mut target, _here) = Landing::open(to, size).await?;
+    let (mut target, _here) = PartFile::open(to, size).await?;
     let told = target.told();
     if target.is_whole() {
         progress(target.done);
@@ -187,7 +187,7 @@ async fn telling<T>(
 }
 
 /// Gives the target back if what should come has come.
-async fn came(target: Landing, read: Result<Output, Error>, from: &str) -> Result<Landing, Error> {
+async fn came(target: PartFile, read: Result<Output, Error>, from: &str) -> Result<PartFile, Error> {
     match read {
         Ok(output) => ended_well(&output, from).map(|()| target),
         // What comes beyond its length is no part of it any more.

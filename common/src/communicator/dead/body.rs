@@ -165,7 +165,7 @@ mod tests {
     fn a_message_is_shown_alike_in_both_encodings() {
         let pid = Pid::generate();
         let spec = serde_json::json!({"run": ["true"], "with": {"x": 1.5, "y": null, "z": -3}});
-        let task = Task::Launch { pid, spec: Some(spec.clone()), wait: true, told_at: None };
+        let task = Task::Launch { pid, spec: Some(spec.clone()), wait: true, announced_at: None };
         for encoding in [Encoding::Json, Encoding::MessagePack] {
             let body = Body::read(&task.encode(encoding));
             let (Body::Json(value) | Body::MessagePack(value)) = &body else { panic!("{body:?}") };

@@ -245,7 +245,7 @@ mod tests {
             correlation_id: Some("7".into()),
             timestamp: Some(1_700_000_000),
             headers: table([("campaign", long("si")), ("n", AMQPValue::LongInt(3))]),
-            ..Envelope::task(&Task::Continue { pid, told_at: Some(3) }, Some("00-aa-bb-01".into()))
+            ..Envelope::task(&Task::Continue { pid, announced_at: Some(3) }, Some("00-aa-bb-01".into()))
         };
         let buried = sent.clone().buried("no such process", "baton.task.default");
         let (one, two) = (letter(buried.properties(true), &sent.body), letter(buried.properties(true), &sent.body));

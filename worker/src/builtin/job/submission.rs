@@ -69,7 +69,7 @@ impl Job {
         self.wait_for_refusal(at).await?;
         let visit = at.enter().await?;
         let fence = at.context.fence;
-        match at.site.store.intend(fence, self.attempt, &at.site.name, at.site.config.limits).await? {
+        match at.site.store.intend(fence, self.try_number, &at.site.name, at.site.config.limits).await? {
             Intent::Recorded => {}
             Intent::Known => {
                 self.stage = Stage::Settle;
@@ -100,7 +100,7 @@ impl Job {
         border!("job-submitted");
         if let Err(error @ transport::Error::NoChannel(_)) = answer {
             // Nothing has gone there, so the try is as it was before.
-            at.site.store.withdraw(fence, self.attempt).await?;
+            at.site.store.withdraw(fence, self.try_number).await?;
             return Err(error.into());
         }
         let Some(row) = at.row().await? else { return Err(Error::failed("its intent is not there any more").into()) };
@@ -118,7 +118,7 @@ impl Job {
         if output.exit == Some(0)
             && let Some(id) = at.site.launcher.submitted(&stdout)
         {
-            at.site.store.submitted(at.context.pid(), self.attempt, &id).await?;
+            at.site.store.submitted(at.context.pid(), self.try_number, &id).await?;
             border!("job-known");
             at.context.log(format!("{}: job {id}", at.site.name));
             self.refusal = None;
@@ -145,7 +145,7 @@ impl Job {
             // No command is left that could submit it, so the same try may be submitted again.
             let free = format!("rmdir {}", quote(&format!("{}/.baton/submit", at.sandbox(&visit))));
             visit.exec(&free).await?.ok()?;
-            at.site.store.withdraw(fence, self.attempt).await?;
+            at.site.store.withdraw(fence, self.try_number).await?;
             self.refusal = Some(refusal);
             self.stage = Stage::Submit;
             return Ok(Advance::Again);
@@ -219,7 +219,7 @@ impl Job {
         };
         if let Some(id) = found.or(marked.map(str::to_owned)) {
             at.context.log(format!("{}: job {id}, found after its submission was not answered", at.site.name));
-            at.site.store.submitted(at.context.pid(), self.attempt, &id).await?;
+            at.site.store.submitted(at.context.pid(), self.try_number, &id).await?;
             self.stage = Stage::Monitor;
             return Ok(Advance::Again);
         }

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use rustix::process::{WaitOptions, WaitStatus, wait};
 
-use super::course::{Act, Course, Event, Now};
+use super::policy::{Act, Event, Now, Policy};
 use super::stage::{Image, NotExecuted, memory_file};
 use super::wire::{Ended, EndedBy, Order, Report, Request, Script};
 use super::{COMMAND, PROBE, STAGE, report, tree};
@@ -89,14 +89,14 @@ pub(super) fn run(order: &Order, input: impl BufRead + Send + 'static) -> Result
     let _ = main_tx.send(main);
     report(&Report::Started { pid: main });
 
-    let mut course = Course::new(
+    let mut policy = Policy::new(
         started,
         order.time_limit_ms.map(Duration::from_millis),
         Duration::from_millis(order.grace_ms),
         order.lease_ms,
         order.leased_at_ms,
     );
-    let (result, left_behind) = watch(&mut course, main, &seen_rx);
+    let (result, left_behind) = watch(&mut policy, main, &seen_rx);
 
     let mut not_executed = Vec::new();
     if result.is_some() {
@@ -111,7 +111,7 @@ pub(super) fn run(order: &Order, input: impl BufRead + Send + 'static) -> Result
     let ended = Ended {
         exit: result.and_then(|(status, _)| status.exit_status()),
         signal: result.and_then(|(status, _)| status.terminating_signal()),
-        ended_by: course.ended_by().unwrap_or(EndedBy::Own),
+        ended_by: policy.ended_by().unwrap_or(EndedBy::Own),
         not_started: not_executed.map(|failure| failure.message),
         started_at,
         ended_at: result.map_or_else(unix_micros, |(_, at)| at),
@@ -189,12 +189,12 @@ fn start(order: &Order) -> Result<(u32, io::PipeReader), Error> {
 
 /// Lets time and events pass until nothing is left. Gives back how and when the program ended, if it did, and how many
 /// processes could not be ended.
-fn watch(course: &mut Course, main: u32, seen: &Receiver<Seen>) -> (Option<(WaitStatus, i64)>, u32) {
+fn watch(policy: &mut Policy, main: u32, seen: &Receiver<Seen>) -> (Option<(WaitStatus, i64)>, u32) {
     let shim = std::process::id();
     let mut result = None;
     let mut n_left = 0;
     loop {
-        let event = match seen.recv_timeout(course.pause(now())) {
+        let event = match seen.recv_timeout(policy.pause(now())) {
             Ok(Seen::Asked(request)) => Event::Asked(request),
             Ok(Seen::WorkerGone) => Event::WorkerGone,
             Ok(Seen::MainEnded(status, at)) => {
@@ -208,7 +208,7 @@ fn watch(course: &mut Course, main: u32, seen: &Receiver<Seen>) -> (Option<(Wait
             Err(RecvTimeoutError::Timeout) => Event::Tick,
             Err(RecvTimeoutError::Disconnected) => Event::WorkerGone,
         };
-        match course.on(event, now()) {
+        match policy.on(event, now()) {
             Act::Nothing => {}
             Act::Term => tree::terminate(shim, main),
             Act::Kill => n_left = tree::kill(shim),

@@ -31,7 +31,7 @@ fn run_at(spec: &Spec, site: &config::Site, dir: &Path) -> Output {
         dir: &dir.display().to_string(),
         token: "baton-1-1",
         pid: "the-pid",
-        attempt: "7",
+        try_number: "7",
     };
     for (path, content) in script.files() {
         std::fs::write(dir.join(path), content).unwrap();

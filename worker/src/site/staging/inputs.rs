@@ -80,7 +80,7 @@ impl Staging<'_> {
         let mut expected: BTreeMap<BytePath, Digest> =
             own.iter().map(|(path, bytes)| (path.clone().into(), Digest::of(bytes))).collect();
         expected.extend(entries.iter().map(|entry| (entry.path.clone(), entry.digest)));
-        self.tell(&format!("sending {} files", expected.len()));
+        self.announce(&format!("sending {} files", expected.len()));
         let (reader, writer) = tokio::io::duplex(STREAM_BYTES);
         let objects = self.site.objects.clone();
         let runtime = self.context.facilities.blocking.clone();

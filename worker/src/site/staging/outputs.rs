@@ -335,7 +335,7 @@ impl Staging<'_> {
         if files.is_empty() {
             return Ok(());
         }
-        self.tell(&format!("fetching {} files", files.len()));
+        self.announce(&format!("fetching {} files", files.len()));
         let names: Vec<u8> = files.keys().flat_map(|path| [b"./", path.as_bytes(), b"\0"].concat()).collect();
         let list = quote(&format!("{}/{}/fetch", self.dir, script::FOLDER));
         self.run(&format!("cat > {list}"), &names).await?;

@@ -25,7 +25,7 @@ const RETRIES_MAX: usize = 4;
 const RETRY_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// A folder or a bucket.
-pub(super) enum Place {
+pub(super) enum Location {
     Folder(PathBuf),
     Bucket {
         name: String,
@@ -35,22 +35,22 @@ pub(super) enum Place {
     },
 }
 
-impl Place {
+impl Location {
     /// Before every key.
     pub(super) fn prefix(&self) -> Key {
         match self {
-            Place::Folder(_) => Key::default(),
-            Place::Bucket { prefix, .. } => prefix.clone(),
+            Location::Folder(_) => Key::default(),
+            Location::Bucket { prefix, .. } => prefix.clone(),
         }
     }
 }
 
-impl fmt::Display for Place {
+impl fmt::Display for Location {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Place::Folder(path) => write!(f, "{}", path.display()),
-            Place::Bucket { name, endpoint, .. } if endpoint.is_empty() => write!(f, "bucket `{name}`"),
-            Place::Bucket { name, endpoint, .. } => write!(f, "bucket `{name}` at {endpoint}"),
+            Location::Folder(path) => write!(f, "{}", path.display()),
+            Location::Bucket { name, endpoint, .. } if endpoint.is_empty() => write!(f, "bucket `{name}`"),
+            Location::Bucket { name, endpoint, .. } => write!(f, "bucket `{name}` at {endpoint}"),
         }
     }
 }
@@ -93,19 +93,19 @@ pub(super) fn move_durably(from: &Path, to: &Path) -> std::io::Result<bool> {
 }
 
 /// A folder has to be there.
-pub(super) fn open(config: &config::Objects) -> Result<(Arc<dyn ObjectStore>, Place), Error> {
+pub(super) fn open(config: &config::Objects) -> Result<(Arc<dyn ObjectStore>, Location), Error> {
     let Some(path) = folder(config)? else {
         let url = config.url.as_deref().unwrap_or_default();
         return bucket(config, url.trim_start_matches("s3://"));
     };
     let whole = path.canonicalize().map_err(|source| Error::Folder { path, source })?;
     let store = LocalFileSystem::new_with_prefix(&whole)
-        .map_err(|error| super::error::of_store(error, &Place::Folder(whole.clone())))?
+        .map_err(|error| super::error::of_store(error, &Location::Folder(whole.clone())))?
         .with_fsync(true);
-    Ok((Arc::new(store), Place::Folder(whole)))
+    Ok((Arc::new(store), Location::Folder(whole)))
 }
 
-fn bucket(config: &config::Objects, path: &str) -> Result<(Arc<dyn ObjectStore>, Place), Error> {
+fn bucket(config: &config::Objects, path: &str) -> Result<(Arc<dyn ObjectStore>, Location), Error> {
     let (name, prefix) = path.split_once('/').unwrap_or((path, ""));
     let is_name = !name.is_empty() && name.chars().all(|c| c.is_ascii_alphanumeric() || ".-_".contains(c));
     if !is_name {
@@ -169,7 +169,7 @@ fn bucket(config: &config::Objects, path: &str) -> Result<(Arc<dyn ObjectStore>,
         .with_retry(retry)
         .build()
         .map_err(|error| wrong(&format!("`objects` cannot be used: {error}")))?;
-    Ok((Arc::new(store), Place::Bucket { name: name.to_owned(), prefix, endpoint }))
+    Ok((Arc::new(store), Location::Bucket { name: name.to_owned(), prefix, endpoint }))
 }
 
 /// Removes files that the store's library has begun to write, and gives their number: it calls them `NAME#N`.

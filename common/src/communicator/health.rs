@@ -29,9 +29,9 @@ impl Link {
     }
 }
 
-/// The board that all of this is written on.
+/// The health that all of this is written on.
 #[derive(Debug)]
-pub(super) struct Board {
+pub(super) struct HealthState {
     pub(super) meter: Meter,
     state: Mutex<State>,
     health_tx: watch::Sender<Health>,
@@ -56,9 +56,13 @@ struct LinkState {
     error: Option<String>,
 }
 
-impl Board {
+impl HealthState {
     pub(super) fn new() -> Self {
-        Board { meter: Meter::default(), state: Mutex::default(), health_tx: watch::Sender::new(Health::default()) }
+        HealthState {
+            meter: Meter::default(),
+            state: Mutex::default(),
+            health_tx: watch::Sender::new(Health::default()),
+        }
     }
 
     /// This program cannot do without that connection.

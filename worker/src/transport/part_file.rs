@@ -24,7 +24,7 @@ const BLOCKS: usize = 4;
 const TOLD_BYTES: u64 = 512 << 10;
 
 /// A file that comes piece by piece. What has come is hashed and written to the disk while the rest comes.
-pub(super) struct Landing {
+pub(super) struct PartFile {
     part: PathBuf,
     /// How much should come.
     pub(super) size: u64,
@@ -41,7 +41,7 @@ pub(super) struct Landing {
     told: watch::Sender<u64>,
 }
 
-impl Landing {
+impl PartFile {
     /// Goes on where an earlier one was cut. Without the guard nothing more is written: another may go on with the part, as
     /// soon as whoever holds it waits no longer, whatever task this is in.
     pub(super) async fn open(to: &Path, size: u64) -> Result<(Self, DropGuard), Error> {
@@ -133,7 +133,7 @@ impl Landing {
     }
 }
 
-impl Sink<Bytes> for Landing {
+impl Sink<Bytes> for PartFile {
     type Error = io::Error;
 
     fn poll_ready(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {

@@ -25,7 +25,7 @@ const REFUSED_FOR: Duration = Duration::from_secs(10);
 const PING_LIMIT: Duration = Duration::from_secs(2);
 
 /// One connection, used by one task at a time. On SQLite, which is in this program, it is the pool's.
-pub(super) struct OwnConnection {
+pub(super) struct DedicatedConnection {
     /// A pool of one, which opens the connection, also again.
     db: DatabaseConnection,
     /// What is used while the server has no connection left for this one.
@@ -37,7 +37,7 @@ pub(super) struct OwnConnection {
     kept: Mutex<Option<(PoolConnection<Postgres>, Instant)>>,
 }
 
-impl OwnConnection {
+impl DedicatedConnection {
     pub(super) async fn open(
         location: &Location,
         access: &Access,
@@ -125,7 +125,7 @@ impl OwnConnection {
     }
 }
 
-impl Drop for OwnConnection {
+impl Drop for DedicatedConnection {
     fn drop(&mut self) {
         // The pool takes connections back only where there is a runtime.
         if let Some((connection, _)) = self.kept() {
@@ -135,7 +135,7 @@ impl Drop for OwnConnection {
 }
 
 #[async_trait]
-impl ConnectionTrait for OwnConnection {
+impl ConnectionTrait for DedicatedConnection {
     fn get_database_backend(&self) -> DbBackend {
         self.db.get_database_backend()
     }
@@ -181,7 +181,7 @@ impl ConnectionTrait for OwnConnection {
 /// A connection on which a statement is under way. Dropped in the middle of it, it is closed: the answer may never come, and
 /// the next statement must not wait for it.
 struct Used<'a> {
-    own: &'a OwnConnection,
+    own: &'a DedicatedConnection,
     connection: Option<PoolConnection<Postgres>>,
 }
 

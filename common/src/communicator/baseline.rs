@@ -15,18 +15,18 @@ use super::envelope::{Envelope, classes, short, task_queue};
 use super::link::{ANSWER_LIMIT, open, reason};
 use super::publish::Window;
 use super::topology::quorum_queue;
-use super::{CheckError, Down, Told};
+use super::{CheckError, Down, TaskMessage};
 use crate::id::Pid;
 
-/// A queue of its own, which goes with [`BareQueue::delete`].
-pub struct BareQueue {
+/// A queue of its own, which goes with [`BaselineQueue::delete`].
+pub struct BaselineQueue {
     url: String,
     name: String,
     connection: Connection,
 }
 
-/// Publishes to a [`BareQueue`].
-pub struct BarePublisher {
+/// Publishes to a [`BaselineQueue`].
+pub struct BaselinePublisher {
     channel: Channel,
     queue: String,
     n_unconfirmed_max: usize,
@@ -35,22 +35,22 @@ pub struct BarePublisher {
 
 /// A task as it goes over the wire.
 #[derive(Clone)]
-pub struct BareMessage {
+pub struct BaselineMessage {
     properties: BasicProperties,
     body: Vec<u8>,
 }
 
 /// A message that was taken, and not read yet.
-pub struct BareDelivery(Delivery);
+pub struct BaselineDelivery(Delivery);
 
-/// Takes from a [`BareQueue`].
-pub struct BareConsumer {
+/// Takes from a [`BaselineQueue`].
+pub struct BaselineConsumer {
     consumer: Consumer,
     last: Option<Acker>,
     _connection: Connection,
 }
 
-impl BareQueue {
+impl BaselineQueue {
     /// Declares the queue on the first broker that answers.
     ///
     /// # Errors
@@ -83,7 +83,7 @@ impl BareQueue {
     ///
     /// # Errors
     /// The broker does not take it.
-    pub async fn publisher(&self, n_unconfirmed_max: usize) -> Result<BarePublisher, Down> {
+    pub async fn publisher(&self, n_unconfirmed_max: usize) -> Result<BaselinePublisher, Down> {
         let connection = self.connect().await?;
         let channel = answer(async {
             let channel = connection.create_channel().await?;
@@ -91,14 +91,14 @@ impl BareQueue {
             Ok(channel)
         })
         .await?;
-        Ok(BarePublisher { channel, queue: self.name.clone(), n_unconfirmed_max, _connection: connection })
+        Ok(BaselinePublisher { channel, queue: self.name.clone(), n_unconfirmed_max, _connection: connection })
     }
 
     /// A consumer on a connection of its own, with so many deliveries that are not acknowledged yet.
     ///
     /// # Errors
     /// The broker does not take it.
-    pub async fn consumer(&self, prefetch: u16) -> Result<BareConsumer, Down> {
+    pub async fn consumer(&self, prefetch: u16) -> Result<BaselineConsumer, Down> {
         let connection = self.connect().await?;
         let consumer = answer(async {
             let channel = connection.create_channel().await?;
@@ -107,7 +107,7 @@ impl BareQueue {
             channel.basic_consume(short(&self.name), short("bench"), options, FieldTable::default()).await
         })
         .await?;
-        Ok(BareConsumer { consumer, last: None, _connection: connection })
+        Ok(BaselineConsumer { consumer, last: None, _connection: connection })
     }
 
     /// Removes the queue.
@@ -128,14 +128,14 @@ impl BareQueue {
     }
 }
 
-impl From<Told> for BareMessage {
-    fn from(told: Told) -> Self {
+impl From<TaskMessage> for BaselineMessage {
+    fn from(told: TaskMessage) -> Self {
         let envelope = Envelope::task(&told.task, told.traceparent);
         Self { properties: envelope.properties(true), body: envelope.body }
     }
 }
 
-impl BareDelivery {
+impl BaselineDelivery {
     /// The process that it is about.
     ///
     /// # Errors
@@ -146,14 +146,14 @@ impl BareDelivery {
     }
 }
 
-impl BarePublisher {
+impl BaselinePublisher {
     /// Publishes all, persistent, and waits until the last is confirmed.
     ///
     /// # Errors
     /// The broker refuses one, or is gone.
-    pub async fn publish(&self, messages: impl IntoIterator<Item = BareMessage>) -> Result<(), Down> {
-        let publish = async |message: BareMessage| {
-            let BareMessage { properties, body } = message;
+    pub async fn publish(&self, messages: impl IntoIterator<Item = BaselineMessage>) -> Result<(), Down> {
+        let publish = async |message: BaselineMessage| {
+            let BaselineMessage { properties, body } = message;
             let options = BasicPublishOptions::default();
             let publish = self.channel.basic_publish("".into(), short(&self.queue), options, &body, properties);
             Ok(((), publish.await?))
@@ -182,12 +182,12 @@ fn all_stored(confirmed: &[((), Confirmation)]) -> Result<(), Down> {
     Ok(())
 }
 
-impl BareConsumer {
+impl BaselineConsumer {
     /// Waits for a delivery, and takes what has arrived, at most `max`.
     ///
     /// # Errors
     /// The consumer was cancelled.
-    pub async fn take(&mut self, max: usize) -> Result<Vec<BareDelivery>, Down> {
+    pub async fn take(&mut self, max: usize) -> Result<Vec<BaselineDelivery>, Down> {
         let mut taken = Vec::new();
         while taken.len() < max {
             let next = if taken.is_empty() {
@@ -196,9 +196,9 @@ impl BareConsumer {
                 self.consumer.next().now_or_never().flatten()
             };
             let Some(delivery) = next else { break };
-            taken.push(BareDelivery(delivery.map_err(|error| Down(reason(&error)))?));
+            taken.push(BaselineDelivery(delivery.map_err(|error| Down(reason(&error)))?));
         }
-        let Some(BareDelivery(last)) = taken.last() else { return Err(Down("the consumer has ended".to_owned())) };
+        let Some(BaselineDelivery(last)) = taken.last() else { return Err(Down("the consumer has ended".to_owned())) };
         self.last = Some(last.acker.clone());
         Ok(taken)
     }
@@ -227,7 +227,7 @@ async fn answer<T>(asked: impl Future<Output = lapin::Result<T>>) -> Result<T, D
 /// The broker does not answer; some of them may be left.
 pub async fn remove_task_queues(urls: &[String], queue: &str) -> Result<(), CheckError> {
     for class in classes(queue) {
-        BareQueue::declare(urls, &task_queue(&class))
+        BaselineQueue::declare(urls, &task_queue(&class))
             .await?
             .delete()
             .await

@@ -51,7 +51,7 @@ pub(super) struct Now {
 
 /// Where the shim is on the way from the start of the program to its end.
 #[derive(Debug)]
-pub(super) struct Course {
+pub(super) struct Policy {
     phase: Phase,
     ended_by: Option<EndedBy>,
     time_limit: Option<Instant>,
@@ -67,7 +67,7 @@ enum Phase {
     Killing { until: Instant, pause: Duration },
 }
 
-impl Course {
+impl Policy {
     pub(super) fn new(
         now: Now,
         time_limit: Option<Duration>,
@@ -190,64 +190,64 @@ mod tests {
         }
     }
 
-    fn course(time_limit_ms: Option<u64>) -> (Course, Clock) {
+    fn policy(time_limit_ms: Option<u64>) -> (Policy, Clock) {
         let clock = Clock { start: Instant::now() };
         let limit = time_limit_ms.map(Duration::from_millis);
-        (Course::new(clock.at(0), limit, Duration::from_millis(500), LEASE_MS, 0), clock)
+        (Policy::new(clock.at(0), limit, Duration::from_millis(500), LEASE_MS, 0), clock)
     }
 
     #[test]
     fn a_program_that_ends_by_itself_takes_what_it_started_with_it() {
-        let (mut course, clock) = course(None);
-        assert_eq!(course.on(Event::MainEnded, clock.at(10)), Act::Nothing);
-        assert_eq!(course.on(Event::Tick, clock.at(11)), Act::Kill);
-        assert_eq!(course.on(Event::WorkerGone, clock.at(12)), Act::Nothing);
-        assert_eq!(course.on(Event::AllGone, clock.at(13)), Act::Finish);
-        assert_eq!(course.ended_by(), Some(EndedBy::Own));
+        let (mut policy, clock) = policy(None);
+        assert_eq!(policy.on(Event::MainEnded, clock.at(10)), Act::Nothing);
+        assert_eq!(policy.on(Event::Tick, clock.at(11)), Act::Kill);
+        assert_eq!(policy.on(Event::WorkerGone, clock.at(12)), Act::Nothing);
+        assert_eq!(policy.on(Event::AllGone, clock.at(13)), Act::Finish);
+        assert_eq!(policy.ended_by(), Some(EndedBy::Own));
     }
 
     #[test]
     fn the_time_limit_asks_first_and_kills_after_the_grace() {
-        let (mut course, clock) = course(Some(100));
-        assert_eq!(course.pause(clock.at(0)), Duration::from_millis(100));
-        assert_eq!(course.on(Event::Tick, clock.at(99)), Act::Nothing);
-        assert_eq!(course.on(Event::Tick, clock.at(100)), Act::Term);
-        assert_eq!(course.on(Event::Asked(Request::Term), clock.at(101)), Act::Nothing, "TERM is sent once");
-        assert_eq!(course.on(Event::MainEnded, clock.at(200)), Act::Nothing, "the rest has the whole grace");
-        assert_eq!(course.on(Event::Tick, clock.at(599)), Act::Nothing);
-        assert_eq!(course.on(Event::Tick, clock.at(600)), Act::Kill);
-        assert_eq!(course.ended_by(), Some(EndedBy::TimeLimit));
+        let (mut policy, clock) = policy(Some(100));
+        assert_eq!(policy.pause(clock.at(0)), Duration::from_millis(100));
+        assert_eq!(policy.on(Event::Tick, clock.at(99)), Act::Nothing);
+        assert_eq!(policy.on(Event::Tick, clock.at(100)), Act::Term);
+        assert_eq!(policy.on(Event::Asked(Request::Term), clock.at(101)), Act::Nothing, "TERM is sent once");
+        assert_eq!(policy.on(Event::MainEnded, clock.at(200)), Act::Nothing, "the rest has the whole grace");
+        assert_eq!(policy.on(Event::Tick, clock.at(599)), Act::Nothing);
+        assert_eq!(policy.on(Event::Tick, clock.at(600)), Act::Kill);
+        assert_eq!(policy.ended_by(), Some(EndedBy::TimeLimit));
     }
 
     #[test]
     fn a_lease_that_is_renewed_lasts_and_one_that_is_not_kills() {
-        let (mut course, clock) = course(None);
-        assert_eq!(course.on(Event::Asked(Request::Renew { leased_at_ms: 9_000 }), clock.at(9_001)), Act::Nothing);
-        assert_eq!(course.on(Event::Tick, clock.at(18_999)), Act::Nothing);
-        assert_eq!(course.on(Event::Tick, clock.at(19_000)), Act::Kill);
-        assert_eq!(course.ended_by(), Some(EndedBy::Lease));
+        let (mut policy, clock) = policy(None);
+        assert_eq!(policy.on(Event::Asked(Request::Renew { leased_at_ms: 9_000 }), clock.at(9_001)), Act::Nothing);
+        assert_eq!(policy.on(Event::Tick, clock.at(18_999)), Act::Nothing);
+        assert_eq!(policy.on(Event::Tick, clock.at(19_000)), Act::Kill);
+        assert_eq!(policy.ended_by(), Some(EndedBy::Lease));
     }
 
     #[test]
     fn a_renewal_from_before_a_freeze_does_not_count_as_a_new_one() {
-        let (mut course, clock) = course(None);
-        assert_eq!(course.on(Event::Asked(Request::Renew { leased_at_ms: 1_000 }), clock.at(60_000)), Act::Nothing);
-        assert_eq!(course.on(Event::Tick, clock.at(60_000)), Act::Kill);
+        let (mut policy, clock) = policy(None);
+        assert_eq!(policy.on(Event::Asked(Request::Renew { leased_at_ms: 1_000 }), clock.at(60_000)), Act::Nothing);
+        assert_eq!(policy.on(Event::Tick, clock.at(60_000)), Act::Kill);
     }
 
     #[test]
     fn a_worker_that_is_gone_gives_no_grace() {
-        let (mut course, clock) = course(None);
-        assert_eq!(course.on(Event::Asked(Request::Term), clock.at(10)), Act::Term);
-        assert_eq!(course.on(Event::WorkerGone, clock.at(20)), Act::Kill);
-        assert_eq!(course.ended_by(), Some(EndedBy::Term), "the first cause stays");
+        let (mut policy, clock) = policy(None);
+        assert_eq!(policy.on(Event::Asked(Request::Term), clock.at(10)), Act::Term);
+        assert_eq!(policy.on(Event::WorkerGone, clock.at(20)), Act::Kill);
+        assert_eq!(policy.ended_by(), Some(EndedBy::Term), "the first cause stays");
     }
 
     #[test]
     fn what_cannot_be_killed_is_given_up_after_the_limit() {
-        let (mut course, clock) = course(None);
-        assert_eq!(course.on(Event::Asked(Request::Kill), clock.at(0)), Act::Kill);
-        assert_eq!(course.on(Event::Tick, clock.at(29_999)), Act::Kill);
-        assert_eq!(course.on(Event::Tick, clock.at(30_000)), Act::Finish);
+        let (mut policy, clock) = policy(None);
+        assert_eq!(policy.on(Event::Asked(Request::Kill), clock.at(0)), Act::Kill);
+        assert_eq!(policy.on(Event::Tick, clock.at(29_999)), Act::Kill);
+        assert_eq!(policy.on(Event::Tick, clock.at(30_000)), Act::Finish);
     }
 }

@@ -6,27 +6,27 @@ use std::collections::HashMap;
 use sea_orm::ConnectionTrait;
 
 use super::blob::{Checkpoint, Outcome};
-use super::own::OwnConnection;
+use super::dedicated_connection::DedicatedConnection;
 use super::writer::{Attempt, Claimed, Fence, Fenced, How, Verb};
 use super::{Error, Location, Store, fenced};
 use crate::id::{Incarnation, Pid};
 use crate::state::State;
 
-/// A schema of its own, which goes with [`BareTables::remove`].
-pub struct BareTables {
+/// A schema of its own, which goes with [`BaselineTables::remove`].
+pub struct BaselineTables {
     outer: Store,
     inner: Store,
     schema: String,
 }
 
 /// One connection to it.
-pub struct BareLane {
-    db: OwnConnection,
+pub struct BaselineLane {
+    db: DedicatedConnection,
     store: Store,
     me: Incarnation,
 }
 
-impl BareTables {
+impl BaselineTables {
     /// Makes the schema in the database of `store`, which must be PostgreSQL.
     ///
     /// # Errors
@@ -49,9 +49,9 @@ impl BareTables {
     ///
     /// # Errors
     /// The database does not answer.
-    pub async fn lane(&self) -> Result<BareLane, Error> {
-        let db = self.inner.own_connection().await?;
-        Ok(BareLane { db, store: self.inner.clone(), me: Incarnation::generate() })
+    pub async fn lane(&self) -> Result<BaselineLane, Error> {
+        let db = self.inner.dedicated_connection().await?;
+        Ok(BaselineLane { db, store: self.inner.clone(), me: Incarnation::generate() })
     }
 
     /// Removes the schema.
@@ -64,7 +64,7 @@ impl BareTables {
     }
 }
 
-impl BareLane {
+impl BaselineLane {
     /// Claims some and ends others with their last advance, the number of which is `advances`, in one commit.
     ///
     /// # Errors
@@ -110,7 +110,7 @@ fn end(claimed: &Claimed, advances: u64) -> Fenced {
         fence: claimed.fence,
         verb: Verb::End { state: State::Finished, outcome },
         checkpoint: Some((&Checkpoint { advances, ..Checkpoint::default() }).into()),
-        attempt: 1,
+        try_number: 1,
         ended: Some(Attempt { started_at: claimed.claimed_at, how: How::Ok, reason: None }),
         outputs: vec![],
     }

@@ -7,7 +7,7 @@ const WEIGHT_LOW: u32 = 1;
 
 /// What each queue may still take in this round.
 #[derive(Debug, Default)]
-pub(super) struct Credits {
+pub(super) struct WeightedRoundRobin {
     left: Vec<Share>,
     last_idx: usize,
 }
@@ -18,11 +18,11 @@ struct Share {
     credit: u32,
 }
 
-impl Credits {
+impl WeightedRoundRobin {
     /// A full round for these queues; their order is what `pick` refers to.
     pub(super) fn new<'a>(queues: impl IntoIterator<Item = &'a str>) -> Self {
         let left = queues.into_iter().map(|queue| Share { weight: weight(queue), credit: weight(queue) }).collect();
-        Credits { left, last_idx: 0 }
+        WeightedRoundRobin { left, last_idx: 0 }
     }
 
     /// The next queue among those that have something. The heaviest first, those of one weight in turn; an empty queue
@@ -74,7 +74,7 @@ mod tests {
 
     #[test]
     fn full_queues_share_16_to_4_to_1() {
-        let mut credits = Credits::new(["q.high", "q", "q.low"]);
+        let mut credits = WeightedRoundRobin::new(["q.high", "q", "q.low"]);
         let mut counts = [0; 3];
         for _ in 0..210 {
             counts[credits.pick(|_| true).unwrap()] += 1;
@@ -84,7 +84,7 @@ mod tests {
 
     #[test]
     fn an_empty_class_never_blocks_another() {
-        let mut credits = Credits::new(["q.high", "q", "q.low"]);
+        let mut credits = WeightedRoundRobin::new(["q.high", "q", "q.low"]);
         for _ in 0..100 {
             assert_eq!(credits.pick(|idx| idx == 2), Some(2));
         }
@@ -93,7 +93,7 @@ mod tests {
 
     #[test]
     fn queues_of_one_class_take_turns() {
-        let mut credits = Credits::new(["a", "b", "c"]);
+        let mut credits = WeightedRoundRobin::new(["a", "b", "c"]);
         let picks: Vec<usize> = (0..6).map(|_| credits.pick(|_| true).unwrap()).collect();
         assert_eq!(picks, [1, 2, 0, 1, 2, 0]);
     }
