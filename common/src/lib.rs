@@ -1,20 +1,5 @@
 //! Vocabulary and wires of Baton: ids, states, specs, messages, the store and the communicator.
 
-#[cfg(all(
-    not(debug_assertions),
-    any(
-        feature = "without-epoch",
-        feature = "without-held",
-        feature = "without-sequence",
-        feature = "without-woken",
-        feature = "without-desired",
-        feature = "without-mandatory",
-        feature = "without-head-rule",
-        feature = "without-ack-after-commit"
-    )
-))]
-compile_error!("the features `without-…` break Baton's promises on purpose; they are for tests only");
-
 mod by_name;
 pub mod communicator;
 pub mod config;

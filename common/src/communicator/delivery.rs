@@ -146,17 +146,6 @@ impl Settle {
         }
     }
 
-    /// Acknowledges before anything is done with it, which loses what dies on the way.
-    #[cfg(feature = "without-ack-after-commit")]
-    pub async fn ack_early(&self) {
-        if !self.settlement.done() {
-            return;
-        }
-        let Settlement { ticket, envelope, origin, .. } = &*self.settlement;
-        let (ticket, envelope, origin) = (ticket.clone(), envelope.clone(), origin.clone());
-        let _ = self.settle_tx.send(Settlement { ticket, envelope, origin, verdict: Verdict::Ack }).await;
-    }
-
     /// Nobody can use the message: puts it into `baton.dead` with the reason, then acknowledges it.
     pub async fn dead(self, reason: &str) {
         self.send(Verdict::Dead(reason.to_owned())).await;

@@ -367,9 +367,8 @@ async fn publish_all<'a>(
     messages: &[&'a Envelope],
 ) -> Result<Answer, PublishError> {
     let (exchange, key) = target.address();
-    // Without it the broker confirms what it throws away.
-    let mandatory = !cfg!(feature = "without-mandatory");
-    let options = BasicPublishOptions { mandatory, ..BasicPublishOptions::default() };
+    // Without `mandatory` the broker confirms messages that it discards.
+    let options = BasicPublishOptions { mandatory: true, ..BasicPublishOptions::default() };
     let publish = async |message: &'a Envelope| {
         let properties = message.properties(true);
         let publish = channel.basic_publish(short(exchange), short(key), options, &message.body, properties);

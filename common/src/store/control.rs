@@ -438,11 +438,7 @@ fn controlled(row: &QueryResult, before: &Before, request: &Request) -> Result<C
 }
 
 /// The row of a process while this is its lease.
-const HELD_BY: &str = if cfg!(feature = "without-own-pause") {
-    "p.id = $1 AND (p.epoch = $2 OR true)"
-} else {
-    "p.id = $1 AND p.epoch = $2 AND p.place = {held}"
-};
+const HELD_BY: &str = "p.id = $1 AND p.epoch = $2 AND p.place = {held}";
 
 const BEFORE: &str = "SELECT p.id, p.place, p.state, p.before, p.desired, p.owner FROM process p";
 

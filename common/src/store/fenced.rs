@@ -368,22 +368,16 @@ const CHECKPOINT_SQL: &str = "
 
 /// A checkpoint follows the one before it, or is the same once more: one whose predecessor is not there (the database was
 /// restored from a copy, say) would hide that something is missing.
-const FOLLOWS: &str = if cfg!(feature = "without-sequence") { "true" } else { "seq IN (b_seq - 1, b_seq)" };
+const FOLLOWS: &str = "seq IN (b_seq - 1, b_seq)";
 
 /// What every write of a holder asks of the row.
-const FENCE: &str = if cfg!(feature = "without-epoch") {
-    "place + 0 = {held}"
-} else if cfg!(feature = "without-held") {
-    "epoch = b_epoch"
-} else {
-    "epoch = b_epoch AND place + 0 = {held}"
-};
+const FENCE: &str = "epoch = b_epoch AND place + 0 = {held}";
 
 /// Whether a wake-up came while the process was on its way to park.
-const WOKEN: &str = if cfg!(feature = "without-woken") { "false" } else { "woken" };
+const WOKEN: &str = "woken";
 
 /// Whether a pause is desired of a process that leaves its holder.
-const PAUSE_DESIRED: &str = if cfg!(feature = "without-desired") { "false" } else { "desired = {pause}" };
+const PAUSE_DESIRED: &str = "desired = {pause}";
 
 const KEEP: i16 = 0;
 const PARK: i16 = 1;

@@ -127,9 +127,6 @@ impl Store {
     /// # Errors
     /// Nothing is marked; the next sweep tries again.
     pub async fn announce_lost(&self, queue: &str, before: i64) -> Result<ByQueue, Error> {
-        if cfg!(feature = "without-head-rule") {
-            return Ok(ByQueue::new());
-        }
         self.announce_rows(ANNOUNCE_LOST, vec![queue.to_owned().into(), before.into()]).await
     }
 

@@ -30,7 +30,7 @@ const PIECE_BYTES: usize = 4 << 20;
 /// The kind of a process whose program runs at a site.
 const JOB: &str = "job";
 
-/// How far both streams have been printed: of one holding of a local program, or of one try_number of a job at a site, which
+/// How far both streams have been printed: of one holding of a local program, or of one try of a job at a site, which
 /// several holdings see to.
 #[derive(Clone, Copy, Default)]
 struct Printed {
@@ -105,7 +105,7 @@ async fn live(client: &Client, summary: &Summary, printed: &mut Printed) -> Resu
     Ok(Some(!chunk.stdout.is_empty() || !chunk.stderr.is_empty()))
 }
 
-/// Prints what a job at a site has written since, over a session of this command's own: of the try_number that is being
+/// Prints what a job at a site has written since, over a session of this command's own: of the try that is being
 /// printed, and then of the one that has come after it.
 async fn at_site(
     global: &Global,

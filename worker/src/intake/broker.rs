@@ -57,8 +57,6 @@ pub(crate) async fn run(intake: Arc<Intake>, mut deliveries: mpsc::Receiver<Deli
 
 /// Each delivery of a flood has such a task: what is seldom needed is boxed, so that the rest is small.
 async fn take(intake: Arc<Intake>, delivery: Delivery) {
-    #[cfg(feature = "without-ack-after-commit")]
-    delivery.settle.ack_early().await;
     border!("task-taken");
     let Intake { claims, communicator, .. } = &*intake;
     if intake.health.stops_taking() {
