@@ -85,7 +85,9 @@ fn normal(path: &Path) -> PathBuf {
     let mut normal = PathBuf::new();
     for component in path.components() {
         match component {
-            Component::ParentDir => drop(normal.pop()),
+            Component::ParentDir => {
+                normal.pop();
+            }
             Component::CurDir => {}
             Component::Normal(_) | Component::Prefix(_) | Component::RootDir => normal.push(component),
         }
@@ -93,8 +95,8 @@ fn normal(path: &Path) -> PathBuf {
     normal
 }
 
-/// The quoted words (in backticks) of a document.
-fn quoted(text: &str) -> BTreeSet<String> {
+/// The words in backticks of a document, outside of fenced blocks.
+pub(crate) fn quoted(text: &str) -> BTreeSet<String> {
     prose(text).split('`').skip(1).step_by(2).map(str::to_owned).collect()
 }
 
@@ -103,7 +105,7 @@ fn every_page_is_in_the_summary_once() {
     let summary = links(&read("docs/src/SUMMARY.md"));
     let listed: BTreeSet<String> = summary.iter().map(|page| format!("{SOURCE}/{page}")).collect();
     assert_eq!(listed.len(), summary.len(), "a page stands twice in SUMMARY.md");
-    let pages = pages(SOURCE).into_iter().filter(|page| !page.ends_with("/SUMMARY.md")).collect();
+    let pages: BTreeSet<String> = pages(SOURCE).into_iter().filter(|page| !page.ends_with("/SUMMARY.md")).collect();
     assert_eq!(listed, pages);
 }
 

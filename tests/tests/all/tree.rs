@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
 use self::imports::{Import, imports, tops};
-use crate::book::{documents, read};
+use crate::book::{documents, quoted, read};
 
 mod imports;
 
@@ -158,16 +158,13 @@ fn nothing_names_a_developers_machine() {
     assert!(offences.is_empty(), "a path or host of a developer's machine:\n{}", offences.join("\n"));
 }
 
-/// The words in backticks of every document.
+/// The words in backticks of every document, with the document.
 fn quoted_in_documents() -> Vec<(String, String)> {
-    let quoted = |document: String| {
-        let text = read(&document);
-        // Fenced blocks have backticks of their own.
-        let prose: String = text.split("```").step_by(2).collect();
-        let words = prose.split('`').skip(1).step_by(2).map(|word| (document.clone(), word.to_owned()));
-        words.collect::<Vec<_>>()
+    let words = |document: String| {
+        let words = quoted(&read(&document)).into_iter();
+        words.map(|word| (document.clone(), word)).collect::<Vec<_>>()
     };
-    documents().into_iter().flat_map(quoted).collect()
+    documents().into_iter().flat_map(words).collect()
 }
 
 /// Names in the documents that have words joined by `_` are those of tests, statements and files.
@@ -187,8 +184,7 @@ fn every_test_that_the_documents_name_is_there() {
 #[test]
 fn every_file_that_the_documents_name_is_there() {
     let paths: HashSet<String> = texts().into_iter().map(|(path, _)| path).collect();
-    let is_file = |name: &str| paths.contains(name) || paths.iter().any(|path| path.ends_with(&format!("/{name}")));
-    let is_folder = |name: &str| paths.iter().any(|path| path.starts_with(&format!("{}/", name.trim_end_matches('/'))));
+    let is_end = |name: &str| paths.iter().any(|path| path.ends_with(&format!("/{name}")));
     let tops: HashSet<&str> = paths.iter().filter_map(|path| path.split_once('/')).map(|(top, _)| top).collect();
     let mut missing = Vec::new();
     let mut n_paths = 0;
@@ -200,7 +196,7 @@ fn every_file_that_the_documents_name_is_there() {
             continue;
         }
         n_paths += 1;
-        if !(is_file(name) || is_below_top && is_folder(name)) {
+        if !(root().join(name).exists() || !is_below_top && is_end(name)) {
             missing.push(format!("{document}: {name}"));
         }
     }
