@@ -1,4 +1,4 @@
-//! What must hold at every moment, in the words of the invariants of ARCHITECTURE.md.
+//! What must hold at every moment, in the words of the invariants of `docs/src/internals/protocol.md`.
 
 use baton_common::state::{Desired, Place, State as Life};
 use stateright::{Model, Property};

@@ -3,6 +3,7 @@
 #![expect(clippy::unwrap_used, reason = "a test fails by it")]
 
 mod bad_input;
+mod book;
 mod busy;
 mod cluster;
 mod connections;

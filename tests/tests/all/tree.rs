@@ -4,6 +4,7 @@ use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
 use self::imports::{Import, imports, tops};
+use crate::book::{documents, quoted, read};
 
 mod imports;
 
@@ -157,19 +158,49 @@ fn nothing_names_a_developers_machine() {
     assert!(offences.is_empty(), "a path or host of a developer's machine:\n{}", offences.join("\n"));
 }
 
+/// The words in backticks of every document, with the document.
+fn quoted_in_documents() -> Vec<(String, String)> {
+    let words = |document: String| {
+        let words = quoted(&read(&document)).into_iter();
+        words.map(|word| (document.clone(), word)).collect::<Vec<_>>()
+    };
+    documents().into_iter().flat_map(words).collect()
+}
+
 /// Names in the documents that have words joined by `_` are those of tests, statements and files.
 #[test]
 fn every_test_that_the_documents_name_is_there() {
     let sources: Vec<(String, String)> = texts().into_iter().filter(|(path, _)| path.ends_with(".rs")).collect();
     let is_there = |name: &str| sources.iter().any(|(_, text)| text.contains(name));
+    let is_test =
+        |name: &str| name.matches('_').count() >= 2 && name.chars().all(|c| c == '_' || c.is_ascii_lowercase());
+    let named = quoted_in_documents();
+    assert!(named.iter().filter(|(_, name)| is_test(name)).count() > 100, "the documents are not read");
+    let missing: Vec<_> = named.iter().filter(|(_, name)| is_test(name) && !is_there(name)).collect();
+    assert!(missing.is_empty(), "{missing:#?}");
+}
+
+/// What ends in `.rs`, and what begins with a folder of the root, is a path. The former may leave out its first folders.
+#[test]
+fn every_file_that_the_documents_name_is_there() {
+    let paths: HashSet<String> = texts().into_iter().map(|(path, _)| path).collect();
+    let is_end = |name: &str| paths.iter().any(|path| path.ends_with(&format!("/{name}")));
+    let tops: HashSet<&str> = paths.iter().filter_map(|path| path.split_once('/')).map(|(top, _)| top).collect();
     let mut missing = Vec::new();
-    for document in ["ARCHITECTURE.md", "tests/FAULTS.md"] {
-        let text = std::fs::read_to_string(root().join(document)).unwrap();
-        let names = text.split('`').skip(1).step_by(2);
-        let is_test =
-            |name: &&str| name.matches('_').count() >= 2 && name.chars().all(|c| c == '_' || c.is_ascii_lowercase());
-        missing.extend(names.filter(is_test).filter(|name| !is_there(name)).map(|name| format!("{document}: {name}")));
+    let mut n_paths = 0;
+    for (document, word) in quoted_in_documents() {
+        let name = word.split_whitespace().next().unwrap_or_default();
+        let is_plain = name.chars().all(|c| c.is_ascii_alphanumeric() || "._-/".contains(c));
+        let is_below_top = name.split_once('/').is_some_and(|(top, _)| tops.contains(top));
+        if !is_plain || !(name.ends_with(".rs") || is_below_top) {
+            continue;
+        }
+        n_paths += 1;
+        if !(root().join(name).exists() || !is_below_top && is_end(name)) {
+            missing.push(format!("{document}: {name}"));
+        }
     }
+    assert!(n_paths > 100, "the documents are not read");
     assert!(missing.is_empty(), "{missing:#?}");
 }
 
@@ -181,7 +212,7 @@ fn texts() -> Vec<(String, String)> {
         for entry in std::fs::read_dir(&folder).unwrap().flatten() {
             let (path, name) = (entry.path(), entry.file_name().to_string_lossy().into_owned());
             // In a linked worktree `.git` is a file.
-            if [".git", ".baton", "target"].contains(&name.as_str()) {
+            if [".git", ".baton", "target", "book"].contains(&name.as_str()) {
                 continue;
             }
             if path.is_dir() {
