@@ -15,22 +15,13 @@ use baton_common::config;
 use baton_common::store::site::{Job, Look, Seen};
 use tracing::{debug, info, warn};
 
-use super::launcher::{Listed, Phase};
+use super::launcher::{ENDED, LOST, Launcher, Listed, Phase};
 use super::pool::Lease;
 use super::{COMMAND_LIMIT, Site, Visit, script};
 use crate::transport::{self, Output, Shell, quote};
 
 /// In at least so many lists in a row a job must be missing, and for the time of settling, before it is gone.
 const ABSENT_MIN: i64 = 3;
-
-/// What the row of such a job says.
-pub(crate) const LOST: &str = "LOST";
-
-/// What the row of a job says whose script has said how its program ended.
-pub(crate) const ENDED: &str = "ENDED";
-
-/// The word of launchers for a job that waits for the first time.
-const WAITING: &str = "PENDING";
 
 /// Jobs that are ended in one look.
 const REAPED_MAX: usize = 50;
@@ -182,7 +173,8 @@ async fn poll(site: &Site, open: &mut Open) -> Result<(), Failure> {
     let found = Found::of(&listed);
     let positions = positions(site, open, dirs.iter().filter_map(|(job, _)| found.job(job))).await?;
     let missing = dirs.iter().filter(|(job, _)| job.external_id.is_some() && found.job(job).is_none());
-    let odd = dirs.iter().filter(|(job, _)| found.job(job).is_some_and(|found| may_have_run(job, found)));
+    let odd =
+        dirs.iter().filter(|(job, _)| found.job(job).is_some_and(|found| may_have_run(site.launcher, job, found)));
     let done = done(open, missing.chain(odd)).await?;
     let settling = site.config.settle.as_millis() / site.config.poll.as_millis().max(1);
     let absent_max = i64::try_from(settling).unwrap_or(i64::MAX).max(ABSENT_MIN);
@@ -253,9 +245,10 @@ async fn poll(site: &Site, open: &mut Open) -> Result<(), Failure> {
 
 /// Whether a job that is listed may have done its work: it waits after it has run or in no ordinary way, or is in a state
 /// that is not known.
-fn may_have_run(job: &Job, found: &Listed) -> bool {
+fn may_have_run(launcher: &dyn Launcher, job: &Job, found: &Listed) -> bool {
+    let waited_first = job.look.status.is_empty() || launcher.is_first_wait(&job.look.status);
     match found.phase {
-        Phase::Waiting => found.status != WAITING || ![WAITING, ""].contains(&job.look.status.as_str()),
+        Phase::Waiting => !(launcher.is_first_wait(&found.status) && waited_first),
         Phase::Unknown => true,
         Phase::Running | Phase::Ended => false,
     }
