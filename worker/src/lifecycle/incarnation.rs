@@ -201,6 +201,7 @@ fn execution(options: &Options, wires: &Wires, local: &Arc<Local>, lease: Arc<Le
         limits: options.limits,
         registry: builtin::registry(&options.registry, local, &sites),
         store: wires.store.clone(),
+        writer: wires.writer.clone(),
         sites,
         outbox: Arc::clone(&wires.outbox),
         gate: Arc::new(gate),
