@@ -43,7 +43,7 @@ struct Handover {
 /// Hides the passwords of this program. Returns its original arguments with the URLs of the environment added. Call it first
 /// in `main`, before any thread starts. It may execute the program again instead of returning.
 pub fn begin() -> Vec<OsString> {
-    // It fails on no Linux, and it is only a second line of defence.
+    // This fails on no Linux, and it is only a second line of defence.
     let _ = set_dumpable_behavior(DumpableBehavior::NotDumpable);
     let handed = handed_over();
     let (given, variables) = match handed {

@@ -190,7 +190,7 @@ async fn telling<T>(
 async fn came(target: PartFile, read: Result<Output, Error>, from: &str) -> Result<PartFile, Error> {
     match read {
         Ok(output) => ended_well(&output, from).map(|()| target),
-        // What comes beyond its length is no part of it any more.
+        // Data beyond the expected size is not part of the file.
         Err(_) if target.is_whole() => Ok(target),
         Err(error) => Err(target.fault().await.unwrap_or(error)),
     }

@@ -12,7 +12,7 @@ use tokio::time::timeout;
 
 use super::{Output, local};
 
-/// Variables that such a program inherits in addition to those of any command: credentials for another machine.
+/// Variables that the program inherits in addition to those of any command: credentials for another machine.
 const INHERITED: [&str; 2] = ["SSH_AUTH_SOCK", "KRB5CCNAME"];
 
 /// How long a program whose connection failed may take to exit.

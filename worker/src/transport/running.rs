@@ -51,7 +51,7 @@ pub(super) enum Outputs<'a> {
 }
 
 impl Input<'_> {
-    /// Writes all bytes. A command that stops reading is no error here; its exit code tells.
+    /// Writes all bytes. A command that stops reading is no error here; its exit code decides.
     pub(super) async fn write(&mut self, piece: Bytes) -> Result<(), Error> {
         match self {
             Self::Local(input) => input.write(&piece).await,

@@ -23,7 +23,7 @@ pub(super) struct At<'a> {
     pub(super) site: Arc<Site>,
 }
 
-/// What stands in the folder of a try.
+/// The marks in the folder of a try.
 struct Mark {
     /// This call took the submission: no job was or can be submitted.
     is_free: bool,
@@ -79,7 +79,7 @@ impl<'a> At<'a> {
     /// Records that the job of this try is gone, or that there is none.
     pub(super) async fn record_ended(&self, row: &Row, status: &str) -> Result<(), Trouble> {
         let woken = self.site.store.record_seen(&[Seen::ended(row, status)]).await?;
-        self.site.outbox.tell_all(woken).await;
+        self.site.outbox.announce_all(woken).await;
         Ok(())
     }
 

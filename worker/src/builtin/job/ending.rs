@@ -29,11 +29,11 @@ const STREAM_PART_BYTES: usize = 32 * 1024;
 /// The exit of [`left`] if only the second name of the script is there: the program removed the folder.
 const EMPTIED: i32 = 43;
 
-/// What a job left besides the files of its program.
+/// The files that a job left, other than those of its program.
 pub(super) struct Left {
     /// Its `done.json`.
     pub(super) done: Option<Vec<u8>>,
-    /// What is kept of both streams.
+    /// The kept parts of both streams.
     pub(super) outputs: Vec<Output>,
 }
 

@@ -38,7 +38,7 @@ pub(super) struct Refusal {
     count: u32,
     /// The earliest time of the next submission, in microseconds by the clock of the database.
     until: i64,
-    /// What the site said.
+    /// The message of the site.
     reason: String,
 }
 
@@ -89,7 +89,7 @@ impl Job {
         match answer {
             Ok(output) => self.answered(at, &visit, &row, &output).await,
             Err(error) => {
-                // Whatever failed, there may be a job.
+                // The command may have run, so there may be a job.
                 at.context.log(format!("{}: {error}", at.site.name));
                 at.site.failed(&error).await;
                 Ok(Advance::Again)
@@ -234,7 +234,7 @@ impl Job {
     }
 }
 
-/// What the answer to a submission says.
+/// The meaning of the answer to a submission.
 enum Answer {
     /// The launcher has the job under this id.
     Submitted(String),

@@ -66,11 +66,11 @@ fn shortage_here(context: &Context, path: &Path, error: &io::Error) -> Option<Sh
 }
 
 impl Job {
-    /// What an advance returns whose stage did not complete.
+    /// Returns the result of an advance whose stage did not complete.
     pub(super) async fn after(&mut self, at: &At<'_>, trouble: Trouble) -> Result<Advance, Error> {
         match trouble {
             Trouble::Staging(Staging::Site(error)) => Err(match at.site.trouble(at.context, &error).await {
-                // There may be a job: whatever the site says, the try goes on.
+                // There may be a job, so the try continues whatever the site says.
                 Error::Failed(text) if self.stage == Stage::Settle => {
                     at.context.log(text);
                     Error::NotNow(Wait::pause(SETTLE_PAUSE))
@@ -112,7 +112,7 @@ impl Job {
     }
 }
 
-/// What the end of a job returns that could not be confirmed; `pause` is that before the next attempt to end it.
+/// Returns the error if the end of a job could not be confirmed. The process tries again after `pause`.
 pub(super) async fn after_ending(at: &At<'_>, trouble: Trouble, pause: Duration) -> Error {
     match trouble {
         Trouble::Staging(Staging::Site(error)) => at.site.trouble(at.context, &error).await,

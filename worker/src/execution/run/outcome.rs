@@ -1,4 +1,4 @@
-//! What becomes of a process whose advance ended it, failed, or has to wait.
+//! The end of a process, and its next step after an advance that failed or has to wait.
 
 use baton_common::state::{Desired, State};
 use baton_common::store::blob::{Checkpoint, Outcome};

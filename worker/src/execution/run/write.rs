@@ -132,10 +132,10 @@ impl Run {
         let Fence { pid, .. } = self.context.fence;
         debug!(%pid, place = written.place.word(), state = written.state.word(), "left this worker");
         match written.place {
-            Place::Queued => self.execution.outbox.publish(pid, written.queue, written.announced_at).await,
+            Place::Queued => self.execution.outbox.announce(pid, written.queue, written.announced_at).await,
             Place::Ended | Place::Parked | Place::Held => {
                 let exit = self.outcome.as_ref().and_then(|outcome| outcome.exit);
-                self.execution.outbox.announce(pid, written.state, exit);
+                self.execution.outbox.publish_event(pid, written.state, exit);
             }
         }
         if written.place == Place::Ended
