@@ -40,7 +40,8 @@ const REQUESTS_MAX: usize = 2;
 /// Why a local program could not be run.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The sandbox or a file of Baton in it could not be made. The disk is full, or the folder is missing or not writable.
+    /// The sandbox or a file of Baton in it could not be made. The disk is full, or the folder is missing or not
+    /// writable.
     #[error("could not make {path}", path = .path.display())]
     Sandbox {
         /// The folder or file.

@@ -1,9 +1,9 @@
 //! Sites: machines and clusters where programs run, other than the workers' own machines.
 //!
-//! A worker has one loop for each site in its configuration (`intake::sites`). The loop maintains the worker's share of the
-//! fleet's sessions with the site (`pool`), looks at the jobs if this worker has the watch (`watch`), and claims the processes
-//! that wait for a session or for room. A process uses a session only within an advance; if none is free, it parks, which
-//! costs nothing.
+//! A worker has one loop for each site in its configuration (`intake::sites`). The loop maintains the worker's share of
+//! the fleet's sessions with the site (`pool`), looks at the jobs if this worker has the watch (`watch`), and claims the
+//! processes that wait for a session or for room. A process uses a session only within an advance; if none is free, it
+//! parks, which costs nothing.
 
 use std::collections::{BTreeMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};

@@ -1,12 +1,12 @@
 //! Transports run commands and copy files at a site, by SSH or on the worker's own machine.
 //!
 //! A [`Session`] is an open connection to one machine. Nothing here is retried: every error says whether the transport
-//! failed ([`Error::is_of_transport`]), and the caller decides whether to open another session. Relative paths start at the
-//! home folder of the user at the site, as they do for commands.
+//! failed ([`Error::is_of_transport`]), and the caller decides whether to open another session. Relative paths start at
+//! the home folder of the user at the site, as they do for commands.
 //!
-//! By SSH, the login shell gets the command in a form that every shell reads alike, and only `/bin/sh` interprets it. Output
-//! of the login shell before and after the command is dropped. A command whose future is dropped, or that exceeds its
-//! limit, is killed if the server supports that, and its channel is closed.
+//! By SSH, the login shell gets the command in a form that every shell reads alike, and only `/bin/sh` interprets it.
+//! Output of the login shell before and after the command is dropped. A command whose future is dropped, or that exceeds
+//! its limit, is killed if the server supports that, and its channel is closed.
 
 mod config;
 mod download;
@@ -130,8 +130,8 @@ impl Session {
         self.receive_within(|_| SILENCE_LIMIT, command, output, |_| ()).await.0
     }
 
-    /// The same, and returns `output`. Data received by SSH goes from the task that decrypts it to another task of the same
-    /// runtime, not to the caller's thread, which may be busy.
+    /// The same, and returns `output`. Data received by SSH goes from the task that decrypts it to another task of the
+    /// same runtime, not to the caller's thread, which may be busy.
     async fn receive_within<S, E>(
         &self,
         limit: impl Fn(bool) -> Duration + Send + Sync + 'static,
@@ -163,9 +163,9 @@ impl Session {
         }
     }
 
-    /// Writes one file to the site: to `TO.part`, resuming an interrupted transfer, and renamed to `to` when it is complete. A
-    /// name that would be too long is replaced by its digest. The parent folder must exist. `progress` gets the number of
-    /// bytes at the site.
+    /// Writes one file to the site: to `TO.part`, resuming an interrupted transfer, and renamed to `to` when it is
+    /// complete. A name that would be too long is replaced by its digest. The parent folder must exist. `progress` gets
+    /// the number of bytes at the site.
     ///
     /// Returns the SHA-256 of the file at the site. The caller has to compare it: a `.part` may belong to another file.
     ///
@@ -190,8 +190,8 @@ impl Session {
     }
 
     /// Fetches one file of this size while the site computes its SHA-256. As soon as the digest is known, `is_known` says
-    /// whether the transfer can stop. Returns the digest at the site and, unless it stopped, that of the local file, which is
-    /// shorter if the file has shrunk.
+    /// whether the transfer can stop. Returns the digest at the site and, unless it stopped, that of the local file,
+    /// which is shorter if the file has shrunk.
     ///
     /// # Errors
     /// As [`Self::get`], and errors of `is_known`.
@@ -279,8 +279,8 @@ impl Session {
     }
 }
 
-/// Files of at least this size are hashed at the site by a Python program during the transfer. For a smaller one, starting
-/// the program takes longer than hashing.
+/// Files of at least this size are hashed at the site by a Python program during the transfer. For a smaller one,
+/// starting the program takes longer than hashing.
 const HASHED_ON_THE_WAY_FROM: u64 = 16 << 20;
 
 /// A command that prints the SHA-256 of its standard input. OpenSSL uses the processor's SHA instructions, unlike many

@@ -1,5 +1,5 @@
-//! The traces of many local programs in the process that launched them. A separate test binary, since it counts resources of
-//! the whole process.
+//! The traces of many local programs in the process that launched them. A separate test binary, since it counts resources
+//! of the whole process.
 
 #![expect(clippy::unwrap_used, reason = "the functions that the tests share are tests too")]
 

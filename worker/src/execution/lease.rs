@@ -53,8 +53,8 @@ impl Lease {
         }
     }
 
-    /// Waits until the lease is trusted. A passed deadline does not mean that the lease is lost; the next beat decides. If it
-    /// is lost, this never returns, and its caller is dropped.
+    /// Waits until the lease is trusted. A passed deadline does not mean that the lease is lost; the next beat decides.
+    /// If it is lost, this never returns, and its caller is dropped.
     pub(crate) async fn trusted(&self) {
         let mut renewals = self.renewals();
         while !self.is_trusted(boottime_ms()) {

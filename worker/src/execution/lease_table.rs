@@ -83,8 +83,8 @@ impl Drop for ClaimGuard {
 }
 
 impl LeaseTable {
-    /// Begins a claim. `None` if a claim of the same process is under way; that claim tries again if it finds nothing, so the
-    /// caller's message needs no claim.
+    /// Begins a claim. `None` if a claim of the same process is under way; that claim tries again if it finds nothing, so
+    /// the caller's message needs no claim.
     pub(crate) fn begin_claim(self: &Arc<Self>, pid: Pid) -> Option<ClaimGuard> {
         match self.lock().claiming.entry(pid) {
             hash_map::Entry::Occupied(mut claim) => {
@@ -193,8 +193,8 @@ impl LeaseTable {
         }
     }
 
-    /// Stops the attempt at once, without further writes, because its row is not held under this fence. An attempt that is
-    /// writing is spared: that write may have taken the row out of `held`, and its answer says so.
+    /// Stops the attempt at once, without further writes, because its row is not held under this fence. An attempt that
+    /// is writing is spared: that write may have taken the row out of `held`, and its answer says so.
     pub(crate) fn abandon(&self, fence: Fence) {
         let table = self.lock();
         let entry = table.entries.get(&fence.pid).filter(|entry| entry.fence == fence);

@@ -27,7 +27,8 @@ pub(crate) struct Backoff {
 }
 
 impl Backoff {
-    /// Counts a failure with a message, which may concern one process, and returns how long to keep it before giving it back.
+    /// Counts a failure with a message, which may concern one process, and returns how long to keep it before giving it
+    /// back.
     pub(crate) fn next_pause(&self, pid: Option<Pid>) -> Duration {
         let in_a_row = self.in_a_row.fetch_add(1, Ordering::Relaxed);
         let of_pid = pid.map_or(0, |pid| {

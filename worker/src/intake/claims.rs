@@ -46,8 +46,8 @@ impl Claims {
         (claim, guard)
     }
 
-    /// Enters a claimed process into the table and assigns it to the thread with the fewest processes, avoiding blocked ones.
-    /// The returned future starts it there.
+    /// Enters a claimed process into the table and assigns it to the thread with the fewest processes, avoiding blocked
+    /// ones. The returned future starts it there.
     pub(crate) fn start(
         &self,
         claimed: Box<Claimed>,

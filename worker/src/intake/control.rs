@@ -1,4 +1,5 @@
-//! Control messages: to one process by the worker's own queue, to many by broadcast, from Baton's programs and from outside.
+//! Control messages: to one process by the worker's own queue, to many by broadcast, from Baton's programs and from
+//! outside.
 //!
 //! A control message carries no decision. Baton's programs write the request into the row before they send the message; a
 //! request from outside is written here first. Then the worker reads the row and passes the request to the process.
@@ -152,8 +153,8 @@ enum Refusal {
     Database(store::Error),
 }
 
-/// Writes a broadcast from outside into the rows, once in the fleet. If this worker dies meanwhile, the broker delivers the
-/// message to another worker, which resumes.
+/// Writes a broadcast from outside into the rows, once in the fleet. If this worker dies meanwhile, the broker delivers
+/// the message to another worker, which resumes.
 async fn record(
     handler: &Handler,
     control: Control,

@@ -1,4 +1,5 @@
-//! Claims without the broker: the worker claims queued processes straight from the database while a queue delivers nothing.
+//! Claims without the broker: the worker claims queued processes straight from the database while a queue delivers
+//! nothing.
 //!
 //! A broker that is away, under an alarm or without a majority, or a queue without a leader, must not stop the fleet. The
 //! claim is the same, so a late message finds nothing to claim. Workers compete for the same rows, which costs more than

@@ -1,5 +1,5 @@
-//! Quarantined processes: their holders have died repeatedly, so a worker holds one at a time. It claims the next as soon as
-//! that one has made a checkpoint or has left.
+//! Quarantined processes: their holders have died repeatedly, so a worker holds one at a time. It claims the next as soon
+//! as that one has made a checkpoint or has left.
 
 use std::collections::{BTreeSet, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -18,7 +18,8 @@ const WAITING_MAX: usize = 10_000;
 /// announces them again.
 pub(crate) struct Quarantine {
     waiting: Mutex<BTreeSet<(Pid, String)>>,
-    /// Notified when the next can be claimed: the last has made a checkpoint or has left, or the worker takes tasks again.
+    /// Notified when the next can be claimed: the last has made a checkpoint or has left, or the worker takes tasks
+    /// again.
     turn: Arc<Notify>,
 }
 

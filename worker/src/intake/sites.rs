@@ -1,5 +1,5 @@
-//! Processes that wait for a site, claimed when the site is available. A loop for each site runs once a second and after every
-//! change.
+//! Processes that wait for a site, claimed when the site is available. A loop for each site runs once a second and after
+//! every change.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -56,8 +56,8 @@ async fn look(claims: &Arc<Claims>, site: &Site, watch: &mut Watch) {
     if !claims.execution.gate.takes_tasks() {
         return;
     }
-    // If processes wait and this worker has no usable session, it tries to open one; otherwise other workers take them. The
-    // worker with the watch makes room for jobs, but without jobs there is no watch.
+    // If processes wait and this worker has no usable session, it tries to open one; otherwise other workers take them.
+    // The worker with the watch makes room for jobs, but without jobs there is no watch.
     let needs_session = work.waits_for_slot || (work.waits_for_room && !work.has_jobs);
     if needs_session && site.pool.n_young() == 0 {
         drop(site.pool.lease().await);

@@ -167,8 +167,8 @@ impl Known {
         }
     }
 
-    /// Reads the beat once more after an answer that suggests a rollback. A single answer is not enough, since it may belong
-    /// to an earlier question. Returns the evidence if the database was rolled back.
+    /// Reads the beat once more after an answer that suggests a rollback. A single answer is not enough, since it may
+    /// belong to an earlier question. Returns the evidence if the database was rolled back.
     async fn rollback(&self, heartbeat: &Heartbeat, answer: Beat) -> Option<String> {
         let last_beat = self.last_beat;
         match heartbeat.store.last_beat(heartbeat.identity.me).await {
@@ -197,9 +197,9 @@ fn is_older(answer: Beat, last_beat: i64, age: Duration) -> bool {
     }
 }
 
-/// Handles a database rollback: a commit that this worker has seen is missing. The database was restored from an older copy,
-/// or a standby that had not received everything was promoted. Everything recorded in between is lost, and processes would
-/// repeat work. So this pauses the fleet, which outlives every worker, until a person decides.
+/// Handles a database rollback: a commit that this worker has seen is missing. The database was restored from an older
+/// copy, or a standby that had not received everything was promoted. Everything recorded in between is lost, and
+/// processes would repeat work. So this pauses the fleet, which outlives every worker, until a person decides.
 async fn pause_after_rollback(heartbeat: &Heartbeat, evidence: &str) {
     error!(evidence, "database rollback detected; pausing the fleet and dropping all held processes");
     let reason = format!(

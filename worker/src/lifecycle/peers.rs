@@ -1,9 +1,9 @@
 //! Failure detection: every worker watches the beats of all others and declares a worker gone whose beat does not change.
 //!
-//! That takes a whole lease. It is faster if a beat is missed and the broker says twice that the worker's control queue does
-//! not exist, over the same connection over which the queue was seen before. Neither a restart of the database nor one of
-//! the broker fences a worker: the first stops the reading of beats as well, and the second ends the connections over which
-//! the queues were seen.
+//! That takes a whole lease. It is faster if a beat is missed and the broker says twice that the worker's control queue
+//! does not exist, over the same connection over which the queue was seen before. Neither a restart of the database nor
+//! one of the broker fences a worker: the first stops the reading of beats as well, and the second ends the connections
+//! over which the queues were seen.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -102,8 +102,8 @@ pub struct Watch {
 }
 
 impl Watch {
-    /// Looks at the beats, and declares workers gone whose beat has not changed for a whole lease. Call it about every half
-    /// second. Returns whether a worker was declared gone.
+    /// Looks at the beats, and declares workers gone whose beat has not changed for a whole lease. Call it about every
+    /// half second. Returns whether a worker was declared gone.
     ///
     /// # Errors
     /// The database does not answer; the observations start again.

@@ -1,5 +1,5 @@
-//! Detection of shortages: the worker probes its machine, reports a shortage in the log and in its row, and probes on until it
-//! is over.
+//! Detection of shortages: the worker probes its machine, reports a shortage in the log and in its row, and probes on
+//! until it is over.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -21,8 +21,8 @@ const PROBE_INTERVAL: Duration = Duration::from_secs(3);
 /// Probes between two that start a child process, which costs milliseconds; the others cost microseconds.
 const CHILD_EVERY: u64 = 2;
 
-/// The first and the longest pause between probes during a shortage; it doubles. It also grows over consecutive shortages,
-/// so a worker with too many slots for its machine does not take and give back all the time.
+/// The first and the longest pause between probes during a shortage; it doubles. It also grows over consecutive
+/// shortages, so a worker with too many slots for its machine does not take and give back all the time.
 const SHORT_PAUSE_MIN: Duration = Duration::from_secs(1);
 const SHORT_PAUSE_MAX: Duration = Duration::from_secs(10);
 

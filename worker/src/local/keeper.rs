@@ -228,8 +228,8 @@ impl Shim {
         serde_json::from_str(&self.reports.next_line().await.ok()??).ok()
     }
 
-    /// Sends a line. A shim that lets the pipe fill up is stuck and is killed. A write error is ignored: the shim has ended,
-    /// and its last report may still be in the pipe.
+    /// Sends a line. A shim that lets the pipe fill up is stuck and is killed. A write error is ignored: the shim has
+    /// ended, and its last report may still be in the pipe.
     async fn say(&mut self, line: &str) {
         let Some(input) = &mut self.input else { return };
         if timeout(ANSWER_LIMIT, input.write_all(line.as_bytes())).await.is_err() {

@@ -48,8 +48,8 @@ impl Capture {
         self.total_bytes - self.head.len() as u64 - self.tail.len() as u64
     }
 
-    /// The last line that is not blank, trimmed, at most 200 characters. A carriage return starts a line too, since progress
-    /// displays use it.
+    /// The last line that is not blank, trimmed, at most 200 characters. A carriage return starts a line too, since
+    /// progress displays use it.
     pub fn last_line(&self) -> Option<String> {
         // The head's end is the line before the tail only if no bytes are omitted.
         let text = if self.omitted_bytes() == 0 { [&*self.head, &*self.tail].concat() } else { self.tail.clone() };
@@ -72,7 +72,8 @@ pub fn read_from(path: &Path, offset: u64, max_bytes: u64) -> io::Result<Vec<u8>
     Ok(bytes)
 }
 
-/// Opens an output file. A program may replace it, so links and pipes are not opened, and files of another user are ignored.
+/// Opens an output file. A program may replace it, so links and pipes are not opened, and files of another user are
+/// ignored.
 fn open(path: &Path) -> io::Result<Option<File>> {
     let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK;
     match File::options().read(true).custom_flags(flags.bits().cast_signed()).open(path) {

@@ -49,8 +49,8 @@ pub(crate) struct Prober {
 }
 
 impl Prober {
-    /// Returns the shortage of the machine for a program below this root that runs as this user. Starts a child process only
-    /// with `with_child`.
+    /// Returns the shortage of the machine for a program below this root that runs as this user. Starts a child process
+    /// only with `with_child`.
     pub(crate) async fn probe(&mut self, root: &Path, user: Option<&User>, with_child: bool) -> Option<Shortage> {
         // Memory comes before threads: without it a new thread may abort the program instead of failing.
         if let Some(shortage) = open_files().or_else(memory).or_else(threads) {

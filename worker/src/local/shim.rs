@@ -1,10 +1,10 @@
 //! The shim: a small process between a worker and one local program that makes sure the program ends completely.
 //!
 //! A worker starts its own executable as `<exe> shim`. The shim is the subreaper of the program's descendants, so even a
-//! process that forked, called setsid and closed its pipes stays below it. The shim ends all of them when the program ends,
-//! when the worker asks for it, when its standard input closes (the worker died), or when the worker's lease is not renewed
-//! (the worker is frozen or cut off). If the shim itself is killed, its parent-death signal kills the program, and the
-//! worker ends the rest.
+//! process that forked, called setsid and closed its pipes stays below it. The shim ends all of them when the program
+//! ends, when the worker asks for it, when its standard input closes (the worker died), or when the worker's lease is not
+//! renewed (the worker is frozen or cut off). If the shim itself is killed, its parent-death signal kills the program,
+//! and the worker ends the rest.
 //!
 //! The code is plain and blocking, without a runtime: there is one shim for each program.
 

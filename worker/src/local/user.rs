@@ -129,8 +129,8 @@ impl Ids {
         self.command(PROBE, root.as_os_str())
     }
 
-    /// Sends KILL to the remaining processes of this user's program, as [`tree::kill_marked`] does. A child does it as the
-    /// user: root in a container may not read the environment of another user's processes.
+    /// Sends KILL to the remaining processes of this user's program, as [`tree::kill_marked`] does. A child does it as
+    /// the user: root in a container may not read the environment of another user's processes.
     ///
     /// # Errors
     /// The child could not be started.

@@ -1,8 +1,8 @@
 //! Hides the passwords of a program: other users can read its environment and its command line.
 //!
 //! A program cannot change the environment and the arguments that the system shows for it. So it executes itself again
-//! without them and hands them over in a file in memory. It is not dumpable from the start, so only root can read its memory
-//! and its open files.
+//! without them and hands them over in a file in memory. It is not dumpable from the start, so only root can read its
+//! memory and its open files.
 
 use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
@@ -40,8 +40,8 @@ struct Handover {
     variables: BTreeMap<String, String>,
 }
 
-/// Hides the passwords of this program. Returns its original arguments with the URLs of the environment added. Call it first
-/// in `main`, before any thread starts. It may execute the program again instead of returning.
+/// Hides the passwords of this program. Returns its original arguments with the URLs of the environment added. Call it
+/// first in `main`, before any thread starts. It may execute the program again instead of returning.
 pub fn begin() -> Vec<OsString> {
     // This fails on no Linux, and it is only a second line of defence.
     let _ = set_dumpable_behavior(DumpableBehavior::NotDumpable);
@@ -80,8 +80,8 @@ pub fn arguments() -> Vec<String> {
     given.into_iter().map(|argument| argument.to_string_lossy().into_owned()).collect()
 }
 
-/// Marks inherited descriptors, except the three standard streams, as close-on-exec. They stay open in this program, since
-/// one may hold a lock.
+/// Marks inherited descriptors, except the three standard streams, as close-on-exec. They stay open in this program,
+/// since one may hold a lock.
 pub(crate) fn keep_inherited() {
     close_fds::set_fds_cloexec(3, &[]);
 }

@@ -1,6 +1,6 @@
-//! The limit of open files. A worker needs several for each program that it runs, so it raises its own soft limit as far as
-//! it may. Programs that still call `select` break beyond the usual 1,024, so the programs of a worker get the limit with
-//! which the worker was started.
+//! The limit of open files. A worker needs several for each program that it runs, so it raises its own soft limit as far
+//! as it may. Programs that still call `select` break beyond the usual 1,024, so the programs of a worker get the limit
+//! with which the worker was started.
 
 use std::fs::File;
 use std::sync::OnceLock;

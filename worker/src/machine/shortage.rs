@@ -1,7 +1,7 @@
 //! Shortages of the worker's machine: disk space, inodes, memory, processes, open files.
 //!
-//! A shortage costs no process a try. A process that meets one goes back to the queue at no charge, and the worker takes no
-//! more processes until the resource is available again.
+//! A shortage costs no process a try. A process that meets one goes back to the queue at no charge, and the worker takes
+//! no more processes until the resource is available again.
 
 use std::fs;
 use std::io;
@@ -20,8 +20,8 @@ use tokio::task::JoinHandle;
 /// Memory that must be available on the machine.
 pub(crate) const FREE_MEMORY_MIN: u64 = 16 << 20;
 
-/// Address space that must be left below its limit. Threads and allocators reserve it in large pieces, and some code aborts
-/// the program if it gets none.
+/// Address space that must be left below its limit. Threads and allocators reserve it in large pieces, and some code
+/// aborts the program if it gets none.
 const FREE_ADDRESS_SPACE_MIN: u64 = 96 << 20;
 
 /// The current shortage of this worker, if any.
@@ -90,8 +90,8 @@ pub(crate) fn lack_of(error: &io::Error) -> Option<Lack> {
     }
 }
 
-/// The shortage behind an error with a file below the root that only Baton has written. Such an error is never the fault of
-/// the process.
+/// The shortage behind an error with a file below the root that only Baton has written. Such an error is never the fault
+/// of the process.
 pub(crate) fn below_root(path: &Path, error: &io::Error) -> Shortage {
     let lack = match lack_of(error) {
         Some(Lack::Disk) if has_no_inodes(path) => Lack::Inodes,

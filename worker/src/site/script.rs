@@ -7,9 +7,9 @@
 //! `.baton/again`.
 //!
 //! The inner layer, `.baton/program`, runs as a child process in the shell of the site: the lines of `pre`, then the
-//! program with its variables. It cannot affect the shell or the environment of the outer layer, which gives each of its own
-//! commands a clean environment. The inner layer makes the file `.baton/running` right before it starts the program, by a
-//! redirection alone, so that no function or alias can prevent it.
+//! program with its variables. It cannot affect the shell or the environment of the outer layer, which gives each of its
+//! own commands a clean environment. The inner layer makes the file `.baton/running` right before it starts the program,
+//! by a redirection alone, so that no function or alias can prevent it.
 
 use std::fmt::Write as _;
 
@@ -26,14 +26,15 @@ pub(crate) const FOLDER: &str = ".baton";
 /// The file that the script of a requeued job leaves.
 pub(crate) const AGAIN: &str = "again";
 
-/// The file that is made right before the program starts. A folder of this name means that the program has not started and
-/// cannot start any more.
+/// The file that is made right before the program starts. A folder of this name means that the program has not started
+/// and cannot start any more.
 const RUNNING: &str = "running";
 
 /// Space reserved for `done.json`, in bytes; blanks after its line are ignored.
 const DONE_BYTES: usize = 127;
 
-/// The placeholder in that space until the end. Scripts of earlier versions wrote blanks there when they started the program.
+/// The placeholder in that space until the end. Scripts of earlier versions wrote blanks there when they started the
+/// program.
 const IN_PRE: &str = "pre";
 
 /// The exit of `timeout` for a program that it ended, and for one that it killed.
@@ -148,8 +149,8 @@ set -- "$1" "$2" "$3" "$?"
         text
     }
 
-    /// The command that runs the inner layer. If the script enforces the time limit, `timeout` does so, and it gives the layer
-    /// its own process group, so that a signal to that group does not reach the outer layer.
+    /// The command that runs the inner layer. If the script enforces the time limit, `timeout` does so, and it gives the
+    /// layer its own process group, so that a signal to that group does not reach the outer layer.
     fn run(&self) -> String {
         let shell = self.site.shell.iter().map(|word| quote(word)).collect::<Vec<_>>().join(" ");
         match self.launcher.time_limit(self.spec) {
@@ -158,7 +159,8 @@ set -- "$1" "$2" "$3" "$?"
         }
     }
 
-    /// The part after the inner layer, with the job in `$1`, the start of the layer in `$2` and `$3`, and its exit in `$4`.
+    /// The part after the inner layer, with the job in `$1`, the start of the layer in `$2` and `$3`, and its exit in
+    /// `$4`.
     fn ending(&self) -> String {
         let [started, job, running, exits] = ["started", "started/job", RUNNING, "exit."].map(|name| self.own(name));
         let [part, done] = ["done.json.part", "done.json"].map(|name| self.own(name));
@@ -246,8 +248,8 @@ exit "$baton_exit"
     }
 }
 
-/// Returns the command of the system for a script with `#!`: the interpreter, and the rest of the line as one argument. With
-/// it, neither the script nor its file system needs the permission to be executed.
+/// Returns the command of the system for a script with `#!`: the interpreter, and the rest of the line as one argument.
+/// With it, neither the script nor its file system needs the permission to be executed.
 fn interpreter(script: &str) -> Option<Vec<String>> {
     let blanks = [' ', '\t'];
     let line = script.strip_prefix("#!")?.lines().next()?.trim_matches(blanks);
@@ -267,15 +269,15 @@ fn unix_lines(text: &str) -> String {
     text.strip_suffix('\r').unwrap_or(&text).to_owned()
 }
 
-/// A command that gives a try up unless its script has started, in one atomic step. It prints [`GIVEN_UP`] if the try is given
-/// up, now or before.
+/// A command that gives a try up unless its script has started, in one atomic step. It prints [`GIVEN_UP`] if the try is
+/// given up, now or before.
 pub(crate) fn give_up(dir: &str) -> String {
     let started = quote(&format!("{dir}/{FOLDER}/started"));
     format!("ln -sT given-up {started} 2>/dev/null; [ ! -L {started} ] || echo {GIVEN_UP}\n")
 }
 
-/// A command that prints the job in the mark of the script. It prints [`UNMARKED`] if there is no mark: the script has not
-/// started the program. That is certain only for an old try whose job is not listed.
+/// A command that prints the job in the mark of the script. It prints [`UNMARKED`] if there is no mark: the script has
+/// not started the program. That is certain only for an old try whose job is not listed.
 pub(crate) fn look_for_mark(dir: &str) -> String {
     let started = quote(&format!("{dir}/{FOLDER}/started"));
     format!(
@@ -283,8 +285,8 @@ pub(crate) fn look_for_mark(dir: &str) -> String {
     )
 }
 
-/// A command that prints the traces of a job without `done.json`: [`GIVEN_UP`], [`AGAIN`], [`BEGUN`] if its script came to the
-/// lines of `pre`, and [`RAN`] if the program was started.
+/// A command that prints the traces of a job without `done.json`: [`GIVEN_UP`], [`AGAIN`], [`BEGUN`] if its script came
+/// to the lines of `pre`, and [`RAN`] if the program was started.
 pub(crate) fn look_for_start(dir: &str) -> String {
     let [started, again, running, part] =
         ["started", AGAIN, RUNNING, "done.json.part"].map(|name| quote(&format!("{dir}/{FOLDER}/{name}")));

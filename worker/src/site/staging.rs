@@ -1,8 +1,8 @@
 //! Staging: files go to a site before a job, and results come back after it. Every file is verified in both directions.
 //!
 //! Small files go as one stream, a tar archive. A large file goes to the site's cache, named by its SHA-256, once for all
-//! processes that need it, and is copied from there. An interrupted upload resumes, and no file is used before its digest is
-//! verified. Results are in the object store before the state of the process says that it has ended.
+//! processes that need it, and is copied from there. An interrupted upload resumes, and no file is used before its digest
+//! is verified. Results are in the object store before the state of the process says that it has ended.
 
 mod inputs;
 mod listing;
@@ -239,8 +239,8 @@ impl Staging<'_> {
         }
     }
 
-    /// The temporary name of an incomplete file in its target folder. It is unique for the try, since another try may write
-    /// the same file.
+    /// The temporary name of an incomplete file in its target folder. It is unique for the try, since another try may
+    /// write the same file.
     fn part(&self) -> String {
         format!(".baton-{}-{}", self.context.pid(), self.context.try_number())
     }
@@ -252,8 +252,8 @@ impl Staging<'_> {
     }
 }
 
-/// A second name of the script of a try, next to its folder. If this is the only name left, the program removed the folder;
-/// otherwise the file system only shows it late.
+/// A second name of the script of a try, next to its folder. If this is the only name left, the program removed the
+/// folder; otherwise the file system only shows it late.
 pub(crate) fn second_name(dir: &str) -> String {
     let (folder, try_number) = dir.rsplit_once('/').unwrap_or((".", dir));
     format!("{folder}/.{try_number}")

@@ -1,10 +1,10 @@
 //! The watch over the jobs of a site. One worker of the fleet has the watch and lists all jobs at an interval, over one
 //! persistent shell.
 //!
-//! A launcher's list ends no process. It wakes the process, which reads the files of its script. A job that is missing in a
-//! list has ended only if its script says so, or if it is missing repeatedly and the launcher, asked for this job alone,
-//! confirms that it is gone. A list that fails or is malformed says nothing about any job. The watch also ends jobs that are
-//! no longer wanted, and jobs that appear after they were taken for gone.
+//! A launcher's list ends no process. It wakes the process, which reads the files of its script. A job that is missing in
+//! a list has ended only if its script says so, or if it is missing repeatedly and the launcher, asked for this job
+//! alone, confirms that it is gone. A list that fails or is malformed says nothing about any job. The watch also ends
+//! jobs that are no longer wanted, and jobs that appear after they were taken for gone.
 
 use std::collections::{HashMap, HashSet};
 use std::fmt::Write as _;
@@ -215,7 +215,8 @@ fn unchanged(job: &Job) -> Seen {
     Seen { pid: job.pid, try_number: job.try_number, external_id: None, look: job.look.clone(), is_ended: false }
 }
 
-/// A job as this look shows it: by the list, by its script (`is_done`), or by the launcher's confirmation that it is gone.
+/// A job as this look shows it: by the list, by its script (`is_done`), or by the launcher's confirmation that it is
+/// gone.
 fn seen_now(
     job: &Job,
     listed: Option<&Listed>,
@@ -281,8 +282,8 @@ impl<'a> Found<'a> {
     }
 }
 
-/// Returns those of the missing jobs that the launcher confirms as gone, with their statuses. An empty or incomplete list is
-/// not a confirmation.
+/// Returns those of the missing jobs that the launcher confirms as gone, with their statuses. An empty or incomplete list
+/// is not a confirmation.
 async fn gone(site: &Site, open: &mut Open, absent: &[&Job]) -> Result<HashMap<String, String>, Failure> {
     let mut ids: Vec<&str> = absent.iter().filter_map(|job| job.external_id.as_deref()).collect();
     let Some(n_looks) = absent.iter().map(|job| job.look.absent).max() else { return Ok(HashMap::new()) };
@@ -300,8 +301,8 @@ async fn gone(site: &Site, open: &mut Open, absent: &[&Job]) -> Result<HashMap<S
     Ok(pairs.map(|(id, word)| (id.to_owned(), word.to_owned())).collect())
 }
 
-/// Ends jobs that appear although their rows have ended: a submission that took effect late, or a job that the launcher had
-/// lost. A token without a row belongs to another fleet.
+/// Ends jobs that appear although their rows have ended: a submission that took effect late, or a job that the launcher
+/// had lost. A token without a row belongs to another fleet.
 async fn end_strays(site: &Site, open: &mut Open, jobs: &[Job], found: &Found<'_>) -> Result<(), Failure> {
     let known: HashSet<String> = jobs.iter().map(Job::token).collect();
     let strange = found.0.values().filter(|one| one.phase != Phase::Ended && !known.contains(&one.token));

@@ -222,8 +222,8 @@ impl Answer {
     }
 }
 
-/// Splits a line of OpenSSH's answer into files. OpenSSH removes the quotes around names with blanks, so the longest prefix
-/// that names a file counts as one.
+/// Splits a line of OpenSSH's answer into files. OpenSSH removes the quotes around names with blanks, so the longest
+/// prefix that names a file counts as one.
 fn files_of(names: &str, is_file: impl Fn(&Path) -> bool) -> Vec<PathBuf> {
     let words: Vec<&str> = names.split(' ').collect();
     let mut files = Vec::new();

@@ -1,8 +1,8 @@
-//! Downloads from a site: one stream for each file, which resumes an interrupted transfer. A stream takes half the time of
-//! SFTP's requests and answers.
+//! Downloads from a site: one stream for each file, which resumes an interrupted transfer. A stream takes half the time
+//! of SFTP's requests and answers.
 //!
-//! The program that sends a large file also hashes it, whenever the connection takes no data. Without Python at the site, one
-//! program hashes the file while another sends it.
+//! The program that sends a large file also hashes it, whenever the connection takes no data. Without Python at the site,
+//! one program hashes the file while another sends it.
 
 use std::convert::Infallible;
 use std::path::Path;
@@ -25,9 +25,9 @@ const SENT: i32 = 46;
 const CUT: i32 = 45;
 
 /// Sends its standard input, from a position up to a length, to descriptor 3, and prints the SHA-256 of the whole file to
-/// descriptor 4 as soon as it is known. It sends without copying and hashes while the pipe is full. After hashing it waits
-/// a little when the pipe becomes writable, so that more than one page is free: a reader at 400 MB/s takes 200 KB of the
-/// 1 MB in the pipe meanwhile. Wrappers of this process may write to its standard outputs.
+/// descriptor 4 as soon as it is known. It sends without copying and hashes while the pipe is full. After hashing it
+/// waits a little when the pipe becomes writable, so that more than one page is free: a reader at 400 MB/s takes 200 KB
+/// of the 1 MB in the pipe meanwhile. Wrappers of this process may write to its standard outputs.
 const SEND: &str = "
 import fcntl, hashlib, os, select, sys, time
 begin, size, all_sent, cut = map(int, sys.argv[1:])

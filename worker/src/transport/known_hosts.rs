@@ -112,8 +112,8 @@ impl KnownKeys {
         Err(Error::UnknownHostKey { host: self.host.clone(), fingerprint: fingerprint(shown.public_key()), remedy })
     }
 
-    /// Checks a certificate by the rules of OpenSSH's PROTOCOL.certkeys. Unlike there, one without principals, which is valid
-    /// for every host, is not trusted.
+    /// Checks a certificate by the rules of OpenSSH's PROTOCOL.certkeys. Unlike there, one without principals, which is
+    /// valid for every host, is not trusted.
     fn is_vouched_for(&self, shown: &Certificate) -> Result<(), String> {
         if shown.cert_type() != CertType::Host {
             return Err("is one for users".to_owned());
@@ -158,8 +158,8 @@ fn fingerprint(key: &KeyData) -> String {
     key.fingerprint(HashAlg::Sha256).to_string()
 }
 
-/// Whether the first word of a line, patterns with `*` and `?` or a hashed name, matches one of a host's names. A matching
-/// pattern with `!` excludes the host.
+/// Whether the first word of a line, patterns with `*` and `?` or a hashed name, matches one of a host's names. A
+/// matching pattern with `!` excludes the host.
 fn is_named(hosts: &str, names: &[&str]) -> bool {
     if hosts.starts_with('|') {
         return names.iter().any(|name| is_hash_of(hosts, name));

@@ -223,8 +223,8 @@ pub(crate) fn beside(path: &Path, ending: &str) -> PathBuf {
     path.with_file_name(format!(".baton-{}{ending}", &Digest::of(name).to_string()[..16]))
 }
 
-/// Opens a file to resume an interrupted transfer. Returns the file and its position. A file that is longer than the source
-/// starts again from 0.
+/// Opens a file to resume an interrupted transfer. Returns the file and its position. A file that is longer than the
+/// source starts again from 0.
 pub(super) async fn open_part(part: &Path, size: u64) -> Result<(File, u64), Error> {
     let failed = |error: std::io::Error| Error::local_file(part, &error);
     let mut file = OpenOptions::new().write(true).create(true).truncate(false).open(part).await.map_err(failed)?;

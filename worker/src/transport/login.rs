@@ -389,8 +389,8 @@ impl Login<'_> {
         self.after(answer.map_err(|error| error.to_string()), &what)
     }
 
-    /// Tries the certificates of a key: those in the configuration, and the one next to the key, as `ssh-keygen -s` and the
-    /// tools of sites write it.
+    /// Tries the certificates of a key: those in the configuration, and the one next to the key, as `ssh-keygen -s` and
+    /// the tools of sites write it.
     async fn with_certificates(
         &mut self,
         key: &KeyData,

@@ -1,8 +1,8 @@
 //! Marks that separate the output of a command from that of the login shell.
 //!
-//! A login shell may print text before and after a command, on both outputs, and may exit with another code. So each output
-//! of the command is enclosed in marks that are unique for the connection, and its exit code follows the last mark of its
-//! standard output.
+//! A login shell may print text before and after a command, on both outputs, and may exit with another code. So each
+//! output of the command is enclosed in marks that are unique for the connection, and its exit code follows the last mark
+//! of its standard output.
 
 use bytes::{Bytes, BytesMut};
 
@@ -51,8 +51,8 @@ impl Marks {
         Marked::new(format!("{}<e\n", self.0), format!("{}>e", self.0))
     }
 
-    /// A script that runs its first argument as a command, prints the marks around its outputs, and exits with its code; a
-    /// signal to `$$` ends the script. The marks of the standard output are the inner ones, in case a login merges both
+    /// A script that runs its first argument as a command, prints the marks around its outputs, and exits with its code;
+    /// a signal to `$$` ends the script. The marks of the standard output are the inner ones, in case a login merges both
     /// outputs.
     pub(super) fn script(&self) -> String {
         let mark = &self.0;

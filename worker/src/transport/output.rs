@@ -34,8 +34,8 @@ impl Output {
         last.unwrap_or_else(|| end_text(self.exit, self.signal.as_deref()))
     }
 
-    /// The standard error of a failed command, shortened to one line, or its exit. If some lines mention an error, the others
-    /// are omitted.
+    /// The standard error of a failed command, shortened to one line, or its exit. If some lines mention an error, the
+    /// others are omitted.
     pub(crate) fn complaints(&self) -> String {
         let stderr = String::from_utf8_lossy(&self.stderr);
         let errors: Vec<&str> = stderr.lines().filter(|line| line.to_lowercase().contains("error")).collect();

@@ -42,8 +42,8 @@ pub(super) struct PartFile {
 }
 
 impl PartFile {
-    /// Opens the part file to resume an interrupted transfer. Dropping the guard stops all writing, so that another transfer
-    /// can resume from the part even if this value lives on in another task.
+    /// Opens the part file to resume an interrupted transfer. Dropping the guard stops all writing, so that another
+    /// transfer can resume from the part even if this value lives on in another task.
     pub(super) async fn open(to: &Path, size: u64) -> Result<(Self, DropGuard), Error> {
         let part = part_of(to);
         let (file, done) = open_part(&part, size).await?;

@@ -15,8 +15,8 @@ use super::{Error, Output, local, ssh};
 /// Bytes of the input read at a time.
 const PIECE: usize = 64 << 10;
 
-/// How long a command may stall, with no byte moving in either direction. Evaluated again after each move; the argument is
-/// whether the command has received all its input.
+/// How long a command may stall, with no byte moving in either direction. Evaluated again after each move; the argument
+/// is whether the command has received all its input.
 pub(super) type Limit<'a> = &'a (dyn Fn(bool) -> Duration + Sync);
 
 /// An item of a command's output.
@@ -213,8 +213,8 @@ fn stream_error(error: impl Display) -> Error {
     Error::file("the output of the command", error)
 }
 
-/// Feeds the input to the command. If the input cannot be read, the command is killed, so that it never takes a part for the
-/// whole.
+/// Feeds the input to the command. If the input cannot be read, the command is killed, so that it never takes a part for
+/// the whole.
 async fn feed(mut stdin: Input<'_>, mut input: impl AsyncRead + Send + Unpin, moved: &Moved) -> Result<(), Error> {
     let mut buffer = BytesMut::new();
     loop {

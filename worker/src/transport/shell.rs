@@ -20,8 +20,8 @@ impl Shell {
         Self { running: Some(running) }
     }
 
-    /// Runs a script in its own subshell with empty standard input, and waits for its end. Background programs of the script
-    /// must redirect their outputs.
+    /// Runs a script in its own subshell with empty standard input, and waits for its end. Background programs of the
+    /// script must redirect their outputs.
     ///
     /// # Errors
     /// [`Error::TimedOut`], [`Error::TooMuchOutput`] and errors of the transport break the shell: later runs return

@@ -114,8 +114,8 @@ impl Connection {
         Error::Broken(self.0.ending.reason())
     }
 
-    /// Opens a channel, which is closed even if the future is dropped. If the server refuses it, waits for abandoned channels
-    /// to close and tries again.
+    /// Opens a channel, which is closed even if the future is dropped. If the server refuses it, waits for abandoned
+    /// channels to close and tries again.
     async fn channel(&self) -> Result<Open, Error> {
         let mut channels = self.0.channels.subscribe();
         let mut n_settled = 0;
@@ -276,8 +276,8 @@ impl Drop for Command {
     fn drop(&mut self) {
         let Some(write) = self.input.0.take().filter(|_| !self.outputs.has_ended) else { return };
         let Some(mut read) = self.outputs.read.take() else { return };
-        // The server counts the command until it has ended, even if the channel is closed, and it reports the end only on a
-        // channel that is still open.
+        // The server counts the command until it has ended, even if the channel is closed, and it reports the end only on
+        // a channel that is still open.
         self.outputs.connection.close_later(async move {
             let _ = write.signal(Sig::KILL).await;
             let _ = write.eof().await;
@@ -394,8 +394,8 @@ fn signal_text(signal: &Sig) -> String {
     }
 }
 
-/// The command line for the login shell. Every shell passes it on alike: one word in single quotes without line ends, quotes,
-/// double backslashes or `!`.
+/// The command line for the login shell. Every shell passes it on alike: one word in single quotes without line ends,
+/// quotes, double backslashes or `!`.
 fn command_line(command: &str, marks: &Marks, limit: Option<Duration>) -> String {
     let run = match limit {
         // A server that does not forward signals would keep the command running and count it.

@@ -1,5 +1,5 @@
-//! Files that are written without the page cache: they must be on the disk before they are reported as complete, and a copy in
-//! memory would only cost processor time.
+//! Files that are written without the page cache: they must be on the disk before they are reported as complete, and a
+//! copy in memory would only cost processor time.
 
 use std::fs::File;
 use std::io::{self, Write};

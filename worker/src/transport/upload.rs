@@ -1,8 +1,8 @@
-//! Uploads to a site: one stream for each file, which resumes an interrupted transfer. Data is written at its position, not
-//! appended, so late data of an abandoned connection only repeats the same bytes.
+//! Uploads to a site: one stream for each file, which resumes an interrupted transfer. Data is written at its position,
+//! not appended, so late data of an abandoned connection only repeats the same bytes.
 //!
-//! A stream takes half the time of SFTP's requests and answers, and `cat` reports a full disk or quota in the system's own
-//! words. An interrupted stream leaves a shorter file, which never gets its final name, although `cat` succeeds.
+//! A stream takes half the time of SFTP's requests and answers, and `cat` reports a full disk or quota in the system's
+//! own words. An interrupted stream leaves a shorter file, which never gets its final name, although `cat` succeeds.
 //!
 //! The site hashes the file while it grows, from the disk, not from the stream. Without Python at the site, the file is
 //! hashed when it is complete.
@@ -32,12 +32,12 @@ const UNREAD: i32 = 47;
 /// The exit of [`FOLLOW`] after it printed a digest. Exit 0 may come from another program named `python3`.
 const FOLLOWED: i32 = 46;
 
-/// Hashes its standard input while that file has the part's name, then the rest of it. It prints a digest only if the same
-/// file is the target in the end and has the expected size. It ends with its parent, and at once if another process is
-/// between them. (A pipe through a hashing program would cost as much processor time as the hashing.)
+/// Hashes its standard input while that file has the part's name, then the rest of it. It prints a digest only if the
+/// same file is the target in the end and has the expected size. It ends with its parent, and at once if another process
+/// is between them. (A pipe through a hashing program would cost as much processor time as the hashing.)
 ///
-/// Descriptor 3 is the pipe of the upload. It is enlarged to the maximum for unprivileged users: with the default of 64 KiB,
-/// writer and reader wait for each other after every piece (`tests/bench/sites files` measures the effect).
+/// Descriptor 3 is the pipe of the upload. It is enlarged to the maximum for unprivileged users: with the default of 64
+/// KiB, writer and reader wait for each other after every piece (`tests/bench/sites files` measures the effect).
 const FOLLOW: &str = "
 import fcntl, hashlib, os, sys, time
 part, target, size, parent, followed = sys.argv[1], sys.argv[2], *map(int, sys.argv[3:])

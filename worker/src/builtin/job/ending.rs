@@ -16,8 +16,8 @@ use crate::site::script::{self, AGAIN, BEGUN, GIVEN_UP, RAN};
 use crate::site::{Visit, staging};
 use crate::transport::{self, quote};
 
-/// How long to wait for `done.json` after the launcher ended a job, or lost it. After any other end the script should have
-/// written the file, so the site's `settle` applies.
+/// How long to wait for `done.json` after the launcher ended a job, or lost it. After any other end the script should
+/// have written the file, so the site's `settle` applies.
 const END_PATIENCE: Duration = Duration::from_secs(15);
 
 /// Jobs of a process that the site may lose before the process fails.

@@ -80,8 +80,8 @@ impl Run {
         (run, made)
     }
 
-    /// Parks the process unchanged for another worker. The pauses grow with the time since the first refusal, since nothing
-    /// says when a suitable worker starts; each costs two commits and a message.
+    /// Parks the process unchanged for another worker. The pauses grow with the time since the first refusal, since
+    /// nothing says when a suitable worker starts; each costs two commits and a message.
     pub(super) async fn refuse(&mut self, reason: String, refused_at: Option<i64>, most: Duration) {
         let pause = refusal_pause(self.claimed_at, refused_at).min(most);
         if refused_at.is_none() {

@@ -112,8 +112,8 @@ impl Run {
         }
     }
 
-    /// Ends the process if the database rejected its last write for good; otherwise every later holder would repeat the same
-    /// advance and the same write. If the end is rejected too, the reconciling beat gives the process back.
+    /// Ends the process if the database rejected its last write for good; otherwise every later holder would repeat the
+    /// same advance and the same write. If the end is rejected too, the reconciling beat gives the process back.
     pub(super) async fn end_if_rejected(&mut self, written: &Result<Option<Written>, StoreError>) -> bool {
         let Err(StoreError::Rejected(cause)) = written else { return false };
         if std::mem::replace(&mut self.is_rejected, true) {

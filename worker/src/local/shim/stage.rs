@@ -56,8 +56,8 @@ pub(super) fn memory_file(name: &str, text: &[u8]) -> io::Result<File> {
 /// Becomes the program. Standard input holds the [`Image`], standard output is a pipe for the report of a failure, and
 /// standard error is the program's.
 pub(super) fn main() -> ExitCode {
-    // Standard output becomes the program's, so the pipe to the shim moves to another descriptor. A successful exec closes
-    // it, and the shim reads the end of the pipe without a message.
+    // Standard output becomes the program's, so the pipe to the shim moves to another descriptor. A successful exec
+    // closes it, and the shim reads the end of the pipe without a message.
     let to_shim = io::stdout().as_fd().try_clone_to_owned().map(File::from);
     let (error, message, code, is_of_machine) = match become_program() {
         Ok((error, program)) => {

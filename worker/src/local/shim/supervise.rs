@@ -125,7 +125,8 @@ pub(super) fn run(order: &Order, input: impl BufRead + Send + 'static) -> Result
     Ok(ended)
 }
 
-/// Probes the start of a program: starts two threads and a process, as a shim does, and writes a small file to the folder.
+/// Probes the start of a program: starts two threads and a process, as a shim does, and writes a small file to the
+/// folder.
 pub(crate) fn try_start(folder: Option<&Path>) -> io::Result<()> {
     for name in ["requests", "reaper"] {
         // The thread does nothing and cannot panic.

@@ -12,8 +12,8 @@ struct Entry {
     group: i32,
 }
 
-/// Sends TERM once to every process below `root`, since programs may take a second TERM for "at once". Sends CONT too, since
-/// a stopped process cannot handle TERM. `main` leads a process group, which one call reaches.
+/// Sends TERM once to every process below `root`, since programs may take a second TERM for "at once". Sends CONT too,
+/// since a stopped process cannot handle TERM. `main` leads a process group, which one call reaches.
 pub(super) fn terminate(root: u32, main: u32) {
     let group = to_raw(main);
     if signal_group(group, Signal::TERM).is_none() {
@@ -29,8 +29,8 @@ pub(super) fn terminate(root: u32, main: u32) {
     }
 }
 
-/// Sends KILL to every process below `root` and to their groups: a signal to a group also reaches a child that a member is
-/// forking at this moment. Returns the number of processes; call it until none is left.
+/// Sends KILL to every process below `root` and to their groups: a signal to a group also reaches a child that a member
+/// is forking at this moment. Returns the number of processes; call it until none is left.
 pub(super) fn kill(root: u32) -> usize {
     let found = below(root);
     let own_group = read_entry(to_raw(root)).map(|entry| entry.group);

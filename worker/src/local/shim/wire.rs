@@ -54,8 +54,8 @@ pub struct Script {
 /// A request of the worker to a shim whose program runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Request {
-    /// The lease was renewed at this time. The time is part of the request, so a renewal that waited in the pipe while the
-    /// machine was frozen does not count as new.
+    /// The lease was renewed at this time. The time is part of the request, so a renewal that waited in the pipe while
+    /// the machine was frozen does not count as new.
     Renew {
         /// Milliseconds on CLOCK_BOOTTIME.
         leased_at_ms: u64,
@@ -105,8 +105,8 @@ pub struct Ended {
     pub user_ms: u64,
     /// Processor time of the program and its descendants, in the kernel.
     pub system_ms: u64,
-    /// The number of processes that survived KILL for half a minute: they hang in the kernel and end when it releases them,
-    /// or they belong to another user.
+    /// The number of processes that survived KILL for half a minute: they hang in the kernel and end when it releases
+    /// them, or they belong to another user.
     pub left_behind: u32,
 }
 

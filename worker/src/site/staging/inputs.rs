@@ -23,8 +23,8 @@ const STREAM_BYTES: usize = 256 * 1024;
 /// The longest pause before a process checks again for a file that another worker sends.
 const SENT_PAUSE: Duration = Duration::from_secs(20);
 
-/// The modification time of a verified file of the cache, in seconds since 1970: long ago. A file that was written to later has
-/// another one and is not used.
+/// The modification time of a verified file of the cache, in seconds since 1970: long ago. A file that was written to
+/// later has another one and is not used.
 const WHOLE_SINCE: u32 = 86_400;
 
 /// Prints `there` if the cache has an unchanged verified file, and updates its access time, by which the cache shrinks.
@@ -178,8 +178,8 @@ impl Staging<'_> {
         self.shrink_cache().await
     }
 
-    /// Shrinks the cache to its limits: the longest unused file goes first. Files that a sandbox of an earlier version links
-    /// stay.
+    /// Shrinks the cache to its limits: the longest unused file goes first. Files that a sandbox of an earlier version
+    /// links stay.
     async fn shrink_cache(&self) -> Result<(), Error> {
         let cache = self.site.config.cache;
         let script = format!(
@@ -199,8 +199,8 @@ impl Staging<'_> {
         self.run(&script, b"").await.map(drop)
     }
 
-    /// Copies a file of the cache into the sandbox, so that a write of the program changes no input of another process. Where
-    /// the file system supports it, the copy shares its blocks.
+    /// Copies a file of the cache into the sandbox, so that a write of the program changes no input of another process.
+    /// Where the file system supports it, the copy shares its blocks.
     async fn copy_cached(&self, cached: &str, path: &BytePath) -> Result<(), Error> {
         let script = "case $2 in */*) mkdir -p \"./${2%/*}\" || exit 1 ;; esac
              cp -T --reflink=auto --remove-destination \"$1\" \"./$2\" && chmod u+w \"./$2\"";
@@ -263,7 +263,8 @@ impl Staging<'_> {
             }
             How::Unpack => "unpack",
         };
-        // If this try is staged again, the file is moved already; a later try takes it from the sandbox of an earlier one.
+        // If this try is staged again, the file is moved already; a later try takes it from the sandbox of an earlier
+        // one.
         let taken = if input.how == How::Move {
             "if [ ! -e \"$from\" ]; then
                if [ -e \"$to\" ]; then exit 0; fi
@@ -332,12 +333,12 @@ fn not_packed(error: io::Error) -> Error {
     Error::Stage(error.to_string())
 }
 
-/// Shell functions of [`Staging::place`] that copy a file or a folder for the program. Their variables are `from`, a file or a
-/// folder without links; `to`; the folders of the scopes of both; `part`, the name of an incomplete file; and `work`, an
-/// empty working folder.
+/// Shell functions of [`Staging::place`] that copy a file or a folder for the program. Their variables are `from`, a file
+/// or a folder without links; `to`; the folders of the scopes of both; `part`, the name of an incomplete file; and
+/// `work`, an empty working folder.
 ///
-/// A file is put into its place by a rename, and the files of a folder by links. So an existing file, which may be a link to a
-/// shared scope, is replaced and never written to.
+/// A file is put into its place by a rename, and the files of a folder by links. So an existing file, which may be a link
+/// to a shared scope, is replaced and never written to.
 const PLACING: &str = r#"
 may_take() {
   inside "${1%/*}" "$to_scope" || return 1

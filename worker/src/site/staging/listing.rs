@@ -1,7 +1,7 @@
 //! The listing of a sandbox after its job, with links followed.
 //!
-//! A link into the sandbox counts as its target: a file, or a folder with its content. Entries that cannot be kept are listed
-//! with the reason.
+//! A link into the sandbox counts as its target: a file, or a folder with its content. Entries that cannot be kept are
+//! listed with the reason.
 
 use std::collections::BTreeMap;
 
@@ -156,7 +156,8 @@ struct Walk<'a> {
 }
 
 impl<'a> Walk<'a> {
-    /// Adds the entry at `entry_path` under a path. `above` are the folders that contain it, on the way through all links.
+    /// Adds the entry at `entry_path` under a path. `above` are the folders that contain it, on the way through all
+    /// links.
     fn put(&mut self, at: BytePath, entry_path: &[u8], entry: &'a Entry, above: &[&[u8]]) -> Result<(), Error> {
         let found = match entry {
             _ if relative::check(&at).is_err() => Found::Refused("has a path that is too long"),

@@ -33,8 +33,8 @@ const REFUSED: i32 = 45;
 const NO_FILE: i32 = 46;
 const UNREADABLE: i32 = 47;
 
-/// Puts the results of a job where the spec wants them. Its values and the manifest of the stored files become part of the
-/// outcome. Existing results are kept even if others are missing; returns the missing ones.
+/// Puts the results of a job where the spec wants them. Its values and the manifest of the stored files become part of
+/// the outcome. Existing results are kept even if others are missing; returns the missing ones.
 pub(crate) async fn stage_out(
     site: &Arc<Site>,
     visit: &Visit,
@@ -138,8 +138,8 @@ impl Staging<'_> {
         })
     }
 
-    /// Puts files of the sandbox into a scope of the site, each under its path below the folder of the pattern. Idempotent: a
-    /// moved file keeps its name in the sandbox as a hard link.
+    /// Puts files of the sandbox into a scope of the site, each under its path below the folder of the pattern.
+    /// Idempotent: a moved file keeps its name in the sandbox as a hard link.
     async fn hand_over(
         &self,
         output: &Output,
@@ -325,8 +325,8 @@ impl Staging<'_> {
         format!("{}/{}/large", self.dir, script::FOLDER)
     }
 
-    /// Stores a large file. The transfer starts, or resumes, while the site computes the digest, and stops if the object store
-    /// has the file.
+    /// Stores a large file. The transfer starts, or resumes, while the site computes the digest, and stops if the object
+    /// store has the file.
     async fn keep_large(&self, idx: usize, path: &BytePath, size: u64) -> Result<Digest, Error> {
         let (session, objects) = (&self.visit.session, &self.site.objects);
         let there = format!("{}/{idx}", self.large());

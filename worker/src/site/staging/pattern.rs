@@ -48,8 +48,8 @@ pub(super) fn base(pattern: &str) -> &str {
     plain.rfind('/').map_or("", |end| &plain[..=end])
 }
 
-/// Returns the files and folders that an output matches and that can be kept. `linked` are the inputs that were linked into
-/// the sandbox; they are outputs only if they are named.
+/// Returns the files and folders that an output matches and that can be kept. `linked` are the inputs that were linked
+/// into the sandbox; they are outputs only if they are named.
 pub(super) fn matched<'a>(
     output: &Output,
     pattern: &Pattern,

@@ -21,8 +21,8 @@ alive() {
 }
 "#;
 
-/// Prints the state of a job as `TOKEN|ID|STATUS`, or nothing for an unknown job. The id in the file is checked, since the
-/// program may have written to the file.
+/// Prints the state of a job as `TOKEN|ID|STATUS`, or nothing for an unknown job. The id in the file is checked, since
+/// the program may have written to the file.
 const LOOK: &str = r#"
 look() {
   id=$(cat "$2/.baton/started/job" 2>/dev/null)

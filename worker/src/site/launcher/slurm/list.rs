@@ -13,8 +13,8 @@ const FIELDS: [&str; 6] = ["%i", "%T", "%j", "%Q", "%S", "%r"];
 const STATE_CHARS_MAX: usize = 40;
 const REASON_CHARS_MAX: usize = 400;
 
-/// Prints times as seconds since 1970, whatever format and zone the site uses. The time limit makes a hanging `squeue` the
-/// scheduler's failure, not the transport's.
+/// Prints times as seconds since 1970, whatever format and zone the site uses. The time limit makes a hanging `squeue`
+/// the scheduler's failure, not the transport's.
 const LIST: &str = "SLURM_TIME_FORMAT=%s timeout -k 10 45 squeue -h -t all";
 
 /// `confirm ID` prints `ID|STATE` if the controller says that it has no such job, or that the id belongs to another user now.

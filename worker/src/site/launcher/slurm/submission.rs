@@ -50,8 +50,8 @@ const PASSING: [&str; 26] = [
 /// The text of `sbatch` for every limit; the line before it names the limit.
 const ANY_LIMIT: &str = "violates accounting/qos policy";
 
-/// The exit of `timeout` after the time limit, and those of a command that a signal ended. `sbatch` exits with 255 for a wrong
-/// option.
+/// The exit of `timeout` after the time limit, and those of a command that a signal ended. `sbatch` exits with 255 for a
+/// wrong option.
 const TIMED_OUT: i32 = 124;
 const SIGNALLED: std::ops::RangeInclusive<i32> = 128..=254;
 
