@@ -1,10 +1,10 @@
-//! Local programs: what a worker runs on its own machine, so that nothing of it is ever left behind.
+//! Local programs: programs on the worker's own machine. None of them outlives the lease of its worker.
 //!
-//! [`Programs`] owns a thread on which nothing else runs. It starts a shim for each program (see [`shim`]), tells it of
-//! every renewal of the worker's lease, and waits for it; so a process thread that is blocked for a minute, or ends,
-//! costs no program its lease. A [`Running`] program ends when its handle is dropped.
+//! [`Programs`] owns a dedicated thread. For each program it starts a shim (see [`shim`]), forwards every renewal of the
+//! worker's lease to it, and waits for it. A process thread that blocks for a minute, or ends, therefore costs no program
+//! its lease. A [`Running`] program ends when its handle is dropped.
 //!
-//! A service manager must not send TERM to shims (systemd: `KillMode=mixed`): one that dies of it takes its program along at
+//! A service manager must not send TERM to shims (systemd: `KillMode=mixed`): if one dies of it, its program is killed at
 //! once, without the grace.
 
 use std::collections::BTreeMap;
@@ -31,45 +31,46 @@ pub mod user;
 use keeper::{Keeper, Outcome};
 use sandbox::Sandbox;
 
-/// Launches that wait for the thread: each takes it a millisecond, and who waits in vain waits in `launch` instead.
+/// Launches that wait for the thread, which needs a millisecond for each; further callers wait in `launch`.
 const LAUNCHES_MAX: usize = 16;
 
-/// Requests to one program that wait for the thread: a TERM and a KILL, more make no difference.
+/// Requests to one program that wait for the thread: a TERM and a KILL; more would change nothing.
 const REQUESTS_MAX: usize = 2;
 
-/// What the worker can do about a local program that could not be run.
+/// Why a local program could not be run.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The sandbox, or a file of Baton's in it, could not be made. The place is full, missing or not writable.
+    /// The sandbox or a file of Baton in it could not be made. The disk is full, or the folder is missing or not
+    /// writable.
     #[error("could not make {path}", path = .path.display())]
     Sandbox {
-        /// What was to be made.
+        /// The folder or file.
         path: PathBuf,
-        /// Why it was not.
+        /// The cause.
         source: io::Error,
     },
     /// The worker could not start a thread or a shim: it has too many processes or open files. Try again later.
     #[error("could not start a shim")]
     Shim(#[source] io::Error),
-    /// The shim could not start the program. Nothing was run. The machine lacks something; try again when it is there.
+    /// The shim could not start the program, for a shortage. Nothing was run. Try again when the shortage is over.
     #[error("the program was not started: {}", .shortage.text)]
     NotStarted {
-        /// What the shim lacked.
+        /// The shortage.
         shortage: Shortage,
     },
-    /// The shim was killed, or did not answer and was. The program has been ended; how far it had come is not known.
+    /// The shim was killed, possibly because it did not answer. The program has ended; its progress is unknown.
     #[error("the program's shim has vanished{}", if *.has_started { "" } else { " before it started the program" })]
     Vanished {
-        /// Whether it had said that the program runs.
+        /// Whether it had reported the start of the program.
         has_started: bool,
     },
-    /// [`Programs`] is stopping, or the lease is no longer renewed by anybody.
-    #[error("no more programs are started by this worker")]
+    /// [`Programs`] is stopping, or the lease has no owner any more.
+    #[error("this worker starts no more programs")]
     Stopping,
 }
 
 impl Error {
-    /// The shortage that kept a program from running, if it was one.
+    /// The shortage that kept the program from running, if that was the cause.
     pub(crate) fn shortage(&self) -> Option<Shortage> {
         match self {
             Error::Sandbox { path, source } => Some(shortage::below_root(path, source)),
@@ -81,33 +82,33 @@ impl Error {
     }
 }
 
-/// What to run.
+/// The command of a program.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Command {
     /// A program and its arguments, without a shell.
     Run(Vec<String>),
-    /// The text of a script: run by `/bin/sh`, or by what its first line names after `#!`.
+    /// The text of a script. `/bin/sh` runs it, or the interpreter after `#!` in its first line.
     Script(String),
 }
 
-/// A program that is to be run in a sandbox. It cannot be printed by accident: its variables may be secrets.
+/// A program to run in a sandbox. Not `Debug`, since its variables may be secrets.
 #[derive(Clone)]
 pub struct Program {
-    /// What to run.
+    /// The command.
     pub command: Command,
     /// Variables that the spec adds to the environment.
     pub vars: BTreeMap<String, String>,
-    /// What it reads from its standard input; nothing if absent.
+    /// The standard input; empty if absent.
     pub stdin: Option<String>,
-    /// How long it may run.
+    /// The time limit.
     pub time_limit: Option<Duration>,
-    /// How long it has between TERM and KILL.
+    /// The time between TERM and KILL.
     pub grace: Duration,
-    /// Where it runs.
+    /// The sandbox.
     pub sandbox: Sandbox,
 }
 
-/// The local programs of one incarnation of a worker. When it is dropped, all of them are killed.
+/// The local programs of one incarnation of a worker. Dropping it kills all of them.
 #[derive(Debug)]
 pub struct Programs {
     launches: mpsc::Sender<Launch>,
@@ -116,7 +117,7 @@ pub struct Programs {
     stopped: oneshot::Receiver<()>,
 }
 
-/// A program that runs. When this is dropped, the program and everything that it started are killed at once.
+/// A running program. Dropping it kills the program and its descendants at once.
 #[derive(Debug)]
 #[must_use = "dropping it kills the program"]
 pub struct Running {
@@ -126,19 +127,19 @@ pub struct Running {
     outcome: watch::Receiver<Option<Outcome>>,
 }
 
-/// A program on its way to the thread.
+/// A launch on its way to the thread.
 struct Launch {
     program: Program,
     reply: oneshot::Sender<Result<Running, Error>>,
 }
 
 impl Programs {
-    /// Starts the thread; blocking work is done by the runtime of the caller. `shim` is an executable that calls
-    /// [`shim::main`], normally the running one; `lease` changes at each renewal of the worker's lease, which lasts for
-    /// `lease_limit` after one. If nobody can renew it any more (its sender is dropped), all programs are killed.
+    /// Starts the thread. Blocking work runs on the caller's runtime. `shim` is an executable that calls [`shim::main`],
+    /// normally the running one. `lease` changes at each renewal of the worker's lease, which lasts `lease_limit`. If its
+    /// sender is dropped, all programs are killed.
     ///
     /// # Errors
-    /// [`Error::Shim`] if there can be no thread.
+    /// [`Error::Shim`] if the thread cannot be started.
     pub fn start(shim: PathBuf, lease: watch::Receiver<u64>, lease_limit: Duration) -> Result<Self, Error> {
         open_files::raise();
         let (launches, launches_rx) = mpsc::channel(LAUNCHES_MAX);
@@ -156,50 +157,50 @@ impl Programs {
                     lease_limit,
                     launches_rx,
                 ));
-                // Nobody may be waiting for it.
+                // The receiver may be gone.
                 let _ = stopped_tx.send(());
             })
             .map_err(Error::Shim)?;
         Ok(Self { launches, running, turn: Mutex::new(()), stopped })
     }
 
-    /// Starts a program. It can be called on any runtime and thread.
+    /// Starts a program. Callable from any runtime and thread.
     ///
-    /// A program that does not exist is no error: it ends with exit 127, and says so on its standard error.
+    /// A program that does not exist is no error: it ends with exit 127 and a message on its standard error.
     ///
     /// # Errors
-    /// [`Error::Sandbox`], [`Error::Shim`], [`Error::NotStarted`], [`Error::Vanished`], [`Error::Stopping`]; nothing runs
-    /// then.
+    /// [`Error::Sandbox`], [`Error::Shim`], [`Error::NotStarted`], [`Error::Vanished`], [`Error::Stopping`]. Nothing runs
+    /// after an error.
     ///
     /// # Cancel safety
-    /// If this is dropped, the program is killed or never started.
+    /// If the future is dropped, the program is killed or never started.
     pub async fn launch(&self, program: Program) -> Result<Running, Error> {
         let (reply, answer) = oneshot::channel();
         self.launches.send(Launch { program, reply }).await.map_err(|_| Error::Stopping)?;
         answer.await.map_err(|_| Error::Stopping)?
     }
 
-    /// How many programs run.
+    /// The number of running programs.
     pub(crate) fn count(&self) -> usize {
         *self.running.borrow()
     }
 
-    /// Waits until their number changes, at most for this time.
+    /// Waits until that number changes, at most for this time.
     pub(crate) async fn ended(&self, limit: Duration) {
         let mut running = self.running.subscribe();
-        // The sender is here.
+        // `self` owns the sender, so `changed` cannot fail.
         let _ = tokio::time::timeout(limit, running.changed()).await;
     }
 
-    /// The right to try again next.
+    /// Waits for the turn to launch again after a shortage.
     pub(crate) async fn turn(&self) -> MutexGuard<'_, ()> {
         self.turn.lock().await
     }
 
-    /// Kills all programs and waits until nothing of them is left.
+    /// Kills all programs and waits until none of their processes is left.
     pub async fn stop(self) {
         drop(self.launches);
-        // An error means that the thread has panicked; the shims have seen their pipes close then.
+        // An error means that the thread panicked, which closed the pipes of the shims.
         let _ = self.stopped.await;
     }
 }
@@ -210,19 +211,19 @@ impl Running {
         self.pid
     }
 
-    /// The resident memory of the program and of all that it started, in bytes; what is shared counts for each. It reads
-    /// two small files in /proc for each process and so may be called on a process thread.
+    /// The resident memory of the program and its descendants, in bytes; shared memory counts for each. Reads two small
+    /// files in /proc for each process, so it may run on a process thread.
     pub fn memory_bytes(&self) -> u64 {
         tree::memory_bytes(self.shim)
     }
 
-    /// Waits for the end. Nothing of the program is left when it comes back.
+    /// Waits for the end. None of the program's processes is left when it returns.
     ///
     /// # Errors
-    /// [`Error::NotStarted`] or [`Error::Vanished`]; nothing of the program is left then.
+    /// [`Error::NotStarted`] or [`Error::Vanished`]. None of the program's processes is left then either.
     ///
     /// # Cancel safety
-    /// It may be dropped and called again; it answers also after the end.
+    /// Cancel safe. A later call returns the same result, also after the end.
     pub async fn wait(&mut self) -> Result<Ended, Error> {
         match self.outcome.wait_for(Option::is_some).await.as_deref() {
             Ok(Some(Outcome::Ended(ended))) => Ok(ended.clone()),
@@ -231,30 +232,30 @@ impl Running {
         }
     }
 
-    /// Sends TERM to the program and to all that it started, after its grace KILL, and waits until nothing of it is left.
+    /// Sends TERM to the program and its descendants, KILL after the grace, and waits until none is left.
     ///
     /// # Errors
     /// As [`Running::wait`].
     ///
     /// # Cancel safety
-    /// It may be dropped; the program ends nevertheless.
+    /// If the future is dropped, the program ends nevertheless.
     pub async fn terminate(&mut self) -> Result<Ended, Error> {
         self.ask(Request::Term).await
     }
 
-    /// Sends KILL to the program and to all that it started, and waits until nothing of it is left.
+    /// Sends KILL to the program and its descendants, and waits until none is left.
     ///
     /// # Errors
     /// As [`Running::wait`].
     ///
     /// # Cancel safety
-    /// It may be dropped; the program ends nevertheless.
+    /// If the future is dropped, the program ends nevertheless.
     pub async fn kill(&mut self) -> Result<Ended, Error> {
         self.ask(Request::Kill).await
     }
 
     async fn ask(&mut self, request: Request) -> Result<Ended, Error> {
-        // It cannot be asked only if it has ended already.
+        // Sending fails only if the program has ended already.
         let _ = self.requests.send(request).await;
         self.wait().await
     }

@@ -1,5 +1,5 @@
-//! What the machine gives a worker, and what it takes to be a good guest there: open files, a clock, what is lacking, and the
-//! passwords that nobody else shall see. It knows nothing of processes.
+//! The machine of a worker: its limit of open files, its clock, its shortages, and the passwords to hide from its other
+//! users. This room knows nothing of processes.
 
 pub(crate) mod causes;
 pub(crate) mod clock;
@@ -8,5 +8,5 @@ pub(crate) mod open_files;
 pub(crate) mod random;
 pub(crate) mod shortage;
 
-/// The running executable as one to start, also when its file was replaced or deleted by an upgrade.
+/// The path of the running executable. It works also after an upgrade has replaced or deleted the file.
 pub(crate) const SELF: &str = "/proc/self/exe";

@@ -1,9 +1,9 @@
-//! Sites: places to run programs other than the workers' own machines.
+//! Sites: machines and clusters where programs run, other than the workers' own machines.
 //!
-//! Each worker has one loop for each site that its configuration names (`intake::sites`). It keeps the worker's part of the
-//! sessions that the fleet may have there (`pool`), looks at the jobs if this worker has the watch (`watch`), and takes up the
-//! processes that wait for either. A process uses a session within an advance and never beyond it; when there is none, it
-//! parks, and costs nothing.
+//! A worker has one loop for each site in its configuration (`intake::sites`). The loop maintains the worker's share of
+//! the fleet's sessions with the site (`pool`), looks at the jobs if this worker has the watch (`watch`), and claims the
+//! processes that wait for a session or for room. A process uses a session only within an advance; if none is free, it
+//! parks, which costs nothing.
 
 use std::collections::{BTreeMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -36,7 +36,7 @@ use pool::{Lease, Pool};
 
 pub use at_site::AtSite;
 
-/// The script of a job as it would be submitted, for people; `PID` and `TRY` stand for what is not known yet.
+/// The script of a job as it would be submitted, for people; `PID` and `TRY` are placeholders.
 pub fn job_script(spec: &Spec, site: &config::Site) -> String {
     let on_site = spec.on_site.clone().unwrap_or_default();
     let dir = format!("{}/p/PID/TRY", site.root);
@@ -54,27 +54,27 @@ pub fn job_script(spec: &Spec, site: &config::Site) -> String {
     script.text()
 }
 
-/// Processes that are woken at once when what they wait for is there.
+/// Processes that are woken in one page.
 const WOKEN_PAGE: u32 = 1_000;
 
-/// What waits for a site looks again after this time, if nothing wakes it before.
+/// The longest wait of a process for a site, if nothing wakes it before.
 pub(crate) const LOOK_AGAIN: Duration = Duration::from_secs(600);
 
-/// How long a small command may take at a site.
+/// Time limit of a small command at a site.
 pub(crate) const COMMAND_LIMIT: Duration = Duration::from_secs(60);
 
-/// Most characters that are kept of why a scheduler has refused a job.
+/// Most characters of a scheduler's reason for a refusal that are kept.
 const REASON_CHARS_MAX: usize = 500;
 
 /// The sites that a worker serves, by name.
 #[derive(Default)]
 pub(crate) struct Sites {
     by_name: BTreeMap<String, Arc<Site>>,
-    /// Whether their object store is the fleet's.
+    /// Whether the fleet's object store can be used.
     pub(crate) sharing: sharing::Sharing,
 }
 
-/// A site, as one incarnation of a worker sees it.
+/// A site of one incarnation of a worker.
 pub(crate) struct Site {
     pub(crate) name: String,
     pub(crate) config: config::Site,
@@ -87,17 +87,17 @@ pub(crate) struct Site {
     pub(crate) queues: Arc<[String]>,
     blocking: Handle,
     pub(crate) pool: Pool,
-    /// The site's folder, as the far end writes it.
+    /// The resolved path of the site's folder.
     root: OnceCell<String>,
-    /// The object store knows that this database keeps something there.
+    /// Set once the object store records this database as an owner.
     marked: OnceCell<()>,
-    /// Files that this worker sends to the site's cache right now.
+    /// Files that this worker is sending to the site's cache.
     sending: Mutex<HashSet<String>>,
-    /// There may be something to do for the loop over the site.
+    /// Notified when the loop over the site may have work.
     pub(crate) changed: Notify,
 }
 
-/// What all sites of a worker use.
+/// The parts of a worker that all its sites share.
 pub(crate) struct Common {
     pub(crate) me: Incarnation,
     pub(crate) store: Store,
@@ -107,27 +107,27 @@ pub(crate) struct Common {
     pub(crate) blocking: Handle,
 }
 
-/// Why a process cannot use a site now.
+/// Why there is no session with a site now.
 #[derive(Debug)]
 pub(crate) enum Closed {
-    /// There is no session to be had; wait for one.
+    /// All sessions are in use.
     Busy,
-    /// The site cannot be reached; what it said is recorded.
+    /// The site cannot be reached, for this recorded reason.
     Down(String),
 }
 
-/// A session with a site, with one channel of it, until it is dropped.
+/// One channel of a session with a site, until it is dropped.
 pub(crate) struct Visit {
     pub(crate) session: Lease,
-    /// The site's folder, absolute.
+    /// The absolute path of the site's folder.
     pub(crate) root: String,
 }
 
 impl Sites {
-    /// Those of a configuration.
+    /// The sites of a configuration.
     ///
     /// # Errors
-    /// A site names an SSH section that is not there.
+    /// A site names a missing SSH section.
     pub(crate) fn new(
         sites: &BTreeMap<String, config::Site>,
         ssh: &BTreeMap<String, config::Ssh>,
@@ -139,9 +139,7 @@ impl Sites {
                 config::Transport::Local => None,
                 config::Transport::Ssh(section) => {
                     let ssh = ssh.get(section).ok_or_else(|| {
-                        format!(
-                            "the site `{name}` is reached by `ssh.{section}`, which the configuration does not have"
-                        )
+                        format!("the site `{name}` uses `ssh.{section}`, which is missing in the configuration")
                     })?;
                     Some(ssh.clone())
                 }
@@ -175,7 +173,7 @@ impl Sites {
         self.by_name.values()
     }
 
-    /// Gives back every session.
+    /// Closes all sessions.
     pub(crate) async fn close(&self) {
         for site in self.all() {
             site.pool.close().await;
@@ -184,10 +182,10 @@ impl Sites {
 }
 
 impl Site {
-    /// A session for an advance, if there is one now.
+    /// Takes a channel for an advance.
     ///
     /// # Errors
-    /// [`Error::NotNow`], until there is one.
+    /// [`Error::NotNow`] if none is free.
     pub(crate) async fn enter(&self, context: &Context) -> Result<Visit, Error> {
         self.open().await.map_err(|closed| {
             if let Closed::Down(text) = closed {
@@ -197,7 +195,7 @@ impl Site {
         })
     }
 
-    /// A session, if there is one now.
+    /// Takes a channel of a session.
     ///
     /// # Errors
     /// See [`Closed`].
@@ -210,7 +208,7 @@ impl Site {
         }
     }
 
-    /// What an advance ends with after this: if the way is at fault, it waits until the site can be reached again.
+    /// The error of an advance after an error of the site. If the transport failed, the process waits for a new session.
     pub(crate) async fn trouble(&self, context: &Context, error: &transport::Error) -> Error {
         let is_full = matches!(error, transport::Error::NoChannel(_));
         if !error.may_pass() {
@@ -223,7 +221,7 @@ impl Site {
         self.for_slot()
     }
 
-    /// The object store, for what is to be kept there: nobody else's `baton gc` removes it.
+    /// The object store for objects to be kept: `baton gc` of another database does not remove them.
     ///
     /// # Errors
     /// The database or the store does not answer.
@@ -237,7 +235,7 @@ impl Site {
         Error::NotNow(Wait { waits_for: self.slot(), at_most: LOOK_AGAIN })
     }
 
-    /// Makes the site's folder, and says what it is called there.
+    /// Makes the site's folder and returns its resolved path.
     async fn find_root(&self, session: &Lease) -> Result<String, transport::Error> {
         let root = quote(self.config.root_from_home());
         let command = format!("umask 077; mkdir -p {root} && cd {root} && pwd -P");
@@ -245,10 +243,10 @@ impl Site {
         Ok(String::from_utf8_lossy(&stdout).lines().last().unwrap_or_default().to_owned())
     }
 
-    /// Records that the site has failed, if it is the way to it that did.
+    /// Records a failure of the transport to the site.
     pub(crate) async fn failed(&self, error: &transport::Error) -> Closed {
         if matches!(error, transport::Error::NoChannel(_)) {
-            // The server allows less than it is said to; the session is well.
+            // The server allows fewer channels than configured; the session still works.
             self.pool.narrow();
             return Closed::Busy;
         }
@@ -256,14 +254,14 @@ impl Site {
             self.pool.discard_broken();
         }
         let text = error.to_string();
-        debug!(site = self.name, error = text, "the site has failed");
+        debug!(site = self.name, error = text, "the site failed");
         if let Err(error) = self.store.note_site(&self.name, Some(&text)).await {
-            debug!(%error, "the site's failure is not recorded");
+            debug!(%error, "the failure of the site could not be recorded");
         }
         Closed::Down(text)
     }
 
-    /// Begins to send a file, if nobody in the fleet does so.
+    /// Starts to send a file; `None` if another worker of the fleet is sending it.
     ///
     /// # Errors
     /// The database does not answer.
@@ -276,33 +274,34 @@ impl Site {
         Ok(sending.is_permitted.then_some(sending))
     }
 
-    /// Where the processes stand that wait for a session with this site.
+    /// The `waits_for` of processes that wait for a session with this site.
     pub(crate) fn slot(&self) -> String {
         format!("slot/{}", self.name)
     }
 
-    /// Where the processes stand that wait until there is room for a job.
+    /// The `waits_for` of processes that wait for room for a job.
     pub(crate) fn room(&self) -> String {
         format!("room/{}", self.name)
     }
 
-    /// Where a process stands whose job the scheduler does not accept now, with what it said.
+    /// The `waits_for` of a process whose job the scheduler refused for now, with the reason.
     pub(crate) fn refused(&self, reason: &str) -> String {
         let reason: String =
             reason.chars().take(REASON_CHARS_MAX).map(|c| if c.is_control() { ' ' } else { c }).collect();
         format!("{REFUSED}{}/{reason}", self.name)
     }
 
+    /// The name of the permit for the watch.
     pub(crate) fn watch(&self) -> String {
         format!("watch/{}", self.name)
     }
 }
 
-/// A file is being sent until this is dropped; then those that wait for it look again.
+/// A file that is being sent. Dropping it wakes the processes that wait for the file.
 pub(crate) struct Sending {
     site: Arc<Site>,
     permit: String,
-    /// Nobody waits for one who may not send.
+    /// Without the permit no process waits for this worker.
     is_permitted: bool,
 }
 
@@ -311,21 +310,21 @@ impl Drop for Sending {
         let (site, permit) = (Arc::clone(&self.site), std::mem::take(&mut self.permit));
         let is_permitted = self.is_permitted;
         self.site.blocking.spawn(async move {
-            // If the database does not answer, this worker still has it, and is the one that sends it.
+            // If the database does not answer, this worker keeps the permit and sends the file later.
             let _ = site.store.give_permit(&permit, site.me).await;
             site.sending.lock().unwrap_or_else(PoisonError::into_inner).remove(&permit);
             while is_permitted
                 && let Ok(woken) = site.store.wake_waiting(&permit, &site.queues, WOKEN_PAGE).await
                 && !woken.is_empty()
             {
-                site.outbox.tell_all(woken).await;
+                site.outbox.announce_all(woken).await;
             }
         });
     }
 }
 
 impl Visit {
-    /// The folder of a try: its sandbox.
+    /// The sandbox of a try.
     pub(crate) fn sandbox(&self, pid: Pid, try_number: i64) -> String {
         format!("{}/p/{pid}/{try_number}", self.root)
     }
@@ -333,12 +332,12 @@ impl Visit {
     /// Runs a small command.
     ///
     /// # Errors
-    /// It could not be run, or not to its end.
+    /// The command could not be run to its end.
     pub(crate) async fn exec(&self, command: &str) -> Result<Output, transport::Error> {
         self.session.exec(command, b"", COMMAND_LIMIT).await
     }
 
-    /// A whole small file; `None` if it is not there.
+    /// Reads a small file; `None` if it is missing.
     ///
     /// # Errors
     /// The site did not answer.

@@ -1,19 +1,21 @@
-//! How commands and files get to a site: by SSH, or on the worker's own machine.
+//! Transports run commands and copy files at a site, by SSH or on the worker's own machine.
 //!
-//! A [`Session`] is an open way to one machine. Nothing here is tried twice: every error says whether the way is at fault
-//! ([`Error::is_of_transport`]), and whoever calls opens another session, or does not. Paths that are not absolute begin
-//! at the home folder of the user there, as they do for commands.
+//! A [`Session`] is an open connection to one machine. Nothing here is retried: every error says whether the transport
+//! failed ([`Error::is_of_transport`]), and the caller decides whether to open another session. Relative paths start at
+//! the home folder of the user at the site, as they do for commands.
 //!
-//! By SSH, a command is given to the login shell in a form that every shell reads alike, and only `/bin/sh` interprets
-//! it. What that shell prints before and after the command is dropped. A command whose future is dropped, or that outlives its limit,
-//! is killed as far as the server lets us, and its channel is closed.
+//! By SSH, the login shell gets the command in a form that every shell reads alike, and only `/bin/sh` interprets it.
+//! Output of the login shell before and after the command is dropped. A command whose future is dropped, or that exceeds
+//! its limit, is killed if the server supports that, and its channel is closed.
 
 mod config;
 mod download;
+mod error;
 mod known_hosts;
 mod local;
 mod login;
 mod marks;
+mod output;
 mod part_file;
 mod proxy;
 mod running;
@@ -35,204 +37,22 @@ use tokio::task::JoinError;
 use tokio::time::timeout;
 use tokio_util::task::AbortOnDropHandle;
 
+pub use self::error::Error;
+pub use self::output::Output;
+pub(crate) use self::output::shortened;
 use self::running::Limit;
 pub use self::shell::Shell;
 
-/// How long it may take to connect, all machines on the way included.
+/// Time limit of a connection, including all jump hosts.
 const CONNECT_LIMIT: Duration = Duration::from_secs(30);
 
-/// For how long no byte may move while files or streams are sent. A file system that hangs for longer is as good as gone.
+/// How long a transfer may stall. A file system that hangs for longer counts as gone.
 const SILENCE_LIMIT: Duration = Duration::from_secs(60);
 
-/// How long a site may need to read a whole file for its SHA-256: a terabyte at 300 MB/s.
+/// Time limit for the SHA-256 of a whole file: a terabyte at 300 MB/s.
 const DIGEST_LIMIT: Duration = Duration::from_secs(3600);
 
-/// Most bytes that a command may write to one of its two outputs, where they are kept in memory.
-const OUTPUT_MAX: usize = 16 << 20;
-
-/// How many lines of a command's standard error go into an error: the first tell the cause, the last the outcome.
-const FIRST_LINES: usize = 3;
-const LAST_LINES: usize = 2;
-
-/// Most characters of each of these lines, but for the mark where its middle was.
-const LINE_MAX: usize = 400;
-
-/// What went wrong. The texts hold no keys, passphrases or inputs.
-#[derive(Debug, thiserror::Error)]
-pub enum Error {
-    /// No file knows the key of the host. Somebody has to look at it.
-    #[error("the host key of {host} is not known: {fingerprint}; {remedy}")]
-    UnknownHostKey {
-        /// As it stands in the file of known hosts.
-        host: String,
-        /// Its SHA-256, as OpenSSH writes it.
-        fingerprint: String,
-        /// What to do about it.
-        remedy: String,
-    },
-    /// The host has shown another key than the one that is known: another machine may have answered.
-    #[error("the host key of {host} is {fingerprint}, and not the one in {}, line {line}", .file.display())]
-    HostKeyChanged {
-        /// As it stands in the file of known hosts.
-        host: String,
-        /// Of the key that was shown.
-        fingerprint: String,
-        /// The file of known hosts.
-        file: PathBuf,
-        /// The line of the other key, from 1.
-        line: usize,
-    },
-    /// The server rejected the credentials or does not offer what is needed. Later attempts may succeed: an account can be
-    /// locked, or a server overloaded, for a while.
-    #[error("{host} refuses: {reason}")]
-    Refused {
-        /// The machine.
-        host: String,
-        /// What was tried.
-        reason: String,
-    },
-    /// No session could be opened.
-    #[error("cannot reach {host}: {reason}")]
-    Unreachable {
-        /// The machine.
-        host: String,
-        /// What the system or the server said.
-        reason: String,
-    },
-    /// The server opens no more channels on this session (`MaxSessions`).
-    #[error("the server opens no further channel: {0}")]
-    NoChannel(String),
-    /// The session or the shell has ended, or is out of step. What was asked may have been done or not.
-    #[error("the connection is broken: {0}")]
-    Broken(String),
-    /// It has taken too long. What was asked may have been done or not.
-    #[error("{what} has taken longer than {} s", .limit.as_secs())]
-    TimedOut {
-        /// What was waited for.
-        what: String,
-        /// For how long.
-        limit: Duration,
-    },
-    /// The command has failed.
-    #[error("the command has ended with {}{}", end_text(*.exit, .signal.as_deref()), stderr_text(.stderr))]
-    Command {
-        /// Its exit code, if it has one.
-        exit: Option<i32>,
-        /// The signal that has ended it, without `SIG`.
-        signal: Option<String>,
-        /// What it has written to its standard error, shortened.
-        stderr: String,
-    },
-    /// A file cannot be read or written, here or there.
-    #[error("{path}: {reason}")]
-    File {
-        /// The file.
-        path: String,
-        /// What the system said.
-        reason: String,
-        /// Its number for that, of a file of this machine.
-        errno: Option<i32>,
-    },
-    /// The command has written more than is kept in memory (16 MiB for each output).
-    #[error("the command has written more than {} MiB", OUTPUT_MAX >> 20)]
-    TooMuchOutput,
-    /// What is configured cannot be used.
-    #[error("{0}")]
-    Config(String),
-}
-
-impl Error {
-    /// The way to the site is at fault, not what was asked: worth trying again over a new session.
-    pub fn is_of_transport(&self) -> bool {
-        match self {
-            Self::Unreachable { .. } | Self::NoChannel(_) | Self::Broken(_) | Self::TimedOut { .. } => true,
-            Self::UnknownHostKey { .. }
-            | Self::HostKeyChanged { .. }
-            | Self::Refused { .. }
-            | Self::Command { .. }
-            | Self::File { .. }
-            | Self::TooMuchOutput
-            | Self::Config(_) => false,
-        }
-    }
-
-    /// Nothing that was asked is at fault: the way is, or a server that has let us in and runs nothing for a while.
-    pub fn may_pass(&self) -> bool {
-        self.is_of_transport() || matches!(self, Self::Refused { .. })
-    }
-
-    fn file(path: impl Into<String>, reason: impl std::fmt::Display) -> Self {
-        Self::File { path: path.into(), reason: reason.to_string(), errno: None }
-    }
-
-    fn local_file(path: &Path, error: &std::io::Error) -> Self {
-        Self::File { path: path.display().to_string(), reason: error.to_string(), errno: error.raw_os_error() }
-    }
-}
-
-fn end_text(exit: Option<i32>, signal: Option<&str>) -> String {
-    match (exit, signal) {
-        (Some(code), _) => format!("exit code {code}"),
-        (None, Some(signal)) => format!("signal {signal}"),
-        (None, None) => "neither exit code nor signal".to_owned(),
-    }
-}
-
-fn stderr_text(stderr: &str) -> String {
-    if stderr.is_empty() { String::new() } else { format!(": {stderr}") }
-}
-
-/// What a command has done.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Output {
-    /// Its exit code; none if a signal has ended it.
-    pub exit: Option<i32>,
-    /// The signal that has ended it, without `SIG`.
-    pub signal: Option<String>,
-    /// What it has written to its standard output.
-    pub stdout: Vec<u8>,
-    /// What it has written to its standard error.
-    pub stderr: Vec<u8>,
-}
-
-impl Output {
-    /// Why a command has failed, for people: the last line of its standard error, or its exit.
-    pub(crate) fn complaint(&self) -> String {
-        let stderr = String::from_utf8_lossy(&self.stderr);
-        let last = stderr.lines().rfind(|line| !line.trim().is_empty()).map(|line| line.trim().to_owned());
-        last.unwrap_or_else(|| end_text(self.exit, self.signal.as_deref()))
-    }
-
-    /// Everything that a command has said of its failure, in one line and shortened; or its exit. Where some lines speak of
-    /// an error, the others are left out.
-    pub(crate) fn complaints(&self) -> String {
-        let stderr = String::from_utf8_lossy(&self.stderr);
-        let errors: Vec<&str> = stderr.lines().filter(|line| line.to_lowercase().contains("error")).collect();
-        let excerpt =
-            excerpt(&if errors.is_empty() { stderr.into_owned() } else { errors.join("\n") }).replace('\n', "; ");
-        if excerpt.is_empty() { end_text(self.exit, self.signal.as_deref()) } else { excerpt }
-    }
-
-    /// What a command says of a file, in the system's own words: what follows the last colon.
-    fn reason(&self) -> Option<String> {
-        let stderr = String::from_utf8_lossy(&self.stderr);
-        stderr.trim_end().rsplit(": ").next().filter(|reason| !reason.is_empty()).map(str::to_owned)
-    }
-
-    /// The standard output of a command that has ended with exit code 0.
-    ///
-    /// # Errors
-    /// [`Error::Command`] with what it has written to its standard error, shortened.
-    pub fn ok(self) -> Result<Vec<u8>, Error> {
-        if self.exit == Some(0) {
-            return Ok(self.stdout);
-        }
-        let stderr = excerpt(&String::from_utf8_lossy(&self.stderr));
-        Err(Error::Command { exit: self.exit, signal: self.signal, stderr })
-    }
-}
-
-/// An open way to a site's machine. Clones are the same session.
+/// An open connection to a site's machine. Clones share the session.
 #[derive(Clone, Debug)]
 pub struct Session {
     way: Way,
@@ -265,14 +85,14 @@ impl Session {
         Self { way: Way::Local }
     }
 
-    /// Runs a command with these bytes as its standard input. It may write 16 MiB to each of its outputs.
+    /// Runs a command with these bytes as its standard input. It may write 16 MiB to each output.
     ///
     /// # Errors
-    /// [`Error::TimedOut`] when it outlives the limit, [`Error::TooMuchOutput`], and those of the transport. That the
-    /// command fails is no error here; see [`Output::ok`].
+    /// [`Error::TimedOut`] when it exceeds the limit, [`Error::TooMuchOutput`], and errors of the transport. A command that
+    /// fails is no error here; see [`Output::ok`].
     ///
     /// # Cancel safety
-    /// A command whose future is dropped is killed where the server can do that, and its channel is closed.
+    /// If the future is dropped, the command is killed if the server supports that, and its channel is closed.
     pub async fn exec(&self, command: &str, stdin: &[u8], limit: Duration) -> Result<Output, Error> {
         let run = Box::pin(async { self.start(command, Some(limit)).await?.exchange(stdin, None).await });
         match timeout(limit, run).await {
@@ -281,7 +101,7 @@ impl Session {
         }
     }
 
-    /// Runs a command and feeds it everything that `input` gives.
+    /// Runs a command with `input` as its standard input.
     ///
     /// # Errors
     /// As [`Self::exec`]; [`Error::TimedOut`] when no byte has moved for 60 s.
@@ -298,11 +118,10 @@ impl Session {
         Box::pin(async { self.start(command, None).await?.exchange(input, Some(limit)).await }).await
     }
 
-    /// Runs a command and gives its standard output to `output` as it comes. What is given back has no standard output.
+    /// Runs a command and streams its standard output to `output`. The returned [`Output`] has no standard output.
     ///
     /// # Errors
-    /// As [`Self::exec`]; [`Error::TimedOut`] when no byte has moved for 60 s; [`Error::File`] when `output` takes no
-    /// more.
+    /// As [`Self::exec`]; [`Error::TimedOut`] when no byte has moved for 60 s; [`Error::File`] when `output` fails.
     pub async fn receive<E: Display>(
         &self,
         command: &str,
@@ -311,8 +130,8 @@ impl Session {
         self.receive_within(|_| SILENCE_LIMIT, command, output, |_| ()).await.0
     }
 
-    /// The same, and gives `output` back. What comes by SSH goes from the task that decrypts it to one beside it, and not
-    /// to the caller's thread, which may have much else to do.
+    /// The same, and returns `output`. Data received by SSH goes from the task that decrypts it to another task of the
+    /// same runtime, not to the caller's thread, which may be busy.
     async fn receive_within<S, E>(
         &self,
         limit: impl Fn(bool) -> Duration + Send + Sync + 'static,
@@ -339,19 +158,19 @@ impl Session {
         match AbortOnDropHandle::new(receiving).await.map_err(JoinError::try_into_panic) {
             Ok(received) => received,
             Err(Ok(panic)) => std::panic::resume_unwind(panic),
-            // The runtime ends, and everything with it.
+            // The runtime is shutting down.
             Err(Err(_)) => std::future::pending().await,
         }
     }
 
-    /// Writes one file there: to `TO.part`, from where an earlier one was cut, and renamed to `to` when it is whole. In place
-    /// of a name that would be too long so, its digest is used. Its parent folder must be there. `progress` is told how many
-    /// bytes are there.
+    /// Writes one file to the site: to `TO.part`, resuming an interrupted transfer, and renamed to `to` when it is
+    /// complete. A name that would be too long is replaced by its digest. The parent folder must exist. `progress` gets
+    /// the number of bytes at the site.
     ///
-    /// It gives the SHA-256 of what is there now, and does not compare it: a `.part` may be that of another file.
+    /// Returns the SHA-256 of the file at the site. The caller has to compare it: a `.part` may belong to another file.
     ///
     /// # Errors
-    /// [`Error::File`], with what the server says, for a full disk among others; and those of the transport.
+    /// [`Error::File`] with the server's message, for a full disk among others, and errors of the transport.
     pub async fn put(&self, from: &Path, to: &str, progress: &(dyn Fn(u64) + Send + Sync)) -> Result<Digest, Error> {
         match &self.way {
             Way::Local => local::copy(from, &local::at_home(to), progress).await,
@@ -359,7 +178,7 @@ impl Session {
         }
     }
 
-    /// Fetches one file, as [`Self::put`] writes one: by `TO.part` here. It gives the SHA-256 of what is here now.
+    /// Fetches one file as [`Self::put`] writes one, by way of a local `TO.part`. Returns the SHA-256 of the local file.
     ///
     /// # Errors
     /// As [`Self::put`].
@@ -370,11 +189,12 @@ impl Session {
         }
     }
 
-    /// Fetches one file of so many bytes while its SHA-256 is made there. As soon as that is known, `is_known` says whether
-    /// the file need not come. It gives the digest there, and that of what has come, which is less when it has become shorter.
+    /// Fetches one file of this size while the site computes its SHA-256. As soon as the digest is known, `is_known` says
+    /// whether the transfer can stop. Returns the digest at the site and, unless it stopped, that of the local file,
+    /// which is shorter if the file has shrunk.
     ///
     /// # Errors
-    /// As [`Self::get`], and those of `is_known`.
+    /// As [`Self::get`], and errors of `is_known`.
     pub async fn get_unless<E: From<Error>>(
         &self,
         from: &str,
@@ -395,32 +215,32 @@ impl Session {
         }
     }
 
-    /// How many bytes a file there has.
+    /// The size of a file at the site, in bytes.
     ///
     /// # Errors
-    /// [`Error::File`] when it cannot be read, and those of the transport.
+    /// [`Error::File`] when it cannot be read, and errors of the transport.
     pub async fn size(&self, path: &str) -> Result<u64, Error> {
         download::size(self, path).await
     }
 
-    /// The SHA-256 of a file there.
+    /// The SHA-256 of a file at the site.
     ///
     /// # Errors
-    /// [`Error::Command`] with what it says when the file cannot be read, and those of the transport.
+    /// [`Error::Command`] with the message of the system when the file cannot be read, and errors of the transport.
     pub async fn digest(&self, path: &str) -> Result<Digest, Error> {
         let command = format!("{{ {DIGEST}; }} < {}", quote(path));
         digest_of(&self.exec(&command, b"", DIGEST_LIMIT).await?.ok()?)
     }
 
-    /// A shell that stays open, on one channel.
+    /// Opens a persistent shell on one channel.
     ///
     /// # Errors
-    /// Those of the transport.
+    /// Errors of the transport.
     pub async fn shell(&self) -> Result<Shell, Error> {
         Ok(Shell::new(self.start("exec /bin/sh -s", None).await?))
     }
 
-    /// Asks the server for an answer, of whatever kind.
+    /// Waits for any answer of the server to a keepalive.
     ///
     /// # Errors
     /// [`Error::Broken`], or [`Error::TimedOut`].
@@ -442,7 +262,7 @@ impl Session {
         }
     }
 
-    /// Ends the session, for all of its clones.
+    /// Ends the session for all its clones.
     pub async fn close(&self) {
         match &self.way {
             Way::Local => {}
@@ -450,7 +270,7 @@ impl Session {
         }
     }
 
-    /// Starts a command; one with a limit ends itself there when nobody can end it from here.
+    /// Starts a command. With a limit it also ends itself at the site, in case it cannot be killed from here.
     async fn start(&self, command: &str, limit: Option<Duration>) -> Result<running::Running, Error> {
         match &self.way {
             Way::Local => Ok(running::Running::Local(local::Command::start(command)?)),
@@ -459,45 +279,19 @@ impl Session {
     }
 }
 
-/// Files of at least this size are hashed there by a Python program while they come or go. With a smaller one it takes
-/// longer to start that.
+/// Files of at least this size are hashed at the site by a Python program during the transfer. For a smaller one,
+/// starting the program takes longer than hashing.
 const HASHED_ON_THE_WAY_FROM: u64 = 16 << 20;
 
-/// A command that prints the SHA-256 of its standard input: by the processor's own instructions, which coreutils often do
-/// without. That is five times as fast.
+/// A command that prints the SHA-256 of its standard input. OpenSSL uses the processor's SHA instructions, unlike many
+/// coreutils, and is five times as fast.
 const DIGEST: &str = "if command -v openssl > /dev/null; then openssl dgst -sha256 -r; else sha256sum; fi";
 
-/// What such a command has printed.
+/// Reads the output of such a command.
 fn digest_of(printed: &[u8]) -> Result<Digest, Error> {
     let text = String::from_utf8_lossy(printed);
     let digest = text.lines().last().and_then(|line| line.split_whitespace().next()?.parse().ok());
-    digest.ok_or_else(|| Error::Broken(format!("a digest was asked for, and {text:?} is none")))
-}
-
-/// The first and the last lines of a text.
-fn excerpt(text: &str) -> String {
-    let lines: Vec<&str> = text.lines().map(str::trim_end).filter(|line| !line.is_empty()).collect();
-    let is_left_out = |idx: usize| idx >= FIRST_LINES && idx + LAST_LINES < lines.len();
-    let n_left_out = lines.len().saturating_sub(FIRST_LINES + LAST_LINES);
-    let mut excerpt = Vec::new();
-    for (idx, line) in lines.iter().enumerate().filter(|(idx, _)| !is_left_out(*idx)) {
-        if n_left_out > 0 && idx + LAST_LINES == lines.len() {
-            excerpt.push(format!("[{n_left_out} lines left out]"));
-        }
-        excerpt.push(shortened(line));
-    }
-    excerpt.join("\n")
-}
-
-/// A line without its middle if it is long: the end tells the cause.
-pub(crate) fn shortened(line: &str) -> String {
-    let n_chars = line.chars().count();
-    if n_chars <= LINE_MAX {
-        return line.to_owned();
-    }
-    let begin: String = line.chars().take(LINE_MAX / 2).collect();
-    let end: String = line.chars().skip(n_chars - LINE_MAX / 2).collect();
-    format!("{begin} [...] {end}")
+    digest.ok_or_else(|| Error::Broken(format!("expected a digest, got {text:?}")))
 }
 
 /// Quotes a word for a POSIX shell.
@@ -509,12 +303,12 @@ pub fn quote(word: &str) -> String {
     format!("'{}'", word.replace('\'', r"'\''"))
 }
 
-/// Quotes a path for a POSIX shell, as a word that no command takes for an option.
+/// Quotes a path for a POSIX shell such that no command takes it for an option.
 pub fn quote_path(path: &str) -> String {
     if path.starts_with('/') { quote(path) } else { quote(&format!("./{path}")) }
 }
 
-/// What a file of this content is called, beside its target, until that is verified.
+/// The temporary name, next to its target, of a file with this content until it is verified.
 pub(crate) fn beside(target: &Path, digest: &Digest) -> PathBuf {
     local::beside(target, &format!(".{digest}"))
 }
@@ -524,7 +318,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_beside_a_file_are_never_too_long() {
+    fn temporary_names_are_never_too_long() {
         let digest = Digest::of(b"");
         let folder = Path::new("folder");
         for len in [1, 185, 186, 191, 250, 251, 255] {
@@ -537,15 +331,6 @@ mod tests {
             }
         }
         assert_eq!(local::part_of(Path::new("a/b")), Path::new("a/b.part"));
-    }
-
-    #[test]
-    fn of_a_long_complaint_its_first_and_last_lines_are_kept() {
-        assert_eq!((excerpt(""), excerpt("a\n"), excerpt("a\n\nb\r\n")), ("".into(), "a".into(), "a\nb".into()));
-        assert_eq!(excerpt("1\n2\n3\n4\n5"), "1\n2\n3\n4\n5");
-        assert_eq!(excerpt("1\n2\n3\n4\n5\n6\n7"), "1\n2\n3\n[2 lines left out]\n6\n7");
-        let long = format!("cp: {}: No space left", "x".repeat(LINE_MAX));
-        assert!(excerpt(&long).starts_with("cp: x") && excerpt(&long).ends_with("x: No space left"));
     }
 
     #[test]

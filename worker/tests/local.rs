@@ -1,4 +1,4 @@
-//! Local programs with real processes: how they end, and that nothing of them is left.
+//! Tests of local programs with real processes: how they end, and that none of their processes is left.
 
 #![expect(clippy::unwrap_used, reason = "the functions that the tests share are tests too")]
 
@@ -25,14 +25,14 @@ use tokio::time::{Instant, sleep};
 const EXE: &str = env!("CARGO_BIN_EXE_baton-worker");
 const LIMIT: Duration = Duration::from_secs(20);
 
-/// Three generations: a child with a session of its own, closed pipes and no ear for TERM, its child, and the shell itself.
+/// Three generations: a child in its own session with closed pipes that ignores TERM, its child, and the shell itself.
 const STUBBORN: &str = r#"
 setsid sh -c 'trap "" TERM; exec </dev/null >/dev/null 2>&1; sleep 1000 & echo > daemon; while :; do sleep 1; done' &
 while [ ! -e daemon ]; do sleep 0.01; done
 echo ready
 "#;
 
-/// A worker's programs, a lease that lasts, and a folder.
+/// The programs of a worker, a lease that does not end, and a folder.
 struct Bench {
     programs: Programs,
     _lease: watch::Sender<u64>,
@@ -65,12 +65,12 @@ impl Bench {
         self.program(Command::Script(text.to_owned()))
     }
 
-    /// Runs a program to its end and gives back how it ended and its two streams.
+    /// Runs a program to its end and returns its result and its two streams.
     async fn end_of(&self, program: Program) -> (Ended, String, String) {
         let sandbox = program.sandbox.clone();
         let ended = self.programs.launch(program).await.unwrap().wait().await.unwrap();
         let recorded: Ended = serde_json::from_slice(&fs::read(sandbox.done()).unwrap()).unwrap();
-        assert_eq!(recorded, ended, "done.json holds what is reported");
+        assert_eq!(recorded, ended, "done.json has the reported result");
         assert_nothing_left(&sandbox);
         (ended, text(&sandbox.stdout()), text(&sandbox.stderr()))
     }
@@ -162,7 +162,7 @@ fn boottime_ms() -> u64 {
     u64::try_from(now.tv_sec).unwrap() * 1000 + u64::try_from(now.tv_nsec).unwrap() / 1_000_000
 }
 
-/// The command lines of all processes that run in the sandbox's name.
+/// The command lines of all processes with the mark of the sandbox.
 fn left_of(sandbox: &Sandbox) -> Vec<String> {
     let wanted = format!("BATON_SANDBOX={}", sandbox.path().display());
     let is_wanted = |dir: &Path| {
@@ -200,7 +200,7 @@ fn signal(pid: i32, signal: Signal) {
 }
 
 #[tokio::test]
-async fn an_exit_code_and_both_streams_come_back() {
+async fn an_exit_code_and_both_streams_are_returned() {
     let bench = Bench::new();
     let (ended, stdout, stderr) = bench.end_of(bench.run(&["sh", "-c", "echo out; echo err >&2; exit 3"])).await;
     assert_eq!((ended.exit, ended.signal, ended.ended_by), (Some(3), None, EndedBy::Own));
@@ -209,14 +209,14 @@ async fn an_exit_code_and_both_streams_come_back() {
 }
 
 #[tokio::test]
-async fn a_death_by_a_signal_is_told_as_one() {
+async fn a_death_by_a_signal_is_reported() {
     let bench = Bench::new();
     let (ended, ..) = bench.end_of(bench.run(&["sh", "-c", "kill -SEGV $$"])).await;
     assert_eq!((ended.exit, ended.signal, ended.ended_by), (None, Some(Signal::SEGV.as_raw()), EndedBy::Own));
 }
 
 #[tokio::test]
-async fn a_program_that_uses_up_its_time_is_ended() {
+async fn a_program_that_exceeds_its_time_limit_is_ended() {
     let bench = Bench::new();
     let mut program = bench.script(&format!("{STUBBORN} trap '' TERM; while :; do sleep 0.1; done"));
     program.time_limit = Some(Duration::from_millis(200));
@@ -226,7 +226,7 @@ async fn a_program_that_uses_up_its_time_is_ended() {
 }
 
 #[tokio::test]
-async fn a_program_has_its_grace_to_end_by_itself() {
+async fn a_program_may_exit_by_itself_during_the_grace() {
     let bench = Bench::new();
     let mut program = bench.script("trap 'echo saved; exit 7' TERM; echo ready; while :; do sleep 0.01; done");
     program.grace = LIMIT;
@@ -237,7 +237,7 @@ async fn a_program_has_its_grace_to_end_by_itself() {
 }
 
 #[tokio::test]
-async fn what_a_program_has_started_has_the_grace_as_well() {
+async fn the_children_of_a_program_have_the_grace_too() {
     let bench = Bench::new();
     let child = "trap 'sleep 0.2; echo saved; exit' TERM; echo ready; while :; do sleep 0.01; done";
     let mut program = bench.script(&format!("sh -c \"{child}\"; exit 0"));
@@ -259,7 +259,7 @@ async fn a_stopped_program_can_be_terminated() {
 }
 
 #[tokio::test]
-async fn standard_input_is_what_was_given_or_empty() {
+async fn standard_input_is_the_given_text_or_empty() {
     let bench = Bench::new();
     let mut program = bench.run(&["cat"]);
     let long = "x".repeat(1_000_000);
@@ -269,7 +269,7 @@ async fn standard_input_is_what_was_given_or_empty() {
 }
 
 #[tokio::test]
-async fn a_script_is_run_by_the_shell_or_by_what_it_names() {
+async fn a_script_is_run_by_the_shell_or_by_its_interpreter() {
     let bench = Bench::new();
     let (_, stdout, _) = bench.end_of(bench.script("pwd\necho $0")).await;
     assert!(stdout.lines().next().is_some_and(|cwd| cwd.ends_with("/1.1")), "{stdout}");
@@ -278,7 +278,7 @@ async fn a_script_is_run_by_the_shell_or_by_what_it_names() {
 }
 
 #[tokio::test]
-async fn a_program_sees_its_own_variables_and_none_of_the_workers_secrets() {
+async fn a_program_has_its_own_variables_and_none_of_the_workers_secrets() {
     let bench = Bench::new();
     let mut program = bench.run(&["env"]);
     program.vars = BTreeMap::from([("ANSWER".to_owned(), "42".to_owned())]);
@@ -290,7 +290,7 @@ async fn a_program_sees_its_own_variables_and_none_of_the_workers_secrets() {
 }
 
 #[tokio::test]
-async fn a_program_has_the_limit_of_open_files_that_it_is_given() {
+async fn a_program_has_the_given_limit_of_open_files() {
     let root = TempDir::new().unwrap();
     let mut shim = Bare::start(root.path(), "ulimit -S -n", 600_000, |order| order.open_files = Some(333)).await;
     assert_eq!(shim.ended().await.exit, Some(0));
@@ -298,7 +298,7 @@ async fn a_program_has_the_limit_of_open_files_that_it_is_given() {
 }
 
 #[tokio::test]
-async fn the_environment_never_stands_in_an_argument() {
+async fn the_environment_is_in_no_argument() {
     let bench = Bench::new();
     let mut program = bench.script("echo ready; sleep 1000");
     let secret = format!("secret-{}", Pid::generate());
@@ -324,7 +324,7 @@ async fn a_program_that_cannot_be_executed_ends_as_in_a_shell() {
 }
 
 #[tokio::test]
-async fn a_program_whose_libraries_are_replaced_does_not_break_the_shim() {
+async fn replaced_libraries_of_a_program_do_not_break_the_shim() {
     let bench = Bench::new();
     let mut program = bench.run(&["/bin/sh", "-c", "exit 5"]);
     fs::write(program.sandbox.path().join("libgcc_s.so.1"), "no library").unwrap();
@@ -334,7 +334,7 @@ async fn a_program_whose_libraries_are_replaced_does_not_break_the_shim() {
 }
 
 #[tokio::test]
-async fn a_sandbox_that_cannot_be_made_says_which() {
+async fn the_error_of_a_sandbox_names_its_path() {
     let root = TempDir::new().unwrap();
     fs::write(root.path().join("sandbox"), "a file").unwrap();
     let error = Sandbox::create(root.path(), Pid::generate(), 1, 1).unwrap_err();
@@ -342,7 +342,7 @@ async fn a_sandbox_that_cannot_be_made_says_which() {
 }
 
 #[tokio::test]
-async fn a_working_directory_that_is_gone_starts_nothing() {
+async fn without_its_working_directory_a_program_is_not_started() {
     let bench = Bench::new();
     let program = bench.run(&["true"]);
     fs::remove_dir_all(program.sandbox.path()).unwrap();
@@ -358,7 +358,7 @@ async fn a_working_directory_that_is_gone_starts_nothing() {
 }
 
 #[tokio::test]
-async fn a_program_that_removes_its_own_folder_ends_as_it_ended() {
+async fn a_program_that_removes_its_folder_keeps_its_exit_code() {
     let bench = Bench::new();
     let program = bench.script(&format!("{STUBBORN} rm -r .baton; exit 3"));
     let sandbox = program.sandbox.clone();
@@ -371,7 +371,7 @@ async fn a_program_that_removes_its_own_folder_ends_as_it_ended() {
 async fn a_program_is_not_started_on_a_full_disk() {
     let bench = Bench::new();
     let program = bench.script("echo > ran");
-    // The file under the name from which `done.json` is renamed takes nothing.
+    // The file that is renamed to `done.json` cannot be written.
     std::os::unix::fs::symlink("/dev/full", program.sandbox.done().with_extension("part")).unwrap();
     let sandbox = program.sandbox.clone();
     let error = bench.programs.launch(program).await.unwrap_err();
@@ -380,7 +380,7 @@ async fn a_program_is_not_started_on_a_full_disk() {
 }
 
 #[tokio::test]
-async fn a_shim_without_open_files_starts_nothing_and_says_what_it_lacks() {
+async fn a_shim_without_open_files_starts_nothing_and_reports_the_shortage() {
     let root = TempDir::new().unwrap();
     let too_many = Some(Errno::MFILE.raw_os_error());
     for limit in [4, 5, 6] {
@@ -401,14 +401,14 @@ async fn arguments_that_are_too_long_end_the_program_with_the_reason() {
 }
 
 #[tokio::test]
-async fn what_a_program_leaves_at_its_end_goes_with_it() {
+async fn processes_that_a_program_leaves_are_killed() {
     let bench = Bench::new();
     let (ended, stdout, _) = bench.end_of(bench.script(&format!("{STUBBORN} exit 4"))).await;
     assert_eq!((ended.exit, ended.ended_by, &*stdout), (Some(4), EndedBy::Own, "ready\n"));
 }
 
 #[tokio::test]
-async fn terminating_ends_also_what_hides_from_it() {
+async fn terminating_ends_hidden_processes_too() {
     let bench = Bench::new();
     let program = bench.script(&format!("{STUBBORN} sleep 1000"));
     let sandbox = program.sandbox.clone();
@@ -418,12 +418,12 @@ async fn terminating_ends_also_what_hides_from_it() {
     let ended = running.terminate().await.unwrap();
     assert_eq!((ended.signal, ended.ended_by), (Some(Signal::TERM.as_raw()), EndedBy::Term));
     assert_nothing_left(&sandbox);
-    assert_eq!(running.wait().await.unwrap(), ended, "it answers after the end too");
+    assert_eq!(running.wait().await.unwrap(), ended, "it returns the result after the end too");
     assert_eq!(running.terminate().await.unwrap(), ended);
 }
 
 #[tokio::test]
-async fn a_program_that_is_only_just_starting_hears_term_too() {
+async fn a_program_that_has_just_started_receives_term() {
     let bench = Bench::new();
     for _ in 0..20 {
         let mut program = bench.script("sleep 1000 & sleep 1000");
@@ -435,7 +435,7 @@ async fn a_program_that_is_only_just_starting_hears_term_too() {
 }
 
 #[tokio::test]
-async fn a_dropped_handle_and_a_dropped_launch_leave_nothing() {
+async fn dropping_a_handle_or_a_launch_leaves_no_process() {
     let bench = Bench::new();
     let program = bench.script(&format!("{STUBBORN} sleep 1000"));
     let sandbox = program.sandbox.clone();
@@ -447,16 +447,16 @@ async fn a_dropped_handle_and_a_dropped_launch_leave_nothing() {
     let done = sandbox.done();
     tokio::select! {
         biased;
-        // It comes back at once only if this thread was kept from running meanwhile; then the handle is dropped here.
+        // It returns at once only if this thread was delayed; then the handle is dropped here.
         _ = bench.programs.launch(program) => {}
         () = std::future::ready(()) => {}
     }
-    eventually("the program that nobody holds has been ended", || done.exists()).await;
+    eventually("the program without a handle has ended", || done.exists()).await;
     assert_nothing_left(&sandbox);
 }
 
 #[tokio::test]
-async fn waiting_can_be_broken_off_and_taken_up_again() {
+async fn a_wait_can_be_dropped_and_repeated() {
     let bench = Bench::new();
     let mut running = bench.ready(bench.script("echo ready; while [ ! -e go ]; do sleep 0.01; done; exit 6")).await;
     for _ in 0..3 {
@@ -481,12 +481,12 @@ async fn stopping_ends_every_program_before_it_returns() {
 }
 
 #[tokio::test]
-async fn a_killed_worker_leaves_nothing() {
+async fn a_killed_worker_leaves_no_process() {
     let root = TempDir::new().unwrap();
     let shim = Bare::start(root.path(), &format!("{STUBBORN} sleep 1000"), 600_000, |_| {}).await;
     let stdout = shim.sandbox.stdout();
     eventually("the program says ready", || text(&stdout).contains("ready")).await;
-    // The kernel closes a killed process's pipes, which is all that a shim sees of it.
+    // The kernel closes the pipes of a killed process, which is all that a shim notices.
     let Bare { mut child, input, reports, sandbox } = shim;
     drop((input, reports));
     child.wait().await.unwrap();
@@ -496,7 +496,7 @@ async fn a_killed_worker_leaves_nothing() {
 }
 
 #[tokio::test]
-async fn a_frozen_worker_leaves_nothing() {
+async fn a_frozen_worker_leaves_no_process() {
     let root = TempDir::new().unwrap();
     let mut shim = Bare::start(root.path(), &format!("{STUBBORN} sleep 1000"), 500, |_| {}).await;
     let start = Instant::now();
@@ -537,9 +537,9 @@ async fn the_workers_renewals_reach_the_shim_and_end_with_the_lease() {
 }
 
 #[tokio::test]
-async fn a_killed_shim_takes_the_program_with_it() {
+async fn a_program_dies_with_its_killed_shim() {
     let root = TempDir::new().unwrap();
-    // A child of the program would not die with it; that is for the worker to see to (see the next test).
+    // A child of the program would not die with it; the worker kills it (see the next test).
     let mut shim = Bare::start(root.path(), "exec sleep 1000", 600_000, |_| {}).await;
     let sandbox = shim.sandbox.clone();
     eventually("the program runs", || left_of(&sandbox).iter().any(|line| line.contains("sleep"))).await;
@@ -548,7 +548,7 @@ async fn a_killed_shim_takes_the_program_with_it() {
 }
 
 #[tokio::test]
-async fn the_worker_ends_what_a_killed_shim_has_left() {
+async fn the_worker_kills_the_processes_of_a_killed_shim() {
     let bench = Bench::new();
     let program = bench.script(&format!("{STUBBORN} sleep 1000"));
     let sandbox = program.sandbox.clone();
@@ -559,13 +559,13 @@ async fn the_worker_ends_what_a_killed_shim_has_left() {
 }
 
 #[tokio::test]
-async fn a_bomb_of_forks_is_cleaned_up() {
+async fn a_fork_bomb_is_cleaned_up() {
     let bench = Bench::new();
     let program = bench.script(
         "setsid sh comet 60 &\nfor i in 1 2 3 4 5 6 7 8 9 10; do sh tree 2 & sh comet 60 & done\nsleep 0.3\necho ready\nexit 0",
     );
     let here = program.sandbox.path();
-    // A comet lives only in its newest child; a tree grows three branches on each level.
+    // A comet lives only in its newest child; a tree has three branches on each level.
     fs::write(here.join("comet"), "[ $1 -gt 0 ] && { sh comet $(($1 - 1)) & exit; }\nsleep 1000").unwrap();
     fs::write(here.join("tree"), "for i in 1 2 3; do [ $1 -gt 0 ] && setsid sh tree $(($1 - 1)) & done; sleep 1000")
         .unwrap();
@@ -574,7 +574,7 @@ async fn a_bomb_of_forks_is_cleaned_up() {
 }
 
 #[tokio::test]
-async fn long_output_is_captured_by_its_ends() {
+async fn the_head_and_tail_of_long_output_are_captured() {
     let bench = Bench::new();
     let program = bench.script("i=0; while [ $i -lt 30000 ]; do echo line $i; i=$((i + 1)); done");
     let sandbox = program.sandbox.clone();
@@ -585,7 +585,7 @@ async fn long_output_is_captured_by_its_ends() {
 }
 
 #[tokio::test]
-async fn processor_time_is_counted_also_for_what_a_program_starts() {
+async fn processor_time_includes_the_children_of_a_program() {
     let bench = Bench::new();
     let busy = "i=0; while [ $i -lt 300000 ]; do i=$((i + 1)); done";
     let (ended, ..) = bench.end_of(bench.script(&format!("sh -c '{busy}'; exit 0"))).await;

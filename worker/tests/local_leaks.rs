@@ -1,5 +1,5 @@
-//! What many local programs leave in the process that launched them. A test binary of its own: it counts what belongs to the
-//! whole process.
+//! The traces of many local programs in the process that launched them. A separate test binary, since it counts resources
+//! of the whole process.
 
 #![expect(clippy::unwrap_used, reason = "the functions that the tests share are tests too")]
 
@@ -27,7 +27,7 @@ async fn a_hundred_programs_leave_no_zombie_and_no_open_file() {
         let grace = Duration::from_secs(1);
         programs.launch(Program { command, vars: BTreeMap::new(), stdin: None, time_limit: None, grace, sandbox })
     };
-    // The first one opens what the runtime keeps open.
+    // The first program opens the files that the runtime keeps open.
     launch(0).await.unwrap().wait().await.unwrap();
     let n_open = n_open_files();
 
@@ -39,7 +39,7 @@ async fn a_hundred_programs_leave_no_zombie_and_no_open_file() {
             _ => running.wait().await.unwrap(),
         };
     }
-    // Dropped handles are waited for by the thread alone.
+    // Only the thread waits for programs whose handles were dropped.
     for idx in 0..5 {
         drop(launch(idx).await.unwrap());
     }

@@ -151,7 +151,7 @@ async fn what_cannot_be_kept_is_named_and_costs_nothing_else() {
         "d/up is a link that leads back to a folder in which it is",
         "nothing in the sandbox matches `missing`",
         "nothing in the sandbox matches `gone/*.x`",
-        "`values: s` is no JSON object",
+        "`values: s` is not a JSON object",
     ] {
         assert!(reason.contains(named), "{named} in {reason}");
     }
@@ -166,7 +166,7 @@ async fn what_cannot_be_kept_is_named_and_costs_nothing_else() {
     for (written, told) in [
         ("{\"a\": 1,\\n\"b\": NaN}", "has `NaN` in line 2, which JSON does not have"),
         ("{\"a\": -Infinity}", "has `-Infinity` in line 1"),
-        ("[1]", "is JSON, but no object"),
+        ("[1]", "is JSON, but not an object"),
     ] {
         let script = format!("printf '{written}' > v; echo kept > f");
         let pid = slurm.submit(&scene, &spec(&script, "out: [f]\nvalues: v"), 1).await.remove(0);

@@ -169,7 +169,7 @@ async fn a_database_that_has_gone_back_in_time_is_refused_until_a_person_says_ot
     blocking(|| scene.services().restore_database()).await;
     eventually("the fleet is paused", Duration::from_secs(30), async || {
         let reason = scene.sql("SELECT reason FROM fleet WHERE paused_at IS NOT NULL").await;
-        if reason.contains("gone back in time") { Ok(()) } else { Err((reason, busy.logs())) }
+        if reason.contains("database rollback detected") { Ok(()) } else { Err((reason, busy.logs())) }
     })
     .await;
     eventually("nobody holds anything", Duration::from_secs(30), async || {
@@ -179,7 +179,8 @@ async fn a_database_that_has_gone_back_in_time_is_refused_until_a_person_says_ot
     .await;
     let explained = scene.baton(&["workers"]).await.ok();
     assert!(
-        explained.stdout.contains("gone back in time") || explained.stderr.contains("gone back in time"),
+        explained.stdout.contains("database rollback detected")
+            || explained.stderr.contains("database rollback detected"),
         "{explained:?}"
     );
     scene.baton(&["play", "--fleet"]).await.ok();

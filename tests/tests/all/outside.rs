@@ -227,7 +227,7 @@ async fn what_nobody_can_use_is_in_the_dead_letter_queue_with_the_reason() {
             "json",
             None,
             json_launch(json!({"run": ["true"], "at": "cluster", "in": ["client://a"]})).into_bytes(),
-            "whoever sends a message has no folder",
+            "the sender of a message has no folder",
         ),
         ("json", None, json_launch(json!({"run": ["true"], "labels": {"a": "b\0"}})).into_bytes(), "NUL byte"),
         ("json", None, json_launch(json!({"run": ["true"], "labels": {"a\0": "b"}})).into_bytes(), "NUL byte"),

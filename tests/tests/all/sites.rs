@@ -104,7 +104,7 @@ async fn a_sandbox_that_is_away_pauses_its_process() {
     eventually("it is paused", LIMIT, async || {
         let shown = scene.show(&pids[0]).await;
         let reason = shown["paused_reason"].as_str().unwrap_or_default();
-        if reason.contains("is not there") { Ok(()) } else { Err(shown) }
+        if reason.contains("its folder at the site is missing") { Ok(()) } else { Err(shown) }
     })
     .await;
     std::fs::rename(&away, &folder).unwrap();

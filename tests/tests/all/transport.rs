@@ -55,7 +55,7 @@ async fn a_command_gets_its_input_and_gives_back_its_outputs_and_its_end() {
         let output = session.exec("cat; echo wrong >&2; exit 7", b"some\0bytes", LIMIT).await.unwrap();
         assert_eq!((output.exit, output.signal.as_deref()), (Some(7), None));
         assert_eq!((output.stdout.as_slice(), output.stderr.as_slice()), (&b"some\0bytes"[..], &b"wrong\n"[..]));
-        assert_eq!(output.ok().unwrap_err().to_string(), "the command has ended with exit code 7: wrong",);
+        assert_eq!(output.ok().unwrap_err().to_string(), "the command ended with exit code 7: wrong",);
         let output = session.exec("kill -TERM $$", b"", LIMIT).await.unwrap();
         assert_eq!((output.exit, output.signal.as_deref()), (None, Some("TERM")));
         // It does not read what it is given.

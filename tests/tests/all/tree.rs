@@ -74,6 +74,18 @@ fn every_wire_is_known_in_one_place_only() {
     }
 }
 
+/// `CANCELLED` is missing here: Baton records the same word itself.
+#[test]
+fn only_the_launcher_for_slurm_names_the_states_of_its_jobs() {
+    let states = "BOOT_FAIL COMPLETED DEADLINE FAILED NODE_FAIL OUT_OF_MEMORY PENDING PREEMPTED TIMEOUT";
+    for (path, text) in sources() {
+        if path.starts_with("worker/src/") && !path.starts_with("worker/src/site/launcher/slurm/") {
+            let named = states.split(' ').find(|state| text.contains(&format!("\"{state}\"")));
+            assert_eq!(named, None, "{path} names a state of Slurm");
+        }
+    }
+}
+
 #[test]
 fn common_knows_neither_worker_nor_controller_and_worker_knows_no_controller() {
     for path in users("baton_worker") {

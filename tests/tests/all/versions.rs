@@ -51,7 +51,7 @@ async fn a_kind_that_no_worker_knows_waits_for_one_that_does() {
     scene.baton(&["kill", killed, "--wait"]).await.ok();
     let _own = scene.worker_of("own-process", "own", &[]).await;
     count_becomes(&scene, "state = 4", 1, Duration::from_secs(40)).await;
-    assert_eq!(worker.log().matches("cannot go on with it").count(), 2, "once a process: {}", worker.log());
+    assert_eq!(worker.log().matches("cannot run the process").count(), 2, "once a process: {}", worker.log());
     assert!(worker.terminate().await.success());
 }
 

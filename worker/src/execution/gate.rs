@@ -1,5 +1,5 @@
-//! Whether this worker takes tasks: not while it ends, while its database is away, while the fleet is paused or while its
-//! machine lacks something.
+//! The gate for tasks: a worker takes none while it ends, its database is away, the fleet is paused or its machine has a
+//! shortage.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -9,19 +9,19 @@ use tokio::sync::{Mutex, Notify, Semaphore};
 
 use crate::machine::shortage::Health;
 
-/// Begins and ends the consumption of tasks.
+/// Starts and stops the consumption of tasks.
 pub(crate) struct Gate {
     communicator: Communicator,
     queues: Arc<[String]>,
     slots: Arc<Semaphore>,
     health: Arc<Health>,
-    /// Notified when the gate opens: a suspect can be claimed again.
+    /// Notified when the gate opens, so quarantined processes can be claimed again.
     quarantine_free: Arc<Notify>,
     takes_tasks: AtomicBool,
     halts: Mutex<Halts>,
 }
 
-/// What keeps this worker from taking tasks, beside what its machine lacks; and what it takes.
+/// The reasons against taking tasks other than a shortage, and what the worker takes now.
 #[derive(Default)]
 struct Halts {
     is_ending: bool,
@@ -32,16 +32,16 @@ struct Halts {
 
 #[derive(Clone, Copy, Default, PartialEq)]
 enum Taking {
-    /// Neither tasks nor broadcasts that have to be recorded.
+    /// Neither tasks nor durable broadcasts.
     #[default]
     Nothing,
-    /// Broadcasts only.
-    Orders,
+    /// Durable broadcasts only.
+    Broadcasts,
     Everything,
 }
 
 impl Gate {
-    /// A gate that is shut.
+    /// A closed gate.
     pub(crate) fn new(
         communicator: Communicator,
         queues: Arc<[String]>,
@@ -53,28 +53,28 @@ impl Gate {
         Self { communicator, queues, slots, health, quarantine_free, takes_tasks, halts }
     }
 
-    /// The database has answered a beat, which also says whether the fleet is paused.
+    /// Notes that the database answered a beat, which also says whether the fleet is paused.
     pub(crate) async fn has_database(&self, is_fleet_paused: bool) {
         let mut halts = self.halts.lock().await;
         (halts.is_database_away, halts.is_fleet_paused) = (false, is_fleet_paused);
         self.settle(&mut halts).await;
     }
 
-    /// The database does not answer.
+    /// Notes that the database does not answer.
     pub(crate) async fn lacks_database(&self) {
         let mut halts = self.halts.lock().await;
         halts.is_database_away = true;
         self.settle(&mut halts).await;
     }
 
-    /// The incarnation ends: it takes nothing more.
+    /// Closes the gate for good, at the end of the incarnation.
     pub(crate) async fn take_nothing_more(&self) {
         let mut halts = self.halts.lock().await;
         halts.is_ending = true;
         self.settle(&mut halts).await;
     }
 
-    /// Begins or ends to take tasks, as the machine allows.
+    /// Opens or closes the gate by the current shortage.
     pub(crate) async fn take_what_it_can(&self) {
         self.settle(&mut *self.halts.lock().await).await;
     }
@@ -83,7 +83,7 @@ impl Gate {
         let taking = if halts.is_ending || halts.is_database_away {
             Taking::Nothing
         } else if halts.is_fleet_paused || self.health.stops_taking() {
-            Taking::Orders
+            Taking::Broadcasts
         } else {
             Taking::Everything
         };
@@ -93,7 +93,7 @@ impl Gate {
         self.takes_tasks.store(taking == Taking::Everything, Ordering::Release);
         match taking {
             Taking::Nothing => self.communicator.stop_consuming().await,
-            Taking::Orders => {
+            Taking::Broadcasts => {
                 self.communicator.stop_consuming().await;
                 self.communicator.consume_control().await;
             }
@@ -105,7 +105,7 @@ impl Gate {
         }
     }
 
-    /// Whether this worker takes tasks at the moment.
+    /// Whether this worker takes tasks now.
     pub(crate) fn takes_tasks(&self) -> bool {
         self.takes_tasks.load(Ordering::Acquire) && !self.health.stops_taking()
     }

@@ -1,4 +1,4 @@
-//! The leases of this incarnation: what it holds and what it is just claiming, with the way to tell each process something.
+//! The leases of this incarnation: the processes that it holds or is claiming, and the channel to each.
 
 use std::collections::{HashMap, hash_map};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -19,7 +19,7 @@ pub(crate) struct Entry {
     pub(crate) thread_idx: usize,
 }
 
-/// Everything that is held, and what is just being claimed.
+/// All processes that are held or being claimed.
 #[derive(Default)]
 pub(crate) struct LeaseTable {
     table: Mutex<Table>,
@@ -29,10 +29,10 @@ pub(crate) struct LeaseTable {
 #[derive(Default)]
 struct Table {
     entries: HashMap<Pid, Entry>,
-    /// Claims under way; `true` when another message for the same process came meanwhile.
+    /// Claims under way; `true` if another message for the same process arrived meanwhile.
     claiming: HashMap<Pid, bool>,
     draining: bool,
-    /// How many entries each process thread has.
+    /// The number of entries of each process thread.
     loads: Vec<usize>,
 }
 
@@ -56,24 +56,24 @@ impl Table {
     }
 }
 
-/// A claim under way. It ends when this is dropped, whatever has become of it, and so a message that comes later for the
-/// same process is claimed.
+/// A claim under way. It ends when this is dropped, whatever its result, so that a later message for the same process can
+/// claim again.
 #[must_use = "the claim ends when this is dropped"]
-pub(crate) struct Begun {
-    /// None once the process is in the table.
+pub(crate) struct ClaimGuard {
+    /// `None` once the process is in the table.
     leases: Option<Arc<LeaseTable>>,
     pid: Pid,
 }
 
-impl Begun {
-    /// Whether another message came while this claim was under way; asking answers it.
+impl ClaimGuard {
+    /// Whether another message arrived during this claim. Resets the answer.
     pub(crate) fn take_another(&self) -> bool {
         let held = self.leases.as_ref();
         held.is_some_and(|held| held.lock().claiming.get_mut(&self.pid).is_some_and(std::mem::take))
     }
 }
 
-impl Drop for Begun {
+impl Drop for ClaimGuard {
     fn drop(&mut self) {
         if let Some(held) = self.leases.take() {
             held.lock().claiming.remove(&self.pid);
@@ -83,9 +83,9 @@ impl Drop for Begun {
 }
 
 impl LeaseTable {
-    /// Begins a claim. `None` when one of the same process is under way: that one will look once more if it finds nothing,
-    /// so this message is dealt with.
-    pub(crate) fn begin_claim(self: &Arc<Self>, pid: Pid) -> Option<Begun> {
+    /// Begins a claim. `None` if a claim of the same process is under way; that claim tries again if it finds nothing, so
+    /// the caller's message needs no claim.
+    pub(crate) fn begin_claim(self: &Arc<Self>, pid: Pid) -> Option<ClaimGuard> {
         match self.lock().claiming.entry(pid) {
             hash_map::Entry::Occupied(mut claim) => {
                 claim.insert(true);
@@ -93,18 +93,18 @@ impl LeaseTable {
             }
             hash_map::Entry::Vacant(claim) => {
                 claim.insert(false);
-                Some(Begun { leases: Some(Arc::clone(self)), pid })
+                Some(ClaimGuard { leases: Some(Arc::clone(self)), pid })
             }
         }
     }
 
-    /// Enters a process that has been claimed; its claim ends in the same step. A worker that has begun to drain meanwhile
-    /// tells the process at once.
-    pub(crate) fn enter(&self, entry: Entry, begun: Option<Begun>) {
+    /// Enters a claimed process and ends its claim in the same step. If the worker is draining, the process is told at
+    /// once.
+    pub(crate) fn enter(&self, entry: Entry, guard: Option<ClaimGuard>) {
         let mut table = self.lock();
-        if let Some(mut begun) = begun {
-            table.claiming.remove(&begun.pid);
-            begun.leases = None;
+        if let Some(mut guard) = guard {
+            table.claiming.remove(&guard.pid);
+            guard.leases = None;
         }
         if table.draining {
             entry.live.order(|orders| orders.drain = Drain::Soon);
@@ -118,20 +118,20 @@ impl LeaseTable {
         self.lock().entries.get(&pid).cloned()
     }
 
-    /// Forgets a process, unless it has been claimed anew meanwhile.
+    /// Removes a process, unless it was claimed again meanwhile.
     pub(crate) fn remove(&self, fence: Fence) {
         self.lock().remove(fence);
         self.changed.notify_waiters();
     }
 
-    /// Waits until this holding has ended, or the limit has passed; says whether it has ended.
+    /// Waits until this attempt has ended or the limit has passed; returns whether it has ended.
     pub(crate) async fn left(&self, fence: Fence, limit: Duration) -> bool {
         self.wait(limit, || !self.holds(fence)).await
     }
 
-    /// Waits until all of these holdings have ended, or the limit has passed.
+    /// Waits until all these attempts have ended or the limit has passed.
     pub(crate) async fn all_left(&self, entries: &[Entry], limit: Duration) {
-        // Asked at every change of thousands: those at the front that have ended are not looked at again.
+        // Evaluated at every change, with thousands of entries: ended ones at the front are not checked again.
         let mut n_left = 0;
         let reached = || {
             while entries.get(n_left).is_some_and(|entry| !self.holds(entry.fence)) {
@@ -142,19 +142,19 @@ impl LeaseTable {
         self.wait(limit, reached).await;
     }
 
-    /// How many each process thread has.
+    /// The number of processes of each process thread.
     pub(crate) fn loads(&self, n_threads: usize) -> Vec<usize> {
         let mut loads = self.lock().loads.clone();
         loads.resize(n_threads, 0);
         loads
     }
 
-    /// Whether this holding has not ended.
+    /// Whether this attempt has not ended.
     pub(crate) fn holds(&self, fence: Fence) -> bool {
         self.lock().entries.get(&fence.pid).is_some_and(|entry| entry.fence == fence)
     }
 
-    /// Waits until nothing is held or being claimed, or the limit has passed; says whether nothing is.
+    /// Waits until nothing is held or being claimed or the limit has passed; returns whether the table is empty.
     pub(crate) async fn emptied(&self, limit: Duration) -> bool {
         self.wait(limit, || self.count() == 0).await
     }
@@ -176,7 +176,7 @@ impl LeaseTable {
         self.lock().entries.values().cloned().collect()
     }
 
-    /// How many are held or are just being claimed.
+    /// The number of processes that are held or being claimed.
     pub(crate) fn count(&self) -> usize {
         let table = self.lock();
         table.entries.len() + table.claiming.len()
@@ -186,15 +186,15 @@ impl LeaseTable {
         self.lock().claiming.contains_key(&pid)
     }
 
-    /// What the row of a held process says; ignored if that holding has ended.
+    /// Passes the request in its row to a held process; ignored if the attempt has ended.
     pub(crate) fn order(&self, wish: Wish) {
         if let Some(entry) = self.lock().entries.get(&wish.fence.pid).filter(|entry| entry.fence == wish.fence) {
             entry.live.wish(wish.desired, wish.urgent);
         }
     }
 
-    /// The row is not held under this fence: the holding stops at once and writes nothing more. If it is writing, that
-    /// may be what has taken the row out of `held`, and the answer to it says so.
+    /// Stops the attempt at once, without further writes, because its row is not held under this fence. An attempt that
+    /// is writing is spared: that write may have taken the row out of `held`, and its answer says so.
     pub(crate) fn abandon(&self, fence: Fence) {
         let table = self.lock();
         let entry = table.entries.get(&fence.pid).filter(|entry| entry.fence == fence);

@@ -1,13 +1,13 @@
-//! What ends processes that advance for ever.
+//! Limits that end endless loops.
 
 use baton_common::store::blob::Checkpoint;
 
-/// What ends endless loops.
+/// Limits on the advances of a process.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
-    /// Advances that a process may make in all.
+    /// Advances of a process in total.
     pub advances_max: u64,
-    /// Advances in a row that change neither its state nor its values nor its progress.
+    /// Advances in a row that change neither state nor values nor progress.
     pub idle_advances_max: u64,
 }
 
@@ -18,12 +18,12 @@ impl Default for Limits {
 }
 
 impl Limits {
-    /// Why a process with this checkpoint must not go on.
+    /// Returns why a process with this checkpoint must end.
     pub(crate) fn broken_by(&self, checkpoint: &Checkpoint) -> Option<String> {
         if checkpoint.advances >= self.advances_max {
-            return Some(format!("it has made {} advances, and more are not allowed", checkpoint.advances));
+            return Some(format!("it reached the limit of {} advances", checkpoint.advances));
         }
         (checkpoint.idle_advances >= self.idle_advances_max)
-            .then(|| format!("it has made {} advances in a row without any progress", checkpoint.idle_advances))
+            .then(|| format!("it made {} advances in a row without any progress", checkpoint.idle_advances))
     }
 }

@@ -1,7 +1,7 @@
-//! Process threads: each has a runtime and a LocalSet of its own, and a process stays on the thread that it was given.
+//! Process threads: each has its own runtime and LocalSet, and a process stays on its thread.
 //!
-//! A process must not block its thread. One that does costs its neighbours on the thread their progress and nobody else
-//! anything; [`Thread::blocked`] names it.
+//! A process must not block its thread. One that does stops the other processes of the thread, but nothing else;
+//! [`Thread::blocked`] names it.
 
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -15,10 +15,10 @@ use tracing::error;
 
 use crate::execution::run::{self, Start};
 
-/// A process that has not given its thread back for this long is named in the log and in `status`.
+/// A process that blocks its thread for this long is named in the log and in `status`.
 pub(crate) const BLOCKED_AFTER: Duration = Duration::from_secs(5);
 
-/// Processes on their way to a thread. Each has a slot already; a full channel only makes the next claim wait.
+/// Processes on their way to a thread. Each has a slot already; a full channel only delays the next claim.
 const STARTS_MAX: usize = 64;
 
 /// A thread that advances processes.
@@ -28,7 +28,7 @@ pub(crate) struct Thread {
     ended: oneshot::Receiver<()>,
 }
 
-/// Which process has the thread, and since when.
+/// The process that is polled now, and since when.
 #[derive(Default)]
 struct Polled {
     current: Mutex<Option<(Pid, Instant)>>,
@@ -61,24 +61,24 @@ impl Thread {
                     report(ended);
                 }
             });
-            // Nobody may be waiting for it.
+            // The receiver may be gone.
             let _ = ended_tx.send(());
         })?;
         Ok(Self { starts, polled, ended })
     }
 
-    /// Gives a process to this thread. Waits while many others are on their way to it.
+    /// The channel of processes to this thread.
     pub(crate) fn starts(&self) -> mpsc::Sender<Start> {
         self.starts.clone()
     }
 
-    /// The process that has not given the thread back, and for how long.
+    /// The process that blocks the thread, and for how long.
     pub(crate) fn blocked(&self) -> Option<(Pid, Duration)> {
         let current = self.polled.current.lock().unwrap_or_else(PoisonError::into_inner);
         current.map(|(pid, since)| (pid, since.elapsed())).filter(|(_, elapsed)| *elapsed >= BLOCKED_AFTER)
     }
 
-    /// Waits until every process of the thread has ended, but not for one that blocks it.
+    /// Waits until every process of the thread has ended or the limit has passed; returns whether all have ended.
     pub(crate) async fn stop(self, limit: Duration) -> bool {
         drop(self.starts);
         tokio::time::timeout(limit, self.ended).await.is_ok()
@@ -87,12 +87,12 @@ impl Thread {
 
 fn report(ended: Result<(), tokio::task::JoinError>) {
     if let Err(failure) = ended {
-        // The process's own panics are caught where it is polled; this is one of the worker's.
-        error!(%failure, "a process's task has panicked; its lease is given back at the next reconciling beat");
+        // Panics of the process itself are caught where it is polled; this one is the worker's.
+        error!(%failure, "the task of a process panicked; the next reconciling beat gives its lease back");
     }
 }
 
-/// A future that notes when it has the thread.
+/// A future that records when it is polled.
 struct Watched<F> {
     pid: Pid,
     polled: Arc<Polled>,

@@ -1,4 +1,4 @@
-//! When the next parked process is due.
+//! The time at which the next parked process is due.
 
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
@@ -6,10 +6,10 @@ use std::time::Duration;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
-/// Pause between two rounds of the cheap sweeps, which find whatever is due.
+/// Pause between two rounds of the cheap sweeps, which find all due processes.
 pub(crate) const ROUND: Duration = Duration::from_secs(1);
 
-/// When the next parked process of this worker's is due; only the earliest is kept.
+/// The earliest time at which a process parked by this worker is due.
 #[derive(Default)]
 pub(crate) struct Timer {
     next: Mutex<Option<Instant>>,
@@ -17,9 +17,9 @@ pub(crate) struct Timer {
 }
 
 impl Timer {
-    /// A process is due after this time.
+    /// Notes that a process is due after this time.
     pub(crate) fn due_in(&self, pause: Duration) {
-        // What is due after the next round is found by that round.
+        // The next round finds later ones.
         if pause > ROUND * 2 {
             return;
         }
@@ -31,7 +31,7 @@ impl Timer {
         }
     }
 
-    /// Waits until something is due, or the round is over.
+    /// Waits until a process is due or the round is over.
     pub(crate) async fn wait(&self, round_ends: Instant) {
         loop {
             let next = *self.next.lock().unwrap_or_else(PoisonError::into_inner);

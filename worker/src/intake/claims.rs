@@ -1,4 +1,4 @@
-//! Claims: how a process becomes this worker's, whichever way it came, and finds a thread.
+//! Claims: they make this worker the holder of a process and assign it to a thread.
 
 use std::sync::Arc;
 
@@ -10,12 +10,12 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tracing::debug;
 
 use crate::author::live::{Live, Orders};
-use crate::execution::lease_table::{Begun, Entry};
+use crate::execution::lease_table::{ClaimGuard, Entry};
 use crate::execution::run::{Execution, Start};
 use crate::execution::thread::Thread;
 use crate::intake::quarantine::Quarantine;
 
-/// What it takes to claim processes and to start them.
+/// The parts of a worker that claim and start processes.
 pub(crate) struct Claims {
     pub(crate) execution: Arc<Execution>,
     pub(crate) threads: Arc<Vec<Thread>>,
@@ -26,33 +26,33 @@ pub(crate) struct Claims {
 }
 
 impl Claims {
-    /// Claims, and looks once more if another message for the same process has come meanwhile. `begun` comes back only if
-    /// the process is this worker's now; it is `None` for a claim that does not care whether there is another.
+    /// Claims a process, and again if another message for it arrived meanwhile. Returns `guard` only if the process was
+    /// claimed. Without a guard the claim may run at the same time as another.
     pub(crate) async fn claim(
         &self,
         pid: Pid,
         queue: &str,
         launch: Option<Box<NewProcess>>,
-        begun: Option<Begun>,
-    ) -> (Result<Claim, store::Error>, Option<Begun>) {
+        guard: Option<ClaimGuard>,
+    ) -> (Result<Claim, store::Error>, Option<ClaimGuard>) {
         let claim = loop {
-            match self.execution.facilities.writer.claim(pid, queue.to_owned(), launch.clone()).await {
-                Ok(Claim::NotQueued) if begun.as_ref().is_some_and(Begun::take_another) => {}
+            match self.execution.writer.claim(pid, queue.to_owned(), launch.clone()).await {
+                Ok(Claim::NotQueued) if guard.as_ref().is_some_and(ClaimGuard::take_another) => {}
                 claim => break claim,
             }
         };
-        // What follows another answer may take long, and a message that comes meanwhile is claimed anew.
-        let begun = begun.filter(|_| matches!(claim, Ok(Claim::Claimed(_))));
-        (claim, begun)
+        // Other answers may take long to handle, and a later message must be able to claim again.
+        let guard = guard.filter(|_| matches!(claim, Ok(Claim::Claimed(_))));
+        (claim, guard)
     }
 
-    /// Enters a claimed process into the table and finds it a thread: the one with the fewest, and none that is blocked. What
-    /// is returned starts it there.
+    /// Enters a claimed process into the table and assigns it to the thread with the fewest processes, avoiding blocked
+    /// ones. The returned future starts it there.
     pub(crate) fn start(
         &self,
         claimed: Box<Claimed>,
         permit: OwnedSemaphorePermit,
-        begun: Option<Begun>,
+        guard: Option<ClaimGuard>,
     ) -> impl Future<Output = ()> + use<> {
         let held = &self.execution.leases;
         let loads = held.loads(self.threads.len());
@@ -64,7 +64,7 @@ impl Claims {
             Some(Err(_)) | None => 0,
         };
         let live = Arc::new(Live::new(advances, Orders::new(claimed.desired, claimed.urgent)));
-        held.enter(Entry { fence: claimed.fence, live: Arc::clone(&live), thread_idx }, begun);
+        held.enter(Entry { fence: claimed.fence, live: Arc::clone(&live), thread_idx }, guard);
         let start = Start { claimed, live, execution: Arc::clone(&self.execution), permit };
         let starts = thread.starts();
         async move {
@@ -73,22 +73,22 @@ impl Claims {
         }
     }
 
-    /// Claims one that is told by no message; says whether it is this worker's now.
+    /// Claims a process that has no message; returns whether that succeeded.
     pub(crate) async fn take(
         self: Arc<Self>,
         pid: Pid,
         queue: String,
         permit: OwnedSemaphorePermit,
-        begun: Begun,
+        guard: ClaimGuard,
     ) -> bool {
-        match self.claim(pid, &queue, None, Some(begun)).await {
-            (Ok(Claim::Claimed(claimed)), begun) => {
-                self.start(claimed, permit, begun).await;
+        match self.claim(pid, &queue, None, Some(guard)).await {
+            (Ok(Claim::Claimed(claimed)), guard) => {
+                self.start(claimed, permit, guard).await;
                 return true;
             }
             (Ok(Claim::NotBesideAnother), _) => self.quarantine.wait(pid, queue),
             (Ok(Claim::NotQueued | Claim::Absent | Claim::OtherSpec | Claim::Pruned | Claim::Rejected(_)), _) => {}
-            (Err(error), _) => debug!(%pid, %error, "not claimed; the next look tries again"),
+            (Err(error), _) => debug!(%pid, %error, "not claimed; the next round tries again"),
         }
         false
     }

@@ -1,8 +1,9 @@
-//! Tasks without the broker: what is queued is claimed straight from the database while a queue delivers nothing.
+//! Claims without the broker: the worker claims queued processes straight from the database while a queue delivers
+//! nothing.
 //!
-//! A broker that is away, under an alarm or without a majority, or a queue that has lost its leader, must not stop the
-//! fleet. The claim is the same, so a message that arrives late finds nothing to claim. Workers ask for the same rows and
-//! all but one come away without them, which costs more than a message; so this is only for when there are none.
+//! A broker that is away, under an alarm or without a majority, or a queue without a leader, must not stop the fleet. The
+//! claim is the same, so a late message finds nothing to claim. Workers compete for the same rows, which costs more than
+//! messages, so this is only a fallback.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -15,13 +16,13 @@ use tracing::{debug, info, warn};
 
 use crate::intake::claims::Claims;
 
-/// Pause between two looks. A queue that delivers nothing twice in a row is not just being opened.
+/// Pause between two rounds. A queue that delivers nothing in two rounds is not just being opened.
 const ROUND: Duration = Duration::from_secs(1);
 
-/// Claims under way at once: as many as one commit takes well.
+/// Concurrent claims: as many as one commit handles well.
 const CLAIMS_MAX: usize = 256;
 
-/// Looks until it is dropped.
+/// Runs until it is dropped.
 pub(crate) async fn run(claims: Arc<Claims>, communicator: Communicator) {
     let mut ticks = tokio::time::interval(ROUND);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -29,7 +30,7 @@ pub(crate) async fn run(claims: Arc<Claims>, communicator: Communicator) {
     let mut named: HashSet<String> = HashSet::new();
     loop {
         ticks.tick().await;
-        // A full worker takes nothing from the broker either, which says nothing about the broker.
+        // A full worker receives no deliveries, which says nothing about the broker.
         if claims.slots.available_permits() == 0 {
             continue;
         }
@@ -47,7 +48,7 @@ pub(crate) async fn run(claims: Arc<Claims>, communicator: Communicator) {
                 warn!(queue, "the broker does not deliver this queue; taking its tasks from the database");
             }
             while claim_page(&claims, &communicator, queue).await {
-                // There is more: the next page is for the next slot, at the latest in a round.
+                // The next page waits for a free slot, but at most for a round.
                 let slot = Arc::clone(&claims.slots).acquire_owned();
                 if tokio::time::timeout(ROUND, slot).await.is_err() {
                     break;
@@ -58,13 +59,13 @@ pub(crate) async fn run(claims: Arc<Claims>, communicator: Communicator) {
     }
 }
 
-/// Claims what the free slots can take of one queue, the oldest first; says whether there may be more.
+/// Claims the oldest processes of one queue for the free slots; returns whether there may be more.
 async fn claim_page(claims: &Arc<Claims>, communicator: &Communicator, queue: &str) -> bool {
     let free = claims.slots.available_permits().min(CLAIMS_MAX);
     if free == 0 || !claims.execution.gate.takes_tasks() || communicator.delivers(queue) {
         return false;
     }
-    // Those are claimed one after the other, and must not hide the others.
+    // Quarantined processes are claimed one by one elsewhere and must not hide the others.
     let quarantine = claims.quarantine.pids();
     let pids = match claims.execution.store.queued_in(queue, free + quarantine.len()).await {
         Ok(pids) => pids,
@@ -77,8 +78,8 @@ async fn claim_page(claims: &Arc<Claims>, communicator: &Communicator, queue: &s
     let mut taking = JoinSet::new();
     for pid in pids.into_iter().filter(|pid| !quarantine.contains(pid)) {
         let Ok(permit) = Arc::clone(&claims.slots).try_acquire_owned() else { break };
-        if let Some(begun) = claims.execution.leases.begin_claim(pid) {
-            taking.spawn(Arc::clone(claims).take(pid, queue.to_owned(), permit, begun));
+        if let Some(guard) = claims.execution.leases.begin_claim(pid) {
+            taking.spawn(Arc::clone(claims).take(pid, queue.to_owned(), permit, guard));
         }
     }
     let taken = taking.join_all().await;

@@ -1,5 +1,5 @@
-//! Processes whose holders have died again and again: a worker takes one at a time, and the next as soon as that one has
-//! made a checkpoint or has left.
+//! Quarantined processes: their holders have died repeatedly, so a worker holds one at a time. It claims the next as soon
+//! as that one has made a checkpoint or has left.
 
 use std::collections::{BTreeSet, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -11,31 +11,32 @@ use tracing::debug;
 
 use crate::intake::claims::Claims;
 
-/// So many are remembered; the messages of the others are told again by the head rule.
+/// Processes that are remembered; the head rule announces the others again.
 const WAITING_MAX: usize = 10_000;
 
-/// Those that could not be claimed beside another. Their messages are gone, so whoever forgets them costs them no more
-/// than the time until the head rule finds them.
+/// The quarantined processes that wait for a claim. Their messages are acknowledged; if this list is lost, the head rule
+/// announces them again.
 pub(crate) struct Quarantine {
     waiting: Mutex<BTreeSet<(Pid, String)>>,
-    /// Notified when another can be claimed: one has made a checkpoint or has left, or the worker takes tasks again.
+    /// Notified when the next can be claimed: the last has made a checkpoint or has left, or the worker takes tasks
+    /// again.
     turn: Arc<Notify>,
 }
 
 impl Quarantine {
-    /// None yet. Whoever notifies `turn` has the next one claimed.
+    /// An empty quarantine. Notifying `turn` claims the next process.
     pub(crate) fn new(turn: Arc<Notify>) -> Self {
         Self { waiting: Mutex::default(), turn }
     }
 
-    /// This one could not be claimed from this queue.
+    /// Adds a process that could not be claimed from this queue.
     pub(crate) fn wait(&self, pid: Pid, queue: String) {
         self.put(pid, queue);
-        // The other may have gone on since it was refused.
+        // The other process may have made a checkpoint since the refusal.
         self.turn.notify_one();
     }
 
-    /// Those that wait.
+    /// The waiting processes.
     pub(crate) fn pids(&self) -> HashSet<Pid> {
         self.lock().iter().map(|(pid, _)| *pid).collect()
     }
@@ -56,7 +57,7 @@ impl Quarantine {
     }
 }
 
-/// Claims them, the oldest first, until it is dropped.
+/// Claims the waiting processes, the oldest first, until it is dropped.
 pub(crate) async fn run(claims: Arc<Claims>) {
     loop {
         claims.quarantine.turn.notified().await;
@@ -64,23 +65,23 @@ pub(crate) async fn run(claims: Arc<Claims>) {
     }
 }
 
-/// Whether the next can be tried, too.
+/// Claims the next process; returns whether another can be tried.
 async fn claim_next(claims: &Claims) -> bool {
     let Ok(permit) = Arc::clone(&claims.slots).acquire_owned().await else { return false };
-    // That may have taken long.
+    // The wait for a slot may have taken long.
     if !claims.execution.gate.takes_tasks() {
         return false;
     }
     let Some((pid, queue)) = claims.quarantine.take() else { return false };
-    // A claim of the same that is under way puts it back if it is refused.
-    let Some(begun) = claims.execution.leases.begin_claim(pid) else { return true };
-    let (claim, begun) = claims.claim(pid, &queue, None, Some(begun)).await;
+    // If another claim of this process is under way, that claim puts it back when it is refused.
+    let Some(guard) = claims.execution.leases.begin_claim(pid) else { return true };
+    let (claim, guard) = claims.claim(pid, &queue, None, Some(guard)).await;
     match claim {
         Ok(Claim::Claimed(claimed)) => {
-            // Whoever had it meanwhile may have made a checkpoint.
-            let is_suspect = claimed.is_suspect();
-            claims.start(claimed, permit, begun).await;
-            !is_suspect
+            // A checkpoint of another holder may have ended its quarantine.
+            let is_quarantined = claimed.is_suspect();
+            claims.start(claimed, permit, guard).await;
+            !is_quarantined
         }
         Ok(Claim::NotBesideAnother) => {
             claims.quarantine.put(pid, queue);
@@ -88,7 +89,7 @@ async fn claim_next(claims: &Claims) -> bool {
         }
         Ok(Claim::NotQueued | Claim::Absent | Claim::OtherSpec | Claim::Pruned | Claim::Rejected(_)) => true,
         Err(error) => {
-            debug!(%pid, %error, "not claimed; the head rule tells it again");
+            debug!(%pid, %error, "not claimed; the head rule announces it again");
             false
         }
     }

@@ -1,5 +1,5 @@
-//! What waits for a site comes in when that is there. Once a second, and whenever something has changed, the loop over the site
-//! looks whether there is anything to do.
+//! Processes that wait for a site, claimed when the site is available. A loop for each site runs once a second and after
+//! every change.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,13 +12,13 @@ use crate::intake::claims::Claims;
 use crate::site::watch::Watch;
 use crate::site::{Site, launcher};
 
-/// Pause between two looks.
+/// Pause between two rounds.
 const ROUND: Duration = Duration::from_secs(1);
 
-/// The least pause between two looks, however much changes: each is a statement or a few.
+/// The shortest pause between two rounds: each costs a few statements.
 const PAUSE: Duration = Duration::from_millis(50);
 
-/// Processes that are taken up in one look: each is a claim, and all of them share a commit or two.
+/// Processes that are claimed in one round: their claims share a commit or two.
 const TAKEN_MAX: usize = 64;
 
 /// Runs until it is dropped.
@@ -56,8 +56,8 @@ async fn look(claims: &Arc<Claims>, site: &Site, watch: &mut Watch) {
     if !claims.execution.gate.takes_tasks() {
         return;
     }
-    // A session is opened for those that wait only if one may be had; who has none leaves them to the others. One that is
-    // broken or too old is none. Room for a job is found by who has the watch, but without a job there is none.
+    // If processes wait and this worker has no usable session, it tries to open one; otherwise other workers take them.
+    // The worker with the watch makes room for jobs, but without jobs there is no watch.
     let needs_session = work.waits_for_slot || (work.waits_for_room && !work.has_jobs);
     if needs_session && site.pool.n_young() == 0 {
         drop(site.pool.lease().await);
@@ -72,13 +72,13 @@ async fn look(claims: &Arc<Claims>, site: &Site, watch: &mut Watch) {
     }
 }
 
-/// Claims those that have waited longest. They come to the worker that has what they wait for, without a message.
+/// Wakes and claims the processes that have waited longest, without messages, on the worker that can serve them.
 async fn take_up(claims: &Arc<Claims>, site: &Site, waits_for: &str, most: usize) {
     let most = u32::try_from(most).unwrap_or(u32::MAX);
     let woken = match site.store.wake_waiting(waits_for, &claims.queues, most).await {
         Ok(woken) => woken,
         Err(error) => {
-            debug!(site = site.name, %error, "could not take up who waits");
+            debug!(site = site.name, %error, "could not wake the waiting processes");
             return;
         }
     };
@@ -87,15 +87,15 @@ async fn take_up(claims: &Arc<Claims>, site: &Site, waits_for: &str, most: usize
     for (queue, rows) in woken {
         for told in rows {
             let permit = Arc::clone(&claims.slots).try_acquire_owned().ok();
-            let begun = permit.and_then(|permit| Some((permit, claims.execution.leases.begin_claim(told.pid)?)));
-            match begun {
-                Some((permit, begun)) => {
-                    taking.spawn(Arc::clone(claims).take(told.pid, queue.clone(), permit, begun));
+            let guard = permit.and_then(|permit| Some((permit, claims.execution.leases.begin_claim(told.pid)?)));
+            match guard {
+                Some((permit, guard)) => {
+                    taking.spawn(Arc::clone(claims).take(told.pid, queue.clone(), permit, guard));
                 }
                 None => left.entry(queue.clone()).or_default().push(told),
             }
         }
     }
-    site.outbox.tell_all(left).await;
+    site.outbox.announce_all(left).await;
     taking.join_all().await;
 }

@@ -1,7 +1,7 @@
-//! One incarnation of a worker: from its row in the database to its end by a drain, or by being declared gone.
+//! One incarnation of a worker: from its row in the database to its drain, or until it is declared gone.
 //!
-//! Everything of an incarnation is made anew for the next one; nothing is shared. The order of its end: stop taking,
-//! checkpoint and give back what is held, settle deliveries, leave the table of workers, close.
+//! Incarnations share nothing. The order of the end: stop taking, checkpoint and give back the held processes, settle
+//! deliveries, leave the table of workers, close.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -29,15 +29,15 @@ use crate::execution::lease_table::LeaseTable;
 use crate::execution::run::Execution;
 use crate::execution::thread::Thread;
 use crate::execution::timer::Timer;
+use crate::intake::backoff::Backoff;
 use crate::intake::broker::{self, Intake};
 use crate::intake::claims::Claims;
-use crate::intake::control::{self, Desk};
+use crate::intake::control::{self, Handler};
 use crate::intake::heads::Heads;
 use crate::intake::quarantine::{self, Quarantine};
-use crate::intake::setbacks::Setbacks;
 use crate::intake::{database, sites};
-use crate::lifecycle::heartbeat::{self, Heart};
-use crate::lifecycle::peers::{self, Lookout};
+use crate::lifecycle::heartbeat::{self, Heartbeat};
+use crate::lifecycle::peers::{self, FailureDetector};
 use crate::lifecycle::probing::{self, Probing};
 use crate::lifecycle::sweeps::Sweeps;
 use crate::lifecycle::worker::Options;
@@ -49,24 +49,24 @@ use crate::machine::shortage::Health;
 use crate::outbox::{self, Outbox, TaskMessages};
 use crate::site::{self, Sites, sharing};
 
-/// How long the end of the threads is awaited; a process that blocks its thread is left behind after that.
+/// How long to wait for the threads to end; after that a blocked thread is abandoned.
 const THREADS_LIMIT: Duration = Duration::from_secs(2);
 
-/// How long the row of a worker that stops may take to be written.
+/// Time limit of the last write to the worker's row.
 const LEAVE_LIMIT: Duration = Duration::from_secs(2);
 
-/// How long a process may take beyond the grace to end what it runs.
+/// How long a process may take beyond the grace to end its program.
 const CLEAN_UP_LIMIT: Duration = Duration::from_secs(10);
 
 /// How an incarnation ended.
 pub(crate) enum Ended {
-    /// It gave back what it held.
+    /// It gave its processes back.
     Drained,
-    /// Somebody declared it gone.
+    /// It was declared gone.
     Gone,
 }
 
-/// The task queues that a queue's name stands for.
+/// The task queues of a queue: one for each priority class.
 fn classes(queue: &str) -> [String; 3] {
     [format!("{queue}.high"), queue.to_owned(), format!("{queue}.low")]
 }
@@ -91,7 +91,7 @@ pub(crate) async fn run(
     };
     options.store.register(me, &row).await?;
     let mut tasks = JoinSet::new();
-    let (wires, ends) = Wires::open(options, me, &mut tasks).await?;
+    let (wires, receivers) = Wires::open(options, me, &mut tasks).await?;
     let lease = Arc::new(Lease::new(sent_at));
     let programs = Programs::start(PathBuf::from(SELF), lease.renewals(), TRUST)?;
     let local = Arc::new(Local { programs, health: Arc::clone(&wires.health), user });
@@ -107,7 +107,7 @@ pub(crate) async fn run(
         tasks,
         stop: CancellationToken::new(),
     };
-    incarnation.start(ends).await;
+    incarnation.start(receivers).await;
     info!(worker = options.name, incarnation = %me, queues = options.queues.join(","), slots = options.slots, "worker ready");
     let ended = tokio::select! {
         () = incarnation.drain.cancelled() => Ended::Drained,
@@ -120,27 +120,27 @@ pub(crate) async fn run(
     Ok(ended)
 }
 
-/// What an incarnation has of the world, before it runs anything.
+/// The connections and shared state of an incarnation.
 struct Wires {
     identity: Arc<Identity>,
     store: Store,
     writer: Writer,
     communicator: Communicator,
     outbox: Arc<Outbox>,
-    /// The queues that the worker serves, with all their classes.
+    /// The queues that the worker serves, with all priority classes.
     queues: Arc<[String]>,
     slots: Arc<Semaphore>,
     health: Arc<Health>,
 }
 
-/// The ends of channels, for the loops that read them.
-struct Ends {
+/// The receivers of the channels, for the loops that read them.
+struct Receivers {
     incoming: Incoming,
     told: TaskMessages,
 }
 
 impl Wires {
-    async fn open(options: &Options, me: Id, tasks: &mut JoinSet<()>) -> Result<(Self, Ends), Error> {
+    async fn open(options: &Options, me: Id, tasks: &mut JoinSet<()>) -> Result<(Self, Receivers), Error> {
         let store = options.store.clone();
         let slots = Arc::new(Semaphore::new(usize::try_from(options.slots).unwrap_or(usize::MAX >> 4)));
         let (writer, writing) = Writer::new(&store, me, &slots).await?;
@@ -164,11 +164,11 @@ impl Wires {
             slots,
             health: Arc::default(),
         };
-        Ok((wires, Ends { incoming, told }))
+        Ok((wires, Receivers { incoming, told }))
     }
 }
 
-/// What the processes of an incarnation work with.
+/// The parts that the processes of an incarnation share.
 fn execution(options: &Options, wires: &Wires, local: &Arc<Local>, lease: Arc<Lease>) -> Result<Execution, Error> {
     let blocking = Handle::current();
     let common = site::Common {
@@ -201,6 +201,7 @@ fn execution(options: &Options, wires: &Wires, local: &Arc<Local>, lease: Arc<Le
         limits: options.limits,
         registry: builtin::registry(&options.registry, local, &sites),
         store: wires.store.clone(),
+        writer: wires.writer.clone(),
         sites,
         outbox: Arc::clone(&wires.outbox),
         gate: Arc::new(gate),
@@ -212,38 +213,38 @@ fn execution(options: &Options, wires: &Wires, local: &Arc<Local>, lease: Arc<Le
     })
 }
 
-/// What has to be ended in order.
+/// The parts of an incarnation that end in a fixed order.
 struct Incarnation {
     wires: Wires,
     execution: Arc<Execution>,
     local: Arc<Local>,
     threads: Arc<Vec<Thread>>,
-    /// Cancelled to let the worker drain and end.
+    /// Cancelled to drain the worker.
     drain: CancellationToken,
-    /// Cancelled when somebody has declared this incarnation gone.
+    /// Cancelled when this incarnation was declared gone.
     gone: CancellationToken,
     tasks: JoinSet<()>,
     stop: CancellationToken,
 }
 
 impl Incarnation {
-    async fn start(&mut self, ends: Ends) {
-        let Ends { incoming: Incoming { tasks: deliveries, controls }, told } = ends;
-        let (heads, setbacks, beat_now): (Arc<Heads>, Arc<Setbacks>, Arc<Notify>) = Default::default();
+    async fn start(&mut self, receivers: Receivers) {
+        let Receivers { incoming: Incoming { tasks: deliveries, controls }, told } = receivers;
+        let (heads, backoff, beat_now): (Arc<Heads>, Arc<Backoff>, Arc<Notify>) = Default::default();
         let claims = self.claims();
-        let lookout = Arc::new(self.lookout(&heads));
+        let detector = Arc::new(self.detector(&heads));
         self.tasks.spawn(outbox::publish(self.wires.communicator.clone(), told));
-        self.tasks.spawn(broker::run(Arc::new(self.intake(&claims, heads, &setbacks)), deliveries));
-        self.tasks.spawn(control::run(Arc::new(self.desk(setbacks, &beat_now)), controls));
-        peers::take_up_own(&lookout).await;
-        self.until_stop(Box::pin(heartbeat::run(self.heart(&beat_now))));
-        self.until_stop(Box::pin(Arc::clone(&lookout.sweeps).run()));
+        self.tasks.spawn(broker::run(Arc::new(self.intake(&claims, heads, &backoff)), deliveries));
+        self.tasks.spawn(control::run(Arc::new(self.handler(backoff, &beat_now)), controls));
+        peers::take_up_own(&detector).await;
+        self.until_stop(Box::pin(heartbeat::run(self.heartbeat(&beat_now))));
+        self.until_stop(Box::pin(Arc::clone(&detector.sweeps).run()));
         self.until_stop(Box::pin(quarantine::run(Arc::clone(&claims))));
         if !self.wires.store.is_embedded() {
-            self.until_stop(Box::pin(peers::run(lookout)));
+            self.until_stop(Box::pin(peers::run(detector)));
             self.until_stop(Box::pin(database::run(Arc::clone(&claims), self.wires.communicator.clone())));
         }
-        // What has files is taken only where they are.
+        // Processes with files are taken only if the object store is the fleet's.
         let sites = Arc::clone(&self.execution.sites);
         sites.sharing.look(&sites).await;
         self.until_stop(Box::pin(sharing::run(Arc::clone(&sites))));
@@ -273,33 +274,33 @@ impl Incarnation {
         })
     }
 
-    fn intake(&self, claims: &Arc<Claims>, heads: Arc<Heads>, setbacks: &Arc<Setbacks>) -> Intake {
+    fn intake(&self, claims: &Arc<Claims>, heads: Arc<Heads>, backoff: &Arc<Backoff>) -> Intake {
         Intake {
             claims: Arc::clone(claims),
             communicator: self.wires.communicator.clone(),
             heads,
-            setbacks: Arc::clone(setbacks),
+            backoff: Arc::clone(backoff),
             health: Arc::clone(&self.wires.health),
             drain: self.drain.clone(),
         }
     }
 
-    fn desk(&self, setbacks: Arc<Setbacks>, beat_now: &Arc<Notify>) -> Desk {
-        Desk {
+    fn handler(&self, backoff: Arc<Backoff>, beat_now: &Arc<Notify>) -> Handler {
+        Handler {
             identity: Arc::clone(&self.wires.identity),
             store: self.wires.store.clone(),
             communicator: self.wires.communicator.clone(),
             outbox: Arc::clone(&self.wires.outbox),
             leases: Arc::clone(&self.execution.leases),
             threads: Arc::clone(&self.threads),
-            setbacks,
+            backoff,
             blocking: self.execution.facilities.blocking.clone(),
             drain: self.drain.clone(),
             beat_now: Arc::clone(beat_now),
         }
     }
 
-    fn lookout(&self, heads: &Arc<Heads>) -> Lookout {
+    fn detector(&self, heads: &Arc<Heads>) -> FailureDetector {
         let sweeps = Sweeps {
             store: self.wires.store.clone(),
             communicator: self.wires.communicator.clone(),
@@ -308,7 +309,7 @@ impl Incarnation {
             heads: Arc::clone(heads),
             timer: Arc::clone(&self.execution.timer),
         };
-        Lookout {
+        FailureDetector {
             identity: Arc::clone(&self.wires.identity),
             store: self.wires.store.clone(),
             communicator: self.wires.communicator.clone(),
@@ -316,8 +317,8 @@ impl Incarnation {
         }
     }
 
-    fn heart(&self, beat_now: &Arc<Notify>) -> Heart {
-        Heart {
+    fn heartbeat(&self, beat_now: &Arc<Notify>) -> Heartbeat {
+        Heartbeat {
             identity: Arc::clone(&self.wires.identity),
             store: self.wires.store.clone(),
             writer: self.wires.writer.clone(),
@@ -344,7 +345,7 @@ impl Incarnation {
         }
     }
 
-    /// Gives back what is held, and ends what outlives the grace.
+    /// Gives the held processes back, and ends those that exceed the grace.
     async fn drain(self, hurry: &CancellationToken) {
         let held = &self.execution.leases;
         info!(held = held.count(), grace_s = self.execution.facilities.grace.as_secs(), "draining");
@@ -389,13 +390,13 @@ impl Incarnation {
         info!("drained");
     }
 
-    /// Drops everything: others have taken it over or will.
+    /// Drops everything: other workers take the processes over.
     async fn abandon(self) {
         let dropped = self.execution.leases.abandon_all();
         warn!(
             incarnation = %self.wires.identity.me,
             processes = dropped,
-            "this incarnation was declared gone: it stops its processes and their programs, and writes nothing more for them"
+            "this incarnation was declared gone: stopping its processes and their programs without further writes"
         );
         self.execution.gate.take_nothing_more().await;
         self.end().await;
@@ -409,13 +410,13 @@ impl Incarnation {
         if emptied && !matches!(leaving.await, Ok(Ok(()))) {
             debug!("deregistration failed; the lease will expire");
         }
-        // Flushes what was announced and told, then ends the channels that the tasks read.
+        // Flushes events and announcements, then closes the channels that the tasks read.
         self.wires.communicator.shutdown().await;
         self.tasks.shutdown().await;
         if let Ok(threads) = Arc::try_unwrap(self.threads) {
             for thread in threads {
                 if !thread.stop(THREADS_LIMIT).await {
-                    warn!("a process blocks its thread; the thread is left behind");
+                    warn!("a process blocks its thread; abandoning the thread");
                 }
             }
         }
@@ -425,25 +426,25 @@ impl Incarnation {
 /// Why a worker cannot run.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The database does not answer, or refuses.
+    /// The database does not answer or refuses.
     #[error(transparent)]
     Store(#[from] store::Error),
-    /// The operating system gives no thread.
+    /// The operating system refused a thread.
     #[error("cannot start a thread")]
     Thread(#[source] std::io::Error),
-    /// The operating system lets it open too few files.
+    /// The limit of open files is too low.
     #[error(transparent)]
     OpenFiles(std::io::Error),
-    /// A site is not configured as it must be.
+    /// The configuration of a site is wrong.
     #[error("{0}")]
     Sites(String),
-    /// Local programs cannot be run.
+    /// Local programs cannot run.
     #[error("cannot run local programs")]
     Programs(#[from] local::Error),
 }
 
 impl Error {
-    /// Whether the same can succeed later without a person.
+    /// Whether a retry can succeed without a person.
     pub(crate) fn is_transient(&self) -> bool {
         matches!(self, Error::Store(error) if error.is_transient())
     }

@@ -1,9 +1,9 @@
-//! Who is dead: every worker watches every other's beat, and declares gone whose beat stands still.
+//! Failure detection: every worker watches the beats of all others and declares a worker gone whose beat does not change.
 //!
-//! Slowly, by a whole lease; or fast, when a beat is missed and the broker says twice that the worker's control queue
-//! does not exist, over the same connection over which it was once seen to exist. Neither a restart of the database nor
-//! one of the broker fences anybody: the one stops all beats and the reading of them alike, and the other ends the
-//! connections over which anything was seen.
+//! That takes a whole lease. It is faster if a beat is missed and the broker says twice that the worker's control queue
+//! does not exist, over the same connection over which the queue was seen before. Neither a restart of the database nor
+//! one of the broker fences a worker: the first stops the reading of beats as well, and the second ends the connections
+//! over which the queues were seen.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -23,16 +23,16 @@ use crate::machine::clock::boottime_ms;
 /// Pause between two looks at the beats.
 pub const LOOK_INTERVAL: Duration = Duration::from_millis(500);
 
-/// Two looks further apart than this leave a gap in which anything may have happened; all observations begin anew.
+/// After a longer gap between two looks all observations start again, since anything may have happened in it.
 const GAP_MAX_MS: u64 = 2_500;
 
-/// A beat that stands still for this long is missed; beats come every second.
+/// A beat that has not changed for this long is missed; beats come every second.
 const SUSPECT_AFTER: Duration = Duration::from_millis(1_500);
 
-/// So many looks in a row must have seen the same beat.
+/// Looks in a row that must have seen the same beat.
 const LOOKS_MIN: u32 = 3;
 
-/// What was seen of one peer.
+/// The observation of one peer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Seen {
     beat: i64,
@@ -40,7 +40,7 @@ struct Seen {
     looks: u32,
 }
 
-/// What the beats say of a peer.
+/// The state of a peer by its beats.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Verdict {
     Alive,
@@ -48,7 +48,7 @@ enum Verdict {
     Dead,
 }
 
-/// The beats of all peers, as seen by this worker on its own clock.
+/// The beats of all peers, observed on this worker's own clock.
 #[derive(Default)]
 struct Observations {
     seen: HashMap<Incarnation, Seen>,
@@ -56,7 +56,7 @@ struct Observations {
 }
 
 impl Observations {
-    /// Takes in a successful look. `now_ms` is this worker's own clock.
+    /// Adds a successful look. `now_ms` is on this worker's own clock.
     fn look(&mut self, peers: &[Peer], now_ms: u64) -> Vec<(Peer, Verdict)> {
         if self.last_look_ms.is_some_and(|last| now_ms.saturating_sub(last) > GAP_MAX_MS) {
             self.seen.clear();
@@ -77,7 +77,7 @@ impl Observations {
             .collect()
     }
 
-    /// A look has failed: nothing that was seen before counts any more.
+    /// Discards all observations after a failed look.
     fn forget(&mut self) {
         self.seen.clear();
     }
@@ -94,19 +94,19 @@ fn verdict(seen: Seen, now_ms: u64) -> Verdict {
     }
 }
 
-/// Watches all workers for a program that is none: one that waits for what a dead worker holds, when no other is there to
-/// notice.
+/// Watches all workers from a program that is not a worker, such as one that waits for a process of a dead worker when no
+/// other worker is running.
 #[derive(Default)]
 pub struct Watch {
     observations: Observations,
 }
 
 impl Watch {
-    /// Takes a look, which has to be repeated about every half second, and declares gone whose beat has stood still for a
-    /// whole lease; says whether that was somebody.
+    /// Looks at the beats, and declares workers gone whose beat has not changed for a whole lease. Call it about every
+    /// half second. Returns whether a worker was declared gone.
     ///
     /// # Errors
-    /// The database does not answer; what was seen before counts no more.
+    /// The database does not answer; the observations start again.
     pub async fn look(&mut self, store: &Store) -> Result<bool, store::Error> {
         let peers = match store.peers().await {
             Ok(peers) => peers,
@@ -125,14 +125,14 @@ impl Watch {
     }
 }
 
-/// When each peer's control queue was last seen to exist.
+/// The time at which each peer's control queue was seen.
 #[derive(Default)]
 struct Queues {
     seen: HashMap<Incarnation, Instant>,
 }
 
 impl Queues {
-    /// Looks once at the queue of each peer that was not seen over the present connection.
+    /// Checks the queue of each peer that was not seen over the current connection.
     async fn see(&mut self, communicator: &Communicator, peers: &[Peer]) {
         self.seen.retain(|id, _| peers.iter().any(|peer| peer.id == *id));
         for peer in peers {
@@ -142,13 +142,13 @@ impl Queues {
         }
     }
 
-    /// Whether the queue was seen over the connection that is open now; after a restart of the broker it was not.
+    /// Whether the queue was seen over the current connection, which a restart of the broker replaces.
     fn is_seen(&self, communicator: &Communicator, peer: &Peer) -> bool {
         let age = communicator.control_connected_for();
         self.seen.get(&peer.id).is_some_and(|seen| age.is_some_and(|age| age > seen.elapsed()))
     }
 
-    /// Whether the broker says twice that a queue does not exist that it has shown before.
+    /// Whether the broker says twice that a queue does not exist that was seen before.
     async fn has_vanished(&self, communicator: &Communicator, peer: &Peer) -> bool {
         for _ in 0..2 {
             if !self.is_seen(communicator, peer) || !matches!(communicator.ping(&peer.control_queue()).await, Ok(false))
@@ -160,24 +160,24 @@ impl Queues {
     }
 }
 
-/// What it takes to watch the others.
-pub(crate) struct Lookout {
+/// Detects dead workers and frees their processes.
+pub(crate) struct FailureDetector {
     pub(crate) identity: Arc<Identity>,
     pub(crate) store: Store,
     pub(crate) communicator: Communicator,
-    /// They free what the dead held.
+    /// The sweeps that free the processes of dead workers.
     pub(crate) sweeps: Arc<Sweeps>,
 }
 
-/// Watches the others until it is dropped.
-pub(crate) async fn run(lookout: Arc<Lookout>) {
+/// Watches the other workers until it is dropped.
+pub(crate) async fn run(detector: Arc<FailureDetector>) {
     let mut ticks = tokio::time::interval(LOOK_INTERVAL);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut observations = Observations::default();
     let mut queues = Queues::default();
     loop {
         ticks.tick().await;
-        let peers = match lookout.store.peers().await {
+        let peers = match detector.store.peers().await {
             Ok(peers) => peers,
             Err(error) => {
                 debug!(%error, "could not read the other workers' beats");
@@ -185,45 +185,46 @@ pub(crate) async fn run(lookout: Arc<Lookout>) {
                 continue;
             }
         };
-        let others: Vec<Peer> = peers.into_iter().filter(|peer| peer.id != lookout.identity.me).collect();
-        queues.see(&lookout.communicator, &others).await;
+        let others: Vec<Peer> = peers.into_iter().filter(|peer| peer.id != detector.identity.me).collect();
+        queues.see(&detector.communicator, &others).await;
         let mut someone_died = false;
         for (peer, verdict) in observations.look(&others, boottime_ms()) {
             let is_dead = match verdict {
                 Verdict::Alive => false,
-                Verdict::Suspect => queues.has_vanished(&lookout.communicator, &peer).await,
+                Verdict::Suspect => queues.has_vanished(&detector.communicator, &peer).await,
                 Verdict::Dead => true,
             };
             if is_dead {
-                someone_died |= declare_gone(&lookout, &peer).await;
+                someone_died |= declare_gone(&detector, &peer).await;
             }
         }
         if someone_died {
-            lookout.sweeps.free().await;
+            detector.sweeps.free().await;
         }
     }
 }
 
-/// Declares gone what this worker has left behind under the same name on the same host: its process is no more.
-pub(crate) async fn take_up_own(lookout: &Lookout) {
-    let Ok(peers) = lookout.store.peers().await else { return };
+/// Declares earlier incarnations of this worker gone, by name and host, if their operating system process has ended.
+pub(crate) async fn take_up_own(detector: &FailureDetector) {
+    let Ok(peers) = detector.store.peers().await else { return };
     for peer in peers {
-        let is_mine =
-            peer.id != lookout.identity.me && peer.name == lookout.identity.name && peer.host == lookout.identity.host;
+        let is_mine = peer.id != detector.identity.me
+            && peer.name == detector.identity.name
+            && peer.host == detector.identity.host;
         if is_mine && !std::path::Path::new(&format!("/proc/{}", peer.os_pid)).exists() {
-            declare_gone(lookout, &peer).await;
+            declare_gone(detector, &peer).await;
         }
     }
-    lookout.sweeps.free().await;
+    detector.sweeps.free().await;
 }
 
-async fn declare_gone(lookout: &Lookout, peer: &Peer) -> bool {
-    match lookout.store.declare_gone(peer.id, peer.beat).await {
+async fn declare_gone(detector: &FailureDetector, peer: &Peer) -> bool {
+    match detector.store.declare_gone(peer.id, peer.beat).await {
         Ok(declared) => {
             if declared {
-                warn!(worker = peer.name, incarnation = %peer.id, "a worker is gone; freeing what it held");
+                warn!(worker = peer.name, incarnation = %peer.id, "a worker is gone; freeing its processes");
             } else {
-                info!(worker = peer.name, incarnation = %peer.id, "a worker lives after all, or is gone already");
+                info!(worker = peer.name, incarnation = %peer.id, "a worker is alive after all, or already gone");
             }
             declared
         }
@@ -246,7 +247,7 @@ mod tests {
         serde_json::from_str("\"01940000-0000-7000-8000-000000000000\"").unwrap()
     }
 
-    /// Looks at these `(time, beat)` and gives the last verdict.
+    /// Returns the verdict after looks at these `(time, beat)`.
     fn after(looks: &[(u64, i64)]) -> Verdict {
         let mut observations = Observations::default();
         let mut verdict = Verdict::Alive;
@@ -257,12 +258,12 @@ mod tests {
     }
 
     #[test]
-    fn a_beat_that_moves_is_alive() {
+    fn a_worker_whose_beat_changes_is_alive() {
         assert_eq!(after(&[(0, 1), (2_000, 2), (4_000, 3), (6_000, 4)]), Verdict::Alive);
     }
 
     #[test]
-    fn a_missed_beat_is_suspect_and_a_still_lease_is_dead() {
+    fn a_missed_beat_makes_a_suspect_and_a_missed_lease_a_dead_worker() {
         assert_eq!(after(&[(0, 1), (500, 1), (1_000, 1), (1_499, 1)]), Verdict::Alive);
         assert_eq!(after(&[(0, 1), (500, 1), (1_000, 1), (1_500, 1)]), Verdict::Suspect);
         let looks: Vec<(u64, i64)> = (0..=10).map(|second| (second * 1000, 1)).collect();
@@ -277,7 +278,7 @@ mod tests {
     }
 
     #[test]
-    fn a_failed_look_begins_anew() {
+    fn a_failed_look_discards_all_observations() {
         let mut observations = Observations::default();
         for second in 0..9 {
             observations.look(&[peer(1)], second * 1000);

@@ -1,4 +1,4 @@
-//! The sweeps that every worker runs: free, timers, overdue, tell.
+//! The sweeps of every worker: free the processes of dead workers, wake due ones, end overdue ones, announce lost ones.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,38 +16,38 @@ use crate::intake::heads::Heads;
 use crate::outbox::Outbox;
 
 /// Pause between two applications of the head rule.
-const TELL_ROUND: Duration = Duration::from_secs(2);
+const ANNOUNCE_ROUND: Duration = Duration::from_secs(2);
 
-/// A row this much older than the head of its queue has no message any more. Bulk submits commit and publish in pages,
-/// so rows and messages are nearly in the same order; this is the room for "nearly".
+/// A row that is this much older than the head of its queue has lost its message. The margin allows for pages of bulk
+/// submits, which put rows and messages in slightly different orders.
 const MARGIN_US: i64 = 30_000_000;
 
-/// The same for an empty queue: longer than a publish takes, and its delivery.
+/// The margin for an empty queue: longer than a publish and its delivery take.
 const MARGIN_EMPTY_US: i64 = 2_000_000;
 
-/// What the sweeps work with.
+/// The parts of a worker that the sweeps use.
 pub(crate) struct Sweeps {
     pub(crate) store: Store,
     pub(crate) communicator: Communicator,
     pub(crate) outbox: Arc<Outbox>,
-    /// The queues that the worker serves, with all their classes.
+    /// The queues that the worker serves, with all priority classes.
     pub(crate) queues: Arc<[String]>,
     pub(crate) heads: Arc<Heads>,
     pub(crate) timer: Arc<Timer>,
 }
 
 impl Sweeps {
-    /// Runs all of them until it is dropped.
+    /// Runs all sweeps until it is dropped.
     pub(crate) async fn run(self: Arc<Self>) {
         if self.store.is_embedded() {
-            // The broker in memory has begun empty, and nobody else publishes: every queued row lacks its message.
+            // The broker in memory starts empty and has no other publisher, so every queued row lacks its message.
             if let Ok(now) = self.store.now().await {
                 for queue in self.queues.iter() {
                     self.announce_lost(queue, now + 1).await;
                 }
             }
         }
-        tokio::join!(self.timers(), self.rounds(), self.tells());
+        tokio::join!(self.timers(), self.rounds(), self.announcements());
     }
 
     async fn timers(&self) {
@@ -60,19 +60,19 @@ impl Sweeps {
                         if count > 0 {
                             border!("wake-committed");
                         }
-                        self.outbox.tell_all(woken).await;
+                        self.outbox.announce_all(woken).await;
                         if count < PAGE_ROWS as usize {
                             break;
                         }
                     }
                     Err(error) => {
-                        debug!(%error, "could not wake what is due");
+                        debug!(%error, "could not wake due processes");
                         break;
                     }
                 }
             }
             if let Ok(Some(micros)) = self.store.next_wake_us().await {
-                // Half a millisecond more, since SQLite's clock has whole ones.
+                // Half a millisecond more, since SQLite's clock has a resolution of one.
                 self.timer.due_in(Duration::from_micros(u64::try_from(micros).unwrap_or(0) + 500));
             }
         }
@@ -95,7 +95,7 @@ impl Sweeps {
         }
     }
 
-    /// Frees what dead workers held, again and again: a zombie's claim may commit after the last time.
+    /// Frees the processes of dead workers, repeatedly: a claim of a dead worker may still commit.
     pub(crate) async fn free(&self) {
         loop {
             let freed = match self.store.free().await {
@@ -111,15 +111,15 @@ impl Sweeps {
             }
             border!("free-committed");
             info!(count, "freed processes of dead workers");
-            self.outbox.tell_all(freed.queued).await;
+            self.outbox.announce_all(freed.queued).await;
             for (pid, state, reply_to) in freed.ended {
                 if state == State::Excepted {
-                    warn!(%pid, "this process has cost too many workers their life; it is excepted");
+                    warn!(%pid, "this process killed too many workers; it is excepted");
                 }
                 self.outbox.ended(pid, state, reply_to).await;
             }
             for pid in freed.paused {
-                self.outbox.announce(pid, State::Paused(baton_common::state::Live::Running), None);
+                self.outbox.publish_event(pid, State::Paused(baton_common::state::Live::Running), None);
             }
         }
     }
@@ -128,24 +128,24 @@ impl Sweeps {
         match self.store.end_overdue().await {
             Ok(ended_rows) => {
                 for row in ended_rows {
-                    info!(pid = %row.pid, "its `timeout` has passed");
+                    info!(pid = %row.pid, "the `timeout` of this process has passed");
                     if row.place == Place::Ended {
                         self.outbox.ended(row.pid, row.state, row.reply_to).await;
                     }
                 }
             }
-            Err(error) => debug!(%error, "could not end what is overdue"),
+            Err(error) => debug!(%error, "could not end overdue processes"),
         }
     }
 
-    async fn tells(&self) {
-        let mut ticks = tokio::time::interval(TELL_ROUND);
+    async fn announcements(&self) {
+        let mut ticks = tokio::time::interval(ANNOUNCE_ROUND);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             ticks.tick().await;
-            // A queue that does not deliver would only gather copies.
+            // A queue that delivers nothing would only collect duplicates.
             for queue in self.queues.iter().filter(|queue| self.communicator.delivers(queue)) {
-                // The time is read first: whatever was told two seconds before it should be in the queue by now.
+                // The time is read before the depth, so every message announced before the margin is in the queue.
                 let Ok(now) = self.store.now().await else { continue };
                 let Ok(depth) = self.communicator.depth(queue).await else { continue };
                 let before = if depth == 0 {
@@ -160,15 +160,15 @@ impl Sweeps {
         }
     }
 
-    /// Publishes again what has been queued in a queue before a time and has no message any more.
+    /// Announces again the rows of a queue that were announced before this time and have lost their messages.
     async fn announce_lost(&self, queue: &str, before: i64) {
         loop {
             match self.store.announce_lost(queue, before).await {
-                Ok(told) if told.is_empty() => return,
-                Ok(told) => {
-                    let count: usize = told.values().map(Vec::len).sum();
-                    info!(queue, count, "queued processes had no message any more; telling them again");
-                    self.outbox.tell_all(told).await;
+                Ok(lost) if lost.is_empty() => return,
+                Ok(lost) => {
+                    let count: usize = lost.values().map(Vec::len).sum();
+                    info!(queue, count, "queued processes have lost their messages; announcing them again");
+                    self.outbox.announce_all(lost).await;
                 }
                 Err(error) => {
                     debug!(%error, "could not look for lost messages");

@@ -1,4 +1,4 @@
-//! What runs on the thread of the local programs: one task for each, which owns the shim.
+//! The thread of the local programs: one task for each program owns its shim.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -22,20 +22,19 @@ use crate::local::shim::{self, tree};
 use crate::machine::clock::boottime_ms;
 use crate::machine::{open_files, shortage};
 
-/// How long a shim may take until it says that the program has a process. It is a millisecond's work; a machine that swaps
-/// may need seconds.
+/// How long a shim may take to report the start of its program: normally a millisecond, on a machine that swaps seconds.
 const START_LIMIT: Duration = Duration::from_secs(30);
 
-/// How long a shim may take for one thing that it does at once, such as to read a line, or to exit.
+/// How long a shim may take for an immediate action, such as reading a line or exiting.
 const ANSWER_LIMIT: Duration = Duration::from_secs(10);
 
-/// Pause between two looks for what a killed shim has left.
+/// Pause between two searches for the processes of a killed shim.
 const SWEEP_INTERVAL: Duration = Duration::from_millis(20);
 
-/// The worker's variables that a program sees. All others stay with the worker: they hold its passwords.
+/// The worker's variables that a program inherits. The others may hold passwords.
 const INHERITED: [&str; 6] = ["PATH", "HOME", "LANG", "TZ", "USER", "TMPDIR"];
 
-/// What a shim has said at its end, or that it said nothing.
+/// The last report of a shim, or its absence.
 #[derive(Clone, Debug)]
 pub(super) enum Outcome {
     Ended(Ended),
@@ -43,37 +42,37 @@ pub(super) enum Outcome {
     Vanished,
 }
 
-/// What the thread works with.
+/// The parameters of the thread.
 #[derive(Clone)]
 pub(super) struct Keeper {
     /// The executable of shims.
     pub(super) shim: PathBuf,
-    /// Where blocking work is done.
+    /// The runtime for blocking work.
     pub(super) blocking: Handle,
-    /// How many programs run.
+    /// The number of running programs.
     pub(super) running: watch::Sender<usize>,
 }
 
-/// The lease as the shims have to know it.
+/// The lease, as the shims need it.
 #[derive(Clone)]
 struct Lease {
-    /// When it was renewed last, on CLOCK_BOOTTIME.
+    /// The time of the last renewal, on CLOCK_BOOTTIME.
     leased_at_ms: watch::Receiver<u64>,
     limit: Duration,
 }
 
-/// A shim at work, and what the worker holds of it.
+/// A running shim and the worker's ends of its pipes.
 struct Shim {
     child: Child,
-    /// Its end is the shim's sign to kill everything.
+    /// Closing it makes the shim kill everything.
     input: Option<ChildStdin>,
     reports: Lines<BufReader<ChildStdout>>,
-    /// When a shim that was asked to end its program is stuck.
+    /// When a shim counts as stuck that was asked to end its program.
     deadline: Option<Instant>,
 }
 
-/// Starts and keeps programs until nobody can launch any more or the lease has no owner; then kills those that are left and
-/// waits for them.
+/// Starts programs and serves them until no launcher is left or the lease has no owner; then kills the rest and waits for
+/// them.
 pub(super) async fn keep(
     keeper: Keeper,
     mut beat: watch::Receiver<u64>,
@@ -97,7 +96,7 @@ pub(super) async fn keep(
                 }
                 Err(_) => break,
             },
-            // So that the set holds only programs that run.
+            // Keeps the set to running programs.
             Some(_) = programs.join_next() => {}
         }
     }
@@ -106,11 +105,11 @@ pub(super) async fn keep(
     while programs.join_next().await.is_some() {}
 }
 
-/// One program from its launch to its end.
+/// Serves one program from its launch to its end.
 async fn keep_program(keeper: Keeper, lease: Lease, launch: Launch) {
     let Launch { program, reply } = launch;
     let (grace, sandbox) = (program.grace, program.sandbox.clone());
-    // Nobody may want to know any more; then the handle is dropped here, and the program is killed.
+    // If the receiver is gone, the handle is dropped here, which kills the program.
     match start(&keeper, &lease, program).await {
         Err(error) => {
             let _ = reply.send(Err(error));
@@ -123,7 +122,7 @@ async fn keep_program(keeper: Keeper, lease: Lease, launch: Launch) {
             let _ = reply.send(Ok(running));
             let outcome = shim.run(lease, requests_rx, grace, sandbox.path()).await;
             shim.reap().await;
-            // Its pipes and its process are closed before anybody hears of the end.
+            // The pipes and the process are closed before the end is reported.
             drop(shim);
             if matches!(outcome, Outcome::Vanished) {
                 sweep(&keeper.blocking, &sandbox).await;
@@ -134,7 +133,7 @@ async fn keep_program(keeper: Keeper, lease: Lease, launch: Launch) {
     }
 }
 
-/// Starts a shim and gives it its order. Gives back the program's process id as well.
+/// Starts a shim and sends it its order. Returns the program's process id too.
 async fn start(keeper: &Keeper, lease: &Lease, program: Program) -> Result<(Shim, u32), Error> {
     let sandbox = program.sandbox.clone();
     let leased_at_ms = *lease.leased_at_ms.borrow();
@@ -151,10 +150,10 @@ async fn start(keeper: &Keeper, lease: &Lease, program: Program) -> Result<(Shim
         .spawn()
         .map_err(Error::Shim)?;
     let input = child.stdin.take();
-    let output = child.stdout.take().expect("its standard output was made a pipe above");
+    let output = child.stdout.take().expect("its standard output is piped");
     let mut shim = Shim { child, input, reports: BufReader::new(output).lines(), deadline: None };
 
-    let mut line = serde_json::to_string(&order).expect("an order is made of text and numbers");
+    let mut line = serde_json::to_string(&order).expect("an order holds only text and numbers");
     line.push('\n');
     let first = timeout(START_LIMIT, async {
         shim.say(&line).await;
@@ -176,7 +175,7 @@ async fn start(keeper: &Keeper, lease: &Lease, program: Program) -> Result<(Shim
 }
 
 impl Shim {
-    /// Passes on what happens until the shim has said how the program ended, or can say nothing any more.
+    /// Forwards requests and renewals until the shim reports the end of the program or is gone.
     async fn run(
         &mut self,
         mut lease: Lease,
@@ -224,13 +223,13 @@ impl Shim {
         }
     }
 
-    /// The next line, if there is one that can be read. Cancel safe.
+    /// The next report; `None` at the end or if it is unreadable. Cancel safe.
     async fn next_report(&mut self) -> Option<Report> {
         serde_json::from_str(&self.reports.next_line().await.ok()??).ok()
     }
 
-    /// A shim that does not read for so long that the pipe is full is stuck, and is killed. One that has ended does not
-    /// read either, and its last words are still to come.
+    /// Sends a line. A shim that lets the pipe fill up is stuck and is killed. A write error is ignored: the shim has
+    /// ended, and its last report may still be in the pipe.
     async fn say(&mut self, line: &str) {
         let Some(input) = &mut self.input else { return };
         if timeout(ANSWER_LIMIT, input.write_all(line.as_bytes())).await.is_err() {
@@ -238,30 +237,30 @@ impl Shim {
         }
     }
 
-    /// Closes the pipe: the shim kills everything at once.
+    /// Closes the pipe, which makes the shim kill everything at once.
     fn close(&mut self) {
         self.input = None;
         self.deadline = Some(Instant::now() + KILL_LIMIT + ANSWER_LIMIT);
     }
 
     fn kill(&mut self) {
-        // It fails only if the shim has ended.
+        // This fails only if the shim has ended.
         let _ = self.child.start_kill();
         self.deadline = None;
     }
 
-    /// Waits until the shim has ended, and sees to it.
+    /// Waits for the end of the shim, and kills it if it takes too long.
     async fn reap(&mut self) {
         self.input = None;
         if timeout(ANSWER_LIMIT, self.child.wait()).await.is_err() {
             self.kill();
-            // What hangs in the kernel now is reaped by the runtime when it ends.
+            // If it hangs in the kernel, the runtime reaps it later.
             let _ = timeout(ANSWER_LIMIT, self.child.wait()).await;
         }
     }
 }
 
-/// Kills what a shim that was killed itself has left: the program's own children, as the program died with the shim.
+/// Kills the descendants of a program whose shim was killed; the program itself died with the shim.
 async fn sweep(blocking: &Handle, sandbox: &Sandbox) {
     let deadline = Instant::now() + KILL_LIMIT;
     while Instant::now() < deadline {
@@ -273,7 +272,7 @@ async fn sweep(blocking: &Handle, sandbox: &Sandbox) {
         };
         let n_found = match shortage::spawn_blocking(blocking, kill.clone()) {
             Ok(task) => task.await.unwrap_or(0),
-            // Nothing may be left, and without a thread it is done here.
+            // Without another thread the work is done on this one.
             Err(_) => kill(),
         };
         if n_found == 0 {
@@ -316,7 +315,7 @@ fn order(program: Program, lease_ms: u64, leased_at_ms: u64) -> Order {
     }
 }
 
-/// The program's whole environment. Baton's own variables cannot be replaced by the spec's: a program is found by one.
+/// The program's whole environment. The spec cannot override Baton's variables: one of them identifies the program.
 fn environment(
     worker: impl Fn(&str) -> Option<String>,
     vars: BTreeMap<String, String>,
@@ -335,7 +334,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_program_sees_few_of_the_workers_variables_and_the_specs_go_first() {
+    fn a_program_inherits_few_variables_and_the_spec_overrides_them() {
         let worker = |name: &str| Some(format!("worker's {name}"));
         let vars = BTreeMap::from([("HOME".to_owned(), "/spec".to_owned()), (MARK.to_owned(), "forged".to_owned())]);
         let own =

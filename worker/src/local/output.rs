@@ -1,4 +1,4 @@
-//! What a program has written so far. Everything here reads files and belongs on a blocking pool.
+//! The output of a program so far. Everything here reads files and belongs on a blocking pool.
 
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
@@ -7,30 +7,30 @@ use std::path::Path;
 
 use rustix::fs::OFlags;
 
-/// How much of a stream's beginning is kept with a process's result: enough for a program's banner and its settings.
+/// Bytes of a stream's beginning that are kept with a process's result: enough for a banner and settings.
 pub const HEAD_BYTES: u64 = 32 * 1024;
-/// How much of a stream's end is kept with a process's result: enough for a stack trace or an error message.
+/// Bytes of a stream's end that are kept with a process's result: enough for a stack trace.
 pub const TAIL_BYTES: u64 = 32 * 1024;
 
-/// The most that [`Capture::last_line`] shows: a line of a table or of a progress display.
+/// Most characters of [`Capture::last_line`]: a line of a table or of a progress display.
 const LINE_CHARS_MAX: usize = 200;
 
 /// The beginning and the end of a stream.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Capture {
-    /// The first [`HEAD_BYTES`], or all if there are fewer.
+    /// The first [`HEAD_BYTES`], or all bytes if there are fewer.
     pub head: Vec<u8>,
-    /// The last [`TAIL_BYTES`] of what follows the head.
+    /// The last [`TAIL_BYTES`] after the head.
     pub tail: Vec<u8>,
-    /// How long the stream is.
+    /// The length of the stream.
     pub total_bytes: u64,
 }
 
 impl Capture {
-    /// Reads a stream as it is now. A file that is absent is empty: its program has not been started.
+    /// Reads a stream as it is now. A missing file counts as empty: its program has not started.
     ///
     /// # Errors
-    /// If the file is there and cannot be read.
+    /// The file exists but cannot be read.
     pub fn read(path: &Path) -> io::Result<Self> {
         let Some(mut file) = open(path)? else { return Ok(Self::default()) };
         let total_bytes = file.metadata()?.len();
@@ -43,15 +43,15 @@ impl Capture {
         Ok(Self { head, tail, total_bytes })
     }
 
-    /// How many bytes lie between head and tail and are left out.
+    /// The number of bytes omitted between head and tail.
     pub fn omitted_bytes(&self) -> u64 {
         self.total_bytes - self.head.len() as u64 - self.tail.len() as u64
     }
 
-    /// The last line that is not blank, without spaces around it, at most 200 characters of it. A carriage return starts a
-    /// line too, as programs that show their progress use it.
+    /// The last line that is not blank, trimmed, at most 200 characters. A carriage return starts a line too, since
+    /// progress displays use it.
     pub fn last_line(&self) -> Option<String> {
-        // Only when nothing is left out is the head's end the line before the tail.
+        // The head's end is the line before the tail only if no bytes are omitted.
         let text = if self.omitted_bytes() == 0 { [&*self.head, &*self.tail].concat() } else { self.tail.clone() };
         let text = String::from_utf8_lossy(&text);
         let line = text.rsplit(['\n', '\r']).map(str::trim).find(|line| !line.is_empty())?;
@@ -59,10 +59,10 @@ impl Capture {
     }
 }
 
-/// Reads at most `max_bytes` from an offset on, for following a stream while it grows; empty if there is no more yet.
+/// Reads at most `max_bytes` from an offset, to follow a growing stream; empty if there is nothing new.
 ///
 /// # Errors
-/// If the file is there and cannot be read.
+/// The file exists but cannot be read.
 pub fn read_from(path: &Path, offset: u64, max_bytes: u64) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
     if let Some(mut file) = open(path)? {
@@ -72,8 +72,8 @@ pub fn read_from(path: &Path, offset: u64, max_bytes: u64) -> io::Result<Vec<u8>
     Ok(bytes)
 }
 
-/// Opens what a program writes to. It may put something else in its place: a link or a pipe is not opened, and a file of
-/// another user is none of its output.
+/// Opens an output file. A program may replace it, so links and pipes are not opened, and files of another user are
+/// ignored.
 fn open(path: &Path) -> io::Result<Option<File>> {
     let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK;
     match File::options().read(true).custom_flags(flags.bits().cast_signed()).open(path) {
@@ -99,7 +99,7 @@ mod tests {
     }
 
     #[test]
-    fn head_and_tail_never_overlap_and_never_leave_out_more_than_they_say() {
+    fn head_and_tail_never_overlap_and_count_the_omitted_bytes() {
         for n_bytes in [0, 1, 32 * 1024 - 1, 32 * 1024, 32 * 1024 + 1, 64 * 1024, 64 * 1024 + 1, 200_000] {
             let bytes: Vec<u8> = (0..n_bytes).map(|idx: usize| u8::try_from(idx % 251).unwrap()).collect();
             let capture = capture_of(&bytes);
@@ -110,7 +110,7 @@ mod tests {
     }
 
     #[test]
-    fn the_last_line_is_short_text_whatever_was_written() {
+    fn the_last_line_is_short_valid_text() {
         assert_eq!(capture_of(b"one\ntwo  \n\n  \n").last_line().as_deref(), Some("two"));
         assert_eq!(capture_of(b"10 %\r20 %\r").last_line().as_deref(), Some("20 %"));
         assert_eq!(capture_of(b"a\xff\n").last_line().as_deref(), Some("a\u{fffd}"));
@@ -119,7 +119,7 @@ mod tests {
     }
 
     #[test]
-    fn a_stream_is_followed_by_its_offset() {
+    fn a_stream_is_read_from_an_offset() {
         let file = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(file.path(), "hello world").unwrap();
         assert_eq!(read_from(file.path(), 0, 5).unwrap(), b"hello");

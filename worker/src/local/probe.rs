@@ -1,5 +1,5 @@
-//! Probes of the machine: whether it has what the start of a local program needs. They are cheap, and run also while the
-//! worker has nothing to do, so an unusable worker is known before it takes anything.
+//! Probes of the machine: whether it has the resources to start a local program. They are cheap and also run on an idle
+//! worker, so a shortage is known before the worker takes a process.
 
 use std::fs::{self, DirBuilder, File};
 use std::io;
@@ -23,16 +23,17 @@ use crate::machine::shortage::{
     FREE_MEMORY_MIN, address_space, below_root, has_little_address_space, kib, lack_of, of_children, spawn_blocking,
 };
 
-/// A disk that takes longer for a small file is slow.
+/// A disk that takes longer for a small file counts as slow.
 const SLOW_AFTER: Duration = Duration::from_secs(2);
 
-/// A disk that takes longer for a small file does not work.
+/// A disk that takes longer for a small file counts as broken.
 const BROKEN_AFTER: Duration = Duration::from_secs(20);
 
-/// Files that the start of one program needs at once.
+/// Open files that the start of one program needs at once.
 const FILES_NEEDED: usize = 8;
 
-/// Free space and inodes below which nothing is taken, unless the file system is so small that a part of it is less.
+/// Free space and inodes below which the worker takes nothing. On a small file system the limit is its size divided by
+/// [`FREE_PART`], if that is less.
 const FREE_BYTES_MIN: u64 = 1 << 20;
 const FREE_INODES_MIN: u64 = 64;
 const FREE_PART: u64 = 16;
@@ -40,18 +41,18 @@ const FREE_PART: u64 = 16;
 /// How long a child process may take to start and exit.
 const CHILD_LIMIT: Duration = Duration::from_secs(10);
 
-/// Tries what a local program needs.
+/// Probes the resources that a local program needs.
 #[derive(Default)]
 pub(crate) struct Prober {
-    /// A probe of the disk that has not come back, and since when.
+    /// A disk probe that has not returned, and its start.
     pending: Option<(JoinHandle<Option<Shortage>>, Instant)>,
 }
 
 impl Prober {
-    /// What the machine lacks for a program below this root, which runs as this user. A child process is started only if
-    /// that is asked for.
+    /// Returns the shortage of the machine for a program below this root that runs as this user. Starts a child process
+    /// only with `with_child`.
     pub(crate) async fn probe(&mut self, root: &Path, user: Option<&User>, with_child: bool) -> Option<Shortage> {
-        // Without memory a thread may end the program instead of being refused.
+        // Memory comes before threads: without it a new thread may abort the program instead of failing.
         if let Some(shortage) = open_files().or_else(memory).or_else(threads) {
             return Some(shortage);
         }
@@ -62,7 +63,7 @@ impl Prober {
         }
     }
 
-    /// Writes a small file on a thread of its own: a disk may hang.
+    /// Writes a small file on another thread, since a disk may hang.
     async fn disk(&mut self, root: &Path) -> Option<Shortage> {
         let (mut task, began_at) = match self.pending.take() {
             Some(pending) => pending,
@@ -76,18 +77,18 @@ impl Prober {
         };
         let found = timeout(SLOW_AFTER, &mut task).await;
         let took = began_at.elapsed();
-        let place = root.display();
+        let folder = root.display();
         match found {
             Ok(found) => found.ok().flatten().or_else(|| {
                 (took >= SLOW_AFTER).then(|| Shortage {
                     lack: Lack::SlowDisk,
-                    text: format!("a write of 4 KiB below {place} took {} s", took.as_secs()),
+                    text: format!("a write of 4 KiB below {folder} took {} s", took.as_secs()),
                 })
             }),
             Err(_) => {
                 self.pending = Some((task, began_at));
                 let lack = if took >= BROKEN_AFTER { Lack::BrokenDisk } else { Lack::SlowDisk };
-                let text = format!("a write of 4 KiB below {place} has not come back for {} s", took.as_secs());
+                let text = format!("a write of 4 KiB below {folder} has not returned for {} s", took.as_secs());
                 Some(Shortage { lack, text })
             }
         }
@@ -105,7 +106,7 @@ fn open_files() -> Option<Shortage> {
 fn threads() -> Option<Shortage> {
     match std::thread::Builder::new().name("probe".into()).spawn(|| {}) {
         Ok(thread) => {
-            // It does nothing, and cannot panic.
+            // The thread does nothing and cannot panic.
             let _ = thread.join();
             None
         }
@@ -121,7 +122,7 @@ fn memory() -> Option<Shortage> {
     })
 }
 
-/// Makes the root if it is absent, looks at what is free there, and writes a small file.
+/// Makes the root if it is missing, checks its free space, and writes a small file.
 fn disk(root: &Path) -> Option<Shortage> {
     let folder = root.join("sandbox");
     if let Err(error) = DirBuilder::new().recursive(true).mode(0o700).create(&folder) {
@@ -138,26 +139,25 @@ fn disk(root: &Path) -> Option<Shortage> {
 }
 
 fn too_little_free(root: &Path, status: &StatVfs) -> Option<Shortage> {
-    let place = root.display();
+    let folder = root.display();
     if status.f_flag.contains(StatVfsMountFlags::RDONLY) {
-        return Some(Shortage { lack: Lack::ReadOnlyDisk, text: format!("the file system of {place} is read-only") });
+        return Some(Shortage { lack: Lack::ReadOnlyDisk, text: format!("the file system of {folder} is read-only") });
     }
     let (free, total) = (status.f_bavail * status.f_frsize, status.f_blocks * status.f_frsize);
     if total > 0 && free < FREE_BYTES_MIN.min(total / FREE_PART) {
-        let text = format!("{} of {} KiB are free on the file system of {place}", free >> 10, total >> 10);
+        let text = format!("{} of {} KiB are free on the file system of {folder}", free >> 10, total >> 10);
         return Some(Shortage { lack: Lack::Disk, text });
     }
-    // Some file systems have no number of inodes.
+    // Some file systems report no inodes.
     let (free, total) = (status.f_favail, status.f_files);
     if total > 0 && free < FREE_INODES_MIN.min(total / FREE_PART) {
-        let text = format!("{free} of {total} inodes are free on the file system of {place}");
+        let text = format!("{free} of {total} inodes are free on the file system of {folder}");
         return Some(Shortage { lack: Lack::Inodes, text });
     }
     None
 }
 
-/// Starts a child that does what a shim does at its start, as the user whom the shim takes on: quotas and limits are a
-/// user's.
+/// Starts a child that does what a shim does at its start, as the user of the programs: quotas and limits apply to users.
 async fn child(root: &Path, ids: Option<&Ids>) -> Option<Shortage> {
     let started = tokio::process::Command::from(child_command(root, ids)).spawn();
     let mut child = match started {
@@ -179,7 +179,7 @@ async fn child(root: &Path, ids: Option<&Ids>) -> Option<Shortage> {
         }
         Ok(Err(error)) => Some(of_children("could not wait for a process", &error)),
         Err(_) => {
-            // It is reaped by the runtime.
+            // The runtime reaps it.
             let _ = child.start_kill();
             let text = format!("a process that does nothing has not ended for {} s", CHILD_LIMIT.as_secs());
             Some(Shortage { lack: Lack::Children, text })
@@ -203,7 +203,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_machine_that_has_everything_lacks_nothing() {
+    fn a_healthy_machine_has_no_shortage() {
         let root = tempfile::tempdir().unwrap();
         assert_eq!(disk(&root.path().join("made/below")), None);
         assert_eq!(open_files().or_else(threads).or_else(memory), None);
@@ -211,7 +211,7 @@ mod tests {
     }
 
     #[test]
-    fn a_root_that_cannot_be_made_is_named() {
+    fn a_root_that_cannot_be_made_is_named_in_the_shortage() {
         let root = tempfile::tempdir().unwrap();
         fs::write(root.path().join("file"), "").unwrap();
         let shortage = disk(&root.path().join("file/root")).unwrap();

@@ -12,17 +12,17 @@ use super::Error;
 use crate::local::shim::wire::Script;
 use crate::local::user::User;
 
-/// The directory inside a sandbox that holds Baton's own files.
+/// The directory in a sandbox for Baton's own files.
 const OWN: &str = ".baton";
 
-/// The directory below the root that holds all sandboxes.
+/// The directory below the root for all sandboxes.
 pub(crate) const FOLDER: &str = "sandbox";
 
-/// Others may enter what leads to a sandbox, if that belongs to another user, and may not list it.
+/// The mode of the directories above another user's sandbox: others may enter but not list them.
 const ENTERABLE: u32 = 0o711;
 
-/// The directory in which one try of a process runs, under one epoch: a worker that has lost its lease and one that has
-/// taken it over never share it.
+/// The directory in which one try of a process runs, under one epoch: a worker that has lost the lease and its successor
+/// never share it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Sandbox {
     path: PathBuf,
@@ -33,7 +33,7 @@ pub struct Sandbox {
 }
 
 impl Sandbox {
-    /// Makes `<root>/sandbox/<pid>/<try>.<epoch>`, which only its user can enter. If it exists, it is taken as it is.
+    /// Makes `<root>/sandbox/<pid>/<try>.<epoch>`, which only its user can enter. An existing one is used unchanged.
     ///
     /// # Errors
     /// [`Error::Sandbox`] with the directory that could not be made.
@@ -46,7 +46,7 @@ impl Sandbox {
         Ok(Self { path, pid, try_number, user: None })
     }
 
-    /// The same for a program that runs as another user, to whom it belongs.
+    /// Makes a sandbox that belongs to another user, for a program that runs as that user.
     ///
     /// # Errors
     /// [`Error::Sandbox`] with the directory that could not be made.
@@ -60,12 +60,12 @@ impl Sandbox {
             make_enterable(&root)?;
             DirBuilder::new().recursive(true).mode(ENTERABLE).create(&of_process)?;
             match DirBuilder::new().mode(0o700).create(&path) {
-                // It was made under this lease. What its user has made of it since is not touched as root.
+                // It was made under this lease. Root does not touch what its user changed since.
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => return Ok(()),
                 made => made?,
             }
             DirBuilder::new().mode(0o700).create(&own)?;
-            // From the inside out: what belongs to the user already could be replaced by a link.
+            // The inner directory first: the user could replace it by a link once the outer one is theirs.
             chown(&own, Some(user.ids.uid), Some(user.ids.gid))?;
             chown(&path, Some(user.ids.uid), Some(user.ids.gid))
         };
@@ -73,7 +73,7 @@ impl Sandbox {
         Ok(Self { path, pid, try_number, user: Some(user) })
     }
 
-    /// As whom its program runs, if that is another user than the worker's.
+    /// The user of its program, if it is not the worker's own.
     pub fn user(&self) -> Option<&User> {
         self.user.as_deref()
     }
@@ -83,17 +83,17 @@ impl Sandbox {
         &self.path
     }
 
-    /// The file that the program's standard output goes to.
+    /// The file for the program's standard output.
     pub fn stdout(&self) -> PathBuf {
         self.path.join(OWN).join("stdout")
     }
 
-    /// The file that the program's standard error goes to.
+    /// The file for the program's standard error.
     pub fn stderr(&self) -> PathBuf {
         self.path.join(OWN).join("stderr")
     }
 
-    /// The file that says how the program ended, a [`shim::wire::Ended`](super::shim::wire::Ended) as JSON; absent before.
+    /// The file for how the program ended, a [`shim::wire::Ended`](super::shim::wire::Ended) as JSON; missing until then.
     pub fn done(&self) -> PathBuf {
         self.path.join(OWN).join("done.json")
     }
@@ -107,7 +107,7 @@ impl Sandbox {
         ]
     }
 
-    /// A script of the sandbox, and the command that runs it.
+    /// The script file of the sandbox and the command that runs it.
     pub(super) fn script(&self, text: String) -> (Script, Vec<String>) {
         let path = self.path.join(OWN).join("script");
         let name = path.to_string_lossy().into_owned();
@@ -117,7 +117,7 @@ impl Sandbox {
     }
 }
 
-/// Makes the directory of all sandboxes, which other users may enter.
+/// Makes the directory of all sandboxes so that other users may enter it.
 pub(crate) fn make_enterable(root: &Path) -> io::Result<()> {
     let folder = root.join(FOLDER);
     DirBuilder::new().recursive(true).mode(ENTERABLE).create(&folder)?;
@@ -129,5 +129,5 @@ pub(crate) fn make_enterable(root: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// The variable that is different for each sandbox, and by which a program is found when its shim was killed.
+/// The variable that is unique for each sandbox. It identifies the processes of a program whose shim was killed.
 pub(crate) const MARK: &str = "BATON_SANDBOX";

@@ -1,12 +1,12 @@
-//! The shim: the small process between a worker and one local program, which leaves nothing of the program behind.
+//! The shim: a small process between a worker and one local program that makes sure the program ends completely.
 //!
-//! A worker starts its own executable as `<exe> shim`. The shim is the subreaper of everything that the program starts,
-//! so also what forked, called setsid and closed its pipes stays below it. It ends all of it when the program ends, when
-//! it is told to, when its standard input closes (the worker died), or when nobody renews the worker's lease (the worker
-//! is frozen or cut off). If the shim itself is killed, the program goes with it by its parent-death signal, and the
-//! worker ends the rest.
+//! A worker starts its own executable as `<exe> shim`. The shim is the subreaper of the program's descendants, so even a
+//! process that forked, called setsid and closed its pipes stays below it. The shim ends all of them when the program
+//! ends, when the worker asks for it, when its standard input closes (the worker died), or when the worker's lease is not
+//! renewed (the worker is frozen or cut off). If the shim itself is killed, its parent-death signal kills the program,
+//! and the worker ends the rest.
 //!
-//! Here is only plain blocking code, and no runtime: there is one shim for each program.
+//! The code is plain and blocking, without a runtime: there is one shim for each program.
 
 use std::io::{self, BufRead, Write};
 use std::process::ExitCode;
@@ -24,27 +24,27 @@ pub mod wire;
 
 use wire::{Order, Report};
 
-/// The hidden sub-command of every Baton binary under which [`main`] has to be called.
+/// The hidden subcommand of every Baton binary that must call [`main`].
 pub const COMMAND: &str = "shim";
 
-/// The argument after [`COMMAND`] that names the second stage, which becomes the program.
+/// The argument after [`COMMAND`] for the second stage, which becomes the program.
 const STAGE: &str = "exec";
 
-/// The argument after [`COMMAND`] with which a worker tries whether children can be started.
+/// The argument after [`COMMAND`] for a probe: whether children can be started.
 pub(crate) const PROBE: &str = "probe";
 
-/// The argument after [`COMMAND`] with which a worker does something as the user of its programs.
+/// The argument after [`COMMAND`] for an action as the user of the programs.
 pub(crate) const AS: &str = "as";
 
 /// Runs the shim. Call this first in `main`, before any runtime or other thread starts, when the first argument is
 /// [`COMMAND`].
 pub fn main() -> ExitCode {
-    // No program has what its worker was started with.
+    // The program must not inherit the worker's open files.
     handover::keep_inherited();
     let mut arguments = std::env::args().skip(2);
     match arguments.next().as_deref() {
         Some(STAGE) => return stage::main(),
-        // A probe starts a process, too, which does nothing.
+        // The child of a probe does nothing.
         Some(PROBE) if arguments.next().is_some() => return ExitCode::SUCCESS,
         Some(PROBE) => return exit_code(&supervise::try_start(None)),
         Some(AS) => return user::act(arguments),
@@ -53,7 +53,7 @@ pub fn main() -> ExitCode {
     let mut input = io::BufReader::new(io::stdin());
     let mut line = String::new();
     match input.read_line(&mut line) {
-        // The worker died before it had said what to run.
+        // The worker died before it sent an order.
         Ok(0) => return ExitCode::SUCCESS,
         Ok(_) => {}
         Err(error) => return failed(format!("could not read the order: {error}"), error.raw_os_error()),
@@ -67,7 +67,7 @@ pub fn main() -> ExitCode {
     {
         return failed(format!("could not become the user {}: {error}", ids.uid), error.raw_os_error());
     }
-    // This fails only for a process that leads its group already, and then the terminal's signals are its own business.
+    // This fails only if the process leads its group already; then it also handles the terminal's signals itself.
     let _ = setsid();
     if let Err(error) = set_child_subreaper(Some(getpid())) {
         return failed(format!("could not become a subreaper: {error}"), Some(error.raw_os_error()));
@@ -81,7 +81,7 @@ pub fn main() -> ExitCode {
     }
 }
 
-/// An exit code that tells the operating system's number of a failure.
+/// The exit code that carries the errno of a failure.
 pub(crate) fn exit_code(done: &io::Result<()>) -> ExitCode {
     let code = done.as_ref().err().map_or(0, |error| error.raw_os_error().unwrap_or(1));
     ExitCode::from(u8::try_from(code).unwrap_or(1))
@@ -92,7 +92,7 @@ fn failed(message: String, errno: Option<i32>) -> ExitCode {
     ExitCode::FAILURE
 }
 
-/// Tells the worker. Nobody may be there to hear it any more, and that is no error of the shim.
+/// Sends a report to the worker. The worker may be gone, which is no error of the shim.
 fn report(report: &Report) {
     let mut line = serde_json::to_string(report).expect("a report is made of numbers and text");
     line.push('\n');

@@ -1,4 +1,4 @@
-//! The user as whom local programs run, where that is another one than the worker's.
+//! The user of local programs, if it is not the worker's own.
 
 use std::ffi::{CString, OsStr};
 use std::fs::DirBuilder;
@@ -14,16 +14,16 @@ use crate::local;
 use crate::local::shim::{self, supervise, tree};
 use crate::machine::SELF;
 
-/// What a worker does as this user, in a process of its own: it enters a folder.
+/// The action of a child that runs as this user: enter a folder.
 const ENTER: &str = "enter";
 
-/// It tries what the start of a program needs, in [`PROBES`].
+/// The action: probe the start of a program, in [`PROBES`].
 const PROBE: &str = "probe";
 
-/// It ends what is left of a program.
+/// The action: kill the remaining processes of a program.
 const SWEEP: &str = "sweep";
 
-/// A folder of the user's below the root, for the files of probes.
+/// The user's folder below the root for the files of probes.
 const PROBES: &str = "probe";
 
 /// A user of this machine.
@@ -33,57 +33,57 @@ pub struct User {
     pub name: String,
     /// Its home folder.
     pub home: PathBuf,
-    /// What the system knows it by.
+    /// Its ids.
     pub ids: Ids,
 }
 
-/// The numbers of a user and of its groups.
+/// The ids of a user and of its groups.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Ids {
-    /// The user.
+    /// The user id.
     pub uid: u32,
-    /// Its own group.
+    /// The primary group.
     pub gid: u32,
-    /// All of its groups.
+    /// All groups.
     pub groups: Vec<u32>,
 }
 
-/// Why programs cannot be run as a user.
+/// Why programs cannot run as a user.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The system knows no such user. Correct the name.
+    /// The user does not exist. Correct the name.
     #[error("there is no user `{0}` on this machine")]
     Unknown(String),
-    /// Only root may do that. Start the worker as root, or without a user.
+    /// Only root can run programs as another user. Start the worker as root, or without a user.
     #[error("programs can run as `{name}` only if the worker runs as root, and it runs as uid {uid}")]
     NotRoot {
         /// The user.
         name: String,
-        /// Who the worker is.
+        /// The worker's user.
         uid: u32,
     },
-    /// The user cannot be taken on, or cannot enter the folder of the sandboxes.
+    /// The worker cannot become the user, or the user cannot enter the folder of the sandboxes.
     #[error("a program that runs as `{name}` could not enter {}", .folder.display())]
     Refused {
         /// The user.
         name: String,
         /// The folder.
         folder: PathBuf,
-        /// What the system says.
+        /// The error of the system.
         source: io::Error,
     },
-    /// The system does not answer.
+    /// The user database could not be read.
     #[error("could not look up the user `{name}`")]
     Lookup {
         /// The user.
         name: String,
-        /// What the system says.
+        /// The error of the system.
         source: io::Error,
     },
 }
 
 impl User {
-    /// Looks a user up by its name or its number.
+    /// Looks up a user by name or id.
     ///
     /// # Errors
     /// [`Error::Unknown`] or [`Error::Lookup`].
@@ -102,7 +102,7 @@ impl User {
         Ok(Self { name: found.name, home: found.dir, ids })
     }
 
-    /// Whether programs can run as this user below a folder, which is made if it is absent.
+    /// Checks that programs can run as this user below a folder, which is created if it is missing.
     ///
     /// # Errors
     /// [`Error::NotRoot`] or [`Error::Refused`].
@@ -124,16 +124,16 @@ impl User {
 }
 
 impl Ids {
-    /// What tries, as this user, what the start of a program needs.
+    /// The command that probes the start of a program as this user.
     pub(crate) fn probe(&self, root: &Path) -> Command {
         self.command(PROBE, root.as_os_str())
     }
 
-    /// Sends KILL to what is left of a program of this user's, as [`tree::kill_marked`]. It is done as the user: root in a
-    /// container may not read the environment of another one's processes.
+    /// Sends KILL to the remaining processes of this user's program, as [`tree::kill_marked`] does. A child does it as
+    /// the user: root in a container may not read the environment of another user's processes.
     ///
     /// # Errors
-    /// No process could be started for it.
+    /// The child could not be started.
     pub(crate) fn kill_marked(&self, mark: &str) -> io::Result<usize> {
         let output = self.command(SWEEP, OsStr::new(mark)).output()?;
         let count = std::str::from_utf8(&output.stdout).ok().and_then(|text| text.trim().parse().ok());
@@ -142,7 +142,7 @@ impl Ids {
         })
     }
 
-    /// This program once more, to do something as this user.
+    /// The command that runs this executable for an action as this user.
     fn command(&self, what: &str, argument: &OsStr) -> Command {
         let ids = serde_json::to_string(self).expect("ids are numbers");
         let mut command = Command::new(SELF);
@@ -150,7 +150,7 @@ impl Ids {
         command
     }
 
-    /// Becomes this user, for good.
+    /// Becomes this user irrevocably.
     pub(crate) fn take_on(&self) -> io::Result<()> {
         let groups: Vec<Gid> = self.groups.iter().copied().map(Gid::from_raw).collect();
         unistd::setgroups(&groups)?;
@@ -160,7 +160,7 @@ impl Ids {
     }
 }
 
-/// Takes a user on and does what is asked, and exits with the operating system's number of a failure.
+/// Becomes a user, performs an action, and exits with the errno of a failure.
 pub(crate) fn act(mut arguments: impl Iterator<Item = String>) -> ExitCode {
     let mut next = || arguments.next().unwrap_or_default();
     let (ids, what, argument) = (next(), next(), next());
@@ -169,7 +169,7 @@ pub(crate) fn act(mut arguments: impl Iterator<Item = String>) -> ExitCode {
         let probes = Path::new(&argument).join(PROBES);
         if what == PROBE {
             DirBuilder::new().recursive(true).mode(0o700).create(&probes)?;
-            // Only root can have replaced it by a link.
+            // Only root could replace it by a link.
             chown(&probes, Some(ids.uid), Some(ids.gid))?;
         }
         ids.take_on()?;

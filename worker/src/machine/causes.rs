@@ -1,6 +1,6 @@
-//! The text of an error with all that caused it.
+//! The text of an error with its causes.
 
-/// An error with its causes, in one line.
+/// Returns an error with its causes, in one line.
 pub fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();

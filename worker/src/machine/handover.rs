@@ -1,8 +1,8 @@
-//! What a program does first: its passwords leave its environment and its command line, where other programs can read them.
+//! Hides the passwords of a program: other users can read its environment and its command line.
 //!
-//! A program cannot change the environment and the arguments that the system shows of it. So it starts itself once more
-//! without them and hands them over in a file in memory. From its first moment on it is not dumpable, so only root can look
-//! into its memory and its open files.
+//! A program cannot change the environment and the arguments that the system shows for it. So it executes itself again
+//! without them and hands them over in a file in memory. It is not dumpable from the start, so only root can read its
+//! memory and its open files.
 
 use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
@@ -22,28 +22,28 @@ use serde::{Deserialize, Serialize};
 
 use super::SELF;
 
-/// The variable that names the file in memory; its number is of no use to others.
+/// The variable with the descriptor of the file in memory, which is useless to other programs.
 const MARK: &str = "BATON_HANDOVER";
 
-/// What stands in the arguments in the place of a URL.
+/// The replacement of a URL in the arguments.
 const HIDDEN: &str = "(hidden)";
 
-/// The arguments as they were given.
+/// The original arguments.
 static ARGUMENTS: OnceLock<Vec<OsString>> = OnceLock::new();
 
-/// What a program hands over to itself.
+/// The content of the file.
 #[derive(Serialize, Deserialize)]
 struct Handover {
-    /// The number of the process, which starting itself does not change. A child may have inherited the variable.
+    /// The process id, which an exec does not change. A child may have inherited the variable.
     pid: u32,
     arguments: Vec<Vec<u8>>,
     variables: BTreeMap<String, String>,
 }
 
-/// Hides the passwords of this program, and gives back its arguments as they were given, with the URLs of the environment
-/// among them. Call it first in `main`, before any thread starts. It may start the program once more instead of returning.
+/// Hides the passwords of this program. Returns its original arguments with the URLs of the environment added. Call it
+/// first in `main`, before any thread starts. It may execute the program again instead of returning.
 pub fn begin() -> Vec<OsString> {
-    // It fails on no Linux; and what it protects is protected by the rest as well.
+    // This fails on no Linux, and it is only a second line of defence.
     let _ = set_dumpable_behavior(DumpableBehavior::NotDumpable);
     let handed = handed_over();
     let (given, variables) = match handed {
@@ -66,7 +66,7 @@ pub fn begin() -> Vec<OsString> {
             (given, variables)
         }
     };
-    // Not earlier: this program may read a descriptor that is named in its arguments, and has just started itself once more.
+    // Not earlier: the arguments may name an inherited descriptor, which must survive the exec.
     keep_inherited();
     let given = ARGUMENTS.get_or_init(|| given).clone();
     let arguments = with_urls(given, &variables);
@@ -74,14 +74,14 @@ pub fn begin() -> Vec<OsString> {
     arguments
 }
 
-/// The arguments as they were given.
+/// Returns the original arguments.
 pub fn arguments() -> Vec<String> {
     let given = ARGUMENTS.get().cloned().unwrap_or_else(|| std::env::args_os().collect());
     given.into_iter().map(|argument| argument.to_string_lossy().into_owned()).collect()
 }
 
-/// Keeps what this program has inherited beside its three standard streams from all programs that it starts. It stays open
-/// here: it may hold a lock.
+/// Marks inherited descriptors, except the three standard streams, as close-on-exec. They stay open in this program,
+/// since one may hold a lock.
 pub(crate) fn keep_inherited() {
     close_fds::set_fds_cloexec(3, &[]);
 }
@@ -97,7 +97,7 @@ fn handed_over() -> Option<Handover> {
     Some(handover)
 }
 
-/// Starts this program once more. Gives back only why that has failed.
+/// Executes this program again. Returns only if that fails.
 fn start_again(arguments: &[OsString], hidden: &[OsString], variables: BTreeMap<String, String>) -> io::Error {
     let start = || -> io::Result<io::Error> {
         let names: Vec<String> = variables.keys().cloned().collect();
@@ -118,7 +118,7 @@ fn start_again(arguments: &[OsString], hidden: &[OsString], variables: BTreeMap<
     start().unwrap_or_else(|error| error)
 }
 
-/// By its path, from which the system takes the name of the process, unless it was replaced or removed meanwhile.
+/// The executable by its path, from which the system takes the name of the process; by [`SELF`] if the file is gone.
 fn program() -> PathBuf {
     let path = std::env::current_exe().unwrap_or_default();
     if path.is_file() { path } else { PathBuf::from(SELF) }
@@ -148,7 +148,7 @@ fn hidden(given: &[OsString]) -> Vec<OsString> {
         .collect()
 }
 
-/// The option that an argument is, if it takes a URL, and whether that stands in the same argument.
+/// Returns the option if it takes a URL, and whether the argument contains the value too.
 fn option_of(argument: &OsStr) -> Option<(&'static str, bool)> {
     let bytes = argument.as_bytes();
     URLS.iter().find_map(|(_, option)| match bytes.strip_prefix(option.as_bytes()) {
@@ -158,7 +158,7 @@ fn option_of(argument: &OsStr) -> Option<(&'static str, bool)> {
     })
 }
 
-/// The arguments, with those URLs that only the environment had.
+/// The arguments, with the URLs that only the environment has.
 fn with_urls(given: Vec<OsString>, variables: &BTreeMap<String, String>) -> Vec<OsString> {
     let before_end: Vec<&OsString> = given.iter().take_while(|argument| *argument != "--").collect();
     let is_given =
@@ -181,7 +181,7 @@ mod tests {
     }
 
     #[test]
-    fn urls_leave_the_arguments_and_nothing_else_does() {
+    fn only_urls_are_hidden_in_the_arguments() {
         let given = words("baton --broker-url amqp://u:p@h list --database-url=postgres://u:p@h/d -n 3");
         let shown = words("baton --broker-url (hidden) list --database-url=(hidden) -n 3");
         assert_eq!(hidden(&given), shown);
@@ -191,7 +191,7 @@ mod tests {
     }
 
     #[test]
-    fn urls_of_the_environment_become_arguments_unless_they_are_given() {
+    fn urls_of_the_environment_become_arguments_unless_given() {
         let variables = BTreeMap::from([("BATON_DATABASE_URL".to_owned(), "postgres://h/d".to_owned())]);
         let merged = with_urls(words("baton list"), &variables);
         assert_eq!(merged, words("baton --database-url=postgres://h/d list"));

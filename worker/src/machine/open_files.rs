@@ -1,6 +1,6 @@
-//! How many files may be open at once. A worker has several for each program that it runs; the usual limit of 1,024 is for
-//! programs that have few, and those that still call `select` break beyond it. So a worker raises its own limit as far as it
-//! may, and what it starts has the one that the worker was started with.
+//! The limit of open files. A worker needs several for each program that it runs, so it raises its own soft limit as far
+//! as it may. Programs that still call `select` break beyond the usual 1,024, so the programs of a worker get the limit
+//! with which the worker was started.
 
 use std::fs::File;
 use std::sync::OnceLock;
@@ -8,24 +8,24 @@ use std::sync::OnceLock;
 use rustix::io;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
-/// The soft limit before it was raised, if there was one.
+/// The soft limit before it was raised; `None` inside for no limit.
 static BEFORE: OnceLock<Option<u64>> = OnceLock::new();
 
-/// Raises the soft limit of this program to the hard one. The first call counts.
+/// Raises the soft limit of this program to the hard one. Only the first call has an effect.
 pub(crate) fn raise() {
     BEFORE.get_or_init(|| {
         let limit = getrlimit(Resource::Nofile);
         if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }) {
-            tracing::debug!(%error, "the limit of open files stays as it is");
+            tracing::debug!(%error, "could not raise the limit of open files");
         }
         limit.current
     });
 }
 
-/// Whether so many more files can be opened.
+/// Checks that this many more files can be opened.
 ///
 /// # Errors
-/// What the system says, with the limit and the remedy.
+/// The error of the system, with the limit and the remedy.
 pub(crate) fn check(count: usize) -> std::io::Result<()> {
     let opened: std::io::Result<Vec<File>> = (0..count).map(|_| File::open("/dev/null")).collect();
     let Err(error) = opened else { return Ok(()) };
@@ -35,12 +35,12 @@ pub(crate) fn check(count: usize) -> std::io::Result<()> {
     Err(std::io::Error::new(error.kind(), text))
 }
 
-/// The soft limit of what this program starts; its own, if none is given.
+/// The soft limit for the programs that this one starts; `None` to inherit its own.
 pub(crate) fn of_children() -> Option<u64> {
     BEFORE.get().copied().flatten()
 }
 
-/// Sets the soft limit of this program, as far as the hard one lets it: that may have been lowered since.
+/// Sets the soft limit of this program, but not above the hard one, which may have been lowered since.
 pub(crate) fn set(limit: u64) -> io::Result<()> {
     let now = getrlimit(Resource::Nofile);
     let limit = now.maximum.map_or(limit, |maximum| limit.min(maximum));

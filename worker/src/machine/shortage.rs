@@ -1,7 +1,7 @@
-//! What this worker's machine lacks: disk space, inodes, memory, processes, open files.
+//! Shortages of the worker's machine: disk space, inodes, memory, processes, open files.
 //!
-//! A shortage costs no process a try. Whatever fails for want of a resource goes back to the queue at no charge, and the
-//! worker takes no more processes until the resource is there again.
+//! A shortage costs no process a try. A process that meets one goes back to the queue at no charge, and the worker takes
+//! no more processes until the resource is available again.
 
 use std::fs;
 use std::io;
@@ -20,32 +20,32 @@ use tokio::task::JoinHandle;
 /// Memory that must be available on the machine.
 pub(crate) const FREE_MEMORY_MIN: u64 = 16 << 20;
 
-/// Address space that must be left below a limit of it. Threads and allocators reserve it in large pieces, and some parts of
-/// a program end it where they get none.
+/// Address space that must be left below its limit. Threads and allocators reserve it in large pieces, and some code
+/// aborts the program if it gets none.
 const FREE_ADDRESS_SPACE_MIN: u64 = 96 << 20;
 
-/// What this worker lacks at present.
+/// The current shortage of this worker, if any.
 #[derive(Default)]
 pub(crate) struct Health {
     current: Mutex<Option<Shortage>>,
-    /// What was last said in the log.
+    /// The shortage in the last log line.
     said: Mutex<Option<Lack>>,
     noted: Notify,
 }
 
 impl Health {
-    /// What it lacks.
+    /// Returns the current shortage.
     pub(crate) fn current(&self) -> Option<Shortage> {
         self.current.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Whether it takes no processes for that.
+    /// Whether the shortage keeps the worker from taking processes.
     pub(crate) fn stops_taking(&self) -> bool {
         let current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
         current.as_ref().is_some_and(|shortage| shortage.lack.stops_taking())
     }
 
-    /// A process has met a shortage.
+    /// Notes a shortage that a process has met.
     pub(crate) fn note(&self, shortage: Shortage) {
         let mut current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
         if !current.as_ref().is_some_and(|current| current.lack.stops_taking()) {
@@ -60,8 +60,8 @@ impl Health {
         self.noted.notified().await;
     }
 
-    /// What a probe has found. What a process has met while the probe was under way is newer, unless the worker took nothing
-    /// then.
+    /// Notes the result of a probe. A shortage that a process met during the probe is newer, unless the worker was taking
+    /// nothing (`was_short`).
     pub(crate) fn found(&self, shortage: Option<Shortage>, was_short: bool) {
         let mut current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
         let is_newer = !was_short && current.as_ref().is_some_and(|current| current.lack.stops_taking());
@@ -70,13 +70,13 @@ impl Health {
         }
     }
 
-    /// What was said before this.
+    /// Remembers what the log now says; returns what it said before.
     pub(crate) fn say(&self, lack: Option<Lack>) -> Option<Lack> {
         std::mem::replace(&mut *self.said.lock().unwrap_or_else(PoisonError::into_inner), lack)
     }
 }
 
-/// The resource that an error of the operating system says is exhausted. An error that has another cause is `None`.
+/// The exhausted resource behind an error of the operating system; `None` if the cause is another one.
 pub(crate) fn lack_of(error: &io::Error) -> Option<Lack> {
     match Errno::from_io_error(error)? {
         Errno::NOSPC | Errno::DQUOT => Some(Lack::Disk),
@@ -84,14 +84,14 @@ pub(crate) fn lack_of(error: &io::Error) -> Option<Lack> {
         Errno::IO => Some(Lack::BrokenDisk),
         Errno::MFILE | Errno::NFILE => Some(Lack::OpenFiles),
         Errno::NOMEM => Some(Lack::Memory),
-        // A thread for whose stack there is no memory is refused with the same number.
+        // The same errno means that there is no memory for the stack of a thread.
         Errno::AGAIN => Some(if has_little_address_space() { Lack::Memory } else { Lack::Processes }),
         _ => None,
     }
 }
 
-/// The shortage behind an error with a file below the root, where only Baton has written yet. Whatever the error is, the
-/// process has no part in it.
+/// The shortage behind an error with a file below the root that only Baton has written. Such an error is never the fault
+/// of the process.
 pub(crate) fn below_root(path: &Path, error: &io::Error) -> Shortage {
     let lack = match lack_of(error) {
         Some(Lack::Disk) if has_no_inodes(path) => Lack::Inodes,
@@ -106,12 +106,12 @@ pub(crate) fn of_children(what: &str, error: &io::Error) -> Shortage {
     Shortage { lack: lack_of(error).unwrap_or(Lack::Children), text: format!("{what}: {error}") }
 }
 
-/// The shortage that a shim has met before its program was executed.
+/// The shortage that a shim met before it executed its program.
 pub(crate) fn of_shim(text: String, errno: Option<i32>, sandbox: &Path) -> Shortage {
     let lack = errno.map(io::Error::from_raw_os_error).map_or(Lack::Children, |error| match lack_of(&error) {
         Some(Lack::Disk) if has_no_inodes(sandbox) => Lack::Inodes,
         Some(lack) => lack,
-        // The sandbox was made just before.
+        // The sandbox was made just before, so the root is at fault.
         None if [io::ErrorKind::NotFound, io::ErrorKind::PermissionDenied, io::ErrorKind::NotADirectory]
             .contains(&error.kind()) =>
         {
@@ -122,18 +122,18 @@ pub(crate) fn of_shim(text: String, errno: Option<i32>, sandbox: &Path) -> Short
     Shortage { lack, text }
 }
 
-/// The shortage behind an error of the worker's own program, if it is one of process-wide resources that a process in
-/// Rust shares with all others of its worker.
+/// The shortage behind an error of a process written in Rust, if it concerns a resource that all processes of a worker
+/// share.
 pub(crate) fn of_worker(error: &io::Error) -> Option<Shortage> {
     let lack = lack_of(error).filter(|lack| matches!(lack, Lack::OpenFiles | Lack::Memory))?;
     Some(Shortage { lack, text: error.to_string() })
 }
 
-/// Runs blocking work on the pool of a runtime.
+/// Runs blocking work on the blocking pool of a runtime.
 ///
 /// # Errors
-/// The operating system starts no thread for it, over which the runtime panics, or has too little memory for one, over which
-/// the thread would end the program.
+/// The operating system refuses a thread, on which the runtime panics, or has too little memory for one, which would abort
+/// the program.
 pub(crate) fn spawn_blocking<T: Send + 'static>(
     runtime: &Handle,
     work: impl FnOnce() -> T + Send + 'static,
@@ -145,7 +145,7 @@ pub(crate) fn spawn_blocking<T: Send + 'static>(
         .map_err(|_| Shortage { lack: Lack::Processes, text: "could not start a thread".into() })
 }
 
-/// The shortage of a program whose address space has reached its limit.
+/// Returns a shortage if the address space of this program is near its limit.
 pub(crate) fn address_space() -> Option<Shortage> {
     let text = "its address space has reached its limit".to_owned();
     has_little_address_space().then_some(Shortage { lack: Lack::Memory, text })
@@ -158,7 +158,7 @@ pub(crate) fn has_little_address_space() -> bool {
     kib(&status, "VmSize:").is_some_and(|size| size + FREE_ADDRESS_SPACE_MIN > limit)
 }
 
-/// A size of /proc in bytes.
+/// Reads a size from a file in /proc, in bytes.
 pub(crate) fn kib(text: &str, name: &str) -> Option<u64> {
     let line = text.lines().find_map(|line| line.strip_prefix(name))?;
     Some(line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? << 10)
@@ -174,7 +174,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_error_of_the_system_names_the_resource_that_is_exhausted() {
+    fn an_errno_names_the_exhausted_resource() {
         for (errno, lack) in [
             (Errno::NOSPC, Some(Lack::Disk)),
             (Errno::DQUOT, Some(Lack::Disk)),

@@ -1,15 +1,15 @@
-//! The script of a job, in two layers, and the files by which it says what happened.
+//! The script of a job, in two layers, and the files by which it reports its progress.
 //!
-//! The outer layer, `.baton/run.sh`, is Baton's. It takes the try by making the folder `.baton/started`, which works once:
-//! a second job of the same try ends without running the program. A worker that gives a try up puts a link there instead,
-//! so no job of the try can run any more. At its end it renames `.baton/done.json` into place; only that file says how the
-//! program ended. A job that its launcher has started again finds its own name in `.baton/started/job` and leaves
+//! The outer layer, `.baton/run.sh`, is Baton's. It takes the try by making the folder `.baton/started`, which succeeds only
+//! once: a second job of the same try exits without running the program. A worker that gives a try up puts a link there
+//! instead, so no job of the try can run any more. At its end the script renames `.baton/done.json` into place; only that file
+//! says how the program ended. A job that its launcher requeued finds its own id in `.baton/started/job` and leaves
 //! `.baton/again`.
 //!
 //! The inner layer, `.baton/program`, runs as a child process in the shell of the site: the lines of `pre`, then the
-//! program with its variables. Nothing that it does to its shell or its environment reaches the outer layer, which gives
-//! each of its own commands a clean environment. The inner layer makes the file `.baton/running` right before it starts
-//! the program, by a redirection alone, so no function or alias can prevent that.
+//! program with its variables. It cannot affect the shell or the environment of the outer layer, which gives each of its
+//! own commands a clean environment. The inner layer makes the file `.baton/running` right before it starts the program,
+//! by a redirection alone, so that no function or alias can prevent it.
 
 use std::fmt::Write as _;
 
@@ -20,28 +20,28 @@ use serde::Deserialize;
 use super::launcher::Launcher;
 use crate::transport::quote;
 
-/// Where a script and what it leaves are, below the folder of a try.
+/// The folder of a script and its files, below the folder of a try.
 pub(crate) const FOLDER: &str = ".baton";
 
-/// What the script of a job leaves that its launcher has started again.
+/// The file that the script of a requeued job leaves.
 pub(crate) const AGAIN: &str = "again";
 
-/// The file that exists from right before the program starts. A folder of this name says that it has not started and
-/// cannot start any more.
+/// The file that is made right before the program starts. A folder of this name means that the program has not started
+/// and cannot start any more.
 const RUNNING: &str = "running";
 
-/// Room for `done.json`, in bytes: blanks behind its one line mean nothing.
+/// Space reserved for `done.json`, in bytes; blanks after its line are ignored.
 const DONE_BYTES: usize = 127;
 
-/// What stands in the room for `done.json` until the end. Scripts of earlier versions put blanks there when they started
-/// the program.
+/// The placeholder in that space until the end. Scripts of earlier versions wrote blanks there when they started the
+/// program.
 const IN_PRE: &str = "pre";
 
-/// The exit of `timeout` for a program that it has ended, and of one that needed a KILL.
+/// The exit of `timeout` for a program that it ended, and for one that it killed.
 const TIMED_OUT: i32 = 124;
 const TIMED_OUT_KILLED: i32 = 137;
 
-/// Runs a command of the outer layer: without the variables of the job, and with the system's own programs first.
+/// Runs a command of the outer layer without the variables of the job and with the system's programs first.
 const BATON: &str = r#"baton() (
   PATH=/usr/bin:/bin:/usr/sbin:/sbin:/usr/local/bin${PATH:+:$PATH}
   export PATH
@@ -50,14 +50,14 @@ const BATON: &str = r#"baton() (
 )
 "#;
 
-/// Prints how long the machine has been up, in hundredths of a second: a clock that nobody sets.
+/// Prints the uptime of the machine in hundredths of a second: a clock that cannot be set.
 const CLOCK: &str = r"baton_clock() { baton sed 's/^\([0-9]*\)\.\([0-9]*\) .*/\1\2/' /proc/uptime; }
 ";
 
-/// What `done.json` says.
+/// The content of `done.json`.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 pub(crate) struct Done {
-    /// As the shell reports it: 128 + N for signal N.
+    /// The exit code of the shell: 128 + N for signal N.
     pub(crate) exit: i32,
     /// `pre` if the program was not started, else `program`.
     pub(crate) phase: String,
@@ -65,15 +65,15 @@ pub(crate) struct Done {
     pub(crate) started_at: i64,
     /// In seconds since 1970, by the clock there.
     pub(crate) ended_at: i64,
-    /// Whether the script ended the program because its time was over; absent from scripts of earlier versions.
+    /// Whether the script ended the program at its time limit; missing in scripts of earlier versions.
     #[serde(default)]
     pub(crate) timed_out: Option<bool>,
-    /// Whether the script itself was sent a signal: by the program to its whole group, or by the scheduler.
+    /// Whether the script itself received a signal: from the program to its whole group, or from the scheduler.
     #[serde(default)]
     pub(crate) signalled: bool,
 }
 
-/// What the script of a job is made of.
+/// The parts of a job's script.
 pub(crate) struct Script<'a> {
     pub(crate) spec: &'a Spec,
     pub(crate) on_site: &'a OnSite,
@@ -81,15 +81,16 @@ pub(crate) struct Script<'a> {
     pub(crate) launcher: &'a dyn Launcher,
     /// The folder of the try.
     pub(crate) dir: &'a str,
-    /// The name under which the launcher knows the job.
+    /// The name of the job at the launcher.
     pub(crate) token: &'a str,
-    /// The process and the try, as the program sees them.
+    /// The process, as the program sees it.
     pub(crate) pid: &'a str,
+    /// The try, as the program sees it.
     pub(crate) try_number: &'a str,
 }
 
 impl Script<'_> {
-    /// Both layers and what they need: paths below the folder of the try, and contents.
+    /// Both layers and their inputs, as paths below the folder of the try and contents.
     pub(crate) fn files(&self) -> Vec<(String, Vec<u8>)> {
         let mut files = vec![("run.sh", self.outer()), ("program", self.inner())];
         if let Work::Script { text } = &self.spec.what {
@@ -106,7 +107,7 @@ impl Script<'_> {
         format!("{}\n# {FOLDER}/program:\n\n{}", self.outer(), self.inner())
     }
 
-    /// A path below `.baton`, as a word of the shell.
+    /// A path below `.baton`, quoted for the shell.
     fn own(&self, name: &str) -> String {
         quote(&format!("{}/{FOLDER}/{name}", self.dir))
     }
@@ -148,8 +149,8 @@ set -- "$1" "$2" "$3" "$?"
         text
     }
 
-    /// What runs the inner layer. Where the script keeps the time, `timeout` does, and gives the layer a process group of its
-    /// own, so that a signal to its group does not reach the outer layer.
+    /// The command that runs the inner layer. If the script enforces the time limit, `timeout` does so, and it gives the
+    /// layer its own process group, so that a signal to that group does not reach the outer layer.
     fn run(&self) -> String {
         let shell = self.site.shell.iter().map(|word| quote(word)).collect::<Vec<_>>().join(" ");
         match self.launcher.time_limit(self.spec) {
@@ -158,19 +159,20 @@ set -- "$1" "$2" "$3" "$?"
         }
     }
 
-    /// From the end of the inner layer, with `$1` the job, `$2` and `$3` when that began, and `$4` its exit.
+    /// The part after the inner layer, with the job in `$1`, the start of the layer in `$2` and `$3`, and its exit in
+    /// `$4`.
     fn ending(&self) -> String {
         let [started, job, running, exits] = ["started", "started/job", RUNNING, "exit."].map(|name| self.own(name));
         let [part, done] = ["done.json.part", "done.json"].map(|name| self.own(name));
         let over = match self.launcher.time_limit(self.spec) {
             Some(secs @ 1..) => format!(
-                // The clock counts in hundredths, so it may be one behind.
+                // The clock counts hundredths of a second and may be one behind.
                 "case $4 in {TIMED_OUT} | {TIMED_OUT_KILLED}) [ $(($(baton_clock) - $3)) -lt {} ] || baton_over=true ;; esac\n",
                 secs.saturating_mul(100) - 1
             ),
             Some(0) | None => String::new(),
         };
-        // Once the folder is made, the program cannot start any more. A program that has removed everything has run.
+        // Once the folder is made, the program cannot start any more. If everything was removed, the program has run.
         format!(
             r#"baton_over=false baton_phase=pre
 {over}baton mkdir {running} 2>/dev/null
@@ -195,7 +197,7 @@ exit "$4"
     fn inner(&self) -> String {
         let mut text = String::new();
         for pre in self.site.pre.iter().chain(&self.on_site.pre) {
-            // In this very shell, so what it sets is there for the program; `set -e` does not count on this side of `||`.
+            // `eval` runs it in this shell, so that it can prepare the program's environment. `set -e` has no effect before `||`.
             let _ = writeln!(text, "eval {} || exit \"$?\"", quote(&unix_lines(pre)));
         }
         let stdin = if self.spec.stdin.is_some() { self.own("stdin") } else { "/dev/null".to_owned() };
@@ -203,8 +205,8 @@ exit "$4"
         let (running, exits) = (self.own(RUNNING), self.own("exit."));
         let _ = write!(
             text,
-            // A signal to the whole group ends the program, whose end this shell waits for: only then may its files be
-            // collected. A trap is not passed on to the program. No word here can be a function that `pre` has made.
+            // After a signal to the whole group this shell must wait for the program, since only then may its files be
+            // collected. The program does not inherit the traps. No word here can be a function that `pre` defined.
             r#"trap : TERM INT HUP
 baton_exit=0
 > {running} && {program} < {stdin} || baton_exit=$?
@@ -215,8 +217,8 @@ exit "$baton_exit"
         text
     }
 
-    /// The program with its variables. `env` takes any name that an environment can hold; shells drop or refuse those that
-    /// are no identifiers.
+    /// The program with its variables. `env` accepts any name of a variable; shells drop or reject names that are not
+    /// identifiers.
     fn program(&self) -> Vec<String> {
         let own = [("BATON_PID", self.pid), ("BATON_TRY", self.try_number), ("BATON_SANDBOX", self.dir)];
         let vars = self.spec.vars.iter().map(|(name, value)| (name.as_str(), value.as_str()));
@@ -233,21 +235,21 @@ exit "$baton_exit"
             Work::Call { .. } => vec!["false".to_owned()],
         };
         if argv.first().is_some_and(|program| program.contains('=')) {
-            // `env` would take it for another variable.
+            // `env` would take it for a variable.
             words.extend(["nice", "-n", "0"].map(str::to_owned));
         }
         words.extend(argv);
         words
     }
 
-    /// The shell of the site without its options: as a login shell it would undo what `pre` and `vars` have set.
+    /// The shell of the site without its options: a login shell could override `pre` and `vars`.
     fn shell_of_scripts(&self) -> Vec<String> {
         self.site.shell.iter().take_while(|word| !word.starts_with('-')).cloned().collect()
     }
 }
 
-/// What the system would run for a script that begins with `#!`: the interpreter, and the rest of the line as one
-/// argument. It is named here, so the script needs no permission to be executed, and its file system none either.
+/// Returns the command of the system for a script with `#!`: the interpreter, and the rest of the line as one argument.
+/// With it, neither the script nor its file system needs the permission to be executed.
 fn interpreter(script: &str) -> Option<Vec<String>> {
     let blanks = [' ', '\t'];
     let line = script.strip_prefix("#!")?.lines().next()?.trim_matches(blanks);
@@ -255,27 +257,27 @@ fn interpreter(script: &str) -> Option<Vec<String>> {
     if program.is_empty() {
         return None;
     }
-    // The system does not look for it in PATH.
+    // The system does not search PATH for it.
     let program = if program.contains('/') { program.to_owned() } else { format!("./{program}") };
     let argument = Some(argument.trim_start_matches(blanks)).filter(|argument| !argument.is_empty());
     Some(std::iter::once(program).chain(argument.map(str::to_owned)).collect())
 }
 
-/// Shells take a carriage return before a line end for a part of the last word.
+/// Removes carriage returns, which shells would treat as part of the last word.
 fn unix_lines(text: &str) -> String {
     let text = text.replace("\r\n", "\n");
     text.strip_suffix('\r').unwrap_or(&text).to_owned()
 }
 
-/// What gives a try up, unless its program was started: in one step, so that nobody can die in the middle of it. It prints
-/// [`GIVEN_UP`] if the try is given up, by whomever.
+/// A command that gives a try up unless its script has started, in one atomic step. It prints [`GIVEN_UP`] if the try is
+/// given up, now or before.
 pub(crate) fn give_up(dir: &str) -> String {
     let started = quote(&format!("{dir}/{FOLDER}/started"));
     format!("ln -sT given-up {started} 2>/dev/null; [ ! -L {started} ] || echo {GIVEN_UP}\n")
 }
 
-/// Prints [`UNMARKED`] if the script has ended before it could say what it is: then it has started nothing. Only what is
-/// old and not listed can be told so.
+/// A command that prints the job in the mark of the script. It prints [`UNMARKED`] if there is no mark: the script has
+/// not started the program. That is certain only for an old try whose job is not listed.
 pub(crate) fn look_for_mark(dir: &str) -> String {
     let started = quote(&format!("{dir}/{FOLDER}/started"));
     format!(
@@ -283,12 +285,12 @@ pub(crate) fn look_for_mark(dir: &str) -> String {
     )
 }
 
-/// Prints what a job has left that has not said how its program ended: [`GIVEN_UP`], [`AGAIN`], [`BEGUN`] if its script
-/// came to the lines of `pre`, and [`RAN`] if the program was started.
+/// A command that prints the traces of a job without `done.json`: [`GIVEN_UP`], [`AGAIN`], [`BEGUN`] if its script came
+/// to the lines of `pre`, and [`RAN`] if the program was started.
 pub(crate) fn look_for_start(dir: &str) -> String {
     let [started, again, running, part] =
         ["started", AGAIN, RUNNING, "done.json.part"].map(|name| quote(&format!("{dir}/{FOLDER}/{name}")));
-    // A script of an earlier version has put blanks there, and knows no other sign.
+    // A script of an earlier version writes only blanks there.
     format!(
         "[ ! -L {started} ] || echo {GIVEN_UP}
          [ ! -e {again} ] || echo {AGAIN}
@@ -300,7 +302,7 @@ pub(crate) fn look_for_start(dir: &str) -> String {
     )
 }
 
-/// Prevents a program from starting that has not started, and prints [`RAN`] if it has.
+/// A command that prevents the program from starting, or prints [`RAN`] if it has started.
 pub(crate) fn prevent_start(dir: &str) -> String {
     let running = quote(&format!("{dir}/{FOLDER}/{RUNNING}"));
     format!("mkdir {running} 2>/dev/null; [ ! -f {running} ] || echo {RAN}\n")
@@ -319,7 +321,7 @@ pub(crate) const BEGUN: &str = "begun";
 pub(crate) const RAN: &str = "ran";
 
 impl Done {
-    /// Whether the script itself has ended the program because its time was over.
+    /// Whether the script ended the program at its time limit.
     pub(crate) fn is_timed_out(&self, launcher: &dyn Launcher, spec: &Spec) -> bool {
         let keeps_time = || spec.time.is_some() && launcher.time_limit(spec).is_some();
         let guess = || keeps_time() && self.exit == TIMED_OUT;

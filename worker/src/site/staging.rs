@@ -1,13 +1,14 @@
-//! What goes to a site before a job, and what comes back after it: verified in both directions, file by file.
+//! Staging: files go to a site before a job, and results come back after it. Every file is verified in both directions.
 //!
-//! Small files go as one stream of a tar archive. A large one goes to the site's cache, named after its SHA-256, once for
-//! all processes that need it, and is linked from there; an upload that was cut goes on where it was, and nothing is used
-//! before its digest was compared. Results are in the object store before the process's state says that it has ended.
+//! Small files go as one stream, a tar archive. A large file goes to the site's cache, named by its SHA-256, once for all
+//! processes that need it, and is copied from there. An interrupted upload resumes, and no file is used before its digest
+//! is verified. Results are in the object store before the state of the process says that it has ended.
 
 mod inputs;
 mod listing;
 mod missing;
 mod outputs;
+mod pattern;
 mod values;
 
 use std::collections::BTreeMap;
@@ -31,49 +32,49 @@ use crate::transport::{self, quote};
 /// Files of at least this size go through the cache.
 const CACHED_FROM: u64 = 1 << 20;
 
-/// Pause after the object store did not answer.
+/// Pause after an error of the object store.
 const STORE_PAUSE: Duration = Duration::from_secs(10);
 
-/// The folder below a worker's root for what comes to it.
+/// The folder below a worker's root for received files.
 pub(crate) const FOLDER: &str = "staging";
 
-/// What has come in part is kept for so long.
+/// How long incomplete files are kept.
 const SCRATCH_AGE_MAX: Duration = Duration::from_secs(7 * 86_400);
 
-/// Files whose digests are asked for at a time: the answer with the longest names is kept in memory.
+/// Files whose digests are requested at a time, so that the answer fits in memory even with the longest names.
 const DIGESTS_AT_ONCE: usize = 4_000;
 
-/// Verifying a file of a terabyte takes longer; nobody stages such.
+/// Time limit of a verification: a terabyte at 300 MB/s.
 const VERIFY_LIMIT: Duration = Duration::from_secs(3600);
 
-/// Why staging has not come to its end.
+/// Why staging did not complete.
 pub(crate) enum Error {
-    /// The way to the site is at fault.
+    /// The transport failed.
     Site(transport::Error),
-    /// Another does first what has to be done, or the object store does not answer.
+    /// Another worker does the same work first, or the object store does not answer.
     Wait(Wait),
-    /// Something is there with another content than it should have; it may still be written.
+    /// A file has an unexpected content; it may still be being written.
     Content(String),
-    /// A system does not take or give files: no permission, no such folder.
+    /// The site or the object store cannot read or write a file: no permission, no such folder.
     Files(String),
-    /// The site has no room for files, or none now for what handles them.
+    /// The site has no space for files, or a shortage of the resources to handle them.
     Lacks(String),
-    /// This machine does not take or give a file.
+    /// This machine cannot read or write a file.
     Here {
         /// The file.
         path: PathBuf,
-        /// What the system says.
+        /// The error of the system.
         error: io::Error,
-        /// The same in whole sentences.
+        /// The same as a sentence.
         text: String,
     },
-    /// What is asked for is not right: a missing file, a path that leads out.
+    /// The spec is wrong: a missing file, a path that leads out of its scope.
     Stage(String),
 }
 
 impl From<transport::Error> for Error {
     fn from(error: transport::Error) -> Self {
-        // What a command or a file says is about the files, and the way is well.
+        // Errors of a command or a file concern the files, not the transport.
         if error.may_pass() {
             return Error::Site(error);
         }
@@ -93,7 +94,7 @@ impl From<transport::Error> for Error {
 
 impl From<objects::Error> for Error {
     fn from(error: objects::Error) -> Self {
-        // Keys or a bucket that are wrong here are no fault of the process; the next claim leaves it to another worker.
+        // Wrong keys or a wrong bucket on this worker are not the fault of the process, which is left to another worker.
         if error.is_transient() || matches!(error, objects::Error::Refused { .. } | objects::Error::NoBucket { .. }) {
             return Error::Wait(Wait::pause(STORE_PAUSE));
         }
@@ -125,7 +126,7 @@ impl From<crate::author::process::Error> for Error {
     }
 }
 
-/// Whether what a command of the site says is that a resource is exhausted, in the system's words.
+/// Whether the output of a command says, in the system's words, that a resource of the site is exhausted.
 fn names_a_lack(text: &str) -> bool {
     const LACKS: [&str; 7] = [
         "no space left on device",
@@ -140,7 +141,7 @@ fn names_a_lack(text: &str) -> bool {
     LACKS.iter().any(|lack| text.contains(lack))
 }
 
-/// One staging, in one direction.
+/// One staging in one direction.
 struct Staging<'a> {
     site: &'a Arc<Site>,
     visit: &'a Visit,
@@ -149,16 +150,16 @@ struct Staging<'a> {
 }
 
 impl Staging<'_> {
-    /// A command whose failure is about files.
+    /// Runs a command whose failure concerns files.
     async fn run(&self, command: &str, stdin: &[u8]) -> Result<Vec<u8>, Error> {
         Ok(self.visit.session.exec(command, stdin, VERIFY_LIMIT).await?.ok()?)
     }
 
-    fn announce(&self, line: &str) {
+    fn show(&self, line: &str) {
         self.context.live.set_last_line(line);
     }
 
-    /// The SHA-256 of many small files there. Those that are not there any more are missing.
+    /// The SHA-256 of many small files at the site, without those that have vanished.
     async fn digests(
         &self,
         dir: &str,
@@ -170,7 +171,7 @@ impl Staging<'_> {
             let names: Vec<u8> = some.iter().flat_map(|path| [b"./", path.as_bytes(), b"\0"].concat()).collect();
             let command = format!("cd {} && xargs -0 sha256sum -z --", quote(dir));
             let output = self.visit.session.exec(&command, &names, VERIFY_LIMIT).await?;
-            // So `xargs` tells that a file could not be read.
+            // `xargs` exits with 123 if a file could not be read.
             let stdout = if output.exit == Some(123) { output.stdout } else { output.ok()? };
             for line in stdout.split(|byte| *byte == 0).filter(|line| !line.is_empty()) {
                 let read = line.split_at_checked(64).and_then(|(digest, path)| {
@@ -178,14 +179,14 @@ impl Staging<'_> {
                     Some((path.to_vec().into(), std::str::from_utf8(digest).ok()?.parse().ok()?))
                 });
                 let (path, digest): (BytePath, Digest) =
-                    read.ok_or_else(|| Error::Content("`sha256sum` has answered nonsense".into()))?;
+                    read.ok_or_else(|| Error::Content("`sha256sum` printed unexpected output".into()))?;
                 digests.insert(path, digest);
             }
         }
         Ok(digests)
     }
 
-    /// Tells in a line how far a file is, whenever it is another MiB.
+    /// Shows the progress of a file in a line, after every MiB.
     fn telling(&self, line: impl Fn(u64) -> String + Send + Sync) -> impl Fn(u64) + Send + Sync {
         let live = Arc::clone(&self.context.live);
         let told = AtomicU64::new(u64::MAX);
@@ -210,12 +211,12 @@ impl Staging<'_> {
                 format!("{}/s/{session}", self.visit.root)
             }
             Scope::Client | Scope::Store => {
-                return Err(Error::Stage(format!("{}:// is no place at a site", scope.word())));
+                return Err(Error::Stage(format!("{}:// is not a scope at a site", scope.word())));
             }
         })
     }
 
-    /// A folder on this machine for what comes to this try; it stays until all has come, so that this can go on.
+    /// A local folder for the received files of this try. It exists until all have arrived, so that transfers can resume.
     fn scratch(&self) -> Result<PathBuf, Error> {
         let path = self.scratch_path();
         if !path.exists() {
@@ -227,7 +228,7 @@ impl Staging<'_> {
         }
     }
 
-    /// Whoever goes on with a try elsewhere leaves here what had come.
+    /// Removes folders of tries that continued on other workers.
     fn remove_old_scratch(&self) {
         let Ok(entries) = std::fs::read_dir(self.context.root().join(FOLDER)) else { return };
         for entry in entries.flatten() {
@@ -238,31 +239,32 @@ impl Staging<'_> {
         }
     }
 
-    /// The name of a file that is not whole, in the folder that it is for. Another try may put the same file there.
+    /// The temporary name of an incomplete file in its target folder. It is unique for the try, since another try may
+    /// write the same file.
     fn part(&self) -> String {
         format!(".baton-{}-{}", self.context.pid(), self.context.try_number())
     }
 
     fn scratch_path(&self) -> PathBuf {
-        // Another worker on this machine may be at the same try, and not know yet that it is not its own any more.
+        // Another worker on this machine may still work on the same try without knowing that it lost the lease.
         let name = format!("{}-{}-{}", self.context.pid(), self.context.try_number(), self.site.me);
         self.context.root().join(FOLDER).join(name)
     }
 }
 
-/// A second name of the script of a try, beside its folder: when the program has removed the folder, and it is not only out
-/// of sight, this is the only name.
+/// A second name of the script of a try, next to its folder. If this is the only name left, the program removed the
+/// folder; otherwise the file system only shows it late.
 pub(crate) fn second_name(dir: &str) -> String {
     let (folder, try_number) = dir.rsplit_once('/').unwrap_or((".", dir));
     format!("{folder}/.{try_number}")
 }
 
-/// Functions of the shell that keep paths in their scopes, for a script about the site's folder `root`.
+/// Shell functions that keep paths in their scopes, for a script with the site's folder `root`.
 ///
-/// `inside PATH SCOPE`: whether a path stays in its scope and is not Baton's, with all links resolved, whether it is there or
-/// not. A scope may be a link to another disk, but not to any other place below the site's folder.
+/// `inside PATH SCOPE`: whether a path, which need not exist, stays in its scope and outside `.baton` with all links resolved.
+/// A scope may be a link to another disk, but not to another folder below the site's.
 ///
-/// `is_batons PATH`: whether a path without links is that of `.baton` in a sandbox, or below it.
+/// `is_batons PATH`: whether a path without links is `.baton` of a sandbox or below it.
 fn guards(root: &str) -> String {
     format!("root={}\n{GUARDS}", quote(root))
 }
@@ -309,8 +311,8 @@ inside() {
   fi
 }"#;
 
-/// `links_inside FOLDER SCOPE`: whether each link below a folder stays in it, or in the scope if it names its target from
-/// the root.
+/// `links_inside FOLDER SCOPE`: whether each link below a folder stays in it, or in the scope if its target is an absolute
+/// path.
 fn links_inside(root: &str) -> String {
     let each = format!(
         "{}

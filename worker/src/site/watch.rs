@@ -1,10 +1,10 @@
-//! The watch over the jobs of a site: one worker of the fleet has it, and asks once in an interval for all of them over one
-//! shell that stays open.
+//! The watch over the jobs of a site. One worker of the fleet has the watch and lists all jobs at an interval, over one
+//! persistent shell.
 //!
-//! What a launcher's list says ends no process: it wakes it, and the process reads what its script has left. A job that is
-//! not in a list has ended only if its script says so, or if it is missing again and again and the launcher, asked for it
-//! alone, says that there is no such job; a list that cannot be had, or is none, says nothing about any job. Jobs that nobody
-//! wants any more are ended here as well, and those that come or come back after they were taken for gone.
+//! A launcher's list ends no process. It wakes the process, which reads the files of its script. A job that is missing in
+//! a list has ended only if its script says so, or if it is missing repeatedly and the launcher, asked for this job
+//! alone, confirms that it is gone. A list that fails or is malformed says nothing about any job. The watch also ends
+//! jobs that are no longer wanted, and jobs that appear after they were taken for gone.
 
 use std::collections::{HashMap, HashSet};
 use std::fmt::Write as _;
@@ -15,33 +15,24 @@ use baton_common::config;
 use baton_common::store::site::{Job, Look, Seen};
 use tracing::{debug, info, warn};
 
-use super::launcher::{Listed, Phase};
+use super::launcher::{ENDED, LOST, Launcher, Listed, Phase};
 use super::pool::Lease;
 use super::{COMMAND_LIMIT, Site, Visit, script};
 use crate::transport::{self, Output, Shell, quote};
 
-/// In at least so many lists in a row a job must be missing, and for the time of settling, before it is gone.
+/// Lists in a row that must miss a job, in addition to the site's `settle`, before it counts as gone.
 const ABSENT_MIN: i64 = 3;
-
-/// What the row of such a job says.
-pub(crate) const LOST: &str = "LOST";
-
-/// What the row of a job says whose script has said how its program ended.
-pub(crate) const ENDED: &str = "ENDED";
-
-/// The word of launchers for a job that waits for the first time.
-const WAITING: &str = "PENDING";
 
 /// Jobs that are ended in one look.
 const REAPED_MAX: usize = 50;
 
-/// Jobs of which it is asked in one look whether they are gone: each is a command, and may take as long as all others.
+/// Jobs whose end is confirmed in one look: each needs a command, which may take as long as all others together.
 const CONFIRMED_MAX: usize = 5;
 
-/// For how long without any job the watch is kept.
+/// How long the watch is kept without jobs.
 const KEPT: Duration = Duration::from_secs(10);
 
-/// What this worker has for the watch.
+/// This worker's part in the watch.
 #[derive(Default)]
 pub(crate) struct Watch {
     open: Option<Open>,
@@ -53,7 +44,7 @@ pub(crate) struct Watch {
 struct Open {
     root: String,
     shell: Shell,
-    // The channel that the shell has.
+    // The channel of the shell.
     lease: Lease,
 }
 
@@ -64,7 +55,7 @@ impl Open {
 }
 
 impl Watch {
-    /// Looks at the jobs, if it is time to and this worker has the watch or can take it.
+    /// Looks at the jobs if that is due and this worker has the watch or can take it.
     pub(crate) async fn look(&mut self, site: &Site, has_jobs: bool) {
         let now = Instant::now();
         if has_jobs {
@@ -83,17 +74,17 @@ impl Watch {
                 return;
             }
             Err(error) => {
-                debug!(site = site.name, %error, "the watch is not ours while the database does not answer");
+                debug!(site = site.name, %error, "giving the watch up while the database does not answer");
                 return;
             }
         }
         if self.open.is_none() && !self.enter(site).await {
-            // Somebody else may have a session.
+            // Another worker may have a session.
             let _ = site.store.give_permit(&site.watch(), site.me).await;
             return;
         }
         if self.open.as_ref().is_some_and(|open| site.pool.is_fading(&open.lease)) {
-            // Its session is to be closed; the next look is over a younger one.
+            // The session is about to be closed; the next look uses a younger one.
             self.open = None;
             return;
         }
@@ -109,7 +100,7 @@ impl Watch {
                 self.has_complained = false;
                 let _ = site.store.note_launcher(&site.name, None).await;
                 if site.config.transport == config::Transport::Local {
-                    // Elsewhere whoever opens a session says so: it answers, and what failed before is over.
+                    // For other transports, opening a session clears an earlier failure.
                     let _ = site.store.note_site(&site.name, None).await;
                 }
             }
@@ -128,11 +119,11 @@ impl Watch {
                 }
                 let _ = site.store.note_launcher(&site.name, Some(&text)).await;
             }
-            Err(Failure::Store(error)) => debug!(site = site.name, %error, "what was seen is not recorded"),
+            Err(Failure::Store(error)) => debug!(site = site.name, %error, "the look could not be recorded"),
         }
     }
 
-    /// Leaves the watch to others.
+    /// Gives the watch up.
     pub(crate) async fn give_up(&mut self, site: &Site) {
         if self.open.take().is_some() {
             let _ = site.store.give_permit(&site.watch(), site.me).await;
@@ -182,7 +173,8 @@ async fn poll(site: &Site, open: &mut Open) -> Result<(), Failure> {
     let found = Found::of(&listed);
     let positions = positions(site, open, dirs.iter().filter_map(|(job, _)| found.job(job))).await?;
     let missing = dirs.iter().filter(|(job, _)| job.external_id.is_some() && found.job(job).is_none());
-    let odd = dirs.iter().filter(|(job, _)| found.job(job).is_some_and(|found| may_have_run(job, found)));
+    let odd =
+        dirs.iter().filter(|(job, _)| found.job(job).is_some_and(|found| may_have_run(site.launcher, job, found)));
     let done = done(open, missing.chain(odd)).await?;
     let settling = site.config.settle.as_millis() / site.config.poll.as_millis().max(1);
     let absent_max = i64::try_from(settling).unwrap_or(i64::MAX).max(ABSENT_MIN);
@@ -193,44 +185,11 @@ async fn poll(site: &Site, open: &mut Open) -> Result<(), Failure> {
     let mut seen = Vec::new();
     let mut unwanted = Vec::new();
     for (job, dir) in &dirs {
-        let before = Seen {
-            pid: job.pid,
-            try_number: job.try_number,
-            external_id: None,
-            look: job.look.clone(),
-            is_ended: false,
-        };
-        let ended = |status: &str| Seen {
-            look: Look { status: status.to_owned(), ..job.look.clone() },
-            is_ended: true,
-            ..before.clone()
-        };
         let listed = found.job(job);
         let is_done = done.contains(&job.token());
-        let now = match (listed, job.external_id.as_deref()) {
-            (_, _) if is_done => ended(ENDED),
-            (Some(found), _) => Seen {
-                external_id: job.external_id.is_none().then(|| found.external_id.clone()),
-                look: Look {
-                    status: found.status.clone(),
-                    reason: found.reason.clone(),
-                    position: found
-                        .priority
-                        .filter(|_| found.phase == Phase::Waiting)
-                        .map(|priority| positions.of(priority)),
-                    starts_at: found.starts_at,
-                    absent: 0,
-                },
-                is_ended: found.phase == Phase::Ended,
-                ..before.clone()
-            },
-            (None, None) => before.clone(),
-            (None, Some(id)) => match gone.get(id) {
-                Some(status) => ended(status),
-                None => Seen { look: Look { absent: job.look.absent + 1, ..job.look.clone() }, ..before.clone() },
-            },
-        };
-        // What waits there again although its program has ended is nobody's.
+        let before = unchanged(job);
+        let now = seen_now(job, listed, is_done, &positions, &gone);
+        // Ended are unwanted jobs, and those that wait again although their program has ended.
         if (job.is_doomed && !now.is_ended) || (is_done && listed.is_some()) {
             unwanted.push((*job, dir, listed));
         }
@@ -243,7 +202,7 @@ async fn poll(site: &Site, open: &mut Open) -> Result<(), Failure> {
         if page.iter().any(|seen| seen.is_ended) {
             border!("job-seen");
         }
-        site.outbox.tell_all(woken).await;
+        site.outbox.announce_all(woken).await;
     }
     for (job, dir, found) in unwanted.into_iter().take(REAPED_MAX) {
         reap(site, open, job, dir, found).await?;
@@ -251,17 +210,58 @@ async fn poll(site: &Site, open: &mut Open) -> Result<(), Failure> {
     end_strays(site, open, &jobs, &found).await
 }
 
-/// Whether a job that is listed may have done its work: it waits after it has run or in no ordinary way, or is in a state
-/// that is not known.
-fn may_have_run(job: &Job, found: &Listed) -> bool {
+/// A job as its row has it.
+fn unchanged(job: &Job) -> Seen {
+    Seen { pid: job.pid, try_number: job.try_number, external_id: None, look: job.look.clone(), is_ended: false }
+}
+
+/// A job as this look shows it: by the list, by its script (`is_done`), or by the launcher's confirmation that it is
+/// gone.
+fn seen_now(
+    job: &Job,
+    listed: Option<&Listed>,
+    is_done: bool,
+    positions: &Positions,
+    gone: &HashMap<String, String>,
+) -> Seen {
+    let before = unchanged(job);
+    let ended = |status: &str| {
+        let look = Look { status: status.to_owned(), ..job.look.clone() };
+        Seen { look, is_ended: true, ..before.clone() }
+    };
+    match (listed, job.external_id.as_deref()) {
+        (_, _) if is_done => ended(ENDED),
+        (Some(found), _) => {
+            let priority = found.priority.filter(|_| found.phase == Phase::Waiting);
+            let look = Look {
+                status: found.status.clone(),
+                reason: found.reason.clone(),
+                position: priority.map(|priority| positions.of(priority)),
+                starts_at: found.starts_at,
+                absent: 0,
+            };
+            let external_id = job.external_id.is_none().then(|| found.external_id.clone());
+            Seen { external_id, look, is_ended: found.phase == Phase::Ended, ..before }
+        }
+        (None, None) => before,
+        (None, Some(id)) => match gone.get(id) {
+            Some(status) => ended(status),
+            None => Seen { look: Look { absent: job.look.absent + 1, ..job.look.clone() }, ..before },
+        },
+    }
+}
+
+/// Whether a listed job may have run its program already: it waits, but not for the first time, or its state is unknown.
+fn may_have_run(launcher: &dyn Launcher, job: &Job, found: &Listed) -> bool {
+    let waited_first = job.look.status.is_empty() || launcher.is_first_wait(&job.look.status);
     match found.phase {
-        Phase::Waiting => found.status != WAITING || ![WAITING, ""].contains(&job.look.status.as_str()),
+        Phase::Waiting => !(launcher.is_first_wait(&found.status) && waited_first),
         Phase::Unknown => true,
         Phase::Running | Phase::Ended => false,
     }
 }
 
-/// What a list says of jobs, by their names.
+/// The listed jobs by their tokens.
 struct Found<'a>(HashMap<&'a str, &'a Listed>);
 
 impl<'a> Found<'a> {
@@ -269,7 +269,7 @@ impl<'a> Found<'a> {
         let mut by_token: HashMap<&str, &Listed> = HashMap::new();
         for one in listed {
             let entry = by_token.entry(&one.token).or_insert(one);
-            // One that is still there counts more than one that has ended.
+            // Of several jobs with one token, one that has not ended counts.
             if entry.phase == Phase::Ended {
                 *entry = one;
             }
@@ -282,12 +282,12 @@ impl<'a> Found<'a> {
     }
 }
 
-/// Those of jobs in no list of which the launcher itself says that they are gone, each with its word for how. A list that
-/// is empty, or cut, is no such word.
+/// Returns those of the missing jobs that the launcher confirms as gone, with their statuses. An empty or incomplete list
+/// is not a confirmation.
 async fn gone(site: &Site, open: &mut Open, absent: &[&Job]) -> Result<HashMap<String, String>, Failure> {
     let mut ids: Vec<&str> = absent.iter().filter_map(|job| job.external_id.as_deref()).collect();
     let Some(n_looks) = absent.iter().map(|job| job.look.absent).max() else { return Ok(HashMap::new()) };
-    // Others in each look, should it know nothing of the first.
+    // Other jobs in each look, in case the launcher knows nothing about the first.
     let n_asked = usize::try_from(n_looks).unwrap_or(0).saturating_mul(CONFIRMED_MAX);
     let first_idx = n_asked.checked_rem(ids.len()).unwrap_or(0);
     ids.rotate_left(first_idx);
@@ -301,8 +301,8 @@ async fn gone(site: &Site, open: &mut Open, absent: &[&Job]) -> Result<HashMap<S
     Ok(pairs.map(|(id, word)| (id.to_owned(), word.to_owned())).collect())
 }
 
-/// Ends jobs that are there although they were known to be gone: a submission that took effect when nobody waited for it
-/// any more, or one of which the launcher had lost sight. A name that no row has is another fleet's.
+/// Ends jobs that appear although their rows have ended: a submission that took effect late, or a job that the launcher
+/// had lost. A token without a row belongs to another fleet.
 async fn end_strays(site: &Site, open: &mut Open, jobs: &[Job], found: &Found<'_>) -> Result<(), Failure> {
     let known: HashSet<String> = jobs.iter().map(Job::token).collect();
     let strange = found.0.values().filter(|one| one.phase != Phase::Ended && !known.contains(&one.token));
@@ -319,7 +319,7 @@ async fn end_strays(site: &Site, open: &mut Open, jobs: &[Job], found: &Found<'_
     Ok(())
 }
 
-/// Those of some jobs whose scripts have said how their programs ended.
+/// Returns the tokens of those jobs whose scripts have reported the end of their programs.
 async fn done<'a>(
     open: &mut Open,
     jobs: impl Iterator<Item = &'a (&'a Job, String)>,
@@ -337,11 +337,11 @@ async fn done<'a>(
     Ok(String::from_utf8_lossy(&stdout).lines().map(str::to_owned).collect())
 }
 
-/// The priorities of all that wait at a site, the largest first.
+/// The priorities of all waiting jobs of a site, the largest first.
 struct Positions(Vec<i64>);
 
 impl Positions {
-    /// How many are not after this one: 1 for the first.
+    /// The position of a priority, from 1.
     fn of(&self, priority: i64) -> i64 {
         i64::try_from(self.0.partition_point(|other| *other > priority)).unwrap_or(i64::MAX - 1) + 1
     }
@@ -361,14 +361,14 @@ async fn positions(
     Ok(Positions(priorities))
 }
 
-/// Ends a job that nobody wants any more, or makes sure that there can be none.
+/// Ends a job that is no longer wanted, or makes sure that it never runs.
 async fn reap(site: &Site, open: &mut Open, job: &Job, dir: &str, found: Option<&Listed>) -> Result<(), Failure> {
     let id = found.map(|found| found.external_id.clone()).or_else(|| job.external_id.clone());
-    // Whatever is still on its way finds both taken, and runs nothing.
+    // A submission or a job that is still on its way finds both taken and runs nothing.
     let folder = quote(&format!("{dir}/{}", script::FOLDER));
     let mut script = format!("mkdir -p {folder} && mkdir {folder}/submit 2>/dev/null\n{}", script::give_up(dir));
     if let Some(id) = &id {
-        info!(pid = %job.pid, site = site.name, job = id, "ending a job that nobody wants any more");
+        info!(pid = %job.pid, site = site.name, job = id, "ending a job that is no longer wanted");
         let _ = writeln!(script, "{}", site.launcher.cancel(id));
     }
     open.run(&script).await?;

@@ -1,5 +1,4 @@
-//! Which machines are on the way to a site, and what they are shown: the configuration's own section, and what OpenSSH
-//! would do (`ssh -G`).
+//! The route to a site: its jump hosts and their credentials, from the configuration's section and from `ssh -G`.
 
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -11,13 +10,13 @@ use tokio::time::timeout;
 
 use super::Error;
 
-/// How long `ssh -G` may take. It asks the configuration's own commands (`Match exec`), and the network perhaps.
+/// Time limit of `ssh -G`, which may run commands of the configuration (`Match exec`) and use the network.
 const ASK_LIMIT: Duration = Duration::from_secs(10);
 
-/// Most machines on the way.
+/// Most machines on a route.
 const HOPS_MAX: usize = 8;
 
-/// What SSH listens on if nothing is said.
+/// The default port of SSH.
 pub(super) const PORT: u16 = 22;
 
 /// The machines on the way to a site.
@@ -25,42 +24,42 @@ pub(super) const PORT: u16 = 22;
 pub(super) struct Route {
     /// The nearest first, the site's own last.
     pub(super) hops: Vec<Hop>,
-    /// The command that leads to the nearest, if it is not reached by its address.
+    /// The command that connects to the nearest machine, if it is not reached by its address.
     pub(super) proxy: Option<String>,
-    /// A connection that is silent for so long is asked whether it lives.
+    /// The interval of keepalives on a silent connection.
     pub(super) keepalive: Duration,
 }
 
 impl Route {
     pub(super) fn target(&self) -> &Hop {
-        self.hops.last().expect("there is a target")
+        self.hops.last().expect("a route ends with its target")
     }
 }
 
-/// One machine, and how to log in there.
+/// One machine and the credentials for it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Hop {
-    /// What to connect to.
+    /// The host to connect to.
     pub(super) name: String,
     pub(super) port: u16,
     pub(super) user: String,
-    /// What its key is filed under, if not under its name.
+    /// The name of its key in the files of known hosts, if it is another one.
     pub(super) alias: Option<String>,
-    /// Files of known hosts, which need not exist.
+    /// Files of known hosts; they need not exist.
     pub(super) known_hosts: Vec<PathBuf>,
-    /// Files of private keys, which need not exist but for a named one.
+    /// Files of private keys; only a named one must exist.
     pub(super) keys: Vec<PathBuf>,
-    /// Files of certificates besides those that lie beside their keys, which need not exist.
+    /// Files of certificates, in addition to those next to their keys; they need not exist.
     pub(super) certificates: Vec<PathBuf>,
-    /// The configuration names its only key.
+    /// Whether the configuration names the only key.
     pub(super) is_key_named: bool,
-    /// The agent is not asked for keys other than these.
+    /// Whether other keys of the agent are excluded.
     pub(super) only_these_keys: bool,
-    /// Where the agent listens, if there is one.
+    /// The agent's socket, if there is one.
     pub(super) agent: Option<PathBuf>,
 }
 
-/// A machine as somebody has written it, `USER@HOST:PORT`.
+/// A destination as the user wrote it, `USER@HOST:PORT`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct Destination {
     host: String,
@@ -68,14 +67,14 @@ struct Destination {
     port: Option<u16>,
 }
 
-/// Finds out the way to a machine.
+/// Resolves the route to a machine.
 pub(super) async fn resolve(section: &Ssh) -> Result<Route, Error> {
     let destination = Destination { host: section.host.clone(), user: section.user.clone(), port: section.port };
     let (target, answer) = hop(section, &destination).await?;
     let mut proxy = if section.jump.is_none() { answer.proxy(&destination, &target)? } else { None };
     let mut via = section.jump.clone().or_else(|| answer.one("proxyjump").map(str::to_owned));
     let mut hops = vec![target];
-    // The nearest of the machines may have some before it.
+    // The nearest machine may itself have jump hosts.
     while let Some(text) = via.take() {
         let mut nearer = Vec::new();
         for destination in jumps(&text)? {
@@ -88,7 +87,7 @@ pub(super) async fn resolve(section: &Ssh) -> Result<Route, Error> {
         }
         hops.splice(0..0, nearer);
         if hops.len() > HOPS_MAX {
-            return Err(Error::Config(format!("more than {HOPS_MAX} machines are on the way to {}", section.host)));
+            return Err(Error::Config(format!("the route to {} has more than {HOPS_MAX} machines", section.host)));
         }
     }
     Ok(Route { hops, proxy, keepalive: section.keepalive })
@@ -101,7 +100,7 @@ fn jumps(text: &str) -> Result<Vec<Destination>, Error> {
     text.split(',').map(|jump| destination(jump.trim())).collect()
 }
 
-/// Reads `USER@HOST:PORT`; an IPv6 address with a port is in brackets.
+/// Parses `USER@HOST:PORT`; an IPv6 address with a port is in brackets.
 fn destination(text: &str) -> Result<Destination, Error> {
     let wrong = || Error::Config(format!("{text:?} is not USER@HOST:PORT"));
     let text = text.strip_prefix("ssh://").unwrap_or(text);
@@ -128,7 +127,7 @@ async fn hop(section: &Ssh, destination: &Destination) -> Result<(Hop, Answer), 
     let answer = ask(destination, config.as_deref()).await?;
     let name = answer.one("hostname").unwrap_or(&destination.host).to_owned();
     let user = destination.user.clone().or_else(|| answer.one("user").map(str::to_owned)).or_else(own_name);
-    let user = user.ok_or_else(|| Error::Config(format!("say which `user` to be at {}", destination.host)))?;
+    let user = user.ok_or_else(|| Error::Config(format!("no user for {}; set `user`", destination.host)))?;
     let port = destination.port.or_else(|| answer.one("port").and_then(|port| port.parse().ok())).unwrap_or(PORT);
     let known_hosts = match &section.known_hosts {
         Some(file) => vec![at_home(file)],
@@ -151,7 +150,7 @@ fn own_name() -> Option<String> {
     ["USER", "LOGNAME"].iter().find_map(|name| std::env::var(name).ok()).filter(|name| !name.is_empty())
 }
 
-/// `~/` is the home folder, as in OpenSSH's own files.
+/// Expands `~/` to the home folder, as in OpenSSH's files.
 fn at_home(path: &Path) -> PathBuf {
     match (path.strip_prefix("~"), std::env::home_dir()) {
         (Ok(rest), Some(home)) => home.join(rest),
@@ -159,7 +158,7 @@ fn at_home(path: &Path) -> PathBuf {
     }
 }
 
-/// What `ssh -G` says; nothing where there is no OpenSSH.
+/// The answer of `ssh -G`; empty without OpenSSH.
 #[derive(Debug, Default)]
 struct Answer(Vec<(String, String)>);
 
@@ -172,12 +171,12 @@ impl Answer {
         self.0.iter().filter(move |(name, _)| name == key).map(|(_, value)| value.as_str())
     }
 
-    /// The command that leads to a machine.
+    /// The command that connects to a machine.
     fn proxy(&self, destination: &Destination, hop: &Hop) -> Result<Option<String>, Error> {
         let Some(command) = self.one("proxycommand") else { return Ok(None) };
         if self.one("proxyusefdpass") == Some("yes") {
             return Err(Error::Config(format!(
-                "OpenSSH gets its connection to {} from a ProxyCommand (ProxyUseFdpass), and Baton does not",
+                "the ProxyCommand for {} uses ProxyUseFdpass, which Baton does not support",
                 destination.host
             )));
         }
@@ -223,8 +222,8 @@ impl Answer {
     }
 }
 
-/// The files that a line of OpenSSH's answer names. It takes the quotes from around names with blanks, so the longest
-/// beginning that is the name of a file is one.
+/// Splits a line of OpenSSH's answer into files. OpenSSH removes the quotes around names with blanks, so the longest
+/// prefix that names a file counts as one.
 fn files_of(names: &str, is_file: impl Fn(&Path) -> bool) -> Vec<PathBuf> {
     let words: Vec<&str> = names.split(' ').collect();
     let mut files = Vec::new();
@@ -238,7 +237,7 @@ fn files_of(names: &str, is_file: impl Fn(&Path) -> bool) -> Vec<PathBuf> {
     files
 }
 
-/// The tokens of `ssh_config` that make sense in the name of a file.
+/// Expands the tokens of `ssh_config` that are valid in the name of a file.
 fn file_with_tokens(text: &str, host: &str, user: &str) -> PathBuf {
     let home = std::env::home_dir().unwrap_or_default();
     let own = own_name().unwrap_or_default();
@@ -248,12 +247,12 @@ fn file_with_tokens(text: &str, host: &str, user: &str) -> PathBuf {
     at_home(Path::new(&with_tokens(text, &tokens)))
 }
 
-/// A text in which each `%` with the letter after it stands for a value; others stay.
+/// Expands `%` tokens in a text; unknown ones stay.
 fn with_tokens(text: &str, tokens: &[(char, &str)]) -> String {
     let mut parts = text.split('%');
     let mut whole = parts.next().unwrap_or_default().to_owned();
     while let Some(part) = parts.next() {
-        // Between the two signs of `%%` there is nothing.
+        // `%%` has an empty part between its two signs.
         let letter = part.chars().next().unwrap_or('%');
         match tokens.iter().find(|(token, _)| *token == letter) {
             Some((_, value)) if part.is_empty() => whole.extend([*value, parts.next().unwrap_or_default()]),
@@ -264,7 +263,7 @@ fn with_tokens(text: &str, tokens: &[(char, &str)]) -> String {
     whole
 }
 
-/// Asks OpenSSH how it would reach a machine.
+/// Asks OpenSSH how it would reach a destination.
 async fn ask(destination: &Destination, config: Option<&Path>) -> Result<Answer, Error> {
     let mut ssh = Command::new("ssh");
     ssh.arg("-G");
@@ -278,7 +277,7 @@ async fn ask(destination: &Destination, config: Option<&Path>) -> Result<Answer,
         ssh.arg("-p").arg(port.to_string());
     }
     ssh.arg("--").arg(&destination.host).stdin(Stdio::null()).kill_on_drop(true);
-    let failed = |reason: String| Error::Config(format!("`ssh -G {}` has failed: {reason}", destination.host));
+    let failed = |reason: String| Error::Config(format!("`ssh -G {}` failed: {reason}", destination.host));
     let output = match timeout(ASK_LIMIT, ssh.output()).await {
         Ok(Ok(output)) => output,
         Ok(Err(error)) if error.kind() == std::io::ErrorKind::NotFound && config.is_none() => {
@@ -303,7 +302,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_place_has_a_host_and_may_have_a_user_and_a_port() {
+    fn a_destination_has_a_host_and_may_have_a_user_and_a_port() {
         let is = |text: &str, user: Option<&str>, host: &str, port| {
             let expected = Destination { host: host.to_owned(), user: user.map(str::to_owned), port };
             assert_eq!(destination(text).unwrap(), expected, "{text}");
@@ -321,7 +320,7 @@ mod tests {
     }
 
     #[test]
-    fn what_openssh_says_is_taken() {
+    fn the_answer_of_openssh_is_used() {
         let answer = parse(
             "user me\nproxyjump none\nidentityfile /k/%r@%h\nidentityfile ~/.ssh/b\nuserknownhostsfile /a /b\ncertificatefile /k/%r-cert.pub\n",
         );
@@ -335,7 +334,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_of_known_hosts_may_have_blanks_in_its_name() {
+    fn the_name_of_a_known_hosts_file_may_have_blanks() {
         let there = ["/a b/known hosts", "/d", "/two  blanks"].map(Path::new);
         for (names, expected) in [
             ("/a b/known hosts /d", vec!["/a b/known hosts", "/d"]),
@@ -350,7 +349,7 @@ mod tests {
     }
 
     #[test]
-    fn tokens_are_replaced_once() {
+    fn tokens_are_expanded_once() {
         let tokens = [('h', "%p"), ('p', "22"), ('%', "%")];
         for (text, expected) in [
             ("nc %h %p", "nc %p 22"),
@@ -366,7 +365,7 @@ mod tests {
     }
 
     #[test]
-    fn a_proxy_command_is_told_the_machine() {
+    fn a_proxy_command_gets_the_destination() {
         let destination = Destination { host: "alias".into(), ..Destination::default() };
         let proxy = |text: &str| parse(text).proxy(&destination, &target());
         let command = proxy("proxyusefdpass no\nproxycommand ssh -W %h:%p -l %r gate-of-%n\n").unwrap();

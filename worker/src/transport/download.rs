@@ -1,8 +1,8 @@
-//! Files that come from a site: one stream each, from where an earlier one was cut. A stream takes half the time of SFTP's
-//! requests and their answers.
+//! Downloads from a site: one stream for each file, which resumes an interrupted transfer. A stream takes half the time
+//! of SFTP's requests and answers.
 //!
-//! A large file is hashed there by the program that sends it, in the time in which nothing can be sent. Without Python there,
-//! one program hashes it while another sends it.
+//! The program that sends a large file also hashes it, whenever the connection takes no data. Without Python at the site,
+//! one program hashes the file while another sends it.
 
 use std::convert::Infallible;
 use std::path::Path;
@@ -15,19 +15,19 @@ use super::{
     DIGEST, DIGEST_LIMIT, Error, HASHED_ON_THE_WAY_FROM, Output, SILENCE_LIMIT, Session, digest_of, quote, quote_path,
 };
 
-/// The exit for a file that has come, and cannot be hashed.
+/// The exit for a file that was sent but cannot be hashed.
 const UNREAD: i32 = 47;
 
-/// The exit of [`SEND`] that has sent and hashed everything: some other program of that name may say that it has ended well.
+/// The exit of [`SEND`] after everything was sent and hashed. Exit 0 may come from another program named `python3`.
 const SENT: i32 = 46;
 
-/// The exit of [`SEND`] that has sent a part of it.
+/// The exit of [`SEND`] after an incomplete transfer.
 const CUT: i32 = 45;
 
-/// Sends its standard input, from a position to a length, to descriptor 3, and prints the SHA-256 of all of it to 4 as soon
-/// as that is known. What is sent is not copied, and it hashes whenever nobody takes more. When all is hashed, it waits
-/// until there is more room than for the first page: what takes some 400 MB/s takes 200 KB meanwhile, of the 1 MB that wait
-/// in the pipe. A process that wraps this one may write to its own outputs what it likes.
+/// Sends its standard input, from a position up to a length, to descriptor 3, and prints the SHA-256 of the whole file to
+/// descriptor 4 as soon as it is known. It sends without copying and hashes while the pipe is full. After hashing it
+/// waits a little when the pipe becomes writable, so that more than one page is free: a reader at 400 MB/s takes 200 KB
+/// of the 1 MB in the pipe meanwhile. Wrappers of this process may write to its standard outputs.
 const SEND: &str = "
 import fcntl, hashlib, os, select, sys, time
 begin, size, all_sent, cut = map(int, sys.argv[1:])
@@ -73,10 +73,10 @@ sys.exit(all_sent)
 pub(super) async fn size(session: &Session, path: &str) -> Result<u64, Error> {
     let said = session.exec(&format!("wc -c < {}", quote_path(path)), b"", SILENCE_LIMIT).await?;
     ended_well(&said, path)?;
-    String::from_utf8_lossy(&said.stdout).trim().parse().map_err(|_| Error::file(path, "it has no length"))
+    String::from_utf8_lossy(&said.stdout).trim().parse().map_err(|_| Error::file(path, "its size is unknown"))
 }
 
-/// Fetches one file, as it is while it comes: whoever calls compares SHA-256. See [`Session::get`].
+/// Fetches one file, which may change meanwhile; the caller compares the SHA-256. See [`Session::get`].
 pub(super) async fn get(
     session: &Session,
     from: &str,
@@ -96,7 +96,7 @@ pub(super) async fn get(
     telling(progress, told, coming).await
 }
 
-/// The same, and its digest there; `None` for what came if it was known. See [`Session::get_unless`].
+/// Fetches one file unless its digest is known. See [`Session::get_unless`].
 pub(super) async fn get_unless<E: From<Error>>(
     session: &Session,
     from: &str,
@@ -125,17 +125,17 @@ pub(super) async fn get_unless<E: From<Error>>(
             [hash_and_send_at_once(from, begin, size), Some(hash_and_send(from, begin))].into_iter().flatten()
         {
             let told = told.clone();
-            // When all has come, there may be much to hash yet.
+            // After the last byte the site may still have to hash.
             let limit = move |_| if *told.borrow() < size { SILENCE_LIMIT } else { DIGEST_LIMIT };
             let digest_tx = digest_tx.clone();
-            // The first is the one that counts.
+            // Only the first digest counts.
             let show = move |stderr: &[u8]| {
                 if let Some(digest) = digest_in(stderr) {
                     let _ = digest_tx.try_send(digest);
                 }
             };
             (read, target) = session.receive_within(limit, &command, target, show).await;
-            // What cannot even begin is ended by the system.
+            // A command that was killed before it sent anything was not started properly; try the next.
             if target.done > begin || !matches!(&read, Ok(output) if is_killed(output)) {
                 break;
             }
@@ -153,7 +153,7 @@ pub(super) async fn get_unless<E: From<Error>>(
     };
     match Box::pin(telling(progress, told.clone(), async { tokio::try_join!(coming, asking) })).await {
         Ok((target, digest)) => {
-            // It has become longer, or the connection was cut when all had come.
+            // The file has grown, or the connection broke after the last byte.
             let there = match digest {
                 Some(there) => there,
                 None => session.digest(from).await?,
@@ -165,7 +165,7 @@ pub(super) async fn get_unless<E: From<Error>>(
     }
 }
 
-/// Tells how much has come while more of it comes.
+/// Reports the progress of a transfer while it runs.
 async fn telling<T>(
     progress: &(dyn Fn(u64) + Send + Sync),
     mut told: watch::Receiver<u64>,
@@ -190,7 +190,7 @@ async fn telling<T>(
 async fn came(target: PartFile, read: Result<Output, Error>, from: &str) -> Result<PartFile, Error> {
     match read {
         Ok(output) => ended_well(&output, from).map(|()| target),
-        // What comes beyond its length is no part of it any more.
+        // Data beyond the expected size is not part of the file.
         Err(_) if target.is_whole() => Ok(target),
         Err(error) => Err(target.fault().await.unwrap_or(error)),
     }
@@ -212,7 +212,7 @@ fn hash_and_send(from: &str, position: u64) -> String {
     )
 }
 
-/// The same for a large file by [`SEND`], if there is a Python that does that.
+/// The same for a large file, by [`SEND`] if the site has Python.
 fn hash_and_send_at_once(from: &str, position: u64, size: u64) -> Option<String> {
     if size < HASHED_ON_THE_WAY_FROM {
         return None;
@@ -228,7 +228,7 @@ fn hash_and_send_at_once(from: &str, position: u64, size: u64) -> Option<String>
     ))
 }
 
-/// The digest in what such a command has printed so far.
+/// Finds the digest in the output of such a command so far.
 fn digest_in(printed: &[u8]) -> Option<Digest> {
     let n_whole = printed.iter().rposition(|byte| *byte == b'\n')?;
     printed[..n_whole].split(|byte| *byte == b'\n').find_map(|line| digest_of(line).ok())
@@ -237,8 +237,8 @@ fn digest_in(printed: &[u8]) -> Option<Digest> {
 fn ended_well(output: &Output, from: &str) -> Result<(), Error> {
     match output.exit {
         Some(0) => Ok(()),
-        // It says nothing of the file that somebody there ends commands.
-        _ if is_killed(output) => Err(Error::Broken("what reads the file was ended there".to_owned())),
+        // A killed command says nothing about the file.
+        _ if is_killed(output) => Err(Error::Broken("the command that reads the file was killed".to_owned())),
         None | Some(_) => Err(Error::file(from, output.reason().unwrap_or_else(|| "it could not be read".to_owned()))),
     }
 }

@@ -1,5 +1,5 @@
-//! Whether a host's key is one that the files of known hosts name, or that an authority which they name vouches for. Nothing
-//! is ever added to them. The library has a reader of its own, to which one odd line is a file that cannot be read.
+//! Verification of host keys: by the files of known hosts, or by certificates of the authorities in them. Nothing is ever
+//! added to the files. The reader of the library is not used, since it rejects a whole file for one malformed line.
 
 use std::path::PathBuf;
 
@@ -13,36 +13,36 @@ use sha1::Sha1;
 use super::Error;
 use super::config::{Hop, PORT};
 
-/// What files of known hosts call a key that nobody may trust any more, whatever else they say.
+/// The marker of a revoked key in files of known hosts. It overrides every other line.
 const REVOKED: &str = "@revoked";
 
-/// What they call a key whose certificates for hosts are believed.
+/// The marker of an authority, whose host certificates are trusted.
 const AUTHORITY: &str = "@cert-authority";
 
-/// A key that a file names.
+/// A key in a file.
 struct Known {
     key: PublicKey,
     file: PathBuf,
     line: usize,
 }
 
-/// The keys that are known of a host.
+/// The known keys of a host.
 pub(super) struct KnownKeys {
-    /// As it stands in the files.
+    /// Its name in the files.
     host: String,
-    /// As certificates name it.
+    /// Its name in certificates.
     name: String,
     files: Vec<PathBuf>,
     keys: Vec<Known>,
     authorities: Vec<Known>,
-    /// Of whatever host.
+    /// Revoked keys of all hosts.
     revoked: Vec<Known>,
 }
 
 impl KnownKeys {
-    /// Reads the files; those that are not there name no keys, and neither does a line that cannot be read.
+    /// Reads the files. Missing files and malformed lines are skipped.
     pub(super) fn of(hop: &Hop) -> Self {
-        // OpenSSH looks an alias up as it is, without a port.
+        // OpenSSH looks up an alias without a port.
         let (name, port) = match &hop.alias {
             Some(alias) => (alias.as_str(), PORT),
             None => (hop.name.as_str(), hop.port),
@@ -55,11 +55,11 @@ impl KnownKeys {
                 let known = |key| Known { key, file: file.clone(), line: i + 1 };
                 match line.split_whitespace().collect::<Vec<_>>()[..] {
                     [REVOKED, _, _, key, ..] => revoked.extend(parse_public_key_base64(key).ok().map(known)),
-                    // As for OpenSSH, one for the host's name is one for all of its ports.
+                    // As in OpenSSH, an authority for the host's name covers all its ports.
                     [AUTHORITY, hosts, _, key, ..] if is_named(hosts, &[&host, name]) => {
                         authorities.extend(parse_public_key_base64(key).ok().map(known));
                     }
-                    // A comment, or what nobody knows.
+                    // A comment or an unknown marker.
                     [first, ..] if first.starts_with(['#', '@']) => {}
                     [hosts, _, key, ..] if is_named(hosts, &[&host]) => {
                         keys.extend(parse_public_key_base64(key).ok().map(known));
@@ -71,17 +71,17 @@ impl KnownKeys {
         Self { host, name: name.to_owned(), files: hop.known_hosts.clone(), keys, authorities, revoked }
     }
 
-    /// The kinds of keys that are known, so that the server is asked for one of them.
+    /// The algorithms of the known keys, to request from the server.
     pub(super) fn algorithms(&self) -> impl Iterator<Item = russh::keys::Algorithm> {
         self.keys.iter().map(|known| known.key.algorithm())
     }
 
-    /// Whether a certificate of an authority would be believed, so that the server is asked for one.
+    /// Whether a certificate could be trusted, and so is worth requesting from the server.
     pub(super) fn has_authorities(&self) -> bool {
         !self.authorities.is_empty()
     }
 
-    /// Compares the key that a host has shown.
+    /// Verifies the key that a host presented.
     pub(super) fn check(&self, shown: &PublicKey) -> Result<(), Error> {
         let key = shown.key_data();
         self.check_revoked(key)?;
@@ -89,14 +89,14 @@ impl KnownKeys {
             return Ok(());
         }
         let (host, fingerprint) = (self.host.clone(), fingerprint(key));
-        // A host of several machines has several keys of a kind, and other kinds may have been added.
+        // A host of several machines has several keys of one algorithm, and keys of other algorithms may have been added.
         match self.keys.iter().find(|known| known.key.algorithm() == shown.algorithm()) {
             Some(known) => Err(Error::HostKeyChanged { host, fingerprint, file: known.file.clone(), line: known.line }),
             None => Err(Error::UnknownHostKey { remedy: self.remedy(), host, fingerprint }),
         }
     }
 
-    /// The same for a certificate. That of an authority which is not known is as good as the key in it.
+    /// Verifies a certificate. If its authority is unknown, only the key in it counts.
     pub(super) fn check_certificate(&self, shown: &Certificate) -> Result<(), Error> {
         self.check_revoked(shown.signature_key())?;
         let Some(authority) = find(&self.authorities, shown.signature_key()) else {
@@ -105,15 +105,15 @@ impl KnownKeys {
         self.check_revoked(shown.public_key())?;
         let Err(reason) = self.is_vouched_for(shown) else { return Ok(()) };
         let remedy = format!(
-            "its certificate by the authority of {}, line {}, {reason}; tell the site",
+            "its certificate by the authority in {}, line {}, {reason}; ask the site to renew it",
             authority.file.display(),
             authority.line
         );
         Err(Error::UnknownHostKey { host: self.host.clone(), fingerprint: fingerprint(shown.public_key()), remedy })
     }
 
-    /// Whether a certificate says what it has to, by the rules of OpenSSH's PROTOCOL.certkeys. One that names no host, which
-    /// is one for all of them there, is not believed.
+    /// Checks a certificate by the rules of OpenSSH's PROTOCOL.certkeys. Unlike there, one without principals, which is
+    /// valid for every host, is not trusted.
     fn is_vouched_for(&self, shown: &Certificate) -> Result<(), String> {
         if shown.cert_type() != CertType::Host {
             return Err("is one for users".to_owned());
@@ -123,10 +123,10 @@ impl KnownKeys {
             return Err(format!("is for {names:?}"));
         }
         if let Some((option, _)) = shown.critical_options().iter().next() {
-            return Err(format!("has the option {option:?}, which is not known"));
+            return Err(format!("has the unknown option {option:?}"));
         }
         let authority = shown.signature_key().fingerprint(HashAlg::Sha256);
-        // It compares times and the signature.
+        // This checks the validity period and the signature.
         shown.validate([&authority]).map_err(|_| "is not valid now".to_owned())
     }
 
@@ -144,8 +144,8 @@ impl KnownKeys {
         };
         let file = files.first().map_or("~/.ssh/known_hosts", String::as_str);
         format!(
-            "compare it with what the site says of itself, and log in once by `ssh`, or add the line that `{scan}` prints \
-             to {file}"
+            "compare it with the fingerprint that the site publishes, then log in once by `ssh`, or add the line that `{scan}` \
+             prints to {file}"
         )
     }
 }
@@ -158,8 +158,8 @@ fn fingerprint(key: &KeyData) -> String {
     key.fingerprint(HashAlg::Sha256).to_string()
 }
 
-/// Whether a line's first word, names with `*` and `?` or the hash of one, names a host by one of its names. One with `!`
-/// before it takes the host out.
+/// Whether the first word of a line, patterns with `*` and `?` or a hashed name, matches one of a host's names. A
+/// matching pattern with `!` excludes the host.
 fn is_named(hosts: &str, names: &[&str]) -> bool {
     if hosts.starts_with('|') {
         return names.iter().any(|name| is_hash_of(hosts, name));
@@ -176,7 +176,7 @@ fn is_named(hosts: &str, names: &[&str]) -> bool {
     is_named
 }
 
-/// Whether this is `|1|SALT|HASH` of a name, as `ssh-keygen -H` writes it: the HMAC of SHA-1 with the salt as its key.
+/// Whether this is `|1|SALT|HASH` of a name, as `ssh-keygen -H` writes it: an HMAC-SHA1 with the salt as its key.
 fn is_hash_of(hashed: &str, name: &str) -> bool {
     let Ok(HostPatterns::HashedName { salt, hash }) = hashed.parse() else { return false };
     let Ok(hmac) = Hmac::<Sha1>::new_from_slice(&salt) else { return false };
@@ -200,7 +200,7 @@ mod tests {
     const KEY: &str = "AAAAC3NzaC1lZDI1NTE5AAAAIJdD7y3aLq454yWBdwLWbieU1ebz9/cu7/QEXn9OIeZJ";
     const OTHER: &str = "AAAAC3NzaC1lZDI1NTE5AAAAILIG2T/B0l0gaqj3puu510tu9N1OkQ4znY3LYuEm5zCF";
 
-    /// What OpenSSH writes for `[a.example]:2222`.
+    /// OpenSSH's hash of `[a.example]:2222`.
     const HASHED: &str = "|1|c2FsdHNhbHRzYWx0c2FsdHNhbHQ=|qK+Vxm2lQXGOxWmIsoVxUZCGSPg=";
 
     fn check(text: impl AsRef<[u8]>, name: &str, port: u16) -> Result<(), Error> {
@@ -223,7 +223,7 @@ mod tests {
     }
 
     #[test]
-    fn a_key_counts_for_the_host_that_is_named() {
+    fn a_key_is_known_only_for_its_host() {
         let line = |hosts: &str| format!("{hosts} ssh-ed25519 {KEY}\n");
         assert!(check(line("a.example"), "a.example", 22).is_ok());
         assert!(check(line("A.example,10.0.0.1"), "10.0.0.1", 22).is_ok());
@@ -252,7 +252,7 @@ mod tests {
     }
 
     #[test]
-    fn a_line_that_cannot_be_read_is_skipped() {
+    fn a_malformed_line_is_skipped() {
         let good = format!("a ssh-ed25519 {KEY}\n").into_bytes();
         for line in [
             &b"# caf\xe9\n"[..],
@@ -281,7 +281,7 @@ mod tests {
     }
 
     #[test]
-    fn another_key_is_named_by_its_line() {
+    fn a_changed_key_is_reported_with_its_line() {
         // The last is the hash of "example.com".
         let hashed = "|1|O33ESRMWPVkMYIwJ1Uw+n877jTo=|nuuC5vEqXlEZ/8BXQR7m619W6Ak=";
         for (host, name) in [("a", "a"), (hashed, "example.com")] {
@@ -293,7 +293,7 @@ mod tests {
     }
 
     #[test]
-    fn a_revoked_key_is_refused_even_if_it_is_known() {
+    fn a_revoked_key_is_rejected_even_if_known() {
         let text = format!("a ssh-ed25519 {KEY}\n@revoked * ssh-ed25519 {KEY}\n");
         let error = check(&text, "a", 22).unwrap_err().to_string();
         assert!(error.contains("revoked in") && error.contains("line 2"), "{error}");

@@ -1,4 +1,4 @@
-//! Commands and files on the worker's own machine, with the same rules as by SSH.
+//! Commands and files on the worker's own machine, with the same semantics as by SSH.
 
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -11,37 +11,37 @@ use tokio::io::{AsyncReadExt, AsyncSeekExt, AsyncWriteExt};
 use tokio::process::{Child, ChildStderr, ChildStdin, ChildStdout};
 
 use super::Error;
-use super::running::Event;
+use super::running::Item;
 use crate::machine::open_files;
 
-/// The worker's variables that a command sees. All others stay with the worker: they hold its passwords, and some
-/// schedulers give a job the whole environment of what submits it.
+/// The worker's variables that a command inherits. The others may hold passwords, and some schedulers pass the whole
+/// environment of the submitting command to the job.
 const INHERITED: [&str; 10] =
     ["PATH", "HOME", "LANG", "TZ", "USER", "LOGNAME", "SHELL", "TMPDIR", "LD_LIBRARY_PATH", "SLURM_CONF"];
 
-/// Longest name of a file, as most file systems have it.
+/// Longest file name of most file systems.
 const NAME_BYTES_MAX: usize = 255;
 
-/// How much is read at a time, of outputs and of files.
+/// Bytes read at a time from outputs and files.
 const PIECE: usize = 64 << 10;
 
-/// How much of a file is copied at a time.
+/// Bytes of a file copied at a time.
 const COPY_PIECE: usize = 1 << 20;
 
-/// A command, in a process group of its own.
+/// A command in its own process group.
 #[derive(Debug)]
 pub(super) struct Command {
     input: Input,
-    events: Events,
+    outputs: Outputs,
 }
 
 #[derive(Debug)]
 pub(super) struct Input(Option<ChildStdin>);
 
 #[derive(Debug)]
-pub(super) struct Events {
+pub(super) struct Outputs {
     child: Child,
-    /// Until the command is reaped; its number belongs to nobody else so long.
+    /// `None` once the command is reaped; until then the system cannot reuse its id.
     group: Option<Pid>,
     stdout: Option<ChildStdout>,
     stderr: Option<ChildStderr>,
@@ -52,15 +52,15 @@ impl Command {
         let mut child = shell(command).spawn().map_err(|error| Error::file("/bin/sh", error))?;
         let group = group_of(&child);
         let (stdin, stdout, stderr) = (child.stdin.take(), child.stdout.take(), child.stderr.take());
-        Ok(Self { input: Input(stdin), events: Events { child, group, stdout, stderr } })
+        Ok(Self { input: Input(stdin), outputs: Outputs { child, group, stdout, stderr } })
     }
 
-    pub(super) fn halves(&mut self) -> (&mut Input, &mut Events) {
-        (&mut self.input, &mut self.events)
+    pub(super) fn halves(&mut self) -> (&mut Input, &mut Outputs) {
+        (&mut self.input, &mut self.outputs)
     }
 }
 
-/// What runs a command in a process group of its own, with pipes.
+/// The shell for a command, in its own process group and with pipes.
 pub(super) fn shell(command: &str) -> tokio::process::Command {
     let inherited = INHERITED.iter().filter_map(|name| std::env::var_os(name).map(|value| (name, value)));
     let mut shell = tokio::process::Command::new("/bin/sh");
@@ -76,15 +76,15 @@ pub(super) fn shell(command: &str) -> tokio::process::Command {
     shell
 }
 
-/// The process group of what [`shell`] has started.
+/// The process group of a command that [`shell`] started.
 pub(super) fn group_of(child: &Child) -> Option<Pid> {
     child.id().and_then(|id| Pid::from_raw(id.cast_signed()))
 }
 
-impl Drop for Events {
+impl Drop for Outputs {
     fn drop(&mut self) {
         if let Some(group) = self.group {
-            // It may be gone already.
+            // The group may be gone already.
             let _ = kill_process_group(group, Signal::KILL);
         }
     }
@@ -108,19 +108,19 @@ impl Input {
     }
 }
 
-impl Events {
-    pub(super) async fn next(&mut self) -> Result<Event, Error> {
+impl Outputs {
+    pub(super) async fn next(&mut self) -> Result<Item, Error> {
         loop {
             let (mut out, mut err) = (BytesMut::with_capacity(PIECE), BytesMut::with_capacity(PIECE));
             tokio::select! {
                 count = read(&mut self.stdout, &mut out), if self.stdout.is_some() => match count {
                     Ok(0) => self.stdout = None,
-                    Ok(_) => return Ok(Event::Stdout(out.freeze())),
+                    Ok(_) => return Ok(Item::Stdout(out.freeze())),
                     Err(error) => return Err(Error::Broken(error.to_string())),
                 },
                 count = read(&mut self.stderr, &mut err), if self.stderr.is_some() => match count {
                     Ok(0) => self.stderr = None,
-                    Ok(_) => return Ok(Event::Stderr(err.freeze())),
+                    Ok(_) => return Ok(Item::Stderr(err.freeze())),
                     Err(error) => return Err(Error::Broken(error.to_string())),
                 },
                 else => break,
@@ -128,7 +128,7 @@ impl Events {
         }
         let status = self.child.wait().await.map_err(|error| Error::Broken(error.to_string()))?;
         self.group = None;
-        Ok(Event::Ended { exit: status.code(), signal: signal_of(&status) })
+        Ok(Item::Ended { exit: status.code(), signal: signal_of(&status) })
     }
 }
 
@@ -142,12 +142,12 @@ async fn read(
     }
 }
 
-/// The signal that has ended a program, without `SIG`.
+/// The signal that ended a program, without `SIG`.
 pub(super) fn signal_of(status: &std::process::ExitStatus) -> Option<String> {
     std::os::unix::process::ExitStatusExt::signal(status).map(signal_name)
 }
 
-/// As SSH names signals, which is without `SIG`.
+/// The name of a signal in SSH, without `SIG`.
 fn signal_name(number: i32) -> String {
     let known = [
         (Signal::ABORT, "ABRT"),
@@ -168,7 +168,7 @@ fn signal_name(number: i32) -> String {
     name.map_or_else(|| number.to_string(), |(_, name)| (*name).to_owned())
 }
 
-/// A path that begins at the home folder unless it is absolute.
+/// Resolves a relative path from the home folder.
 pub(super) fn at_home(path: &str) -> PathBuf {
     match std::env::home_dir() {
         Some(home) => home.join(path),
@@ -176,7 +176,7 @@ pub(super) fn at_home(path: &str) -> PathBuf {
     }
 }
 
-/// Copies one file by way of [`part_of`] it, and gives the SHA-256 of the copy.
+/// Copies one file by way of [`part_of`], and returns the SHA-256 of the copy.
 pub(super) async fn copy(from: &Path, to: &Path, progress: &(dyn Fn(u64) + Send + Sync)) -> Result<Digest, Error> {
     let part = part_of(to);
     let of_source = |error: std::io::Error| Error::local_file(from, &error);
@@ -207,12 +207,12 @@ pub(super) async fn copy(from: &Path, to: &Path, progress: &(dyn Fn(u64) + Send 
     digest.map(|(digest, _)| digest).map_err(of_target)
 }
 
-/// What a file is called until it is whole.
+/// The name of a file until it is complete.
 pub(super) fn part_of(to: &Path) -> PathBuf {
     beside(to, ".part")
 }
 
-/// A name in the folder of a file: that of the file with an ending, if names can be so long.
+/// A name in the same folder: the name of the file with an ending, or a digest if that would be too long.
 pub(crate) fn beside(path: &Path, ending: &str) -> PathBuf {
     let name = path.file_name().unwrap_or_default().as_encoded_bytes();
     if name.len() + ending.len() <= NAME_BYTES_MAX {
@@ -223,8 +223,8 @@ pub(crate) fn beside(path: &Path, ending: &str) -> PathBuf {
     path.with_file_name(format!(".baton-{}{ending}", &Digest::of(name).to_string()[..16]))
 }
 
-/// Opens a file that goes on where an earlier one was cut, and says where that is. One that is longer than the source is
-/// begun anew.
+/// Opens a file to resume an interrupted transfer. Returns the file and its position. A file that is longer than the
+/// source starts again from 0.
 pub(super) async fn open_part(part: &Path, size: u64) -> Result<(File, u64), Error> {
     let failed = |error: std::io::Error| Error::local_file(part, &error);
     let mut file = OpenOptions::new().write(true).create(true).truncate(false).open(part).await.map_err(failed)?;

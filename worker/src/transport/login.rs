@@ -1,4 +1,4 @@
-//! Connecting and logging in, through all machines on the way.
+//! Connections and logins, through all machines of a route.
 
 use std::borrow::Cow;
 use std::path::{Path, PathBuf};
@@ -22,26 +22,26 @@ use super::config::{Hop, Route};
 use super::known_hosts::KnownKeys;
 use super::proxy::Proxy;
 
-/// How many bytes the server may send ahead on one channel.
+/// Bytes that the server may send ahead on one channel.
 const WINDOW: u32 = 8 << 20;
 
-/// The largest packet that the library can take.
+/// The largest packet that the library supports.
 const PACKET: u32 = 65_535;
 
-/// Packets of a channel that wait for whoever reads it. More would only be memory that the processor's caches do not hold.
+/// Packets of a channel that wait for its reader. More would only exceed the processor's caches.
 const PACKETS_AHEAD: usize = 16;
 
-/// The fastest first where a processor has AES of its own, as those of servers do.
+/// Ciphers, the fastest first on processors with AES instructions, which servers have.
 const CIPHERS: [cipher::Name; 5] =
     [cipher::AES_256_GCM, cipher::AES_128_GCM, cipher::CHACHA20_POLY1305, cipher::AES_256_CTR, cipher::AES_128_CTR];
 
-/// Why a connection has ended, once it has.
+/// The reason for the end of a connection, once it has ended.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Ending(Arc<Mutex<Option<End>>>);
 
 #[derive(Clone, Debug)]
 enum End {
-    /// The server has said that it ends it, and why.
+    /// The server announced the end and the reason.
     Said(String),
     Failed(String),
 }
@@ -63,13 +63,13 @@ impl Ending {
     }
 }
 
-/// Checks the key of one machine.
+/// Verifies the host key of one machine.
 pub(super) struct Verifier {
     known: KnownKeys,
     ending: Ending,
 }
 
-/// What may go wrong with a connection.
+/// Why a connection failed.
 #[derive(Debug)]
 pub(super) enum Failure {
     /// The host's key is not the known one.
@@ -110,7 +110,7 @@ impl client::Handler for Verifier {
 
 fn text_of(error: &russh::Error) -> String {
     if matches!(error, russh::Error::HUP | russh::Error::Disconnect) {
-        return "the other side has closed the connection".to_owned();
+        return "the server closed the connection".to_owned();
     }
     error.to_string()
 }
@@ -119,13 +119,13 @@ fn text_of(error: &russh::Error) -> String {
 pub(super) struct LoggedIn {
     /// In the order of the route.
     pub(super) handles: Vec<Handle<Verifier>>,
-    /// Why the last will have ended.
+    /// The reason for the end of the last connection.
     pub(super) ending: Ending,
-    /// What leads to the first.
+    /// The program that connects to the first machine.
     pub(super) proxy: Option<Proxy>,
 }
 
-/// Connects to every machine of a route by the one before it, and logs in.
+/// Connects to every machine of a route through the one before it, and logs in.
 pub(super) async fn log_in(route: &Route) -> Result<LoggedIn, Error> {
     let mut handles: Vec<Handle<Verifier>> = Vec::new();
     let mut proxy = None;
@@ -175,12 +175,15 @@ pub(super) async fn log_in(route: &Route) -> Result<LoggedIn, Error> {
     Ok(LoggedIn { handles, ending, proxy })
 }
 
-/// Why a machine does not lead us to the next.
+/// Why a machine does not forward the connection to the next.
 fn no_passage(nearer: Option<&Hop>, hop: &Hop, error: &russh::Error) -> Error {
     let nearer = nearer.map_or("", |nearer| nearer.name.as_str());
     let russh::Error::ChannelOpenFailure(reason) = error else { return unreachable(hop, &text_of(error)) };
     if *reason == ChannelOpenFailure::AdministrativelyProhibited {
-        return Error::Refused { host: nearer.to_owned(), reason: format!("it leads nobody to {}", hop.name) };
+        return Error::Refused {
+            host: nearer.to_owned(),
+            reason: format!("it forwards no connections to {}", hop.name),
+        };
     }
     unreachable(hop, &format!("{nearer} says {reason:?}"))
 }
@@ -203,14 +206,14 @@ fn client_config(keepalive: Duration, known: &KnownKeys) -> client::Config {
         maximum_packet_size: PACKET,
         channel_buffer_size: PACKETS_AHEAD,
         nodelay: true,
-        // Two silent intervals in all.
+        // The connection counts as dead after two silent intervals.
         keepalive_interval: Some(keepalive),
         keepalive_max: 1,
-        // A connection that takes nothing from us is found by this one. It must be longer than the keepalives need.
+        // This detects a connection that accepts no data. It must exceed the two keepalive intervals.
         inactivity_timeout: Some(keepalive * 2 + Duration::from_secs(5)),
         preferred: Preferred {
             cipher: Cow::Borrowed(&CIPHERS),
-            // A server that may show a certificate does not show its key, which may be all that is known of it.
+            // A server that presents a certificate does not present its key, which may be the only known one.
             host_key_certificates: if known.has_authorities() { Cow::Owned(key.clone()) } else { Cow::Borrowed(&[]) },
             key: Cow::Owned(key),
             ..Preferred::DEFAULT
@@ -219,35 +222,35 @@ fn client_config(keepalive: Duration, known: &KnownKeys) -> client::Config {
     }
 }
 
-/// Kinds of host keys, those that are known of the host first.
+/// Algorithms of host keys, those of the known keys first.
 fn host_key_algorithms(known: &KnownKeys) -> Vec<Algorithm> {
     let known: Vec<_> = known.algorithms().collect();
-    // A key of RSA is the same with every hash.
+    // An RSA key is the same with every hash.
     let is_known = |algorithm: &Algorithm| {
         let kind = if algorithm.clone().is_rsa() { &Algorithm::Rsa { hash: None } } else { algorithm };
         known.contains(kind)
     };
-    // SHA-1 is not what anybody should prove anything with.
+    // SHA-1 is insecure.
     let all = Preferred::DEFAULT.key.iter().filter(|algorithm| **algorithm != Algorithm::Rsa { hash: None });
     let (mut first, rest): (Vec<_>, Vec<_>) = all.cloned().partition(is_known);
     first.extend(rest);
     first
 }
 
-/// What the attempts to log in have come to.
-struct Attempts<'a> {
+/// A login and the credentials tried so far.
+struct Login<'a> {
     handle: &'a mut Handle<Verifier>,
     hop: &'a Hop,
     ending: &'a Ending,
-    /// Of signatures by RSA keys, once somebody has asked.
+    /// The hash for signatures by RSA keys, once the server was asked.
     rsa_hash: Option<HashAlg>,
-    /// Certificates that the server has seen.
+    /// Certificates that were presented to the server.
     shown: Vec<Certificate>,
-    /// What was tried, and why it could not be.
+    /// The credentials that were tried or could not be, with the reason.
     tried: Vec<String>,
 }
 
-/// What signs with a key.
+/// The holder of a private key.
 enum Holder<'a> {
     Here(Arc<PrivateKey>),
     Agent(&'a mut AgentClient<UnixStream>, &'a AgentIdentity),
@@ -256,8 +259,8 @@ enum Holder<'a> {
 impl russh::Signer for Holder<'_> {
     type Error = AgentAuthError;
 
-    /// The signature comes after what is signed. What is shown is no matter here: the agent may have the key of a
-    /// certificate, and not that itself.
+    /// Appends the signature to the signed data. The presented identity is ignored: the agent may have the key of a
+    /// certificate but not the certificate.
     async fn auth_sign(
         &mut self,
         _: &AgentIdentity,
@@ -286,13 +289,13 @@ async fn authenticate(handle: &mut Handle<Verifier>, hop: &Hop, ending: &Ending)
         Some(agent) => agent.request_identities().await.unwrap_or_default(),
         None => Vec::new(),
     };
-    // A server hears only so many keys, and one that wants certificates takes no other.
+    // A server limits the number of keys, and one that needs certificates accepts no plain key.
     held.sort_by_key(|one| matches!(one, AgentIdentity::PublicKey { .. }));
-    let mut attempts = Attempts { handle, hop, ending, rsa_hash: None, shown: Vec::new(), tried: Vec::new() };
+    let mut login = Login { handle, hop, ending, rsa_hash: None, shown: Vec::new(), tried: Vec::new() };
     for file in &hop.keys {
         match load(file).await {
             Loaded::Key(key) => {
-                if attempts.with_key(key, file).await? {
+                if login.with_key(key, file).await? {
                     return Ok(());
                 }
             }
@@ -302,42 +305,42 @@ async fn authenticate(handle: &mut Handle<Verifier>, hop: &Hop, ending: &Ending)
                 held = others;
                 match &mut agent {
                     Some(agent) if !of_it.is_empty() => {
-                        if attempts.with_agent(&of_it, agent, Some(file)).await? {
+                        if login.with_agent(&of_it, agent, Some(file)).await? {
                             return Ok(());
                         }
                     }
                     Some(_) | None => {
-                        attempts.tried.push(format!("{} is {what}, and no agent has it (`ssh-add`)", file.display()))
+                        login.tried.push(format!("{} is {what}, and no agent has it (`ssh-add`)", file.display()))
                     }
                 }
             }
             Loaded::Missing if hop.is_key_named => {
-                return Err(Error::Config(format!("the key {} is not there", file.display())));
+                return Err(Error::Config(format!("the key {} does not exist", file.display())));
             }
             Loaded::Missing => {}
-            Loaded::Unusable(reason) => attempts.tried.push(format!("{}: {reason}", file.display())),
+            Loaded::Unusable(reason) => login.tried.push(format!("{}: {reason}", file.display())),
         }
     }
     if let Some(agent) = agent.as_mut().filter(|_| !hop.only_these_keys)
-        && attempts.with_agent(&held, agent, None).await?
+        && login.with_agent(&held, agent, None).await?
     {
         return Ok(());
     }
-    Err(attempts.refused())
+    Err(login.refused())
 }
 
 fn is_of(identity: &AgentIdentity, key: &PublicKey) -> bool {
     identity.public_key().key_data() == key.key_data()
 }
 
-impl Attempts<'_> {
-    /// The best hash for signatures of a key; only RSA has a choice. An old server takes a second not to answer.
+impl Login<'_> {
+    /// The best hash for signatures of a key; only RSA has a choice. With an old server the question takes a second.
     async fn hash(&mut self, algorithm: Algorithm) -> Result<Option<HashAlg>, Error> {
         let is_rsa = algorithm.is_rsa();
         if is_rsa && self.rsa_hash.is_none() {
             let best = self.handle.best_supported_rsa_hash().await;
             let best = best.map_err(|error| unreachable(self.hop, &text_of(&error)))?;
-            // Every server since 2016 knows this one; SHA-1 we do not sign with.
+            // Every server since 2016 supports this one; SHA-1 is never used.
             self.rsa_hash = best.flatten().or(Some(HashAlg::Sha256));
         }
         Ok(self.rsa_hash.filter(|_| is_rsa))
@@ -353,7 +356,7 @@ impl Attempts<'_> {
         self.after(answer.map_err(|error| text_of(&error)), &format!("the key {}", file.display()))
     }
 
-    /// With what an agent has, of a file or of none.
+    /// Tries identities of the agent, of one key file or of none.
     async fn with_agent(
         &mut self,
         held: &[AgentIdentity],
@@ -382,12 +385,12 @@ impl Attempts<'_> {
         let what = format!("the agent's key {}", key.fingerprint(HashAlg::Sha256));
         let hash = self.hash(key.algorithm()).await?;
         let answer = self.handle.authenticate_publickey_with(self.hop.user.clone(), key, hash, agent).await;
-        // An error may be the agent's own.
+        // The error may come from the agent.
         self.after(answer.map_err(|error| error.to_string()), &what)
     }
 
-    /// With the certificates of a key: those that the configuration names, and the one that lies beside it, as
-    /// `ssh-keygen -s` and the sites' own tools write it.
+    /// Tries the certificates of a key: those in the configuration, and the one next to the key, as `ssh-keygen -s` and
+    /// the tools of sites write it.
     async fn with_certificates(
         &mut self,
         key: &KeyData,
@@ -405,7 +408,7 @@ impl Attempts<'_> {
         Ok(false)
     }
 
-    /// The library's own way to show a certificate names SHA-1 where the key is one of RSA.
+    /// Tries a certificate. The library's own method would use SHA-1 for RSA keys.
     async fn with_certificate(
         &mut self,
         certificate: Certificate,
@@ -426,7 +429,7 @@ impl Attempts<'_> {
         match answer {
             Ok(AuthResult::Success) => Ok(true),
             Ok(AuthResult::Failure { partial_success: true, .. }) => {
-                Err(self.refuses(format!("{what} alone is not enough, it wants a second proof")))
+                Err(self.refuses(format!("{what} alone is not enough, it requires a second proof")))
             }
             Ok(AuthResult::Failure { remaining_methods, .. }) if !remaining_methods.is_empty() => {
                 self.tried.push(format!("{what} is not accepted"));
@@ -454,10 +457,10 @@ impl Attempts<'_> {
     }
 }
 
-/// What a file of a private key holds.
+/// The content of a key file.
 enum Loaded {
     Key(Arc<PrivateKey>),
-    /// Only an agent can sign with it; its public key, if that can be seen, and what there is in the file.
+    /// Only an agent can sign with it: its public key, if readable, and the kind of the file's content.
     ForAgent(Option<PublicKey>, &'static str),
     Missing,
     Unusable(String),

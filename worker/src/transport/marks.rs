@@ -1,22 +1,22 @@
-//! What a command itself writes, told from what a login shell writes before and after it.
+//! Marks that separate the output of a command from that of the login shell.
 //!
-//! A login may print a banner before a command and a farewell after it, on both outputs, and may end with another exit.
-//! So the command's outputs stand between marks that are made for the connection, and the last mark of its standard output
-//! is followed by its exit.
+//! A login shell may print text before and after a command, on both outputs, and may exit with another code. So each
+//! output of the command is enclosed in marks that are unique for the connection, and its exit code follows the last mark
+//! of its standard output.
 
 use bytes::{Bytes, BytesMut};
 
-/// Most that start-up files of a login shell may print.
+/// Most bytes that the start-up files of a login shell may print.
 const NOISE_MAX: usize = 256 << 10;
 
-/// Most digits of an exit, with the blank before and the line end after them.
+/// Most characters of an exit code, with the blank before and the line end after it.
 const EXIT_MAX: usize = 16;
 
 /// The marks of a connection.
 #[derive(Debug)]
 pub(super) struct Marks(String);
 
-/// One output of a command, as it comes.
+/// One output of a command, read piece by piece.
 #[derive(Debug)]
 pub(super) struct Marked {
     begin: Vec<u8>,
@@ -28,9 +28,9 @@ pub(super) struct Marked {
 enum Part {
     /// Before the first mark.
     Before(BytesMut),
-    /// Between the marks, with bytes that may be the beginning of the last mark.
+    /// Between the marks, with held-back bytes that may begin the last mark.
     Inside(Bytes),
-    /// Behind the last mark.
+    /// After the last mark.
     After(Vec<u8>),
 }
 
@@ -51,9 +51,9 @@ impl Marks {
         Marked::new(format!("{}<e\n", self.0), format!("{}>e", self.0))
     }
 
-    /// A script that runs its first argument as a command, with the outputs between marks, and ends as that does; a signal
-    /// to `$$` ends the script. The marks of the standard output are the inner ones, should a login send both outputs to one
-    /// place.
+    /// A script that runs its first argument as a command, prints the marks around its outputs, and exits with its code;
+    /// a signal to `$$` ends the script. The marks of the standard output are the inner ones, in case a login merges both
+    /// outputs.
     pub(super) fn script(&self) -> String {
         let mark = &self.0;
         format!(
@@ -70,10 +70,10 @@ impl Marked {
         Self { begin: begin.into_bytes(), end: end.into_bytes(), part: Part::Before(BytesMut::new()) }
     }
 
-    /// Takes what has come, and gives back what of it the command is known to have written.
+    /// Takes a piece of output and returns the bytes that the command wrote for certain.
     ///
     /// # Errors
-    /// No command has begun for long.
+    /// The login shell has printed too much before the command.
     pub(super) fn push(&mut self, data: Bytes) -> Result<Option<Bytes>, Endless> {
         let data = match &mut self.part {
             Part::Before(noise) => {
@@ -105,17 +105,17 @@ impl Marked {
         Ok(Some(written).filter(|written| !written.is_empty()))
     }
 
-    /// Whether the command has begun to run.
+    /// Whether the command has started.
     pub(super) fn has_begun(&self) -> bool {
         !matches!(self.part, Part::Before(_))
     }
 
-    /// Whether everything that the command has written is there.
+    /// Whether the output is complete.
     pub(super) fn has_ended(&self) -> bool {
         matches!(self.part, Part::After(_))
     }
 
-    /// What is left when nothing more comes: without a mark it may be anything.
+    /// The held-back bytes, once the output has ended; before the first mark, the text of the login shell.
     pub(super) fn rest(&mut self) -> Bytes {
         match &mut self.part {
             Part::Before(noise) => std::mem::take(noise).freeze(),
@@ -124,7 +124,7 @@ impl Marked {
         }
     }
 
-    /// The exit that follows the last mark.
+    /// The exit code after the last mark.
     pub(super) fn exit(&self) -> Option<i32> {
         let Part::After(tail) = &self.part else { return None };
         std::str::from_utf8(tail).ok()?.strip_prefix(' ')?.split_once('\n')?.0.parse().ok()
@@ -143,7 +143,7 @@ fn find(bytes: &[u8], word: &[u8]) -> Option<usize> {
     None
 }
 
-/// How many bytes at the end are the beginning of a word.
+/// The number of bytes at the end that may begin a word.
 fn begun(bytes: &[u8], word: &[u8]) -> usize {
     (1..word.len()).rev().find(|n_bytes| bytes.ends_with(&word[..*n_bytes])).unwrap_or(0)
 }
@@ -153,7 +153,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_a_command_writes_is_found_however_it_is_cut() {
+    fn the_output_of_a_command_is_found_in_any_pieces() {
         let marks = Marks("M".into());
         for (content, exit) in [("", 0), ("text\nM\nno end of line", 3), ("M M> almost", 255), ("M", 1), ("a\nM", 0)] {
             let content = content.replace("M>", "M-");
@@ -171,7 +171,7 @@ mod tests {
     }
 
     #[test]
-    fn without_its_last_mark_a_command_has_not_ended() {
+    fn a_command_without_its_last_mark_has_not_ended() {
         let mut marked = Marks("M".into()).stdout();
         assert_eq!(marked.push(Bytes::from_static(b"why")).unwrap(), None);
         assert!(!marked.has_begun());
@@ -181,7 +181,7 @@ mod tests {
     }
 
     #[test]
-    fn the_script_around_a_command_ends_as_it_does() {
+    fn the_wrapper_script_exits_with_the_code_of_its_command() {
         let marks = Marks("M".into());
         for (command, stdout, exit) in [
             ("echo a; exit 3", "M<\na\nM> 3\n", 3),

@@ -1,4 +1,4 @@
-//! Files that come piece by piece, and what they are when they are whole.
+//! Files that are received piece by piece, hashed and written meanwhile.
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -17,24 +17,24 @@ use super::Error;
 use super::local::{open_part, part_of};
 use super::uncached::{Block, Uncached};
 
-/// One that is filled, one that is hashed, one that is written, and one that waits.
+/// Blocks of a file: one is filled, one hashed, one written, and one waits.
 const BLOCKS: usize = 4;
 
-/// Bytes between two that are told of: who is told is woken for it.
+/// Bytes between two progress reports, each of which wakes a task.
 const TOLD_BYTES: u64 = 512 << 10;
 
-/// A file that comes piece by piece. What has come is hashed and written to the disk while the rest comes.
+/// A file that is received piece by piece; received data is hashed and written to the disk while the rest arrives.
 pub(super) struct PartFile {
     part: PathBuf,
-    /// How much should come.
+    /// The expected size.
     pub(super) size: u64,
-    /// How much has come.
+    /// The received size.
     pub(super) done: u64,
-    /// What has come and is in no block yet.
+    /// Received data that is in no block yet.
     rest: Bytes,
     block: Option<Block>,
     empty: mpsc::Receiver<Block>,
-    /// There is room for all blocks that there are.
+    /// The channel has room for all blocks.
     full: Option<mpsc::Sender<Block>>,
     hashing: JoinHandle<Digest>,
     writing: JoinHandle<io::Result<()>>,
@@ -42,14 +42,14 @@ pub(super) struct PartFile {
 }
 
 impl PartFile {
-    /// Goes on where an earlier one was cut. Without the guard nothing more is written: another may go on with the part, as
-    /// soon as whoever holds it waits no longer, whatever task this is in.
+    /// Opens the part file to resume an interrupted transfer. Dropping the guard stops all writing, so that another
+    /// transfer can resume from the part even if this value lives on in another task.
     pub(super) async fn open(to: &Path, size: u64) -> Result<(Self, DropGuard), Error> {
         let part = part_of(to);
         let (file, done) = open_part(&part, size).await?;
         let file = file.into_std().await;
         let before = part.clone();
-        // At once: while the rest comes, nobody may wait for this.
+        // Awaited before the transfer starts, so that the transfer never waits for it.
         let hasher = spawn_blocking(move || hashed(File::open(before)?.take(done))).await;
         let hasher = hasher.map_err(io::Error::other).and_then(|hasher| hasher);
         let hasher = hasher.map_err(|error| Error::local_file(&part, &error))?;
@@ -57,7 +57,7 @@ impl PartFile {
         let (hashed_tx, hashed_rx) = mpsc::channel(BLOCKS);
         let (empty_tx, empty) = mpsc::channel(BLOCKS);
         for _ in 1..BLOCKS {
-            // There is room for all of them.
+            // The channel has room for all of them.
             let _ = empty_tx.try_send(Block::behind(0));
         }
         let gone = CancellationToken::new();
@@ -79,17 +79,17 @@ impl PartFile {
         Ok((landing, gone.drop_guard()))
     }
 
-    /// Whether all has come that was there when it was asked for.
+    /// Whether the expected size has been received.
     pub(super) fn is_whole(&self) -> bool {
         self.done >= self.size
     }
 
-    /// About how much has come; exactly, when that is all.
+    /// The received size, in steps; exact at the end.
     pub(super) fn told(&self) -> watch::Receiver<u64> {
         self.told.subscribe()
     }
 
-    /// Gives it its name.
+    /// Completes the file and renames it.
     pub(super) async fn finish(self, to: &Path) -> Result<Digest, Error> {
         let part = self.part.clone();
         let digest = self.written().await?;
@@ -97,20 +97,20 @@ impl PartFile {
         Ok(digest)
     }
 
-    /// Why nothing more can be written, if that is why it has ended. What has come stays for another.
+    /// The error of the disk, if writing failed. The received part stays for a later transfer.
     pub(super) async fn fault(self) -> Option<Error> {
         self.written().await.err()
     }
 
     async fn written(mut self) -> Result<Digest, Error> {
-        // If nobody takes the last piece, the writing tells why.
+        // If the last piece cannot be written, `writing` has the error.
         let _ = self.close().await;
         let written = self.writing.await.map_err(io::Error::other).and_then(|written| written);
         written.map_err(|error| Error::local_file(&self.part, &error))?;
         self.hashing.await.map_err(|error| Error::local_file(&self.part, &io::Error::other(error)))
     }
 
-    /// Takes what has come into blocks.
+    /// Moves received data into blocks.
     fn poll_rest(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         while !self.rest.is_empty() {
             if self.block.is_none() {
@@ -142,7 +142,7 @@ impl Sink<Bytes> for PartFile {
 
     fn start_send(mut self: Pin<&mut Self>, mut piece: Bytes) -> io::Result<()> {
         if self.is_whole() {
-            return Err(io::Error::other("it has become longer while it was read"));
+            return Err(io::Error::other("it has grown while it was read"));
         }
         piece.truncate(usize::try_from(self.size - self.done).unwrap_or(usize::MAX));
         let n_told = self.done / TOLD_BYTES;
@@ -171,7 +171,7 @@ fn hashed(before: impl Read) -> io::Result<Hasher> {
     Ok(hasher)
 }
 
-/// Gives the SHA-256 of what came before and what comes.
+/// Hashes the blocks after the earlier part of the file.
 fn hash(mut hasher: Hasher, mut full: mpsc::Receiver<Block>, hashed: &mpsc::Sender<Block>) -> Digest {
     while let Some(block) = full.blocking_recv() {
         hasher.update(block.bytes());
@@ -182,7 +182,7 @@ fn hash(mut hasher: Hasher, mut full: mpsc::Receiver<Block>, hashed: &mpsc::Send
     hasher.finish()
 }
 
-/// Writes what comes behind what came before.
+/// Writes the blocks after the earlier part of the file.
 fn write(
     mut target: Uncached,
     mut hashed: mpsc::Receiver<Block>,
@@ -191,11 +191,11 @@ fn write(
 ) -> io::Result<()> {
     while let Some(mut block) = hashed.blocking_recv() {
         if is_gone.is_cancelled() {
-            return Err(io::Error::other("nobody waits for it any more"));
+            return Err(io::Error::other("the transfer was cancelled"));
         }
         target.put(&block)?;
         block.clear();
-        // Nobody takes it when all has come.
+        // The receiver is gone at the end of the transfer.
         let _ = empty.try_send(block);
     }
     Ok(())

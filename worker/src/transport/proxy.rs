@@ -1,4 +1,4 @@
-//! A program that leads to a machine: its input and its output are the connection (OpenSSH's `ProxyCommand`).
+//! OpenSSH's `ProxyCommand`: a program whose standard input and output are the connection to a machine.
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -12,29 +12,29 @@ use tokio::time::timeout;
 
 use super::{Output, local};
 
-/// Variables that such a program sees beside those of any command: what it may log in with at another machine.
+/// Variables that the program inherits in addition to those of any command: credentials for another machine.
 const INHERITED: [&str; 2] = ["SSH_AUTH_SOCK", "KRB5CCNAME"];
 
-/// How long a program that leads no further may take to say why.
+/// How long a program whose connection failed may take to exit.
 const END_LIMIT: Duration = Duration::from_secs(1);
 
-/// The last bytes of its standard error that are kept.
+/// Bytes of the end of its standard error that are kept.
 const COMPLAINT_MAX: usize = 4 << 10;
 
-/// The program, in a process group of its own, which is killed when this is dropped.
+/// The program in its own process group, which is killed on drop.
 #[derive(Debug)]
 pub(super) struct Proxy {
     child: Child,
-    /// Until the program is reaped; its number belongs to nobody else so long.
+    /// `None` once the program is reaped; until then the system cannot reuse its id.
     group: Option<Pid>,
-    /// The end of what it has written to its standard error.
+    /// The end of its standard error.
     stderr: Arc<Mutex<Vec<u8>>>,
-    /// What reads that.
+    /// The task that reads it.
     reading: JoinSet<()>,
 }
 
 impl Proxy {
-    /// Starts it by `/bin/sh`. (OpenSSH takes the user's shell, and accounts of services have none.)
+    /// Starts the program by `/bin/sh`. (OpenSSH uses the user's shell, but service accounts have none.)
     pub(super) fn start(command: &str) -> std::io::Result<(Self, Join<ChildStdout, ChildStdin>)> {
         let mut shell = local::shell(&format!("exec {command}"));
         shell.envs(INHERITED.iter().filter_map(|name| std::env::var_os(name).map(|value| (name, value))));
@@ -47,23 +47,23 @@ impl Proxy {
         Ok((Self { child, group, stderr: kept, reading }, join(stdout, stdin)))
     }
 
-    /// Why it leads nowhere, if it has ended.
+    /// The reason for the failure, if the program has ended.
     pub(super) async fn complaint(mut self) -> Option<String> {
         let status = timeout(END_LIMIT, self.child.wait()).await.ok()?.ok()?;
         self.group = None;
-        // What it has left behind may hold the pipe open.
+        // Its descendants may hold the pipe open.
         let _ = timeout(END_LIMIT, self.reading.join_next()).await;
         let stderr = std::mem::take(&mut *self.stderr.lock().unwrap_or_else(PoisonError::into_inner));
         let signal = local::signal_of(&status);
         let output = Output { exit: status.code(), signal, stdout: Vec::new(), stderr };
-        Some(format!("the ProxyCommand that leads there has ended: {}", output.complaint()))
+        Some(format!("its ProxyCommand has ended: {}", output.complaint()))
     }
 }
 
 impl Drop for Proxy {
     fn drop(&mut self) {
         if let Some(group) = self.group {
-            // It may be gone already.
+            // The group may be gone already.
             let _ = kill_process_group(group, Signal::KILL);
         }
     }

@@ -1,4 +1,4 @@
-//! A command that runs, here or there: what it is fed, what it writes, and its end.
+//! A running command, local or by SSH: its input, its outputs and its end.
 
 use std::fmt::Display;
 use std::sync::{Mutex, PoisonError};
@@ -9,28 +9,29 @@ use futures_util::{Sink, SinkExt};
 use tokio::io::{AsyncRead, AsyncReadExt};
 use tokio::time::{Instant, sleep_until};
 
-use super::{Error, OUTPUT_MAX, Output, local, ssh};
+use super::output::OUTPUT_MAX;
+use super::{Error, Output, local, ssh};
 
-/// How much is read at a time from what a command is fed.
+/// Bytes of the input read at a time.
 const PIECE: usize = 64 << 10;
 
-/// For how long no byte may move, in either direction; asked again whenever one has moved, with whether the command has
-/// got everything.
+/// How long a command may stall, with no byte moving in either direction. Evaluated again after each move; the argument
+/// is whether the command has received all its input.
 pub(super) type Limit<'a> = &'a (dyn Fn(bool) -> Duration + Sync);
 
-/// What comes from a command.
+/// An item of a command's output.
 #[derive(Debug)]
-pub(super) enum Event {
+pub(super) enum Item {
     Stdout(Bytes),
     Stderr(Bytes),
-    /// The last.
+    /// The last item.
     Ended {
         exit: Option<i32>,
         signal: Option<String>,
     },
 }
 
-/// A command. It is killed when this is dropped before [`Event::Ended`].
+/// A command. Dropping it before [`Item::Ended`] kills the command.
 #[derive(Debug)]
 pub(super) enum Running {
     Local(local::Command),
@@ -44,13 +45,13 @@ pub(super) enum Input<'a> {
 }
 
 /// The outputs of a command.
-pub(super) enum Events<'a> {
-    Local(&'a mut local::Events),
-    Ssh(&'a mut ssh::Events),
+pub(super) enum Outputs<'a> {
+    Local(&'a mut local::Outputs),
+    Ssh(&'a mut ssh::Outputs),
 }
 
 impl Input<'_> {
-    /// Writes everything. A command that reads no more is no error: its end tells what it thinks of that.
+    /// Writes all bytes. A command that stops reading is no error here; its exit code decides.
     pub(super) async fn write(&mut self, piece: Bytes) -> Result<(), Error> {
         match self {
             Self::Local(input) => input.write(&piece).await,
@@ -58,7 +59,7 @@ impl Input<'_> {
         }
     }
 
-    /// Nothing follows.
+    /// Closes the input.
     pub(super) async fn end(self) -> Result<(), Error> {
         match self {
             Self::Local(input) => {
@@ -70,17 +71,17 @@ impl Input<'_> {
     }
 }
 
-impl Events<'_> {
-    /// The next event. Cancel safe.
-    pub(super) async fn next(&mut self) -> Result<Event, Error> {
+impl Outputs<'_> {
+    /// Returns the next item. Cancel safe.
+    pub(super) async fn next(&mut self) -> Result<Item, Error> {
         match self {
-            Self::Local(events) => events.next().await,
-            Self::Ssh(events) => events.next().await,
+            Self::Local(outputs) => outputs.next().await,
+            Self::Ssh(outputs) => outputs.next().await,
         }
     }
 }
 
-/// When a byte has moved last, in either direction.
+/// The time of the last byte in either direction.
 struct Moved(Mutex<Instant>);
 
 impl Moved {
@@ -92,7 +93,7 @@ impl Moved {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Ends when nothing has moved for so long; never without a limit.
+    /// Returns when no byte has moved for the limit; never without a limit.
     async fn silence(&self, limit: Option<Duration>) -> Duration {
         let Some(limit) = limit else { return std::future::pending().await };
         loop {
@@ -105,27 +106,27 @@ impl Moved {
     }
 }
 
-/// Where a command's standard output goes.
+/// The destination of a command's standard output.
 enum Target<S> {
     Memory(Vec<u8>),
     Stream(S),
 }
 
 impl Running {
-    pub(super) fn halves(&mut self) -> (Input<'_>, Events<'_>) {
+    pub(super) fn halves(&mut self) -> (Input<'_>, Outputs<'_>) {
         match self {
             Self::Local(command) => {
-                let (input, events) = command.halves();
-                (Input::Local(input), Events::Local(events))
+                let (input, outputs) = command.halves();
+                (Input::Local(input), Outputs::Local(outputs))
             }
             Self::Ssh(command) => {
-                let (input, events) = command.halves();
-                (Input::Ssh(input), Events::Ssh(events))
+                let (input, outputs) = command.halves();
+                (Input::Ssh(input), Outputs::Ssh(outputs))
             }
         }
     }
 
-    /// Feeds the command everything that `input` gives and keeps what it writes.
+    /// Feeds `input` to the command and keeps its output in memory.
     pub(super) async fn exchange(
         self,
         input: impl AsyncRead + Send + Unpin,
@@ -134,7 +135,7 @@ impl Running {
         self.run(input, Target::<Vec<Bytes>>::Memory(Vec::new()), &mut |_| (), limit).await
     }
 
-    /// Gives the command's standard output away as it comes, and shows all of its standard error whenever that grows.
+    /// Streams the command's standard output, and shows its whole standard error whenever that grows.
     pub(super) async fn receive<E: Display>(
         self,
         output: &mut (impl Sink<Bytes, Error = E> + Send + Unpin),
@@ -151,7 +152,7 @@ impl Running {
         show: &mut (dyn FnMut(&[u8]) + Send),
         limit: Option<Limit<'_>>,
     ) -> Result<Output, Error> {
-        let (stdin, mut events) = self.halves();
+        let (stdin, mut outputs) = self.halves();
         let moved = Moved(Mutex::new(Instant::now()));
         let feeding = feed(stdin, input, &moved);
         tokio::pin!(feeding);
@@ -159,32 +160,32 @@ impl Running {
         let mut stderr = Vec::new();
         loop {
             let limit = limit.map(|limit| limit(is_fed));
-            let event = tokio::select! {
-                event = events.next() => event?,
+            let item = tokio::select! {
+                item = outputs.next() => item?,
                 fed = &mut feeding, if !is_fed => {
                     fed?;
                     is_fed = true;
                     continue;
                 }
                 limit = moved.silence(limit) => {
-                    return Err(Error::TimedOut { what: "a byte to move".to_owned(), limit });
+                    return Err(Error::TimedOut { what: "a pause of the transfer".to_owned(), limit });
                 }
             };
             moved.now();
-            match event {
-                Event::Stdout(piece) => match &mut target {
+            match item {
+                Item::Stdout(piece) => match &mut target {
                     Target::Memory(stdout) => keep(stdout, &piece)?,
                     Target::Stream(output) => {
                         output.feed(piece).await.map_err(stream_error)?;
-                        // Whoever takes it may have taken long.
+                        // The receiver may have been slow.
                         moved.now();
                     }
                 },
-                Event::Stderr(piece) => {
+                Item::Stderr(piece) => {
                     keep(&mut stderr, &piece)?;
                     show(&stderr);
                 }
-                Event::Ended { exit, signal } => {
+                Item::Ended { exit, signal } => {
                     let stdout = match target {
                         Target::Memory(stdout) => stdout,
                         Target::Stream(mut output) => {
@@ -199,7 +200,7 @@ impl Running {
     }
 }
 
-/// Appends to what is kept of an output.
+/// Appends to a kept output.
 pub(super) fn keep(kept: &mut Vec<u8>, piece: &[u8]) -> Result<(), Error> {
     if kept.len() + piece.len() > OUTPUT_MAX {
         return Err(Error::TooMuchOutput);
@@ -209,15 +210,17 @@ pub(super) fn keep(kept: &mut Vec<u8>, piece: &[u8]) -> Result<(), Error> {
 }
 
 fn stream_error(error: impl Display) -> Error {
-    Error::file("what the command writes", error)
+    Error::file("the output of the command", error)
 }
 
-/// An input that cannot be read ends the command by force, so that it does not take a part for the whole.
+/// Feeds the input to the command. If the input cannot be read, the command is killed, so that it never takes a part for
+/// the whole.
 async fn feed(mut stdin: Input<'_>, mut input: impl AsyncRead + Send + Unpin, moved: &Moved) -> Result<(), Error> {
     let mut buffer = BytesMut::new();
     loop {
         buffer.reserve(PIECE);
-        let count = input.read_buf(&mut buffer).await.map_err(|error| Error::file("what the command is fed", error))?;
+        let count =
+            input.read_buf(&mut buffer).await.map_err(|error| Error::file("the input of the command", error))?;
         moved.now();
         if count == 0 {
             return stdin.end().await;

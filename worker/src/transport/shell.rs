@@ -1,17 +1,17 @@
-//! A shell that stays open: many scripts on one channel.
+//! A persistent shell: many scripts on one channel.
 
 use std::time::Duration;
 
 use bytes::Bytes;
 use tokio::time::timeout;
 
-use super::running::{Event, Running, keep};
+use super::running::{Item, Running, keep};
 use super::{Error, Output, quote};
 
-/// A shell of the site's machine that stays open.
+/// A persistent shell on the site's machine.
 #[derive(Debug)]
 pub struct Shell {
-    /// None when it is broken.
+    /// `None` once it is broken.
     running: Option<Running>,
 }
 
@@ -20,19 +20,19 @@ impl Shell {
         Self { running: Some(running) }
     }
 
-    /// Runs a script in a subshell of its own, with nothing as its standard input, and waits for its end. Programs that it
-    /// leaves in the background must have their outputs elsewhere.
+    /// Runs a script in its own subshell with empty standard input, and waits for its end. Background programs of the
+    /// script must redirect their outputs.
     ///
     /// # Errors
-    /// [`Error::TimedOut`], [`Error::TooMuchOutput`] and those of the transport break the shell: later runs are
-    /// [`Error::Broken`]. That the script fails is no error here; see [`Output::ok`].
+    /// [`Error::TimedOut`], [`Error::TooMuchOutput`] and errors of the transport break the shell: later runs return
+    /// [`Error::Broken`]. A script that fails is no error here; see [`Output::ok`].
     ///
     /// # Cancel safety
-    /// A run whose future is dropped breaks the shell.
+    /// Dropping the future of a run breaks the shell.
     pub async fn run(&mut self, script: &str, limit: Duration) -> Result<Output, Error> {
-        // Put back only after an answer that is whole, so that nothing is ever taken for the answer to another script.
+        // Put back only after a complete answer, so that output is never taken for the answer to another script.
         let Some(mut running) = self.running.take() else {
-            return Err(Error::Broken("an earlier script has broken the shell".to_owned()));
+            return Err(Error::Broken("an earlier script broke the shell".to_owned()));
         };
         let output = match timeout(limit, Box::pin(converse(&mut running, script))).await {
             Ok(output) => output?,
@@ -45,25 +45,25 @@ impl Shell {
 
 async fn converse(running: &mut Running, script: &str) -> Result<Output, Error> {
     let mark = format!("baton-{}", uuid::Uuid::new_v4().simple());
-    let (mut input, mut events) = running.halves();
+    let (mut input, mut outputs) = running.halves();
     let text = wrapped(script, &mark);
     let writing = input.write(Bytes::from(text));
     tokio::pin!(writing);
     let mut is_written = false;
     let (mut stdout, mut stderr) = (Marked::new(&mark), Marked::new(&mark));
     loop {
-        let event = tokio::select! {
-            event = events.next() => event?,
+        let item = tokio::select! {
+            item = outputs.next() => item?,
             written = &mut writing, if !is_written => {
                 written?;
                 is_written = true;
                 continue;
             }
         };
-        match event {
-            Event::Stdout(piece) => stdout.add(&piece)?,
-            Event::Stderr(piece) => stderr.add(&piece)?,
-            Event::Ended { .. } => return Err(Error::Broken("the shell has ended".to_owned())),
+        match item {
+            Item::Stdout(piece) => stdout.add(&piece)?,
+            Item::Stderr(piece) => stderr.add(&piece)?,
+            Item::Ended { .. } => return Err(Error::Broken("the shell has ended".to_owned())),
         }
         if let (Some((stdout, code)), Some((stderr, _))) = (stdout.between(), stderr.between()) {
             let exit = std::str::from_utf8(code).ok().and_then(|code| code.parse().ok());
@@ -73,16 +73,16 @@ async fn converse(running: &mut Running, script: &str) -> Result<Output, Error> 
     }
 }
 
-/// One output, with what an earlier script has left to it before the first mark.
+/// One output. Before the first mark it may contain output of an earlier script.
 struct Marked {
     begin: Vec<u8>,
     end: Vec<u8>,
     kept: Vec<u8>,
-    /// Behind the first mark.
+    /// The end of the first mark.
     from: Option<usize>,
-    /// Before the second mark.
+    /// The start of the second mark.
     to: Option<usize>,
-    /// There is no mark before this.
+    /// No mark starts before this position.
     looked: usize,
 }
 
@@ -109,7 +109,7 @@ impl Marked {
         self.kept[self.looked..].windows(word.len()).position(|window| window == word).map(|at| self.looked + at)
     }
 
-    /// What is between the marks, and what follows the second in its line; once that line is whole.
+    /// The bytes between the marks and the rest of the second mark's line, once that line is complete.
     fn between(&self) -> Option<(&[u8], &[u8])> {
         let (from, to) = (self.from?, self.to?);
         let after = &self.kept[to + self.end.len()..];
@@ -118,7 +118,7 @@ impl Marked {
     }
 }
 
-/// The script between two marks on both outputs, the second with its exit code.
+/// Encloses the script in two marks on both outputs; its exit code follows the second.
 fn wrapped(script: &str, mark: &str) -> String {
     let script = quote(script);
     format!(
@@ -131,7 +131,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn marks_are_found_however_the_output_is_cut() {
+    fn marks_are_found_in_any_pieces() {
         let whole = b"motd\nM\nline\nno end of lineM 3\n";
         for size in 1..=whole.len() {
             let mut marked = Marked::new("M");

@@ -1,4 +1,4 @@
-//! Commands by SSH: one connection, a channel for each command.
+//! Commands by SSH: one connection, and one channel for each command.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -17,47 +17,47 @@ use super::config::Route;
 use super::login::{self, Ending, LoggedIn, Verifier};
 use super::marks::{Endless, Marked, Marks};
 use super::proxy::Proxy;
-use super::running::Event;
+use super::running::Item;
 
 /// How long the server may take to open a channel.
 const OPEN_LIMIT: Duration = Duration::from_secs(30);
 
-/// How much longer than its limit a command may run on the other side when nobody ends it from here.
+/// How much longer than its limit a command may run at the site if it cannot be killed from here.
 const AFTER_LIMIT: Duration = Duration::from_secs(2);
 
-/// Most bytes of a command in the form in which it is sent: systems take 128 KiB in one argument.
+/// Most bytes of a command line: systems accept 128 KiB in one argument.
 const COMMAND_MAX: usize = 120 << 10;
 
-/// How long the server may take to close a channel whose command was killed.
+/// How long the server may take to close the channel of a killed command.
 const CLOSE_LIMIT: Duration = Duration::from_secs(5);
 
-/// A connection that has logged in. Clones are the same one.
+/// An authenticated connection. Clones share it.
 #[derive(Clone, Debug)]
 pub(super) struct Connection(Arc<Inner>);
 
 struct Inner {
     host: String,
     handle: Handle<Verifier>,
-    /// Those of the machines on the way, the nearest first. Their connections carry this one.
+    /// The jump hosts, the nearest first. Their connections carry this one.
     outer: Vec<Handle<Verifier>>,
-    /// The program that leads to the first machine; it is killed with the connection.
+    /// The program that connects to the first machine; it is killed with the connection.
     _proxy: Option<Proxy>,
     /// Why the connection has ended.
     ending: Ending,
-    /// What comes before and after the outputs of every command.
+    /// The marks around the outputs of every command.
     marks: Marks,
-    /// What closes channels whose owners are gone. Each task ends with the connection at the latest.
+    /// The tasks that close channels without owners. Each ends with the connection at the latest.
     closing: TaskTracker,
     channels: watch::Sender<Channels>,
     runtime: tokio::runtime::Handle,
 }
 
-/// What has become of the channels of a connection.
+/// Counts of the channels of a connection.
 #[derive(Clone, Copy, Debug, Default)]
 struct Channels {
-    /// Those that have no owner and are not closed yet: the server still counts them.
+    /// Channels without an owner that are not closed yet; the server still counts them.
     n_closing: usize,
-    /// Those that have been closed.
+    /// Channels that have been closed.
     n_released: u64,
 }
 
@@ -85,7 +85,7 @@ impl Connection {
         Ok(Self(Arc::new(inner)))
     }
 
-    /// Where what belongs to the connection runs.
+    /// The runtime of the connection's tasks.
     pub(super) fn runtime(&self) -> &tokio::runtime::Handle {
         &self.0.runtime
     }
@@ -95,7 +95,7 @@ impl Connection {
     }
 
     pub(super) async fn close(&self) {
-        // An error says that it is closed.
+        // An error means that it is closed.
         for handle in std::iter::once(&self.0.handle).chain(self.0.outer.iter().rev()) {
             let _ = handle.disconnect(Disconnect::ByApplication, "", "").await;
         }
@@ -109,13 +109,13 @@ impl Connection {
         Ok(())
     }
 
-    /// Why nothing goes any more.
+    /// The error of a closed connection.
     pub(super) fn broken(&self) -> Error {
         Error::Broken(self.0.ending.reason())
     }
 
-    /// Opens a channel, which is closed even if nobody waits for it any more. A server that has no room for one may have it
-    /// when those are closed that were given up before.
+    /// Opens a channel, which is closed even if the future is dropped. If the server refuses it, waits for abandoned
+    /// channels to close and tries again.
     async fn channel(&self) -> Result<Open, Error> {
         let mut channels = self.0.channels.subscribe();
         let mut n_settled = 0;
@@ -127,14 +127,14 @@ impl Connection {
             }
             let now = *channels.borrow_and_update();
             if now.n_released > n_settled {
-                // OpenSSH frees the place of a channel only when it has seen to everything that it has read with its close.
+                // OpenSSH releases a channel only after it has processed all data that it read with the close.
                 n_settled = now.n_released;
                 let limit = || Error::TimedOut { what: "a keepalive".to_owned(), limit: OPEN_LIMIT };
                 timeout(OPEN_LIMIT, self.ping()).await.map_err(|_| limit())??;
             } else if before.n_closing.max(now.n_closing) == 0 {
                 return opened;
             } else {
-                // It never ends with an error, since the connection has the sender.
+                // This cannot fail, since the connection owns the sender.
                 let _ = channels.wait_for(|channels| channels.n_released > n_settled).await;
             }
         }
@@ -150,7 +150,7 @@ impl Connection {
             let _ = opened_tx.send(channel.map(|channel| Open { channel: Some(channel), connection }));
             drop(answer);
         };
-        // If this is dropped before the answer, the server may count the channel until it is closed.
+        // If the future is dropped before the answer, the server may still count the channel.
         let _opening = Opening { connection: self.clone(), answered };
         self.0.closing.spawn_on(open, &self.0.runtime);
         match timeout(OPEN_LIMIT, opened).await {
@@ -161,7 +161,7 @@ impl Connection {
         }
     }
 
-    /// Closes a channel of which nothing more is wanted.
+    /// Closes an abandoned channel in the background.
     fn close_later(&self, close: impl Future<Output = ()> + Send + 'static) {
         self.0.channels.send_modify(|channels| channels.n_closing += 1);
         let connection = self.clone();
@@ -187,7 +187,7 @@ impl Connection {
         }
         let (read, write) = self.channel().await?.take().split();
         let input = Input(Some(write));
-        let events = Events {
+        let outputs = Outputs {
             read: Some(read),
             connection: self.clone(),
             stdout: self.0.marks.stdout(),
@@ -197,7 +197,7 @@ impl Connection {
             last: VecDeque::new(),
             has_ended: false,
         };
-        let command = Command { input, events };
+        let command = Command { input, outputs };
         match command.input.half().exec(true, command_line).await {
             Ok(()) => Ok(command),
             Err(_) => Err(self.broken()),
@@ -205,7 +205,7 @@ impl Connection {
     }
 }
 
-/// A channel that is being opened, until this is dropped.
+/// A channel that is being opened.
 struct Opening {
     connection: Connection,
     answered: CancellationToken,
@@ -220,16 +220,16 @@ impl Drop for Opening {
     }
 }
 
-/// A channel that is closed when this is dropped; the library's own is not.
+/// A channel that is closed on drop, unlike the library's.
 struct Open {
-    /// Until it is taken.
+    /// `None` once it is taken.
     channel: Option<russh::Channel<Msg>>,
     connection: Connection,
 }
 
 impl Open {
     fn take(mut self) -> russh::Channel<Msg> {
-        self.channel.take().expect("it is taken at the end only")
+        self.channel.take().expect("it is taken only here")
     }
 }
 
@@ -245,40 +245,40 @@ impl Drop for Open {
 #[derive(Debug)]
 pub(super) struct Command {
     input: Input,
-    events: Events,
+    outputs: Outputs,
 }
 
-/// The half of a channel that we write to; there until the command is dropped.
+/// The write half of a channel; `None` once the command is dropped.
 #[derive(Debug)]
 pub(super) struct Input(Option<ChannelWriteHalf<Msg>>);
 
 #[derive(Debug)]
-pub(super) struct Events {
-    /// There until the command is dropped.
+pub(super) struct Outputs {
+    /// `None` once the command is dropped.
     read: Option<ChannelReadHalf>,
     connection: Connection,
     stdout: Marked,
     stderr: Marked,
     exit: Option<i32>,
     signal: Option<String>,
-    /// What is still to be told when the channel is closed.
-    last: VecDeque<Event>,
+    /// Items that are still to be returned after the channel is closed.
+    last: VecDeque<Item>,
     has_ended: bool,
 }
 
 impl Command {
-    pub(super) fn halves(&mut self) -> (&Input, &mut Events) {
-        (&self.input, &mut self.events)
+    pub(super) fn halves(&mut self) -> (&Input, &mut Outputs) {
+        (&self.input, &mut self.outputs)
     }
 }
 
 impl Drop for Command {
     fn drop(&mut self) {
-        let Some(write) = self.input.0.take().filter(|_| !self.events.has_ended) else { return };
-        let Some(mut read) = self.events.read.take() else { return };
-        // The server keeps a place for the command until that has ended, whatever becomes of the channel. That it has ended is
-        // heard only on a channel that we have not closed.
-        self.events.connection.close_later(async move {
+        let Some(write) = self.input.0.take().filter(|_| !self.outputs.has_ended) else { return };
+        let Some(mut read) = self.outputs.read.take() else { return };
+        // The server counts the command until it has ended, even if the channel is closed, and it reports the end only on
+        // a channel that is still open.
+        self.outputs.connection.close_later(async move {
             let _ = write.signal(Sig::KILL).await;
             let _ = write.eof().await;
             if timeout(CLOSE_LIMIT, closed(&mut read)).await.is_err() {
@@ -290,11 +290,11 @@ impl Drop for Command {
 
 impl Input {
     fn half(&self) -> &ChannelWriteHalf<Msg> {
-        self.0.as_ref().expect("it is taken by the drop only")
+        self.0.as_ref().expect("only the drop takes it")
     }
 
     pub(super) async fn write(&self, piece: Bytes) -> Result<(), Error> {
-        // An error says that the connection has ended, which the events tell better.
+        // An error means that the connection has ended; the outputs report the reason.
         let _ = self.half().data_bytes(piece).await;
         Ok(())
     }
@@ -305,22 +305,22 @@ impl Input {
     }
 }
 
-impl Events {
-    pub(super) async fn next(&mut self) -> Result<Event, Error> {
+impl Outputs {
+    pub(super) async fn next(&mut self) -> Result<Item, Error> {
         loop {
-            if let Some(event) = self.last.pop_front() {
-                return Ok(event);
+            if let Some(item) = self.last.pop_front() {
+                return Ok(item);
             }
-            let read = self.read.as_mut().expect("it is taken by the drop only");
+            let read = self.read.as_mut().expect("only the drop takes it");
             match read.wait().await {
                 Some(ChannelMsg::Data { data }) => {
                     if let Some(data) = self.stdout.push(data).map_err(|Endless| self.endless())? {
-                        return Ok(Event::Stdout(data));
+                        return Ok(Item::Stdout(data));
                     }
                 }
                 Some(ChannelMsg::ExtendedData { data, ext: 1 }) => {
                     if let Some(data) = self.stderr.push(data).map_err(|Endless| self.endless())? {
-                        return Ok(Event::Stderr(data));
+                        return Ok(Item::Stderr(data));
                     }
                 }
                 Some(ChannelMsg::ExitStatus { exit_status }) => self.exit = Some(exit_status.cast_signed()),
@@ -333,37 +333,37 @@ impl Events {
         }
     }
 
-    /// Nothing more comes.
+    /// Handles the close of the channel.
     fn end(&mut self) -> Result<(), Error> {
         self.has_ended = true;
         self.connection.0.channels.send_modify(|channels| channels.n_released += 1);
         if !self.stdout.has_begun() {
-            // The login shell has ended without running anything. It may have told why.
+            // The login shell ended without running the command. It may have printed the reason.
             let why = String::from_utf8_lossy(&self.stdout.rest()).trim().to_owned();
             return Err(self.connection.refused(&format!("it runs no commands {why}")));
         }
         let (exit, signal) = match self.stdout.exit() {
-            // What a login does after the command may have another exit.
+            // The login shell may exit with another code after the command.
             Some(exit) => (Some(exit), None),
             None => (self.exit, self.signal.take()),
         };
         if exit.is_none() && signal.is_none() {
-            return Err(Error::Broken("the channel was closed before the command had ended".to_owned()));
+            return Err(Error::Broken("the channel was closed before the command ended".to_owned()));
         }
         if exit == Some(0) && !self.stdout.has_ended() {
-            return Err(Error::Broken("the command has ended without the end of its output".to_owned()));
+            return Err(Error::Broken("the command ended, but its output is incomplete".to_owned()));
         }
-        let rest = [Event::Stdout(self.stdout.rest()), Event::Stderr(self.stderr.rest())];
+        let rest = [Item::Stdout(self.stdout.rest()), Item::Stderr(self.stderr.rest())];
         self.last.extend(rest.into_iter().filter(|rest| match rest {
-            Event::Stdout(rest) | Event::Stderr(rest) => !rest.is_empty(),
-            Event::Ended { .. } => true,
+            Item::Stdout(rest) | Item::Stderr(rest) => !rest.is_empty(),
+            Item::Ended { .. } => true,
         }));
-        self.last.push_back(Event::Ended { exit, signal });
+        self.last.push_back(Item::Ended { exit, signal });
         Ok(())
     }
 
     fn endless(&self) -> Error {
-        self.connection.refused("its login shell prints without end")
+        self.connection.refused("its login shell printed too much before the command")
     }
 }
 
@@ -394,11 +394,11 @@ fn signal_text(signal: &Sig) -> String {
     }
 }
 
-/// What the login shell is given. Every shell passes it on alike: one word in single quotes, with no line end, no quote,
-/// no backslash pair and no `!` in it.
+/// The command line for the login shell. Every shell passes it on alike: one word in single quotes without line ends,
+/// quotes, double backslashes or `!`.
 fn command_line(command: &str, marks: &Marks, limit: Option<Duration>) -> String {
     let run = match limit {
-        // A server that does not pass our signals on would keep the command, and a place for it.
+        // A server that does not forward signals would keep the command running and count it.
         Some(limit) => format!(
             r#"command -v timeout >/dev/null && exec timeout -s KILL {} /bin/sh -c "$s" /bin/sh "$c"; exec /bin/sh -c "$s" /bin/sh "$c""#,
             (limit + AFTER_LIMIT).as_secs()
@@ -409,7 +409,7 @@ fn command_line(command: &str, marks: &Marks, limit: Option<Duration>) -> String
     format!(r#"exec /bin/sh -c 's=$(printf "%b" "{script}"); c=$(printf "%b" "{command}"); {run}'"#)
 }
 
-/// As `printf %b` reads it: everything but the plainest characters by its number.
+/// Escapes a text for `printf %b`: all but plain characters become octal numbers.
 fn escaped(text: &str) -> String {
     let mut escaped = String::with_capacity(text.len() * 2);
     for byte in text.bytes() {
@@ -436,7 +436,7 @@ mod tests {
     }
 
     #[test]
-    fn the_shell_runs_exactly_the_command() {
+    fn the_shell_runs_the_command_unchanged() {
         let command = "printf '%s|' 'it'\\''s' \"a  b\" '\\n' '!x' 'ä'; printf '%s' \"$0\"\nexit 3";
         for limit in [None, Some(Duration::from_secs(5))] {
             let marks = Marks::new();

@@ -1,4 +1,4 @@
-//! Files that are written past the page cache: they have to be on the disk before anything says that they are there, and the
+//! Files that are written without the page cache: they must be on the disk before they are reported as complete, and a
 //! copy in memory would only cost processor time.
 
 use std::fs::File;
@@ -7,16 +7,16 @@ use std::io::{self, Write};
 use bytes::{Buf, Bytes};
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 
-/// What positions in memory and in the file, and lengths, have to be multiples of. A file system that wants more says so.
+/// Alignment of memory, file positions and lengths. A file system that needs more reports an error.
 const ALIGN: usize = 4096;
 
-/// Bytes that are written at once: enough to keep a disk busy.
+/// Bytes written at a time: enough to keep a disk busy.
 const BLOCK_BYTES: usize = 1 << 20;
 
-/// Memory that is written at once.
+/// An aligned buffer for one write.
 #[derive(Debug)]
 pub(super) struct Block {
-    /// It begins at the first multiple in memory.
+    /// The block starts at the first aligned address in it.
     memory: Vec<u8>,
     begin: usize,
     n_filled: usize,
@@ -24,7 +24,7 @@ pub(super) struct Block {
 }
 
 impl Block {
-    /// One that is empty, for what comes behind so many bytes of the file. It ends at a multiple there.
+    /// An empty block for the data after `n_before` bytes of the file. Its end is aligned in the file.
     pub(super) fn behind(n_before: u64) -> Self {
         let memory = vec![0; BLOCK_BYTES + ALIGN];
         let begin = memory.as_ptr().align_offset(ALIGN);
@@ -32,7 +32,7 @@ impl Block {
         Self { memory, begin, n_filled: 0, n_full: BLOCK_BYTES - n_over }
     }
 
-    /// Takes as much of a piece as there is room for.
+    /// Takes as much of a piece as fits.
     pub(super) fn fill(&mut self, piece: &mut Bytes) {
         let count = piece.len().min(self.n_full - self.n_filled);
         let at = self.begin + self.n_filled;
@@ -48,24 +48,24 @@ impl Block {
         &self.memory[self.begin..self.begin + self.n_filled]
     }
 
-    /// Makes it empty, for what comes behind what ends at a multiple.
+    /// Empties the block, for data at an aligned position.
     pub(super) fn clear(&mut self) {
         self.n_filled = 0;
         self.n_full = BLOCK_BYTES;
     }
 }
 
-/// A file that is appended to.
+/// A file to append to.
 pub(super) struct Uncached {
     file: File,
     position: u64,
-    /// Not every file system can do without the page cache.
+    /// Whether the file system supports direct writes.
     is_possible: bool,
     is_direct: bool,
 }
 
 impl Uncached {
-    /// Goes on where the file stands, which is behind so many bytes.
+    /// Appends at the current position of the file, which is after `n_before` bytes.
     pub(super) fn new(file: File, n_before: u64) -> Self {
         Self { file, position: n_before, is_possible: true, is_direct: false }
     }
@@ -83,7 +83,7 @@ impl Uncached {
                     bytes = &bytes[count..];
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                // It wants other multiples, or none.
+                // The file system needs another alignment, or supports no direct writes.
                 Err(error) if error.kind() == io::ErrorKind::InvalidInput && self.is_direct => {
                     self.is_possible = false;
                     self.set_direct(false)?;
@@ -116,10 +116,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_written_in_any_pieces_is_there_as_it_was() {
+    fn data_written_in_any_pieces_is_complete() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("file");
-        // In the last case it goes past the page cache where the file system refuses that.
+        // In the last case the alignment is wrong, and the file system may refuse the direct write.
         for (n_before, told) in [(0, 0), (ALIGN, ALIGN), (5, 5), (ALIGN - 1, ALIGN - 1), (5, 0)] {
             let before = vec![7; n_before];
             std::fs::write(&path, &before).unwrap();

@@ -1,11 +1,11 @@
-//! Files that go to a site: one stream each, behind what has come before. It is written at its place and not appended, so
-//! that what a connection that was given up still brings are the same bytes once more.
+//! Uploads to a site: one stream for each file, which resumes an interrupted transfer. Data is written at its position,
+//! not appended, so late data of an abandoned connection only repeats the same bytes.
 //!
-//! A stream takes half the time of SFTP's requests and their answers, and `cat` says in the system's own words when a disk
-//! or a quota is full. What was cut is a shorter file, and never gets its name: `cat` ends well then, too.
+//! A stream takes half the time of SFTP's requests and answers, and `cat` reports a full disk or quota in the system's
+//! own words. An interrupted stream leaves a shorter file, which never gets its final name, although `cat` succeeds.
 //!
-//! The file is hashed there while it grows, from what stands there and not from the stream. Without Python there, it is
-//! hashed when it is whole.
+//! The site hashes the file while it grows, from the disk, not from the stream. Without Python at the site, the file is
+//! hashed when it is complete.
 
 use std::path::Path;
 use std::pin::Pin;
@@ -20,25 +20,24 @@ use super::{
     DIGEST, DIGEST_LIMIT, Error, HASHED_ON_THE_WAY_FROM, SILENCE_LIMIT, Session, digest_of, quote, quote_path,
 };
 
-/// Bytes that are read at once.
+/// Bytes read at a time.
 const PIECE: usize = 1 << 20;
 
-/// The exit for a file that has not come whole.
+/// The exit for an incomplete file.
 const CUT: i32 = 45;
 
-/// The exit for a file that is there, and cannot be hashed.
+/// The exit for a complete file that cannot be hashed.
 const UNREAD: i32 = 47;
 
-/// The exit of [`FOLLOW`] that has printed a digest: some other program of that name may say that it has ended well.
+/// The exit of [`FOLLOW`] after it printed a digest. Exit 0 may come from another program named `python3`.
 const FOLLOWED: i32 = 46;
 
-/// Hashes its standard input for as long as that stands at the part's name, and what it has not read then. It prints a
-/// digest only of the very file that stands at the target in the end, with the length that this should have. It ends with
-/// its parent, and at once if another program stands between them. (A pipe through a hashing program would take as much of
-/// the processor as the hashing.)
+/// Hashes its standard input while that file has the part's name, then the rest of it. It prints a digest only if the
+/// same file is the target in the end and has the expected size. It ends with its parent, and at once if another process
+/// is between them. (A pipe through a hashing program would cost as much processor time as the hashing.)
 ///
-/// Descriptor 3 is the pipe by which the file comes. It is made as large as Linux lets anyone: of the usual 64 KiB, who fills
-/// it and who empties it wait for each other after every piece (`tests/bench/sites files` shows what that takes).
+/// Descriptor 3 is the pipe of the upload. It is enlarged to the maximum for unprivileged users: with the default of 64
+/// KiB, writer and reader wait for each other after every piece (`tests/bench/sites files` measures the effect).
 const FOLLOW: &str = "
 import fcntl, hashlib, os, sys, time
 part, target, size, parent, followed = sys.argv[1], sys.argv[2], *map(int, sys.argv[3:])
@@ -71,7 +70,7 @@ with os.fdopen(0, 'rb', 0) as file:
             is_whole = True
 ";
 
-/// Writes one file there, and gives its SHA-256 there. See [`Session::put`].
+/// Writes one file to the site and returns its SHA-256 there. See [`Session::put`].
 pub(super) async fn put(
     session: &Session,
     from: &Path,
@@ -97,7 +96,7 @@ pub(super) async fn put(
         let program = quote(FOLLOW);
         (
             format!(
-                // In a subshell, `$$` is the number of another shell.
+                // In a subshell, `$$` is still the process id of the outer shell.
                 "exec 3<&0
                  parent=$(exec /bin/sh -c 'echo $PPID')
                  python3 -I -S -c {program} {part} {target} {size} \"$parent\" {FOLLOWED} < {part} 2> /dev/null &
@@ -114,21 +113,21 @@ pub(super) async fn put(
          mv -fT {part} {target} || exit 1
          {unless_followed} {{ echo; {DIGEST}; }} < {target} || exit {UNREAD}"
     );
-    // What comes last may be the hashing of all that came before the stream was cut.
+    // After the last byte the site may have to hash the part from earlier transfers.
     let limit = |is_fed| if is_fed { DIGEST_LIMIT } else { SILENCE_LIMIT };
     let output = session.send_within(&limit, &command, input).await?;
     let reason = |otherwise: &str| output.reason().unwrap_or_else(|| otherwise.to_owned());
     match output.exit {
         Some(0) => digest_of(&output.stdout),
-        Some(CUT) => Err(Error::file(to, "it has another length there; was it changed meanwhile?")),
+        Some(CUT) => Err(Error::file(to, "it has another size at the site; was it changed meanwhile?")),
         Some(UNREAD) => Err(Error::file(to, reason("it could not be read again"))),
-        // It says nothing of the file that somebody there ends commands.
-        None | Some(128..) => Err(Error::Broken("what writes the file was ended there".to_owned())),
+        // A killed command says nothing about the file.
+        None | Some(128..) => Err(Error::Broken("the command that writes the file was killed".to_owned())),
         Some(_) => Err(Error::file(part_path, reason("it could not be written"))),
     }
 }
 
-/// A file that tells how much of it has been read.
+/// A file that reports how much of it has been read.
 struct Counted<'a> {
     source: Take<File>,
     size: u64,

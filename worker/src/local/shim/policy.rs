@@ -1,26 +1,26 @@
-//! What the shim does next: pure decisions about events and times.
+//! The state machine of a shim: pure decisions from inputs and times.
 
 use std::time::{Duration, Instant};
 
 use super::wire::{EndedBy, Request};
 
-/// How long the shim goes on killing what does not die. What is still there then hangs in the kernel (a dead network
-/// file system) with its KILL pending, so waiting longer changes nothing.
+/// How long the shim keeps sending KILL. A process that is still there then hangs in the kernel (a dead network file
+/// system) with its KILL pending, so waiting longer changes nothing.
 pub(crate) const KILL_LIMIT: Duration = Duration::from_secs(30);
 
-/// The longest time between two looks at the clock of the lease, which counts on while the machine is suspended.
+/// The longest pause between two checks of the lease, whose clock runs while the machine is suspended.
 const LOOK_INTERVAL: Duration = Duration::from_secs(1);
 
-/// The first pause after a KILL; each one is twice as long as the one before, up to [`KILL_PAUSE_MAX`].
+/// The first pause after a KILL. Each pause doubles the last, up to [`KILL_PAUSE_MAX`].
 const KILL_PAUSE_MIN: Duration = Duration::from_millis(1);
 const KILL_PAUSE_MAX: Duration = Duration::from_millis(200);
 
-/// What happens to a shim.
+/// An input of the state machine.
 #[derive(Clone, Copy, Debug)]
-pub(super) enum Event {
-    /// The worker asks for something.
+pub(super) enum Input {
+    /// The worker sent a request.
     Asked(Request),
-    /// Standard input is at its end.
+    /// Standard input reached its end.
     WorkerGone,
     /// The program itself has ended.
     MainEnded,
@@ -30,7 +30,7 @@ pub(super) enum Event {
     Tick,
 }
 
-/// What a shim does about it.
+/// The action that follows an input.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Act {
     Nothing,
@@ -38,18 +38,18 @@ pub(super) enum Act {
     Term,
     /// Send KILL to everything.
     Kill,
-    /// Report how it ended.
+    /// Report the end of the program.
     Finish,
 }
 
-/// The present on both clocks.
+/// The current time on both clocks.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Now {
     pub(super) at: Instant,
     pub(super) boottime_ms: u64,
 }
 
-/// Where the shim is on the way from the start of the program to its end.
+/// The state of a shim between the start of its program and the end.
 #[derive(Debug)]
 pub(super) struct Policy {
     phase: Phase,
@@ -79,12 +79,12 @@ impl Policy {
         Self { phase: Phase::Running, ended_by: None, time_limit, grace, lease_ms, leased_at_ms }
     }
 
-    /// What made the program end, once something has.
+    /// What made the program end; `None` while it runs.
     pub(super) fn ended_by(&self) -> Option<EndedBy> {
         self.ended_by
     }
 
-    /// How long to wait for an event before the next tick.
+    /// How long to wait for an input before the next tick.
     pub(super) fn pause(&self, now: Now) -> Duration {
         let lease_left = Duration::from_millis(self.lease_ends_ms().saturating_sub(now.boottime_ms));
         let left = |until: Instant| until.saturating_duration_since(now.at);
@@ -95,19 +95,19 @@ impl Policy {
         }
     }
 
-    /// Takes in an event and says what is to be done about it.
-    pub(super) fn on(&mut self, event: Event, now: Now) -> Act {
-        match event {
-            Event::AllGone => Act::Finish,
-            Event::MainEnded => self.on_main_ended(now),
-            Event::WorkerGone => self.kill(EndedBy::WorkerGone, now),
-            Event::Asked(Request::Kill) => self.kill(EndedBy::Kill, now),
-            Event::Asked(Request::Term) => self.terminate(EndedBy::Term, now),
-            Event::Asked(Request::Renew { leased_at_ms }) => {
+    /// Handles an input and returns the action that follows.
+    pub(super) fn on(&mut self, input: Input, now: Now) -> Act {
+        match input {
+            Input::AllGone => Act::Finish,
+            Input::MainEnded => self.on_main_ended(now),
+            Input::WorkerGone => self.kill(EndedBy::WorkerGone, now),
+            Input::Asked(Request::Kill) => self.kill(EndedBy::Kill, now),
+            Input::Asked(Request::Term) => self.terminate(EndedBy::Term, now),
+            Input::Asked(Request::Renew { leased_at_ms }) => {
                 self.leased_at_ms = self.leased_at_ms.max(leased_at_ms);
                 Act::Nothing
             }
-            Event::Tick => self.on_tick(now),
+            Input::Tick => self.on_tick(now),
         }
     }
 
@@ -130,13 +130,13 @@ impl Policy {
 
     fn on_main_ended(&mut self, now: Now) -> Act {
         match self.phase {
-            // Usually nothing else is left, and the event that says so follows at once; otherwise the tick kills.
+            // Usually nothing else is left, and `AllGone` follows at once; otherwise the next tick sends KILL.
             Phase::Running => {
                 self.start_killing(EndedBy::Own, now);
                 Act::Nothing
             }
-            // What the program had started was asked to end as well, and it has the same time for it: `sh -c` ends at
-            // once, while the program in it still writes its last file.
+            // The children of the program received TERM as well and have the same grace: `sh -c` exits at once while the
+            // program in it still writes its last file.
             Phase::Terminating { .. } | Phase::Killing { .. } => Act::Nothing,
         }
     }
@@ -145,7 +145,7 @@ impl Policy {
         match self.phase {
             Phase::Running => {
                 self.ended_by = Some(why);
-                // A grace beyond what the clock can count is no limit in a lifetime, and then the lease is one.
+                // If the clock cannot represent the grace, use another limit; the lease ends the program anyway.
                 let until = now.at.checked_add(self.grace).unwrap_or(now.at + KILL_LIMIT);
                 self.phase = Phase::Terminating { until };
                 Act::Term
@@ -197,57 +197,57 @@ mod tests {
     }
 
     #[test]
-    fn a_program_that_ends_by_itself_takes_what_it_started_with_it() {
+    fn children_of_a_program_are_killed_when_it_exits() {
         let (mut policy, clock) = policy(None);
-        assert_eq!(policy.on(Event::MainEnded, clock.at(10)), Act::Nothing);
-        assert_eq!(policy.on(Event::Tick, clock.at(11)), Act::Kill);
-        assert_eq!(policy.on(Event::WorkerGone, clock.at(12)), Act::Nothing);
-        assert_eq!(policy.on(Event::AllGone, clock.at(13)), Act::Finish);
+        assert_eq!(policy.on(Input::MainEnded, clock.at(10)), Act::Nothing);
+        assert_eq!(policy.on(Input::Tick, clock.at(11)), Act::Kill);
+        assert_eq!(policy.on(Input::WorkerGone, clock.at(12)), Act::Nothing);
+        assert_eq!(policy.on(Input::AllGone, clock.at(13)), Act::Finish);
         assert_eq!(policy.ended_by(), Some(EndedBy::Own));
     }
 
     #[test]
-    fn the_time_limit_asks_first_and_kills_after_the_grace() {
+    fn the_time_limit_sends_term_and_after_the_grace_kill() {
         let (mut policy, clock) = policy(Some(100));
         assert_eq!(policy.pause(clock.at(0)), Duration::from_millis(100));
-        assert_eq!(policy.on(Event::Tick, clock.at(99)), Act::Nothing);
-        assert_eq!(policy.on(Event::Tick, clock.at(100)), Act::Term);
-        assert_eq!(policy.on(Event::Asked(Request::Term), clock.at(101)), Act::Nothing, "TERM is sent once");
-        assert_eq!(policy.on(Event::MainEnded, clock.at(200)), Act::Nothing, "the rest has the whole grace");
-        assert_eq!(policy.on(Event::Tick, clock.at(599)), Act::Nothing);
-        assert_eq!(policy.on(Event::Tick, clock.at(600)), Act::Kill);
+        assert_eq!(policy.on(Input::Tick, clock.at(99)), Act::Nothing);
+        assert_eq!(policy.on(Input::Tick, clock.at(100)), Act::Term);
+        assert_eq!(policy.on(Input::Asked(Request::Term), clock.at(101)), Act::Nothing, "TERM is sent once");
+        assert_eq!(policy.on(Input::MainEnded, clock.at(200)), Act::Nothing, "its children have the whole grace");
+        assert_eq!(policy.on(Input::Tick, clock.at(599)), Act::Nothing);
+        assert_eq!(policy.on(Input::Tick, clock.at(600)), Act::Kill);
         assert_eq!(policy.ended_by(), Some(EndedBy::TimeLimit));
     }
 
     #[test]
-    fn a_lease_that_is_renewed_lasts_and_one_that_is_not_kills() {
+    fn a_lease_that_is_not_renewed_kills_the_program() {
         let (mut policy, clock) = policy(None);
-        assert_eq!(policy.on(Event::Asked(Request::Renew { leased_at_ms: 9_000 }), clock.at(9_001)), Act::Nothing);
-        assert_eq!(policy.on(Event::Tick, clock.at(18_999)), Act::Nothing);
-        assert_eq!(policy.on(Event::Tick, clock.at(19_000)), Act::Kill);
+        assert_eq!(policy.on(Input::Asked(Request::Renew { leased_at_ms: 9_000 }), clock.at(9_001)), Act::Nothing);
+        assert_eq!(policy.on(Input::Tick, clock.at(18_999)), Act::Nothing);
+        assert_eq!(policy.on(Input::Tick, clock.at(19_000)), Act::Kill);
         assert_eq!(policy.ended_by(), Some(EndedBy::Lease));
     }
 
     #[test]
-    fn a_renewal_from_before_a_freeze_does_not_count_as_a_new_one() {
+    fn a_renewal_from_before_a_freeze_is_stale() {
         let (mut policy, clock) = policy(None);
-        assert_eq!(policy.on(Event::Asked(Request::Renew { leased_at_ms: 1_000 }), clock.at(60_000)), Act::Nothing);
-        assert_eq!(policy.on(Event::Tick, clock.at(60_000)), Act::Kill);
+        assert_eq!(policy.on(Input::Asked(Request::Renew { leased_at_ms: 1_000 }), clock.at(60_000)), Act::Nothing);
+        assert_eq!(policy.on(Input::Tick, clock.at(60_000)), Act::Kill);
     }
 
     #[test]
-    fn a_worker_that_is_gone_gives_no_grace() {
+    fn the_program_of_a_dead_worker_gets_no_grace() {
         let (mut policy, clock) = policy(None);
-        assert_eq!(policy.on(Event::Asked(Request::Term), clock.at(10)), Act::Term);
-        assert_eq!(policy.on(Event::WorkerGone, clock.at(20)), Act::Kill);
+        assert_eq!(policy.on(Input::Asked(Request::Term), clock.at(10)), Act::Term);
+        assert_eq!(policy.on(Input::WorkerGone, clock.at(20)), Act::Kill);
         assert_eq!(policy.ended_by(), Some(EndedBy::Term), "the first cause stays");
     }
 
     #[test]
-    fn what_cannot_be_killed_is_given_up_after_the_limit() {
+    fn unkillable_processes_are_given_up_after_the_limit() {
         let (mut policy, clock) = policy(None);
-        assert_eq!(policy.on(Event::Asked(Request::Kill), clock.at(0)), Act::Kill);
-        assert_eq!(policy.on(Event::Tick, clock.at(29_999)), Act::Kill);
-        assert_eq!(policy.on(Event::Tick, clock.at(30_000)), Act::Finish);
+        assert_eq!(policy.on(Input::Asked(Request::Kill), clock.at(0)), Act::Kill);
+        assert_eq!(policy.on(Input::Tick, clock.at(29_999)), Act::Kill);
+        assert_eq!(policy.on(Input::Tick, clock.at(30_000)), Act::Finish);
     }
 }

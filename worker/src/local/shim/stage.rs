@@ -1,8 +1,8 @@
 //! The second stage: the process that becomes the program.
 //!
-//! It exists because what has to be done between fork and exec (parent-death signal, session) is safe code only in a
-//! process of its own. It reads the program's environment from its standard input instead of having it, so a variable
-//! such as LD_LIBRARY_PATH acts on the program and not on this stage.
+//! It exists because the steps between fork and exec (parent-death signal, session) are safe code only in a separate
+//! process. It reads the program's environment from its standard input, so a variable such as LD_LIBRARY_PATH affects the
+//! program but not this stage.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -19,12 +19,12 @@ use serde::{Deserialize, Serialize};
 
 use crate::machine::{open_files, shortage};
 
-/// There is no such program: the shell's exit code for it.
+/// The shell's exit code for a program that does not exist.
 const EXIT_NOT_FOUND: u8 = 127;
-/// There is such a program but it could not be executed: the shell's exit code for it.
+/// The shell's exit code for a program that could not be executed.
 const EXIT_NOT_EXECUTABLE: u8 = 126;
 
-/// What the second stage becomes.
+/// The program that the second stage executes.
 #[derive(Serialize, Deserialize)]
 pub(super) struct Image {
     /// The shim's process id.
@@ -36,16 +36,16 @@ pub(super) struct Image {
     pub(super) open_files: Option<u64>,
 }
 
-/// Why the second stage did not become the program, as it tells the shim.
+/// The second stage's report to the shim that it could not execute the program.
 #[derive(Clone, Serialize, Deserialize)]
 pub(super) struct NotExecuted {
     pub(super) message: String,
     pub(super) errno: Option<i32>,
-    /// The machine lacks something. What is wrong with the program itself is the program's end.
+    /// The cause is a shortage of the machine. An error of the program itself counts as the program's end.
     pub(super) is_of_machine: bool,
 }
 
-/// A file in memory that holds the text and is read from its start. A pipe would have to be filled while it is read.
+/// Returns a file in memory with this text, at its start. A pipe would have to be filled while it is read.
 pub(super) fn memory_file(name: &str, text: &[u8]) -> io::Result<File> {
     let mut file = File::from(memfd_create(name, MemfdFlags::CLOEXEC)?);
     file.write_all(text)?;
@@ -53,16 +53,16 @@ pub(super) fn memory_file(name: &str, text: &[u8]) -> io::Result<File> {
     Ok(file)
 }
 
-/// Becomes the program. Standard input holds the [`Image`], standard output is a pipe on which a failure is told, and
+/// Becomes the program. Standard input holds the [`Image`], standard output is a pipe for the report of a failure, and
 /// standard error is the program's.
 pub(super) fn main() -> ExitCode {
-    // Standard output becomes the program's, so the way to the shim is kept under another number, which an exec closes:
-    // the shim then reads its end without a message.
+    // Standard output becomes the program's, so the pipe to the shim moves to another descriptor. A successful exec
+    // closes it, and the shim reads the end of the pipe without a message.
     let to_shim = io::stdout().as_fd().try_clone_to_owned().map(File::from);
     let (error, message, code, is_of_machine) = match become_program() {
         Ok((error, program)) => {
             let (message, code) = describe(&error, &program);
-            // A program file that is damaged, or on a disk that is, gives the same numbers as a disk of the worker's.
+            // A damaged program file gives the same errno as a damaged disk of the worker.
             let lack = shortage::lack_of(&error);
             let is_of_machine = matches!(lack, Some(Lack::OpenFiles | Lack::Memory | Lack::Processes));
             (error, message, code, is_of_machine)
@@ -81,7 +81,7 @@ pub(super) fn main() -> ExitCode {
     ExitCode::from(code)
 }
 
-/// Returns only if the program could not be executed, with why and its name.
+/// Returns only if the program could not be executed, with the error and its name.
 fn become_program() -> io::Result<(io::Error, String)> {
     let mut order = Vec::new();
     io::stdin().read_to_end(&mut order)?;
@@ -89,7 +89,7 @@ fn become_program() -> io::Result<(io::Error, String)> {
 
     setsid()?;
     set_parent_process_death_signal(Some(Signal::KILL))?;
-    // The signal is sent only for a death from now on.
+    // The parent may have died before the signal was requested.
     if getppid().map(Pid::as_raw_pid) != i32::try_from(image.parent).ok() {
         return Err(io::Error::other("the shim is gone"));
     }

@@ -1,4 +1,4 @@
-//! Starts the program, watches it, and ends it and everything that it left.
+//! The supervisor: starts the program, watches it, and ends it with all its descendants.
 
 use std::fs::{self, File};
 use std::io::{self, BufRead, Read, Write};
@@ -12,24 +12,24 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use rustix::process::{WaitOptions, WaitStatus, wait};
 
-use super::policy::{Act, Event, Now, Policy};
+use super::policy::{Act, Input, Now, Policy};
 use super::stage::{Image, NotExecuted, memory_file};
 use super::wire::{Ended, EndedBy, Order, Report, Request, Script};
 use super::{COMMAND, PROBE, STAGE, report, tree};
 use crate::machine::SELF;
 use crate::machine::clock::boottime_ms;
 
-/// What the two reading threads may have said without being heard: they wait for the main thread, which only ever waits for
-/// them, so more would change nothing.
-const EVENTS_MAX: usize = 16;
+/// Queue length from the two reading threads to the main thread, which only waits for them; a longer queue would change
+/// nothing.
+const SEEN_MAX: usize = 16;
 
-/// Bytes that a probe of the disk writes.
+/// Bytes that a disk probe writes.
 const PROBE_BYTES: usize = 4096;
 
-/// Room for `done.json`, which has a reason of some hundred bytes at most.
+/// Space reserved for `done.json`, whose reason has some hundred bytes at most.
 const DONE_BYTES: usize = 4096;
 
-/// Why a shim could not do its work.
+/// Why a shim could not run its program.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Error {
     #[error("could not write {path}: {source}")]
@@ -38,13 +38,13 @@ pub(super) enum Error {
     Start { cwd: String, source: io::Error },
     #[error("could not start a thread: {0}")]
     Thread(io::Error),
-    /// The second stage could not become the program, for a reason that lies in the machine.
+    /// The machine kept the second stage from executing the program.
     #[error("{message}")]
     Stage { message: String, errno: Option<i32> },
 }
 
 impl Error {
-    /// The operating system's number for it.
+    /// The errno of the operating system.
     pub(super) fn errno(&self) -> Option<i32> {
         match self {
             Self::Write { source, .. } | Self::Start { source, .. } | Self::Thread(source) => source.raw_os_error(),
@@ -53,7 +53,7 @@ impl Error {
     }
 }
 
-/// What a reading thread has seen.
+/// A message from a reading thread.
 enum Seen {
     Asked(Request),
     WorkerGone,
@@ -61,20 +61,20 @@ enum Seen {
     AllGone,
 }
 
-/// Runs the program to its end and writes `done.json`; nothing is left below this process when it comes back, except what
-/// the result counts as left behind.
+/// Runs the program to its end and writes `done.json`. No descendant is left when it returns, except those that
+/// `left_behind` counts.
 pub(super) fn run(order: &Order, input: impl BufRead + Send + 'static) -> Result<Ended, Error> {
-    let (seen_tx, seen_rx) = sync_channel(EVENTS_MAX);
+    let (seen_tx, seen_rx) = sync_channel(SEEN_MAX);
     let started = now();
     let started_at = unix_micros();
     let requests_tx = seen_tx.clone();
     let (main_tx, main_rx) = sync_channel(1);
-    // The threads first: where there is none for the shim, the program is not started.
+    // The threads come first: if the shim cannot have them, the program must not start.
     thread::Builder::new()
         .name("requests".into())
         .spawn(move || read_requests(input, &requests_tx))
         .and_then(|_| {
-            // A shim that starts no program has nothing to reap.
+            // Without a program there is nothing to reap.
             let reaper = move || {
                 if let Ok(main) = main_rx.recv() {
                     reap(main, &seen_tx)
@@ -83,9 +83,9 @@ pub(super) fn run(order: &Order, input: impl BufRead + Send + 'static) -> Result
             thread::Builder::new().name("reaper".into()).spawn(reaper)
         })
         .map_err(Error::Thread)?;
-    // The program's parent-death signal follows this thread, which is the last one of the shim.
+    // The program's parent-death signal is bound to this thread, which is the last of the shim to end.
     let (main, mut failure) = start(order)?;
-    // It has room for one, and the reaper waits for it.
+    // The channel holds one message, and the reaper waits for it.
     let _ = main_tx.send(main);
     report(&Report::Started { pid: main });
 
@@ -100,7 +100,7 @@ pub(super) fn run(order: &Order, input: impl BufRead + Send + 'static) -> Result
 
     let mut not_executed = Vec::new();
     if result.is_some() {
-        // The other end is closed since the program was executed or ended.
+        // The other end was closed when the program was executed or ended.
         let _ = failure.read_to_end(&mut not_executed);
     }
     let not_executed: Option<NotExecuted> = serde_json::from_slice(&not_executed).ok();
@@ -119,15 +119,17 @@ pub(super) fn run(order: &Order, input: impl BufRead + Send + 'static) -> Result
         system_ms,
         left_behind,
     };
-    // The worker hears of the end in any case. The program may have removed the folder; room for the file was made before.
+    // The report reaches the worker in any case. Writing can fail only if the program removed the folder, since the space
+    // is reserved.
     let _ = write_done(&order.done, &ended);
     Ok(ended)
 }
 
-/// Starts what a shim starts, two threads and a process, and writes a small file, if there is a folder for it.
+/// Probes the start of a program: starts two threads and a process, as a shim does, and writes a small file to the
+/// folder.
 pub(crate) fn try_start(folder: Option<&Path>) -> io::Result<()> {
     for name in ["requests", "reaper"] {
-        // It does nothing, and cannot panic.
+        // The thread does nothing and cannot panic.
         let _ = thread::Builder::new().name(name.into()).spawn(|| {})?.join();
     }
     let file = memory_file("image", b"{}")?;
@@ -135,7 +137,7 @@ pub(crate) fn try_start(folder: Option<&Path>) -> io::Result<()> {
     let mut command = Command::new(SELF);
     command.args([COMMAND, PROBE, PROBE]).env_clear().stdin(file).stdout(to_shim).spawn()?.wait()?;
     let Some(folder) = folder else { return Ok(()) };
-    // The root may be shared with a worker that probes at the same time, on another machine with the same number.
+    // Several machines may share the root, so the process id alone is not unique.
     write_probe(&folder.join(format!("{}-{}", std::process::id(), boottime_ms())))
 }
 
@@ -151,8 +153,8 @@ pub(crate) fn write_probe(path: &Path) -> io::Result<()> {
     written.and(removed)
 }
 
-/// Starts the second stage. Gives back its process id, which will be the program's, and the pipe on which it says why it
-/// could not become the program.
+/// Starts the second stage. Returns its process id, which becomes the program's, and the pipe on which it reports why it
+/// could not execute the program.
 fn start(order: &Order) -> Result<(u32, io::PipeReader), Error> {
     let create =
         |path: &Path| File::create(path).map_err(|source| Error::Write { path: path.display().to_string(), source });
@@ -161,7 +163,7 @@ fn start(order: &Order) -> Result<(u32, io::PipeReader), Error> {
     if let Some(script) = &order.script {
         write_script(script).map_err(|source| Error::Write { path: script.path.display().to_string(), source })?;
     }
-    // Where there is no room to say how the program ended, it is not started.
+    // Without space to record its end, the program must not start.
     make_room(&order.done).map_err(|source| Error::Write { path: order.done.display().to_string(), source })?;
     let spawn = || {
         let image = Image {
@@ -187,28 +189,28 @@ fn start(order: &Order) -> Result<(u32, io::PipeReader), Error> {
     spawn().map_err(|source| Error::Start { cwd: order.cwd.display().to_string(), source })
 }
 
-/// Lets time and events pass until nothing is left. Gives back how and when the program ended, if it did, and how many
-/// processes could not be ended.
+/// Feeds the state machine until it finishes. Returns how and when the program ended, if it did, and how many processes
+/// could not be ended.
 fn watch(policy: &mut Policy, main: u32, seen: &Receiver<Seen>) -> (Option<(WaitStatus, i64)>, u32) {
     let shim = std::process::id();
     let mut result = None;
     let mut n_left = 0;
     loop {
-        let event = match seen.recv_timeout(policy.pause(now())) {
-            Ok(Seen::Asked(request)) => Event::Asked(request),
-            Ok(Seen::WorkerGone) => Event::WorkerGone,
+        let input = match seen.recv_timeout(policy.pause(now())) {
+            Ok(Seen::Asked(request)) => Input::Asked(request),
+            Ok(Seen::WorkerGone) => Input::WorkerGone,
             Ok(Seen::MainEnded(status, at)) => {
                 result = Some((status, at));
-                Event::MainEnded
+                Input::MainEnded
             }
             Ok(Seen::AllGone) => {
                 n_left = 0;
-                Event::AllGone
+                Input::AllGone
             }
-            Err(RecvTimeoutError::Timeout) => Event::Tick,
-            Err(RecvTimeoutError::Disconnected) => Event::WorkerGone,
+            Err(RecvTimeoutError::Timeout) => Input::Tick,
+            Err(RecvTimeoutError::Disconnected) => Input::WorkerGone,
         };
-        match policy.on(event, now()) {
+        match policy.on(input, now()) {
             Act::Nothing => {}
             Act::Term => tree::terminate(shim, main),
             Act::Kill => n_left = tree::kill(shim),
@@ -226,12 +228,12 @@ fn read_requests(input: impl BufRead, seen: &SyncSender<Seen>) {
             return;
         }
     }
-    // Nobody hears it if everything has ended already.
+    // The receiver is gone if everything has ended already.
     let _ = seen.send(Seen::WorkerGone);
 }
 
-/// Waits for every child, also for those that only became the shim's when their parents ended. A process below the shim
-/// always has a living chain of parents up to it, so without a child nothing at all is left.
+/// Waits for every child, including orphans that the shim inherited. Every descendant has a living chain of parents up to
+/// the shim, so when no child is left, no descendant is.
 fn reap(main: u32, seen: &SyncSender<Seen>) {
     loop {
         let said = match wait(WaitOptions::empty()) {
@@ -256,19 +258,19 @@ fn write_script(script: &Script) -> io::Result<()> {
     fs::set_permissions(&script.path, fs::Permissions::from_mode(mode))
 }
 
-/// Fills the file from which `done.json` is made.
+/// Reserves the space for `done.json`.
 fn make_room(path: &Path) -> io::Result<()> {
     open_part(path)?.1.write_all(&[b' '; DONE_BYTES])
 }
 
-/// Opens the file from which `done.json` is made, without giving its room back.
+/// Opens the file that becomes `done.json` without releasing its space.
 fn open_part(path: &Path) -> io::Result<(PathBuf, File)> {
     let part = path.with_extension("part");
     let file = File::options().write(true).create(true).truncate(false).open(&part)?;
     Ok((part, file))
 }
 
-/// Writes under another name, then renames: whoever sees `done.json` sees all of it.
+/// Writes under another name, then renames, so `done.json` is complete as soon as it exists.
 fn write_done(path: &Path, ended: &Ended) -> io::Result<()> {
     let (part, mut file) = open_part(path)?;
     let text = serde_json::to_vec(ended)?;

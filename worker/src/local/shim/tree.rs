@@ -12,12 +12,12 @@ struct Entry {
     group: i32,
 }
 
-/// Sends TERM once to every process below `root` (a program may take a second one for "at once"), and wakes those that are
-/// stopped, which could not act on it. `main` leads a process group: all of it is reached in one call.
+/// Sends TERM once to every process below `root`, since programs may take a second TERM for "at once". Sends CONT too,
+/// since a stopped process cannot handle TERM. `main` leads a process group, which one call reaches.
 pub(super) fn terminate(root: u32, main: u32) {
     let group = to_raw(main);
     if signal_group(group, Signal::TERM).is_none() {
-        // There is no such group yet: the program has only just been started and has not forked.
+        // The group does not exist yet: the program has just started and has not forked.
         let _ = signal_process(group, Signal::TERM);
     }
     let _ = signal_group(group, Signal::CONT);
@@ -29,8 +29,8 @@ pub(super) fn terminate(root: u32, main: u32) {
     }
 }
 
-/// Sends KILL to every process below `root`, and to their groups: a signal to a group also reaches what a member of it is
-/// forking at this moment. Gives back how many there were; call it until none is left.
+/// Sends KILL to every process below `root` and to their groups: a signal to a group also reaches a child that a member
+/// is forking at this moment. Returns the number of processes; call it until none is left.
 pub(super) fn kill(root: u32) -> usize {
     let found = below(root);
     let own_group = read_entry(to_raw(root)).map(|entry| entry.group);
@@ -44,12 +44,12 @@ pub(super) fn kill(root: u32) -> usize {
     found.len()
 }
 
-/// Sends KILL to every process of this user whose environment has the variable. Gives back how many there were. This finds
-/// what a shim that was killed has left: nothing else connects it any more.
+/// Sends KILL to every process of this user whose environment has the variable. Returns the number of processes. Nothing
+/// else identifies the processes of a shim that was killed.
 pub(crate) fn kill_marked(name: &str, value: &str) -> usize {
     let wanted = format!("{name}={value}");
     let is_marked = |pid: &i32| {
-        // An environment cannot be read after its process has ended, and only by its user.
+        // An environment is readable only for its user, and only until the process ends.
         let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
         environment.split(|&byte| byte == 0).any(|variable| variable == wanted.as_bytes())
     };
@@ -60,8 +60,8 @@ pub(crate) fn kill_marked(name: &str, value: &str) -> usize {
     marked.len()
 }
 
-/// The resident memory of every process below `root`, in bytes. What is shared is counted for each. It walks from parent to
-/// child, so its cost does not grow with the machine.
+/// The resident memory of every process below `root`, in bytes. Shared memory counts for each process. The walk goes from
+/// parent to child, so its cost does not grow with the machine.
 pub(crate) fn memory_bytes(root: u32) -> u64 {
     let mut total = 0;
     let mut parents = vec![to_raw(root)];
@@ -77,7 +77,7 @@ pub(crate) fn memory_bytes(root: u32) -> u64 {
     total
 }
 
-/// Processor time of all children that the calling process has waited for, and of all that those have waited for, in
+/// Processor time of all children that the calling process has waited for, and of their waited-for children, in
 /// milliseconds: in user mode and in the kernel.
 pub(super) fn children_times_ms() -> (u64, u64) {
     // The unit of these fields is 1/100 s on every Linux, whatever the kernel's own tick is.
@@ -93,7 +93,7 @@ fn below(root: u32) -> BTreeMap<i32, Entry> {
     let all: BTreeMap<i32, Entry> = all_pids().filter_map(|pid| Some((pid, read_entry(pid)?))).collect();
     let is_below = |pid: i32| {
         let mut ancestor = pid;
-        // The bound is for a table that changed while it was read and goes round in a circle.
+        // The bound guards against a cycle in a table that changed while it was read.
         for _ in 0..all.len() {
             match all.get(&ancestor) {
                 Some(entry) if entry.parent == root => return true,
@@ -111,7 +111,7 @@ fn all_pids() -> impl Iterator<Item = i32> {
     entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok())
 }
 
-/// `None` for what has ended, also if nobody has waited for it yet.
+/// Reads a process; `None` if it has ended, also as a zombie.
 fn read_entry(pid: i32) -> Option<Entry> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     let mut fields = stat_fields(&stat);
@@ -144,7 +144,7 @@ fn signal_process(pid: i32, signal: Signal) -> Option<()> {
 }
 
 fn signal_group(group: i32, signal: Signal) -> Option<()> {
-    // Group 1 would be every process of the machine.
+    // Group 1 would address every process of the machine.
     let group = Pid::from_raw(group).filter(|group| !group.is_init())?;
     kill_process_group(group, signal).ok()
 }

@@ -1,4 +1,4 @@
-//! What a worker and a shim say to each other: an order and requests go in, reports come out, one line each.
+//! The messages between a worker and a shim: an order and requests go in, reports come out, one line each.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -7,136 +7,136 @@ use serde::{Deserialize, Serialize};
 
 use crate::local::user::Ids;
 
-/// What to run, and how: the first line that a shim reads, as JSON. It cannot be printed by accident: it holds secrets.
+/// The program to run: the first line that a shim reads, as JSON. Not `Debug`, since it holds secrets.
 #[derive(Clone, Serialize, Deserialize)]
 pub struct Order {
     /// The program and its arguments; never empty.
     pub argv: Vec<String>,
     /// A script to be written before the program starts.
     pub script: Option<Script>,
-    /// As whom everything is done; as whom the worker is, if absent.
+    /// The user of the program; the worker's user if absent.
     pub user: Option<Ids>,
-    /// The whole environment. It travels here and not in arguments, because it may hold secrets.
+    /// The whole environment. Not in the arguments, since it may hold secrets.
     pub env: BTreeMap<String, String>,
     /// The program's working directory.
     pub cwd: PathBuf,
-    /// What the program reads from its standard input; nothing if absent.
+    /// The standard input of the program; empty if absent.
     pub stdin: Option<String>,
-    /// Where the program's standard output goes; made empty at the start.
+    /// The file for the program's standard output; truncated at the start.
     pub stdout: PathBuf,
-    /// Where the program's standard error goes; made empty at the start.
+    /// The file for the program's standard error; truncated at the start.
     pub stderr: PathBuf,
-    /// Where the [`Ended`] is written at the end, under this name only once it is whole.
+    /// The file for the [`Ended`]; it appears under this name only when it is complete.
     pub done: PathBuf,
-    /// How long the program may run.
+    /// The time limit of the program.
     pub time_limit_ms: Option<u64>,
-    /// How long the program has between TERM and KILL.
+    /// The time between TERM and KILL.
     pub grace_ms: u64,
-    /// How long a lease lasts after a renewal.
+    /// The duration of a lease after a renewal.
     pub lease_ms: u64,
-    /// When the lease was renewed last, on CLOCK_BOOTTIME.
+    /// The time of the last renewal, on CLOCK_BOOTTIME.
     pub leased_at_ms: u64,
-    /// How many files the program may have open; as many as the shim if absent.
+    /// The program's limit of open files; the shim's if absent.
     pub open_files: Option<u64>,
 }
 
-/// A script, and where it goes. The shim writes it: as the user whose folder that is.
+/// A script and its path. The shim writes it, as the user who owns the folder.
 #[derive(Clone, Serialize, Deserialize)]
 pub struct Script {
-    /// The file.
+    /// The path of the file.
     pub path: PathBuf,
-    /// What it holds.
+    /// The content.
     pub text: String,
-    /// Whether it is executed itself, as its first line names an interpreter.
+    /// Whether the file itself is executed, because its first line names an interpreter.
     pub is_executable: bool,
 }
 
-/// What a worker asks of a shim whose program runs.
+/// A request of the worker to a shim whose program runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Request {
-    /// The lease was renewed at this time on CLOCK_BOOTTIME. The time travels with it, so that a renewal that lay in the
-    /// pipe while the machine was frozen does not count as a new one.
+    /// The lease was renewed at this time. The time is part of the request, so a renewal that waited in the pipe while
+    /// the machine was frozen does not count as new.
     Renew {
         /// Milliseconds on CLOCK_BOOTTIME.
         leased_at_ms: u64,
     },
-    /// TERM, and after the grace KILL.
+    /// Send TERM, and KILL after the grace.
     Term,
-    /// KILL at once.
+    /// Send KILL at once.
     Kill,
 }
 
-/// What a shim says, as one line of JSON.
+/// A report of a shim, as one line of JSON.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Report {
-    /// The program has a process of its own.
+    /// The program has started.
     Started {
-        /// The id of that process.
+        /// Its process id.
         pid: u32,
     },
-    /// The program has ended, and nothing of it is left.
+    /// The program and all its descendants have ended.
     Ended(Ended),
-    /// The shim could not start the program, for a reason that lies in the machine. Nothing was run.
+    /// The machine kept the shim from starting the program. Nothing was run.
     Failed {
-        /// What went wrong.
+        /// The error.
         message: String,
-        /// The operating system's number for it, if it has one.
+        /// The errno of the operating system, if there is one.
         errno: Option<i32>,
     },
 }
 
-/// How a program ended; also what `done.json` holds.
+/// How a program ended; also the content of `done.json`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Ended {
-    /// The program's exit code, if it exited: 127 if there is no such program, 126 if it could not be executed.
+    /// The program's exit code, if it exited: 127 if it does not exist, 126 if it could not be executed.
     pub exit: Option<i32>,
-    /// The signal that ended the program, if one did.
+    /// The signal that ended the program, if any.
     pub signal: Option<i32>,
-    /// What made it end.
+    /// What made the program end.
     pub ended_by: EndedBy,
-    /// Why the program could not be executed at all. The same sentence stands on its standard error.
+    /// Why the program could not be executed. Its standard error has the same text.
     pub not_started: Option<String>,
-    /// When it started, in microseconds since 1970.
+    /// The start time, in microseconds since 1970.
     pub started_at: i64,
-    /// When it ended, in microseconds since 1970.
+    /// The end time, in microseconds since 1970.
     pub ended_at: i64,
-    /// Processor time of the program and of all that it started, in user mode.
+    /// Processor time of the program and its descendants, in user mode.
     pub user_ms: u64,
-    /// Processor time of the program and of all that it started, in the kernel.
+    /// Processor time of the program and its descendants, in the kernel.
     pub system_ms: u64,
-    /// How many processes were still there although they had been sent KILL for half a minute: they hang in the kernel,
-    /// and will end when it lets them go, or they belong to another user.
+    /// The number of processes that survived KILL for half a minute: they hang in the kernel and end when it releases
+    /// them, or they belong to another user.
     pub left_behind: u32,
 }
 
 impl Ended {
-    /// Whether the program was ended because it had used up its time.
+    /// Whether the program was ended for exceeding its time limit.
     pub fn timed_out(&self) -> bool {
         self.ended_by == EndedBy::TimeLimit
     }
 }
 
-/// What made a program end: the first of these that happened.
+/// What made a program end; the first cause counts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum EndedBy {
-    /// It ended by itself.
+    /// It exited by itself.
     Own,
-    /// It had used up its time.
+    /// It exceeded its time limit.
     TimeLimit,
-    /// The worker asked for TERM.
+    /// The worker requested TERM.
     Term,
-    /// The worker asked for KILL.
+    /// The worker requested KILL.
     Kill,
-    /// Nobody renewed the worker's lease.
+    /// The worker's lease was not renewed.
     Lease,
     /// The worker closed its end of the pipe, or died.
     WorkerGone,
 }
 
 impl Request {
-    /// The request as the line that stands for it, with its end.
+    /// The request as a line, with its line end.
     pub(crate) fn to_line(self) -> String {
         match self {
             Self::Renew { leased_at_ms } => format!("renew {leased_at_ms}\n"),
@@ -145,7 +145,7 @@ impl Request {
         }
     }
 
-    /// Reads a line; `None` if it is no request.
+    /// Parses a line; `None` if it is not a request.
     pub(crate) fn from_line(line: &str) -> Option<Self> {
         match line.trim_end() {
             "term" => Some(Self::Term),
@@ -163,7 +163,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_request_is_read_as_it_was_written() {
+    fn every_request_round_trips() {
         for request in [Request::Renew { leased_at_ms: 12_345 }, Request::Term, Request::Kill] {
             assert_eq!(Request::from_line(&request.to_line()), Some(request));
         }

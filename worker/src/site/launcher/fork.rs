@@ -1,18 +1,18 @@
-//! Programs of their own on a machine that has no scheduler.
+//! The launcher for machines without a scheduler: each job is a session of the operating system.
 
 use baton_common::config;
 use baton_common::spec::{OnSite, Spec};
 use baton_common::store::site::Job;
 
-use super::{Launcher, Listed};
+use super::{End, Launcher, Listed};
 use crate::transport::Output;
 
 mod sessions;
 
-/// A program in a session of its own, which nobody looks after.
+/// Starts each job in a new session.
 pub(crate) struct Fork;
 
-/// What says which process it is: its number and when it started, since numbers come again.
+/// Identifies the script's shell by its process id and its start time, since process ids are reused.
 const JOB_ID: &str = "$$.$(baton cut -d ' ' -f 22 /proc/$$/stat)";
 
 impl Launcher for Fork {
@@ -33,7 +33,7 @@ impl Launcher for Fork {
     }
 
     fn submit(&self) -> &'static str {
-        // The answer must not wait for the program: nothing of this command's streams is left to it.
+        // The program must inherit no stream of this command, or the answer would wait for its end.
         "{ setsid /bin/sh .baton/run.sh < /dev/null > .baton/launcher.out 2>&1 & \
          echo \"$!.$(cut -d ' ' -f 22 /proc/$!/stat)\"; }"
     }
@@ -61,6 +61,14 @@ impl Launcher for Fork {
 
     fn waiting(&self) -> Option<&'static str> {
         None
+    }
+
+    fn is_first_wait(&self, _status: &str) -> bool {
+        false
+    }
+
+    fn end(&self, _status: &str) -> End {
+        End::Unknown
     }
 
     fn confirm(&self, _external_ids: &[&str]) -> Option<String> {

@@ -1,17 +1,18 @@
-//! Slurm by its commands.
+//! The launcher for Slurm, by its commands.
 
 use baton_common::config;
 use baton_common::spec::{OnSite, Spec};
 use baton_common::store::site::Job;
 
-use super::{Launcher, Listed};
+use super::{End, Launcher, Listed};
 use crate::transport::{Output, quote};
 
 mod header;
 mod list;
+mod state;
 mod submission;
 
-/// Slurm, from 20.11 on.
+/// Slurm 20.11 or later.
 pub(crate) struct Slurm;
 
 impl Launcher for Slurm {
@@ -20,13 +21,13 @@ impl Launcher for Slurm {
     }
 
     fn trap(&self) -> &'static str {
-        // Both layers are of one process group, so the outer one outlives a signal that the program sends to its group
-        // (`kill 0`), and says that there was one: it can as well be Slurm's.
+        // Both layers share a process group. The outer one must survive a signal that the program sends to its group
+        // (`kill 0`). It records the signal, which may as well come from Slurm.
         "trap baton_signalled=true TERM INT HUP\n"
     }
 
     fn time_limit(&self, _spec: &Spec) -> Option<u64> {
-        // Slurm keeps the time itself, and may know the processes of a job by their group.
+        // Slurm enforces the limit itself, and may track the processes of a job by their group.
         None
     }
 
@@ -60,6 +61,14 @@ impl Launcher for Slurm {
 
     fn waiting(&self) -> Option<&'static str> {
         Some("timeout -k 10 10 squeue -h -t PENDING -o %Q")
+    }
+
+    fn is_first_wait(&self, status: &str) -> bool {
+        status == state::PENDING
+    }
+
+    fn end(&self, status: &str) -> End {
+        state::end(status)
     }
 
     fn confirm(&self, external_ids: &[&str]) -> Option<String> {

@@ -1,4 +1,4 @@
-//! What the script of a job does, run by the shells of this machine.
+//! Tests of a job's script, run by the shells of this machine.
 
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
@@ -20,7 +20,7 @@ fn script(text: &str) -> Spec {
     spec(Work::Script { text: text.to_owned() })
 }
 
-/// Writes the files of a job and runs it, as its launcher does.
+/// Writes the files of a job and runs it as its launcher does.
 fn run_at(spec: &Spec, site: &config::Site, dir: &Path) -> Output {
     std::fs::create_dir_all(dir.join(FOLDER)).unwrap();
     let script = Script {
@@ -54,7 +54,7 @@ fn said(dir: &Path, file: &str) -> String {
     std::fs::read_to_string(dir.join(FOLDER).join(file)).unwrap_or_default()
 }
 
-/// A folder, and a program that leaves a line in it whenever it is started.
+/// A folder, and a program that adds a line to a file in it at each start.
 fn witness(more: &str) -> (tempfile::TempDir, String) {
     let dir = tempfile::tempdir().unwrap();
     let text = format!("echo x >> '{}/ran'\n{more}", dir.path().display());
@@ -66,7 +66,7 @@ fn times_run(dir: &Path) -> usize {
 }
 
 #[test]
-fn a_script_runs_its_program_once_and_says_how_it_ended() {
+fn a_script_runs_its_program_once_and_reports_its_end() {
     let dir = tempfile::tempdir().unwrap();
     let dir = dir.path().join("with 'quotes' and $signs = more");
     let argv = ["sh", "-c", "cat; echo \"$0 $GREETING $MORE\"; echo x >> ran; exit 3", "it's"].map(str::to_owned);
@@ -84,9 +84,9 @@ fn a_script_runs_its_program_once_and_says_how_it_ended() {
     assert_eq!(std::fs::read_to_string(dir.join("ran")).unwrap(), "x\n");
 }
 
-/// What a line of `pre` does to its shell, its environment or its processes does not reach Baton's own commands.
+/// Changes of `pre` to its shell, environment or processes do not reach Baton's own commands.
 #[test]
-fn whatever_runs_before_a_program_does_not_break_the_end_of_its_job() {
+fn the_lines_of_pre_cannot_break_the_end_of_a_job() {
     let lines = [
         "export PATH=/nowhere",
         "unset PATH HOME",
@@ -116,7 +116,7 @@ fn whatever_runs_before_a_program_does_not_break_the_end_of_its_job() {
             let (dir, text) = witness("exit 7");
             let mut spec = spec(Work::Run { argv: vec!["/bin/sh".into(), "-c".into(), text] });
             if line.contains("ulimit") {
-                // It cannot write a line either.
+                // This program cannot write a line either.
                 spec.what = Work::Run { argv: vec!["/bin/sh".into(), "-c".into(), "exit 7".into()] };
                 std::fs::write(dir.path().join("ran"), "x\n").unwrap();
             }
@@ -130,7 +130,7 @@ fn whatever_runs_before_a_program_does_not_break_the_end_of_its_job() {
 }
 
 #[test]
-fn what_breaks_before_the_program_is_told_with_what_the_shell_said() {
+fn a_failure_before_the_program_is_reported_with_the_message_of_the_shell() {
     let lines = [
         ("false", 1, ""),
         ("exit 5", 5, ""),
@@ -159,9 +159,9 @@ fn what_breaks_before_the_program_is_told_with_what_the_shell_said() {
     }
 }
 
-/// Under Slurm both layers are of the program's group.
+/// Under Slurm both layers share the process group of the program.
 #[test]
-fn a_program_that_signals_its_whole_group_ends_as_it_ends() {
+fn a_program_that_signals_its_whole_group_keeps_its_exit_code() {
     for (text, exit) in [
         ("trap '' TERM; kill 0; exit 7", 7),
         ("kill 0; sleep 60", 143),
@@ -178,9 +178,9 @@ fn a_program_that_signals_its_whole_group_ends_as_it_ends() {
     assert!(!done(dir.path()).unwrap().signalled);
 }
 
-/// Only root can make a small disk.
+/// Only root can mount a small disk.
 #[test]
-fn a_script_that_finds_no_room_runs_nothing_and_does_not_say_that_it_ran_before() {
+fn a_script_without_disk_space_runs_nothing_and_does_not_take_the_try() {
     let dir = tempfile::tempdir().unwrap();
     let mount = Command::new("mount").args(["-t", "tmpfs", "-o", "nr_inodes=10", "tmpfs"]).arg(dir.path()).output();
     if !mount.unwrap().status.success() {
@@ -200,7 +200,7 @@ fn a_script_that_finds_no_room_runs_nothing_and_does_not_say_that_it_ran_before(
 }
 
 #[test]
-fn a_line_before_the_program_may_go_elsewhere_and_set_up_what_it_needs() {
+fn a_line_of_pre_may_change_the_folder_and_the_environment() {
     let elsewhere = tempfile::tempdir().unwrap();
     let dir = tempfile::tempdir().unwrap();
     let mut spec = script("cat > here; echo \"$WHAT\" >> here; exit 7");
@@ -213,7 +213,7 @@ fn a_line_before_the_program_may_go_elsewhere_and_set_up_what_it_needs() {
 }
 
 #[test]
-fn a_variable_of_any_name_reaches_the_program_and_nothing_else() {
+fn variables_of_any_name_reach_only_the_program() {
     let names =
         ["my-var", "X; touch f; Y", "-u", "-", "a b", "1", "é", "$(touch f)", "'", "a\nb", "PATH", "IFS", "baton_over"];
     let vars = names.map(|name| (name.to_owned(), format!("the {name} 'of' $HOME\n")));
@@ -241,7 +241,7 @@ fn a_variable_of_any_name_reaches_the_program_and_nothing_else() {
 }
 
 #[test]
-fn a_program_that_is_not_found_is_started_once_and_says_so() {
+fn a_program_that_is_not_found_counts_as_started() {
     for (argv, path) in [(["nothing-of-this-name"], None), (["date"], Some("/opt/qe/bin:$PATH")), (["a=b"], None)] {
         let dir = tempfile::tempdir().unwrap();
         let mut spec = spec(Work::Run { argv: argv.map(str::to_owned).to_vec() });
@@ -254,7 +254,7 @@ fn a_program_that_is_not_found_is_started_once_and_says_so() {
 }
 
 #[test]
-fn words_of_a_program_are_taken_literally() {
+fn the_words_of_a_program_are_literal() {
     let dir = tempfile::tempdir().unwrap();
     let bin = dir.path().join("x=y");
     std::fs::write(&bin, "#!/bin/sh\nprintf '%s|' \"$@\"\n").unwrap();
@@ -269,7 +269,7 @@ fn words_of_a_program_are_taken_literally() {
 }
 
 #[test]
-fn a_script_is_run_by_what_its_first_line_names() {
+fn a_script_is_run_by_the_interpreter_of_its_first_line() {
     let python = "import sys; print(sys.argv[0].endswith('.baton/script'), sys.stdin.read())\n";
     for (text, expected) in [
         (format!("#!/usr/bin/env python3\n{python}"), "True in\n"),
@@ -292,7 +292,7 @@ fn a_script_is_run_by_what_its_first_line_names() {
 }
 
 #[test]
-fn a_site_says_which_shell_runs_the_lines_before_a_program_and_scripts() {
+fn the_shell_of_a_site_runs_pre_and_scripts() {
     let pre = "arrays=(1 2); source /dev/null; f() { echo of-pre; }; export -f f";
     let dir = tempfile::tempdir().unwrap();
     let mut spec = script("f; shopt -q login_shell || echo plain");
@@ -312,7 +312,7 @@ fn a_site_says_which_shell_runs_the_lines_before_a_program_and_scripts() {
 }
 
 #[test]
-fn a_time_limit_is_known_from_what_the_script_did() {
+fn a_passed_time_limit_is_known_from_the_script() {
     let limit = Some(Duration::from_secs(1));
     let cases = [
         ("exec sleep 60", limit, 124, true),
@@ -334,7 +334,7 @@ fn a_time_limit_is_known_from_what_the_script_did() {
             (exit, is_timed_out),
             "{text}"
         );
-        // What a program writes when it is told to end is there before its end is.
+        // Files that the program writes on TERM exist before its end is reported.
         assert_eq!(dir.path().join("kept").exists(), text.contains("kept"), "{text}");
     }
     let old = r#"{"exit":124,"phase":"program","started_at":1,"ended_at":2}"#;
@@ -343,7 +343,7 @@ fn a_time_limit_is_known_from_what_the_script_did() {
 }
 
 #[test]
-fn a_program_that_removes_its_whole_folder_has_still_ended() {
+fn the_end_of_a_program_that_removes_its_folder_is_known() {
     let dir = tempfile::tempdir().unwrap();
     let spec = script("find . -mindepth 1 -delete; exit 3");
     run(&spec, dir.path());
@@ -353,7 +353,7 @@ fn a_program_that_removes_its_whole_folder_has_still_ended() {
 }
 
 #[test]
-fn what_a_job_left_says_whether_its_program_was_started() {
+fn the_traces_of_a_job_say_whether_its_program_was_started() {
     let (dir, text) = witness("kill -KILL $(ps -o sid= -p $$ | xargs ps -o pid= -s)");
     let ask = |script: String| {
         let output = Command::new("/bin/sh").arg("-c").arg(script).output().unwrap();
@@ -376,7 +376,7 @@ fn what_a_job_left_says_whether_its_program_was_started() {
 }
 
 #[test]
-fn a_job_that_its_launcher_starts_again_says_so() {
+fn a_requeued_job_leaves_a_trace() {
     let dir = tempfile::tempdir().unwrap();
     let spec = spec(Work::Run { argv: vec!["true".into()] });
     run(&spec, dir.path());

@@ -1,4 +1,4 @@
-//! What goes to a site before a job.
+//! Stage-in: the inputs of a job go to its site.
 
 use std::collections::BTreeMap;
 use std::io::{self, Write};
@@ -17,22 +17,23 @@ use crate::author::process::{Context, Wait};
 use crate::site::{Site, Visit, script};
 use crate::transport::quote;
 
-/// Bytes of the stream of small files that are under way between two tasks.
+/// Buffer, in bytes, between the task that packs small files and the one that sends them.
 const STREAM_BYTES: usize = 256 * 1024;
 
-/// At the latest after so long a process looks again whether what another sends is there.
+/// The longest pause before a process checks again for a file that another worker sends.
 const SENT_PAUSE: Duration = Duration::from_secs(20);
 
-/// When a file of the cache was last changed, in seconds since 1970: long ago. One that was written to since is not used.
+/// The modification time of a verified file of the cache, in seconds since 1970: long ago. A file that was written to
+/// later has another one and is not used.
 const WHOLE_SINCE: u32 = 86_400;
 
-/// Prints `there` if the cache has a file that is as it was when its digest was compared. What is used is young.
+/// Prints `there` if the cache has an unchanged verified file, and updates its access time, by which the cache shrinks.
 fn intact(path: &str) -> String {
     let path = quote(path);
     format!("if [ \"$(stat -c %Y {path} 2>/dev/null)\" = {WHOLE_SINCE} ]; then touch -c -a {path}; echo there; fi")
 }
 
-/// Makes the folder of a try with everything that its job needs, and verifies it.
+/// Makes the folder of a try with all inputs of its job, and verifies them.
 pub(crate) async fn stage_in(
     site: &Arc<Site>,
     visit: &Visit,
@@ -54,7 +55,7 @@ pub(crate) async fn stage_in(
     staging.send_small(small, folders, own).await?;
     for entry in &large {
         let cached = staging.cached(entry.digest, entry.size, entry.executable).await?;
-        // At once: the cache may remove what nobody has used for a while.
+        // At once, before the cache removes the file.
         staging.copy_cached(&cached, &entry.path).await?;
     }
     for (idx, input) in on_site.inputs.iter().enumerate() {
@@ -63,14 +64,20 @@ pub(crate) async fn stage_in(
     Ok(())
 }
 
-/// Whether a path of a manifest is in Baton's own folder, and not where files wait that go elsewhere.
+/// Whether a path of a manifest is in Baton's own folder, outside the part for files that wait for another place.
 fn is_batons(path: &BytePath) -> bool {
     let mut parts = path.as_bytes().split(|byte| *byte == b'/');
     parts.next() == Some(RESERVED.as_bytes()) && parts.next() != Some(on_site::WAITING.as_bytes())
 }
 
+/// A path at the site and the folder of its scope.
+struct At {
+    path: String,
+    scope: String,
+}
+
 impl Staging<'_> {
-    /// The small files, empty folders and Baton's own, as one stream.
+    /// Sends the small files, empty folders and Baton's own files as one stream.
     async fn send_small(
         &self,
         entries: Vec<Entry>,
@@ -80,7 +87,7 @@ impl Staging<'_> {
         let mut expected: BTreeMap<BytePath, Digest> =
             own.iter().map(|(path, bytes)| (path.clone().into(), Digest::of(bytes))).collect();
         expected.extend(entries.iter().map(|entry| (entry.path.clone(), entry.digest)));
-        self.announce(&format!("sending {} files", expected.len()));
+        self.show(&format!("sending {} files", expected.len()));
         let (reader, writer) = tokio::io::duplex(STREAM_BYTES);
         let objects = self.site.objects.clone();
         let runtime = self.context.facilities.blocking.clone();
@@ -93,7 +100,7 @@ impl Staging<'_> {
                 append_folder(&mut archive, folder.as_path())?;
             }
             for entry in &entries {
-                // What the folder does not have, the store says with its name.
+                // If there is no local object, the store returns it or an error with its name.
                 let local = objects.local_path(entry.digest).and_then(|path| std::fs::read(path).ok());
                 let bytes = match local {
                     Some(bytes) => bytes,
@@ -116,18 +123,18 @@ impl Staging<'_> {
         self.verify(self.dir, &expected).await
     }
 
-    /// Compares the SHA-256 of files there with what they should be.
+    /// Verifies the SHA-256 of files at the site.
     async fn verify(&self, dir: &str, expected: &BTreeMap<BytePath, Digest>) -> Result<(), Error> {
         let found = self.digests(dir, expected.keys()).await?;
         for (path, digest) in expected {
             if found.get(path) != Some(digest) {
-                return Err(Error::Content(format!("{path} has arrived with another content")));
+                return Err(Error::Content(format!("{path} arrived with another content")));
             }
         }
         Ok(())
     }
 
-    /// A file in the site's cache; it is sent if it is not there, by one worker of the fleet.
+    /// Returns a file in the site's cache. If it is missing, one worker of the fleet sends it.
     async fn cached(&self, digest: Digest, size: u64, executable: bool) -> Result<String, Error> {
         let cache = format!("{}/cache", self.visit.root);
         let path = format!("{cache}/{digest}{}", if executable { ".x" } else { "" });
@@ -143,7 +150,7 @@ impl Staging<'_> {
     }
 
     async fn send_to_cache(&self, digest: Digest, size: u64, executable: bool, path: &str) -> Result<(), Error> {
-        // Another may have sent it between the look and the permit.
+        // Another worker may have sent it before this one got the permit.
         if self.run(&intact(path), b"").await?.starts_with(b"there") {
             return Ok(());
         }
@@ -159,7 +166,7 @@ impl Staging<'_> {
         let progress = self.telling(|mib| format!("sent {mib} of {} MiB of {digest}", size >> 20));
         if self.visit.session.put(&source, &coming, &progress).await? != digest {
             self.run(&format!("rm -f {}", quote(&coming)), b"").await?;
-            return Err(Error::Content(format!("{digest} has arrived with another content")));
+            return Err(Error::Content(format!("{digest} arrived with another content")));
         }
         if self.site.objects.local_path(digest).is_none() {
             let _ = std::fs::remove_file(&source);
@@ -171,7 +178,8 @@ impl Staging<'_> {
         self.shrink_cache().await
     }
 
-    /// Removes what the cache may not keep: the longest unused first, and nothing that a sandbox of an earlier version links.
+    /// Shrinks the cache to its limits: the longest unused file goes first. Files that a sandbox of an earlier version
+    /// links stay.
     async fn shrink_cache(&self) -> Result<(), Error> {
         let cache = self.site.config.cache;
         let script = format!(
@@ -191,49 +199,62 @@ impl Staging<'_> {
         self.run(&script, b"").await.map(drop)
     }
 
-    /// Copies a file of the cache into the sandbox. The copy is the program's own: a write to it changes no other process's
-    /// input. File systems that can share the blocks of a copy do so.
+    /// Copies a file of the cache into the sandbox, so that a write of the program changes no input of another process.
+    /// Where the file system supports it, the copy shares its blocks.
     async fn copy_cached(&self, cached: &str, path: &BytePath) -> Result<(), Error> {
         let script = "case $2 in */*) mkdir -p \"./${2%/*}\" || exit 1 ;; esac
              cp -T --reflink=auto --remove-destination \"$1\" \"./$2\" && chmod u+w \"./$2\"";
         let (dir, script) = (quote(self.dir), quote(script));
         let command = format!("umask 077; cd {dir} && xargs -0 sh -c {script} sh");
-        // By its bytes: a name need not be UTF-8, which a command is.
+        // The path goes by standard input: it need not be UTF-8, unlike a command.
         let names = [cached.as_bytes(), b"\0", path.as_bytes(), b"\0"].concat();
         self.run(&command, &names).await.map(drop)
     }
 
-    /// A line of `in` whose source is at the site or in the object store. Whoever does this again does the same again.
+    /// Puts an input into its place whose source is at the site or in the object store. Idempotent.
     async fn place(&self, idx: usize, input: &Input) -> Result<(), Error> {
-        let (from, from_scope) = match input.from.scope {
+        let source = match input.from.scope {
             Scope::Store => {
-                let digest: Digest =
-                    input.from.path.parse().map_err(|_| Error::Stage(format!("`{}` is no digest", input.from)))?;
+                let digest = input.from.path.parse();
+                let digest: Digest = digest.map_err(|_| Error::Stage(format!("`{}` is not a digest", input.from)))?;
                 let cached = self.cached(digest, 0, false).await?;
-                (cached, format!("{}/cache", self.visit.root))
+                At { path: cached, scope: format!("{}/cache", self.visit.root) }
             }
-            // What is staged there goes on to its place.
+            Scope::Task | Scope::Session | Scope::Resource | Scope::Client => self.source(input)?,
+        };
+        let scope = self.scope(input.to.scope)?;
+        let path = input.to.path.trim_end_matches('/');
+        let is_whole_scope = path.is_empty();
+        let target = if is_whole_scope { scope.clone() } else { format!("{scope}/{path}") };
+        let script = self.placing(idx, input, &source, &At { path: target, scope }, is_whole_scope);
+        self.run(&script, b"").await.map(drop)
+    }
+
+    /// The source of an input at the site.
+    fn source(&self, input: &Input) -> Result<At, Error> {
+        Ok(match input.from.scope {
+            // Files that were staged for another place wait in a folder of Baton's.
             Scope::Task => {
                 let waiting = format!("{}/{RESERVED}/{}", self.dir, on_site::WAITING);
                 let path = format!("{}/{}", self.dir, input.from.path.trim_end_matches('/'));
                 let scope = if path.starts_with(&format!("{waiting}/")) { waiting } else { self.dir.to_owned() };
-                (path, scope)
+                At { path, scope }
             }
             Scope::Session | Scope::Resource => {
                 let scope = self.scope(input.from.scope)?;
-                (format!("{scope}/{}", input.from.path.trim_end_matches('/')), scope)
+                At { path: format!("{scope}/{}", input.from.path.trim_end_matches('/')), scope }
             }
-            Scope::Client => {
-                return Err(Error::Stage(format!("`{}` was not captured when it was submitted", input.from)));
+            Scope::Client | Scope::Store => {
+                return Err(Error::Stage(format!("`{}` was not captured at its submission", input.from)));
             }
-        };
-        let to_scope = self.scope(input.to.scope)?;
-        let path = input.to.path.trim_end_matches('/');
-        let is_whole_scope = path.is_empty();
-        let to = if is_whole_scope { to_scope.clone() } else { format!("{to_scope}/{path}") };
+        })
+    }
+
+    /// The script that puts an input into its place.
+    fn placing(&self, idx: usize, input: &Input, from: &At, to: &At, is_whole_scope: bool) -> String {
         let act = match input.how {
             How::Auto if input.from.scope == Scope::Store => "copy_file && touch \"$to\"",
-            // The folder of a scope is there already, and cannot become a link.
+            // The folder of a scope exists already and cannot become a link.
             How::Auto if is_whole_scope => "copy",
             How::Auto | How::Link => "ln -sfnT \"$from\" \"$to\"",
             How::Copy => "copy",
@@ -242,7 +263,8 @@ impl Staging<'_> {
             }
             How::Unpack => "unpack",
         };
-        // A try that is staged again has it; one that follows another takes it from there.
+        // If this try is staged again, the file is moved already; a later try takes it from the sandbox of an earlier
+        // one.
         let taken = if input.how == How::Move {
             "if [ ! -e \"$from\" ]; then
                if [ -e \"$to\" ]; then exit 0; fi
@@ -251,14 +273,14 @@ impl Staging<'_> {
         } else {
             ""
         };
-        let is_optional = if input.optional { "exit 0" } else { "{ echo \"$from is not there\" >&2; exit 1; }" };
+        let is_optional = if input.optional { "exit 0" } else { "{ echo \"$from is missing\" >&2; exit 1; }" };
         let is_folder = if input.from.is_folder() {
             "[ -d \"$from\" ] || { echo \"$from is a file; write it without the / at its end\" >&2; exit 1; }"
         } else {
             ""
         };
         let parent = if is_whole_scope { "" } else { "may_take \"$to\" && mkdir -p \"${to%/*}\" || exit 1" };
-        let script = format!(
+        format!(
             "umask 077
              {}
              {}
@@ -274,15 +296,14 @@ impl Staging<'_> {
              {act}",
             guards(&self.visit.root),
             links_inside(&self.visit.root),
-            quote(&from),
-            quote(&to),
-            quote(&from_scope),
-            quote(&to_scope),
+            quote(&from.path),
+            quote(&to.path),
+            quote(&from.scope),
+            quote(&to.scope),
             quote(self.dir),
             quote(&self.part()),
             quote(&format!("{}/{}/place.{idx}", self.dir, script::FOLDER)),
-        );
-        self.run(&script, b"").await.map(drop)
+        )
     }
 }
 
@@ -307,17 +328,17 @@ fn header(mode: u32) -> tar::Header {
     header
 }
 
-/// Whoever takes the stream says why, if it does not take all of it.
+/// The error of a stream that was not read completely; the command that reads it reports the cause.
 fn not_packed(error: io::Error) -> Error {
     Error::Stage(error.to_string())
 }
 
-/// What [`Staging::place`] does with a file or a folder that is to be the program's own. Its variables are `from`, a file
-/// or a folder without links; `to`; the folders of the scopes of both; `part`, the name of a file that is not whole; and
-/// `work`, a folder in which nothing of the try is.
+/// Shell functions of [`Staging::place`] that copy a file or a folder for the program. Their variables are `from`, a file
+/// or a folder without links; `to`; the folders of the scopes of both; `part`, the name of an incomplete file; and
+/// `work`, an empty working folder.
 ///
-/// A file takes its place by a rename and a folder's files by links, so that what is there already, which may lead to a scope
-/// that others share, is replaced and never written to.
+/// A file is put into its place by a rename, and the files of a folder by links. So an existing file, which may be a link
+/// to a shared scope, is replaced and never written to.
 const PLACING: &str = r#"
 may_take() {
   inside "${1%/*}" "$to_scope" || return 1
@@ -360,7 +381,7 @@ merge() {
   fi
   mkdir -p "$to" && chmod -R u+w "$work" || return 1
   for again in 1 2 3; do
-    # Another may put the same there at the same time. What lies on another disk cannot be linked.
+    # Another process may write the same files at the same time. Files on another disk cannot be linked.
     cp -RPlf "$work"/. "$to"/ 2>/dev/null && break
     cp -RP --preserve=timestamps --remove-destination "$work"/. "$to"/ && break
     [ $again != 3 ] || return 1

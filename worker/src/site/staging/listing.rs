@@ -1,7 +1,7 @@
-//! What stands in a sandbox when its job has ended, links followed.
+//! The listing of a sandbox after its job, with links followed.
 //!
-//! A link to something in the sandbox stands for that: a file for a file, and a folder for a folder with all that is in it.
-//! What cannot be kept is in the listing, too, with the reason.
+//! A link into the sandbox counts as its target: a file, or a folder with its content. Entries that cannot be kept are
+//! listed with the reason.
 
 use std::collections::BTreeMap;
 
@@ -11,10 +11,10 @@ use baton_common::spec::on_site::RESERVED;
 use super::{Error, Staging};
 use crate::transport::{self, quote};
 
-/// Most places that a listing has. Links to folders can make any number of them.
-const PLACES_MAX: usize = 1_000_000;
+/// Most entries of a listing. Links to folders can create any number.
+const ENTRIES_MAX: usize = 1_000_000;
 
-/// What stands at a path.
+/// The entry at a path.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Found {
     File {
@@ -24,15 +24,15 @@ pub(super) enum Found {
     Folder {
         is_empty: bool,
     },
-    /// Something that cannot be kept; why, to be put behind its name.
+    /// An entry that cannot be kept, with the reason as the rest of a sentence that starts with its path.
     Refused(&'static str),
-    /// The same for a folder, or a link to one: what is in it is not known.
+    /// A folder, or a link to one, that cannot be kept; its content is unknown.
     RefusedFolder(&'static str),
 }
 
 pub(super) type Listing = BTreeMap<BytePath, Found>;
 
-/// What stands at a path, links not followed.
+/// The entry at a path, with links not followed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Entry {
     File {
@@ -42,12 +42,12 @@ enum Entry {
     Folder,
     Refused(&'static str),
     RefusedFolder(&'static str),
-    /// To a place below the sandbox, or to the sandbox itself, which is the empty path.
+    /// A link to a path in the sandbox, or to the sandbox itself, which is the empty path.
     Link(BytePath),
 }
 
 impl Staging<'_> {
-    /// Everything in the sandbox but for Baton's own. A link to a folder is followed where `may_hold` says so of its path.
+    /// Lists the sandbox without Baton's own folder. A link to a folder is followed if `may_hold` says so for its path.
     pub(super) async fn list(&self, may_hold: impl Fn(&[u8]) -> bool) -> Result<Listing, Error> {
         let of_links = quote(
             r#"printf '%s\0' "L $#"
@@ -74,12 +74,12 @@ impl Staging<'_> {
             }
             output => output?,
         };
-        // Something still writes there: it is looked at again.
+        // A program still writes there; the sandbox is listed again.
         if output.exit == Some(3) {
             return Err(Error::Content(format!("the sandbox cannot be listed: {}", output.complaint())));
         }
         let stdout = output.ok()?;
-        let entries = entries(&stdout).ok_or_else(|| Error::Content("`find` has answered nonsense".into()))?;
+        let entries = entries(&stdout).ok_or_else(|| Error::Content("`find` printed unexpected output".into()))?;
         let mut walk = Walk { entries: &entries, may_hold: &may_hold, found: Listing::new() };
         for (path, entry) in &entries {
             walk.put(path.clone(), path.as_bytes(), entry, &[parent(path.as_bytes())])?;
@@ -88,7 +88,7 @@ impl Staging<'_> {
     }
 }
 
-/// Reads what the script of [`Staging::list`] prints; `None` if that is something else.
+/// Parses the output of the script of [`Staging::list`]; `None` if it is malformed.
 fn entries(stdout: &[u8]) -> Option<BTreeMap<BytePath, Entry>> {
     let mut fields = stdout.split(|byte| *byte == 0);
     let sandbox = fields.next()?;
@@ -113,8 +113,8 @@ fn entries(stdout: &[u8]) -> Option<BTreeMap<BytePath, Entry>> {
                 Entry::File { size: text(size)?.parse().ok()?, executable: mode & 0o100 != 0 }
             }
             b"d" => Entry::Folder,
-            b"u" => Entry::RefusedFolder("is a folder that may not be read"),
-            b"r" => Entry::Refused("may not be read"),
+            b"u" => Entry::RefusedFolder("is a folder that is not readable"),
+            b"r" => Entry::Refused("is not readable"),
             b"p" => Entry::Refused("is a pipe"),
             b"s" => Entry::Refused("is a socket"),
             b"b" | b"c" => Entry::Refused("is a device"),
@@ -125,7 +125,7 @@ fn entries(stdout: &[u8]) -> Option<BTreeMap<BytePath, Entry>> {
     Some(entries)
 }
 
-/// A link, by its target without links.
+/// Classifies a link by its resolved target.
 fn target_of(target: &[u8], sandbox: &[u8], is_folder: bool) -> Entry {
     let Some(below) = target.strip_prefix(sandbox).filter(|below| below.is_empty() || below.starts_with(b"/")) else {
         let why = "is a link that leads out of the sandbox";
@@ -138,17 +138,17 @@ fn target_of(target: &[u8], sandbox: &[u8], is_folder: bool) -> Entry {
     Entry::Link(below.to_vec().into())
 }
 
-/// The folder of a path; empty for the sandbox.
+/// The parent folder of a path; empty for the sandbox.
 fn parent(path: &[u8]) -> &[u8] {
     path.iter().rposition(|byte| *byte == b'/').map_or(b"", |slash_idx| &path[..slash_idx])
 }
 
-/// Whether a folder is another one, or lies below it. The sandbox has an empty path.
+/// Whether a folder is `above` or is below it. The sandbox has the empty path.
 fn is_within(folder: &[u8], above: &[u8]) -> bool {
     above.is_empty() || folder.strip_prefix(above).is_some_and(|rest| rest.is_empty() || rest.starts_with(b"/"))
 }
 
-/// Follows links.
+/// The walk that follows links.
 struct Walk<'a> {
     entries: &'a BTreeMap<BytePath, Entry>,
     may_hold: &'a dyn Fn(&[u8]) -> bool,
@@ -156,7 +156,8 @@ struct Walk<'a> {
 }
 
 impl<'a> Walk<'a> {
-    /// Puts what stands at `entry_path` at a path. `above` are the folders in which it is, on the way through all links.
+    /// Adds the entry at `entry_path` under a path. `above` are the folders that contain it, on the way through all
+    /// links.
     fn put(&mut self, at: BytePath, entry_path: &[u8], entry: &'a Entry, above: &[&[u8]]) -> Result<(), Error> {
         let found = match entry {
             _ if relative::check(&at).is_err() => Found::Refused("has a path that is too long"),
@@ -177,8 +178,10 @@ impl<'a> Walk<'a> {
             },
         };
         self.found.insert(at, found);
-        if self.found.len() > PLACES_MAX {
-            return Err(Error::Stage(format!("links to folders make more than {PLACES_MAX} files of the sandbox's")));
+        if self.found.len() > ENTRIES_MAX {
+            return Err(Error::Stage(format!(
+                "the sandbox has more than {ENTRIES_MAX} files when links to folders are followed"
+            )));
         }
         Ok(())
     }
@@ -196,7 +199,7 @@ impl<'a> Walk<'a> {
         Ok(())
     }
 
-    /// All that is below a folder.
+    /// The entries below a folder.
     fn below(&self, folder: &[u8]) -> impl Iterator<Item = (&'a BytePath, &'a Entry)> + use<'a> {
         let first = [folder, b"/"].concat();
         let from: BytePath = first.clone().into();
@@ -218,7 +221,7 @@ mod tests {
     }
 
     #[test]
-    fn links_are_followed_and_loops_end() {
+    fn links_are_followed_and_cycles_end() {
         let found = followed(
             "/s|d 1 755 lib|f 7 755 lib/a|d 1 755 lib/empty|p 0 644 pipe|d 1 755 way|u 1 0 shut|\
              L 9|d lib64|- one|d way/up|- self|- out|- nowhere|- to-pipe|- own|d far|\
@@ -242,7 +245,7 @@ mod tests {
             ("own", Found::Refused("is a link to .baton, which belongs to Baton")),
             ("pipe", Found::Refused("is a pipe")),
             ("self", nowhere),
-            ("shut", Found::RefusedFolder("is a folder that may not be read")),
+            ("shut", Found::RefusedFolder("is a folder that is not readable")),
             ("to-pipe", Found::Refused("is a pipe")),
             ("way", full),
             ("way/lib", full),
@@ -254,7 +257,7 @@ mod tests {
     }
 
     #[test]
-    fn folders_that_link_to_each_other_end() {
+    fn a_cycle_of_two_folders_ends() {
         let found = followed("/s|d 1 755 a|d 1 755 b|L 2|d a/to-b|d b/to-a|/s/b|/s/a|");
         let back = Found::Refused("is a link that leads back to a folder in which it is");
         assert!(found.contains(&("a/to-b/to-a".to_owned(), back)), "{found:?}");

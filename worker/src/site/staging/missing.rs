@@ -1,14 +1,14 @@
-//! What should have been kept of a job, and is not.
+//! The results of a job that could not be kept.
 
 use std::collections::BTreeSet;
 
-/// Things that are named; of more than these, only their number is told.
+/// Results that are listed; further ones are only counted.
 const NAMED_MAX: usize = 20;
 
-/// Characters of each.
+/// Most characters of each.
 const CHARS_MAX: usize = 300;
 
-/// What is not kept, each with its reason. Everything else is.
+/// The results that are not kept, each with its reason.
 #[derive(Debug, Default)]
 pub(crate) struct Missing(BTreeSet<String>);
 
@@ -17,13 +17,13 @@ impl Missing {
         self.0.insert(what);
     }
 
-    /// The reason of a process of which something is missing; `None` if nothing is.
+    /// The reason for the process; `None` if nothing is missing.
     pub(crate) fn reason(&self) -> Option<String> {
         if self.0.is_empty() {
             return None;
         }
         let short = |what: &String| match what.char_indices().nth(CHARS_MAX) {
-            // The end has the reason.
+            // The reason is at the end.
             Some((head, _)) => {
                 let tail = what.char_indices().rev().nth(CHARS_MAX / 2).map_or(0, |(tail, _)| tail);
                 format!("{}…{}", &what[..head], &what[tail.max(head)..])
@@ -44,7 +44,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_missing_is_named_up_to_a_bound() {
+    fn missing_results_are_listed_up_to_a_limit() {
         let mut missing = Missing::default();
         assert_eq!(missing.reason(), None);
         missing.add(format!("{} is a pipe", "x".repeat(4000)));

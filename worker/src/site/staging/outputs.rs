@@ -1,4 +1,4 @@
-//! What comes back after a job.
+//! Stage-out: the results of a job go to the object store and to scopes of the site.
 
 use std::collections::BTreeMap;
 use std::io::{self, Read};
@@ -7,35 +7,34 @@ use std::sync::Arc;
 use baton_common::digest::Digest;
 use baton_common::objects::{Entry, Manifest};
 use baton_common::relative::BytePath;
-use baton_common::spec::on_site::{self, How, OnSite, Output, Scope, When};
+use baton_common::spec::on_site::{How, OnSite, Output, Scope, When};
 use bytes::Bytes;
 use futures_util::{StreamExt, TryStreamExt};
-use globset::GlobMatcher;
 use tokio_util::io::{StreamReader, SyncIoBridge};
 use tokio_util::sync::PollSender;
 
-use super::listing::{Found, Listing};
+use super::listing::Found;
 use super::missing::Missing;
+use super::pattern::{Pattern, base, matched};
 use super::{CACHED_FROM, Error, Staging, guards, values};
 use crate::author::process::Context;
 use crate::site::{Site, Visit, script};
 use crate::transport::{self, quote};
 
-/// Pieces of the stream that brings small files, of some 32 KiB each.
+/// Pieces, of some 32 KiB each, of the stream of small files that wait to be read.
 const STREAM_PIECES: usize = 16;
 
-/// Objects that are asked for or put at a time: an answer, or a disk, takes longer than the work.
+/// Concurrent requests to the object store: an answer or a disk takes longer than the work.
 const OBJECTS_AT_ONCE: usize = 16;
 
-/// The exits of the script that prints the values: there is nothing, or not in the sandbox, or no file, or one that may not
-/// be read.
+/// The exits of the script that prints the values: the path is missing, outside the sandbox, not a file, or unreadable.
 const ABSENT: i32 = 44;
 const REFUSED: i32 = 45;
 const NO_FILE: i32 = 46;
 const UNREADABLE: i32 = 47;
 
-/// Puts what the job has made where the spec wants it; its values and the manifest of what is in the object store become
-/// part of the outcome. What is there is kept, whatever else is missing; that is given back.
+/// Puts the results of a job where the spec wants them. Its values and the manifest of the stored files become part of
+/// the outcome. Existing results are kept even if others are missing; returns the missing ones.
 pub(crate) async fn stage_out(
     site: &Arc<Site>,
     visit: &Visit,
@@ -47,7 +46,7 @@ pub(crate) async fn stage_out(
     let staging = Staging { site, visit, context, dir };
     let mut missing = Missing::default();
     match staging.files(on_site, is_ok, &mut missing).await {
-        // Nothing of it passes, and the program need not run again for it.
+        // The cause does not pass, and another run of the program would not help.
         Err(Error::Stage(text)) => missing.add(text),
         kept => kept?,
     }
@@ -58,112 +57,22 @@ pub(crate) async fn stage_out(
                 Err(problem) => missing.add(format!("`values: {path}` {problem}")),
             },
             Values::Absent if !is_ok => {}
-            Values::Absent => missing.add(format!("`values: {path}` is not there")),
+            Values::Absent => missing.add(format!("`values: {path}` is missing")),
             Values::Refused(why) => missing.add(format!("`values: {path}` {why}")),
         }
     }
     Ok(missing)
 }
 
-/// What stands where the values should be.
+/// The file of the values.
 enum Values {
     File(Vec<u8>),
     Absent,
     Refused(&'static str),
 }
 
-/// A pattern of `out`.
-struct Pattern {
-    matcher: GlobMatcher,
-    /// The folder that it names, and all that is in it.
-    folder: Option<String>,
-    /// All that it matches is below this folder.
-    base: String,
-    /// How deep what it matches can be; `None` for any depth.
-    parts_max: Option<usize>,
-}
-
-impl Pattern {
-    fn new(from: &str) -> Result<Self, Error> {
-        // A folder stands for everything in it.
-        let folder = from.strip_suffix('/').map(str::to_owned);
-        let pattern = if folder.is_some() { format!("{from}**") } else { from.to_owned() };
-        let glob = on_site::glob(&pattern).map_err(|error| Error::Stage(format!("`out`: {error}")))?;
-        let parts_max = (!pattern.contains("**")).then(|| pattern.split('/').count());
-        Ok(Self { matcher: glob.compile_matcher(), folder, base: base(&pattern).to_owned(), parts_max })
-    }
-
-    fn is_match(&self, path: &BytePath) -> bool {
-        self.matcher.is_match(path.as_path())
-            || self.folder.as_ref().is_some_and(|folder| folder.as_bytes() == path.as_bytes())
-    }
-
-    /// Whether something below a folder may match.
-    fn may_match_below(&self, folder: &[u8]) -> bool {
-        let n_parts = folder.iter().filter(|byte| **byte == b'/').count() + 1;
-        let (folder, base) = ([folder, b"/"].concat(), self.base.as_bytes());
-        self.parts_max.is_none_or(|most| n_parts < most) && (folder.starts_with(base) || base.starts_with(&folder))
-    }
-}
-
-/// The folder of a pattern: all that it matches is below it.
-fn base(pattern: &str) -> &str {
-    let plain = pattern.find(['*', '?', '[', '{', '\\']).map_or(pattern, |end| &pattern[..end]);
-    plain.rfind('/').map_or("", |end| &plain[..=end])
-}
-
-/// What an output matches, of what can be kept. `linked` are the inputs that were linked into the sandbox: they are not
-/// outputs, unless they are named.
-fn matched<'a>(
-    output: &Output,
-    pattern: &Pattern,
-    found: &'a Listing,
-    linked: &[&str],
-    is_ok: bool,
-    missing: &mut Missing,
-) -> Vec<(&'a BytePath, Found)> {
-    let mut matched = Vec::new();
-    let mut is_any = false;
-    for (path, kind) in found {
-        let is_match = pattern.is_match(path);
-        let is_input = || output.is_glob() && path.as_str().is_some_and(|path| linked.contains(&path));
-        if matches!(kind, Found::Refused(_) | Found::RefusedFolder(_)) && is_input() {
-            continue;
-        }
-        if let Found::RefusedFolder(why) = kind
-            && !is_match
-            && pattern.may_match_below(path.as_bytes())
-        {
-            missing.add(format!("what `{}` matches in {path}, which {why}", output.from));
-            is_any = true;
-        }
-        if !is_match {
-            continue;
-        }
-        let is_named = pattern.folder.as_ref().is_some_and(|folder| folder.as_bytes() == path.as_bytes());
-        match kind {
-            Found::Refused(why) | Found::RefusedFolder(why) => missing.add(format!("{path} {why}")),
-            Found::File { .. } if is_named => {
-                missing.add(format!("`{}` is a file; name it without the `/`", output.from))
-            }
-            Found::Folder { .. } if !output.is_glob() && output.from.as_bytes() == path.as_bytes() => {
-                missing.add(format!("`{0}` is a folder; name it `{0}/`", output.from));
-            }
-            // It stands for what is in it.
-            Found::Folder { is_empty: false } if is_named => {}
-            Found::Folder { is_empty: false } => continue,
-            Found::File { .. } | Found::Folder { is_empty: true } => matched.push((path, *kind)),
-        }
-        is_any = true;
-    }
-    if !is_any && !output.optional && is_ok {
-        missing.add(format!("nothing in the sandbox matches `{}`", output.from));
-    }
-    matched
-}
-
 impl Staging<'_> {
-    /// The files of all outputs that are wanted.
+    /// Collects the files of all wanted outputs.
     async fn files(&self, on_site: &OnSite, is_ok: bool, missing: &mut Missing) -> Result<(), Error> {
         let wanted = on_site.outputs.iter().filter(|output| match output.when {
             When::Always => true,
@@ -185,7 +94,7 @@ impl Staging<'_> {
             match output.to.scope {
                 Scope::Store => kept.extend(matched),
                 Scope::Client | Scope::Task | Scope::Session | Scope::Resource => {
-                    // What cannot go there costs nothing else.
+                    // A failure here must not keep the other outputs from being collected.
                     match self.hand_over(output, &matched, missing).await {
                         Err(Error::Stage(text)) => missing.add(text),
                         Err(error) => handing_over = Err(error),
@@ -203,7 +112,7 @@ impl Staging<'_> {
         handing_over
     }
 
-    /// The content of the file of the values, and a byte more than it may have.
+    /// Reads the file of the values, up to a byte more than it may have.
     async fn values(&self, path: &str) -> Result<Values, Error> {
         let script = format!(
             "{}
@@ -223,14 +132,14 @@ impl Staging<'_> {
         Ok(match output.exit {
             Some(ABSENT) => Values::Absent,
             Some(REFUSED) => Values::Refused("leads out of its scope"),
-            Some(NO_FILE) => Values::Refused("is no file"),
-            Some(UNREADABLE) => Values::Refused("may not be read"),
+            Some(NO_FILE) => Values::Refused("is not a file"),
+            Some(UNREADABLE) => Values::Refused("is not readable"),
             _ => Values::File(output.ok()?),
         })
     }
 
-    /// Files of the sandbox to a scope of the site, each under its path below the folder of the pattern. Whoever does this
-    /// again does the same again: what is moved is there as well as in the sandbox, as one file.
+    /// Puts files of the sandbox into a scope of the site, each under its path below the folder of the pattern.
+    /// Idempotent: a moved file keeps its name in the sandbox as a hard link.
     async fn hand_over(
         &self,
         output: &Output,
@@ -278,7 +187,7 @@ impl Staging<'_> {
             quote(&scope),
             self.part(),
         );
-        // Some at a time, so that those of the longest names still fit into a command.
+        // In batches, so that even the longest names fit into a command line.
         let command =
             format!("umask 077; mkdir -p {} && xargs -0 -s 1000000 -n 192 sh -c {} sh", quote(&scope), quote(&script));
         let stdout = self.run(&command, &triples).await?;
@@ -288,7 +197,7 @@ impl Staging<'_> {
         Ok(())
     }
 
-    /// Files of the sandbox into the object store; what it has already is not fetched.
+    /// Puts files of the sandbox into the object store; those that it already has are not fetched.
     async fn keep(&self, kept: &BTreeMap<&BytePath, Found>) -> Result<Manifest, Error> {
         let mut folders = Vec::new();
         let (mut large, mut small) = (Vec::new(), Vec::new());
@@ -325,17 +234,17 @@ impl Staging<'_> {
             }
         }
         let manifest = Manifest::with_folders(entries, folders)?;
-        // It is no loss if this stays: nobody else uses it.
+        // A failure does no harm: nothing else uses the folder.
         let _ = std::fs::remove_dir_all(self.scratch_path());
         Ok(manifest)
     }
 
-    /// Small files, as one stream that is stored as it comes.
+    /// Fetches small files as one stream and stores them as they arrive.
     async fn keep_small(&self, files: &BTreeMap<&BytePath, Digest>) -> Result<(), Error> {
         if files.is_empty() {
             return Ok(());
         }
-        self.announce(&format!("fetching {} files", files.len()));
+        self.show(&format!("fetching {} files", files.len()));
         let names: Vec<u8> = files.keys().flat_map(|path| [b"./", path.as_bytes(), b"\0"].concat()).collect();
         let list = quote(&format!("{}/{}/fetch", self.dir, script::FOLDER));
         self.run(&format!("cat > {list}"), &names).await?;
@@ -349,7 +258,7 @@ impl Staging<'_> {
             let mut archive = tar::Archive::new(SyncIoBridge::new_with_handle(reader, runtime));
             for entry in archive.entries()? {
                 let entry = entry?;
-                // No name of the far end becomes a path here.
+                // A name from the site is never used as a local path.
                 let path = entry.path_bytes();
                 let path = BytePath::from(path.strip_prefix(b"./").unwrap_or(&path).to_vec());
                 let mut bytes = Vec::new();
@@ -358,7 +267,7 @@ impl Staging<'_> {
                     break;
                 }
             }
-            // What follows the last file is nothing, but it has to be taken.
+            // The padding after the last file has to be read.
             io::copy(&mut archive.into_inner(), &mut io::sink())?;
             Ok::<_, io::Error>(())
         });
@@ -373,14 +282,14 @@ impl Staging<'_> {
         let (unpacked, received, stored) = tokio::join!(unpacking, receiving, storing);
         let n_stored = stored?;
         let received = match received {
-            // Nobody took what came: whoever should have says why.
+            // The unpacking failed; it has the cause.
             Err(error @ transport::Error::File { .. }) => {
                 unpacked?.map_err(|error| Error::Files(error.to_string()))?;
                 return Err(error.into());
             }
             received => received?,
         };
-        // So `tar` says that a file has changed or vanished while it was read.
+        // `tar` exits with 1 if a file changed or vanished while it was read.
         if received.exit == Some(1) {
             return Err(Error::Content(received.complaint()));
         }
@@ -388,13 +297,13 @@ impl Staging<'_> {
         unpacked?.map_err(|error| Error::Files(error.to_string()))?;
         if n_stored < files.len() {
             let text =
-                format!("{} files have come with another content, or are still being written", files.len() - n_stored);
+                format!("{} files arrived with another content, or are still being written", files.len() - n_stored);
             return Err(Error::Content(text));
         }
         Ok(())
     }
 
-    /// Gives large files names that any command can have: a path need not be UTF-8, and may be too long for a whole one.
+    /// Links large files under short plain names: a path need not be UTF-8, and it may be too long for a command.
     async fn name_large(&self, files: &[(&BytePath, u64)]) -> Result<(), Error> {
         if files.is_empty() {
             return Ok(());
@@ -416,7 +325,8 @@ impl Staging<'_> {
         format!("{}/{}/large", self.dir, script::FOLDER)
     }
 
-    /// A large file. Its digest says whether it has to come at all; meanwhile it comes, from where it was cut before.
+    /// Stores a large file. The transfer starts, or resumes, while the site computes the digest, and stops if the object
+    /// store has the file.
     async fn keep_large(&self, idx: usize, path: &BytePath, size: u64) -> Result<Digest, Error> {
         let (session, objects) = (&self.visit.session, &self.site.objects);
         let there = format!("{}/{idx}", self.large());
@@ -434,7 +344,7 @@ impl Staging<'_> {
         let Some(came) = came else { return Ok(digest) };
         if came != digest || std::fs::metadata(&here).map(|meta| meta.len()).ok() != Some(size) {
             let _ = std::fs::remove_file(&here);
-            let text = format!("{path} has come with another content, or is still being written");
+            let text = format!("{path} arrived with another content, or is still being written");
             return Err(Error::Content(text));
         }
         objects.take_file(&here, digest, size).await?;
@@ -442,78 +352,7 @@ impl Staging<'_> {
     }
 }
 
-/// It was there when the sandbox was listed; what is left then is listed again.
+/// The error for a file that was listed but is gone; the sandbox is listed again.
 fn vanished(path: &BytePath) -> Error {
     Error::Content(format!("{path} has vanished, or cannot be read"))
-}
-
-#[cfg(test)]
-mod tests {
-    use baton_common::spec;
-
-    use super::*;
-
-    #[test]
-    fn what_a_pattern_matches_is_below_its_folder() {
-        let patterns = ["a", "a/b", "a/", "a/b/*.c", "*", "**/c", "a/b*/c", "a/[bc]/d", "a/{b,c}"];
-        let bases = ["", "a/", "a/", "a/b/", "", "", "a/", "a/", "a/"];
-        assert_eq!(patterns.map(base), bases);
-    }
-
-    #[test]
-    fn only_folders_in_which_something_may_match_are_followed() {
-        let pattern = |from: &str| Pattern::new(from).ok().expect("it is a pattern");
-        for (from, folder, expected) in [
-            ("*", "a", false),
-            ("*/*", "a", true),
-            ("*/*", "a/b", false),
-            ("**", "a/b/c", true),
-            ("a/", "a", true),
-            ("a/", "a/b", true),
-            ("a/", "b", false),
-            ("a/b/c", "a/b", true),
-            ("a/b/c", "a/x", false),
-        ] {
-            assert_eq!(pattern(from).may_match_below(folder.as_bytes()), expected, "{from} {folder}");
-        }
-    }
-
-    #[test]
-    fn patterns_match_by_bytes_and_name_what_cannot_be_kept() {
-        let file = Found::File { size: 1, executable: false };
-        let found: Listing = [
-            (b"d".as_slice(), Found::Folder { is_empty: false }),
-            (b"d/\xff\n", file),
-            (b"d/pipe", Found::Refused("is a pipe")),
-            (b"e", Found::Folder { is_empty: true }),
-            (b"l", Found::RefusedFolder("is not for you")),
-            (b"res", Found::RefusedFolder("leads out")),
-            (b"\xfe.txt", file),
-        ]
-        .into_iter()
-        .map(|(path, found)| (BytePath::from(path.to_vec()), found))
-        .collect();
-        let of = |from: &str| {
-            let mut missing = Missing::default();
-            let spec = format!("{{run: [x], at: a, out: ['{from}']}}");
-            let spec = spec::parse(&spec, spec::Format::Yaml).expect("it is a spec");
-            let output = &spec.on_site.expect("it has a site").outputs[0];
-            let pattern = Pattern::new(from).ok().expect("it is a pattern");
-            let matched = matched(output, &pattern, &found, &["res"], true, &mut missing);
-            let paths: Vec<String> = matched.iter().map(|(path, _)| path.to_string()).collect();
-            (paths, missing.reason().unwrap_or_default())
-        };
-        let some = |paths: &[&str]| paths.iter().map(|path| (*path).to_owned()).collect::<Vec<_>>();
-        assert_eq!(of("*.txt"), (some(&["\\xfe.txt"]), String::new()));
-        assert_eq!(of("d/"), (some(&["d/\\xff\\n"]), "output: d/pipe is a pipe".to_owned()));
-        assert_eq!(of("e/"), (some(&["e"]), String::new()));
-        assert_eq!(of("e"), (vec![], "output: `e` is a folder; name it `e/`".to_owned()));
-        assert_eq!(of("x"), (vec![], "output: nothing in the sandbox matches `x`".to_owned()));
-        let hidden = "output: what `*/x.dat` matches in l, which is not for you".to_owned();
-        assert_eq!(of("*/x.dat"), (vec![], hidden));
-        assert_eq!(of("l/").1, "output: l is not for you");
-        assert_eq!(of("res/").1, "output: res leads out");
-        assert_eq!(of("**").1, "output: d/pipe is a pipe; l is not for you");
-        assert_eq!(of("**").0, some(&["d/\\xff\\n", "e", "\\xfe.txt"]));
-    }
 }

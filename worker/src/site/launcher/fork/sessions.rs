@@ -1,4 +1,4 @@
-//! Jobs as sessions of a machine: what is looked at, and how they are ended.
+//! Jobs as sessions of a machine: how they are listed and ended.
 
 use std::fmt::Write as _;
 
@@ -7,8 +7,8 @@ use baton_common::store::site::Job;
 use crate::site::launcher::{Listed, Phase};
 use crate::transport::{Output, quote};
 
-/// A job is its session: the script's shell may be gone, or have given its program a group of its own. `alive ID` is true
-/// while a process of it runs; a number is not given to another as long as a session has it.
+/// A job is its session, since the script's shell may be gone or have given its program another group. `alive ID` is true
+/// while a process of the session runs; until then the system does not reuse its id.
 const ALIVE: &str = r#"
 members() { sed -n "s/^\([0-9]*\) (.*) [^ZX] [0-9]* [0-9]* $1 .*/\1/p" /proc/[0-9]*/stat 2>/dev/null; }
 alive() {
@@ -21,8 +21,8 @@ alive() {
 }
 "#;
 
-/// Prints what a job does: `TOKEN|ID|STATUS`, or nothing if it is not known here. A program may have written to the file of
-/// its job.
+/// Prints the state of a job as `TOKEN|ID|STATUS`, or nothing for an unknown job. The id in the file is checked, since
+/// the program may have written to the file.
 const LOOK: &str = r#"
 look() {
   id=$(cat "$2/.baton/started/job" 2>/dev/null)
@@ -34,7 +34,7 @@ look() {
 }
 "#;
 
-/// A script that looks at these jobs.
+/// A script that lists these jobs.
 pub(super) fn look(jobs: &[(&Job, String)]) -> String {
     let mut script = [ALIVE, LOOK].concat();
     for (job, dir) in jobs {
@@ -45,7 +45,7 @@ pub(super) fn look(jobs: &[(&Job, String)]) -> String {
     script
 }
 
-/// What such a script has printed.
+/// Reads the output of such a script.
 pub(super) fn seen(output: &Output) -> Result<Vec<Listed>, String> {
     if output.exit != Some(0) {
         return Err(output.complaint());
@@ -53,7 +53,7 @@ pub(super) fn seen(output: &Output) -> Result<Vec<Listed>, String> {
     Ok(String::from_utf8_lossy(&output.stdout).lines().filter_map(read).collect())
 }
 
-/// A command that ends a job, and fails if that has not ended.
+/// A command that ends a job; it fails if the job has not ended.
 pub(super) fn end(external_id: &str) -> String {
     let pid = external_id.split('.').next().unwrap_or_default();
     let id = quote(external_id);
@@ -69,7 +69,7 @@ pub(super) fn end(external_id: &str) -> String {
     )
 }
 
-/// Whether it is the number of a process and when that started.
+/// Whether a text is a process id and a start time.
 pub(super) fn is_id(text: &str) -> bool {
     let is_number = |part: &str| !part.is_empty() && part.bytes().all(|byte| byte.is_ascii_digit());
     text.split_once('.').is_some_and(|(pid, ticks)| is_number(pid) && is_number(ticks))

@@ -1,4 +1,4 @@
-//! The lines of a job's script that Slurm reads.
+//! The `#SBATCH` lines of a job's script.
 
 use std::fmt::Write as _;
 
@@ -7,18 +7,18 @@ use baton_common::spec::{OnSite, Spec};
 
 use crate::site::script::FOLDER;
 
-/// A value in a line that `sbatch` reads: it takes blanks and quotes for its own, but for those in double quotes.
+/// Quotes a value for an `#SBATCH` line: `sbatch` interprets blanks and quotes outside double quotes.
 fn header_word(value: &str) -> String {
     let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b"_-./:,=@%+".contains(&byte);
     if !value.is_empty() && value.bytes().all(is_plain) {
         return value.to_owned();
     }
-    // Specs are checked for this; a line end would begin a line of the script.
+    // Specs are checked for this; a line end would start another line of the script.
     let value = value.replace(char::is_control, " ");
     format!("\"{}\"", value.replace('\\', "\\\\").replace('"', "\\\""))
 }
 
-/// The lines that Slurm reads.
+/// Returns the `#SBATCH` lines.
 pub(super) fn header(spec: &Spec, on_site: &OnSite, site: &config::Site, dir: &str, token: &str) -> String {
     let mut header = String::new();
     let mut option = |name: &str, value: Option<String>| {
@@ -27,9 +27,9 @@ pub(super) fn header(spec: &Spec, on_site: &OnSite, site: &config::Site, dir: &s
     };
     option("job-name", Some(token.to_owned()));
     option("chdir", Some(dir.to_owned()));
-    // `%` begins a pattern there.
+    // `%` starts a pattern there.
     option("output", Some(format!("{}/{FOLDER}/launcher.out", dir.replace('%', "%%"))));
-    // A job that the scheduler starts again would find `started` taken.
+    // A requeued job would find `started` taken.
     option("no-requeue", None);
     let needs = &on_site.needs;
     for (name, value) in [("nodes", needs.nodes), ("ntasks", needs.ranks), ("cpus-per-task", needs.cpus)] {
@@ -71,7 +71,7 @@ mod tests {
     }
 
     #[test]
-    fn slurm_is_asked_for_what_the_spec_needs() {
+    fn the_header_requests_the_resources_of_the_spec() {
         let mut spec = Spec::new(Work::Run { argv: vec!["true".into()] });
         spec.on_site = Some(OnSite::default());
         spec.time = Some(Duration::from_secs(61));

@@ -1,24 +1,24 @@
-//! What `squeue` and `sacct` are asked, and what they say.
+//! Lists of jobs, from `squeue` and `sacct`.
 
 use std::fmt::Write as _;
 
-use super::is_id;
-use crate::site::launcher::{Listed, Phase};
+use super::{is_id, state};
+use crate::site::launcher::Listed;
 use crate::transport::{Output, quote, shortened};
 
-/// Fields of a line of the list: job, state, name, priority, start, reason.
+/// The fields of a line in the list: job, state, name, priority, start, reason.
 const FIELDS: [&str; 6] = ["%i", "%T", "%j", "%Q", "%S", "%r"];
 
-/// Most characters that are kept of a state and of a reason.
+/// Most characters of a state and of a reason that are kept.
 const STATE_CHARS_MAX: usize = 40;
 const REASON_CHARS_MAX: usize = 400;
 
-/// Times as seconds since 1970, whatever the site's own format and zone are. One that hangs is the scheduler's failure, and
-/// not the way's.
+/// Prints times as seconds since 1970, whatever format and zone the site uses. The time limit makes a hanging `squeue`
+/// the scheduler's failure, not the transport's.
 const LIST: &str = "SLURM_TIME_FORMAT=%s timeout -k 10 45 squeue -h -t all";
 
-/// `confirm ID`: prints `ID|WORD` if the controller says that it has no such job, or that another user has that number now;
-/// the word is that of the accounting, where there is one that is an end's. It ends all if the controller does not answer.
+/// `confirm ID` prints `ID|STATE` if the controller says that it has no such job, or that the id belongs to another user now.
+/// The state is the accounting's if that is an end, else `LOST`. If the controller does not answer, the whole script ends.
 const CONFIRM: &str = r#"confirm() {
   said=$(timeout -k 10 5 squeue -h -t all -j "$1" -o %u 2>&1)
   [ $? -ne 124 ] || exit 0
@@ -38,13 +38,13 @@ const CONFIRM: &str = r#"confirm() {
 /// A script that lists all jobs of this user, or that of one token.
 pub(super) fn script(token: Option<&str>) -> String {
     let only = token.map_or_else(|| "-u \"$(id -un)\"".to_owned(), |token| format!("-n {}", quote(token)));
-    // Names of jobs may hold anything, line ends included. What they cannot hold is a word that is made for this list.
+    // The name of a foreign job may contain anything, even line ends, but not a mark that is generated for this list.
     let mark = uuid::Uuid::new_v4().simple().to_string();
     let format = format!("{mark}{}{mark}", FIELDS.join(&mark));
     format!("echo {mark}; {LIST} {only} -o {}", quote(&format))
 }
 
-/// What such a script has printed.
+/// Reads the output of such a script.
 pub(super) fn listed(output: &Output) -> Result<Vec<Listed>, String> {
     if output.exit != Some(0) {
         return Err(format!("squeue: {}", output.complaint()));
@@ -55,14 +55,14 @@ pub(super) fn listed(output: &Output) -> Result<Vec<Listed>, String> {
         text.lines().filter(|line| !line.trim().is_empty()).partition(|line| line.starts_with(mark));
     match others.first() {
         Some(line) if lines.is_empty() => Err(format!("squeue printed {:?}", shortened(line))),
-        // The rest of a name with line ends.
+        // Other lines are the rest of a name with line ends.
         Some(_) | None => Ok(lines.into_iter().filter_map(|line| read(line, mark)).collect()),
     }
 }
 
-/// A script that asks for each of these jobs by itself.
+/// A script that queries each of these jobs by itself.
 pub(super) fn confirm(external_ids: &[&str]) -> String {
-    // Only a job's own number makes Slurm say that there is no such job; of several it lists those that it knows.
+    // Slurm reports an unknown job only if it is asked for a single id; of several it lists those that it knows.
     let mut script = format!(
         "{CONFIRM}past=$(timeout -k 10 10 sacct -nXPj {} -o JobIDRaw,State 2>/dev/null)\n",
         external_ids.join(",")
@@ -73,10 +73,10 @@ pub(super) fn confirm(external_ids: &[&str]) -> String {
     script
 }
 
-/// A job of Baton's, from a line in which `mark` stands around each field.
+/// Reads a line in which `mark` stands around each field; `None` if the job is not Baton's.
 fn read(line: &str, mark: &str) -> Option<Listed> {
     let fields: Vec<&str> = line.strip_prefix(mark)?.strip_suffix(mark)?.split(mark).collect();
-    let [id, state, name, priority, start, reason] = fields.as_slice() else { return None };
+    let [id, word, name, priority, start, reason] = fields.as_slice() else { return None };
     if !name.starts_with("baton-") || !is_id(id) {
         return None;
     }
@@ -84,8 +84,8 @@ fn read(line: &str, mark: &str) -> Option<Listed> {
     Some(Listed {
         token: (*name).to_owned(),
         external_id: (*id).to_owned(),
-        phase: phase(state),
-        status: printable(state, STATE_CHARS_MAX),
+        phase: state::phase(word),
+        status: printable(word, STATE_CHARS_MAX),
         reason: if *reason == "None" { String::new() } else { printable(reason, REASON_CHARS_MAX) },
         priority: priority.parse().ok(),
         starts_at,
@@ -96,28 +96,16 @@ fn printable(text: &str, chars_max: usize) -> String {
     text.chars().take(chars_max).map(|c| if c.is_control() { ' ' } else { c }).collect()
 }
 
-/// What each of Slurm's words means. A job that runs may wait again: its node was lost, or it was requeued.
-fn phase(state: &str) -> Phase {
-    match state {
-        // What one cluster of several has revoked, another has.
-        "PENDING" | "CONFIGURING" | "REQUEUED" | "REQUEUE_HOLD" | "REQUEUE_FED" | "RESV_DEL_HOLD" | "SPECIAL_EXIT"
-        | "REVOKED" => Phase::Waiting,
-        "RUNNING" | "COMPLETING" | "SUSPENDED" | "STOPPED" | "SIGNALING" | "STAGE_OUT" | "RESIZING" => Phase::Running,
-        "BOOT_FAIL" | "CANCELLED" | "COMPLETED" | "DEADLINE" | "FAILED" | "NODE_FAIL" | "OUT_OF_MEMORY"
-        | "PREEMPTED" | "TIMEOUT" => Phase::Ended,
-        _ => Phase::Unknown,
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::site::launcher::Phase;
 
     fn output(exit: i32, stdout: &str, stderr: &str) -> Output {
         Output { exit: Some(exit), signal: None, stdout: stdout.into(), stderr: stderr.into() }
     }
 
-    /// What is listed of rows, each with its fields between marks.
+    /// Lists rows, each with its fields between marks.
     fn listed_of(rows: &[&[&str]], more: &[u8]) -> Result<Vec<Listed>, String> {
         let mut text = b"MARK\n".to_vec();
         for row in rows {
@@ -130,7 +118,7 @@ mod tests {
     const OURS: [&str; 6] = ["7", "PENDING", "baton-a-1", "4294901748", "1795296000", "Resources"];
 
     #[test]
-    fn a_list_is_of_our_jobs_whatever_others_are_called() {
+    fn names_of_foreign_jobs_cannot_change_the_list() {
         let foreign = |name: &'static str| ["8", "RUNNING", name, "1", "N/A", "None"];
         let names = [
             "other",
@@ -150,20 +138,20 @@ mod tests {
             assert_eq!((listed[0].phase, listed[0].reason.as_str()), (Phase::Waiting, "Resources"));
             assert_eq!(listed[0].starts_at, Some(1_795_296_000_000_000));
         }
-        assert_eq!(listed_of(&[&OURS], b"\xff\xfe\n").unwrap().len(), 1, "a list is bytes");
+        assert_eq!(listed_of(&[&OURS], b"\xff\xfe\n").unwrap().len(), 1, "the list need not be UTF-8");
         assert_eq!(listed_of(&[], b"").unwrap(), []);
         let asked = [script(None), script(None)];
-        assert_ne!(asked[0], asked[1], "nobody can know the mark before");
+        assert_ne!(asked[0], asked[1], "the mark cannot be guessed");
     }
 
     #[test]
-    fn a_state_that_is_not_known_is_no_end_and_no_error() {
+    fn an_unknown_state_is_neither_an_end_nor_an_error() {
         let listed = listed_of(&[&["7", "AS\tLEEP", "baton-a-1", "1", "N/A", "None"]], b"").unwrap();
         assert_eq!((listed[0].phase, listed[0].status.as_str()), (Phase::Unknown, "AS LEEP"));
     }
 
     #[test]
-    fn an_answer_without_a_line_of_a_list_is_none() {
+    fn output_without_the_mark_is_an_error() {
         listed_of(&[], b"hello\n").unwrap_err();
         listed(&output(0, "", "")).unwrap_err();
         let said = "slurm_load_jobs error: Unable to contact slurm controller";

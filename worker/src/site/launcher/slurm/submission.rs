@@ -1,9 +1,9 @@
-//! What `sbatch` says: the job, or why there is none.
+//! The output of `sbatch`: the job, or why there is none.
 
 use super::is_id;
 use crate::transport::Output;
 
-/// In what `sbatch` says when its controller has not answered, or has not been understood; there may be a job then.
+/// Texts in the output of `sbatch` if the controller's answer was lost or not understood; there may be a job.
 const UNSURE: [&str; 10] = [
     "timed out",
     "timeout",
@@ -17,7 +17,7 @@ const UNSURE: [&str; 10] = [
     "header lengths",
 ];
 
-/// In what `sbatch` says when it is refused for a reason that passes by itself.
+/// Texts in the output of `sbatch` if the submission was refused for a reason that passes by itself.
 const PASSING: [&str; 26] = [
     "backup controller",
     "cannot allocate memory",
@@ -47,23 +47,23 @@ const PASSING: [&str; 26] = [
     "try again",
 ];
 
-/// What `sbatch` says of every limit; the line before it names the limit.
+/// The text of `sbatch` for every limit; the line before it names the limit.
 const ANY_LIMIT: &str = "violates accounting/qos policy";
 
-/// The exit of `timeout` when the time is over, and those of a command that a signal ended. `sbatch` itself ends with 255
-/// when an option is wrong.
+/// The exit of `timeout` after the time limit, and those of a command that a signal ended. `sbatch` exits with 255 for a
+/// wrong option.
 const TIMED_OUT: i32 = 124;
 const SIGNALLED: std::ops::RangeInclusive<i32> = 128..=254;
 
-/// The job that a submission has printed.
+/// Returns the id of the job in the output of a submission.
 pub(super) fn submitted(stdout: &str) -> Option<String> {
-    // JOB or JOB;CLUSTER, after whatever a site's filters print.
+    // JOB or JOB;CLUSTER, after the output of the site's filters.
     let line = stdout.lines().rev().find(|line| !line.trim().is_empty())?;
     let id = line.trim().split(';').next()?;
     is_id(id).then(|| id.to_owned())
 }
 
-/// Whether a submission that failed may have made a job nevertheless.
+/// Whether a failed submission may have created a job nevertheless.
 pub(super) fn is_unsure(output: &Output) -> bool {
     let Some(exit) = output.exit else { return true };
     let stderr = String::from_utf8_lossy(&output.stderr).to_lowercase();
@@ -76,15 +76,15 @@ pub(super) fn is_unsure(output: &Output) -> bool {
 pub(super) fn may_pass(output: &Output) -> bool {
     let stderr = String::from_utf8_lossy(&output.stderr).to_lowercase();
     let limits = limits(&stderr);
-    // Limits of the size or the time of a job stay; that of a list of jobs that is full does not.
+    // A limit on the number of jobs passes; one on the size or the time of a job does not.
     let is_full = limits.iter().any(|limit| is_of_count(limit)) || (limits.is_empty() && stderr.contains(ANY_LIMIT));
     is_full || PASSING.iter().any(|text| stderr.contains(text))
 }
 
-/// The names of limits in what `sbatch` says, in lower case.
+/// The names of limits in the output of `sbatch`, in lower case.
 fn limits(stderr: &str) -> Vec<&str> {
     let words = stderr.split(|c: char| !c.is_ascii_alphanumeric());
-    // Some have no such end: QOSMinGRES, QOSMaxMemoryPerJob.
+    // Some names have another end: QOSMinGRES, QOSMaxMemoryPerJob.
     let is_name = |word: &str| {
         let begins = |start: &str| word.starts_with(start) && word.len() > start.len();
         (word.ends_with("limit") && word != "limit") || begins("qos") || begins("assoc")
@@ -92,7 +92,7 @@ fn limits(stderr: &str) -> Vec<&str> {
     words.filter(|word| is_name(word)).collect()
 }
 
-/// Whether it is a limit of how many jobs there may be.
+/// Whether a limit is one on the number of jobs.
 fn is_of_count(limit: &str) -> bool {
     let is_of_jobs = limit.contains("jobs") || (limit.ends_with("joblimit") && !limit.ends_with("perjoblimit"));
     limit.contains("submit") || is_of_jobs
@@ -107,7 +107,7 @@ mod tests {
     }
 
     #[test]
-    fn a_refusal_that_passes_is_told_from_one_that_stays() {
+    fn refusals_that_pass_are_recognized() {
         const POLICY: &str = "sbatch: error: Batch job submission failed: Job violates accounting/QOS policy \
                               (job submit limit, user's size and/or time limits)";
         let of_limit = |limit: &str| format!("sbatch: error: {limit}\n{POLICY}");
@@ -150,7 +150,7 @@ mod tests {
     }
 
     #[test]
-    fn a_submission_is_sure_only_if_slurm_has_said_no() {
+    fn a_submission_failed_for_certain_only_if_slurm_refused_it() {
         assert_eq!(submitted("sbatch: a filter speaks\n12;cluster\n"), Some("12".into()));
         assert_eq!(submitted("Submitted"), None);
         assert!(!is_unsure(&output(1, "", "sbatch: error: Invalid partition name specified")));

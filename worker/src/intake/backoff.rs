@@ -1,4 +1,4 @@
-//! Pauses before messages that could not be used go back to the broker, which delivers them again at once.
+//! Pauses before unusable messages go back to the broker, which delivers them again at once.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
@@ -7,27 +7,28 @@ use std::time::Duration;
 
 use baton_common::id::Pid;
 
-/// The first pause. It doubles with each setback that follows.
+/// The first pause. It doubles with each further failure.
 const PAUSE_MIN: Duration = Duration::from_millis(100);
 
-/// The longest pause: what the cause was is noticed to be over within this time.
+/// The longest pause. The worker notices the end of the cause within this time.
 const PAUSE_MAX: Duration = Duration::from_secs(30);
 
-/// Processes whose setbacks are remembered. Where there are more, all are forgotten, and their pauses begin anew.
+/// Processes whose failures are counted. Beyond this number all counts are reset.
 const PIDS_MAX: usize = 10_000;
 
-/// How often this worker had to give messages back: in a row, for which the database may be to blame, and those of one
-/// process, however well it goes with others.
+/// Counts of messages that this worker gave back: in a row, for which the database may be to blame, and of each process,
+/// independent of the others.
 #[derive(Default)]
-pub(crate) struct Setbacks {
+pub(crate) struct Backoff {
     in_a_row: AtomicU32,
     of_pids: Mutex<HashMap<Pid, u32>>,
-    /// So that those who have no setback need no lock.
+    /// Saves the lock while no process has failures.
     n_pids: AtomicUsize,
 }
 
-impl Setbacks {
-    /// Counts a setback with a message, which may be about one process, and says how long to keep it before it goes back.
+impl Backoff {
+    /// Counts a failure with a message, which may concern one process, and returns how long to keep it before giving it
+    /// back.
     pub(crate) fn next_pause(&self, pid: Option<Pid>) -> Duration {
         let in_a_row = self.in_a_row.fetch_add(1, Ordering::Relaxed);
         let of_pid = pid.map_or(0, |pid| {
@@ -44,9 +45,9 @@ impl Setbacks {
         PAUSE_MIN.saturating_mul(1 << in_a_row.max(of_pid).min(16)).min(PAUSE_MAX)
     }
 
-    /// A message was used.
+    /// Resets the counts after a message was used.
     pub(crate) fn end(&self, pid: Option<Pid>) {
-        // Seldom anything but 0, and then nothing is written that other threads read.
+        // Usually 0; then nothing is written to memory that other threads read.
         if self.in_a_row.load(Ordering::Relaxed) > 0 {
             self.in_a_row.store(0, Ordering::Relaxed);
         }
@@ -66,31 +67,31 @@ mod tests {
 
     #[test]
     fn pauses_grow_until_a_message_is_used() {
-        let setbacks = Setbacks::default();
-        let pauses: Vec<Duration> = (0..40).map(|_| setbacks.next_pause(None)).collect();
+        let backoff = Backoff::default();
+        let pauses: Vec<Duration> = (0..40).map(|_| backoff.next_pause(None)).collect();
         assert_eq!(pauses[..3], [PAUSE_MIN, 2 * PAUSE_MIN, 4 * PAUSE_MIN]);
         assert!(pauses.is_sorted());
         assert_eq!(pauses[39], PAUSE_MAX);
-        setbacks.end(None);
-        assert_eq!(setbacks.next_pause(None), PAUSE_MIN);
+        backoff.end(None);
+        assert_eq!(backoff.next_pause(None), PAUSE_MIN);
     }
 
     #[test]
-    fn what_goes_well_with_others_does_not_shorten_the_pauses_of_a_process() {
-        let setbacks = Setbacks::default();
+    fn success_with_others_does_not_shorten_the_pauses_of_a_process() {
+        let backoff = Backoff::default();
         let [bad, good] = [Pid::generate(), Pid::generate()];
         let pauses: Vec<Duration> = (0..3)
             .map(|_| {
-                setbacks.end(Some(good));
-                setbacks.next_pause(Some(bad))
+                backoff.end(Some(good));
+                backoff.next_pause(Some(bad))
             })
             .collect();
         assert_eq!(pauses, [PAUSE_MIN, 2 * PAUSE_MIN, 4 * PAUSE_MIN]);
-        setbacks.end(Some(bad));
-        assert_eq!(setbacks.next_pause(Some(bad)), PAUSE_MIN);
+        backoff.end(Some(bad));
+        assert_eq!(backoff.next_pause(Some(bad)), PAUSE_MIN);
         for _ in 0..2 * PIDS_MAX {
-            setbacks.next_pause(Some(Pid::generate()));
+            backoff.next_pause(Some(Pid::generate()));
         }
-        assert!(setbacks.n_pids.load(Ordering::Relaxed) <= PIDS_MAX);
+        assert!(backoff.n_pids.load(Ordering::Relaxed) <= PIDS_MAX);
     }
 }
