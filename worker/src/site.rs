@@ -32,7 +32,7 @@ pub(crate) mod staging;
 pub(crate) mod watch;
 
 use launcher::Launcher;
-use pool::{Lease, Pool};
+use pool::{Channel, Pool};
 
 pub use at_site::AtSite;
 
@@ -118,7 +118,7 @@ pub(crate) enum Closed {
 
 /// A session with a site, with one channel of it, until it is dropped.
 pub(crate) struct Visit {
-    pub(crate) session: Lease,
+    pub(crate) session: Channel,
     /// The site's folder, absolute.
     pub(crate) root: String,
 }
@@ -202,7 +202,7 @@ impl Site {
     /// # Errors
     /// See [`Closed`].
     pub(crate) async fn open(&self) -> Result<Visit, Closed> {
-        let session = self.pool.lease().await?;
+        let session = self.pool.channel().await?;
         let root = self.root.get_or_try_init(|| self.find_root(&session)).await;
         match root {
             Ok(root) => Ok(Visit { session, root: root.clone() }),
@@ -238,7 +238,7 @@ impl Site {
     }
 
     /// Makes the site's folder, and says what it is called there.
-    async fn find_root(&self, session: &Lease) -> Result<String, transport::Error> {
+    async fn find_root(&self, session: &Channel) -> Result<String, transport::Error> {
         let root = quote(self.config.root_from_home());
         let command = format!("umask 077; mkdir -p {root} && cd {root} && pwd -P");
         let stdout = session.exec(&command, b"", COMMAND_LIMIT).await?.ok()?;
