@@ -1,19 +1,20 @@
 //! Pool of the sessions that this worker has with a site.
 //!
 //! An SSH session multiplexes several channels, and each command needs one. So the pooled object of `deadpool` is a channel.
-//! `deadpool` limits how many channels there are, lends them, queues the processes that wait for one, and records when each
-//! was last used. The channels of a session share it by an `Arc`. A session therefore lives while the pool has or lends one of
-//! its channels; when the last channel is dropped, the session is closed and its slot is released (`sessions`).
+//! `deadpool` limits the number of channels, lends them, queues the processes that wait for one, and records when each was last
+//! used. The channels of a session share it through an `Arc`, whose strong count is the number of its channels. When the last
+//! of them is dropped, the session is closed, and then its slot is released.
 //!
-//! - `create` adds a channel to the youngest session that has one left, or opens a session: with a slot of the fleet's
-//!   (`slot/SITE/N`), and no sooner after the last session of the fleet than `min_reconnect`.
-//! - `recycle` refuses a channel whose session is broken or too old, or has more channels than the server allows. While a long
-//!   transfer keeps an old session and its slot in use, and no other session can be opened, `create` adds channels to it.
+//! - `create` adds a channel to the youngest session that has room for one. Otherwise it opens a session: with a slot of the
+//!   fleet (`slot/SITE/N`), and at least `min_reconnect` after the last session that the fleet opened.
+//! - `recycle` refuses a channel if its session is broken or too old, or has more channels than the server allows. An old session
+//!   keeps its slot while it is in use, by a long transfer for example; `create` adds channels to it if no other session can be
+//!   opened.
 //! - The channel that was returned last is lent first, so that surplus sessions become idle and are closed.
 //!
-//! One number is not `deadpool`'s: how many channels the server allows for a session, which `narrow` and `maintain` change.
-//! A pool has one size for all sessions, and `Pool::resize` removes only objects that exist: a pool of 8 that has created 1 still
-//! lends 8 after `resize(2)`.
+//! `deadpool` does not hold the number of channels that the server allows for each session, which `narrow` and `maintain`
+//! change. A pool has one size for all sessions, and `Pool::resize` removes only objects that exist: a pool of size 8 that has
+//! created one object still lends 8 after `resize(2)`.
 
 use std::ops::Deref;
 use std::sync::Arc;
