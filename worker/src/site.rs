@@ -32,7 +32,7 @@ pub(crate) mod staging;
 pub(crate) mod watch;
 
 use launcher::Launcher;
-use pool::{Lease, Pool};
+use pool::{Channel, Pool};
 
 pub use at_site::AtSite;
 
@@ -118,7 +118,7 @@ pub(crate) enum Closed {
 
 /// One channel of a session with a site, until it is dropped.
 pub(crate) struct Visit {
-    pub(crate) session: Lease,
+    pub(crate) session: Channel,
     /// The absolute path of the site's folder.
     pub(crate) root: String,
 }
@@ -200,7 +200,7 @@ impl Site {
     /// # Errors
     /// See [`Closed`].
     pub(crate) async fn open(&self) -> Result<Visit, Closed> {
-        let session = self.pool.lease().await?;
+        let session = self.pool.channel().await?;
         let root = self.root.get_or_try_init(|| self.find_root(&session)).await;
         match root {
             Ok(root) => Ok(Visit { session, root: root.clone() }),
@@ -236,7 +236,7 @@ impl Site {
     }
 
     /// Makes the site's folder and returns its resolved path.
-    async fn find_root(&self, session: &Lease) -> Result<String, transport::Error> {
+    async fn find_root(&self, session: &Channel) -> Result<String, transport::Error> {
         let root = quote(self.config.root_from_home());
         let command = format!("umask 077; mkdir -p {root} && cd {root} && pwd -P");
         let stdout = session.exec(&command, b"", COMMAND_LIMIT).await?.ok()?;

@@ -34,7 +34,7 @@ pub(crate) async fn run(claims: Arc<Claims>, site: Arc<Site>) {
         if is_announced {
             look(&claims, &site, &mut watch).await;
         }
-        site.pool.tend().await;
+        site.pool.maintain();
         tokio::time::sleep(PAUSE).await;
         let _ = tokio::time::timeout(ROUND, site.changed.notified()).await;
     }
@@ -60,7 +60,7 @@ async fn look(claims: &Arc<Claims>, site: &Site, watch: &mut Watch) {
     // The worker with the watch makes room for jobs, but without jobs there is no watch.
     let needs_session = work.waits_for_slot || (work.waits_for_room && !work.has_jobs);
     if needs_session && site.pool.n_young() == 0 {
-        drop(site.pool.lease().await);
+        drop(site.pool.channel().await);
     }
     let free = site.pool.free_channels().min(claims.slots.available_permits()).min(TAKEN_MAX);
     if work.waits_for_slot {

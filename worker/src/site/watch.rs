@@ -16,7 +16,7 @@ use baton_common::store::site::{Job, Look, Seen};
 use tracing::{debug, info, warn};
 
 use super::launcher::{ENDED, LOST, Launcher, Listed, Phase};
-use super::pool::Lease;
+use super::pool::Channel;
 use super::{COMMAND_LIMIT, Site, Visit, script};
 use crate::transport::{self, Output, Shell, quote};
 
@@ -45,7 +45,7 @@ struct Open {
     root: String,
     shell: Shell,
     // The channel of the shell.
-    lease: Lease,
+    channel: Channel,
 }
 
 impl Open {
@@ -83,7 +83,7 @@ impl Watch {
             let _ = site.store.give_permit(&site.watch(), site.me).await;
             return;
         }
-        if self.open.as_ref().is_some_and(|open| site.pool.is_fading(&open.lease)) {
+        if self.open.as_ref().is_some_and(|open| site.pool.is_fading(&open.channel)) {
             // The session is about to be closed; the next look uses a younger one.
             self.open = None;
             return;
@@ -135,7 +135,7 @@ impl Watch {
         match session.shell().await {
             Ok(shell) => {
                 info!(site = site.name, "this worker has the watch over the jobs");
-                self.open = Some(Open { root, shell, lease: session });
+                self.open = Some(Open { root, shell, channel: session });
                 true
             }
             Err(error) => {
