@@ -7,7 +7,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::Error;
+use super::error::Error;
 use crate::digest::Digest;
 use crate::message_pack;
 use crate::spec::Spec;

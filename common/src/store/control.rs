@@ -10,11 +10,15 @@ use sea_orm::{ConnectionTrait, DatabaseTransaction, QueryResult, Value};
 use uuid::Uuid;
 
 use super::blob::Outcome;
-use super::dialect::{Batch, Dialect, Kind};
+use super::connection::begin;
+use super::dialect::{Batch, Kind};
+use super::error::Error;
+use super::handle::Store;
+use super::lease::Fence;
+pub use super::request::{Request, Settled};
+use super::request::{kill_reason, settle};
+use super::row::{Announced, desired, place, state};
 use super::select::{self, Order, Walk};
-use super::submit::Announced;
-use super::writer::Fence;
-use super::{Error, Store, begin};
 use crate::border;
 use crate::id::{Incarnation, Pid, RequestId};
 use crate::message::Effect;
@@ -23,31 +27,6 @@ use crate::state::{Desired, Place, State};
 
 /// Rows that one statement of a request to many changes.
 const PAGE_ROWS: u32 = 1_000;
-
-/// What somebody asks for.
-#[derive(Clone, Debug)]
-pub struct Request {
-    /// What is wanted.
-    pub verb: Desired,
-    /// At once: `pause --now` ends a local program.
-    pub urgent: bool,
-    /// Without asking the holder: `kill --force` ends the process in the database, and its holder, who loses the lease by
-    /// it, drops it.
-    pub force: bool,
-    /// Who asks, as they say themselves: user and host, or the name of a worker.
-    pub by: String,
-    /// Whom the broker knows it from, for requests that came from outside; `None` is the database's own login.
-    pub login: Option<String>,
-    /// Why, in their words.
-    pub reason: Option<String>,
-}
-
-impl Request {
-    /// A plain request by somebody who speaks to the database.
-    pub fn new(verb: Desired, by: impl Into<String>) -> Self {
-        Request { verb, urgent: false, force: false, by: by.into(), login: None, reason: None }
-    }
-}
 
 /// What became of a request to one process.
 #[derive(Clone, Debug)]
@@ -162,53 +141,6 @@ impl Store {
             .collect()
     }
 
-    /// The processes that have yet to obey a request to many.
-    ///
-    /// # Errors
-    /// The database does not answer.
-    pub async fn pending(&self, request: RequestId) -> Result<Vec<Pid>, Error> {
-        let sql = "SELECT pid FROM event WHERE request = $1 AND outcome IS NULL AND pid IS NOT NULL";
-        let rows = self.query(sql, vec![Uuid::from(request).into()]).await?;
-        rows.iter().map(|row| Ok(row.try_get::<Uuid>("", "pid")?.into())).collect()
-    }
-
-    /// What a request to one process has come to; `None` while its holder has yet to obey.
-    ///
-    /// # Errors
-    /// The database does not answer.
-    pub async fn settled(&self, event: RequestId) -> Result<Option<Settled>, Error> {
-        let rows = self.query("SELECT outcome FROM event WHERE id = $1", vec![Uuid::from(event).into()]).await?;
-        let outcome: Option<String> = rows.first().ok_or(Error::NoRow)?.try_get("", "outcome")?;
-        Ok(outcome.as_deref().and_then(Settled::from_word))
-    }
-
-    /// Records a request that is not about one process, once; `None` when the same has been recorded and has come to its
-    /// end. Gives the time of the first record.
-    pub(super) async fn record_request(
-        &self,
-        id: RequestId,
-        what: &str,
-        target: Option<String>,
-        request: &Request,
-    ) -> Result<Option<i64>, Error> {
-        let sql = "INSERT INTO event (id, at, what, target, by_whom, login, reason)
-                   VALUES ($1, {clock}, $2, $3, $4, COALESCE($5, {login}), $6)
-                   ON CONFLICT (id) DO NOTHING";
-        let values: Vec<Value> = vec![
-            Uuid::from(id).into(),
-            what.to_owned().into(),
-            target.into(),
-            request.by.clone().into(),
-            request.login.clone().into(),
-            request.reason.clone().into(),
-        ];
-        self.execute(sql, values).await?;
-        let rows = self.query("SELECT at, outcome FROM event WHERE id = $1", vec![Uuid::from(id).into()]).await?;
-        let row = rows.first().ok_or(Error::NoRow)?;
-        let is_open = row.try_get::<Option<String>>("", "outcome")?.is_none();
-        Ok(is_open.then(|| row.try_get("", "at")).transpose()?)
-    }
-
     /// Writes a request into locked rows and into their history.
     async fn apply(
         &self,
@@ -313,74 +245,8 @@ impl Many {
     }
 }
 
-/// How a request to a process ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Settled {
-    /// The process obeyed.
-    Applied,
-    /// A later request wanted something else before the process obeyed.
-    Superseded,
-    /// The process came to its end before it obeyed.
-    Ended,
-}
-
-impl Settled {
-    /// The word in the `event` table.
-    pub fn word(self) -> &'static str {
-        match self {
-            Settled::Applied => "applied",
-            Settled::Superseded => "superseded",
-            Settled::Ended => "ended",
-        }
-    }
-
-    /// What the word stands for; `None` for a word of a later version.
-    pub fn from_word(word: &str) -> Option<Self> {
-        [Settled::Applied, Settled::Superseded, Settled::Ended].into_iter().find(|settled| settled.word() == word)
-    }
-}
-
-/// Writes down that processes have obeyed, or have ended before they did. `obeyed` are those that are paused or have
-/// ended now and of which something was asked; the statement that changed them is in the same transaction.
-pub(super) async fn settle(
-    connection: &impl ConnectionTrait,
-    dialect: Dialect,
-    obeyed: &[(Pid, State)],
-) -> Result<(), Error> {
-    let mut batch = Batch::new(&[("b_id", Kind::Uuid), ("b_what", Kind::Text), ("b_final", Kind::SmallInt)]);
-    for (pid, state) in obeyed {
-        let what = match state {
-            State::Paused(_) => Desired::Pause.verb(),
-            State::Killed => Desired::Kill.verb(),
-            State::Created | State::Running | State::Waiting | State::Finished | State::Excepted => "",
-        };
-        batch.push([Uuid::from(*pid).into(), what.to_owned().into(), i16::from(state.is_final()).into()]);
-    }
-    if !batch.is_empty() {
-        connection.execute_raw(dialect.batch(SETTLE, vec![], batch)).await?;
-    }
-    Ok(())
-}
-
-/// What a killed process's outcome says.
-pub(super) fn kill_reason(by: &str, reason: Option<&str>) -> String {
-    match reason {
-        Some(reason) => format!("killed by {by}: {reason}"),
-        None => format!("killed by {by}"),
-    }
-}
-
 fn kill_outcome(request: &Request) -> Vec<u8> {
     Outcome::because(kill_reason(&request.by, request.reason.as_deref())).to_bytes()
-}
-
-fn place(row: &QueryResult) -> Result<Place, Error> {
-    Place::from_code(row.try_get("", "place")?).ok_or_else(|| Error::Unreadable("no such place".into()))
-}
-
-pub(super) fn state(row: &QueryResult) -> Result<State, Error> {
-    State::from_codes(row.try_get("", "state")?, Some(row.try_get("", "before")?))
-        .ok_or_else(|| Error::Unreadable("no such state".into()))
 }
 
 fn before(row: &QueryResult) -> Result<Before, Error> {
@@ -388,8 +254,7 @@ fn before(row: &QueryResult) -> Result<Before, Error> {
         id: row.try_get("", "id")?,
         place: place(row)?,
         state: state(row)?,
-        desired: Desired::from_code(row.try_get("", "desired")?)
-            .ok_or_else(|| Error::Unreadable("no such desire".into()))?,
+        desired: desired(row)?,
         owner: row.try_get::<Option<Uuid>>("", "owner")?.map(Incarnation::from),
     })
 }
@@ -495,10 +360,3 @@ const INSERT_EVENTS: &str = "
     SELECT b_event, b_id, $1, {clock}, $2, $3, COALESCE($4, {login}), $5, NULLIF(b_outcome, ''),
            CASE WHEN b_outcome = '' THEN NULL ELSE {clock} END
     FROM b";
-
-const SETTLE: &str = "
-    WITH {rows}
-    UPDATE event
-    SET outcome = CASE WHEN what = b_what THEN 'applied' ELSE 'ended' END, settled_at = {clock}
-    FROM b
-    WHERE pid = b_id AND outcome IS NULL AND (what = b_what OR b_final = 1)";

@@ -13,7 +13,8 @@ use sea_orm::{
 };
 use sea_query_sqlx::SqlxValues;
 
-use super::{Access, Error, Location, Use, begin, connect};
+use super::connection::{Access, Location, Use, begin, connect};
+use super::error::Error;
 
 /// A connection that was not used for so long is asked first whether it is still alive.
 const FRESH: Duration = Duration::from_secs(30);

@@ -3,10 +3,11 @@
 use sea_orm::Value;
 use uuid::Uuid;
 
+use super::error::Error;
 use super::fleet::FleetPause;
+use super::handle::Store;
 use super::query::{COUNT_MAX, Details, WorkerRow};
 use super::site::SiteFacts;
-use super::{Error, Store};
 use crate::id::Pid;
 
 /// A process, and everything outside it that it may wait for. Gathered one after the other, so a process that moves

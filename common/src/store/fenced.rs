@@ -9,17 +9,14 @@ use std::sync::LazyLock;
 use sea_orm::{ConnectionTrait, QueryResult, Value};
 use uuid::Uuid;
 
-use super::blob::{Checkpoint, Outcome, PackedCheckpoint};
-use super::control::{settle, state};
+use super::blob::{self, Checkpoint, Outcome, PackedCheckpoint};
 use super::dialect::{Batch, Dialect, Kind};
-use super::writer::{Attempt, Claimed, Fence, Fenced, Verb, Written};
-use super::{Error, blob};
+use super::error::Error;
+use super::lease::{Attempt, Claimed, Fence, Fenced, SUSPECT_DEATHS, Verb, Written};
+use super::request::settle;
+use super::row::{desired, place, state};
 use crate::id::{Incarnation, Pid};
 use crate::state::{Desired, Place, State};
-
-/// From so many deaths of its holders on, a process is claimed only as a worker's sole such one, so that it takes no
-/// neighbours of its kind with it.
-pub(super) const SUSPECT_DEATHS: i64 = 2;
 
 /// Takes the leases of those that are queued in the queue that their message came from, and of nothing else.
 pub(super) async fn claim(
@@ -321,14 +318,6 @@ async fn insert_outputs(
         connection.execute_raw(dialect.hot_batch(UPSERT_OUTPUT, vec![], batch)).await?;
     }
     Ok(())
-}
-
-fn place(row: &QueryResult) -> Result<Place, Error> {
-    Place::from_code(row.try_get("", "place")?).ok_or_else(|| Error::Unreadable("no such place".into()))
-}
-
-fn desired(row: &QueryResult) -> Result<Desired, Error> {
-    Desired::from_code(row.try_get("", "desired")?).ok_or_else(|| Error::Unreadable("no such desire".into()))
 }
 
 // `{id_of_b}` and `place + 0` here and in the fenced writes: the row is found by its key. A planner that believes that

@@ -4,8 +4,9 @@ use sea_orm::Value;
 use serde::Serialize;
 use uuid::Uuid;
 
-use super::control::Request;
-use super::{Error, Store};
+use super::error::Error;
+use super::handle::Store;
+use super::request::Request;
 use crate::id::RequestId;
 use crate::state::Desired;
 

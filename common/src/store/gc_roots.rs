@@ -5,8 +5,9 @@ use uuid::Uuid;
 
 use super::blob::{self, Outcome};
 use super::dialect::Batch;
+use super::error::Error;
+use super::handle::Store;
 use super::select::{Order, Walk};
-use super::{Error, Store};
 use crate::digest::Digest;
 use crate::select::Select;
 use crate::spec::on_site::Scope;

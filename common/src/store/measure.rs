@@ -2,9 +2,11 @@
 
 use sea_orm::{ConnectionTrait, QueryResult, Value};
 
+use super::connection::{WORKER_CONNECTIONS, WORKER_CONNECTIONS_IDLE, WORKER_PROGRAM};
 use super::dedicated_connection::DedicatedConnection;
 use super::dialect::Dialect;
-use super::{Error, Store, WORKER_CONNECTIONS, WORKER_CONNECTIONS_IDLE, WORKER_PROGRAM};
+use super::error::Error;
+use super::handle::Store;
 use crate::id::Pid;
 
 /// Counters of PostgreSQL that only grow.

@@ -2,7 +2,8 @@
 
 use uuid::Uuid;
 
-use super::{Error, Store};
+use super::error::Error;
+use super::handle::Store;
 use crate::id::Incarnation;
 
 impl Store {

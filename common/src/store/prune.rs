@@ -9,10 +9,12 @@ use std::time::Duration;
 use sea_orm::{ConnectionTrait, DatabaseTransaction, QueryResult, Value};
 use uuid::Uuid;
 
+use super::connection::begin;
 use super::dialect::{Batch, Dialect};
+use super::error::Error;
+use super::handle::Store;
 use super::select::{self, Order, Walk};
 use super::submit::{LABEL, LABELS_MAX};
-use super::{Error, Store, begin};
 use crate::id::Pid;
 use crate::select::Select;
 use crate::state::State;

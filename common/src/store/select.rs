@@ -3,52 +3,25 @@
 //! A page reads only the tables that its conditions are about. Each condition has an index that ends in the id, so the
 //! first of a page are found at once, whether a million rows meet it or none; those that meet several, by leaps.
 
+mod condition;
+mod count;
 mod leapfrog;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 
 use sea_orm::{ConnectionTrait, Statement, Value};
 use uuid::Uuid;
 
+use condition::{FOUND_BY_TIME, PIDS_MAX, label_condition, process_condition, spec_condition};
+pub(super) use condition::{Order, look};
+pub(super) use count::count;
 use leapfrog::Line;
 
 use super::dialect::{Batch, Dialect};
-use super::query::Cursor;
-use super::{Error, Store};
+use super::error::Error;
+use super::row::Cursor;
 use crate::id::Pid;
 use crate::select::Select;
-
-/// Explicit ids that one statement asks for.
-const PIDS_MAX: usize = 1_000;
-
-/// What makes a condition on `spec.created_at` one by which rows are found, in the index of those times. One without it
-/// only judges a row that was found by its id.
-const FOUND_BY_TIME: &str = " AND s.created_at <> -1";
-
-/// Which way a selection is paged through.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Order {
-    NewestFirst,
-    OldestFirst,
-}
-
-impl Order {
-    /// The direction in which it is sorted, and how an id compares with those before it.
-    fn words(self) -> (&'static str, &'static str) {
-        match self {
-            Self::NewestFirst => ("DESC", "<"),
-            Self::OldestFirst => ("ASC", ">"),
-        }
-    }
-
-    /// An id that no process has.
-    fn before_all(self) -> Uuid {
-        match self {
-            Self::NewestFirst => Uuid::max(),
-            Self::OldestFirst => Uuid::nil(),
-        }
-    }
-}
 
 /// A walk through a selection, page by page.
 pub(super) struct Walk {
@@ -240,139 +213,4 @@ impl Walk {
 /// Whether pages of a selection are in the order of acceptance and not of ids.
 fn is_by_time(select: &Select) -> bool {
     select.older_than.is_some() && select.pids.is_none()
-}
-
-/// The condition on one row `process p` that has been found by its id, but for the selection's ids, as ` AND …`; its values are
-/// added to `values`.
-///
-/// Nothing in it leads a planner to other rows (`+ 0`, and sub-selects that give a value): of processes that were accepted
-/// just now it believes that one row meets each condition, and with joins it may compare each of them with each other.
-pub(super) fn look(select: &Select, values: &mut Vec<Value>) -> String {
-    look_but_for(select, None, values)
-}
-
-fn look_but_for(select: &Select, base: Option<Base>, values: &mut Vec<Value>) -> String {
-    let mut condition = String::new();
-    if let Some(worker) = &select.worker {
-        values.push(worker.clone().into());
-        let name = values.len();
-        condition.push_str(&format!(
-            " AND p.place + 0 = {{held}} AND (SELECT h.name FROM worker h WHERE h.id = p.owner) = ${name}"
-        ));
-    }
-    condition.push_str(&state_condition("p.state + 0", select));
-    if base != Some(Base::Spec) {
-        let of_spec = spec_condition(select, values);
-        if !of_spec.is_empty() {
-            condition.push_str(&format!(" AND (SELECT true{of_spec} FROM spec s WHERE s.id = p.id)"));
-        }
-    }
-    for (key, value) in select.labels().skip(usize::from(base == Some(Base::Label))) {
-        let label = label_condition("l", key, value, values);
-        condition.push_str(&format!(" AND (SELECT COUNT(*) FROM label l WHERE l.id = p.id{label}) = 1"));
-    }
-    condition
-}
-
-fn process_condition(select: &Select, values: &mut Vec<Value>) -> String {
-    let Some(worker) = &select.worker else { return String::new() };
-    values.push(worker.clone().into());
-    let name = values.len();
-    format!(" AND p.place = {{held}} AND p.owner IN (SELECT h.id FROM worker h WHERE h.name = ${name})")
-}
-
-fn state_condition(column: &str, select: &Select) -> String {
-    let states = select.states().map(|word| format!("{{{word}}}")).collect::<Vec<_>>();
-    if states.is_empty() {
-        return String::new();
-    }
-    format!(" AND {column} IN ({})", states.join(", "))
-}
-
-/// The columns of `spec` that a selection gives a value to, each with an index of its own, and these values.
-fn spec_facts(select: &Select) -> impl Iterator<Item = (&'static str, &str)> {
-    let facts = [("session", &select.session), ("queue", &select.queue), ("kind", &select.kind)];
-    facts.into_iter().filter_map(|(column, wanted)| Some((column, wanted.as_deref()?)))
-}
-
-/// What a search says beside the value of one of these columns, so that it may use the index of the rows for which this
-/// holds: of all of them, since none of these facts is ever empty.
-fn in_index_of(alias: &str, column: &str) -> String {
-    format!(" AND {alias}{column} <> ''")
-}
-
-fn spec_condition(select: &Select, values: &mut Vec<Value>) -> String {
-    let mut condition = String::new();
-    for (column, wanted) in spec_facts(select) {
-        values.push(wanted.into());
-        condition.push_str(&format!(" AND s.{column} = ${}{}", values.len(), in_index_of("s.", column)));
-    }
-    if let Some(age) = select.older_than {
-        values.push(i64::try_from(age.as_micros()).unwrap_or(i64::MAX / 2).into());
-        condition.push_str(&format!(" AND s.created_at <= {{now}} - ${}", values.len()));
-    }
-    condition
-}
-
-fn label_condition(alias: &str, key: &str, value: &str, values: &mut Vec<Value>) -> String {
-    values.extend([key.into(), value.into()]);
-    format!(" AND {alias}.key = ${} AND {alias}.value = ${}", values.len() - 1, values.len())
-}
-
-/// The table by which a selection's rows are found when they are counted.
-#[derive(Clone, Copy, PartialEq)]
-enum Base {
-    Spec,
-    Label,
-}
-
-/// How many rows of `process p` are in a selection and meet a condition, by the code in one of their columns. `values`
-/// are the condition's.
-pub(super) async fn count(
-    store: &Store,
-    select: &Select,
-    column: &str,
-    also: &str,
-    mut values: Vec<Value>,
-) -> Result<BTreeMap<i16, u64>, Error> {
-    if select.is_none() {
-        return Ok(BTreeMap::new());
-    }
-    // Each row is one look by its id, as for `look`.
-    let by_id = |base: &str, id: &str, found_by: &str, look: &str| {
-        format!(
-            "SELECT code, COUNT(*) AS n
-             FROM (SELECT (SELECT CASE WHEN {also}{look} THEN p.{column} END FROM process p WHERE p.id = {id}) AS code
-                   FROM {base} WHERE true{found_by}) AS c
-             WHERE code IS NOT NULL GROUP BY code"
-        )
-    };
-    let statements: Vec<Statement> = if let Some(pids) = &select.pids {
-        let sql = format!("WITH {{rows}} {}", by_id("b", "b_id", "", &look(select, &mut values)));
-        let pids: BTreeSet<Pid> = pids.iter().copied().collect();
-        let pids: Vec<Uuid> = pids.into_iter().map(Uuid::from).collect();
-        let of = |chunk: &[Uuid]| store.dialect.batch(&sql, values.clone(), Batch::ids(chunk.iter().copied()));
-        pids.chunks(PIDS_MAX).map(of).collect()
-    } else {
-        let of_spec = spec_condition(select, &mut values);
-        let sql = if !of_spec.is_empty() {
-            let found_by = format!("{of_spec}{}", if select.older_than.is_some() { FOUND_BY_TIME } else { "" });
-            by_id("spec s", "s.id", &found_by, &look_but_for(select, Some(Base::Spec), &mut values))
-        } else if let Some((key, value)) = select.labels().next() {
-            let of_label = label_condition("f", key, value, &mut values);
-            by_id("label f", "f.id", &of_label, &look_but_for(select, Some(Base::Label), &mut values))
-        } else {
-            let condition =
-                format!("{also}{}{}", process_condition(select, &mut values), state_condition("p.state", select));
-            format!("SELECT p.{column} AS code, COUNT(*) AS n FROM process p WHERE {condition} GROUP BY p.{column}")
-        };
-        vec![store.dialect.statement(&sql, values)]
-    };
-    let mut counts = BTreeMap::new();
-    for statement in statements {
-        for row in store.db.query_all_raw(statement).await? {
-            *counts.entry(row.try_get("", "code")?).or_default() += row.try_get::<i64>("", "n")?.cast_unsigned();
-        }
-    }
-    Ok(counts)
 }

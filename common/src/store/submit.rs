@@ -1,13 +1,18 @@
 //! Accepting processes. What is committed here is never lost.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::sync::LazyLock;
 
 use sea_orm::{ConnectionTrait, Value};
 use uuid::Uuid;
 
+use super::blob;
+use super::connection::begin;
 use super::dialect::{Batch, Dialect, Kind};
-use super::{Error, Store, begin, blob};
+use super::error::Error;
+use super::handle::Store;
+use super::row::place;
+pub use super::row::{Announced, ByQueue};
 use crate::border;
 use crate::id::Pid;
 use crate::spec::Spec;
@@ -29,20 +34,6 @@ pub struct NewProcess {
     /// What `baton run` finds an unfinished process by.
     pub run_key: Option<Vec<u8>>,
 }
-
-/// A row that a message should now stand for.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Announced {
-    /// The process.
-    pub pid: Pid,
-    /// When its row was told, in database time.
-    pub announced_at: i64,
-    /// W3C trace context of its launch.
-    pub traceparent: Option<String>,
-}
-
-/// Rows by the task queue that their messages go to.
-pub type ByQueue = BTreeMap<String, Vec<Announced>>;
 
 /// What accepting a page of processes did.
 #[derive(Clone, Debug, Default)]
@@ -161,11 +152,7 @@ pub(super) async fn insert(
     };
     let inserted: HashMap<Pid, (Place, i64)> = rows
         .iter()
-        .map(|row| {
-            let place =
-                Place::from_code(row.try_get("", "place")?).ok_or_else(|| Error::Unreadable("no such place".into()))?;
-            Ok((row.try_get::<Uuid>("", "id")?.into(), (place, row.try_get("", "told_at")?)))
-        })
+        .map(|row| Ok((row.try_get::<Uuid>("", "id")?.into(), (place(row)?, row.try_get("", "told_at")?))))
         .collect::<Result<_, Error>>()?;
     if dialect == Dialect::Postgres {
         return Ok(inserted);

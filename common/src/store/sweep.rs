@@ -2,15 +2,17 @@
 //!
 //! Any worker may run any sweep at any time; they exclude each other row by row.
 
-use sea_orm::{ConnectionTrait, QueryResult, Value};
+use sea_orm::{ConnectionTrait, Value};
 use uuid::Uuid;
 
 use super::blob::Outcome;
-use super::control::{Answer, Controlled, Request, settle, state};
+use super::connection::begin;
+use super::control::{Answer, Controlled};
 use super::dialect::{Batch, Kind};
-use super::query::killed_because;
-use super::submit::{Announced, ByQueue};
-use super::{Error, Store, begin};
+use super::error::Error;
+use super::handle::Store;
+use super::request::{Request, killed_because, settle};
+use super::row::{ByQueue, state, told};
 use crate::id::Pid;
 use crate::state::{Desired, Place, State};
 
@@ -173,15 +175,6 @@ impl Store {
         }
         Ok(by_queue)
     }
-}
-
-pub(super) fn told(row: &QueryResult) -> Result<(String, Announced), Error> {
-    let told = Announced {
-        pid: row.try_get::<Uuid>("", "id")?.into(),
-        announced_at: row.try_get("", "told_at")?,
-        traceparent: row.try_get("", "traceparent")?,
-    };
-    Ok((row.try_get("", "queue")?, told))
 }
 
 const ORPHANS: &str = "

@@ -5,9 +5,12 @@ use std::time::Duration;
 use sea_orm::{ConnectionTrait, QueryResult, Value};
 use uuid::Uuid;
 
-use super::control::Request;
-use super::writer::Fence;
-use super::{Error, Store, Use, begin, connect};
+use super::connection::{Use, begin, connect};
+use super::error::Error;
+use super::handle::Store;
+use super::lease::Fence;
+use super::request::Request;
+use super::row::desired;
 use crate::communicator::control_queue;
 use crate::id::{Incarnation, Pid};
 use crate::lack::Shortage;
@@ -308,8 +311,7 @@ const WISHES: &str = "SELECT id, epoch, desired, urgent FROM process WHERE true"
 fn wish(row: &QueryResult) -> Result<Wish, Error> {
     Ok(Wish {
         fence: Fence { pid: row.try_get::<Uuid>("", "id")?.into(), epoch: row.try_get("", "epoch")? },
-        desired: Desired::from_code(row.try_get("", "desired")?)
-            .ok_or_else(|| Error::Unreadable("no such desire".into()))?,
+        desired: desired(row)?,
         urgent: row.try_get("", "urgent")?,
     })
 }

@@ -19,17 +19,19 @@ use tokio::sync::{Semaphore, mpsc, oneshot};
 use tracing::{debug, warn};
 use uuid::Uuid;
 
-use super::blob::{Checkpoint, Outcome, PackedCheckpoint};
+use super::blob::{Checkpoint, PackedCheckpoint};
+use super::connection::LANE_IDLE;
 use super::dedicated_connection::DedicatedConnection;
 use super::dialect::Dialect;
+use super::error::Error;
 use super::fenced::Missed;
+use super::handle::Store;
+pub use super::lease::{Attempt, Claim, Claimed, Fence, Fenced, How, Output, Stream, Verb, Written};
 use super::submit::NewProcess;
-use super::{Error, LANE_IDLE, Store, fenced, prune, submit};
+use super::{fenced, prune, submit};
 use crate::border;
 use crate::failpoint::fail_point;
 use crate::id::{Incarnation, Pid};
-use crate::spec::Spec;
-use crate::state::{Desired, Place, State};
 
 /// Rows in one transaction. More does not make a row cheaper, and everybody in the batch waits for all of it.
 const BATCH_ROWS_MAX: usize = 256;
@@ -54,208 +56,6 @@ const GATHER_FREE: usize = 4;
 
 /// Pause before a batch is sent again to a database that does not answer.
 const RETRY_PAUSE: Duration = Duration::from_millis(200);
-
-/// What a holder proves with each write: the process and the number of the lease.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Fence {
-    /// The process.
-    pub pid: Pid,
-    /// Its epoch when it was claimed.
-    pub epoch: i64,
-}
-
-/// A process whose lease was just taken.
-#[derive(Debug)]
-pub struct Claimed {
-    /// The lease.
-    pub fence: Fence,
-    /// When, in database time.
-    pub claimed_at: i64,
-    /// The number of the try that it is in, from 1.
-    pub try_number: i64,
-    /// How many of its holders died in a row without a checkpoint.
-    pub deaths: i64,
-    /// What the operators want of it.
-    pub desired: Desired,
-    /// Whether that is wanted at once (`pause --now`, `kill --force`).
-    pub urgent: bool,
-    /// Whether it has, or may have, a job at a site.
-    pub has_outside: bool,
-    /// Since when one worker after the other could not go on with it, although another build may; `None` once one has.
-    pub refused_at: Option<i64>,
-    /// Its progress, if there is any. An unreadable one is the process's own failure, not the worker's; a newer one is
-    /// neither's.
-    pub checkpoint: Option<Result<Checkpoint, Error>>,
-    /// What to run.
-    pub spec: Result<Spec, Error>,
-    /// W3C trace context of its launch.
-    pub traceparent: Option<String>,
-    /// Whom to tell of the end.
-    pub reply_to: Option<Vec<u8>>,
-}
-
-/// What became of a claim.
-#[derive(Debug)]
-pub enum Claim {
-    /// The lease is ours.
-    Claimed(Box<Claimed>),
-    /// Somebody holds it, or it is parked or ended, or queued elsewhere: the message means nothing any more.
-    NotQueued,
-    /// It is queued, but two of its holders or more have died, and this worker has another such one at the moment.
-    NotBesideAnother,
-    /// No such process.
-    Absent,
-    /// A launch whose pid belongs to a process with another spec.
-    OtherSpec,
-    /// A launch that is older than what is kept: its process may have run and been pruned.
-    Pruned,
-    /// The database can never store what the launch brings along, for this reason.
-    Rejected(String),
-}
-
-/// A write of the holder.
-#[derive(Clone, Debug)]
-pub struct Fenced {
-    /// The lease.
-    pub fence: Fence,
-    /// What to do with the row.
-    pub verb: Verb,
-    /// The new progress; `None` leaves the old one.
-    pub checkpoint: Option<PackedCheckpoint>,
-    /// The number of the try, from 1; 0 leaves it as it is.
-    pub try_number: i64,
-    /// The attempt's row, if this write ends the holding. A holding that ends in an ordinary wait leaves none.
-    pub ended: Option<Attempt>,
-    /// What its program has written so far.
-    pub outputs: Vec<Output>,
-}
-
-/// What a fenced write does.
-#[derive(Clone, Debug)]
-pub enum Verb {
-    /// Checkpoint and go on.
-    Keep,
-    /// Wait for a time from now.
-    Park {
-        /// How long.
-        wake_in: Duration,
-    },
-    /// Wait for something at a site: whoever has it to give wakes those that wait, the longest first.
-    Wait {
-        /// For what, such as `slot/cluster`; empty for a job, which wakes its own process.
-        waits_for: String,
-        /// It is woken after this time in any case.
-        wake_in: Duration,
-        /// It is a kill that waits, for what is outside to be ended.
-        killing: bool,
-    },
-    /// Wait for a time from now, since this build cannot go on with it.
-    Refuse {
-        /// How long.
-        wake_in: Duration,
-        /// Why, in words.
-        reason: String,
-    },
-    /// Pause, if that is still desired.
-    Pause,
-    /// Back to the queue at no charge.
-    GiveBack,
-    /// The end.
-    End {
-        /// Which one: finished, excepted or killed.
-        state: State,
-        /// With what.
-        outcome: Outcome,
-    },
-}
-
-/// How a holding ended, for its row.
-#[derive(Clone, Debug)]
-pub struct Attempt {
-    /// When it was claimed, in database time.
-    pub started_at: i64,
-    /// How it ended.
-    pub how: How,
-    /// Why, in words.
-    pub reason: Option<String>,
-}
-
-/// How an attempt ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum How {
-    /// By itself, well.
-    Ok,
-    /// By itself, not well.
-    Error,
-    /// The worker stopped and gave it back.
-    Drained,
-    /// Somebody asked for a pause.
-    Paused,
-    /// Somebody asked for its end.
-    Killed,
-}
-
-impl How {
-    /// The word in the `attempt` table. `lost` is written by the sweep.
-    pub fn word(self) -> &'static str {
-        match self {
-            How::Ok => "ok",
-            How::Error => "error",
-            How::Drained => "drained",
-            How::Paused => "paused",
-            How::Killed => "killed",
-        }
-    }
-}
-
-/// What is kept of one stream of a program.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Output {
-    /// Which.
-    pub stream: Stream,
-    /// Its beginning.
-    pub head: Vec<u8>,
-    /// Its end; empty when the head is all of it.
-    pub tail: Vec<u8>,
-    /// Its length.
-    pub total_bytes: u64,
-}
-
-/// A stream of a program.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Stream {
-    /// Standard output.
-    Stdout,
-    /// Standard error.
-    Stderr,
-}
-
-impl Stream {
-    /// The number in the `output` table.
-    pub fn code(self) -> i16 {
-        match self {
-            Stream::Stdout => 1,
-            Stream::Stderr => 2,
-        }
-    }
-}
-
-/// What the row says after a fenced write.
-#[derive(Clone, Debug)]
-pub struct Written {
-    /// Where the process is now; `Held` means go on.
-    pub place: Place,
-    /// Its state.
-    pub state: State,
-    /// What the operators want of it.
-    pub desired: Desired,
-    /// Whether that is wanted at once.
-    pub urgent: bool,
-    /// Its task queue.
-    pub queue: String,
-    /// When it was last told, for the message that must follow if it is queued.
-    pub announced_at: i64,
-}
 
 /// The way to the writer. Cheap to clone; the writer ends when the last one is gone.
 #[derive(Clone)]
@@ -286,14 +86,6 @@ enum Request {
         fenced: Box<Fenced>,
         answer: oneshot::Sender<Result<Option<Written>, Error>>,
     },
-}
-
-impl Claimed {
-    /// Whether so many of its holders have died that a worker takes only one such process at a time, until its next
-    /// checkpoint.
-    pub fn is_suspect(&self) -> bool {
-        self.deaths >= fenced::SUSPECT_DEATHS
-    }
 }
 
 impl Writer {

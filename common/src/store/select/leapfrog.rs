@@ -11,7 +11,7 @@
 
 use sea_orm::Value;
 
-use super::{Order, in_index_of, spec_facts};
+use super::condition::{Order, in_index_of, spec_facts};
 use crate::select::Select;
 
 /// How many leaps there may be for each row that is asked for and for each line: where every row of a line meets all

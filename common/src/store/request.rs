@@ -1,0 +1,169 @@
+//! Requests of operators and what they came to: the table `event`.
+
+use sea_orm::{ConnectionTrait, Value};
+use uuid::Uuid;
+
+use super::dialect::{Batch, Dialect, Kind};
+use super::error::Error;
+use super::handle::Store;
+use crate::id::{Pid, RequestId};
+use crate::state::{Desired, State};
+
+/// What somebody asks for.
+#[derive(Clone, Debug)]
+pub struct Request {
+    /// What is wanted.
+    pub verb: Desired,
+    /// At once: `pause --now` ends a local program.
+    pub urgent: bool,
+    /// Without asking the holder: `kill --force` ends the process in the database, and its holder, who loses the lease by
+    /// it, drops it.
+    pub force: bool,
+    /// Who asks, as they say themselves: user and host, or the name of a worker.
+    pub by: String,
+    /// Whom the broker knows it from, for requests that came from outside; `None` is the database's own login.
+    pub login: Option<String>,
+    /// Why, in their words.
+    pub reason: Option<String>,
+}
+
+impl Request {
+    /// A plain request by somebody who speaks to the database.
+    pub fn new(verb: Desired, by: impl Into<String>) -> Self {
+        Request { verb, urgent: false, force: false, by: by.into(), login: None, reason: None }
+    }
+}
+
+impl Store {
+    /// The processes that have yet to obey a request to many.
+    ///
+    /// # Errors
+    /// The database does not answer.
+    pub async fn pending(&self, request: RequestId) -> Result<Vec<Pid>, Error> {
+        let sql = "SELECT pid FROM event WHERE request = $1 AND outcome IS NULL AND pid IS NOT NULL";
+        let rows = self.query(sql, vec![Uuid::from(request).into()]).await?;
+        rows.iter().map(|row| Ok(row.try_get::<Uuid>("", "pid")?.into())).collect()
+    }
+
+    /// What a request to one process has come to; `None` while its holder has yet to obey.
+    ///
+    /// # Errors
+    /// The database does not answer.
+    pub async fn settled(&self, event: RequestId) -> Result<Option<Settled>, Error> {
+        let rows = self.query("SELECT outcome FROM event WHERE id = $1", vec![Uuid::from(event).into()]).await?;
+        let outcome: Option<String> = rows.first().ok_or(Error::NoRow)?.try_get("", "outcome")?;
+        Ok(outcome.as_deref().and_then(Settled::from_word))
+    }
+
+    /// Records a request that is not about one process, once; `None` when the same has been recorded and has come to its
+    /// end. Gives the time of the first record.
+    pub(super) async fn record_request(
+        &self,
+        id: RequestId,
+        what: &str,
+        target: Option<String>,
+        request: &Request,
+    ) -> Result<Option<i64>, Error> {
+        let sql = "INSERT INTO event (id, at, what, target, by_whom, login, reason)
+                   VALUES ($1, {clock}, $2, $3, $4, COALESCE($5, {login}), $6)
+                   ON CONFLICT (id) DO NOTHING";
+        let values: Vec<Value> = vec![
+            Uuid::from(id).into(),
+            what.to_owned().into(),
+            target.into(),
+            request.by.clone().into(),
+            request.login.clone().into(),
+            request.reason.clone().into(),
+        ];
+        self.execute(sql, values).await?;
+        let rows = self.query("SELECT at, outcome FROM event WHERE id = $1", vec![Uuid::from(id).into()]).await?;
+        let row = rows.first().ok_or(Error::NoRow)?;
+        let is_open = row.try_get::<Option<String>>("", "outcome")?.is_none();
+        Ok(is_open.then(|| row.try_get("", "at")).transpose()?)
+    }
+
+    /// Who asked for a process's end, and why; `None` when nobody did.
+    ///
+    /// # Errors
+    /// The database does not answer.
+    pub async fn killed_because(&self, pid: Pid) -> Result<Option<String>, Error> {
+        killed_because(&self.db, self.dialect, pid).await
+    }
+}
+
+/// How a request to a process ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Settled {
+    /// The process obeyed.
+    Applied,
+    /// A later request wanted something else before the process obeyed.
+    Superseded,
+    /// The process came to its end before it obeyed.
+    Ended,
+}
+
+impl Settled {
+    /// The word in the `event` table.
+    pub fn word(self) -> &'static str {
+        match self {
+            Settled::Applied => "applied",
+            Settled::Superseded => "superseded",
+            Settled::Ended => "ended",
+        }
+    }
+
+    /// What the word stands for; `None` for a word of a later version.
+    pub fn from_word(word: &str) -> Option<Self> {
+        [Settled::Applied, Settled::Superseded, Settled::Ended].into_iter().find(|settled| settled.word() == word)
+    }
+}
+
+/// Writes down that processes have obeyed, or have ended before they did. `obeyed` are those that are paused or have
+/// ended now and of which something was asked; the statement that changed them is in the same transaction.
+pub(super) async fn settle(
+    connection: &impl ConnectionTrait,
+    dialect: Dialect,
+    obeyed: &[(Pid, State)],
+) -> Result<(), Error> {
+    let mut batch = Batch::new(&[("b_id", Kind::Uuid), ("b_what", Kind::Text), ("b_final", Kind::SmallInt)]);
+    for (pid, state) in obeyed {
+        let what = match state {
+            State::Paused(_) => Desired::Pause.verb(),
+            State::Killed => Desired::Kill.verb(),
+            State::Created | State::Running | State::Waiting | State::Finished | State::Excepted => "",
+        };
+        batch.push([Uuid::from(*pid).into(), what.to_owned().into(), i16::from(state.is_final()).into()]);
+    }
+    if !batch.is_empty() {
+        connection.execute_raw(dialect.batch(SETTLE, vec![], batch)).await?;
+    }
+    Ok(())
+}
+
+/// What a killed process's outcome says.
+pub(super) fn kill_reason(by: &str, reason: Option<&str>) -> String {
+    match reason {
+        Some(reason) => format!("killed by {by}: {reason}"),
+        None => format!("killed by {by}"),
+    }
+}
+
+/// [`Store::killed_because`], within a transaction: a program may have no second connection beside it.
+pub(super) async fn killed_because(
+    connection: &impl ConnectionTrait,
+    dialect: Dialect,
+    pid: Pid,
+) -> Result<Option<String>, Error> {
+    let sql = "SELECT by_whom, reason FROM event WHERE pid = $1 AND what = 'kill' ORDER BY at, id LIMIT 1";
+    let rows = connection.query_all_raw(dialect.statement(sql, vec![Uuid::from(pid).into()])).await?;
+    let Some(row) = rows.first() else { return Ok(None) };
+    let reason: Option<String> = row.try_get("", "reason")?;
+    Ok(Some(kill_reason(&row.try_get::<String>("", "by_whom")?, reason.as_deref())))
+}
+
+const SETTLE: &str = "
+    WITH {rows}
+    UPDATE event
+    SET outcome = CASE WHEN what = b_what THEN 'applied' ELSE 'ended' END, settled_at = {clock}
+    FROM b
+    WHERE pid = b_id AND outcome IS NULL AND (what = b_what OR b_final = 1)";
