@@ -6,7 +6,7 @@
 
 use std::collections::BTreeMap;
 
-use sea_orm::{ConnectionTrait, DatabaseTransaction, QueryResult, Value};
+use sea_orm::{ConnectionTrait, DatabaseTransaction, FromQueryResult, Value};
 use uuid::Uuid;
 
 use super::blob::Outcome;
@@ -17,7 +17,7 @@ use super::handle::Store;
 use super::lease::Fence;
 pub use super::request::{Request, Settled};
 use super::request::{kill_reason, settle};
-use super::row::{Announced, desired, place, state};
+use super::row::{Announced, Queued, read};
 use super::select::{self, Order, Walk};
 use crate::border;
 use crate::id::{Incarnation, Pid, RequestId};
@@ -63,12 +63,25 @@ pub struct Controlled {
 }
 
 /// A row before a request, locked.
+#[derive(FromQueryResult)]
 struct Before {
     id: Uuid,
     place: Place,
+    #[sea_orm(nested)]
     state: State,
     desired: Desired,
     owner: Option<Incarnation>,
+}
+
+/// A row after a request.
+#[derive(FromQueryResult)]
+struct After {
+    #[sea_orm(nested)]
+    queued: Queued,
+    place: Place,
+    #[sea_orm(nested)]
+    state: State,
+    reply_to: Option<Vec<u8>>,
 }
 
 impl Store {
@@ -94,7 +107,7 @@ impl Store {
         let sql = format!("{BEFORE} WHERE {which} {{of_p}}");
         let row = transaction.query_one_raw(self.dialect.statement(&sql, values)).await?;
         let Some(row) = row else { return Ok(Answer::Absent) };
-        let before = before(&row)?;
+        let before = Before::from_query_result(&row, "")?;
         if before.state.is_final() {
             return Ok(Answer::Ended(before.state));
         }
@@ -166,10 +179,11 @@ impl Store {
         let mut events = Batch::new(&[("b_event", Kind::Uuid), ("b_id", Kind::Uuid), ("b_outcome", Kind::Text)]);
         let by_id: BTreeMap<Uuid, &Before> = rows.iter().map(|row| (row.id, row)).collect();
         let mut changed = Vec::with_capacity(answers.len());
-        for answer in &answers {
-            let before =
-                by_id.get(&answer.try_get("", "id")?).ok_or_else(|| Error::Unreadable("a row not asked for".into()))?;
-            let controlled = controlled(answer, before, request)?;
+        for answer in read::<After>(&answers)? {
+            let before = by_id
+                .get(&Uuid::from(answer.queued.announced.pid))
+                .ok_or_else(|| Error::Unreadable("a row not asked for".into()))?;
+            let controlled = controlled(answer, before, request);
             let is_pending = is_pending(controlled.place, request.verb);
             let outcome = if is_pending && request.verb != Desired::Run { "" } else { Settled::Applied.word() };
             events.push([Uuid::from(controlled.event).into(), before.id.into(), outcome.to_owned().into()]);
@@ -229,7 +243,7 @@ impl Many {
             );
             let transaction = begin(db).await?;
             let rows = transaction.query_all_raw(dialect.batch(&sql, values, Batch::ids(ids))).await?;
-            let rows = rows.iter().map(before).collect::<Result<Vec<_>, _>>()?;
+            let rows: Vec<Before> = read(&rows)?;
             if rows.is_empty() {
                 continue;
             }
@@ -249,16 +263,6 @@ fn kill_outcome(request: &Request) -> Vec<u8> {
     Outcome::because(kill_reason(&request.by, request.reason.as_deref())).to_bytes()
 }
 
-fn before(row: &QueryResult) -> Result<Before, Error> {
-    Ok(Before {
-        id: row.try_get("", "id")?,
-        place: place(row)?,
-        state: state(row)?,
-        desired: desired(row)?,
-        owner: row.try_get::<Option<Uuid>>("", "owner")?.map(Incarnation::from),
-    })
-}
-
 /// Whether a request is still to be obeyed: by a holder, or by a worker that ends what is outside.
 fn is_pending(place: Place, verb: Desired) -> bool {
     match place {
@@ -268,16 +272,10 @@ fn is_pending(place: Place, verb: Desired) -> bool {
     }
 }
 
-fn controlled(row: &QueryResult, before: &Before, request: &Request) -> Result<Controlled, Error> {
-    let pid = Pid::from(before.id);
-    let place = place(row)?;
-    let told = if place == Place::Queued && before.place != Place::Queued {
-        let told =
-            Announced { pid, announced_at: row.try_get("", "told_at")?, traceparent: row.try_get("", "traceparent")? };
-        Some((row.try_get("", "queue")?, told))
-    } else {
-        None
-    };
+fn controlled(row: After, before: &Before, request: &Request) -> Controlled {
+    let After { queued: Queued { queue, announced }, place, state, reply_to } = row;
+    let pid = announced.pid;
+    let is_queued_now = place == Place::Queued && before.place != Place::Queued;
     let was_paused = matches!(before.state, State::Paused(_));
     let effect = match request.verb {
         Desired::Run if before.desired == Desired::Run => Effect::AlreadyRunning,
@@ -290,16 +288,16 @@ fn controlled(row: &QueryResult, before: &Before, request: &Request) -> Result<C
             }
         }
     };
-    Ok(Controlled {
+    Controlled {
         pid,
         event: RequestId::generate(),
         place,
-        state: state(row)?,
+        state,
         owner: before.owner,
         effect,
-        told,
-        reply_to: if place == Place::Ended { row.try_get("", "reply_to")? } else { None },
-    })
+        told: is_queued_now.then_some((queue, announced)),
+        reply_to: reply_to.filter(|_| place == Place::Ended),
+    }
 }
 
 /// The row of a process while this is its lease.

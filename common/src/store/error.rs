@@ -103,6 +103,8 @@ impl From<DbErr> for Error {
             | DbErr::Exec(RuntimeErr::SqlxError(cause))
             | DbErr::Query(RuntimeErr::SqlxError(cause)) => classify(cause),
             DbErr::Conn(RuntimeErr::Internal(text)) => Error::Unreachable(text.clone()),
+            // A null value, or a code that no version writes.
+            DbErr::Type(text) => Error::Unreadable(text.clone()),
             _ => Error::Database(error.to_string()),
         }
     }

@@ -1,6 +1,6 @@
 //! Why a process does not move: what there is to know about it, gathered by a few statements. Nothing is decided here.
 
-use sea_orm::Value;
+use sea_orm::{FromQueryResult, Value};
 use uuid::Uuid;
 
 use super::error::Error;
@@ -31,14 +31,22 @@ pub struct Facts {
 }
 
 /// A task queue with processes that wait for a worker.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, FromQueryResult)]
 pub struct Backlog {
     /// The task queue's name, with its class.
     pub queue: String,
     /// How many, up to [`COUNT_MAX`].
+    #[sea_orm(from_alias = "n")]
     pub count: i64,
     /// Since when the first of those that were told first has been queued, in microseconds since 1970 by the database's clock.
     pub oldest_at: i64,
+}
+
+/// A row of [`standing_sql`].
+#[derive(FromQueryResult)]
+struct Standing {
+    deaths: i64,
+    n_before: i64,
 }
 
 impl Store {
@@ -53,7 +61,7 @@ impl Store {
             None => None,
         };
         let id: Vec<Value> = vec![Uuid::from(pid).into()];
-        let row = self.query(&place_in_queue_sql(), id).await?.into_iter().next().ok_or(Error::NoRow)?;
+        let standing: Standing = self.first(&standing_sql(), id).await?.ok_or(Error::NoRow)?;
         let on_site = details.spec.as_ref().and_then(|spec| spec.on_site.as_ref());
         // A process of somebody's own names a site only when it waits for one.
         let waits_at = details.summary.waits_for.as_deref().and_then(|waits_for| waits_for.split('/').nth(1));
@@ -64,8 +72,8 @@ impl Store {
         Ok(Some(Facts {
             details,
             site,
-            deaths: row.try_get("", "deaths")?,
-            n_before: row.try_get("", "n_before")?,
+            deaths: standing.deaths,
+            n_before: standing.n_before,
             holder,
             workers: self.workers(&[], false).await?,
             fleet_pause: self.fleet_pause().await?,
@@ -77,16 +85,7 @@ impl Store {
     /// # Errors
     /// The database does not answer.
     pub async fn backlogs(&self) -> Result<Vec<Backlog>, Error> {
-        let rows = self.query(&backlogs_sql(), vec![]).await?;
-        rows.iter()
-            .map(|row| {
-                Ok(Backlog {
-                    queue: row.try_get("", "queue")?,
-                    count: row.try_get("", "n")?,
-                    oldest_at: row.try_get("", "oldest_at")?,
-                })
-            })
-            .collect()
+        self.all(&backlogs_sql(), vec![]).await
     }
 }
 
@@ -112,7 +111,7 @@ fn backlogs_sql() -> String {
     )
 }
 
-fn place_in_queue_sql() -> String {
+fn standing_sql() -> String {
     format!(
         "SELECT p.deaths,
                 (SELECT COUNT(*) FROM (

@@ -6,7 +6,7 @@
 use std::collections::HashMap;
 use std::sync::LazyLock;
 
-use sea_orm::{ConnectionTrait, QueryResult, Value};
+use sea_orm::{ConnectionTrait, FromQueryResult, QueryResult, Value};
 use uuid::Uuid;
 
 use super::blob::{self, Checkpoint, Outcome, PackedCheckpoint};
@@ -14,7 +14,7 @@ use super::dialect::{Batch, Dialect, Kind};
 use super::error::Error;
 use super::lease::{Attempt, Claimed, Fence, Fenced, SUSPECT_DEATHS, Verb, Written};
 use super::request::settle;
-use super::row::{desired, place, state};
+use super::row::read;
 use crate::id::{Incarnation, Pid};
 use crate::state::{Desired, Place, State};
 
@@ -30,11 +30,19 @@ pub(super) async fn claim(
     }
     let scalars: Vec<Value> = vec![Uuid::from(me).into(), SUSPECT_DEATHS.into()];
     let rows = connection.query_all_raw(dialect.hot_batch(CLAIM, scalars, batch_of_claims(claims))).await?;
-    rows.iter().map(|row| claimed(row).map(|claimed| (claimed.fence.pid, claimed))).collect()
+    rows.iter()
+        .map(|row| {
+            let claimed = Claimed::try_from(ClaimedRow::from_query_result(row, "")?)?;
+            Ok((claimed.fence.pid, claimed))
+        })
+        .collect()
 }
 
 /// A process that is there and was not claimed.
+#[derive(FromQueryResult)]
 pub(super) struct Missed {
+    #[sea_orm(from_alias = "id")]
+    pid: Pid,
     /// Of its spec, which tells whether a launch means this process.
     pub(super) digest: Vec<u8>,
     /// It is where it was claimed, and a suspect.
@@ -52,12 +60,7 @@ pub(super) async fn missed(
     }
     let rows =
         connection.query_all_raw(dialect.batch(MISSED, vec![SUSPECT_DEATHS.into()], batch_of_claims(&claims))).await?;
-    let missed = |row: &QueryResult| {
-        let missed =
-            Missed { digest: row.try_get("", "digest")?, is_queued_suspect: row.try_get("", "is_queued_suspect")? };
-        Ok((row.try_get::<Uuid>("", "id")?.into(), missed))
-    };
-    rows.iter().map(missed).collect()
+    Ok(read(&rows)?.into_iter().map(|missed: Missed| (missed.pid, missed)).collect())
 }
 
 fn batch_of_claims(claims: &[(Pid, String)]) -> Batch {
@@ -68,25 +71,46 @@ fn batch_of_claims(claims: &[(Pid, String)]) -> Batch {
     batch
 }
 
-fn claimed(row: &QueryResult) -> Result<Claimed, Error> {
-    let id: Uuid = row.try_get("", "id")?;
-    let checkpoint: Option<Vec<u8>> = row.try_get("", "checkpoint")?;
-    let body: Option<Vec<u8>> = row.try_get("", "body")?;
-    let body = body.ok_or_else(|| Error::Unreadable(format!("process {id} has no spec")))?;
-    Ok(Claimed {
-        fence: Fence { pid: id.into(), epoch: row.try_get("", "epoch")? },
-        claimed_at: row.try_get("", "claimed_at")?,
-        try_number: row.try_get("", "try")?,
-        deaths: row.try_get("", "deaths")?,
-        has_outside: row.try_get("", "outside")?,
-        refused_at: row.try_get("", "refused_at")?,
-        desired: desired(row)?,
-        urgent: row.try_get("", "urgent")?,
-        checkpoint: checkpoint.map(|bytes| Checkpoint::from_bytes(&bytes)),
-        spec: blob::spec_from_bytes(&body),
-        traceparent: row.try_get("", "traceparent")?,
-        reply_to: row.try_get("", "reply_to")?,
-    })
+/// A row of [`CLAIM`].
+#[derive(FromQueryResult)]
+struct ClaimedRow {
+    #[sea_orm(nested)]
+    fence: Fence,
+    claimed_at: i64,
+    #[sea_orm(from_alias = "try")]
+    try_number: i64,
+    deaths: i64,
+    #[sea_orm(from_alias = "outside")]
+    has_outside: bool,
+    refused_at: Option<i64>,
+    desired: Desired,
+    urgent: bool,
+    checkpoint: Option<Vec<u8>>,
+    body: Option<Vec<u8>>,
+    traceparent: Option<String>,
+    reply_to: Option<Vec<u8>>,
+}
+
+impl TryFrom<ClaimedRow> for Claimed {
+    type Error = Error;
+
+    fn try_from(row: ClaimedRow) -> Result<Self, Error> {
+        let body = row.body.ok_or_else(|| Error::Unreadable(format!("process {} has no spec", row.fence.pid)))?;
+        Ok(Claimed {
+            fence: row.fence,
+            claimed_at: row.claimed_at,
+            try_number: row.try_number,
+            deaths: row.deaths,
+            has_outside: row.has_outside,
+            refused_at: row.refused_at,
+            desired: row.desired,
+            urgent: row.urgent,
+            checkpoint: row.checkpoint.map(|bytes| Checkpoint::from_bytes(&bytes)),
+            spec: blob::spec_from_bytes(&body),
+            traceparent: row.traceparent,
+            reply_to: row.reply_to,
+        })
+    }
 }
 
 /// Applies one fenced write a process, with everything that follows from it, in the transaction that `connection` is; a
@@ -101,12 +125,14 @@ pub(super) async fn write(
         return Ok(HashMap::new());
     }
     let rows = connection.query_all_raw(dialect.hot_batch(&WRITE, vec![], batch_of(writes))).await?;
-    let answers = rows.iter().map(written).collect::<Result<HashMap<_, _>, Error>>()?;
     let mut obeyed = Vec::new();
+    let mut answers = HashMap::with_capacity(rows.len());
     for row in &rows {
-        if place(row)? != Place::Held && row.try_get::<i64>("", "control")? > 0 {
-            obeyed.push((Pid::from(row.try_get::<Uuid>("", "id")?), state(row)?));
+        let (pid, written) = written(row)?;
+        if written.place != Place::Held && row.try_get::<i64>("", "control")? > 0 {
+            obeyed.push((pid, written.state));
         }
+        answers.insert(pid, written);
     }
     let left = writes.iter().filter(|fenced| {
         fenced.ended.is_some() && answers.get(&fenced.fence.pid).is_some_and(|written| written.place != Place::Held)
@@ -189,30 +215,21 @@ pub(super) async fn checkpoint(
     let rows = connection.query_all_raw(dialect.hot_batch(&CHECKPOINT, vec![], batch)).await?;
     rows.iter()
         .map(|row| {
-            let desired: i16 = row.try_get_by_index(1)?;
             let written = Written {
                 place: Place::Held,
                 state: State::Running,
-                desired: Desired::from_code(desired).ok_or_else(|| Error::Unreadable("no such desire".into()))?,
+                desired: row.try_get_by_index(1)?,
                 urgent: row.try_get_by_index(2)?,
                 queue: String::new(),
                 announced_at: 0,
             };
-            Ok((Pid::from(row.try_get_by_index::<Uuid>(0)?), written))
+            Ok((row.try_get_by_index(0)?, written))
         })
         .collect()
 }
 
 fn written(row: &QueryResult) -> Result<(Pid, Written), Error> {
-    let written = Written {
-        place: place(row)?,
-        state: state(row)?,
-        desired: desired(row)?,
-        urgent: row.try_get("", "urgent")?,
-        queue: row.try_get("", "queue")?,
-        announced_at: row.try_get("", "told_at")?,
-    };
-    Ok((Pid::from(row.try_get::<Uuid>("", "id")?), written))
+    Ok((row.try_get("", "id")?, Written::from_query_result(row, "")?))
 }
 
 fn batch_of(writes: &[&Fenced]) -> Batch {

@@ -1,6 +1,6 @@
 //! Whether the fleet takes work at all.
 
-use sea_orm::Value;
+use sea_orm::{FromQueryResult, Value};
 use serde::Serialize;
 use uuid::Uuid;
 
@@ -11,11 +11,13 @@ use crate::id::RequestId;
 use crate::state::Desired;
 
 /// The fleet takes no work: what is held goes on, and nothing new is claimed until somebody plays it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, FromQueryResult)]
 pub struct FleetPause {
     /// Since when, in microseconds since 1970 by the database's clock.
+    #[sea_orm(from_alias = "paused_at")]
     pub at: i64,
     /// Who asked, as they say themselves.
+    #[sea_orm(from_alias = "by_whom")]
     pub by: String,
     /// Whom the database or the broker knows it from.
     pub login: String,
@@ -56,15 +58,6 @@ impl Store {
     /// The database does not answer.
     pub async fn fleet_pause(&self) -> Result<Option<FleetPause>, Error> {
         let sql = "SELECT paused_at, by_whom, login, reason FROM fleet WHERE paused_at IS NOT NULL";
-        let rows = self.query(sql, vec![]).await?;
-        let pause = rows.first().map(|row| {
-            Ok(FleetPause {
-                at: row.try_get("", "paused_at")?,
-                by: row.try_get("", "by_whom")?,
-                login: row.try_get("", "login")?,
-                reason: row.try_get("", "reason")?,
-            })
-        });
-        pause.transpose()
+        self.first(sql, vec![]).await
     }
 }

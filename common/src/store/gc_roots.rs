@@ -1,12 +1,13 @@
 //! Which objects rows need, page by page.
 
-use sea_orm::ConnectionTrait;
+use sea_orm::{ConnectionTrait, FromQueryResult};
 use uuid::Uuid;
 
 use super::blob::{self, Outcome};
 use super::dialect::Batch;
 use super::error::Error;
 use super::handle::Store;
+use super::row::read;
 use super::select::{Order, Walk};
 use crate::digest::Digest;
 use crate::select::Select;
@@ -31,6 +32,14 @@ pub struct Needed {
     pub objects: Vec<Digest>,
 }
 
+/// A row of [`ROWS`].
+#[derive(FromQueryResult)]
+struct Row {
+    id: Uuid,
+    body: Vec<u8>,
+    outcome: Option<Vec<u8>>,
+}
+
 impl Store {
     /// Begins to walk through the objects that processes need: what was sent for them, and their results. Only those on
     /// sites have any.
@@ -49,8 +58,8 @@ impl Walking {
         let (db, dialect) = (&self.store.db, self.store.dialect);
         let Some(ids) = self.walk.next_ids(db, dialect, PAGE_ROWS).await? else { return Ok(None) };
         let mut needed = Needed::default();
-        for row in db.query_all_raw(dialect.batch(ROWS, vec![], Batch::ids(ids))).await? {
-            let id: Uuid = row.try_get("", "id")?;
+        let rows = db.query_all_raw(dialect.batch(ROWS, vec![], Batch::ids(ids))).await?;
+        for Row { id, body, outcome } in read(&rows)? {
             let of_row = |error: Error| {
                 if let Error::Unreadable(reason) = error {
                     Error::Unreadable(format!("process {id}: {reason}"))
@@ -58,8 +67,8 @@ impl Walking {
                     error
                 }
             };
-            needed.spec(&blob::spec_from_bytes(&row.try_get::<Vec<u8>>("", "body")?).map_err(of_row)?);
-            if let Some(outcome) = row.try_get::<Option<Vec<u8>>>("", "outcome")? {
+            needed.spec(&blob::spec_from_bytes(&body).map_err(of_row)?);
+            if let Some(outcome) = outcome {
                 needed.manifests.extend(Outcome::from_bytes(&outcome).map_err(of_row)?.results);
             }
         }

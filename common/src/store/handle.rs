@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use sea_orm::{ConnectionTrait, DatabaseConnection, QueryResult, Value};
+use sea_orm::{ConnectionTrait, DatabaseConnection, FromQueryResult, QueryResult, TryGetable, Value};
 use sea_orm_migration::MigratorTrait;
 use uuid::Uuid;
 
@@ -11,6 +11,7 @@ use super::dedicated_connection::DedicatedConnection;
 use super::dialect::Dialect;
 use super::error::Error;
 use super::migration;
+use super::row::read;
 
 /// Key of the advisory lock under which migrations run, so that programs that start together do not migrate twice.
 const MIGRATION_LOCK: i64 = 0x0062_6174_6f6e;
@@ -72,8 +73,7 @@ impl Store {
             Dialect::Postgres => "SELECT 'PostgreSQL ' || current_setting('server_version') AS version",
             Dialect::Sqlite => "SELECT 'SQLite ' || sqlite_version() AS version",
         };
-        let row = self.query(sql, vec![]).await?.into_iter().next().ok_or(Error::NoRow)?;
-        Ok(row.try_get("", "version")?)
+        self.value(sql, vec![]).await
     }
 
     /// The database's time, in microseconds since 1970.
@@ -81,8 +81,7 @@ impl Store {
     /// # Errors
     /// [`Error::Unreachable`] when it does not answer.
     pub async fn now(&self) -> Result<i64, Error> {
-        let row = self.query("SELECT {now} AS now", vec![]).await?.into_iter().next().ok_or(Error::NoRow)?;
-        Ok(row.try_get("", "now")?)
+        self.value("SELECT {now} AS now", vec![]).await
     }
 
     /// What tells this database, which may be a schema of many, from all others; a copy of it has the same.
@@ -90,8 +89,7 @@ impl Store {
     /// # Errors
     /// [`Error::Unreachable`] when it does not answer.
     pub async fn identity(&self) -> Result<Uuid, Error> {
-        let row = self.query("SELECT id FROM identity", vec![]).await?.into_iter().next().ok_or(Error::NoRow)?;
-        Ok(row.try_get("", "id")?)
+        self.value("SELECT id FROM identity", vec![]).await
     }
 
     /// A connection that stays with its user, and the pool's while the server has none left for it.
@@ -116,11 +114,10 @@ impl Store {
     async fn schema_is_current(&self) -> Result<bool, Error> {
         let known: Vec<String> =
             migration::Migrator::migrations().iter().map(|migration| migration.name().to_owned()).collect();
-        let Ok(rows) = self.query("SELECT version FROM seaql_migrations", vec![]).await else {
+        let Ok(applied) = self.column::<String>("SELECT version FROM seaql_migrations", vec![]).await else {
             // No such table: a new database. Anything else shows up again in the migration itself.
             return Ok(false);
         };
-        let applied = rows.iter().map(|row| row.try_get("", "version")).collect::<Result<Vec<String>, _>>()?;
         let is_breaking = |version: &&String| version.contains(migration::BREAKING) && !known.contains(version);
         if let Some(newer) = applied.iter().find(is_breaking) {
             return Err(Error::SchemaNewer { migration: newer.clone() });
@@ -130,6 +127,35 @@ impl Store {
 
     pub(super) async fn query(&self, template: &str, values: Vec<Value>) -> Result<Vec<QueryResult>, Error> {
         Ok(self.db.query_all_raw(self.dialect.statement(template, values)).await?)
+    }
+
+    /// Returns the rows that a statement returns.
+    pub(super) async fn all<T: FromQueryResult>(&self, template: &str, values: Vec<Value>) -> Result<Vec<T>, Error> {
+        read(&self.query(template, values).await?)
+    }
+
+    /// Returns the first row that a statement returns, if it returns any.
+    pub(super) async fn first<T: FromQueryResult>(
+        &self,
+        template: &str,
+        values: Vec<Value>,
+    ) -> Result<Option<T>, Error> {
+        let rows = self.query(template, values).await?;
+        Ok(rows.first().map(|row| T::from_query_result(row, "")).transpose()?)
+    }
+
+    /// Returns the first column of each row that a statement returns.
+    pub(super) async fn column<T: TryGetable>(&self, template: &str, values: Vec<Value>) -> Result<Vec<T>, Error> {
+        let rows = self.query(template, values).await?;
+        Ok(rows.iter().map(|row| row.try_get_by_index(0)).collect::<Result<_, _>>()?)
+    }
+
+    /// Returns the first column of the only row that a statement returns.
+    ///
+    /// # Errors
+    /// [`Error::NoRow`] when it returns none.
+    pub(super) async fn value<T: TryGetable>(&self, template: &str, values: Vec<Value>) -> Result<T, Error> {
+        self.column(template, values).await?.into_iter().next().ok_or(Error::NoRow)
     }
 
     pub(super) async fn execute(&self, template: &str, values: Vec<Value>) -> Result<u64, Error> {

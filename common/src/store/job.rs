@@ -1,7 +1,7 @@
 //! Jobs at sites. A job's row is committed before anything is submitted, and stays open until the job is known to be gone;
 //! whatever happens to its process, an open row says that somebody has to look after a job.
 
-use sea_orm::{ConnectionTrait, QueryResult};
+use sea_orm::{ConnectionTrait, FromQueryResult, Value};
 use uuid::Uuid;
 
 use super::connection::begin;
@@ -9,7 +9,7 @@ use super::dialect::{Batch, Kind};
 use super::error::Error;
 use super::handle::Store;
 use super::lease::Fence;
-use super::row::{ByQueue, state, told};
+use super::row::{ByQueue, Queued, by_queue, read};
 use crate::config::SiteLimits;
 use crate::id::Pid;
 use crate::state::State;
@@ -36,7 +36,7 @@ pub enum Intent {
 pub const NEVER: &str = "NEVER";
 
 /// What is seen of a job at its site.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, FromQueryResult)]
 pub struct Look {
     /// The launcher's word for where it is; empty until it has said one.
     pub status: String,
@@ -120,7 +120,7 @@ impl Store {
         // One at a time for each site, so that the counts are true.
         let sql = "SELECT {now} AS now FROM site WHERE name = $1 {for_update}";
         let row = transaction.query_one_raw(self.dialect.statement(sql, vec![site.into()])).await?;
-        let now: i64 = row.ok_or(Error::NoRow)?.try_get("", "now")?;
+        let now: i64 = row.ok_or(Error::NoRow)?.try_get_by_index(0)?;
         let sql = "UPDATE process SET outside = true WHERE id = $1 AND epoch = $2 AND place = {held} RETURNING id";
         let values = vec![Uuid::from(fence.pid).into(), fence.epoch.into()];
         if transaction.query_one_raw(self.dialect.statement(sql, values)).await?.is_none() {
@@ -133,7 +133,7 @@ impl Store {
         }
         let sql = "SELECT COUNT(*) AS n FROM job WHERE site = $1 AND ended_at IS NULL";
         let row = transaction.query_one_raw(self.dialect.statement(sql, vec![site.into()])).await?;
-        let n_open: i64 = row.ok_or(Error::NoRow)?.try_get("", "n")?;
+        let n_open: i64 = row.ok_or(Error::NoRow)?.try_get_by_index(0)?;
         let most = limits.queued.into_iter().chain(limits.running).min();
         if most.is_some_and(|most| n_open >= i64::from(most)) {
             return Ok(Intent::Full);
@@ -146,7 +146,7 @@ impl Store {
             );
             let values = vec![site.into(), (now - MINUTE_US).into()];
             if let Some(row) = transaction.query_one_raw(self.dialect.statement(&sql, values)).await? {
-                let oldest: i64 = row.try_get("", "intent_at")?;
+                let oldest: i64 = row.try_get_by_index(0)?;
                 return Ok(Intent::TooSoon((oldest + MINUTE_US - now).max(1)));
             }
         }
@@ -193,8 +193,7 @@ impl Store {
     /// The database does not answer.
     pub async fn job(&self, pid: Pid, try_number: i64) -> Result<Option<Job>, Error> {
         let sql = format!("{JOB} WHERE j.token = $1");
-        let rows = self.query(&sql, vec![token(pid, try_number).into()]).await?;
-        rows.first().map(job).transpose()
+        Ok(self.first::<JobRow>(&sql, vec![token(pid, try_number).into()]).await?.map(Job::from))
     }
 
     /// Every job of a process, the latest last.
@@ -203,7 +202,7 @@ impl Store {
     /// The database does not answer.
     pub async fn jobs_of(&self, pid: Pid) -> Result<Vec<Job>, Error> {
         let sql = format!("{JOB} WHERE j.pid = $1 ORDER BY j.try");
-        self.query(&sql, vec![Uuid::from(pid).into()]).await?.iter().map(job).collect()
+        self.jobs(&sql, Uuid::from(pid).into()).await
     }
 
     /// Every open job of a site.
@@ -212,7 +211,11 @@ impl Store {
     /// The database does not answer.
     pub async fn open_jobs(&self, site: &str) -> Result<Vec<Job>, Error> {
         let sql = format!("{JOB} WHERE j.site = $1 AND j.ended_at IS NULL ORDER BY j.intent_at");
-        self.query(&sql, vec![site.into()]).await?.iter().map(job).collect()
+        self.jobs(&sql, site.into()).await
+    }
+
+    async fn jobs(&self, sql: &str, of: Value) -> Result<Vec<Job>, Error> {
+        Ok(self.all::<JobRow>(sql, vec![of]).await?.into_iter().map(Job::from).collect())
     }
 
     /// Of jobs by their names, those that are known to be gone.
@@ -223,7 +226,7 @@ impl Store {
         let mut batch = Batch::new(&[("b_token", Kind::Text)]);
         tokens.for_each(|token| batch.push([token.into()]));
         let rows = self.db.query_all_raw(self.dialect.batch(ENDED_JOBS, vec![], batch)).await?;
-        rows.iter().map(|row| Ok(row.try_get("", "token")?)).collect()
+        Ok(rows.iter().map(|row| row.try_get_by_index(0)).collect::<Result<_, _>>()?)
     }
 
     /// Records what was found at a site, and wakes the processes whose jobs are gone: publish what is returned.
@@ -269,19 +272,16 @@ impl Store {
         let transaction = begin(&self.db).await?;
         transaction.query_all_raw(self.dialect.batch(LOCK_JOBS, vec![], tokens)).await?;
         transaction.execute_raw(self.dialect.batch(RECORD_SEEN, vec![], jobs)).await?;
-        let mut queued = ByQueue::new();
+        let mut woken = Vec::new();
         if !ended.is_empty() {
             let ids = Batch::ids(gone.iter().map(|seen| seen.pid.into()));
             transaction.query_all_raw(self.dialect.batch(LOCK_PROCESSES, vec![], ids)).await?;
-            for row in transaction.query_all_raw(self.dialect.batch(WAKE_ENDED, vec![], ended)).await? {
-                if row.try_get::<i64>("", "was_woken")? == 1 && state(&row)? == State::Running {
-                    let (queue, told) = told(&row)?;
-                    queued.entry(queue).or_default().push(told);
-                }
-            }
+            let rows = transaction.query_all_raw(self.dialect.batch(WAKE_ENDED, vec![], ended)).await?;
+            woken = read(&rows)?;
         }
         transaction.commit().await?;
-        Ok(queued)
+        let woken = woken.into_iter().filter(|row: &Woken| row.was_woken == 1 && row.state == State::Running);
+        Ok(by_queue(woken.map(|row| row.queued).collect()))
     }
 
     /// How many more jobs may be submitted now.
@@ -292,34 +292,45 @@ impl Store {
         let mut room = i64::from(u32::MAX);
         if let Some(most) = limits.queued.into_iter().chain(limits.running).min() {
             let sql = "SELECT COUNT(*) AS n FROM job WHERE site = $1 AND ended_at IS NULL";
-            let rows = self.query(sql, vec![site.into()]).await?;
-            room = room.min(i64::from(most) - rows.first().ok_or(Error::NoRow)?.try_get::<i64>("", "n")?);
+            room = room.min(i64::from(most) - self.value::<i64>(sql, vec![site.into()]).await?);
         }
         if let Some(most) = limits.submit_per_min {
             let sql = "SELECT COUNT(*) AS n FROM job WHERE site = $1 AND intent_at > {now} - $2";
-            let rows = self.query(sql, vec![site.into(), MINUTE_US.into()]).await?;
-            room = room.min(i64::from(most) - rows.first().ok_or(Error::NoRow)?.try_get::<i64>("", "n")?);
+            room = room.min(i64::from(most) - self.value::<i64>(sql, vec![site.into(), MINUTE_US.into()]).await?);
         }
         Ok(u32::try_from(room.max(0)).unwrap_or(u32::MAX))
     }
 }
 
-fn job(row: &QueryResult) -> Result<Job, Error> {
-    Ok(Job {
-        pid: row.try_get::<Uuid>("", "pid")?.into(),
-        try_number: row.try_get("", "try")?,
-        intent_at: row.try_get("", "intent_at")?,
-        external_id: row.try_get("", "external_id")?,
-        look: Look {
-            status: row.try_get("", "status")?,
-            reason: row.try_get("", "reason")?,
-            position: row.try_get("", "position")?,
-            starts_at: row.try_get("", "starts_at")?,
-            absent: row.try_get("", "absent")?,
-        },
-        ended_at: row.try_get("", "ended_at")?,
-        is_doomed: row.try_get::<i64>("", "is_doomed")? == 1,
-    })
+/// A row of [`JOB`].
+#[derive(FromQueryResult)]
+struct JobRow {
+    pid: Pid,
+    #[sea_orm(from_alias = "try")]
+    try_number: i64,
+    intent_at: i64,
+    external_id: Option<String>,
+    #[sea_orm(nested)]
+    look: Look,
+    ended_at: Option<i64>,
+    is_doomed: i64,
+}
+
+impl From<JobRow> for Job {
+    fn from(row: JobRow) -> Self {
+        let JobRow { pid, try_number, intent_at, external_id, look, ended_at, is_doomed } = row;
+        Job { pid, try_number, intent_at, external_id, look, ended_at, is_doomed: is_doomed == 1 }
+    }
+}
+
+/// A row of [`WAKE_ENDED`].
+#[derive(FromQueryResult)]
+struct Woken {
+    #[sea_orm(nested)]
+    queued: Queued,
+    #[sea_orm(nested)]
+    state: State,
+    was_woken: i64,
 }
 
 const JOB: &str = "

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use sea_orm::FromQueryResult;
+
 use super::blob::{Checkpoint, Outcome, PackedCheckpoint};
 use super::error::Error;
 use crate::id::Pid;
@@ -13,9 +15,10 @@ use crate::state::{Desired, Place, State};
 pub(super) const SUSPECT_DEATHS: i64 = 2;
 
 /// What a holder proves with each write: the process and the number of the lease.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, FromQueryResult)]
 pub struct Fence {
     /// The process.
+    #[sea_orm(from_alias = "id")]
     pub pid: Pid,
     /// Its epoch when it was claimed.
     pub epoch: i64,
@@ -195,14 +198,20 @@ impl Stream {
             Stream::Stderr => 2,
         }
     }
+
+    /// The stream of a number in the `output` table; `None` for a number that no version writes.
+    pub(super) fn from_code(code: i16) -> Option<Self> {
+        [Stream::Stdout, Stream::Stderr].into_iter().find(|stream| stream.code() == code)
+    }
 }
 
 /// What the row says after a fenced write.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, FromQueryResult)]
 pub struct Written {
     /// Where the process is now; `Held` means go on.
     pub place: Place,
     /// Its state.
+    #[sea_orm(nested)]
     pub state: State,
     /// What the operators want of it.
     pub desired: Desired,
@@ -211,6 +220,7 @@ pub struct Written {
     /// Its task queue.
     pub queue: String,
     /// When it was last told, for the message that must follow if it is queued.
+    #[sea_orm(from_alias = "told_at")]
     pub announced_at: i64,
 }
 

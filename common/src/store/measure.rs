@@ -1,12 +1,13 @@
 //! What the database says of its own work, for benchmarks.
 
-use sea_orm::{ConnectionTrait, QueryResult, Value};
+use sea_orm::{ConnectionTrait, FromQueryResult, QueryResult, Value};
 
 use super::connection::{WORKER_CONNECTIONS, WORKER_CONNECTIONS_IDLE, WORKER_PROGRAM};
 use super::dedicated_connection::DedicatedConnection;
 use super::dialect::Dialect;
 use super::error::Error;
 use super::handle::Store;
+use super::row::read;
 use crate::id::Pid;
 
 /// Counters of PostgreSQL that only grow.
@@ -39,7 +40,7 @@ impl Watcher {
         let sql = "SELECT place = {ended} AS ended FROM process WHERE id = $1";
         let statement = self.dialect.statement(sql, vec![uuid::Uuid::from(pid).into()]);
         let row = self.connection.query_one_raw(statement).await?;
-        Ok(row.map(|row| row.try_get("", "ended")).transpose()?.unwrap_or(false))
+        Ok(row.map(|row| row.try_get_by_index(0)).transpose()?.unwrap_or(false))
     }
 
     /// How many of the processes of a session are held, or have ended.
@@ -51,7 +52,7 @@ impl Watcher {
                    WHERE s.session = $1 AND (SELECT p.place FROM process p WHERE p.id = s.id) = $2";
         let values: Vec<Value> = vec![session.to_owned().into(), place.code().into()];
         let row = self.query(sql, values).await?.into_iter().next().ok_or(Error::NoRow)?;
-        Ok(row.try_get::<i64>("", "n")?.cast_unsigned())
+        Ok(row.try_get_by_index::<i64>(0)?.cast_unsigned())
     }
 
     /// How the processes of a session have come out.
@@ -67,13 +68,9 @@ impl Watcher {
                    FROM spec s WHERE s.session = $1";
         let mut sums = Sums::default();
         let (mut first, mut last) = (i64::MAX, i64::MIN);
-        for row in self.query(sql, vec![session.to_owned().into()]).await? {
-            let time = |name: &str| row.try_get::<Option<i64>>("", name);
-            let (Some(created_at), Some(claimed_at), Some(ended_at)) =
-                (time("created_at")?, time("started_at")?, time("ended_at")?)
-            else {
-                continue;
-            };
+        let rows = self.query(sql, vec![session.to_owned().into()]).await?;
+        for Life { created_at, started_at, ended_at } in read(&rows)? {
+            let (Some(claimed_at), Some(ended_at)) = (started_at, ended_at) else { continue };
             sums.good += 1;
             (first, last) = (first.min(created_at), last.max(ended_at));
             sums.waits_us.push(claimed_at - created_at);
@@ -86,6 +83,22 @@ impl Watcher {
     async fn query(&self, sql: &str, values: Vec<Value>) -> Result<Vec<QueryResult>, Error> {
         Ok(self.connection.query_all_raw(self.dialect.statement(sql, values)).await?)
     }
+}
+
+/// A process of [`Watcher::sums`].
+#[derive(FromQueryResult)]
+struct Life {
+    created_at: i64,
+    started_at: Option<i64>,
+    ended_at: Option<i64>,
+}
+
+/// A row of [`Store::meters`].
+#[derive(FromQueryResult)]
+struct MetersRow {
+    commits: i64,
+    wal_bytes: i64,
+    n_rows: i64,
 }
 
 /// How a set of processes has come out.
@@ -102,7 +115,7 @@ pub struct Sums {
 }
 
 /// The connections of a PostgreSQL server.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, FromQueryResult)]
 pub struct Connections {
     /// How many it accepts of users that are not superusers.
     pub usable: i64,
@@ -125,9 +138,9 @@ impl Store {
                           (pg_current_wal_insert_lsn() - '0/0'::pg_lsn)::bigint AS wal_bytes,
                           (SELECT tup_inserted + tup_updated + tup_deleted FROM pg_stat_database
                            WHERE datname = current_database()) AS n_rows";
-        let row = self.query(sql, vec![]).await?.into_iter().next().ok_or(Error::NoRow)?;
-        let number = |name: &str| Ok::<_, Error>(row.try_get::<i64>("", name)?.cast_unsigned());
-        Ok(Meters { commits: number("commits")?, wal_bytes: number("wal_bytes")?, rows: number("n_rows")? })
+        let MetersRow { commits, wal_bytes, n_rows } = self.first(sql, vec![]).await?.ok_or(Error::NoRow)?;
+        let [commits, wal_bytes, rows] = [commits, wal_bytes, n_rows].map(i64::cast_unsigned);
+        Ok(Meters { commits, wal_bytes, rows })
     }
 
     /// Whether a task queue has anything that has not ended.
@@ -137,8 +150,7 @@ impl Store {
     pub async fn is_busy(&self, queue: &str) -> Result<bool, Error> {
         let sql = "SELECT EXISTS (SELECT 1 FROM process WHERE place = {queued} AND queue = $1)
                        OR EXISTS (SELECT 1 FROM process WHERE place = {held} AND queue = $1) AS busy";
-        let row = self.query(sql, vec![queue.to_owned().into()]).await?.into_iter().next().ok_or(Error::NoRow)?;
-        Ok(row.try_get("", "busy")?)
+        self.value(sql, vec![queue.to_owned().into()]).await
     }
 
     /// What the server's connections are used for; `None` on SQLite. All databases of a server share them.
@@ -156,17 +168,8 @@ impl Store {
                           COUNT(*) FILTER (WHERE application_name NOT LIKE $1 AND pid <> pg_backend_pid()) AS others,
                           COUNT(DISTINCT application_name) FILTER (WHERE application_name LIKE $1) AS n_workers
                    FROM pg_stat_activity WHERE backend_type = 'client backend'";
-        let row = self
-            .query(sql, vec![format!("{WORKER_PROGRAM} %").into()])
-            .await?
-            .into_iter()
-            .next()
-            .ok_or(Error::NoRow)?;
-        Ok(Some(Connections {
-            usable: row.try_get("", "usable")?,
-            others: row.try_get("", "others")?,
-            n_workers: row.try_get("", "n_workers")?,
-        }))
+        let connections = self.first(sql, vec![format!("{WORKER_PROGRAM} %").into()]).await?;
+        Ok(Some(connections.ok_or(Error::NoRow)?))
     }
 
     /// Whether a PostgreSQL server has connections for one more worker, which this store is of. A worker that has more than
@@ -190,7 +193,7 @@ impl Store {
         let values =
             vec![format!("{WORKER_PROGRAM} %").into(), self.access.name.clone().into(), idle.into(), busy.into()];
         let row = self.query(sql, values).await?.into_iter().next().ok_or(Error::NoRow)?;
-        let (n_workers, n_connections): (i64, i64) = (row.try_get("", "n_workers")?, row.try_get("", "n_connections")?);
+        let (n_workers, n_connections): (i64, i64) = row.try_get_many_by_index()?;
         let Some(Connections { usable, others, .. }) = self.connections().await? else { return Ok(()) };
         if n_workers == 0 || n_connections + others + busy <= usable {
             return Ok(());

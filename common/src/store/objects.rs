@@ -12,8 +12,7 @@ impl Store {
     /// # Errors
     /// The database does not answer.
     pub async fn objects_mark(&self) -> Result<Option<Uuid>, Error> {
-        let rows = self.query("SELECT mark FROM objects", vec![]).await?;
-        Ok(rows.first().map(|row| row.try_get("", "mark")).transpose()?)
+        Ok(self.column("SELECT mark FROM objects", vec![]).await?.into_iter().next())
     }
 
     /// Records the mark of the fleet's object store, unless one is recorded, and gives the one that is.
@@ -43,6 +42,6 @@ impl Store {
     pub async fn without_objects(&self) -> Result<Vec<(String, String)>, Error> {
         let sql = "SELECT name, objects FROM worker WHERE gone_at IS NULL AND objects IS NOT NULL ORDER BY name";
         let rows = self.query(sql, vec![]).await?;
-        rows.iter().map(|row| Ok((row.try_get("", "name")?, row.try_get("", "objects")?))).collect()
+        Ok(rows.iter().map(|row| row.try_get_many_by_index()).collect::<Result<_, _>>()?)
     }
 }

@@ -6,13 +6,14 @@
 use std::collections::{BTreeMap, HashSet};
 use std::time::Duration;
 
-use sea_orm::{ConnectionTrait, DatabaseTransaction, QueryResult, Value};
+use sea_orm::{ConnectionTrait, DatabaseTransaction, FromQueryResult, QueryResult, Value};
 use uuid::Uuid;
 
 use super::connection::begin;
 use super::dialect::{Batch, Dialect};
 use super::error::Error;
 use super::handle::Store;
+use super::row::read;
 use super::select::{self, Order, Walk};
 use super::submit::{LABEL, LABELS_MAX};
 use crate::id::Pid;
@@ -120,7 +121,7 @@ pub(super) async fn take_back_pruned(
     }
     let row = transaction.query_one_raw(dialect.statement("SELECT before FROM pruned", vec![])).await?;
     let Some(row) = row else { return Ok(HashSet::new()) };
-    let horizon: i64 = row.try_get("", "before")?;
+    let horizon: i64 = row.try_get_by_index(0)?;
     let pruned: HashSet<Pid> = made.into_iter().filter(|(_, at)| *at < horizon).map(|(pid, _)| pid).collect();
     if !pruned.is_empty() {
         let batch = Batch::ids(pruned.iter().copied().map(Uuid::from));
@@ -130,13 +131,18 @@ pub(super) async fn take_back_pruned(
     Ok(pruned)
 }
 
-/// Removes processes with everything that belongs to them; `rows` have the columns `id` and `labels`.
+/// A row of [`ENDED`] or [`THESE`].
+#[derive(FromQueryResult)]
+struct Labelled {
+    id: Uuid,
+    labels: String,
+}
+
+/// Removes processes with everything that belongs to them; `rows` are those of [`Labelled`].
 async fn remove(transaction: &DatabaseTransaction, dialect: Dialect, rows: &[QueryResult]) -> Result<(), Error> {
     let mut ids: Vec<Uuid> = Vec::with_capacity(rows.len());
     let mut labels: Vec<[Value; 3]> = Vec::new();
-    for row in rows {
-        let id: Uuid = row.try_get("", "id")?;
-        let text: String = row.try_get("", "labels")?;
+    for Labelled { id, labels: text } in read(rows)? {
         let of_row: BTreeMap<String, String> =
             serde_json::from_str(&text).map_err(|error| Error::Unreadable(format!("labels of {id}: {error}")))?;
         labels.extend(of_row.into_iter().map(|(key, value)| [key.into(), value.into(), id.into()]));

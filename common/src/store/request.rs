@@ -1,6 +1,6 @@
 //! Requests of operators and what they came to: the table `event`.
 
-use sea_orm::{ConnectionTrait, Value};
+use sea_orm::{ConnectionTrait, FromQueryResult, Value};
 use uuid::Uuid;
 
 use super::dialect::{Batch, Dialect, Kind};
@@ -41,8 +41,7 @@ impl Store {
     /// The database does not answer.
     pub async fn pending(&self, request: RequestId) -> Result<Vec<Pid>, Error> {
         let sql = "SELECT pid FROM event WHERE request = $1 AND outcome IS NULL AND pid IS NOT NULL";
-        let rows = self.query(sql, vec![Uuid::from(request).into()]).await?;
-        rows.iter().map(|row| Ok(row.try_get::<Uuid>("", "pid")?.into())).collect()
+        self.column(sql, vec![Uuid::from(request).into()]).await
     }
 
     /// What a request to one process has come to; `None` while its holder has yet to obey.
@@ -50,8 +49,8 @@ impl Store {
     /// # Errors
     /// The database does not answer.
     pub async fn settled(&self, event: RequestId) -> Result<Option<Settled>, Error> {
-        let rows = self.query("SELECT outcome FROM event WHERE id = $1", vec![Uuid::from(event).into()]).await?;
-        let outcome: Option<String> = rows.first().ok_or(Error::NoRow)?.try_get("", "outcome")?;
+        let sql = "SELECT outcome FROM event WHERE id = $1";
+        let outcome: Option<String> = self.value(sql, vec![Uuid::from(event).into()]).await?;
         Ok(outcome.as_deref().and_then(Settled::from_word))
     }
 
@@ -76,10 +75,9 @@ impl Store {
             request.reason.clone().into(),
         ];
         self.execute(sql, values).await?;
-        let rows = self.query("SELECT at, outcome FROM event WHERE id = $1", vec![Uuid::from(id).into()]).await?;
-        let row = rows.first().ok_or(Error::NoRow)?;
-        let is_open = row.try_get::<Option<String>>("", "outcome")?.is_none();
-        Ok(is_open.then(|| row.try_get("", "at")).transpose()?)
+        let sql = "SELECT at, outcome FROM event WHERE id = $1";
+        let row: Recorded = self.first(sql, vec![Uuid::from(id).into()]).await?.ok_or(Error::NoRow)?;
+        Ok(row.outcome.is_none().then_some(row.at))
     }
 
     /// Who asked for a process's end, and why; `None` when nobody did.
@@ -116,6 +114,20 @@ impl Settled {
     pub fn from_word(word: &str) -> Option<Self> {
         [Settled::Applied, Settled::Superseded, Settled::Ended].into_iter().find(|settled| settled.word() == word)
     }
+}
+
+/// A request as it was recorded.
+#[derive(FromQueryResult)]
+struct Recorded {
+    at: i64,
+    outcome: Option<String>,
+}
+
+/// Who asked for a process's end, and why.
+#[derive(FromQueryResult)]
+struct Kill {
+    by_whom: String,
+    reason: Option<String>,
 }
 
 /// Writes down that processes have obeyed, or have ended before they did. `obeyed` are those that are paused or have
@@ -157,8 +169,8 @@ pub(super) async fn killed_because(
     let sql = "SELECT by_whom, reason FROM event WHERE pid = $1 AND what = 'kill' ORDER BY at, id LIMIT 1";
     let rows = connection.query_all_raw(dialect.statement(sql, vec![Uuid::from(pid).into()])).await?;
     let Some(row) = rows.first() else { return Ok(None) };
-    let reason: Option<String> = row.try_get("", "reason")?;
-    Ok(Some(kill_reason(&row.try_get::<String>("", "by_whom")?, reason.as_deref())))
+    let kill = Kill::from_query_result(row, "")?;
+    Ok(Some(kill_reason(&kill.by_whom, kill.reason.as_deref())))
 }
 
 const SETTLE: &str = "

@@ -2,29 +2,33 @@
 
 use std::collections::BTreeMap;
 
-use sea_orm::QueryResult;
+use sea_orm::{ColIdx, DbErr, FromQueryResult, QueryResult, TryGetError, TryGetable};
 use uuid::Uuid;
 
 use super::error::Error;
-use crate::id::Pid;
+use super::lease::Stream;
+use crate::id::{Incarnation, Pid, RequestId};
 use crate::state::{Desired, Place, State};
 
 /// A place in a list: lists are in the order of ids, the newest first, or in that of acceptance where a selection asks for
 /// an age.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, FromQueryResult)]
 pub struct Cursor {
     /// The process.
+    #[sea_orm(from_alias = "id")]
     pub pid: Pid,
     /// When it was accepted, in microseconds since 1970 by the database's clock.
     pub created_at: i64,
 }
 
 /// A row that a message should now stand for.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, FromQueryResult)]
 pub struct Announced {
     /// The process.
+    #[sea_orm(from_alias = "id")]
     pub pid: Pid,
     /// When its row was told, in database time.
+    #[sea_orm(from_alias = "told_at")]
     pub announced_at: i64,
     /// W3C trace context of its launch.
     pub traceparent: Option<String>,
@@ -33,24 +37,65 @@ pub struct Announced {
 /// Rows by the task queue that their messages go to.
 pub type ByQueue = BTreeMap<String, Vec<Announced>>;
 
-pub(super) fn told(row: &QueryResult) -> Result<(String, Announced), Error> {
-    let told = Announced {
-        pid: row.try_get::<Uuid>("", "id")?.into(),
-        announced_at: row.try_get("", "told_at")?,
-        traceparent: row.try_get("", "traceparent")?,
+/// A row that is announced, with the task queue that its message goes to.
+#[derive(FromQueryResult)]
+pub(super) struct Queued {
+    pub(super) queue: String,
+    #[sea_orm(nested)]
+    pub(super) announced: Announced,
+}
+
+/// Reads rows.
+pub(super) fn read<T: FromQueryResult>(rows: &[QueryResult]) -> Result<Vec<T>, Error> {
+    Ok(rows.iter().map(|row| T::from_query_result(row, "")).collect::<Result<_, _>>()?)
+}
+
+/// Groups rows by the task queue that their messages go to.
+pub(super) fn by_queue(rows: Vec<Queued>) -> ByQueue {
+    let mut by_queue = ByQueue::new();
+    for Queued { queue, announced } in rows {
+        by_queue.entry(queue).or_default().push(announced);
+    }
+    by_queue
+}
+
+macro_rules! decode_ids {
+    ($($id:ty)*) => {
+        $(impl TryGetable for $id {
+            fn try_get_by<I: ColIdx>(row: &QueryResult, column: I) -> Result<Self, TryGetError> {
+                Uuid::try_get_by(row, column).map(Self::from)
+            }
+        })*
     };
-    Ok((row.try_get("", "queue")?, told))
 }
 
-pub(super) fn place(row: &QueryResult) -> Result<Place, Error> {
-    Place::from_code(row.try_get("", "place")?).ok_or_else(|| Error::Unreadable("no such place".into()))
+macro_rules! decode_codes {
+    ($($of:ty)*) => {
+        $(impl TryGetable for $of {
+            fn try_get_by<I: ColIdx>(row: &QueryResult, column: I) -> Result<Self, TryGetError> {
+                let code = i16::try_get_by(row, column)?;
+                Self::from_code(code).ok_or_else(|| unreadable(format!("code {code} in column {column:?}")))
+            }
+        })*
+    };
 }
 
-pub(super) fn state(row: &QueryResult) -> Result<State, Error> {
-    State::from_codes(row.try_get("", "state")?, Some(row.try_get("", "before")?))
-        .ok_or_else(|| Error::Unreadable("no such state".into()))
+decode_ids!(Pid Incarnation RequestId);
+decode_codes!(Place Desired Stream);
+
+/// The columns `state` and `before`.
+impl FromQueryResult for State {
+    fn from_query_result(row: &QueryResult, prefix: &str) -> Result<Self, DbErr> {
+        Ok(Self::from_query_result_nullable(row, prefix)?)
+    }
+
+    fn from_query_result_nullable(row: &QueryResult, prefix: &str) -> Result<Self, TryGetError> {
+        let (state, before) = (i16::try_get(row, prefix, "state")?, i16::try_get(row, prefix, "before")?);
+        State::from_codes(state, Some(before)).ok_or_else(|| unreadable(format!("state {state} before {before}")))
+    }
 }
 
-pub(super) fn desired(row: &QueryResult) -> Result<Desired, Error> {
-    Desired::from_code(row.try_get("", "desired")?).ok_or_else(|| Error::Unreadable("no such desire".into()))
+/// The error of a value that no version writes; it becomes [`Error::Unreadable`].
+pub(super) fn unreadable(value: String) -> TryGetError {
+    TryGetError::DbErr(DbErr::Type(value))
 }

@@ -19,7 +19,7 @@ use leapfrog::Line;
 
 use super::dialect::{Batch, Dialect};
 use super::error::Error;
-use super::row::Cursor;
+use super::row::{Cursor, read};
 use crate::id::Pid;
 use crate::select::Select;
 
@@ -108,14 +108,10 @@ impl Walk {
         let template = format!("WITH {{page}} SELECT id, created_at FROM page ORDER BY {by}");
         while let Some(statement) = self.next(dialect, &template, limit) {
             let rows = connection.query_all_raw(statement).await?;
-            let ids = rows.iter().map(|row| row.try_get("", "id")).collect::<Result<Vec<Uuid>, _>>()?;
-            let last = rows.last().map(|row| {
-                let pid = row.try_get::<Uuid>("", "id")?.into();
-                Ok::<_, Error>(Cursor { pid, created_at: row.try_get("", "created_at")? })
-            });
-            self.walked(rows.len(), last.transpose()?, limit);
-            if !ids.is_empty() {
-                return Ok(Some(ids));
+            let page: Vec<Cursor> = read(&rows)?;
+            self.walked(page.len(), page.last().copied(), limit);
+            if !page.is_empty() {
+                return Ok(Some(page.into_iter().map(|row| row.pid.into()).collect()));
             }
         }
         Ok(None)

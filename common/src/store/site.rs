@@ -1,13 +1,13 @@
 //! Sites: what the whole fleet keeps to there, and what only one worker at a time may have.
 
-use sea_orm::{ConnectionTrait, QueryResult};
+use sea_orm::{ConnectionTrait, FromQueryResult};
 use uuid::Uuid;
 
 use super::dialect::{Batch, Kind, storable};
 use super::error::Error;
 use super::handle::Store;
 pub use super::job::{Intent, Job, Look, NEVER, Seen, token};
-use super::row::{ByQueue, told};
+use super::row::{ByQueue, by_queue, read};
 use crate::id::Incarnation;
 
 /// The longest time between two looks at a site that does not answer, in microseconds.
@@ -23,9 +23,10 @@ pub const UNLISTED: &str = "no list of its jobs: ";
 pub const REFUSED: &str = "refused/";
 
 /// What is known of a site.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, FromQueryResult)]
 pub struct SiteFacts {
     /// Whether a live worker serves it.
+    #[sea_orm(skip)]
     pub is_served: bool,
     /// Its name.
     pub name: String,
@@ -81,6 +82,15 @@ pub enum Door {
     Down,
 }
 
+/// A row of [`Store::site_work`], whose columns are 0 or 1.
+#[derive(FromQueryResult)]
+struct SiteWorkRow {
+    is_down: i32,
+    has_jobs: i32,
+    for_slot: i32,
+    for_room: i32,
+}
+
 impl Store {
     /// Tells of a site that this worker serves.
     ///
@@ -128,8 +138,7 @@ impl Store {
             return Ok(Door::Open);
         }
         let sql = "SELECT COUNT(*) AS n FROM site WHERE name = $1 AND retry_at > {now}";
-        let rows = self.query(sql, vec![site.into()]).await?;
-        let n: i64 = rows.first().ok_or(Error::NoRow)?.try_get("", "n")?;
+        let n: i64 = self.value(sql, vec![site.into()]).await?;
         Ok(if n > 0 { Door::Down } else { Door::TooSoon })
     }
 
@@ -218,12 +227,7 @@ impl Store {
                        (SELECT s.traceparent FROM spec s WHERE s.id = process.id) AS traceparent"
         );
         let rows = self.db.query_all_raw(self.dialect.batch(&sql, vec![waits_for.into()], batch)).await?;
-        let mut queued = ByQueue::new();
-        for row in rows {
-            let (queue, told) = told(&row)?;
-            queued.entry(queue).or_default().push(told);
-        }
-        Ok(queued)
+        Ok(by_queue(read(&rows)?))
     }
 
     /// What there is to do for a site: cheap, since every worker asks once a second.
@@ -239,14 +243,12 @@ impl Store {
               CAST(EXISTS (SELECT 1 FROM process WHERE waits_for = $3 AND place = {parked} AND state = {waiting}) AS int)
                 AS for_room";
         let values = vec![site.into(), format!("slot/{site}").into(), format!("room/{site}").into()];
-        let rows = self.query(sql, values).await?;
-        let row = rows.first().ok_or(Error::NoRow)?;
-        let is = |column: &str| row.try_get::<i32>("", column).map(|is| is == 1);
+        let row: SiteWorkRow = self.first(sql, values).await?.ok_or(Error::NoRow)?;
         Ok(SiteWork {
-            is_down: is("is_down")?,
-            has_jobs: is("has_jobs")?,
-            waits_for_slot: is("for_slot")?,
-            waits_for_room: is("for_room")?,
+            is_down: row.is_down == 1,
+            has_jobs: row.has_jobs == 1,
+            waits_for_slot: row.for_slot == 1,
+            waits_for_room: row.for_room == 1,
         })
     }
 
@@ -267,37 +269,18 @@ impl Store {
                           (SELECT w.name FROM permit t JOIN worker w ON w.id = t.owner AND w.gone_at IS NULL
                            WHERE t.name = 'watch/' || s.name) AS watcher
                    FROM site s WHERE $1 = '' OR s.name = $1 ORDER BY s.name";
-        let rows = self.query(sql, vec![name.unwrap_or_default().into()]).await?;
-        let serving = self.query("SELECT sites FROM worker WHERE gone_at IS NULL", vec![]).await?;
-        let serving = serving.iter().map(served_sites).collect::<Result<Vec<_>, Error>>()?;
-        rows.iter()
-            .map(|row| {
-                let name: String = row.try_get("", "name")?;
-                Ok(SiteFacts {
-                    // A worker of an older version does not say which sites it serves.
-                    is_served: serving.iter().any(|sites| sites.as_ref().is_none_or(|sites| sites.contains(&name))),
-                    name,
-                    launcher: row.try_get("", "launcher")?,
-                    root: row.try_get("", "root")?,
-                    slots: row.try_get("", "slots")?,
-                    slots_taken: row.try_get("", "slots_taken")?,
-                    jobs: row.try_get("", "jobs")?,
-                    waiting_for_slot: row.try_get("", "waiting_for_slot")?,
-                    waiting_for_room: row.try_get("", "waiting_for_room")?,
-                    failures: row.try_get("", "failures")?,
-                    retry_in: row.try_get::<Option<i64>>("", "retry_in")?.filter(|micros| *micros > 0),
-                    last_error: row.try_get("", "last_error")?,
-                    last_error_at: row.try_get("", "last_error_at")?,
-                    polled_at: row.try_get("", "polled_at")?,
-                    watcher: row.try_get("", "watcher")?,
-                })
-            })
-            .collect()
+        let mut sites: Vec<SiteFacts> = self.all(sql, vec![name.unwrap_or_default().into()]).await?;
+        let serving = self.column("SELECT sites FROM worker WHERE gone_at IS NULL", vec![]).await?;
+        let serving = serving.into_iter().map(served_sites).collect::<Result<Vec<_>, Error>>()?;
+        for site in &mut sites {
+            // A worker of an older version does not say which sites it serves.
+            site.is_served = serving.iter().any(|sites| sites.as_ref().is_none_or(|sites| sites.contains(&site.name)));
+            site.retry_in = site.retry_in.filter(|micros| *micros > 0);
+        }
+        Ok(sites)
     }
 }
-
 /// The sites that a worker says it serves; `None` if it does not say so.
-fn served_sites(row: &QueryResult) -> Result<Option<Vec<String>>, Error> {
-    let text: Option<String> = row.try_get("", "sites")?;
+fn served_sites(text: Option<String>) -> Result<Option<Vec<String>>, Error> {
     text.map(|text| serde_json::from_str(&text).map_err(|error| Error::Unreadable(error.to_string()))).transpose()
 }

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::sync::LazyLock;
 
-use sea_orm::{ConnectionTrait, Value};
+use sea_orm::{ConnectionTrait, FromQueryResult, Value};
 use uuid::Uuid;
 
 use super::blob;
@@ -11,7 +11,7 @@ use super::connection::begin;
 use super::dialect::{Batch, Dialect, Kind};
 use super::error::Error;
 use super::handle::Store;
-use super::row::place;
+use super::row::read;
 pub use super::row::{Announced, ByQueue};
 use crate::border;
 use crate::id::Pid;
@@ -79,6 +79,16 @@ impl Store {
         }
         Ok(accepted)
     }
+}
+
+/// A row that was inserted.
+#[derive(FromQueryResult)]
+struct Inserted {
+    #[sea_orm(from_alias = "id")]
+    pid: Pid,
+    place: Place,
+    #[sea_orm(from_alias = "told_at")]
+    announced_at: i64,
 }
 
 /// Inserts the rows of processes that are not there yet, and says where those are and when they were told.
@@ -150,10 +160,8 @@ pub(super) async fn insert(
             rows
         }
     };
-    let inserted: HashMap<Pid, (Place, i64)> = rows
-        .iter()
-        .map(|row| Ok((row.try_get::<Uuid>("", "id")?.into(), (place(row)?, row.try_get("", "told_at")?))))
-        .collect::<Result<_, Error>>()?;
+    let inserted: HashMap<Pid, (Place, i64)> =
+        read(&rows)?.into_iter().map(|row: Inserted| (row.pid, (row.place, row.announced_at))).collect();
     if dialect == Dialect::Postgres {
         return Ok(inserted);
     }

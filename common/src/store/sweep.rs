@@ -2,7 +2,7 @@
 //!
 //! Any worker may run any sweep at any time; they exclude each other row by row.
 
-use sea_orm::{ConnectionTrait, Value};
+use sea_orm::{ConnectionTrait, FromQueryResult};
 use uuid::Uuid;
 
 use super::blob::Outcome;
@@ -12,8 +12,8 @@ use super::dialect::{Batch, Kind};
 use super::error::Error;
 use super::handle::Store;
 use super::request::{Request, killed_because, settle};
-use super::row::{ByQueue, state, told};
-use crate::id::Pid;
+use super::row::{ByQueue, Queued, by_queue, read};
+use crate::id::{Incarnation, Pid};
 use crate::state::{Desired, Place, State};
 
 /// Rows that one sweep changes in one transaction.
@@ -40,6 +40,31 @@ impl Freed {
     }
 }
 
+/// A row of [`ORPHANS`].
+#[derive(FromQueryResult)]
+struct Orphan {
+    #[sea_orm(from_alias = "id")]
+    pid: Pid,
+    epoch: i64,
+    owner: Incarnation,
+    #[sea_orm(from_alias = "try")]
+    try_number: i64,
+    claimed_at: i64,
+    desired: Desired,
+}
+
+/// A row of [`FREE`].
+#[derive(FromQueryResult)]
+struct FreedRow {
+    #[sea_orm(nested)]
+    queued: Queued,
+    place: Place,
+    #[sea_orm(nested)]
+    state: State,
+    control: i64,
+    reply_to: Option<Vec<u8>>,
+}
+
 impl Store {
     /// Frees a page of processes whose holder is gone, and leaves a `lost` attempt for each.
     ///
@@ -62,42 +87,38 @@ impl Store {
         let excepted = Outcome::because(format!(
             "its worker died {DEATHS_MAX} times in a row while it ran, without a checkpoint in between"
         ));
-        for row in &rows {
-            let id: Uuid = row.try_get("", "id")?;
+        for row in read::<Orphan>(&rows)? {
             // Whatever ran there has ended with its worker, and a kill can be obeyed here; but a job at a site has not, and
             // a worker ends that first.
-            let outcome = if row.try_get::<i16>("", "desired")? == Desired::Kill.code() {
-                let why = killed_because(&transaction, self.dialect, id.into()).await?;
+            let outcome = if row.desired == Desired::Kill {
+                let why = killed_because(&transaction, self.dialect, row.pid).await?;
                 Outcome::because(why.unwrap_or_else(|| "killed".into()))
             } else {
                 excepted.clone()
             };
+            let id = Uuid::from(row.pid);
             frees.push([id.into(), outcome.to_bytes().into()]);
             orphans.push([
                 id.into(),
-                row.try_get::<i64>("", "epoch")?.into(),
-                row.try_get::<Uuid>("", "owner")?.into(),
-                row.try_get::<i64>("", "try")?.into(),
-                row.try_get::<i64>("", "claimed_at")?.into(),
+                row.epoch.into(),
+                Uuid::from(row.owner).into(),
+                row.try_number.into(),
+                row.claimed_at.into(),
             ]);
         }
         transaction.execute_raw(self.dialect.batch(INSERT_LOST, vec![], orphans)).await?;
         let rows = transaction.query_all_raw(self.dialect.batch(FREE, vec![DEATHS_MAX.into()], frees)).await?;
-        let mut obeyed = Vec::new();
-        for row in &rows {
-            if row.try_get::<i64>("", "control")? > 0 {
-                obeyed.push((Pid::from(row.try_get::<Uuid>("", "id")?), state(row)?));
-            }
-        }
+        let rows: Vec<FreedRow> = read(&rows)?;
+        let obeyed = rows.iter().filter(|row| row.control > 0).map(|row| (row.queued.announced.pid, row.state));
+        let obeyed = obeyed.collect::<Vec<_>>();
         settle(&transaction, self.dialect, &obeyed).await?;
         transaction.commit().await?;
         let mut freed = Freed::default();
-        for row in &rows {
-            let (queue, told) = told(row)?;
-            match Place::from_code(row.try_get("", "place")?) {
-                Some(Place::Queued) => freed.queued.entry(queue).or_default().push(told),
-                Some(Place::Ended) => freed.ended.push((told.pid, state(row)?, row.try_get("", "reply_to")?)),
-                Some(Place::Parked | Place::Held) | None => freed.paused.push(told.pid),
+        for FreedRow { queued: Queued { queue, announced }, place, state, reply_to, .. } in rows {
+            match place {
+                Place::Queued => freed.queued.entry(queue).or_default().push(announced),
+                Place::Ended => freed.ended.push((announced.pid, state, reply_to)),
+                Place::Parked | Place::Held => freed.paused.push(announced.pid),
             }
         }
         Ok(freed)
@@ -108,7 +129,7 @@ impl Store {
     /// # Errors
     /// Nobody is woken; the next sweep tries again.
     pub async fn wake_due(&self) -> Result<ByQueue, Error> {
-        self.announce_rows(WAKE_DUE, vec![]).await
+        Ok(by_queue(self.all(WAKE_DUE, vec![]).await?))
     }
 
     /// The earliest time at which a parked process is due, in microseconds from now by the database's clock; zero or
@@ -119,8 +140,7 @@ impl Store {
     pub async fn next_wake_us(&self) -> Result<Option<i64>, Error> {
         let sql = "SELECT MIN(wake_at) - {now} AS due FROM process
                    WHERE place = {parked} AND state = {waiting} AND wake_at IS NOT NULL";
-        let row = self.query(sql, vec![]).await?.into_iter().next().ok_or(Error::NoRow)?;
-        Ok(row.try_get("", "due")?)
+        self.value(sql, vec![]).await
     }
 
     /// The head rule: marks a page of this queue's rows told before `before` as told now. No message stands for them
@@ -129,7 +149,7 @@ impl Store {
     /// # Errors
     /// Nothing is marked; the next sweep tries again.
     pub async fn announce_lost(&self, queue: &str, before: i64) -> Result<ByQueue, Error> {
-        self.announce_rows(ANNOUNCE_LOST, vec![queue.to_owned().into(), before.into()]).await
+        Ok(by_queue(self.all(ANNOUNCE_LOST, vec![queue.to_owned().into(), before.into()]).await?))
     }
 
     /// The oldest processes of a task queue that have been queued for a second, at most `limit`.
@@ -141,8 +161,7 @@ impl Store {
             "SELECT id FROM process WHERE place = {{queued}} AND queue = $1 AND told_at < {{now}} - 1000000
              ORDER BY told_at LIMIT {limit}"
         );
-        let rows = self.query(&sql, vec![queue.to_owned().into()]).await?;
-        rows.iter().map(|row| Ok(row.try_get::<Uuid>("", "id")?.into())).collect()
+        self.column(&sql, vec![queue.to_owned().into()]).await
     }
 
     /// Kills what has passed its `timeout`.
@@ -155,8 +174,7 @@ impl Store {
             (QUEUE_OVERDUE, "`timeout.queue` has passed before a worker took it"),
             (TOTAL_OVERDUE, "`timeout.total` has passed"),
         ] {
-            for row in self.query(sql, vec![]).await? {
-                let pid = Pid::from(row.try_get::<Uuid>("", "id")?);
+            for pid in self.column(sql, vec![]).await? {
                 let request = Request { reason: Some(reason.into()), ..Request::new(Desired::Kill, "baton") };
                 match self.control(pid, &request).await? {
                     Answer::Recorded(controlled) => ended.push(controlled),
@@ -165,15 +183,6 @@ impl Store {
             }
         }
         Ok(ended)
-    }
-
-    async fn announce_rows(&self, sql: &str, values: Vec<Value>) -> Result<ByQueue, Error> {
-        let mut by_queue = ByQueue::new();
-        for row in self.query(sql, values).await? {
-            let (queue, told) = told(&row)?;
-            by_queue.entry(queue).or_default().push(told);
-        }
-        Ok(by_queue)
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use sea_orm::{ConnectionTrait, QueryResult, Value};
+use sea_orm::{ConnectionTrait, FromQueryResult, Value};
 use uuid::Uuid;
 
 use super::connection::{Use, begin, connect};
@@ -10,7 +10,7 @@ use super::error::Error;
 use super::handle::Store;
 use super::lease::Fence;
 use super::request::Request;
-use super::row::desired;
+use super::row::read;
 use crate::communicator::control_queue;
 use crate::id::{Incarnation, Pid};
 use crate::lack::Shortage;
@@ -57,13 +57,15 @@ pub struct Peer {
 }
 
 /// A process that an incarnation holds, as the database has it.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, FromQueryResult)]
 pub struct Lease {
     /// The process, and the number of the lease.
+    #[sea_orm(nested)]
     pub fence: Fence,
     /// When it was claimed, in database time.
     pub claimed_at: i64,
     /// The number of the try that it is in.
+    #[sea_orm(from_alias = "try")]
     pub try_number: i64,
 }
 
@@ -161,12 +163,8 @@ impl Store {
             let rows = self.beats.query_all_raw(statement).await?;
             return Ok(if rows.is_empty() { Beat::Unknown } else { Beat::Gone });
         };
-        let beat = row.try_get("", "beat")?;
-        Ok(Beat::Alive {
-            beat,
-            drain: row.try_get("", "drain")?,
-            is_fleet_paused: row.try_get::<i64>("", "n_paused")? > 0,
-        })
+        let BeatRow { beat, drain, n_paused } = BeatRow::from_query_result(row, "")?;
+        Ok(Beat::Alive { beat, drain, is_fleet_paused: n_paused > 0 })
     }
 
     /// The number of this incarnation's last beat, read over a connection of its own, on which no question that nobody
@@ -179,7 +177,7 @@ impl Store {
         let sql = "SELECT beat FROM worker WHERE id = $1";
         let row = db.query_one_raw(self.dialect.statement(sql, vec![Uuid::from(id).into()])).await?;
         db.close().await?;
-        Ok(row.map(|row| row.try_get("", "beat")).transpose()?)
+        Ok(row.map(|row| row.try_get_by_index(0)).transpose()?)
     }
 
     /// Asks live workers of a name (or the one incarnation of an id) to give back what they hold and to stop. Gives those
@@ -194,7 +192,7 @@ impl Store {
                    RETURNING id, name, host, os_pid, beat";
         let id = name.parse::<Uuid>().unwrap_or_default();
         let rows = transaction.query_all_raw(self.dialect.statement(sql, vec![name.to_owned().into(), id.into()]));
-        let peers = rows.await?.iter().map(peer).collect::<Result<Vec<_>, _>>()?;
+        let peers: Vec<Peer> = read::<PeerRow>(&rows.await?)?.into_iter().map(Peer::from).collect();
         if !peers.is_empty() {
             let sql = "INSERT INTO event (id, at, what, target, by_whom, login, reason, outcome, settled_at)
                        VALUES ($1, {now}, 'drain', $2, $3, COALESCE($4, {login}), $5, 'recorded', {now})";
@@ -217,7 +215,7 @@ impl Store {
     /// The database does not answer.
     pub async fn peers(&self) -> Result<Vec<Peer>, Error> {
         let sql = "SELECT id, name, host, os_pid, beat FROM worker WHERE gone_at IS NULL";
-        self.query(sql, vec![]).await?.iter().map(peer).collect()
+        Ok(self.all::<PeerRow>(sql, vec![]).await?.into_iter().map(Peer::from).collect())
     }
 
     /// Declares an incarnation gone whose beat still is what was seen. `false` when it lives after all, or is gone
@@ -259,15 +257,7 @@ impl Store {
     pub async fn held_by(&self, id: Incarnation) -> Result<Vec<Lease>, Error> {
         let sql = "SELECT id, epoch, claimed_at, try FROM process WHERE owner = $1 AND place = {held}";
         // The beat asks, so it does not wait for others.
-        self.beats
-            .query_all_raw(self.dialect.statement(sql, vec![Uuid::from(id).into()]))
-            .await?
-            .iter()
-            .map(|row| {
-                let fence = Fence { pid: row.try_get::<Uuid>("", "id")?.into(), epoch: row.try_get("", "epoch")? };
-                Ok(Lease { fence, claimed_at: row.try_get("", "claimed_at")?, try_number: row.try_get("", "try")? })
-            })
-            .collect()
+        read(&self.beats.query_all_raw(self.dialect.statement(sql, vec![Uuid::from(id).into()])).await?)
     }
 
     /// What is desired of what this incarnation holds: of everything, or only of that which shall not simply go on.
@@ -281,7 +271,7 @@ impl Store {
         // What shall not simply go on, the beat asks for, which does not wait for others.
         let rows =
             if everything { self.db.query_all_raw(statement).await } else { self.beats.query_all_raw(statement).await };
-        rows?.iter().map(wish).collect()
+        read(&rows?)
     }
 
     /// What is desired of one process that this incarnation holds; `None` when it does not.
@@ -290,15 +280,15 @@ impl Store {
     /// The database does not answer.
     pub async fn desired_of_one(&self, id: Incarnation, pid: Pid) -> Result<Option<Wish>, Error> {
         let sql = format!("{WISHES} AND owner = $1 AND place = {{held}} AND id = $2");
-        let rows = self.query(&sql, vec![Uuid::from(id).into(), Uuid::from(pid).into()]).await?;
-        rows.first().map(wish).transpose()
+        self.first(&sql, vec![Uuid::from(id).into(), Uuid::from(pid).into()]).await
     }
 }
 
 /// What a row says that its holder has to obey.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, FromQueryResult)]
 pub struct Wish {
     /// The process and the number of its lease.
+    #[sea_orm(nested)]
     pub fence: Fence,
     /// What is desired of it.
     pub desired: Desired,
@@ -308,20 +298,26 @@ pub struct Wish {
 
 const WISHES: &str = "SELECT id, epoch, desired, urgent FROM process WHERE true";
 
-fn wish(row: &QueryResult) -> Result<Wish, Error> {
-    Ok(Wish {
-        fence: Fence { pid: row.try_get::<Uuid>("", "id")?.into(), epoch: row.try_get("", "epoch")? },
-        desired: desired(row)?,
-        urgent: row.try_get("", "urgent")?,
-    })
+/// What a beat returns.
+#[derive(FromQueryResult)]
+struct BeatRow {
+    beat: i64,
+    drain: bool,
+    n_paused: i64,
 }
 
-fn peer(row: &QueryResult) -> Result<Peer, Error> {
-    Ok(Peer {
-        id: row.try_get::<Uuid>("", "id")?.into(),
-        name: row.try_get("", "name")?,
-        host: row.try_get("", "host")?,
-        os_pid: u32::try_from(row.try_get::<i64>("", "os_pid")?).unwrap_or(0),
-        beat: row.try_get("", "beat")?,
-    })
+#[derive(FromQueryResult)]
+struct PeerRow {
+    id: Incarnation,
+    name: String,
+    host: String,
+    os_pid: i64,
+    beat: i64,
+}
+
+impl From<PeerRow> for Peer {
+    fn from(row: PeerRow) -> Self {
+        let PeerRow { id, name, host, os_pid, beat } = row;
+        Peer { id, name, host, os_pid: u32::try_from(os_pid).unwrap_or(0), beat }
+    }
 }

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use sea_orm::{ConnectionTrait, QueryResult};
+use sea_orm::{ConnectionTrait, FromQueryResult, QueryResult};
 use uuid::Uuid;
 
 use crate::id::{Incarnation, Pid};
@@ -12,7 +12,7 @@ use crate::store::blob::Outcome;
 use crate::store::error::Error;
 use crate::store::handle::Store;
 use crate::store::lease::How;
-use crate::store::row::{Cursor, desired, place, state};
+use crate::store::row::{Cursor, read};
 use crate::store::select::{Order, Walk};
 
 /// Which processes a list is about.
@@ -131,7 +131,7 @@ impl Listing {
             format!("WITH {{page}} {SUMMARY} JOIN page ON page.id = p.id ORDER BY page.created_at DESC, p.id DESC");
         while let Some(statement) = self.walk.next(store.dialect, &template, limit) {
             let rows = store.db.query_all_raw(statement).await?;
-            let rows = rows.iter().map(summary).collect::<Result<Vec<_>, _>>()?;
+            let rows = summaries(&rows)?;
             let last = rows.last().map(|row| Cursor { pid: row.pid, created_at: row.created_at });
             self.walk.walked(rows.len(), last, limit);
             if !rows.is_empty() {
@@ -165,8 +165,9 @@ impl Store {
     /// # Errors
     /// The database does not answer.
     pub async fn cursor(&self, pid: Pid) -> Result<Option<Cursor>, Error> {
-        let rows = self.query("SELECT created_at FROM spec WHERE id = $1", vec![Uuid::from(pid).into()]).await?;
-        rows.first().map(|row| Ok(Cursor { pid, created_at: row.try_get("", "created_at")? })).transpose()
+        let sql = "SELECT created_at FROM spec WHERE id = $1";
+        let created_at = self.column(sql, vec![Uuid::from(pid).into()]).await?.into_iter().next();
+        Ok(created_at.map(|created_at| Cursor { pid, created_at }))
     }
 
     /// How many processes there are by the word of their state, each counted up to [`COUNT_MAX`].
@@ -181,9 +182,13 @@ impl Store {
             )
         };
         let sql = state::WORDS.iter().map(of).collect::<Vec<_>>().join(" UNION ALL ");
-        let rows = self.query(&sql, vec![]).await?;
-        let counts = rows.iter().map(|row| Ok((row.try_get("", "word")?, row.try_get("", "n")?)));
-        counts.filter(|count| count.as_ref().map_or(true, |(_, n)| *n > 0)).collect()
+        let mut counts = BTreeMap::new();
+        for row in self.query(&sql, vec![]).await? {
+            let (word, n) = row.try_get_many_by_index()?;
+            counts.insert(word, n);
+        }
+        counts.retain(|_, n| *n > 0);
+        Ok(counts)
     }
 
     /// The task queues of everything that has not ended.
@@ -191,8 +196,7 @@ impl Store {
     /// # Errors
     /// The database does not answer.
     pub async fn queues_in_use(&self) -> Result<Vec<String>, Error> {
-        let rows = self.query("SELECT DISTINCT queue FROM process WHERE place <> {ended}", vec![]).await?;
-        rows.iter().map(|row| Ok(row.try_get("", "queue")?)).collect()
+        self.column("SELECT DISTINCT queue FROM process WHERE place <> {ended}", vec![]).await
     }
 
     /// What an incarnation holds, the longest held first, at most `limit`.
@@ -202,7 +206,7 @@ impl Store {
     pub async fn list_held(&self, owner: Incarnation, limit: u32) -> Result<Vec<Summary>, Error> {
         let sql =
             format!("{SUMMARY} WHERE p.owner = $1 AND p.place = {{held}} ORDER BY p.claimed_at, p.id LIMIT {limit}");
-        self.query(&sql, vec![Uuid::from(owner).into()]).await?.iter().map(summary).collect()
+        summaries(&self.query(&sql, vec![Uuid::from(owner).into()]).await?)
     }
 
     /// The newest unfinished process of `baton run` with this key.
@@ -212,8 +216,7 @@ impl Store {
     pub async fn unfinished_run(&self, run_key: &[u8]) -> Result<Option<Pid>, Error> {
         let sql = "SELECT p.id FROM process p JOIN spec s ON s.id = p.id
                    WHERE s.run_key = $1 AND p.place <> {ended} ORDER BY p.id DESC LIMIT 1";
-        let rows = self.query(sql, vec![run_key.to_vec().into()]).await?;
-        rows.first().map(|row| Ok(row.try_get::<Uuid>("", "id")?.into())).transpose()
+        Ok(self.column(sql, vec![run_key.to_vec().into()]).await?.into_iter().next())
     }
 }
 
@@ -235,34 +238,73 @@ const SUMMARY: &str = "
                       ORDER BY e.at DESC, e.id DESC LIMIT 1) END AS paused
     FROM process p JOIN spec s ON s.id = p.id LEFT JOIN worker w ON w.id = p.owner";
 
-fn summary(row: &QueryResult) -> Result<Summary, Error> {
-    let outcome: Option<Vec<u8>> = row.try_get("", "outcome")?;
-    Ok(Summary {
-        pid: row.try_get::<Uuid>("", "id")?.into(),
-        name: row.try_get("", "name")?,
-        kind: row.try_get("", "kind")?,
-        place: place(row)?,
-        state: state(row)?,
-        desired: desired(row)?,
-        queue: row.try_get("", "queue")?,
-        worker: row.try_get("", "worker")?,
-        owner: row.try_get::<Option<Uuid>>("", "owner")?.map(Incarnation::from),
-        epoch: row.try_get("", "epoch")?,
-        try_number: row.try_get("", "try")?,
-        advances: row.try_get("", "seq")?,
-        created_at: row.try_get("", "created_at")?,
-        changed_at: row.try_get("", "changed_at")?,
-        ended_at: row.try_get("", "ended_at")?,
-        wake_at: row.try_get("", "wake_at")?,
-        outcome: outcome.map(|bytes| outcome_of(&bytes)).transpose()?,
-        last_error: row.try_get("", "last_error")?,
-        waits_for_retry: row.try_get::<Option<String>>("", "last_how")?.is_some_and(|how| how == How::Error.word()),
-        refusal: refusal(row)?,
-        has_outside: row.try_get("", "outside")?,
-        waits_for: row.try_get("", "waits_for")?,
-        paused: paused(row)?,
-        now: row.try_get("", "now")?,
-    })
+/// A row of [`SUMMARY`].
+#[derive(FromQueryResult)]
+struct SummaryRow {
+    id: Pid,
+    name: String,
+    kind: String,
+    place: Place,
+    #[sea_orm(nested)]
+    state: State,
+    desired: Desired,
+    queue: String,
+    worker: Option<String>,
+    owner: Option<Incarnation>,
+    epoch: i64,
+    #[sea_orm(from_alias = "try")]
+    try_number: i64,
+    seq: i64,
+    created_at: i64,
+    changed_at: i64,
+    ended_at: Option<i64>,
+    wake_at: Option<i64>,
+    outcome: Option<Vec<u8>>,
+    last_error: Option<String>,
+    last_how: Option<String>,
+    refused_at: Option<i64>,
+    refusal: Option<String>,
+    outside: bool,
+    waits_for: Option<String>,
+    paused: Option<String>,
+    now: i64,
+}
+
+impl TryFrom<SummaryRow> for Summary {
+    type Error = Error;
+
+    fn try_from(row: SummaryRow) -> Result<Self, Error> {
+        Ok(Summary {
+            pid: row.id,
+            name: row.name,
+            kind: row.kind,
+            place: row.place,
+            state: row.state,
+            desired: row.desired,
+            queue: row.queue,
+            worker: row.worker,
+            owner: row.owner,
+            epoch: row.epoch,
+            try_number: row.try_number,
+            advances: row.seq,
+            created_at: row.created_at,
+            changed_at: row.changed_at,
+            ended_at: row.ended_at,
+            wake_at: row.wake_at,
+            outcome: row.outcome.map(|bytes| outcome_of(&bytes)).transpose()?,
+            last_error: row.last_error,
+            waits_for_retry: row.last_how.is_some_and(|how| how == How::Error.word()),
+            refusal: row.refused_at.zip(row.refusal).map(|(since, reason)| Refusal { since, reason }),
+            has_outside: row.outside,
+            waits_for: row.waits_for,
+            paused: row.paused.map(|text| paused_by(&text)).transpose()?,
+            now: row.now,
+        })
+    }
+}
+
+fn summaries(rows: &[QueryResult]) -> Result<Vec<Summary>, Error> {
+    read::<SummaryRow>(rows)?.into_iter().map(Summary::try_from).collect()
 }
 
 /// A list does not end at a row that a newer program has written.
@@ -273,13 +315,7 @@ fn outcome_of(bytes: &[u8]) -> Result<Outcome, Error> {
     }
 }
 
-fn refusal(row: &QueryResult) -> Result<Option<Refusal>, Error> {
-    let (since, reason): (Option<i64>, Option<String>) = (row.try_get("", "refused_at")?, row.try_get("", "refusal")?);
-    Ok(since.zip(reason).map(|(since, reason)| Refusal { since, reason }))
-}
-
-fn paused(row: &QueryResult) -> Result<Option<Paused>, Error> {
-    let Some(text) = row.try_get::<Option<String>>("", "paused")? else { return Ok(None) };
-    let (by, at, reason) = serde_json::from_str(&text).map_err(|error| Error::Unreadable(format!("event: {error}")))?;
-    Ok(Some(Paused { by, at, reason }))
+fn paused_by(text: &str) -> Result<Paused, Error> {
+    let (by, at, reason) = serde_json::from_str(text).map_err(|error| Error::Unreadable(format!("event: {error}")))?;
+    Ok(Paused { by, at, reason })
 }

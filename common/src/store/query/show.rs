@@ -1,6 +1,6 @@
 //! Everything about one process.
 
-use sea_orm::{QueryResult, Value};
+use sea_orm::{FromQueryResult, Value};
 use serde::Serialize;
 use uuid::Uuid;
 
@@ -55,13 +55,14 @@ pub struct AttemptRow {
 }
 
 /// One request of an operator.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, FromQueryResult)]
 pub struct EventRow {
     /// When it was recorded.
     pub at: i64,
     /// `pause`, `play` or `kill`.
     pub what: String,
     /// Who asked, as they say themselves: user and host.
+    #[sea_orm(from_alias = "by_whom")]
     pub by: String,
     /// Whom the database or the broker knows it from.
     pub login: String,
@@ -85,24 +86,23 @@ impl Store {
         let Some(summary) = self.list(&Filter::of(vec![pid])).await?.into_iter().next() else { return Ok(None) };
         let id = || vec![Value::from(Uuid::from(pid))];
         let sql = "SELECT s.body, s.created_by, p.checkpoint FROM process p JOIN spec s ON s.id = p.id WHERE p.id = $1";
-        let row = self.query(sql, id()).await?.into_iter().next().ok_or(Error::NoRow)?;
-        let checkpoint: Option<Vec<u8>> = row.try_get("", "checkpoint")?;
+        let row: BlobsRow = self.first(sql, id()).await?.ok_or(Error::NoRow)?;
         let attempts = "SELECT epoch, try, started_at, ended_at, how, reason, worker, worker_name FROM attempt
                         WHERE pid = $1 ORDER BY epoch";
         let events = "SELECT at, what, by_whom, login, reason, request, outcome, settled_at FROM event
                       WHERE pid = $1 ORDER BY at, id";
-        let spec = blob::spec_from_bytes(&row.try_get::<Vec<u8>>("", "body")?);
-        let checkpoint = checkpoint.map(|bytes| Checkpoint::from_bytes(&bytes)).transpose();
+        let spec = blob::spec_from_bytes(&row.body);
+        let checkpoint = row.checkpoint.map(|bytes| Checkpoint::from_bytes(&bytes)).transpose();
         let unreadable = [("spec", spec.as_ref().err()), ("checkpoint", checkpoint.as_ref().err())];
         let unreadable = unreadable.into_iter().find_map(|(what, why)| Some(format!("its {what}: {}", why?)));
         Ok(Some(Details {
             summary,
             spec: spec.ok(),
             unreadable,
-            created_by: row.try_get("", "created_by")?,
+            created_by: row.created_by,
             checkpoint: checkpoint.ok().flatten(),
-            attempts: self.query(attempts, id()).await?.iter().map(attempt).collect::<Result<_, _>>()?,
-            events: self.query(events, id()).await?.iter().map(event).collect::<Result<_, _>>()?,
+            attempts: self.all::<RawAttempt>(attempts, id()).await?.into_iter().map(AttemptRow::from).collect(),
+            events: self.all(events, id()).await?,
             jobs: self.jobs_of(pid).await?,
         }))
     }
@@ -114,52 +114,59 @@ impl Store {
     pub async fn output(&self, pid: Pid) -> Result<Option<(i64, Vec<Output>)>, Error> {
         let sql = "SELECT epoch, stream, head, tail, total_bytes FROM output
                    WHERE pid = $1 AND epoch = (SELECT MAX(epoch) FROM output WHERE pid = $1) ORDER BY stream";
-        let rows = self.query(sql, vec![Uuid::from(pid).into()]).await?;
-        let Some(first) = rows.first() else { return Ok(None) };
-        let epoch = first.try_get("", "epoch")?;
-        let outputs = rows
-            .iter()
-            .map(|row| {
-                let stream = match row.try_get::<i16>("", "stream")? {
-                    1 => Stream::Stdout,
-                    2 => Stream::Stderr,
-                    other => return Err(Error::Unreadable(format!("no stream {other}"))),
-                };
-                Ok(Output {
-                    stream,
-                    head: row.try_get("", "head")?,
-                    tail: row.try_get("", "tail")?,
-                    total_bytes: row.try_get::<i64>("", "total_bytes")?.cast_unsigned(),
-                })
-            })
-            .collect::<Result<_, Error>>()?;
+        let rows: Vec<OutputRow> = self.all(sql, vec![Uuid::from(pid).into()]).await?;
+        let Some(epoch) = rows.first().map(|row| row.epoch) else { return Ok(None) };
+        let output = |row: OutputRow| Output {
+            stream: row.stream,
+            head: row.head,
+            tail: row.tail,
+            total_bytes: row.total_bytes.cast_unsigned(),
+        };
+        let outputs = rows.into_iter().map(output).collect();
         Ok(Some((epoch, outputs)))
     }
 }
 
-fn attempt(row: &QueryResult) -> Result<AttemptRow, Error> {
-    let worker: Uuid = row.try_get("", "worker")?;
-    let name: Option<String> = row.try_get("", "worker_name")?;
-    Ok(AttemptRow {
-        epoch: row.try_get("", "epoch")?,
-        try_number: row.try_get("", "try")?,
-        worker: name.unwrap_or_else(|| worker.to_string()),
-        started_at: row.try_get("", "started_at")?,
-        ended_at: row.try_get("", "ended_at")?,
-        how: row.try_get("", "how")?,
-        reason: row.try_get("", "reason")?,
-    })
+/// What of a process is stored as MessagePack, and who asked for it.
+#[derive(FromQueryResult)]
+struct BlobsRow {
+    body: Vec<u8>,
+    created_by: String,
+    checkpoint: Option<Vec<u8>>,
 }
 
-fn event(row: &QueryResult) -> Result<EventRow, Error> {
-    Ok(EventRow {
-        at: row.try_get("", "at")?,
-        what: row.try_get("", "what")?,
-        by: row.try_get("", "by_whom")?,
-        login: row.try_get("", "login")?,
-        reason: row.try_get("", "reason")?,
-        request: row.try_get("", "request")?,
-        outcome: row.try_get("", "outcome")?,
-        settled_at: row.try_get("", "settled_at")?,
-    })
+#[derive(FromQueryResult)]
+struct OutputRow {
+    epoch: i64,
+    stream: Stream,
+    head: Vec<u8>,
+    tail: Vec<u8>,
+    total_bytes: i64,
+}
+
+#[derive(FromQueryResult)]
+struct RawAttempt {
+    epoch: i64,
+    #[sea_orm(from_alias = "try")]
+    try_number: i64,
+    worker: Uuid,
+    worker_name: Option<String>,
+    started_at: i64,
+    ended_at: i64,
+    how: String,
+    reason: Option<String>,
+}
+
+impl From<RawAttempt> for AttemptRow {
+    fn from(row: RawAttempt) -> Self {
+        AttemptRow {
+            epoch: row.epoch,
+            try_number: row.try_number,
+            worker: row.worker_name.unwrap_or_else(|| row.worker.to_string()),
+            started_at: row.started_at,
+            ended_at: row.ended_at,
+            how: row.how,
+            reason: row.reason,
+        }
+    }
 }

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use sea_orm::{QueryResult, Value};
+use sea_orm::{FromQueryResult, Value};
 use serde::Serialize;
 use uuid::Uuid;
 
@@ -147,7 +147,7 @@ impl Store {
                     (SELECT COUNT(*) FROM process p WHERE p.owner = w.id AND p.place = {{held}}) AS held
              FROM worker w WHERE {named} AND {which} ORDER BY w.gone_at IS NOT NULL, w.name, w.started_at"
         );
-        self.query(&sql, values).await?.iter().map(worker).collect()
+        Ok(self.all::<RawWorker>(&sql, values).await?.into_iter().map(WorkerRow::from).collect())
     }
 
     /// The name of the control queue of a live incarnation.
@@ -156,34 +156,54 @@ impl Store {
     /// The database does not answer.
     pub async fn control_queue_of(&self, owner: Incarnation) -> Result<Option<String>, Error> {
         let sql = "SELECT name FROM worker WHERE id = $1 AND gone_at IS NULL";
-        let rows = self.query(sql, vec![Uuid::from(owner).into()]).await?;
-        let Some(row) = rows.first() else { return Ok(None) };
-        let name: String = row.try_get("", "name")?;
-        Ok(Some(control_queue(&name, owner)))
+        let name = self.column::<String>(sql, vec![Uuid::from(owner).into()]).await?.into_iter().next();
+        Ok(name.map(|name| control_queue(&name, owner)))
     }
 }
 
-fn worker(row: &QueryResult) -> Result<WorkerRow, Error> {
-    let id = Incarnation::from(row.try_get::<Uuid>("", "id")?);
-    let name: String = row.try_get("", "name")?;
-    let text = row.try_get::<Option<String>>("", "lacks_text")?.unwrap_or_default();
-    Ok(WorkerRow {
-        id,
-        control_queue: control_queue(&name, id),
-        name,
-        host: row.try_get("", "host")?,
-        os_pid: row.try_get("", "os_pid")?,
-        version: row.try_get("", "version")?,
-        queues: row.try_get("", "queues")?,
-        slots: row.try_get("", "slots")?,
-        held: row.try_get("", "held")?,
-        blocked: row.try_get("", "blocked")?,
-        lacks: row.try_get::<Option<String>>("", "lacks")?.map(|what| Lacks { what, text }),
-        drain: row.try_get("", "drain")?,
-        beat: row.try_get("", "beat")?,
-        beat_at: row.try_get("", "beat_at")?,
-        started_at: row.try_get("", "started_at")?,
-        gone_at: row.try_get("", "gone_at")?,
-        now: row.try_get("", "now")?,
-    })
+/// A row of [`Store::workers`].
+#[derive(FromQueryResult)]
+struct RawWorker {
+    id: Incarnation,
+    name: String,
+    host: String,
+    os_pid: i64,
+    version: String,
+    queues: String,
+    slots: i64,
+    held: i64,
+    blocked: Option<String>,
+    lacks: Option<String>,
+    lacks_text: Option<String>,
+    drain: bool,
+    beat: i64,
+    beat_at: i64,
+    started_at: i64,
+    gone_at: Option<i64>,
+    now: i64,
+}
+
+impl From<RawWorker> for WorkerRow {
+    fn from(row: RawWorker) -> Self {
+        let text = row.lacks_text.unwrap_or_default();
+        WorkerRow {
+            id: row.id,
+            control_queue: control_queue(&row.name, row.id),
+            name: row.name,
+            host: row.host,
+            os_pid: row.os_pid,
+            version: row.version,
+            queues: row.queues,
+            slots: row.slots,
+            held: row.held,
+            blocked: row.blocked,
+            lacks: row.lacks.map(|what| Lacks { what, text }),
+            drain: row.drain,
+            beat: row.beat,
+            beat_at: row.beat_at,
+            started_at: row.started_at,
+            gone_at: row.gone_at,
+            now: row.now,
+        }
+    }
 }

@@ -60,7 +60,8 @@ pub(in crate::store) async fn count(
     let mut counts = BTreeMap::new();
     for statement in statements {
         for row in store.db.query_all_raw(statement).await? {
-            *counts.entry(row.try_get("", "code")?).or_default() += row.try_get::<i64>("", "n")?.cast_unsigned();
+            let (code, n): (i16, i64) = row.try_get_many_by_index()?;
+            *counts.entry(code).or_default() += n.cast_unsigned();
         }
     }
     Ok(counts)
