@@ -12,10 +12,23 @@
 //!
 //! | layer | files |
 //! |---|---|
-//! | ground | `error`, `blob`, `dialect`, `lease`, `row`, `migration`, `connection`, `dedicated_connection`, `handle` |
+//! | ground | `error`, `blob`, `dialect`, `entity`, `lease`, `row`, `migration`, `connection`, `dedicated_connection`, `handle` |
 //! | shared | `request` (requests and their history), `select` (selections), `submit` (inserts) |
 //! | operations | `fenced` (claims and fenced writes), `control`, `sweep`, `job`, `site`, `worker`, `fleet`, `objects`, `prune`, `gc_roots` |
 //! | roof | `writer` (the group commit), `query`, `explain`, `measure`, `baseline` |
+//!
+//! # SQL and entities
+//!
+//! A statement is an SQL template (see `dialect`) if it applies a rule of the protocol, locks rows, takes the database's
+//! time or login, goes over a batch of rows, or joins tables for a list. Its text is the rule, and its plan is tested. The
+//! query builder has no `unnest`, no data-modifying `WITH`, and no way to keep a planner to the primary key.
+//!
+//! A plain statement uses the entities in `entity`: it reads or writes rows of one table by key or by one comparison, and
+//! its meaning does not depend on concurrent changes (the mark of the object store, sites and workers as they describe
+//! themselves, attempts and requests of one process). Tables with a single such statement, which is shorter as SQL, have no
+//! entity: `fleet`, `identity`, `output`, `permit`, `pruned`, `spec`.
+//!
+//! Rows of both kinds are decoded by derived structs; ids, codes and states in one place, `row`.
 
 pub mod baseline;
 pub mod blob;
@@ -23,6 +36,7 @@ mod connection;
 pub mod control;
 mod dedicated_connection;
 mod dialect;
+mod entity;
 mod error;
 pub mod explain;
 mod fenced;

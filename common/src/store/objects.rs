@@ -1,7 +1,10 @@
 //! Which object store the fleet shares: the database has its mark, and the store, too.
 
+use sea_orm::sea_query::Expr;
+use sea_orm::{ColumnTrait, EntityTrait, QueryFilter, QueryOrder, QuerySelect, Set};
 use uuid::Uuid;
 
+use super::entity::{objects, worker};
 use super::error::Error;
 use super::handle::Store;
 use crate::id::Incarnation;
@@ -12,7 +15,8 @@ impl Store {
     /// # Errors
     /// The database does not answer.
     pub async fn objects_mark(&self) -> Result<Option<Uuid>, Error> {
-        Ok(self.column("SELECT mark FROM objects", vec![]).await?.into_iter().next())
+        let row = objects::Entity::find().one(&self.db).await?;
+        Ok(row.map(|row| row.mark))
     }
 
     /// Records the mark of the fleet's object store, unless one is recorded, and gives the one that is.
@@ -20,8 +24,8 @@ impl Store {
     /// # Errors
     /// The database does not answer.
     pub async fn set_objects_mark(&self, mark: Uuid) -> Result<Uuid, Error> {
-        let sql = "INSERT INTO objects (id, mark) VALUES (1, $1) ON CONFLICT (id) DO NOTHING";
-        self.execute(sql, vec![mark.into()]).await?;
+        let row = objects::ActiveModel { id: Set(1), mark: Set(mark) };
+        objects::Entity::insert(row).on_conflict_do_nothing().exec_without_returning(&self.db).await?;
         self.objects_mark().await?.ok_or(Error::NoRow)
     }
 
@@ -30,8 +34,11 @@ impl Store {
     /// # Errors
     /// The database does not answer.
     pub async fn note_objects(&self, worker: Incarnation, problem: Option<&str>) -> Result<(), Error> {
-        let sql = "UPDATE worker SET objects = $2 WHERE id = $1";
-        self.execute(sql, vec![Uuid::from(worker).into(), problem.map(str::to_owned).into()]).await?;
+        worker::Entity::update_many()
+            .col_expr(worker::Column::Objects, Expr::value(problem))
+            .filter(worker::Column::Id.eq(Uuid::from(worker)))
+            .exec(&self.db)
+            .await?;
         Ok(())
     }
 
@@ -40,8 +47,8 @@ impl Store {
     /// # Errors
     /// The database does not answer.
     pub async fn without_objects(&self) -> Result<Vec<(String, String)>, Error> {
-        let sql = "SELECT name, objects FROM worker WHERE gone_at IS NULL AND objects IS NOT NULL ORDER BY name";
-        let rows = self.query(sql, vec![]).await?;
-        Ok(rows.iter().map(|row| row.try_get_many_by_index()).collect::<Result<_, _>>()?)
+        let select = worker::Entity::find().select_only().columns([worker::Column::Name, worker::Column::Objects]);
+        let select = select.filter(worker::Column::GoneAt.is_null()).filter(worker::Column::Objects.is_not_null());
+        Ok(select.order_by_asc(worker::Column::Name).into_tuple().all(&self.db).await?)
     }
 }

@@ -1,9 +1,10 @@
 //! Requests of operators and what they came to: the table `event`.
 
-use sea_orm::{ConnectionTrait, FromQueryResult, Value};
+use sea_orm::{ColumnTrait, ConnectionTrait, EntityTrait, FromQueryResult, QueryFilter, QuerySelect, Value};
 use uuid::Uuid;
 
 use super::dialect::{Batch, Dialect, Kind};
+use super::entity::event;
 use super::error::Error;
 use super::handle::Store;
 use crate::id::{Pid, RequestId};
@@ -40,8 +41,10 @@ impl Store {
     /// # Errors
     /// The database does not answer.
     pub async fn pending(&self, request: RequestId) -> Result<Vec<Pid>, Error> {
-        let sql = "SELECT pid FROM event WHERE request = $1 AND outcome IS NULL AND pid IS NOT NULL";
-        self.column(sql, vec![Uuid::from(request).into()]).await
+        let events = event::Entity::find().select_only().column(event::Column::Pid);
+        let open =
+            events.filter(event::Column::Request.eq(Uuid::from(request))).filter(event::Column::Outcome.is_null());
+        Ok(open.filter(event::Column::Pid.is_not_null()).into_tuple().all(&self.db).await?)
     }
 
     /// What a request to one process has come to; `None` while its holder has yet to obey.
@@ -49,9 +52,8 @@ impl Store {
     /// # Errors
     /// The database does not answer.
     pub async fn settled(&self, event: RequestId) -> Result<Option<Settled>, Error> {
-        let sql = "SELECT outcome FROM event WHERE id = $1";
-        let outcome: Option<String> = self.value(sql, vec![Uuid::from(event).into()]).await?;
-        Ok(outcome.as_deref().and_then(Settled::from_word))
+        let row = event::Entity::find_by_id(Uuid::from(event)).one(&self.db).await?.ok_or(Error::NoRow)?;
+        Ok(row.outcome.as_deref().and_then(Settled::from_word))
     }
 
     /// Records a request that is not about one process, once; `None` when the same has been recorded and has come to its
@@ -75,8 +77,7 @@ impl Store {
             request.reason.clone().into(),
         ];
         self.execute(sql, values).await?;
-        let sql = "SELECT at, outcome FROM event WHERE id = $1";
-        let row: Recorded = self.first(sql, vec![Uuid::from(id).into()]).await?.ok_or(Error::NoRow)?;
+        let row = event::Entity::find_by_id(Uuid::from(id)).one(&self.db).await?.ok_or(Error::NoRow)?;
         Ok(row.outcome.is_none().then_some(row.at))
     }
 
@@ -114,13 +115,6 @@ impl Settled {
     pub fn from_word(word: &str) -> Option<Self> {
         [Settled::Applied, Settled::Superseded, Settled::Ended].into_iter().find(|settled| settled.word() == word)
     }
-}
-
-/// A request as it was recorded.
-#[derive(FromQueryResult)]
-struct Recorded {
-    at: i64,
-    outcome: Option<String>,
 }
 
 /// Who asked for a process's end, and why.

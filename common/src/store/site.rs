@@ -1,9 +1,11 @@
 //! Sites: what the whole fleet keeps to there, and what only one worker at a time may have.
 
-use sea_orm::{ConnectionTrait, FromQueryResult};
+use sea_orm::sea_query::OnConflict;
+use sea_orm::{ColumnTrait, ConnectionTrait, EntityTrait, FromQueryResult, QueryFilter, QuerySelect, Set};
 use uuid::Uuid;
 
 use super::dialect::{Batch, Kind, storable};
+use super::entity::{site, worker};
 use super::error::Error;
 use super::handle::Store;
 pub use super::job::{Intent, Job, Look, NEVER, Seen, token};
@@ -97,9 +99,11 @@ impl Store {
     /// # Errors
     /// The database does not answer.
     pub async fn announce_site(&self, name: &str, launcher: &str, root: &str, slots: i64) -> Result<(), Error> {
-        let sql = "INSERT INTO site (name, launcher, root, slots) VALUES ($1, $2, $3, $4)
-                   ON CONFLICT (name) DO UPDATE SET launcher = $2, root = $3, slots = $4";
-        self.execute(sql, vec![name.into(), launcher.into(), root.into(), slots.into()]).await?;
+        let [name, launcher, root] = [name, launcher, root].map(|text| Set(text.to_owned()));
+        let row = site::ActiveModel { name, launcher, root, slots: Set(slots) };
+        let described = [site::Column::Launcher, site::Column::Root, site::Column::Slots];
+        let known = OnConflict::column(site::Column::Name).update_columns(described).to_owned();
+        site::Entity::insert(row).on_conflict(known).exec_without_returning(&self.db).await?;
         Ok(())
     }
 
@@ -270,7 +274,8 @@ impl Store {
                            WHERE t.name = 'watch/' || s.name) AS watcher
                    FROM site s WHERE $1 = '' OR s.name = $1 ORDER BY s.name";
         let mut sites: Vec<SiteFacts> = self.all(sql, vec![name.unwrap_or_default().into()]).await?;
-        let serving = self.column("SELECT sites FROM worker WHERE gone_at IS NULL", vec![]).await?;
+        let alive = worker::Entity::find().filter(worker::Column::GoneAt.is_null());
+        let serving = alive.select_only().column(worker::Column::Sites).into_tuple().all(&self.db).await?;
         let serving = serving.into_iter().map(served_sites).collect::<Result<Vec<_>, Error>>()?;
         for site in &mut sites {
             // A worker of an older version does not say which sites it serves.

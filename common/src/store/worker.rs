@@ -2,10 +2,13 @@
 
 use std::time::Duration;
 
-use sea_orm::{ConnectionTrait, FromQueryResult, Value};
+use sea_orm::{
+    ColumnTrait, ConnectionTrait, DerivePartialModel, EntityTrait, FromQueryResult, QueryFilter, QuerySelect, Value,
+};
 use uuid::Uuid;
 
 use super::connection::{Use, begin, connect};
+use super::entity::worker;
 use super::error::Error;
 use super::handle::Store;
 use super::lease::Fence;
@@ -174,10 +177,10 @@ impl Store {
     /// The database does not answer.
     pub async fn last_beat(&self, id: Incarnation) -> Result<Option<i64>, Error> {
         let db = connect(&self.location, &self.access, Use::Beat).await?;
-        let sql = "SELECT beat FROM worker WHERE id = $1";
-        let row = db.query_one_raw(self.dialect.statement(sql, vec![Uuid::from(id).into()])).await?;
+        let beat = worker::Entity::find_by_id(Uuid::from(id)).select_only().column(worker::Column::Beat);
+        let beat = beat.into_tuple().one(&db).await?;
         db.close().await?;
-        Ok(row.map(|row| row.try_get_by_index(0)).transpose()?)
+        Ok(beat)
     }
 
     /// Asks live workers of a name (or the one incarnation of an id) to give back what they hold and to stop. Gives those
@@ -214,8 +217,8 @@ impl Store {
     /// # Errors
     /// The database does not answer.
     pub async fn peers(&self) -> Result<Vec<Peer>, Error> {
-        let sql = "SELECT id, name, host, os_pid, beat FROM worker WHERE gone_at IS NULL";
-        Ok(self.all::<PeerRow>(sql, vec![]).await?.into_iter().map(Peer::from).collect())
+        let alive = worker::Entity::find().filter(worker::Column::GoneAt.is_null());
+        Ok(alive.into_partial_model::<PeerRow>().all(&self.db).await?.into_iter().map(Peer::from).collect())
     }
 
     /// Declares an incarnation gone whose beat still is what was seen. `false` when it lives after all, or is gone
@@ -306,7 +309,8 @@ struct BeatRow {
     n_paused: i64,
 }
 
-#[derive(FromQueryResult)]
+#[derive(DerivePartialModel)]
+#[sea_orm(entity = "worker::Entity")]
 struct PeerRow {
     id: Incarnation,
     name: String,

@@ -1,6 +1,6 @@
 //! Everything about one process.
 
-use sea_orm::{FromQueryResult, Value};
+use sea_orm::{ColumnTrait, EntityTrait, FromQueryResult, QueryFilter, QueryOrder};
 use serde::Serialize;
 use uuid::Uuid;
 
@@ -8,6 +8,7 @@ use super::list::{Filter, Summary};
 use crate::id::Pid;
 use crate::spec::Spec;
 use crate::store::blob::{self, Checkpoint};
+use crate::store::entity::{attempt, event};
 use crate::store::error::Error;
 use crate::store::handle::Store;
 use crate::store::job::Job;
@@ -55,14 +56,13 @@ pub struct AttemptRow {
 }
 
 /// One request of an operator.
-#[derive(Clone, Debug, Serialize, FromQueryResult)]
+#[derive(Clone, Debug, Serialize)]
 pub struct EventRow {
     /// When it was recorded.
     pub at: i64,
     /// `pause`, `play` or `kill`.
     pub what: String,
     /// Who asked, as they say themselves: user and host.
-    #[sea_orm(from_alias = "by_whom")]
     pub by: String,
     /// Whom the database or the broker knows it from.
     pub login: String,
@@ -84,13 +84,13 @@ impl Store {
     /// The database does not answer, or a row cannot be read.
     pub async fn show(&self, pid: Pid) -> Result<Option<Details>, Error> {
         let Some(summary) = self.list(&Filter::of(vec![pid])).await?.into_iter().next() else { return Ok(None) };
-        let id = || vec![Value::from(Uuid::from(pid))];
+        let id = Uuid::from(pid);
         let sql = "SELECT s.body, s.created_by, p.checkpoint FROM process p JOIN spec s ON s.id = p.id WHERE p.id = $1";
-        let row: BlobsRow = self.first(sql, id()).await?.ok_or(Error::NoRow)?;
-        let attempts = "SELECT epoch, try, started_at, ended_at, how, reason, worker, worker_name FROM attempt
-                        WHERE pid = $1 ORDER BY epoch";
-        let events = "SELECT at, what, by_whom, login, reason, request, outcome, settled_at FROM event
-                      WHERE pid = $1 ORDER BY at, id";
+        let row: BlobsRow = self.first(sql, vec![id.into()]).await?.ok_or(Error::NoRow)?;
+        let attempts = attempt::Entity::find().filter(attempt::Column::Pid.eq(id));
+        let attempts = attempts.order_by_asc(attempt::Column::Epoch).all(&self.db).await?;
+        let events = event::Entity::find().filter(event::Column::Pid.eq(id)).order_by_asc(event::Column::At);
+        let events = events.order_by_asc(event::Column::Id).all(&self.db).await?;
         let spec = blob::spec_from_bytes(&row.body);
         let checkpoint = row.checkpoint.map(|bytes| Checkpoint::from_bytes(&bytes)).transpose();
         let unreadable = [("spec", spec.as_ref().err()), ("checkpoint", checkpoint.as_ref().err())];
@@ -101,8 +101,8 @@ impl Store {
             unreadable,
             created_by: row.created_by,
             checkpoint: checkpoint.ok().flatten(),
-            attempts: self.all::<RawAttempt>(attempts, id()).await?.into_iter().map(AttemptRow::from).collect(),
-            events: self.all(events, id()).await?,
+            attempts: attempts.into_iter().map(AttemptRow::from).collect(),
+            events: events.into_iter().map(EventRow::from).collect(),
             jobs: self.jobs_of(pid).await?,
         }))
     }
@@ -144,21 +144,8 @@ struct OutputRow {
     total_bytes: i64,
 }
 
-#[derive(FromQueryResult)]
-struct RawAttempt {
-    epoch: i64,
-    #[sea_orm(from_alias = "try")]
-    try_number: i64,
-    worker: Uuid,
-    worker_name: Option<String>,
-    started_at: i64,
-    ended_at: i64,
-    how: String,
-    reason: Option<String>,
-}
-
-impl From<RawAttempt> for AttemptRow {
-    fn from(row: RawAttempt) -> Self {
+impl From<attempt::Model> for AttemptRow {
+    fn from(row: attempt::Model) -> Self {
         AttemptRow {
             epoch: row.epoch,
             try_number: row.try_number,
@@ -167,6 +154,21 @@ impl From<RawAttempt> for AttemptRow {
             ended_at: row.ended_at,
             how: row.how,
             reason: row.reason,
+        }
+    }
+}
+
+impl From<event::Model> for EventRow {
+    fn from(row: event::Model) -> Self {
+        EventRow {
+            at: row.at,
+            what: row.what,
+            by: row.by_whom,
+            login: row.login,
+            reason: row.reason,
+            request: row.request,
+            outcome: row.outcome,
+            settled_at: row.settled_at,
         }
     }
 }

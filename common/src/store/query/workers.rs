@@ -2,13 +2,14 @@
 
 use std::time::Duration;
 
-use sea_orm::{FromQueryResult, Value};
+use sea_orm::{ColumnTrait, EntityTrait, FromQueryResult, QueryFilter, Value};
 use serde::Serialize;
 use uuid::Uuid;
 
 use crate::communicator::control_queue;
 use crate::id::Incarnation;
 use crate::lack::Lacks;
+use crate::store::entity::worker;
 use crate::store::error::Error;
 use crate::store::handle::Store;
 use crate::store::worker::LEASE;
@@ -155,9 +156,9 @@ impl Store {
     /// # Errors
     /// The database does not answer.
     pub async fn control_queue_of(&self, owner: Incarnation) -> Result<Option<String>, Error> {
-        let sql = "SELECT name FROM worker WHERE id = $1 AND gone_at IS NULL";
-        let name = self.column::<String>(sql, vec![Uuid::from(owner).into()]).await?.into_iter().next();
-        Ok(name.map(|name| control_queue(&name, owner)))
+        let row = worker::Entity::find_by_id(Uuid::from(owner)).filter(worker::Column::GoneAt.is_null());
+        let row = row.one(&self.db).await?;
+        Ok(row.map(|row| control_queue(&row.name, owner)))
     }
 }
 
