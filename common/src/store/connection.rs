@@ -1,4 +1,4 @@
-//! Where the database is, and how connections to it are opened and transactions begun.
+//! The location of the database, connections to it, and transactions.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -12,47 +12,47 @@ use sea_orm::{
 
 use super::error::Error;
 
-/// How long a statement may wait for a connection. Longer means that the database is away; callers try again.
+/// The time limit for getting a connection from the pool. After it the database counts as unreachable; callers retry.
 const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// The same for a lane, which uses the pool's connections after that.
+/// The same limit for a lane, which falls back to the pool's connections afterwards.
 const LANE_ACQUIRE_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// The same for a beat, which has three seconds in all.
+/// The same limit for a beat, which has three seconds in total.
 const BEAT_ACQUIRE_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// How long a statement may run. No statement of Baton touches more than a page of rows.
+/// The time limit of a statement. No statement of Baton touches more than a page of rows.
 const STATEMENT_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// How long PostgreSQL lets a transaction wait for its program, in milliseconds. A worker that is cut off or frozen in the
-/// middle of one holds the locks of its rows, and nobody could free them after its lease: half a lease is long enough for
-/// any program that is there.
+/// How long PostgreSQL lets a transaction stay idle, in milliseconds. A worker that is cut off or frozen within a
+/// transaction keeps its row locks, and other workers could not free its processes after the lease. Half a lease is
+/// long enough for any running worker.
 const IDLE_TRANSACTION_TIMEOUT_MS: &str = "5000";
 
 /// How long SQLite waits for another process's transaction.
 const SQLITE_BUSY_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// A connection of a lane that was not used for this long is closed: a server has few of them, and a worker has nothing to
-/// commit for most of its life.
+/// Idle time after which a lane's connection is closed. A server has few connections, and a worker has nothing to
+/// commit most of the time.
 pub(super) const LANE_IDLE: Duration = Duration::from_secs(10);
 
-/// The same for all other connections, which workers use every second.
+/// The same idle time for all other connections, which workers use every second.
 const POOL_IDLE: Duration = Duration::from_secs(600);
 
-/// Connections of a worker that have one purpose: its beat, and the lanes of its writer.
+/// Connections that a worker reserves: one for its beat and two for the lanes of its writer.
 const CONNECTIONS_OF_ONE_PURPOSE: u32 = 3;
 
-/// Connections of a worker unless it is configured. A default PostgreSQL takes 97 beside those of superusers, which are
-/// 24 workers.
+/// The default number of connections of a worker. PostgreSQL by default accepts 97 connections of ordinary users, which
+/// is enough for 24 workers.
 pub const WORKER_CONNECTIONS: u32 = 4;
 
-/// Those of a worker that has nothing to do.
+/// The number of connections of an idle worker.
 pub(super) const WORKER_CONNECTIONS_IDLE: u32 = 2;
 
-/// How a lane's statements are planned: over the rows of the batch, in their order, each found by the key. Which plan is
-/// right never depends on how large a table is, so it is not left to its statistics: those of a table that has grown
-/// within minutes are wrong, and a plan that reads the whole table costs more than all the rest. What the settings leave
-/// open, `{id_of_b}` decides, and that no other index than the key can be searched by the id alone.
+/// Planner settings of a lane. They make PostgreSQL go through the rows of the batch in order and find each row by its
+/// primary key. The right plan never depends on the size of a table, so it must not depend on statistics: those of a
+/// table that has grown within minutes are wrong, and one scan of the whole table costs more than all other work.
+/// `{id_of_b}` and the conditions of the other indexes rule out the plans that these settings still allow.
 const LANE_PLANS: [(&str, &str); 5] = [
     ("plan_cache_mode", "force_generic_plan"),
     ("enable_seqscan", "off"),
@@ -61,20 +61,20 @@ const LANE_PLANS: [(&str, &str); 5] = [
     ("enable_mergejoin", "off"),
 ];
 
-/// Where the database is.
+/// The location of the database.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Location {
-    /// A PostgreSQL URL, with whatever credentials it carries.
+    /// A PostgreSQL URL, including any credentials.
     Postgres(String),
-    /// A SQLite file, made when it is absent.
+    /// A SQLite file. It is created if it does not exist.
     Sqlite(PathBuf),
 }
 
 impl Location {
-    /// Reads a URL: `postgres://…`, or `sqlite:PATH` for a file.
+    /// Parses a URL: `postgres://…`, or `sqlite:PATH` for a file.
     ///
     /// # Errors
-    /// [`Error::Url`] when it is neither.
+    /// [`Error::Url`] if it is neither.
     pub fn parse(url: &str) -> Result<Self, Error> {
         if url.starts_with("postgres://") || url.starts_with("postgresql://") {
             return Ok(Location::Postgres(url.to_owned()));
@@ -86,40 +86,41 @@ impl Location {
     }
 }
 
-/// What a program uses of the database's connections.
+/// How a program uses the database's connections.
 #[derive(Clone, Debug)]
 pub struct Access {
-    /// What the server calls them, as `application_name`; that of the URL goes first.
+    /// The `application_name` of its sessions, unless the URL names another.
     pub name: String,
-    /// Connections at most, but for those of the beat and of the writer's lanes; at least 1.
+    /// The largest number of connections in the pool, at least 1. The connections of the beat and of the writer's lanes
+    /// are not part of it.
     pub pool: u32,
 }
 
 impl Default for Access {
-    /// Four, for a program that asks several things at once.
+    /// Four connections, for a program that runs several statements at once.
     fn default() -> Self {
         Self { name: "baton".to_owned(), pool: 4 }
     }
 }
 
 impl Access {
-    /// That of a worker which has this many connections in all: one for its beat, two for what it commits, and the rest for
-    /// everything else.
+    /// The access of a worker with this total number of connections: one for its beat, two for its writer, and the rest
+    /// for all other statements.
     pub fn of_worker(name: &str, connections: u32) -> Self {
         let pool = connections.saturating_sub(CONNECTIONS_OF_ONE_PURPOSE).max(1);
         Self { name: format!("{WORKER_PROGRAM} {name}"), pool }
     }
 }
 
-/// How the `application_name` of a worker begins.
+/// The start of a worker's `application_name`.
 pub(super) const WORKER_PROGRAM: &str = "baton-worker";
 
-/// What connections are for.
+/// The purpose of a connection.
 #[derive(Clone, Copy, PartialEq)]
 pub(super) enum Use {
-    /// Everything but the hot path.
+    /// Everything except the hot path.
     Pool,
-    /// One lane of the writer.
+    /// A lane of the writer.
     Lane,
     /// The beat of a worker.
     Beat,
@@ -134,7 +135,7 @@ pub(super) async fn connect(location: &Location, access: &Access, purpose: Use) 
             options.map_sqlx_postgres_opts(move |options| {
                 let options =
                     if options.get_application_name().is_none() { options.application_name(&name) } else { options };
-                // Compiling a statement takes longer than any of Baton's statements runs.
+                // Compiling a statement takes longer than running any of Baton's statements.
                 let settings = [("idle_in_transaction_session_timeout", IDLE_TRANSACTION_TIMEOUT_MS), ("jit", "off")];
                 let options = options.options(settings);
                 if purpose == Use::Lane { options.options(LANE_PLANS) } else { options }
@@ -142,7 +143,8 @@ pub(super) async fn connect(location: &Location, access: &Access, purpose: Use) 
             options
         }
         Location::Sqlite(path) => {
-            // A path is not part of a URL: `%20` in it is three characters. What the URL names is replaced.
+            // A path is not part of a URL: `%20` in it is three literal characters. The closure below sets the real
+            // path.
             let mut options = ConnectOptions::new("sqlite:replaced");
             let path = path.clone();
             options.map_sqlx_sqlite_opts(move |options| {
@@ -158,7 +160,7 @@ pub(super) async fn connect(location: &Location, access: &Access, purpose: Use) 
     };
     options
         .max_connections(if purpose == Use::Pool { access.pool.max(1) } else { 1 })
-        // The first statement opens it: most programs have nothing to commit, and only workers beat.
+        // The first statement opens the connection: most programs commit nothing, and only workers beat.
         .connect_lazy(purpose != Use::Pool)
         .idle_timeout(if purpose == Use::Lane { LANE_IDLE } else { POOL_IDLE })
         .connect_timeout(ACQUIRE_TIMEOUT)
@@ -171,20 +173,20 @@ pub(super) async fn connect(location: &Location, access: &Access, purpose: Use) 
         .sqlx_logging(false);
     match Database::connect(options).await {
         Ok(db) => Ok(db),
-        // The pool says only that it got no connection in time; one connection by itself says why.
+        // The pool reports only a timeout; a single connection reports the reason.
         Err(error) => Err(refusal(location).await.unwrap_or_else(|| error.into())),
     }
 }
 
-/// Why PostgreSQL gives no connection, if it says so.
+/// Returns the reason why PostgreSQL rejects a connection, if it names one.
 async fn refusal(location: &Location) -> Option<Error> {
     let Location::Postgres(url) = location else { return None };
     let connecting = tokio::time::timeout(ACQUIRE_TIMEOUT, sqlx::PgConnection::connect(url)).await.ok()?;
     connecting.err().map(|error| DbErr::Conn(RuntimeErr::SqlxError(error.into())).into())
 }
 
-/// Begins a transaction that, on SQLite, is the writing one from its start: one that only becomes it later is refused
-/// when another program has written in between.
+/// Begins a transaction. On SQLite it takes the write lock at once: a transaction that takes it later fails if another
+/// program has written in between.
 pub(super) async fn begin(db: &DatabaseConnection) -> Result<DatabaseTransaction, Error> {
     let options =
         TransactionOptions { sqlite_transaction_mode: Some(SqliteTransactionMode::Immediate), ..Default::default() };

@@ -1,8 +1,9 @@
-//! Requests of operators, and of workers that cannot go on with a process. One statement writes what is desired and, if
-//! nobody holds the process, applies it.
+//! Requests to processes, by operators or by workers that cannot continue a process. One statement writes the desired
+//! state and, if the process is not held, applies it.
 //!
-//! Every request leaves an event a process: who asked, when, and what it came to. The outcome is written by the statement
-//! that obeys: here where nobody holds the process, by the holder's fenced write, or by the sweep that frees it.
+//! Every request leaves one row per process in the table `event`: the requester, the time and the outcome. The
+//! statement that obeys the request writes the outcome: here if the process is not held, else the holder's fenced
+//! write, or the sweep that frees it.
 
 use std::collections::BTreeMap;
 
@@ -28,14 +29,14 @@ use crate::state::{Desired, Place, State};
 /// Rows that one statement of a request to many changes.
 const PAGE_ROWS: u32 = 1_000;
 
-/// What became of a request to one process.
+/// The answer to a request to one process.
 #[derive(Clone, Debug)]
 pub enum Answer {
-    /// It is written, and applied unless somebody holds the process.
+    /// The request is recorded, and applied unless the process is held.
     Recorded(Controlled),
     /// The process has ended; nothing was written.
     Ended(State),
-    /// A kill stands, and it absorbs everything else.
+    /// A kill is pending, and it absorbs every other request.
     Dying,
     /// No such process.
     Absent,
@@ -46,19 +47,19 @@ pub enum Answer {
 pub struct Controlled {
     /// The process.
     pub pid: Pid,
-    /// The request's event, whose outcome says when it is applied.
+    /// The row of the request, whose outcome says when it is applied.
     pub event: RequestId,
-    /// Where it is now.
+    /// The place now.
     pub place: Place,
-    /// Its state now.
+    /// The state now.
     pub state: State,
-    /// Who holds it, or held it until a `--force`, and must be told to read the row.
+    /// The holder, before a `--force` if there was one. It must be told to read the row.
     pub owner: Option<Incarnation>,
-    /// What the request has come to.
+    /// The effect of the request.
     pub effect: Effect,
-    /// Its task queue, and the row for its message, if it is queued now and was not before.
-    pub told: Option<(String, Announced)>,
-    /// Whom to tell of the end, if this ended it.
+    /// The task queue and the row to announce, if the request has queued it.
+    pub announced: Option<(String, Announced)>,
+    /// The reply address for its end, if the request has ended it.
     pub reply_to: Option<Vec<u8>>,
 }
 
@@ -85,18 +86,18 @@ struct After {
 }
 
 impl Store {
-    /// Asks one process for something.
+    /// Records a request to one process.
     ///
     /// # Errors
-    /// Nothing is recorded, or (when the commit's answer was lost) it is: the same call again is safe.
+    /// Nothing is recorded, or (if the answer of the commit was lost) the request is: the same call again is safe.
     pub async fn control(&self, pid: Pid, request: &Request) -> Result<Answer, Error> {
         self.control_where("p.id = $1", vec![Uuid::from(pid).into()], request).await
     }
 
-    /// Asks for something as the holder of a process: [`Answer::Absent`] when it is not that any more.
+    /// Records a request of the holder of a process. [`Answer::Absent`] means that the lease is lost.
     ///
     /// # Errors
-    /// As [`Store::control`].
+    /// See [`Store::control`].
     pub async fn control_held(&self, fence: Fence, request: &Request) -> Result<Answer, Error> {
         let values = vec![Uuid::from(fence.pid).into(), fence.epoch.into()];
         self.control_where(HELD_BY, values, request).await
@@ -120,15 +121,14 @@ impl Store {
         Ok(Answer::Recorded(controlled))
     }
 
-    /// Begins to ask every process of a selection for something; those that come after the request was recorded are not
-    /// asked. [`Many::next`] does it page by page.
+    /// Begins a request to all processes of a selection that were accepted before it was recorded. [`Many::next`]
+    /// applies it page by page.
     ///
-    /// The request is recorded first, under its id. The same id again goes on where the first call was cut off, and asks
-    /// nobody of whom something was asked since; when the first call has come to its end, this does nothing and returns
-    /// `None`.
+    /// The request is recorded first, under its id. A second call with the same id resumes an interrupted request and
+    /// skips processes that got a later request; it returns `None` if the request is complete.
     ///
     /// # Errors
-    /// As [`Store::control`].
+    /// See [`Store::control`].
     pub async fn control_many(&self, id: RequestId, select: &Select, request: &Request) -> Result<Option<Many>, Error> {
         let target = serde_json::to_string(select).expect("a selection is plain data");
         let Some(asked_at) = self.record_request(id, request.verb.verb(), Some(target), request).await? else {
@@ -139,7 +139,7 @@ impl Store {
         Ok(Some(Many { store, id, select, request, asked_at, walk }))
     }
 
-    /// How many processes of a selection a request would be about, by the words of their places.
+    /// Counts the processes of a selection that a request would change, by the words of their places.
     ///
     /// # Errors
     /// The database does not answer.
@@ -172,7 +172,7 @@ impl Store {
         let answers = transaction.query_all_raw(self.dialect.batch(CONTROL, values, ids())).await?;
         let held = rows.iter().filter(|row| row.place == Place::Held).map(|row| row.id).collect::<Vec<_>>();
         if !held.is_empty() {
-            // What waits for its holder and is not wanted any more.
+            // Pending requests that contradict this one.
             let values = vec![request.verb.verb().to_owned().into()];
             transaction.execute_raw(self.dialect.batch(SUPERSEDE, values, Batch::ids(held))).await?;
         }
@@ -208,7 +208,7 @@ impl Store {
     }
 }
 
-/// A request to many that is under way.
+/// A request to many processes in progress.
 pub struct Many {
     store: Store,
     id: RequestId,
@@ -219,18 +219,18 @@ pub struct Many {
 }
 
 impl Many {
-    /// Asks the next page of processes, and gives those that were asked, in the order of their ids; `None` when all have
-    /// been asked.
+    /// Applies the request to the next page of processes, and returns these in the order of their ids; `None` at the
+    /// end.
     ///
     /// # Errors
-    /// As [`Store::control`]; pages that are committed stay.
+    /// See [`Store::control`]; committed pages stay.
     pub async fn next(&mut self) -> Result<Option<Vec<Controlled>>, Error> {
         let Store { db, dialect, .. } = &self.store;
         while let Some(ids) = self.walk.next_ids(db, *dialect, PAGE_ROWS).await? {
             let mut values: Vec<Value> =
                 vec![self.asked_at.into(), self.request.verb.code().into(), self.request.force.into()];
             let look = select::look(&self.select, &mut values);
-            // What has moved meanwhile is judged anew, under its lock.
+            // The conditions are checked again under the row lock, since rows may have changed.
             let sql = format!(
                 "WITH {{rows}}
                  {BEFORE}
@@ -263,7 +263,7 @@ fn kill_outcome(request: &Request) -> Vec<u8> {
     Outcome::because(kill_reason(&request.by, request.reason.as_deref())).to_bytes()
 }
 
-/// Whether a request is still to be obeyed: by a holder, or by a worker that ends what is outside.
+/// Whether a request is pending: the holder has yet to obey, or a worker has yet to end the job at a site.
 fn is_pending(place: Place, verb: Desired) -> bool {
     match place {
         Place::Held => true,
@@ -295,19 +295,19 @@ fn controlled(row: After, before: &Before, request: &Request) -> Controlled {
         state,
         owner: before.owner,
         effect,
-        told: is_queued_now.then_some((queue, announced)),
+        announced: is_queued_now.then_some((queue, announced)),
         reply_to: reply_to.filter(|_| place == Place::Ended),
     }
 }
 
-/// The row of a process while this is its lease.
+/// The row of a process under a lease.
 const HELD_BY: &str = "p.id = $1 AND p.epoch = $2 AND p.place = {held}";
 
 const BEFORE: &str = "SELECT p.id, p.place, p.state, p.before, p.desired, p.owner FROM process p";
 
-// What nobody holds obeys here and now: a kill ends it, a pause parks it, and `play` returns it to where it was
-// (waiting and not woken sleeps on, all else is queued). What is held only learns what is desired, unless it is forced;
-// and what has a job at a site is queued, for a worker to end that first.
+// A process that is not held obeys here: a kill ends it, a pause parks it, and `play` returns it to its former place
+// (waiting and not woken stays parked, all else is queued). A held process only learns the desired state, unless the
+// request is forced. A killed process with a job at a site is queued, so that a worker ends the job first.
 const CONTROL: &str = "
     WITH {rows}
     UPDATE process
@@ -338,7 +338,7 @@ const CONTROL: &str = "
               (SELECT s.traceparent FROM spec s WHERE s.id = process.id) AS traceparent,
               (SELECT s.reply_to FROM spec s WHERE s.id = process.id) AS reply_to";
 
-// A holder that is not asked cannot write its attempt any more.
+// A holder that is bypassed can no longer write its attempt.
 const END_ATTEMPT: &str = "
     WITH {rows}
     INSERT INTO attempt (pid, epoch, worker, worker_name, try, started_at, ended_at, how, reason)

@@ -1,4 +1,4 @@
-//! Why a process does not move: what there is to know about it, gathered by a few statements. Nothing is decided here.
+//! The facts that explain why a process does not move, gathered by a few statements. Nothing is decided here.
 
 use sea_orm::{FromQueryResult, Value};
 use uuid::Uuid;
@@ -10,35 +10,36 @@ use super::query::{COUNT_MAX, Details, WorkerRow};
 use super::site::SiteFacts;
 use crate::id::Pid;
 
-/// A process, and everything outside it that it may wait for. Gathered one after the other, so a process that moves
-/// meanwhile may show up in two places.
+/// A process and everything that it may wait for. The statements run one after the other, so a process that moves in
+/// between may appear in two places.
 #[derive(Clone, Debug)]
 pub struct Facts {
-    /// The process itself.
+    /// The process.
     pub details: Details,
-    /// How many of its holders have died in a row without a checkpoint.
+    /// The number of holders that died in a row without a checkpoint.
     pub deaths: i64,
-    /// How many in its task queue were queued before it; up to [`COUNT_MAX`]; zero unless it is queued.
+    /// The number of processes queued before it in its task queue, up to [`COUNT_MAX`]; zero unless it is queued.
     pub n_before: i64,
     /// The worker that holds it, which may be gone.
     pub holder: Option<WorkerRow>,
-    /// Every worker that nobody has declared gone.
+    /// Every worker that is not gone.
     pub workers: Vec<WorkerRow>,
-    /// Its site, if workers have told of it.
+    /// Its site, if a worker has recorded it.
     pub site: Option<SiteFacts>,
-    /// Who has paused the fleet.
+    /// The pause of the fleet.
     pub fleet_pause: Option<FleetPause>,
 }
 
-/// A task queue with processes that wait for a worker.
+/// A task queue with queued processes.
 #[derive(Clone, Debug, PartialEq, Eq, FromQueryResult)]
 pub struct Backlog {
     /// The task queue's name, with its class.
     pub queue: String,
-    /// How many, up to [`COUNT_MAX`].
+    /// Their number, up to [`COUNT_MAX`].
     #[sea_orm(from_alias = "n")]
     pub count: i64,
-    /// Since when the first of those that were told first has been queued, in microseconds since 1970 by the database's clock.
+    /// The time since which the oldest of the first announced ones is queued, in microseconds since 1970 by the
+    /// database's clock.
     pub oldest_at: i64,
 }
 
@@ -50,7 +51,7 @@ struct Standing {
 }
 
 impl Store {
-    /// Everything that may keep a process from moving; `None` when there is no such process.
+    /// Returns everything that may keep a process from moving; `None` if there is no such process.
     ///
     /// # Errors
     /// The database does not answer, or a row cannot be read.
@@ -63,7 +64,7 @@ impl Store {
         let id: Vec<Value> = vec![Uuid::from(pid).into()];
         let standing: Standing = self.first(&standing_sql(), id).await?.ok_or(Error::NoRow)?;
         let on_site = details.spec.as_ref().and_then(|spec| spec.on_site.as_ref());
-        // A process of somebody's own names a site only when it waits for one.
+        // A process written in Rust names a site only when it waits for one.
         let waits_at = details.summary.waits_for.as_deref().and_then(|waits_for| waits_for.split('/').nth(1));
         let site = match on_site.map(|on_site| on_site.at.as_str()).or(waits_at) {
             Some(site) => self.sites(Some(site)).await?.pop(),
@@ -80,7 +81,7 @@ impl Store {
         }))
     }
 
-    /// The task queues that have queued processes, in the order of their names.
+    /// Returns the task queues with queued processes, sorted by name.
     ///
     /// # Errors
     /// The database does not answer.
@@ -89,10 +90,10 @@ impl Store {
     }
 }
 
-/// Rows of a queue among which the oldest is looked for.
+/// The number of rows of a queue among which the oldest is searched.
 const OLDEST_ROWS: u32 = 1_000;
 
-/// One step from queue to queue through the index of what is queued, and bounded walks from there.
+/// Steps from queue to queue through the index of queued rows, with a bounded scan in each.
 fn backlogs_sql() -> String {
     format!(
         "WITH RECURSIVE backlog(queue) AS (

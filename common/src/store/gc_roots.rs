@@ -1,4 +1,4 @@
-//! Which objects rows need, page by page.
+//! The garbage collection roots: the objects that rows refer to, page by page.
 
 use sea_orm::{ConnectionTrait, FromQueryResult};
 use uuid::Uuid;
@@ -14,21 +14,21 @@ use crate::select::Select;
 use crate::spec::on_site::Scope;
 use crate::spec::{JOB, Spec};
 
-/// Rows in one page: their specs may have a mebibyte each.
+/// Rows in one page: each spec may have a mebibyte.
 const PAGE_ROWS: u32 = 200;
 
-/// A walk through what rows need. What is committed while it goes on may be missing.
+/// A walk through the roots. Roots that are committed during the walk may be missing.
 pub struct Walking {
     store: Store,
     walk: Walk,
 }
 
-/// What the rows of a page need, in no order, and some of it several times.
+/// The roots in a page, unsorted, possibly with duplicates.
 #[derive(Debug, Default)]
 pub struct Needed {
-    /// Manifests, and with them all that they name.
+    /// Manifests, which refer to further objects.
     pub manifests: Vec<Digest>,
-    /// Objects by themselves.
+    /// Single objects.
     pub objects: Vec<Digest>,
 }
 
@@ -41,8 +41,8 @@ struct Row {
 }
 
 impl Store {
-    /// Begins to walk through the objects that processes need: what was sent for them, and their results. Only those on
-    /// sites have any.
+    /// Begins a walk through the objects that processes refer to: inputs that were sent for them, and results. Only
+    /// processes at sites have any.
     pub fn needed(&self) -> Walking {
         let select = Select { kind: Some(JOB.to_owned()), ..Select::default() };
         Walking { store: self.clone(), walk: Walk::new(&select, Order::OldestFirst, None) }
@@ -50,10 +50,11 @@ impl Store {
 }
 
 impl Walking {
-    /// The next page; `None` at the end.
+    /// Returns the next page; `None` at the end.
     ///
     /// # Errors
-    /// The database does not answer; or [`Error::Newer`] or [`Error::Unreadable`], and nobody knows what that row needs.
+    /// The database does not answer; or [`Error::Newer`] or [`Error::Unreadable`], if the roots of a row cannot be
+    /// determined.
     pub async fn next(&mut self) -> Result<Option<Needed>, Error> {
         let (db, dialect) = (&self.store.db, self.store.dialect);
         let Some(ids) = self.walk.next_ids(db, dialect, PAGE_ROWS).await? else { return Ok(None) };

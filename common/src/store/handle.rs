@@ -1,4 +1,4 @@
-//! The handle that every operation on the database is a method of.
+//! [`Store`], the handle on the database. Each operation is one of its methods, in the file of its topic.
 
 use std::sync::Arc;
 
@@ -13,7 +13,7 @@ use super::error::Error;
 use super::migration;
 use super::row::read;
 
-/// Key of the advisory lock under which migrations run, so that programs that start together do not migrate twice.
+/// The key of the advisory lock under which migrations run, so that programs that start at the same time migrate once.
 const MIGRATION_LOCK: i64 = 0x0062_6174_6f6e;
 
 /// A database with Baton's schema. Cheap to clone.
@@ -22,24 +22,24 @@ pub struct Store {
     pub(super) location: Location,
     pub(super) access: Access,
     pub(super) db: DatabaseConnection,
-    /// No other statement waits before a beat, so that a worker that is busy keeps its lease.
+    /// A dedicated connection, so that a beat never waits for another statement and a busy worker keeps its lease.
     pub(super) beats: Arc<DedicatedConnection>,
     pub(super) dialect: Dialect,
 }
 
 impl Store {
-    /// Connects, and brings the schema to this program's version if it is older or absent. One that is newer stays.
+    /// Connects, and migrates the schema if it is older than this program or absent. A newer schema is left as it is.
     ///
     /// # Errors
-    /// See [`Error`]; [`Error::SchemaNewer`] means that the schema is of no use to this program, which must be updated.
+    /// See [`Error`]. [`Error::SchemaNewer`] means that this program cannot use the schema and must be updated.
     pub async fn open(location: Location) -> Result<Self, Error> {
         Self::open_as(location, Access::default()).await
     }
 
-    /// The same, with other connections.
+    /// Like [`Store::open`], with the given connections.
     ///
     /// # Errors
-    /// As [`Store::open`].
+    /// See [`Store::open`].
     pub async fn open_as(location: Location, access: Access) -> Result<Self, Error> {
         if let Location::Sqlite(path) = &location
             && let Some(folder) = path.parent()
@@ -50,7 +50,7 @@ impl Store {
             Location::Postgres(_) => Dialect::Postgres,
             Location::Sqlite(_) => Dialect::Sqlite,
         };
-        // Boxed, because the futures are large and every caller would carry them.
+        // Boxed because the futures are large and would enlarge those of all callers.
         let db = Box::pin(connect(&location, &access, Use::Pool)).await?;
         let beats = DedicatedConnection::open(&location, &access, Use::Beat, Some(db.clone()));
         let beats = Arc::new(Box::pin(beats).await?);
@@ -59,15 +59,15 @@ impl Store {
         Ok(store)
     }
 
-    /// Whether this is SQLite, of which only one program at a time may hold processes.
+    /// Whether this is SQLite, where only one program at a time may hold processes.
     pub fn is_embedded(&self) -> bool {
         self.dialect == Dialect::Sqlite
     }
 
-    /// What the server says of its version.
+    /// Returns the name and version of the database server.
     ///
     /// # Errors
-    /// [`Error::Unreachable`] when it does not answer.
+    /// [`Error::Unreachable`] if the database does not answer.
     pub async fn server_version(&self) -> Result<String, Error> {
         let sql = match self.dialect {
             Dialect::Postgres => "SELECT 'PostgreSQL ' || current_setting('server_version') AS version",
@@ -76,23 +76,23 @@ impl Store {
         self.value(sql, vec![]).await
     }
 
-    /// The database's time, in microseconds since 1970.
+    /// Returns the database's time, in microseconds since 1970.
     ///
     /// # Errors
-    /// [`Error::Unreachable`] when it does not answer.
+    /// [`Error::Unreachable`] if the database does not answer.
     pub async fn now(&self) -> Result<i64, Error> {
         self.value("SELECT {now} AS now", vec![]).await
     }
 
-    /// What tells this database, which may be a schema of many, from all others; a copy of it has the same.
+    /// Returns the id of this database (on PostgreSQL: of this schema). A copy of the database has the same id.
     ///
     /// # Errors
-    /// [`Error::Unreachable`] when it does not answer.
+    /// [`Error::Unreachable`] if the database does not answer.
     pub async fn identity(&self) -> Result<Uuid, Error> {
         self.value("SELECT id FROM identity", vec![]).await
     }
 
-    /// A connection that stays with its user, and the pool's while the server has none left for it.
+    /// Opens a connection for one user, which falls back to the pool while the server has no connection left.
     pub(super) async fn dedicated_connection(&self) -> Result<DedicatedConnection, Error> {
         DedicatedConnection::open(&self.location, &self.access, Use::Lane, Some(self.db.clone())).await
     }
@@ -115,7 +115,7 @@ impl Store {
         let known: Vec<String> =
             migration::Migrator::migrations().iter().map(|migration| migration.name().to_owned()).collect();
         let Ok(applied) = self.column::<String>("SELECT version FROM seaql_migrations", vec![]).await else {
-            // No such table: a new database. Anything else shows up again in the migration itself.
+            // The table does not exist: a new database. Any other error shows up again in the migration.
             return Ok(false);
         };
         let is_breaking = |version: &&String| version.contains(migration::BREAKING) && !known.contains(version);

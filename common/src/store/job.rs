@@ -1,5 +1,5 @@
-//! Jobs at sites. A job's row is committed before anything is submitted, and stays open until the job is known to be gone;
-//! whatever happens to its process, an open row says that somebody has to look after a job.
+//! Jobs at sites. The row of a job is committed before anything is submitted, and stays open until the job is known to
+//! be gone. Whatever happens to its process, an open row means that a job may have to be ended.
 
 use sea_orm::{ConnectionTrait, FromQueryResult, Value};
 use uuid::Uuid;
@@ -14,90 +14,90 @@ use crate::config::SiteLimits;
 use crate::id::Pid;
 use crate::state::State;
 
-/// A minute, for the rate of submissions.
+/// A minute, for the submission rate.
 const MINUTE_US: i64 = 60_000_000;
 
-/// What became of the intent to submit.
+/// The outcome of recording an intent to submit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Intent {
-    /// It is recorded; submit.
+    /// The intent is recorded; submit.
     Recorded,
-    /// It was recorded before; whether a job has come of it has to be found out.
+    /// The intent was recorded before; find out whether it has led to a job.
     Known,
-    /// As many jobs are at the site as may be.
+    /// The site has as many jobs as its limits allow.
     Full,
-    /// As many were submitted within a minute as may be; in so many microseconds there is room again.
+    /// The submission rate is reached; the next submission is allowed in this many microseconds.
     TooSoon(i64),
     /// The lease is lost.
     Lost,
 }
 
-/// The status of what was never submitted, and never can be.
+/// The status of a job that was not submitted and never will be.
 pub const NEVER: &str = "NEVER";
 
-/// What is seen of a job at its site.
+/// The state of a job as seen at its site.
 #[derive(Clone, Debug, Default, PartialEq, Eq, FromQueryResult)]
 pub struct Look {
-    /// The launcher's word for where it is; empty until it has said one.
+    /// The launcher's word for its state; empty until the launcher has reported one.
     pub status: String,
-    /// Why it is so, in the launcher's words.
+    /// The launcher's reason for the state.
     pub reason: String,
-    /// Its place among those that wait, from 1.
+    /// Its position among the waiting jobs, from 1.
     pub position: Option<i64>,
-    /// When it is expected to start, in microseconds.
+    /// Its expected start, in microseconds.
     pub starts_at: Option<i64>,
-    /// How many looks in a row did not find it.
+    /// The number of consecutive polls that did not find it.
     pub absent: i64,
 }
 
-/// A job, or what may become one.
+/// A job, or an intent that may become one.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Job {
-    /// Its process.
+    /// The process.
     pub pid: Pid,
-    /// The try that it is of.
+    /// The number of the try.
     pub try_number: i64,
-    /// When it was intended, in microseconds.
+    /// The time of the intent, in microseconds.
     pub intent_at: i64,
-    /// What the launcher calls it; `None` until that is known.
+    /// The launcher's id; `None` until it is known.
     pub external_id: Option<String>,
-    /// What was last seen of it.
+    /// Its last known state.
     pub look: Look,
-    /// When it was known to be gone, in microseconds.
+    /// The time when it was found gone, in microseconds.
     pub ended_at: Option<i64>,
-    /// Nobody wants it any more: its process has ended, or has begun another try, or is to be killed.
+    /// Whether it must be ended: its process has ended or begun another try.
     pub is_doomed: bool,
 }
 
 impl Job {
-    /// The name under which the launcher knows it.
+    /// The job's name at the launcher.
     pub fn token(&self) -> String {
         token(self.pid, self.try_number)
     }
 }
 
-/// The name under which the launcher knows the job of a try.
+/// The name of a try's job at the launcher.
 pub fn token(pid: Pid, try_number: i64) -> String {
     format!("baton-{pid}-{try_number}")
 }
 
-/// What a look at a site has found of a job.
+/// The result of polling a job.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Seen {
-    /// Its process.
+    /// The process.
     pub pid: Pid,
-    /// The try that it is of.
+    /// The number of the try.
     pub try_number: i64,
-    /// The launcher's name for it, if that was not known.
+    /// The launcher's id, if it was unknown.
     pub external_id: Option<String>,
-    /// All else.
+    /// The state.
     pub look: Look,
-    /// Whether it is gone.
+    /// Whether the job is gone.
     pub is_ended: bool,
 }
 
 impl Seen {
-    /// That a job is gone.
+    /// The result for a job that is gone.
     pub fn ended(job: &Job, status: &str) -> Self {
         Seen {
             pid: job.pid,
@@ -110,14 +110,15 @@ impl Seen {
 }
 
 impl Store {
-    /// Records the intent to submit the job of a try, if the limits of the site let it: the row of the job, and that its
-    /// process has something outside.
+    /// Records the intent to submit the job of a try, if the limits of the site allow it: the row of the job, and that
+    /// the process has something outside.
     ///
     /// # Errors
-    /// Nothing is recorded, or (when the commit's answer was lost) it is: the next call says [`Intent::Known`].
+    /// Nothing is recorded, or (if the answer of the commit was lost) the intent is: the next call returns
+    /// [`Intent::Known`].
     pub async fn intend(&self, fence: Fence, try_number: i64, site: &str, limits: SiteLimits) -> Result<Intent, Error> {
         let transaction = begin(&self.db).await?;
-        // One at a time for each site, so that the counts are true.
+        // One intent at a time per site, so that the counts are exact.
         let sql = "SELECT {now} AS now FROM site WHERE name = $1 {for_update}";
         let row = transaction.query_one_raw(self.dialect.statement(sql, vec![site.into()])).await?;
         let now: i64 = row.ok_or(Error::NoRow)?.try_get_by_index(0)?;
@@ -157,15 +158,15 @@ impl Store {
         Ok(Intent::Recorded)
     }
 
-    /// Takes back the intent of a try of which nothing has gone to the site, as its holder knows; without the lease, whoever
-    /// has it finds out.
+    /// Withdraws the intent of a try if its holder knows that nothing was sent to the site. Has no effect without the
+    /// lease; the new holder then finds out.
     ///
     /// # Errors
-    /// The intent stays, or (when the commit's answer was lost) it does not: both can be gone on from.
+    /// The intent stays, or (if the answer of the commit was lost) is gone; the process can continue from both.
     pub async fn withdraw(&self, fence: Fence, try_number: i64) -> Result<(), Error> {
         let holder = [Uuid::from(fence.pid).into(), fence.epoch.into()];
         let transaction = begin(&self.db).await?;
-        // The job first, as everybody locks them.
+        // The job first: every transaction locks jobs before processes.
         let sql = "DELETE FROM job WHERE token = $3 AND external_id IS NULL AND ended_at IS NULL
                    AND EXISTS (SELECT 1 FROM process WHERE id = $1 AND epoch = $2 AND place = {held})";
         let values = holder.iter().cloned().chain([token(fence.pid, try_number).into()]).collect();
@@ -177,17 +178,17 @@ impl Store {
         Ok(())
     }
 
-    /// Records what the launcher calls a job. This is a fact, which needs no lease.
+    /// Records the launcher's id of a job. It is a fact, which needs no lease.
     ///
     /// # Errors
-    /// The database does not answer; who asks the launcher by the token finds it again.
+    /// The database does not answer; a query of the launcher by token finds the job again.
     pub async fn submitted(&self, pid: Pid, try_number: i64, external_id: &str) -> Result<(), Error> {
         let sql = "UPDATE job SET external_id = $2, submitted_at = {clock} WHERE token = $1 AND external_id IS NULL";
         self.execute(sql, vec![token(pid, try_number).into(), external_id.into()]).await?;
         Ok(())
     }
 
-    /// The job of a try.
+    /// Returns the job of a try.
     ///
     /// # Errors
     /// The database does not answer.
@@ -196,7 +197,7 @@ impl Store {
         Ok(self.first::<JobRow>(&sql, vec![token(pid, try_number).into()]).await?.map(Job::from))
     }
 
-    /// Every job of a process, the latest last.
+    /// Returns every job of a process, latest last.
     ///
     /// # Errors
     /// The database does not answer.
@@ -205,7 +206,7 @@ impl Store {
         self.jobs(&sql, Uuid::from(pid).into()).await
     }
 
-    /// Every open job of a site.
+    /// Returns every open job of a site.
     ///
     /// # Errors
     /// The database does not answer.
@@ -218,7 +219,7 @@ impl Store {
         Ok(self.all::<JobRow>(sql, vec![of]).await?.into_iter().map(Job::from).collect())
     }
 
-    /// Of jobs by their names, those that are known to be gone.
+    /// Returns the tokens among these whose jobs are known to be gone.
     ///
     /// # Errors
     /// The database does not answer.
@@ -229,7 +230,7 @@ impl Store {
         Ok(rows.iter().map(|row| row.try_get_by_index(0)).collect::<Result<_, _>>()?)
     }
 
-    /// Records what was found at a site, and wakes the processes whose jobs are gone: publish what is returned.
+    /// Records the results of a poll, and wakes the processes whose jobs are gone. Publish what it returns.
     ///
     /// # Errors
     /// Nothing is recorded.
@@ -266,7 +267,7 @@ impl Store {
         for seen in &gone {
             ended.push([Uuid::from(seen.pid).into(), seen.try_number.into()]);
         }
-        // Rows are locked in the order in which everybody locks them.
+        // All transactions lock rows in this order.
         let mut tokens = Batch::new(&[("b_token", Kind::Text)]);
         seen.iter().for_each(|seen| tokens.push([token(seen.pid, seen.try_number).into()]));
         let transaction = begin(&self.db).await?;
@@ -284,7 +285,7 @@ impl Store {
         Ok(by_queue(woken.map(|row| row.queued).collect()))
     }
 
-    /// How many more jobs may be submitted now.
+    /// Returns how many more jobs may be submitted now.
     ///
     /// # Errors
     /// The database does not answer.
@@ -358,8 +359,8 @@ const RECORD_SEEN: &str = "
         ended_at = CASE WHEN b_ended = 1 THEN COALESCE(ended_at, {clock}) ELSE ended_at END
     FROM b WHERE token = b_token AND ended_at IS NULL";
 
-// The end of the job and the wake-up are one transaction. Nothing is outside any more unless an older try left something,
-// which the watcher ends by itself; but a kill that waited for it is still a worker's to finish.
+// The end of the job and the wake-up are one transaction. Nothing is outside any more, unless an older try has left a
+// job, which the watcher ends. A kill that waited for the job is still a worker's to finish.
 const WAKE_ENDED: &str = "
     WITH {rows}
     UPDATE process

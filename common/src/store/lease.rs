@@ -1,4 +1,4 @@
-//! A lease, and what its holder writes and learns: the claim, the fenced write, and the answer to it.
+//! The lease of a process: the claim that takes it, the writes that it fences, and their answers.
 
 use std::time::Duration;
 
@@ -10,66 +10,65 @@ use crate::id::Pid;
 use crate::spec::Spec;
 use crate::state::{Desired, Place, State};
 
-/// From so many deaths of its holders on, a process is claimed only as a worker's sole such one, so that it takes no
-/// neighbours of its kind with it.
-pub(super) const SUSPECT_DEATHS: i64 = 2;
+/// The number of deaths from which a process is quarantined: a worker claims at most one such process at a time, so
+/// that it takes no other quarantined process down with it.
+pub(super) const QUARANTINE_DEATHS: i64 = 2;
 
-/// What a holder proves with each write: the process and the number of the lease.
+/// The proof of a lease, which each write of a holder carries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, FromQueryResult)]
 pub struct Fence {
     /// The process.
     #[sea_orm(from_alias = "id")]
     pub pid: Pid,
-    /// Its epoch when it was claimed.
+    /// The epoch of its claim.
     pub epoch: i64,
 }
 
-/// A process whose lease was just taken.
+/// A process that was claimed.
 #[derive(Debug)]
 pub struct Claimed {
     /// The lease.
     pub fence: Fence,
-    /// When, in database time.
+    /// The time of the claim, by the database's clock.
     pub claimed_at: i64,
-    /// The number of the try that it is in, from 1.
+    /// The number of the try, from 1.
     pub try_number: i64,
-    /// How many of its holders died in a row without a checkpoint.
+    /// The number of holders that died in a row without a checkpoint.
     pub deaths: i64,
-    /// What the operators want of it.
+    /// The state that operators want.
     pub desired: Desired,
-    /// Whether that is wanted at once (`pause --now`, `kill --force`).
+    /// Whether they want it at once (`pause --now`, `kill --force`).
     pub urgent: bool,
     /// Whether it has, or may have, a job at a site.
     pub has_outside: bool,
-    /// Since when one worker after the other could not go on with it, although another build may; `None` once one has.
+    /// The time since which every worker has refused it; `None` once a worker has run it.
     pub refused_at: Option<i64>,
-    /// Its progress, if there is any. An unreadable one is the process's own failure, not the worker's; a newer one is
-    /// neither's.
+    /// Its checkpoint, if it has one. An unreadable checkpoint is a failure of the process, a newer one is not.
     pub checkpoint: Option<Result<Checkpoint, Error>>,
-    /// What to run.
+    /// The spec.
     pub spec: Result<Spec, Error>,
-    /// W3C trace context of its launch.
+    /// The W3C trace context of its launch.
     pub traceparent: Option<String>,
-    /// Whom to tell of the end.
+    /// The reply address for its end.
     pub reply_to: Option<Vec<u8>>,
 }
 
-/// What became of a claim.
+/// The outcome of a claim.
 #[derive(Debug)]
 pub enum Claim {
-    /// The lease is ours.
+    /// The lease is taken.
     Claimed(Box<Claimed>),
-    /// Somebody holds it, or it is parked or ended, or queued elsewhere: the message means nothing any more.
+    /// The process is held, parked or ended, or queued in another queue: the message is obsolete.
     NotQueued,
-    /// It is queued, but two of its holders or more have died, and this worker has another such one at the moment.
-    NotBesideAnother,
+    /// The process is queued and quarantined, and this worker holds another quarantined process.
+    Quarantined,
     /// No such process.
     Absent,
-    /// A launch whose pid belongs to a process with another spec.
+    /// A launch with the pid of a process that has another spec.
     OtherSpec,
-    /// A launch that is older than what is kept: its process may have run and been pruned.
+    /// A launch older than the prune horizon: its process may have run and been pruned.
     Pruned,
-    /// The database can never store what the launch brings along, for this reason.
+    /// The database can never store the spec of the launch, for this reason.
     Rejected(String),
 }
 
@@ -78,85 +77,85 @@ pub enum Claim {
 pub struct Fenced {
     /// The lease.
     pub fence: Fence,
-    /// What to do with the row.
+    /// The change of the row.
     pub verb: Verb,
-    /// The new progress; `None` leaves the old one.
+    /// The new checkpoint; `None` keeps the old one.
     pub checkpoint: Option<PackedCheckpoint>,
-    /// The number of the try, from 1; 0 leaves it as it is.
+    /// The number of the try, from 1; 0 keeps the old one.
     pub try_number: i64,
-    /// The attempt's row, if this write ends the holding. A holding that ends in an ordinary wait leaves none.
+    /// The attempt, if this write ends it. An attempt that ends in an ordinary wait leaves no row.
     pub ended: Option<Attempt>,
-    /// What its program has written so far.
+    /// The output of its program so far.
     pub outputs: Vec<Output>,
 }
 
-/// What a fenced write does.
+/// The change that a fenced write makes.
 #[derive(Clone, Debug)]
 pub enum Verb {
-    /// Checkpoint and go on.
+    /// Writes a checkpoint and keeps the lease.
     Keep,
-    /// Wait for a time from now.
+    /// Waits for a duration.
     Park {
-        /// How long.
+        /// The duration.
         wake_in: Duration,
     },
-    /// Wait for something at a site: whoever has it to give wakes those that wait, the longest first.
+    /// Waits for a resource of a site. Its release wakes the process that has waited longest.
     Wait {
-        /// For what, such as `slot/cluster`; empty for a job, which wakes its own process.
+        /// The resource, such as `slot/cluster`; empty for a job, which wakes its own process.
         waits_for: String,
-        /// It is woken after this time in any case.
+        /// The longest wait.
         wake_in: Duration,
-        /// It is a kill that waits, for what is outside to be ended.
+        /// Whether a kill waits for the job to end.
         killing: bool,
     },
-    /// Wait for a time from now, since this build cannot go on with it.
+    /// Refuses the process, since this build cannot run it, for a duration.
     Refuse {
-        /// How long.
+        /// The duration.
         wake_in: Duration,
-        /// Why, in words.
+        /// The reason, in words.
         reason: String,
     },
-    /// Pause, if that is still desired.
+    /// Pauses, if a pause is still desired.
     Pause,
-    /// Back to the queue at no charge.
+    /// Gives the process back at no charge.
     GiveBack,
-    /// The end.
+    /// Ends the process.
     End {
-        /// Which one: finished, excepted or killed.
+        /// The final state: finished, excepted or killed.
         state: State,
-        /// With what.
+        /// The outcome.
         outcome: Outcome,
     },
 }
 
-/// How a holding ended, for its row.
+/// The end of an attempt, for its row.
 #[derive(Clone, Debug)]
 pub struct Attempt {
-    /// When it was claimed, in database time.
+    /// The time of the claim, by the database's clock.
     pub started_at: i64,
     /// How it ended.
     pub how: How,
-    /// Why, in words.
+    /// The reason, in words.
     pub reason: Option<String>,
 }
 
 /// How an attempt ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum How {
-    /// By itself, well.
+    /// It ended without an error.
     Ok,
-    /// By itself, not well.
+    /// An error ended it.
     Error,
-    /// The worker stopped and gave it back.
+    /// The worker stopped and gave the process back.
     Drained,
-    /// Somebody asked for a pause.
+    /// A pause was requested.
     Paused,
-    /// Somebody asked for its end.
+    /// A kill was requested.
     Killed,
 }
 
 impl How {
-    /// The word in the `attempt` table. `lost` is written by the sweep.
+    /// The word in the `attempt` table. The sweep writes `lost`.
     pub fn word(self) -> &'static str {
         match self {
             How::Ok => "ok",
@@ -168,16 +167,16 @@ impl How {
     }
 }
 
-/// What is kept of one stream of a program.
+/// The stored part of one stream of a program.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Output {
-    /// Which.
+    /// The stream.
     pub stream: Stream,
     /// Its beginning.
     pub head: Vec<u8>,
-    /// Its end; empty when the head is all of it.
+    /// Its end; empty if the head is the whole stream.
     pub tail: Vec<u8>,
-    /// Its length.
+    /// Its total length.
     pub total_bytes: u64,
 }
 
@@ -191,7 +190,7 @@ pub enum Stream {
 }
 
 impl Stream {
-    /// The number in the `output` table.
+    /// The code in the `output` table.
     pub fn code(self) -> i16 {
         match self {
             Stream::Stdout => 1,
@@ -199,35 +198,34 @@ impl Stream {
         }
     }
 
-    /// The stream of a number in the `output` table; `None` for a number that no version writes.
+    /// The stream with this code; `None` for a code that no version writes.
     pub(super) fn from_code(code: i16) -> Option<Self> {
         [Stream::Stdout, Stream::Stderr].into_iter().find(|stream| stream.code() == code)
     }
 }
 
-/// What the row says after a fenced write.
+/// The row after a fenced write.
 #[derive(Clone, Debug, FromQueryResult)]
 pub struct Written {
-    /// Where the process is now; `Held` means go on.
+    /// The place of the process; `Held` means that the lease continues.
     pub place: Place,
     /// Its state.
     #[sea_orm(nested)]
     pub state: State,
-    /// What the operators want of it.
+    /// The state that operators want.
     pub desired: Desired,
-    /// Whether that is wanted at once.
+    /// Whether they want it at once.
     pub urgent: bool,
     /// Its task queue.
     pub queue: String,
-    /// When it was last told, for the message that must follow if it is queued.
+    /// The time when it was last announced, for the message to publish if it is queued.
     #[sea_orm(from_alias = "told_at")]
     pub announced_at: i64,
 }
 
 impl Claimed {
-    /// Whether so many of its holders have died that a worker takes only one such process at a time, until its next
-    /// checkpoint.
-    pub fn is_suspect(&self) -> bool {
-        self.deaths >= SUSPECT_DEATHS
+    /// Whether it is quarantined until its next checkpoint: a worker holds at most one such process at a time.
+    pub fn is_quarantined(&self) -> bool {
+        self.deaths >= QUARANTINE_DEATHS
     }
 }

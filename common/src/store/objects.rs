@@ -1,4 +1,4 @@
-//! Which object store the fleet shares: the database has its mark, and the store, too.
+//! The mark of the fleet's object store, which is kept in the database and in the object store.
 
 use sea_orm::sea_query::Expr;
 use sea_orm::{ColumnTrait, EntityTrait, QueryFilter, QueryOrder, QuerySelect, Set};
@@ -10,7 +10,7 @@ use super::handle::Store;
 use crate::id::Incarnation;
 
 impl Store {
-    /// The mark of the fleet's object store; `None` if no program has used one yet.
+    /// Returns the mark of the fleet's object store; `None` if none is recorded.
     ///
     /// # Errors
     /// The database does not answer.
@@ -19,7 +19,7 @@ impl Store {
         Ok(row.map(|row| row.mark))
     }
 
-    /// Records the mark of the fleet's object store, unless one is recorded, and gives the one that is.
+    /// Records the mark of the fleet's object store unless one is recorded, and returns the recorded one.
     ///
     /// # Errors
     /// The database does not answer.
@@ -29,7 +29,7 @@ impl Store {
         self.objects_mark().await?.ok_or(Error::NoRow)
     }
 
-    /// Records why a worker cannot use the fleet's object store; `None` if it can.
+    /// Records why a worker cannot use the fleet's object store, or that it can (`None`).
     ///
     /// # Errors
     /// The database does not answer.
@@ -42,7 +42,7 @@ impl Store {
         Ok(())
     }
 
-    /// The live workers that cannot use the fleet's object store: their names, and why.
+    /// Returns the live workers that cannot use the fleet's object store, with the reasons.
     ///
     /// # Errors
     /// The database does not answer.

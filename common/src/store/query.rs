@@ -1,4 +1,4 @@
-//! What people ask of the database. Nothing here changes a row.
+//! Read-only queries for people. Nothing here changes a row.
 
 mod list;
 mod show;

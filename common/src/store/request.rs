@@ -1,4 +1,4 @@
-//! Requests of operators and what they came to: the table `event`.
+//! The requests of operators and their outcomes: the table `event`.
 
 use sea_orm::{ColumnTrait, ConnectionTrait, EntityTrait, FromQueryResult, QueryFilter, QuerySelect, Value};
 use uuid::Uuid;
@@ -10,33 +10,33 @@ use super::handle::Store;
 use crate::id::{Pid, RequestId};
 use crate::state::{Desired, State};
 
-/// What somebody asks for.
+/// A request of an operator.
 #[derive(Clone, Debug)]
 pub struct Request {
-    /// What is wanted.
+    /// The desired state.
     pub verb: Desired,
-    /// At once: `pause --now` ends a local program.
+    /// Whether it is wanted at once: `pause --now` ends a local program.
     pub urgent: bool,
-    /// Without asking the holder: `kill --force` ends the process in the database, and its holder, who loses the lease by
-    /// it, drops it.
+    /// Whether the holder is bypassed: `kill --force` ends the process in the database, and its holder loses the lease
+    /// and drops it.
     pub force: bool,
-    /// Who asks, as they say themselves: user and host, or the name of a worker.
+    /// The requester's name, as given: user and host, or the name of a worker.
     pub by: String,
-    /// Whom the broker knows it from, for requests that came from outside; `None` is the database's own login.
+    /// The login that the broker verified, for requests from outside; `None` stands for the database's login.
     pub login: Option<String>,
-    /// Why, in their words.
+    /// The reason, as given.
     pub reason: Option<String>,
 }
 
 impl Request {
-    /// A plain request by somebody who speaks to the database.
+    /// A plain request over the database.
     pub fn new(verb: Desired, by: impl Into<String>) -> Self {
         Request { verb, urgent: false, force: false, by: by.into(), login: None, reason: None }
     }
 }
 
 impl Store {
-    /// The processes that have yet to obey a request to many.
+    /// Returns the processes that have yet to obey a request to many.
     ///
     /// # Errors
     /// The database does not answer.
@@ -47,7 +47,7 @@ impl Store {
         Ok(open.filter(event::Column::Pid.is_not_null()).into_tuple().all(&self.db).await?)
     }
 
-    /// What a request to one process has come to; `None` while its holder has yet to obey.
+    /// Returns the outcome of a request to one process; `None` while its holder has yet to obey.
     ///
     /// # Errors
     /// The database does not answer.
@@ -56,8 +56,8 @@ impl Store {
         Ok(row.outcome.as_deref().and_then(Settled::from_word))
     }
 
-    /// Records a request that is not about one process, once; `None` when the same has been recorded and has come to its
-    /// end. Gives the time of the first record.
+    /// Records a request that is not about one process, once. Returns the time of the first record, or `None` if the
+    /// same request was recorded and completed before.
     pub(super) async fn record_request(
         &self,
         id: RequestId,
@@ -81,7 +81,7 @@ impl Store {
         Ok(row.outcome.is_none().then_some(row.at))
     }
 
-    /// Who asked for a process's end, and why; `None` when nobody did.
+    /// Returns who killed a process and why; `None` if no kill was requested.
     ///
     /// # Errors
     /// The database does not answer.
@@ -90,14 +90,14 @@ impl Store {
     }
 }
 
-/// How a request to a process ended.
+/// The outcome of a request to a process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Settled {
     /// The process obeyed.
     Applied,
-    /// A later request wanted something else before the process obeyed.
+    /// A later, different request came before the process obeyed.
     Superseded,
-    /// The process came to its end before it obeyed.
+    /// The process ended before it obeyed.
     Ended,
 }
 
@@ -111,21 +111,21 @@ impl Settled {
         }
     }
 
-    /// What the word stands for; `None` for a word of a later version.
+    /// The outcome with this word; `None` for a word of a later version.
     pub fn from_word(word: &str) -> Option<Self> {
         [Settled::Applied, Settled::Superseded, Settled::Ended].into_iter().find(|settled| settled.word() == word)
     }
 }
 
-/// Who asked for a process's end, and why.
+/// The requester of a kill and the reason.
 #[derive(FromQueryResult)]
 struct Kill {
     by_whom: String,
     reason: Option<String>,
 }
 
-/// Writes down that processes have obeyed, or have ended before they did. `obeyed` are those that are paused or have
-/// ended now and of which something was asked; the statement that changed them is in the same transaction.
+/// Writes the outcomes of requests. `obeyed` are processes that had requests and that the same transaction has paused
+/// or ended.
 pub(super) async fn settle(
     connection: &impl ConnectionTrait,
     dialect: Dialect,
@@ -146,7 +146,7 @@ pub(super) async fn settle(
     Ok(())
 }
 
-/// What a killed process's outcome says.
+/// The reason in the outcome of a killed process.
 pub(super) fn kill_reason(by: &str, reason: Option<&str>) -> String {
     match reason {
         Some(reason) => format!("killed by {by}: {reason}"),
@@ -154,7 +154,7 @@ pub(super) fn kill_reason(by: &str, reason: Option<&str>) -> String {
     }
 }
 
-/// [`Store::killed_because`], within a transaction: a program may have no second connection beside it.
+/// [`Store::killed_because`] within a transaction: a program may have no second connection for it.
 pub(super) async fn killed_because(
     connection: &impl ConnectionTrait,
     dialect: Dialect,

@@ -1,4 +1,4 @@
-//! What rows have in common: the place in lists, the message that a row is announced by, and codes of places and states.
+//! The ground of the store's rows: how ids, codes and states are decoded, and the types that several operations share.
 
 use std::collections::BTreeMap;
 
@@ -10,34 +10,33 @@ use super::lease::Stream;
 use crate::id::{Incarnation, Pid, RequestId};
 use crate::state::{Desired, Place, State};
 
-/// A place in a list: lists are in the order of ids, the newest first, or in that of acceptance where a selection asks for
-/// an age.
+/// A position in a list. Lists are sorted by id, newest first, or by acceptance if the selection has an age.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, FromQueryResult)]
 pub struct Cursor {
     /// The process.
     #[sea_orm(from_alias = "id")]
     pub pid: Pid,
-    /// When it was accepted, in microseconds since 1970 by the database's clock.
+    /// The time of its acceptance, in microseconds since 1970 by the database's clock.
     pub created_at: i64,
 }
 
-/// A row that a message should now stand for.
+/// A queued row whose message must be published.
 #[derive(Clone, Debug, PartialEq, Eq, FromQueryResult)]
 pub struct Announced {
     /// The process.
     #[sea_orm(from_alias = "id")]
     pub pid: Pid,
-    /// When its row was told, in database time.
+    /// The time of the announcement, by the database's clock.
     #[sea_orm(from_alias = "told_at")]
     pub announced_at: i64,
-    /// W3C trace context of its launch.
+    /// The W3C trace context of its launch.
     pub traceparent: Option<String>,
 }
 
-/// Rows by the task queue that their messages go to.
+/// Announced rows by task queue.
 pub type ByQueue = BTreeMap<String, Vec<Announced>>;
 
-/// A row that is announced, with the task queue that its message goes to.
+/// An announced row and its task queue.
 #[derive(FromQueryResult)]
 pub(super) struct Queued {
     pub(super) queue: String,
@@ -45,12 +44,12 @@ pub(super) struct Queued {
     pub(super) announced: Announced,
 }
 
-/// Reads rows.
+/// Decodes rows.
 pub(super) fn read<T: FromQueryResult>(rows: &[QueryResult]) -> Result<Vec<T>, Error> {
     Ok(rows.iter().map(|row| T::from_query_result(row, "")).collect::<Result<_, _>>()?)
 }
 
-/// Groups rows by the task queue that their messages go to.
+/// Groups announced rows by task queue.
 pub(super) fn by_queue(rows: Vec<Queued>) -> ByQueue {
     let mut by_queue = ByQueue::new();
     for Queued { queue, announced } in rows {
@@ -83,7 +82,7 @@ macro_rules! decode_codes {
 decode_ids!(Pid Incarnation RequestId);
 decode_codes!(Place Desired Stream);
 
-/// The columns `state` and `before`.
+/// Decodes the columns `state` and `before`.
 impl FromQueryResult for State {
     fn from_query_result(row: &QueryResult, prefix: &str) -> Result<Self, DbErr> {
         Ok(Self::from_query_result_nullable(row, prefix)?)
@@ -95,7 +94,7 @@ impl FromQueryResult for State {
     }
 }
 
-/// The error of a value that no version writes; it becomes [`Error::Unreadable`].
+/// The error for a value that no version writes; it becomes [`Error::Unreadable`].
 pub(super) fn unreadable(value: String) -> TryGetError {
     TryGetError::DbErr(DbErr::Type(value))
 }

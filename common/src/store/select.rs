@@ -1,7 +1,8 @@
-//! A selection as SQL: a condition on rows that are there, and pages of ids in an order that an index has.
+//! A selection as SQL: conditions on existing rows, and pages of ids in the order of an index.
 //!
-//! A page reads only the tables that its conditions are about. Each condition has an index that ends in the id, so the
-//! first of a page are found at once, whether a million rows meet it or none; those that meet several, by leaps.
+//! A page reads only the tables that its conditions name. Each condition has an index that ends in the id, so the first
+//! rows of a page are found at once, whether a million rows meet the condition or none. Rows that meet several
+//! conditions are found by a leapfrog join.
 
 mod condition;
 mod count;
@@ -27,17 +28,17 @@ use crate::select::Select;
 pub(super) struct Walk {
     select: Select,
     order: Order,
-    /// Explicit ids that are still to come, the next ones last.
+    /// The remaining explicit ids, the next ones last.
     pids: Option<Vec<Pid>>,
     after: Option<Cursor>,
     is_at_end: bool,
 }
 
 impl Walk {
-    /// A walk that begins behind `after`, or at the beginning.
+    /// A walk that begins after `after`, or at the beginning.
     pub(super) fn new(select: &Select, order: Order, after: Option<Cursor>) -> Self {
         let pids: Option<Vec<Pid>> = select.pids.as_ref().map(|pids| {
-            // Sorted, and each once.
+            // Sorted and distinct.
             let pids: BTreeSet<Pid> = pids.iter().copied().collect();
             let is_left = |pid: &Pid| match (after, order) {
                 (None, Order::NewestFirst | Order::OldestFirst) => true,
@@ -54,8 +55,8 @@ impl Walk {
         Self { select: Select { pids: None, ..select.clone() }, order, pids, after, is_at_end }
     }
 
-    /// The same walk past what has ended, where nothing narrower leads to what is asked for. A selection by facts still
-    /// meets what has ended: a page by states is a walk for each of them, which takes longer than to look at each such row.
+    /// The same walk without ended processes, if the selection has no other condition. Other selections do meet ended
+    /// rows: one walk per state would take longer than to check each such row.
     pub(super) fn past_ended(mut self) -> Self {
         if self.pids.is_none() && self.select.is_all() {
             self.select.states = Some(["created", "running", "waiting", "paused"].map(str::to_owned).to_vec());
@@ -63,8 +64,8 @@ impl Walk {
         self
     }
 
-    /// The statement for the next page, which gives at most `limit` rows and may give none; `None` at the end.
-    /// `template` begins with `WITH {page}`, a table with the columns `id` and `created_at`.
+    /// Returns the statement for the next page, which returns at most `limit` rows and possibly none; `None` at the
+    /// end. `template` begins with `WITH {page}`, a table with the columns `id` and `created_at`.
     pub(super) fn next(&mut self, dialect: Dialect, template: &str, limit: u32) -> Option<Statement> {
         if self.is_at_end {
             return None;
@@ -84,7 +85,7 @@ impl Walk {
         Some(dialect.batch(&template.replace("{page}", &page), values, batch))
     }
 
-    /// Says what the page had, so that the next one begins behind it.
+    /// Records the result of a page, so that the next one begins after it.
     pub(super) fn walked(&mut self, n_rows: usize, last: Option<Cursor>, limit: u32) {
         if self.pids.is_none() {
             self.is_at_end = n_rows < limit as usize;
@@ -92,7 +93,7 @@ impl Walk {
         }
     }
 
-    /// The ids of the next page that has any, in the order of the walk; `None` at the end.
+    /// Returns the ids of the next page that is not empty, in the order of the walk; `None` at the end.
     pub(super) async fn next_ids(
         &mut self,
         connection: &impl ConnectionTrait,
@@ -117,12 +118,12 @@ impl Walk {
         Ok(None)
     }
 
-    /// A page's ids with the times of their acceptance, of the processes of table `b` or of all.
+    /// The SQL of a page of ids and times of acceptance, among the processes of table `b` or among all.
     fn page_sql(&self, of_pids: bool, limit: u32, values: &mut Vec<Value>) -> String {
         let select = &self.select;
         let of_process = process_condition(select, values);
         let of_spec = spec_condition(select, values);
-        // What is newer than an age would be walked through one by one in the order of ids.
+        // In the order of ids, processes younger than the age would be read one by one.
         let by_time = !of_pids && is_by_time(select);
         let mut tables = Vec::new();
         if !of_process.is_empty() || select.states.is_some() || of_pids {
@@ -142,7 +143,7 @@ impl Walk {
         if of_pids {
             condition.push_str(" AND p.id IN (SELECT b_id FROM b)");
         }
-        // Of each table, since the planner carries only equalities from one to the other.
+        // A condition on each table, since the planner infers only equalities from one to the other.
         let of_each =
             |on_id: &str| tables.iter().map(|(_, alias)| format!(" AND {alias}.id {on_id}")).collect::<String>();
         let (direction, behind) = self.order.words();
@@ -177,7 +178,7 @@ impl Walk {
                 tables[0].0
             )
         };
-        // A worker's processes are in no order of ids, and few.
+        // The processes of a worker are few, and no index sorts them by id.
         let is_in_lines = !of_pids && !by_time && select.worker.is_none();
         let lines = if is_in_lines { Line::of(select, values) } else { vec![] };
         let mut branch = |state: Option<&str>| {
@@ -196,7 +197,7 @@ impl Walk {
         if states.is_empty() {
             return branch(None);
         }
-        // Their words are those of the templates; anything else was refused before. Each state is an ordered walk of its own.
+        // The words are those of the templates; others were refused earlier. Each state is an ordered walk of its own.
         let mut branches: Vec<String> = states.iter().map(|word| branch(Some(word))).collect();
         if branches.len() == 1 {
             return branches.remove(0);
@@ -206,7 +207,7 @@ impl Walk {
     }
 }
 
-/// Whether pages of a selection are in the order of acceptance and not of ids.
+/// Whether pages are in the order of acceptance instead of ids.
 fn is_by_time(select: &Select) -> bool {
     select.older_than.is_some() && select.pids.is_none()
 }

@@ -1,4 +1,4 @@
-//! Sites: what the whole fleet keeps to there, and what only one worker at a time may have.
+//! Sites: the limits that the whole fleet keeps, and permits that one worker at a time may hold.
 
 use sea_orm::sea_query::OnConflict;
 use sea_orm::{ColumnTrait, ConnectionTrait, EntityTrait, FromQueryResult, QueryFilter, QuerySelect, Set};
@@ -12,19 +12,20 @@ pub use super::job::{Intent, Job, Look, NEVER, Seen, token};
 use super::row::{ByQueue, by_queue, read};
 use crate::id::Incarnation;
 
-/// The longest time between two looks at a site that does not answer, in microseconds.
+/// The longest pause before another attempt to reach a site that does not answer, in microseconds.
 const RETRY_MAX_US: i64 = 300_000_000;
 
-/// The first of them; each is twice the one before.
+/// The first such pause; each further one is twice as long.
 const RETRY_MIN_US: i64 = 5_000_000;
 
-/// How the last error of a site begins whose list of jobs cannot be had.
+/// The start of a site's last error if its jobs cannot be listed.
 pub const UNLISTED: &str = "no list of its jobs: ";
 
-/// What a process waits for whose job the scheduler of a site has refused for now: this, the site, `/`, and the reason.
+/// The start of `waits_for` of a process whose job was rejected by the scheduler for now; the site, `/`, and the reason
+/// follow.
 pub const REFUSED: &str = "refused/";
 
-/// What is known of a site.
+/// The known facts about a site.
 #[derive(Clone, Debug, Default, FromQueryResult)]
 pub struct SiteFacts {
     /// Whether a live worker serves it.
@@ -32,55 +33,55 @@ pub struct SiteFacts {
     pub is_served: bool,
     /// Its name.
     pub name: String,
-    /// Its launcher's word.
+    /// The launcher's word.
     pub launcher: String,
-    /// Its folder.
+    /// Its root folder.
     pub root: String,
-    /// Sessions that the fleet may have.
+    /// The number of sessions that the fleet may open.
     pub slots: i64,
-    /// Sessions that workers have.
+    /// The number of sessions in use.
     pub slots_taken: i64,
-    /// Open jobs.
+    /// The number of open jobs.
     pub jobs: i64,
-    /// Processes that wait for a session.
+    /// The number of processes that wait for a session.
     pub waiting_for_slot: i64,
-    /// Processes that wait until there is room for a job.
+    /// The number of processes that wait for room for a job.
     pub waiting_for_room: i64,
-    /// Failures to reach it in a row.
+    /// The number of consecutive failures to reach it.
     pub failures: i64,
-    /// In how many microseconds it is tried again; `None` when it can be reached.
+    /// The time until the next attempt, in microseconds; `None` if the site is reachable.
     pub retry_in: Option<i64>,
-    /// The last failure.
+    /// The last error.
     pub last_error: Option<String>,
-    /// When that was, in microseconds.
+    /// The time of the last error, in microseconds.
     pub last_error_at: Option<i64>,
-    /// When its jobs were last looked at, in microseconds.
+    /// The time of the last poll of its jobs, in microseconds.
     pub polled_at: Option<i64>,
-    /// The worker that looks at its jobs.
+    /// The worker that polls its jobs.
     pub watcher: Option<String>,
 }
 
-/// What there is to do for a site.
+/// The work that a site has for workers.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct SiteWork {
-    /// It cannot be reached, and it is not yet the time to try again.
+    /// The site is unreachable, and the next attempt is not due.
     pub is_down: bool,
-    /// It has open jobs.
+    /// The site has open jobs.
     pub has_jobs: bool,
     /// Processes wait for a session.
     pub waits_for_slot: bool,
-    /// Processes wait until there is room for a job.
+    /// Processes wait for room for a job.
     pub waits_for_room: bool,
 }
 
-/// May a session be opened now?
+/// The answer of the connect rate limit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Door {
-    /// Yes, by whoever got this.
+    /// A session may be opened, by this caller only.
     Open,
-    /// Not yet: another was opened just now.
+    /// Not yet: another session was opened a moment ago.
     TooSoon,
-    /// The site cannot be reached, and it is not yet the time to try again.
+    /// The site is unreachable, and the next attempt is not due.
     Down,
 }
 
@@ -94,7 +95,7 @@ struct SiteWorkRow {
 }
 
 impl Store {
-    /// Tells of a site that this worker serves.
+    /// Records a site that this worker serves.
     ///
     /// # Errors
     /// The database does not answer.
@@ -107,7 +108,8 @@ impl Store {
         Ok(())
     }
 
-    /// Takes what one worker at a time may have; true also for who has it already. What a dead worker had is free.
+    /// Takes a permit that one worker at a time may hold. Returns `true` also if this worker holds it already. The
+    /// permits of dead workers are free.
     ///
     /// # Errors
     /// The database does not answer.
@@ -120,17 +122,17 @@ impl Store {
         Ok(!self.query(sql, vec![name.into(), Uuid::from(me).into()]).await?.is_empty())
     }
 
-    /// Gives back what [`Store::take_permit`] took.
+    /// Releases a permit.
     ///
     /// # Errors
-    /// The database does not answer; it is free when this worker is gone.
+    /// The database does not answer; the permit becomes free when this worker is gone.
     pub async fn give_permit(&self, name: &str, me: Incarnation) -> Result<(), Error> {
         let sql = "DELETE FROM permit WHERE name = $1 AND owner = $2";
         self.execute(sql, vec![name.into(), Uuid::from(me).into()]).await?;
         Ok(())
     }
 
-    /// Asks for leave to open a session with a site, for the whole fleet.
+    /// Asks the fleet's connect rate limit whether a session with a site may be opened.
     ///
     /// # Errors
     /// The database does not answer.
@@ -146,8 +148,8 @@ impl Store {
         Ok(if n > 0 { Door::Down } else { Door::TooSoon })
     }
 
-    /// Records that a site could not be reached, or that it answers again (`None`). It is tried again after a pause that
-    /// doubles with each failure in a row.
+    /// Records that a site is unreachable, or that it answers again (`None`). The pause before the next attempt doubles
+    /// with each consecutive failure.
     ///
     /// # Errors
     /// The database does not answer.
@@ -158,7 +160,7 @@ impl Store {
             self.execute(sql, vec![site.into()]).await?;
             return Ok(());
         };
-        // Failures that come together, of several sessions or workers, count as one.
+        // Simultaneous failures of several sessions or workers count as one.
         let sql = "UPDATE site
                    SET last_error = $2, last_error_at = {now},
                        retry_at = CASE WHEN retry_at > {now} THEN retry_at
@@ -174,18 +176,18 @@ impl Store {
         Ok(())
     }
 
-    /// Asks for leave to look at the jobs of a site: true once in an interval, for the whole fleet.
+    /// Returns whether the jobs of a site are due for a poll: true once per interval in the whole fleet.
     ///
     /// # Errors
     /// The database does not answer.
     pub async fn begin_poll(&self, site: &str, interval_us: i64) -> Result<bool, Error> {
-        // A tenth less, so that a look that is late does not put off the next.
+        // A tenth less, so that a late poll does not delay the next one.
         let sql = "UPDATE site SET polled_at = {now}
                    WHERE name = $1 AND (polled_at IS NULL OR polled_at <= {now} - $2 * 9 / 10) RETURNING name";
         Ok(!self.query(sql, vec![site.into(), interval_us.into()]).await?.is_empty())
     }
 
-    /// Records why the list of a site's jobs cannot be had, or that it can (`None`); the way there is well.
+    /// Records why the jobs of a reachable site cannot be listed, or that they can (`None`).
     ///
     /// # Errors
     /// The database does not answer.
@@ -204,9 +206,9 @@ impl Store {
         Ok(())
     }
 
-    /// Queues those that have waited longest for something, at most `most`, for whoever asks to claim them: their time to
-    /// look again says when they began. No message
-    /// stands for them; if they are not claimed, the head rule finds them.
+    /// Queues the processes that have waited longest for a resource, at most `most`, for the caller to claim. Their
+    /// `wake_at` says how long they have waited. No message is published; if they are not claimed, the head rule finds
+    /// them.
     ///
     /// # Errors
     /// The database does not answer.
@@ -234,7 +236,7 @@ impl Store {
         Ok(by_queue(read(&rows)?))
     }
 
-    /// What there is to do for a site: cheap, since every worker asks once a second.
+    /// Returns the work that a site has. Cheap, since every worker asks once a second.
     ///
     /// # Errors
     /// The database does not answer.
@@ -256,7 +258,7 @@ impl Store {
         })
     }
 
-    /// What is known of every site, or of one.
+    /// Returns the facts about every site, or about one.
     ///
     /// # Errors
     /// The database does not answer.
@@ -278,14 +280,14 @@ impl Store {
         let serving = alive.select_only().column(worker::Column::Sites).into_tuple().all(&self.db).await?;
         let serving = serving.into_iter().map(served_sites).collect::<Result<Vec<_>, Error>>()?;
         for site in &mut sites {
-            // A worker of an older version does not say which sites it serves.
+            // Workers of older versions do not say which sites they serve.
             site.is_served = serving.iter().any(|sites| sites.as_ref().is_none_or(|sites| sites.contains(&site.name)));
             site.retry_in = site.retry_in.filter(|micros| *micros > 0);
         }
         Ok(sites)
     }
 }
-/// The sites that a worker says it serves; `None` if it does not say so.
+/// Decodes the sites that a worker serves; `None` if it does not name them.
 fn served_sites(text: Option<String>) -> Result<Option<Vec<String>>, Error> {
     text.map(|text| serde_json::from_str(&text).map_err(|error| Error::Unreadable(error.to_string()))).transpose()
 }

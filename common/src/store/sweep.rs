@@ -1,6 +1,6 @@
-//! What keeps every process moving whatever was lost: dead holders, due timers, lost messages, passed deadlines.
+//! Sweeps, which keep every process moving after losses: dead holders, due timers, lost messages, overdue processes.
 //!
-//! Any worker may run any sweep at any time; they exclude each other row by row.
+//! Any worker may run any sweep at any time; sweeps exclude each other row by row.
 
 use sea_orm::{ConnectionTrait, FromQueryResult};
 use uuid::Uuid;
@@ -19,22 +19,22 @@ use crate::state::{Desired, Place, State};
 /// Rows that one sweep changes in one transaction.
 pub const PAGE_ROWS: u32 = 1_000;
 
-/// After so many deaths of its holders without a checkpoint in between, a process is not tried again.
+/// The number of consecutive deaths of holders, without a checkpoint, after which a process is excepted.
 pub const DEATHS_MAX: i64 = 5;
 
-/// What freeing the processes of dead workers did.
+/// The result of freeing the processes of dead workers.
 #[derive(Debug, Default)]
 pub struct Freed {
     /// Queued again: publish these.
     pub queued: ByQueue,
     /// Parked, since a pause was desired.
     pub paused: Vec<Pid>,
-    /// Ended: excepted, since too many of their holders died, or killed, since that was desired; with whom to tell.
+    /// Ended, with reply addresses: excepted after too many deaths of holders, or killed on request.
     pub ended: Vec<(Pid, State, Option<Vec<u8>>)>,
 }
 
 impl Freed {
-    /// How many processes it was about.
+    /// The number of freed processes.
     pub fn count(&self) -> usize {
         self.queued.values().map(Vec::len).sum::<usize>() + self.paused.len() + self.ended.len()
     }
@@ -66,7 +66,7 @@ struct FreedRow {
 }
 
 impl Store {
-    /// Frees a page of processes whose holder is gone, and leaves a `lost` attempt for each.
+    /// Frees a page of processes whose holder is gone, and writes a `lost` attempt for each.
     ///
     /// # Errors
     /// Nothing is freed; the next sweep tries again.
@@ -84,12 +84,11 @@ impl Store {
             ("b_started_at", Kind::BigInt),
         ]);
         let mut frees = Batch::new(&[("b_id", Kind::Uuid), ("b_outcome", Kind::Bytes)]);
-        let excepted = Outcome::because(format!(
-            "its worker died {DEATHS_MAX} times in a row while it ran, without a checkpoint in between"
-        ));
+        let excepted =
+            Outcome::because(format!("its worker died {DEATHS_MAX} times in a row without a checkpoint in between"));
         for row in read::<Orphan>(&rows)? {
-            // Whatever ran there has ended with its worker, and a kill can be obeyed here; but a job at a site has not, and
-            // a worker ends that first.
+            // A local program has ended with its worker, so a kill can be obeyed here. A job at a site has not ended; a
+            // worker ends it first.
             let outcome = if row.desired == Desired::Kill {
                 let why = killed_because(&transaction, self.dialect, row.pid).await?;
                 Outcome::because(why.unwrap_or_else(|| "killed".into()))
@@ -124,16 +123,16 @@ impl Store {
         Ok(freed)
     }
 
-    /// Wakes a page of processes whose time has come.
+    /// Wakes a page of processes that are due.
     ///
     /// # Errors
-    /// Nobody is woken; the next sweep tries again.
+    /// No process is woken; the next sweep tries again.
     pub async fn wake_due(&self) -> Result<ByQueue, Error> {
         Ok(by_queue(self.all(WAKE_DUE, vec![]).await?))
     }
 
-    /// The earliest time at which a parked process is due, in microseconds from now by the database's clock; zero or
-    /// less when one is due already.
+    /// Returns the time until the next parked process is due, in microseconds by the database's clock; zero or less if
+    /// one is due.
     ///
     /// # Errors
     /// The database does not answer.
@@ -143,16 +142,16 @@ impl Store {
         self.value(sql, vec![]).await
     }
 
-    /// The head rule: marks a page of this queue's rows told before `before` as told now. No message stands for them
-    /// any more; publish one.
+    /// Applies the head rule: announces a page of this queue's rows that were last announced before `before`. Their
+    /// messages are lost; publish new ones.
     ///
     /// # Errors
-    /// Nothing is marked; the next sweep tries again.
+    /// No row is changed; the next sweep tries again.
     pub async fn announce_lost(&self, queue: &str, before: i64) -> Result<ByQueue, Error> {
         Ok(by_queue(self.all(ANNOUNCE_LOST, vec![queue.to_owned().into(), before.into()]).await?))
     }
 
-    /// The oldest processes of a task queue that have been queued for a second, at most `limit`.
+    /// Returns the oldest processes that have been in a task queue for at least a second, at most `limit`.
     ///
     /// # Errors
     /// The database does not answer.
@@ -164,15 +163,15 @@ impl Store {
         self.column(&sql, vec![queue.to_owned().into()]).await
     }
 
-    /// Kills what has passed its `timeout`.
+    /// Kills processes that have exceeded their `timeout`.
     ///
     /// # Errors
     /// The database does not answer; the next sweep tries again.
     pub async fn end_overdue(&self) -> Result<Vec<Controlled>, Error> {
         let mut ended = Vec::new();
         for (sql, reason) in [
-            (QUEUE_OVERDUE, "`timeout.queue` has passed before a worker took it"),
-            (TOTAL_OVERDUE, "`timeout.total` has passed"),
+            (QUEUE_OVERDUE, "`timeout.queue` expired before a worker claimed it"),
+            (TOTAL_OVERDUE, "`timeout.total` expired"),
         ] {
             for pid in self.column(sql, vec![]).await? {
                 let request = Request { reason: Some(reason.into()), ..Request::new(Desired::Kill, "baton") };

@@ -1,4 +1,4 @@
-//! Workers' rows: the lease is a number that grows, and no wall clock decides over it.
+//! The rows of workers. The lease is a counter that its worker increments; no wall clock decides about it.
 
 use std::time::Duration;
 
@@ -22,23 +22,23 @@ use crate::state::Desired;
 /// Pause between two beats.
 pub const BEAT: Duration = Duration::from_secs(1);
 
-/// A beat that stands still for this long, as seen by another worker, ends the lease.
+/// A lease ends when another worker has seen its beat unchanged for this long.
 pub const LEASE: Duration = Duration::from_secs(10);
 
-/// What a worker says of itself when it starts.
+/// The description of a worker at its start.
 #[derive(Clone, Debug)]
 pub struct NewWorker {
-    /// Its label.
+    /// Its name.
     pub name: String,
     /// The host it runs on.
     pub host: String,
     /// Its process id there.
     pub os_pid: u32,
-    /// Its program's version.
+    /// The version of its program.
     pub version: String,
     /// The queues that it serves.
     pub queues: Vec<String>,
-    /// How many processes it holds at a time.
+    /// The number of processes that it holds at a time.
     pub slots: u32,
     /// The sites that it serves.
     pub sites: Vec<String>,
@@ -49,55 +49,55 @@ pub struct NewWorker {
 pub struct Peer {
     /// Its incarnation.
     pub id: Incarnation,
-    /// Its label.
+    /// Its name.
     pub name: String,
     /// The host it runs on.
     pub host: String,
     /// Its process id there.
     pub os_pid: u32,
-    /// The number that grows while it lives.
+    /// The counter of its lease.
     pub beat: i64,
 }
 
-/// A process that an incarnation holds, as the database has it.
+/// A process that an incarnation holds, according to the database.
 #[derive(Clone, Copy, Debug, FromQueryResult)]
 pub struct Lease {
-    /// The process, and the number of the lease.
+    /// The lease.
     #[sea_orm(nested)]
     pub fence: Fence,
-    /// When it was claimed, in database time.
+    /// The time of the claim, by the database's clock.
     pub claimed_at: i64,
-    /// The number of the try that it is in.
+    /// The number of the try.
     #[sea_orm(from_alias = "try")]
     pub try_number: i64,
 }
 
-/// What a beat says of the worker's load.
+/// The load that a beat reports.
 #[derive(Clone, Debug, Default)]
 pub struct Load {
-    /// How many processes it holds.
+    /// The number of held processes.
     pub held: u32,
-    /// Processes that block their thread, as `pid for 7s`; empty when there is none.
+    /// Processes that block their thread, as `pid for 7s`.
     pub blocked: Vec<String>,
-    /// What its machine lacks.
+    /// The shortage of its machine.
     pub shortage: Option<Shortage>,
 }
 
-/// What a beat learns.
+/// The answer to a beat.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Beat {
-    /// The incarnation lives.
+    /// The incarnation is alive.
     Alive {
-        /// The number of this beat. One that is not larger than all before it says that the database has gone back.
+        /// The number of this beat. If it is not larger than all before it, the database has been rolled back.
         beat: i64,
-        /// Somebody wants it to give back what it holds and to stop.
+        /// The worker is asked to give back what it holds and to stop.
         drain: bool,
-        /// The fleet takes no work.
+        /// The fleet is paused.
         is_fleet_paused: bool,
     },
-    /// Somebody has declared it gone, for ever.
+    /// The incarnation was declared gone, which is final.
     Gone,
-    /// The database does not know it.
+    /// The incarnation has no row.
     Unknown,
 }
 
@@ -109,13 +109,13 @@ impl Peer {
 }
 
 impl Store {
-    /// Makes the row of a worker that starts. On SQLite its caller holds the lock of the file, so every other
-    /// incarnation is gone.
+    /// Inserts the row of a worker that starts. On SQLite the caller holds the lock of the file, so all other
+    /// incarnations are gone.
     ///
     /// # Errors
     /// The database does not answer.
     pub async fn register(&self, id: Incarnation, worker: &NewWorker) -> Result<(), Error> {
-        // A worker that has no connection for its beat would lose its lease at once.
+        // A worker without a connection for its beat would lose its lease at once.
         self.beats.warm().await?;
         let sql =
             "INSERT INTO worker (id, name, host, os_pid, version, queues, slots, sites, load, drain, beat, beat_at,
@@ -139,13 +139,13 @@ impl Store {
         Ok(())
     }
 
-    /// Says that this incarnation lives, and learns what is wanted of it. It has a connection of its own.
+    /// Beats, and returns what is wanted of the incarnation. Uses a dedicated connection.
     ///
     /// # Cancel safety
-    /// It may be dropped: the connection is closed then, and the next beat opens another.
+    /// May be dropped: this closes the connection, and the next beat opens another.
     ///
     /// # Errors
-    /// The database does not answer; the lease runs on until its deadline.
+    /// The database does not answer; the lease runs until its deadline.
     pub async fn beat(&self, id: Incarnation, load: &Load) -> Result<Beat, Error> {
         let sql = "UPDATE worker SET beat = beat + 1, beat_at = {now}, load = $2, blocked = $3, lacks = $4,
                                      lacks_text = $5
@@ -170,8 +170,8 @@ impl Store {
         Ok(Beat::Alive { beat, drain, is_fleet_paused: n_paused > 0 })
     }
 
-    /// The number of this incarnation's last beat, read over a connection of its own, on which no question that nobody
-    /// waits for any more can be under way; `None` when the database does not know it.
+    /// Returns the number of this incarnation's last beat; `None` if it has no row. Uses a new connection, on which no
+    /// abandoned statement can be in flight.
     ///
     /// # Errors
     /// The database does not answer.
@@ -183,8 +183,8 @@ impl Store {
         Ok(beat)
     }
 
-    /// Asks live workers of a name (or the one incarnation of an id) to give back what they hold and to stop. Gives those
-    /// that are asked; none means that there is no such worker.
+    /// Asks the live workers of a name (or one incarnation by id) to give back what they hold and to stop, and returns
+    /// them. An empty result means that there is no such worker.
     ///
     /// # Errors
     /// The database does not answer.
@@ -212,7 +212,7 @@ impl Store {
         Ok(peers)
     }
 
-    /// Every incarnation that nobody has declared gone.
+    /// Returns every incarnation that is not gone.
     ///
     /// # Errors
     /// The database does not answer.
@@ -221,7 +221,7 @@ impl Store {
         Ok(alive.into_partial_model::<PeerRow>().all(&self.db).await?.into_iter().map(Peer::from).collect())
     }
 
-    /// Declares an incarnation gone whose beat still is what was seen. `false` when it lives after all, or is gone
+    /// Declares an incarnation gone if its beat is unchanged. Returns `false` if it has beaten since, or is gone
     /// already.
     ///
     /// # Errors
@@ -231,17 +231,17 @@ impl Store {
         Ok(self.execute(sql, vec![Uuid::from(id).into(), seen_beat.into()]).await? == 1)
     }
 
-    /// Says that this incarnation has stopped and holds nothing.
+    /// Records that this incarnation has stopped and holds nothing.
     ///
     /// # Errors
-    /// The database does not answer; the others find out by its beat.
+    /// The database does not answer; the others notice by its beat.
     pub async fn leave(&self, id: Incarnation) -> Result<(), Error> {
         let sql = "UPDATE worker SET gone_at = {now}, load = 0 WHERE id = $1 AND gone_at IS NULL";
         self.execute(sql, vec![Uuid::from(id).into()]).await?;
         Ok(())
     }
 
-    /// Removes the rows of workers that have been gone for a day and hold nothing. Attempts have their names.
+    /// Deletes the rows of workers that have been gone for a day and hold nothing. Attempts keep their names.
     ///
     /// # Errors
     /// The database does not answer.
@@ -253,17 +253,18 @@ impl Store {
         Ok(())
     }
 
-    /// Everything that the database says this incarnation holds.
+    /// Returns what this incarnation holds, according to the database.
     ///
     /// # Errors
     /// The database does not answer.
     pub async fn held_by(&self, id: Incarnation) -> Result<Vec<Lease>, Error> {
         let sql = "SELECT id, epoch, claimed_at, try FROM process WHERE owner = $1 AND place = {held}";
-        // The beat asks, so it does not wait for others.
+        // On the connection of the beat, which does not wait for other statements.
         read(&self.beats.query_all_raw(self.dialect.statement(sql, vec![Uuid::from(id).into()])).await?)
     }
 
-    /// What is desired of what this incarnation holds: of everything, or only of that which shall not simply go on.
+    /// Returns the desired states of what this incarnation holds: of all processes, or only of those that should not
+    /// simply continue.
     ///
     /// # Errors
     /// The database does not answer.
@@ -271,13 +272,14 @@ impl Store {
         let which = if everything { "true" } else { "desired <> {play}" };
         let sql = format!("{WISHES} AND owner = $1 AND place = {{held}} AND {which}");
         let statement = self.dialect.statement(&sql, vec![Uuid::from(id).into()]);
-        // What shall not simply go on, the beat asks for, which does not wait for others.
+        // The beat asks for those that should not continue, over its own connection, which does not wait for other
+        // statements.
         let rows =
             if everything { self.db.query_all_raw(statement).await } else { self.beats.query_all_raw(statement).await };
         read(&rows?)
     }
 
-    /// What is desired of one process that this incarnation holds; `None` when it does not.
+    /// Returns the desired state of one process; `None` if this incarnation does not hold it.
     ///
     /// # Errors
     /// The database does not answer.
@@ -287,21 +289,21 @@ impl Store {
     }
 }
 
-/// What a row says that its holder has to obey.
+/// The desired state of a held process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, FromQueryResult)]
 pub struct Wish {
-    /// The process and the number of its lease.
+    /// The lease.
     #[sea_orm(nested)]
     pub fence: Fence,
-    /// What is desired of it.
+    /// The desired state.
     pub desired: Desired,
-    /// Whether that is wanted at once.
+    /// Whether it is wanted at once.
     pub urgent: bool,
 }
 
 const WISHES: &str = "SELECT id, epoch, desired, urgent FROM process WHERE true";
 
-/// What a beat returns.
+/// The row that a beat returns.
 #[derive(FromQueryResult)]
 struct BeatRow {
     beat: i64,

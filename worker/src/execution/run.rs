@@ -167,7 +167,7 @@ impl From<Hold> for Next {
 impl Run {
     /// Makes the process anew, or says why that cannot be done.
     fn restore(claimed: Box<Claimed>, live: Arc<Live>, execution: &Arc<Execution>) -> (Box<Self>, Result<(), NotMade>) {
-        let is_suspect = claimed.is_suspect();
+        let is_suspect = claimed.is_quarantined();
         let Claimed { fence, claimed_at, try_number, checkpoint, spec, has_outside, .. } = *claimed;
         let spec = spec.map_err(|error| unread("spec", &error));
         let checkpoint = checkpoint.transpose().map_err(|error| unread("checkpoint", &error));

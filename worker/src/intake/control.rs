@@ -207,7 +207,7 @@ async fn record_many(
 
 /// Does what follows a request that was applied in the database.
 async fn follow(desk: &Desk, row: Controlled) {
-    if let Some((queue, told)) = row.told {
+    if let Some((queue, told)) = row.announced {
         desk.outbox.publish(row.pid, queue, told.announced_at).await;
     }
     if row.place == Place::Ended {

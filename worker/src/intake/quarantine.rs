@@ -78,11 +78,11 @@ async fn claim_next(claims: &Claims) -> bool {
     match claim {
         Ok(Claim::Claimed(claimed)) => {
             // Whoever had it meanwhile may have made a checkpoint.
-            let is_suspect = claimed.is_suspect();
+            let is_suspect = claimed.is_quarantined();
             claims.start(claimed, permit, begun).await;
             !is_suspect
         }
-        Ok(Claim::NotBesideAnother) => {
+        Ok(Claim::Quarantined) => {
             claims.quarantine.put(pid, queue);
             false
         }

@@ -1,4 +1,4 @@
-//! Lists of processes, page by page, and their numbers.
+//! Lists of processes, page by page, and counts.
 
 use std::collections::BTreeMap;
 
@@ -15,27 +15,27 @@ use crate::store::lease::How;
 use crate::store::row::{Cursor, read};
 use crate::store::select::{Order, Walk};
 
-/// Which processes a list is about.
+/// A query for a list of processes.
 #[derive(Clone, Debug, Default)]
 pub struct Filter {
     /// The selection.
     pub select: Select,
-    /// Those that come after this one in the list's order.
+    /// Only processes after this position of the list.
     pub after: Option<Cursor>,
-    /// At most so many, the newest first.
+    /// The largest number of processes, newest first.
     pub limit: u32,
 }
 
-/// A list that is read page by page. A process that is there all the time is in exactly one page.
+/// A list that is read page by page. A process that exists during the whole time is in exactly one page.
 pub struct Listing {
     walk: Walk,
 }
 
-/// Counts for people go no further: this number means that there are at least so many.
+/// Counts for people stop here: this value means "at least this many".
 pub const COUNT_MAX: i64 = 10_000;
 
 impl Filter {
-    /// These processes, each once, in no order that matters.
+    /// A query for these processes, each once, in any order.
     pub fn of(pids: Vec<Pid>) -> Self {
         let limit = u32::try_from(pids.len()).unwrap_or(u32::MAX);
         Filter { select: Select::of(pids), after: None, limit }
@@ -47,82 +47,81 @@ impl Filter {
 pub struct Summary {
     /// Its id.
     pub pid: Pid,
-    /// Its name.
+    /// The name.
     pub name: String,
-    /// What it runs: `program`, or the name of a process written in Rust.
+    /// Its kind: `program`, or the name of a process written in Rust.
     pub kind: String,
-    /// Where it is.
+    /// The place.
     pub place: Place,
-    /// Its state.
+    /// The state.
     pub state: State,
-    /// What the operators want of it.
+    /// The state that operators want.
     pub desired: Desired,
-    /// Its task queue.
+    /// The task queue.
     pub queue: String,
     /// The name of the worker that holds it.
     pub worker: Option<String>,
     /// The holder's incarnation.
     pub owner: Option<Incarnation>,
-    /// How often it has been claimed.
+    /// The number of claims.
     pub epoch: i64,
-    /// The number of its try, from 1.
+    /// The number of the try, from 1.
     pub try_number: i64,
-    /// Committed advances.
+    /// The number of committed advances.
     pub advances: i64,
-    /// When it was accepted; this and all times here are microseconds since 1970 by the database's clock.
+    /// The time of its acceptance. All times here are microseconds since 1970 by the database's clock.
     pub created_at: i64,
-    /// When its place or state last changed.
+    /// The time of the last change of place or state.
     pub changed_at: i64,
-    /// When it ended.
+    /// The time of its end.
     pub ended_at: Option<i64>,
-    /// When it wakes by itself.
+    /// The time when it wakes by itself.
     pub wake_at: Option<i64>,
-    /// How it ended.
+    /// The outcome.
     pub outcome: Option<Outcome>,
-    /// Why its last try failed, if it has been tried again.
+    /// The error of the last failed try, if it was tried again.
     pub last_error: Option<String>,
-    /// Whether what it waits for is its next try.
+    /// Whether it waits for its next try.
     pub waits_for_retry: bool,
-    /// Why the last worker that took it could not go on with it although another build may, and since when that has been
-    /// so.
+    /// The refusal by its last worker, if another build may be able to run it.
     pub refusal: Option<Refusal>,
     /// Whether it has, or may have, a job at a site.
     pub has_outside: bool,
-    /// What it waits for at a site: `slot/SITE`, `room/SITE` or `sent/SITE/DIGEST`.
+    /// The resource of a site that it waits for: `slot/SITE`, `room/SITE` or `sent/SITE/DIGEST`.
     pub waits_for: Option<String>,
-    /// Who has paused it, if it is paused and somebody has: one that was accepted on hold has nobody.
+    /// The request that paused it, if it is paused by one; a process that was accepted on hold has none.
     pub paused: Option<Paused>,
-    /// The time of the query.
+    /// The time of the query, by the database's clock.
     pub now: i64,
 }
 
-/// No worker that has taken a process could go on with it; one of another build may.
+/// A refusal: no worker that claimed the process could run it, but another build may.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Refusal {
-    /// Since when.
+    /// The time of the first refusal.
     pub since: i64,
-    /// What the last one said.
+    /// The last worker's reason.
     pub reason: String,
 }
 
-/// Who has paused a process.
+/// The request that paused a process.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Paused {
-    /// Who asked, as they say themselves: user and host.
+    /// The requester's name, as given: user and host.
     pub by: String,
-    /// When it was applied.
+    /// The time when it was applied.
     pub at: i64,
-    /// Why.
+    /// The reason.
     pub reason: Option<String>,
 }
 
 impl Listing {
-    /// The processes of a selection that come after a place in it, or all.
+    /// A list of the processes of a selection, from the beginning or after a position.
     pub fn new(select: &Select, after: Option<Cursor>) -> Self {
         Self { walk: Walk::new(select, Order::NewestFirst, after) }
     }
 
-    /// The next page of at most `limit` processes; empty at the end, and only there.
+    /// Returns the next page of at most `limit` processes. Only the page at the end is empty.
     ///
     /// # Errors
     /// The database does not answer, or a row cannot be read.
@@ -160,7 +159,7 @@ impl Store {
         }
     }
 
-    /// Where a process is in lists; `None` when there is no such process.
+    /// Returns the position of a process in lists; `None` if there is no such process.
     ///
     /// # Errors
     /// The database does not answer.
@@ -170,7 +169,7 @@ impl Store {
         Ok(created_at.map(|created_at| Cursor { pid, created_at }))
     }
 
-    /// How many processes there are by the word of their state, each counted up to [`COUNT_MAX`].
+    /// Counts processes by the words of their states, each up to [`COUNT_MAX`].
     ///
     /// # Errors
     /// The database does not answer.
@@ -191,7 +190,7 @@ impl Store {
         Ok(counts)
     }
 
-    /// The task queues of everything that has not ended.
+    /// Returns the task queues of all processes that have not ended.
     ///
     /// # Errors
     /// The database does not answer.
@@ -199,7 +198,7 @@ impl Store {
         self.column("SELECT DISTINCT queue FROM process WHERE place <> {ended}", vec![]).await
     }
 
-    /// What an incarnation holds, the longest held first, at most `limit`.
+    /// Lists the processes that an incarnation holds, the longest held first, at most `limit`.
     ///
     /// # Errors
     /// The database does not answer.
@@ -209,7 +208,7 @@ impl Store {
         summaries(&self.query(&sql, vec![Uuid::from(owner).into()]).await?)
     }
 
-    /// The newest unfinished process of `baton run` with this key.
+    /// Returns the newest unfinished process of `baton run` with this key.
     ///
     /// # Errors
     /// The database does not answer.
@@ -220,9 +219,9 @@ impl Store {
     }
 }
 
-// An error is that of the last attempt that ended with one. The one of the last holding is what a retry waits for, since
-// a holding that ends in an ordinary wait leaves no attempt. Each sub-select is one look into an index, and only for rows
-// that can have what it looks for; who has paused a process is one value for the same reason.
+// `last_error` is the error of the last attempt that ended with one. `last_how` is that of the last attempt if it left
+// a row, which an attempt that ends in an ordinary wait does not. Each subquery is one index lookup, and runs only for
+// rows that can have a result; `paused` is one value for the same reason.
 const SUMMARY: &str = "
     SELECT p.id, s.name, s.kind, p.place, p.state, p.before, p.desired, p.queue, p.owner, w.name AS worker, p.epoch,
            p.try, p.seq, s.created_at, p.changed_at, p.ended_at, p.wake_at, p.outcome, p.refused_at,
@@ -307,7 +306,7 @@ fn summaries(rows: &[QueryResult]) -> Result<Vec<Summary>, Error> {
     read::<SummaryRow>(rows)?.into_iter().map(Summary::try_from).collect()
 }
 
-/// A list does not end at a row that a newer program has written.
+/// A list continues past a row that a newer program wrote.
 fn outcome_of(bytes: &[u8]) -> Result<Outcome, Error> {
     match Outcome::from_bytes(bytes) {
         Err(error @ Error::Newer { .. }) => Ok(Outcome::because(format!("its outcome: {error}"))),

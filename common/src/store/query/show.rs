@@ -1,4 +1,4 @@
-//! Everything about one process.
+//! The details of one process.
 
 use sea_orm::{ColumnTrait, EntityTrait, FromQueryResult, QueryFilter, QueryOrder};
 use serde::Serialize;
@@ -14,71 +14,71 @@ use crate::store::handle::Store;
 use crate::store::job::Job;
 use crate::store::lease::{Output, Stream};
 
-/// Everything about one process.
+/// The details of one process.
 #[derive(Clone, Debug)]
 pub struct Details {
-    /// What a list shows.
+    /// The summary, as in lists.
     pub summary: Summary,
-    /// What it runs, if this program can read it.
+    /// The spec, if this program can read it.
     pub spec: Option<Spec>,
-    /// Who asked for it.
+    /// The requester.
     pub created_by: String,
-    /// Its progress, if there is any that this program can read.
+    /// The checkpoint, if there is one that this program can read.
     pub checkpoint: Option<Checkpoint>,
-    /// What of these two it cannot read, and why.
+    /// Which of the two is unreadable, and why.
     pub unreadable: Option<String>,
     /// Its attempts, oldest first.
     pub attempts: Vec<AttemptRow>,
-    /// Requests about it, oldest first.
+    /// Requests to it, oldest first.
     pub events: Vec<EventRow>,
-    /// Its jobs at sites, the latest last.
+    /// Its jobs at sites, latest last.
     pub jobs: Vec<Job>,
 }
 
-/// One attempt at a process.
+/// One attempt of a process.
 #[derive(Clone, Debug, Serialize)]
 pub struct AttemptRow {
-    /// The number of the lease.
+    /// The epoch of its lease.
     pub epoch: i64,
     /// The number of the try.
     #[serde(rename = "try")]
     pub try_number: i64,
-    /// The worker's name, or its incarnation where that row is gone.
+    /// The worker's name, or its incarnation if the name is unknown.
     pub worker: String,
-    /// Its first moment.
+    /// The time of its claim.
     pub started_at: i64,
-    /// Its last moment.
+    /// The time of its end.
     pub ended_at: i64,
-    /// ok, error, lost, drained, paused or killed.
+    /// `ok`, `error`, `lost`, `drained`, `paused` or `killed`.
     pub how: String,
-    /// Why, in words.
+    /// The reason, in words.
     pub reason: Option<String>,
 }
 
 /// One request of an operator.
 #[derive(Clone, Debug, Serialize)]
 pub struct EventRow {
-    /// When it was recorded.
+    /// The time when it was recorded.
     pub at: i64,
     /// `pause`, `play` or `kill`.
     pub what: String,
-    /// Who asked, as they say themselves: user and host.
+    /// The requester's name, as given: user and host.
     pub by: String,
-    /// Whom the database or the broker knows it from.
+    /// The login that the database or the broker verified.
     pub login: String,
-    /// Why.
+    /// The reason.
     pub reason: Option<String>,
-    /// The request to many that it was part of.
+    /// The request to many processes that it belongs to.
     pub request: Option<Uuid>,
-    /// `applied`, `superseded` by a later request, or `ended` when the process came to its end before; absent while its
-    /// holder has yet to obey.
+    /// `applied`, `superseded` by a later request, or `ended` if the process ended first; absent while the holder has
+    /// yet to obey.
     pub outcome: Option<String>,
-    /// When that was.
+    /// The time of the outcome.
     pub settled_at: Option<i64>,
 }
 
 impl Store {
-    /// Everything about one process; `None` when there is no such process.
+    /// Returns the details of a process; `None` if there is no such process.
     ///
     /// # Errors
     /// The database does not answer, or a row cannot be read.
@@ -107,7 +107,7 @@ impl Store {
         }))
     }
 
-    /// What is kept of a process's streams, of its last attempt that has written any; with that attempt's epoch.
+    /// Returns the stored output of the last attempt that has any, with its epoch.
     ///
     /// # Errors
     /// The database does not answer.
@@ -127,7 +127,7 @@ impl Store {
     }
 }
 
-/// What of a process is stored as MessagePack, and who asked for it.
+/// The encoded columns of a process, and its requester.
 #[derive(FromQueryResult)]
 struct BlobsRow {
     body: Vec<u8>,

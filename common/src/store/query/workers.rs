@@ -14,60 +14,60 @@ use crate::store::error::Error;
 use crate::store::handle::Store;
 use crate::store::worker::LEASE;
 
-/// One worker.
+/// A worker.
 #[derive(Clone, Debug, Serialize)]
 pub struct WorkerRow {
     /// Its incarnation.
     pub id: Incarnation,
-    /// Its label.
+    /// The name.
     pub name: String,
-    /// Its host.
+    /// The host.
     pub host: String,
     /// Its process id there.
     pub os_pid: i64,
-    /// Its program's version.
+    /// The version of its program.
     pub version: String,
     /// The queues that it serves.
     pub queues: String,
-    /// How many processes it may hold.
+    /// The number of processes that it may hold.
     pub slots: i64,
-    /// How many it holds.
+    /// The number of processes that it holds.
     pub held: i64,
     /// Processes that block their thread.
     pub blocked: Option<String>,
-    /// What its machine lacks, as it said with its last beat.
+    /// The shortage of its machine, according to its last beat.
     pub lacks: Option<Lacks>,
-    /// Whether somebody wants it to give back what it holds and to stop.
+    /// Whether it was asked to give back what it holds and to stop.
     pub drain: bool,
-    /// The number that grows while it lives.
+    /// The counter of its lease.
     pub beat: i64,
-    /// When that number last grew. People read it; who is dead is decided by the number alone.
+    /// The time of the last beat, for people. Liveness depends on the counter alone.
     pub beat_at: i64,
-    /// When it started.
+    /// The time of its start.
     pub started_at: i64,
-    /// When it stopped or was declared gone.
+    /// The time when it stopped or was declared gone.
     pub gone_at: Option<i64>,
     /// The name of its control queue.
     pub control_queue: String,
-    /// The time of the query.
+    /// The time of the query, by the database's clock.
     #[serde(skip)]
     pub now: i64,
 }
 
-/// What a worker's row says of it, for people.
+/// The state of a worker, from its row.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum WorkerState {
     /// It beats.
     Live,
-    /// It beats, takes nothing more, and gives back what it holds.
+    /// It beats, claims nothing more, and gives back what it holds.
     Draining,
-    /// It has missed a beat, and nobody has declared it gone yet.
+    /// It has missed a beat and is not declared gone yet.
     Silent,
     /// It has stopped, or was declared gone.
     Gone,
 }
 
-/// A beat that is older than this was missed; they come every second.
+/// A beat older than this was missed; beats come every second.
 const SILENT_AFTER: Duration = Duration::from_millis(1_500);
 
 impl WorkerState {
@@ -83,12 +83,12 @@ impl WorkerState {
 }
 
 impl WorkerRow {
-    /// How long ago it beat.
+    /// The time since its last beat.
     pub fn silence(&self) -> Duration {
         Duration::from_micros((self.now - self.beat_at).max(0).cast_unsigned())
     }
 
-    /// How it is.
+    /// The state.
     pub fn state(&self) -> WorkerState {
         if self.gone_at.is_some() {
             WorkerState::Gone
@@ -101,31 +101,32 @@ impl WorkerRow {
         }
     }
 
-    /// Whether it is expected to take work: nobody drains it, its machine lacks nothing that it needs, and it has beaten
-    /// within its lease. A worker that died alone has a row that nobody marks.
+    /// Whether it is expected to claim processes: it is not draining, its machine has no shortage that stops it, and it
+    /// has beaten within its lease. If the only worker dies, no other worker marks its row as gone.
     pub fn takes_work(&self) -> bool {
         self.gone_at.is_none() && !self.drain && !self.is_short() && self.silence() < LEASE
     }
 
-    /// Whether its machine lacks something without which it takes no work.
+    /// Whether its machine has a shortage that stops it from claiming.
     pub fn is_short(&self) -> bool {
         self.lacks.as_ref().is_some_and(Lacks::stops_taking)
     }
 
-    /// Whether it serves a task queue, whose name may have a class.
+    /// Whether it serves a task queue, whose name may include a class.
     pub fn serves(&self, task_queue: &str) -> bool {
         let name = queue_name(task_queue);
         self.queues.split(',').any(|queue| queue == name)
     }
 }
 
-/// The queue that a task queue's name stands for: `default` for `default.high`.
+/// The queue of a task queue: `default` for `default.high`.
 pub fn queue_name(task_queue: &str) -> &str {
     task_queue.split('.').next().unwrap_or(task_queue)
 }
 
 impl Store {
-    /// Workers, live ones first; gone ones only if asked for. `names` are names or incarnations; none means all.
+    /// Lists workers, live ones first, and gone ones only on request. `names` are names or incarnations; an empty list
+    /// selects all.
     ///
     /// # Errors
     /// The database does not answer.
@@ -151,7 +152,7 @@ impl Store {
         Ok(self.all::<RawWorker>(&sql, values).await?.into_iter().map(WorkerRow::from).collect())
     }
 
-    /// The name of the control queue of a live incarnation.
+    /// Returns the name of the control queue of a live incarnation.
     ///
     /// # Errors
     /// The database does not answer.

@@ -5,14 +5,14 @@ use uuid::Uuid;
 
 use crate::select::Select;
 
-/// Explicit ids that one statement asks for.
+/// Explicit ids in one statement.
 pub(super) const PIDS_MAX: usize = 1_000;
 
-/// What makes a condition on `spec.created_at` one by which rows are found, in the index of those times. One without it
-/// only judges a row that was found by its id.
+/// Makes a condition on `spec.created_at` usable for a search of that index. Without it, the condition only checks a
+/// row that was found by its id.
 pub(super) const FOUND_BY_TIME: &str = " AND s.created_at <> -1";
 
-/// Which way a selection is paged through.
+/// The order of the pages of a selection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::store) enum Order {
     NewestFirst,
@@ -20,7 +20,7 @@ pub(in crate::store) enum Order {
 }
 
 impl Order {
-    /// The direction in which it is sorted, and how an id compares with those before it.
+    /// The sort direction, and the comparison of an id with those before it.
     pub(super) fn words(self) -> (&'static str, &'static str) {
         match self {
             Self::NewestFirst => ("DESC", "<"),
@@ -28,7 +28,7 @@ impl Order {
         }
     }
 
-    /// An id that no process has.
+    /// An id before that of any process.
     pub(super) fn before_all(self) -> Uuid {
         match self {
             Self::NewestFirst => Uuid::max(),
@@ -37,11 +37,11 @@ impl Order {
     }
 }
 
-/// The condition on one row `process p` that has been found by its id, but for the selection's ids, as ` AND …`; its values are
-/// added to `values`.
+/// The condition on one row `process p` that was found by its id, without the selection's ids, as ` AND …`. Its values
+/// are added to `values`.
 ///
-/// Nothing in it leads a planner to other rows (`+ 0`, and sub-selects that give a value): of processes that were accepted
-/// just now it believes that one row meets each condition, and with joins it may compare each of them with each other.
+/// Nothing in it lets a planner start from other rows (`+ 0`, and scalar subqueries). For recently accepted processes a
+/// planner expects one row per condition, and with joins it may compare each of them with every other.
 pub(in crate::store) fn look(select: &Select, values: &mut Vec<Value>) -> String {
     look_but_for(select, None, values)
 }
@@ -84,14 +84,14 @@ pub(super) fn state_condition(column: &str, select: &Select) -> String {
     format!(" AND {column} IN ({})", states.join(", "))
 }
 
-/// The columns of `spec` that a selection gives a value to, each with an index of its own, and these values.
+/// The columns of `spec` that a selection compares, each with its own index, and the values.
 pub(super) fn spec_facts(select: &Select) -> impl Iterator<Item = (&'static str, &str)> {
     let facts = [("session", &select.session), ("queue", &select.queue), ("kind", &select.kind)];
     facts.into_iter().filter_map(|(column, wanted)| Some((column, wanted.as_deref()?)))
 }
 
-/// What a search says beside the value of one of these columns, so that it may use the index of the rows for which this
-/// holds: of all of them, since none of these facts is ever empty.
+/// Makes a comparison of one of these columns usable for a search of its partial index. It is true of every row, since
+/// none of these columns is ever empty.
 pub(super) fn in_index_of(alias: &str, column: &str) -> String {
     format!(" AND {alias}{column} <> ''")
 }
@@ -114,7 +114,7 @@ pub(super) fn label_condition(alias: &str, key: &str, value: &str, values: &mut 
     format!(" AND {alias}.key = ${} AND {alias}.value = ${}", values.len() - 1, values.len())
 }
 
-/// The table by which a selection's rows are found when they are counted.
+/// The table from which a count starts.
 #[derive(Clone, Copy, PartialEq)]
 pub(super) enum Base {
     Spec,

@@ -15,8 +15,8 @@ use crate::store::dialect::Batch;
 use crate::store::error::Error;
 use crate::store::handle::Store;
 
-/// How many rows of `process p` are in a selection and meet a condition, by the code in one of their columns. `values`
-/// are the condition's.
+/// Counts the rows of `process p` that are in a selection and meet a condition, by the code in one of their columns.
+/// `values` are the values of the condition.
 pub(in crate::store) async fn count(
     store: &Store,
     select: &Select,
@@ -27,7 +27,7 @@ pub(in crate::store) async fn count(
     if select.is_none() {
         return Ok(BTreeMap::new());
     }
-    // Each row is one look by its id, as for `look`.
+    // One lookup by id per row, as in `look`.
     let by_id = |base: &str, id: &str, found_by: &str, look: &str| {
         format!(
             "SELECT code, COUNT(*) AS n
