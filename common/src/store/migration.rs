@@ -15,7 +15,9 @@ mod m20261129_000002_identity;
 mod m20261130_000001_lacks;
 mod m20261130_000002_objects;
 mod m20261130_000003_served_sites;
+// Only for the tests of two versions, where the file is.
 #[cfg(feature = "next-version")]
+#[path = "../../../tests/tests/all/versions/m20991231_000001_next.rs"]
 mod m20991231_000001_next;
 
 /// Part of the name of a migration after which older programs must not use the database.
