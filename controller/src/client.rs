@@ -151,7 +151,7 @@ impl Client {
     /// Does what follows requests that were applied in the database: tells what is queued now, announces, answers.
     pub(crate) async fn follow(&self, rows: &[Controlled]) {
         let mut queued = ByQueue::new();
-        for (queue, told) in rows.iter().filter_map(|row| row.told.clone()) {
+        for (queue, told) in rows.iter().filter_map(|row| row.announced.clone()) {
             queued.entry(queue).or_default().push(told);
         }
         // Without a broker this was said before, and workers find what is queued.

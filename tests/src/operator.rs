@@ -70,7 +70,7 @@ impl Operator {
             return None;
         };
         drop(turn);
-        if let Some((queue, told)) = row.told {
+        if let Some((queue, told)) = row.announced {
             let task = Task::Continue { pid, announced_at: Some(told.announced_at) };
             // What is not told, the head rule tells.
             let _ = self.communicator.publish(&queue, vec![TaskMessage { task, traceparent: None }]).await;

@@ -1,13 +1,13 @@
 //! Versioned MessagePack in columns: one version byte, then a map with named fields.
 //!
-//! Named fields let old and new programs read each other as long as later fields have defaults; a change that cannot be
-//! read so gets a new version byte. Golden files of every version are kept under `common/tests/golden`.
+//! Named fields let old and new programs read each other's rows if later fields have defaults. Any other change needs a
+//! new version byte. Golden files of every version are kept in `common/tests/golden`.
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::Error;
+use super::error::Error;
 use crate::digest::Digest;
 use crate::message_pack;
 use crate::spec::Spec;
@@ -15,81 +15,82 @@ use crate::spec::Spec;
 /// The version byte that this program writes.
 const VERSION: u8 = if cfg!(feature = "next-version") { 4 } else { 1 };
 
-/// That of a spec for a site: a program that knows no sites would run it on its own machine.
+/// The version byte of a spec for a site. A program without support for sites would run it on its own machine.
 const VERSION_ON_SITE: u8 = if cfg!(feature = "next-version") { 4 } else { 2 };
 
-/// That of one whose files are in a manifest of version 2: a program that cannot read it would give the process up for ever.
+/// The version byte of a spec whose files are in a manifest of version 2. A program that cannot read that manifest
+/// would refuse the process again and again.
 const VERSION_OF_BYTES: u8 = if cfg!(feature = "next-version") { 4 } else { 3 };
 
-/// The newest that this program reads.
+/// The newest version that this program reads.
 const KNOWN: u8 = VERSION_OF_BYTES;
 
-/// A process's progress between two advances.
+/// The progress of a process between two advances.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Checkpoint {
-    /// Committed advances.
+    /// The number of committed advances.
     pub advances: u64,
-    /// Committed advances in a row that changed nothing; for the no-progress limit.
+    /// The number of consecutive committed advances without progress, for the no-progress limit.
     #[serde(default)]
     pub idle_advances: u64,
-    /// Attempts that failed and were charged to the process.
+    /// The number of failed attempts that were charged to the process.
     #[serde(default)]
     pub failures: u32,
-    /// Why the last of them failed.
+    /// The error of the last failed attempt.
     #[serde(default)]
     pub last_error: Option<String>,
-    /// What the process returns so far.
+    /// The values that the process has returned so far.
     #[serde(default)]
     pub values: serde_json::Map<String, Value>,
-    /// How far it is, in its own words and in 0..=1.
+    /// The progress that the process reports.
     #[serde(default)]
     pub progress: Option<Progress>,
-    /// The process's own state, as its kind writes it.
+    /// The state of the process, encoded by its kind.
     #[serde(with = "serde_bytes")]
     pub state: Vec<u8>,
 }
 
-/// How far a process says that it is.
+/// The progress that a process reports.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Progress {
     /// Steps done.
     pub done: u64,
-    /// Steps in all, if the process knows.
+    /// The total number of steps, if known.
     pub total: Option<u64>,
 }
 
 /// How a process ended.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Outcome {
-    /// Exit code, when it came to its end by itself; 128 + N for a program that signal N ended.
+    /// The exit code, if the process ended by itself; 128 + N for a program that signal N ended.
     #[serde(default)]
     pub exit: Option<i32>,
     /// The signal that ended its program.
     #[serde(default)]
     pub signal: Option<i32>,
-    /// What it returned.
+    /// The values that it returned.
     #[serde(default)]
     pub values: serde_json::Map<String, Value>,
-    /// Whether the exit is one of those that the spec calls success.
+    /// Whether the spec counts the exit code as success.
     #[serde(default)]
     pub ok: bool,
-    /// Why, in words, where the exit does not say it.
+    /// The reason, if the exit code does not say it.
     #[serde(default)]
     pub reason: Option<String>,
-    /// Where its files are on the worker that ran it, and which worker that was.
+    /// The location of its files and the worker that ran it.
     #[serde(default)]
     pub sandbox: Option<String>,
-    /// The manifest of the outputs that are kept in the object store; see [`crate::objects::Manifest`].
+    /// The manifest of the outputs in the object store; see [`crate::objects::Manifest`].
     #[serde(default)]
     pub results: Option<Digest>,
 }
 
-/// A checkpoint as it is written.
+/// An encoded checkpoint.
 #[derive(Clone, Debug)]
 pub struct PackedCheckpoint {
-    /// [`Checkpoint::advances`], which has a column of its own.
+    /// [`Checkpoint::advances`], which has its own column.
     pub advances: u64,
-    /// The column's bytes.
+    /// The bytes of the column.
     pub bytes: Vec<u8>,
 }
 
@@ -100,41 +101,41 @@ impl From<&Checkpoint> for PackedCheckpoint {
 }
 
 impl Checkpoint {
-    /// The column's bytes.
+    /// Encodes the column.
     pub fn to_bytes(&self) -> Vec<u8> {
         to_bytes(self)
     }
 
-    /// Reads the column.
+    /// Decodes the column.
     ///
     /// # Errors
-    /// [`Error::Newer`] when a newer version wrote it, [`Error::Unreadable`] when nobody did.
+    /// [`Error::Newer`] if a newer version wrote it, [`Error::Unreadable`] if no version wrote it.
     pub fn from_bytes(bytes: &[u8]) -> Result<Self, Error> {
         from_bytes(bytes)
     }
 }
 
 impl Outcome {
-    /// The outcome of a process that ended for this reason and not by itself.
+    /// The outcome of a process that did not end by itself, with the reason.
     pub fn because(reason: impl Into<String>) -> Self {
         Outcome { reason: Some(reason.into()), ..Outcome::default() }
     }
 
-    /// The column's bytes.
+    /// Encodes the column.
     pub fn to_bytes(&self) -> Vec<u8> {
         to_bytes(self)
     }
 
-    /// Reads the column.
+    /// Decodes the column.
     ///
     /// # Errors
-    /// [`Error::Newer`] when a newer version wrote it, [`Error::Unreadable`] when nobody did.
+    /// [`Error::Newer`] if a newer version wrote it, [`Error::Unreadable`] if no version wrote it.
     pub fn from_bytes(bytes: &[u8]) -> Result<Self, Error> {
         from_bytes(bytes)
     }
 }
 
-/// A spec as the bytes of its column.
+/// Encodes the column of a spec.
 pub fn spec_to_bytes(spec: &Spec) -> Vec<u8> {
     let version = match &spec.on_site {
         None => VERSION,
@@ -144,10 +145,10 @@ pub fn spec_to_bytes(spec: &Spec) -> Vec<u8> {
     to_bytes_of(version, spec)
 }
 
-/// Reads a spec's column.
+/// Decodes the column of a spec.
 ///
 /// # Errors
-/// [`Error::Newer`] when a newer version wrote it, [`Error::Unreadable`] when nobody did.
+/// [`Error::Newer`] if a newer version wrote it, [`Error::Unreadable`] if no version wrote it.
 pub fn spec_from_bytes(bytes: &[u8]) -> Result<Spec, Error> {
     from_bytes(bytes)
 }
@@ -178,7 +179,7 @@ mod tests {
     use crate::spec::{OnSite, Work};
 
     #[test]
-    fn a_newer_version_is_an_error_that_says_so() {
+    fn newer_version_is_a_specific_error() {
         let mut bytes = Checkpoint::default().to_bytes();
         bytes[0] = KNOWN + 1;
         let error = Checkpoint::from_bytes(&bytes).unwrap_err();
@@ -188,7 +189,7 @@ mod tests {
     }
 
     #[test]
-    fn only_a_spec_for_a_site_is_closed_to_programs_that_know_no_sites() {
+    fn only_site_specs_have_a_version_that_older_programs_refuse() {
         let mut spec = Spec::new(Work::Script { text: "true".into() });
         assert_eq!(spec_to_bytes(&spec)[0], VERSION);
         assert_eq!(spec_from_bytes(&spec_to_bytes(&spec)).unwrap(), spec);

@@ -1,20 +1,25 @@
-//! Requests of operators, and of workers that cannot go on with a process. One statement writes what is desired and, if
-//! nobody holds the process, applies it.
+//! Requests to processes, by operators or by workers that cannot continue a process. One statement writes the desired
+//! state and, if the process is not held, applies it.
 //!
-//! Every request leaves an event a process: who asked, when, and what it came to. The outcome is written by the statement
-//! that obeys: here where nobody holds the process, by the holder's fenced write, or by the sweep that frees it.
+//! Every request leaves one row per process in the table `event`: the requester, the time and the outcome. The
+//! statement that obeys the request writes the outcome: here if the process is not held, else the holder's fenced
+//! write, or the sweep that frees it.
 
 use std::collections::BTreeMap;
 
-use sea_orm::{ConnectionTrait, DatabaseTransaction, QueryResult, Value};
+use sea_orm::{ConnectionTrait, DatabaseTransaction, FromQueryResult, Value};
 use uuid::Uuid;
 
 use super::blob::Outcome;
-use super::dialect::{Batch, Dialect, Kind};
+use super::connection::begin;
+use super::dialect::{Batch, Kind};
+use super::error::Error;
+use super::handle::Store;
+use super::lease::Fence;
+pub use super::request::{Request, Settled};
+use super::request::{kill_reason, settle};
+use super::row::{Announced, Queued, read};
 use super::select::{self, Order, Walk};
-use super::submit::Announced;
-use super::writer::Fence;
-use super::{Error, Store, begin};
 use crate::border;
 use crate::id::{Incarnation, Pid, RequestId};
 use crate::message::Effect;
@@ -24,39 +29,14 @@ use crate::state::{Desired, Place, State};
 /// Rows that one statement of a request to many changes.
 const PAGE_ROWS: u32 = 1_000;
 
-/// What somebody asks for.
-#[derive(Clone, Debug)]
-pub struct Request {
-    /// What is wanted.
-    pub verb: Desired,
-    /// At once: `pause --now` ends a local program.
-    pub urgent: bool,
-    /// Without asking the holder: `kill --force` ends the process in the database, and its holder, who loses the lease by
-    /// it, drops it.
-    pub force: bool,
-    /// Who asks, as they say themselves: user and host, or the name of a worker.
-    pub by: String,
-    /// Whom the broker knows it from, for requests that came from outside; `None` is the database's own login.
-    pub login: Option<String>,
-    /// Why, in their words.
-    pub reason: Option<String>,
-}
-
-impl Request {
-    /// A plain request by somebody who speaks to the database.
-    pub fn new(verb: Desired, by: impl Into<String>) -> Self {
-        Request { verb, urgent: false, force: false, by: by.into(), login: None, reason: None }
-    }
-}
-
-/// What became of a request to one process.
+/// The answer to a request to one process.
 #[derive(Clone, Debug)]
 pub enum Answer {
-    /// It is written, and applied unless somebody holds the process.
+    /// The request is recorded, and applied unless the process is held.
     Recorded(Controlled),
     /// The process has ended; nothing was written.
     Ended(State),
-    /// A kill stands, and it absorbs everything else.
+    /// A kill is pending, and it absorbs every other request.
     Dying,
     /// No such process.
     Absent,
@@ -67,44 +47,57 @@ pub enum Answer {
 pub struct Controlled {
     /// The process.
     pub pid: Pid,
-    /// The request's event, whose outcome says when it is applied.
+    /// The row of the request, whose outcome says when it is applied.
     pub event: RequestId,
-    /// Where it is now.
+    /// The place now.
     pub place: Place,
-    /// Its state now.
+    /// The state now.
     pub state: State,
-    /// Who holds it, or held it until a `--force`, and must be told to read the row.
+    /// The holder, before a `--force` if there was one. It must be told to read the row.
     pub owner: Option<Incarnation>,
-    /// What the request has come to.
+    /// The effect of the request.
     pub effect: Effect,
-    /// Its task queue, and the row for its message, if it is queued now and was not before.
-    pub told: Option<(String, Announced)>,
-    /// Whom to tell of the end, if this ended it.
+    /// The task queue and the row to announce, if the request has queued it.
+    pub announced: Option<(String, Announced)>,
+    /// The reply address for its end, if the request has ended it.
     pub reply_to: Option<Vec<u8>>,
 }
 
 /// A row before a request, locked.
+#[derive(FromQueryResult)]
 struct Before {
     id: Uuid,
     place: Place,
+    #[sea_orm(nested)]
     state: State,
     desired: Desired,
     owner: Option<Incarnation>,
 }
 
+/// A row after a request.
+#[derive(FromQueryResult)]
+struct After {
+    #[sea_orm(nested)]
+    queued: Queued,
+    place: Place,
+    #[sea_orm(nested)]
+    state: State,
+    reply_to: Option<Vec<u8>>,
+}
+
 impl Store {
-    /// Asks one process for something.
+    /// Records a request to one process.
     ///
     /// # Errors
-    /// Nothing is recorded, or (when the commit's answer was lost) it is: the same call again is safe.
+    /// Nothing is recorded, or (if the answer of the commit was lost) the request is: the same call again is safe.
     pub async fn control(&self, pid: Pid, request: &Request) -> Result<Answer, Error> {
         self.control_where("p.id = $1", vec![Uuid::from(pid).into()], request).await
     }
 
-    /// Asks for something as the holder of a process: [`Answer::Absent`] when it is not that any more.
+    /// Records a request of the holder of a process. [`Answer::Absent`] means that the lease is lost.
     ///
     /// # Errors
-    /// As [`Store::control`].
+    /// See [`Store::control`].
     pub async fn control_held(&self, fence: Fence, request: &Request) -> Result<Answer, Error> {
         let values = vec![Uuid::from(fence.pid).into(), fence.epoch.into()];
         self.control_where(HELD_BY, values, request).await
@@ -115,7 +108,7 @@ impl Store {
         let sql = format!("{BEFORE} WHERE {which} {{of_p}}");
         let row = transaction.query_one_raw(self.dialect.statement(&sql, values)).await?;
         let Some(row) = row else { return Ok(Answer::Absent) };
-        let before = before(&row)?;
+        let before = Before::from_query_result(&row, "")?;
         if before.state.is_final() {
             return Ok(Answer::Ended(before.state));
         }
@@ -128,15 +121,14 @@ impl Store {
         Ok(Answer::Recorded(controlled))
     }
 
-    /// Begins to ask every process of a selection for something; those that come after the request was recorded are not
-    /// asked. [`Many::next`] does it page by page.
+    /// Begins a request to all processes of a selection that were accepted before it was recorded. [`Many::next`]
+    /// applies it page by page.
     ///
-    /// The request is recorded first, under its id. The same id again goes on where the first call was cut off, and asks
-    /// nobody of whom something was asked since; when the first call has come to its end, this does nothing and returns
-    /// `None`.
+    /// The request is recorded first, under its id. A second call with the same id resumes an interrupted request and
+    /// skips processes that got a later request; it returns `None` if the request is complete.
     ///
     /// # Errors
-    /// As [`Store::control`].
+    /// See [`Store::control`].
     pub async fn control_many(&self, id: RequestId, select: &Select, request: &Request) -> Result<Option<Many>, Error> {
         let target = serde_json::to_string(select).expect("a selection is plain data");
         let Some(asked_at) = self.record_request(id, request.verb.verb(), Some(target), request).await? else {
@@ -147,7 +139,7 @@ impl Store {
         Ok(Some(Many { store, id, select, request, asked_at, walk }))
     }
 
-    /// How many processes of a selection a request would be about, by the words of their places.
+    /// Counts the processes of a selection that a request would change, by the words of their places.
     ///
     /// # Errors
     /// The database does not answer.
@@ -160,53 +152,6 @@ impl Store {
                 Ok((place.word().to_owned(), count))
             })
             .collect()
-    }
-
-    /// The processes that have yet to obey a request to many.
-    ///
-    /// # Errors
-    /// The database does not answer.
-    pub async fn pending(&self, request: RequestId) -> Result<Vec<Pid>, Error> {
-        let sql = "SELECT pid FROM event WHERE request = $1 AND outcome IS NULL AND pid IS NOT NULL";
-        let rows = self.query(sql, vec![Uuid::from(request).into()]).await?;
-        rows.iter().map(|row| Ok(row.try_get::<Uuid>("", "pid")?.into())).collect()
-    }
-
-    /// What a request to one process has come to; `None` while its holder has yet to obey.
-    ///
-    /// # Errors
-    /// The database does not answer.
-    pub async fn settled(&self, event: RequestId) -> Result<Option<Settled>, Error> {
-        let rows = self.query("SELECT outcome FROM event WHERE id = $1", vec![Uuid::from(event).into()]).await?;
-        let outcome: Option<String> = rows.first().ok_or(Error::NoRow)?.try_get("", "outcome")?;
-        Ok(outcome.as_deref().and_then(Settled::from_word))
-    }
-
-    /// Records a request that is not about one process, once; `None` when the same has been recorded and has come to its
-    /// end. Gives the time of the first record.
-    pub(super) async fn record_request(
-        &self,
-        id: RequestId,
-        what: &str,
-        target: Option<String>,
-        request: &Request,
-    ) -> Result<Option<i64>, Error> {
-        let sql = "INSERT INTO event (id, at, what, target, by_whom, login, reason)
-                   VALUES ($1, {clock}, $2, $3, $4, COALESCE($5, {login}), $6)
-                   ON CONFLICT (id) DO NOTHING";
-        let values: Vec<Value> = vec![
-            Uuid::from(id).into(),
-            what.to_owned().into(),
-            target.into(),
-            request.by.clone().into(),
-            request.login.clone().into(),
-            request.reason.clone().into(),
-        ];
-        self.execute(sql, values).await?;
-        let rows = self.query("SELECT at, outcome FROM event WHERE id = $1", vec![Uuid::from(id).into()]).await?;
-        let row = rows.first().ok_or(Error::NoRow)?;
-        let is_open = row.try_get::<Option<String>>("", "outcome")?.is_none();
-        Ok(is_open.then(|| row.try_get("", "at")).transpose()?)
     }
 
     /// Writes a request into locked rows and into their history.
@@ -227,17 +172,18 @@ impl Store {
         let answers = transaction.query_all_raw(self.dialect.batch(CONTROL, values, ids())).await?;
         let held = rows.iter().filter(|row| row.place == Place::Held).map(|row| row.id).collect::<Vec<_>>();
         if !held.is_empty() {
-            // What waits for its holder and is not wanted any more.
+            // Pending requests that contradict this one.
             let values = vec![request.verb.verb().to_owned().into()];
             transaction.execute_raw(self.dialect.batch(SUPERSEDE, values, Batch::ids(held))).await?;
         }
         let mut events = Batch::new(&[("b_event", Kind::Uuid), ("b_id", Kind::Uuid), ("b_outcome", Kind::Text)]);
         let by_id: BTreeMap<Uuid, &Before> = rows.iter().map(|row| (row.id, row)).collect();
         let mut changed = Vec::with_capacity(answers.len());
-        for answer in &answers {
-            let before =
-                by_id.get(&answer.try_get("", "id")?).ok_or_else(|| Error::Unreadable("a row not asked for".into()))?;
-            let controlled = controlled(answer, before, request)?;
+        for answer in read::<After>(&answers)? {
+            let before = by_id
+                .get(&Uuid::from(answer.queued.announced.pid))
+                .ok_or_else(|| Error::Unreadable("a row not asked for".into()))?;
+            let controlled = controlled(answer, before, request);
             let is_pending = is_pending(controlled.place, request.verb);
             let outcome = if is_pending && request.verb != Desired::Run { "" } else { Settled::Applied.word() };
             events.push([Uuid::from(controlled.event).into(), before.id.into(), outcome.to_owned().into()]);
@@ -262,7 +208,7 @@ impl Store {
     }
 }
 
-/// A request to many that is under way.
+/// A request to many processes in progress.
 pub struct Many {
     store: Store,
     id: RequestId,
@@ -273,18 +219,18 @@ pub struct Many {
 }
 
 impl Many {
-    /// Asks the next page of processes, and gives those that were asked, in the order of their ids; `None` when all have
-    /// been asked.
+    /// Applies the request to the next page of processes, and returns these in the order of their ids; `None` at the
+    /// end.
     ///
     /// # Errors
-    /// As [`Store::control`]; pages that are committed stay.
+    /// See [`Store::control`]; committed pages stay.
     pub async fn next(&mut self) -> Result<Option<Vec<Controlled>>, Error> {
         let Store { db, dialect, .. } = &self.store;
         while let Some(ids) = self.walk.next_ids(db, *dialect, PAGE_ROWS).await? {
             let mut values: Vec<Value> =
                 vec![self.asked_at.into(), self.request.verb.code().into(), self.request.force.into()];
             let look = select::look(&self.select, &mut values);
-            // What has moved meanwhile is judged anew, under its lock.
+            // The conditions are checked again under the row lock, since rows may have changed.
             let sql = format!(
                 "WITH {{rows}}
                  {BEFORE}
@@ -297,7 +243,7 @@ impl Many {
             );
             let transaction = begin(db).await?;
             let rows = transaction.query_all_raw(dialect.batch(&sql, values, Batch::ids(ids))).await?;
-            let rows = rows.iter().map(before).collect::<Result<Vec<_>, _>>()?;
+            let rows: Vec<Before> = read(&rows)?;
             if rows.is_empty() {
                 continue;
             }
@@ -313,88 +259,11 @@ impl Many {
     }
 }
 
-/// How a request to a process ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Settled {
-    /// The process obeyed.
-    Applied,
-    /// A later request wanted something else before the process obeyed.
-    Superseded,
-    /// The process came to its end before it obeyed.
-    Ended,
-}
-
-impl Settled {
-    /// The word in the `event` table.
-    pub fn word(self) -> &'static str {
-        match self {
-            Settled::Applied => "applied",
-            Settled::Superseded => "superseded",
-            Settled::Ended => "ended",
-        }
-    }
-
-    /// What the word stands for; `None` for a word of a later version.
-    pub fn from_word(word: &str) -> Option<Self> {
-        [Settled::Applied, Settled::Superseded, Settled::Ended].into_iter().find(|settled| settled.word() == word)
-    }
-}
-
-/// Writes down that processes have obeyed, or have ended before they did. `obeyed` are those that are paused or have
-/// ended now and of which something was asked; the statement that changed them is in the same transaction.
-pub(super) async fn settle(
-    connection: &impl ConnectionTrait,
-    dialect: Dialect,
-    obeyed: &[(Pid, State)],
-) -> Result<(), Error> {
-    let mut batch = Batch::new(&[("b_id", Kind::Uuid), ("b_what", Kind::Text), ("b_final", Kind::SmallInt)]);
-    for (pid, state) in obeyed {
-        let what = match state {
-            State::Paused(_) => Desired::Pause.verb(),
-            State::Killed => Desired::Kill.verb(),
-            State::Created | State::Running | State::Waiting | State::Finished | State::Excepted => "",
-        };
-        batch.push([Uuid::from(*pid).into(), what.to_owned().into(), i16::from(state.is_final()).into()]);
-    }
-    if !batch.is_empty() {
-        connection.execute_raw(dialect.batch(SETTLE, vec![], batch)).await?;
-    }
-    Ok(())
-}
-
-/// What a killed process's outcome says.
-pub(super) fn kill_reason(by: &str, reason: Option<&str>) -> String {
-    match reason {
-        Some(reason) => format!("killed by {by}: {reason}"),
-        None => format!("killed by {by}"),
-    }
-}
-
 fn kill_outcome(request: &Request) -> Vec<u8> {
     Outcome::because(kill_reason(&request.by, request.reason.as_deref())).to_bytes()
 }
 
-fn place(row: &QueryResult) -> Result<Place, Error> {
-    Place::from_code(row.try_get("", "place")?).ok_or_else(|| Error::Unreadable("no such place".into()))
-}
-
-pub(super) fn state(row: &QueryResult) -> Result<State, Error> {
-    State::from_codes(row.try_get("", "state")?, Some(row.try_get("", "before")?))
-        .ok_or_else(|| Error::Unreadable("no such state".into()))
-}
-
-fn before(row: &QueryResult) -> Result<Before, Error> {
-    Ok(Before {
-        id: row.try_get("", "id")?,
-        place: place(row)?,
-        state: state(row)?,
-        desired: Desired::from_code(row.try_get("", "desired")?)
-            .ok_or_else(|| Error::Unreadable("no such desire".into()))?,
-        owner: row.try_get::<Option<Uuid>>("", "owner")?.map(Incarnation::from),
-    })
-}
-
-/// Whether a request is still to be obeyed: by a holder, or by a worker that ends what is outside.
+/// Whether a request is pending: the holder has yet to obey, or a worker has yet to end the job at a site.
 fn is_pending(place: Place, verb: Desired) -> bool {
     match place {
         Place::Held => true,
@@ -403,16 +272,10 @@ fn is_pending(place: Place, verb: Desired) -> bool {
     }
 }
 
-fn controlled(row: &QueryResult, before: &Before, request: &Request) -> Result<Controlled, Error> {
-    let pid = Pid::from(before.id);
-    let place = place(row)?;
-    let told = if place == Place::Queued && before.place != Place::Queued {
-        let told =
-            Announced { pid, announced_at: row.try_get("", "told_at")?, traceparent: row.try_get("", "traceparent")? };
-        Some((row.try_get("", "queue")?, told))
-    } else {
-        None
-    };
+fn controlled(row: After, before: &Before, request: &Request) -> Controlled {
+    let After { queued: Queued { queue, announced }, place, state, reply_to } = row;
+    let pid = announced.pid;
+    let is_queued_now = place == Place::Queued && before.place != Place::Queued;
     let was_paused = matches!(before.state, State::Paused(_));
     let effect = match request.verb {
         Desired::Run if before.desired == Desired::Run => Effect::AlreadyRunning,
@@ -425,26 +288,26 @@ fn controlled(row: &QueryResult, before: &Before, request: &Request) -> Result<C
             }
         }
     };
-    Ok(Controlled {
+    Controlled {
         pid,
         event: RequestId::generate(),
         place,
-        state: state(row)?,
+        state,
         owner: before.owner,
         effect,
-        told,
-        reply_to: if place == Place::Ended { row.try_get("", "reply_to")? } else { None },
-    })
+        announced: is_queued_now.then_some((queue, announced)),
+        reply_to: reply_to.filter(|_| place == Place::Ended),
+    }
 }
 
-/// The row of a process while this is its lease.
+/// The row of a process under a lease.
 const HELD_BY: &str = "p.id = $1 AND p.epoch = $2 AND p.place = {held}";
 
 const BEFORE: &str = "SELECT p.id, p.place, p.state, p.before, p.desired, p.owner FROM process p";
 
-// What nobody holds obeys here and now: a kill ends it, a pause parks it, and `play` returns it to where it was
-// (waiting and not woken sleeps on, all else is queued). What is held only learns what is desired, unless it is forced;
-// and what has a job at a site is queued, for a worker to end that first.
+// A process that is not held obeys here: a kill ends it, a pause parks it, and `play` returns it to its former place
+// (waiting and not woken stays parked, all else is queued). A held process only learns the desired state, unless the
+// request is forced. A killed process with a job at a site is queued, so that a worker ends the job first.
 const CONTROL: &str = "
     WITH {rows}
     UPDATE process
@@ -475,7 +338,7 @@ const CONTROL: &str = "
               (SELECT s.traceparent FROM spec s WHERE s.id = process.id) AS traceparent,
               (SELECT s.reply_to FROM spec s WHERE s.id = process.id) AS reply_to";
 
-// A holder that is not asked cannot write its attempt any more.
+// A holder that is bypassed can no longer write its attempt.
 const END_ATTEMPT: &str = "
     WITH {rows}
     INSERT INTO attempt (pid, epoch, worker, worker_name, try, started_at, ended_at, how, reason)
@@ -495,10 +358,3 @@ const INSERT_EVENTS: &str = "
     SELECT b_event, b_id, $1, {clock}, $2, $3, COALESCE($4, {login}), $5, NULLIF(b_outcome, ''),
            CASE WHEN b_outcome = '' THEN NULL ELSE {clock} END
     FROM b";
-
-const SETTLE: &str = "
-    WITH {rows}
-    UPDATE event
-    SET outcome = CASE WHEN what = b_what THEN 'applied' ELSE 'ended' END, settled_at = {clock}
-    FROM b
-    WHERE pid = b_id AND outcome IS NULL AND (what = b_what OR b_final = 1)";

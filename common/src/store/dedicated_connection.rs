@@ -1,5 +1,5 @@
-//! A connection that stays with its user. A pool asks the server, each time that a connection is given back to it, whether
-//! that is still alive: a way there and back, and as much work as a small statement, after every statement.
+//! A connection that stays with its user. A pool pings the server whenever a connection is returned to it: one more
+//! round trip, which costs as much as a small statement, after each statement.
 
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -13,27 +13,28 @@ use sea_orm::{
 };
 use sea_query_sqlx::SqlxValues;
 
-use super::{Access, Error, Location, Use, begin, connect};
+use super::connection::{Access, Location, Use, begin, connect};
+use super::error::Error;
 
-/// A connection that was not used for so long is asked first whether it is still alive.
+/// Idle time after which the connection is pinged before its next use.
 const FRESH: Duration = Duration::from_secs(30);
 
-/// For how long the other connections are used after the server had none left for this one.
+/// How long the fallback is used after the server had no connection left.
 const REFUSED_FOR: Duration = Duration::from_secs(10);
 
-/// How long the server has to say so.
+/// The time limit of a ping.
 const PING_LIMIT: Duration = Duration::from_secs(2);
 
-/// One connection, used by one task at a time. On SQLite, which is in this program, it is the pool's.
+/// One connection, used by one task at a time. On SQLite, which is embedded, statements go through the pool.
 pub(super) struct DedicatedConnection {
-    /// A pool of one, which opens the connection, also again.
+    /// A pool of one connection, which opens and reopens it.
     db: DatabaseConnection,
-    /// What is used while the server has no connection left for this one.
+    /// The pool that serves while the server has no connection left.
     fallback: Option<DatabaseConnection>,
-    /// When it was tried in vain to open one.
+    /// The time of the last failed attempt to connect.
     refused_at: Mutex<Option<Instant>>,
     is_postgres: bool,
-    /// With the time of its last use; none while it is in use, and after something went wrong with it.
+    /// The idle connection and the time of its last use; `None` while it is in use and after an error.
     kept: Mutex<Option<(PoolConnection<Postgres>, Instant)>>,
 }
 
@@ -49,7 +50,7 @@ impl DedicatedConnection {
         Ok(Self { db, fallback, refused_at: Mutex::new(None), is_postgres, kept: Mutex::new(None) })
     }
 
-    /// A transaction on this connection.
+    /// Begins a transaction on this connection.
     pub(super) async fn begin(&self) -> Result<DatabaseTransaction, Error> {
         self.give_back();
         if let Some(fallback) = self.fallback() {
@@ -64,7 +65,7 @@ impl DedicatedConnection {
     /// Closes the connection; the next statement opens it again.
     pub(super) async fn close_idle(&self) {
         if let Some((connection, _)) = self.kept() {
-            // One that cannot be closed in order is gone as well.
+            // If closing fails, the connection is gone anyway.
             let _ = tokio::time::timeout(PING_LIMIT, connection.close()).await;
         }
     }
@@ -78,7 +79,7 @@ impl DedicatedConnection {
         Ok(())
     }
 
-    /// The other connections, for a while after the server had none left for this one.
+    /// Returns the fallback for a while after the server had no connection left.
     fn fallback(&self) -> Option<&DatabaseConnection> {
         let refused_at = *self.refused_at.lock().unwrap_or_else(PoisonError::into_inner);
         self.fallback.as_ref().filter(|_| refused_at.is_some_and(|at| at.elapsed() < REFUSED_FOR))
@@ -88,7 +89,7 @@ impl DedicatedConnection {
         self.fallback.as_ref().unwrap_or(&self.db)
     }
 
-    /// Notes that there is no connection; says whether there are others to use.
+    /// Records that there is no connection, and returns whether there is a fallback.
     fn refuse(&self) -> bool {
         *self.refused_at.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
         self.fallback.is_some()
@@ -102,7 +103,7 @@ impl DedicatedConnection {
         if let Some((connection, used_at)) = self.kept()
             && used_at.elapsed() >= FRESH
         {
-            // The pool would ask the server whether it is alive, and wait for as long as that takes.
+            // The pool would ping the server, and wait for as long as that takes.
             drop(connection.detach());
         }
     }
@@ -119,7 +120,7 @@ impl DedicatedConnection {
         self.db.get_postgres_connection_pool().acquire().await.map_err(error)
     }
 
-    /// Keeps it for the next statement.
+    /// Keeps the connection for the next statement.
     fn keep(&self, connection: PoolConnection<Postgres>) {
         *self.kept.lock().unwrap_or_else(PoisonError::into_inner) = Some((connection, Instant::now()));
     }
@@ -127,7 +128,7 @@ impl DedicatedConnection {
 
 impl Drop for DedicatedConnection {
     fn drop(&mut self) {
-        // The pool takes connections back only where there is a runtime.
+        // A pool takes connections back only within a runtime.
         if let Some((connection, _)) = self.kept() {
             drop(connection.detach());
         }
@@ -163,7 +164,7 @@ impl ConnectionTrait for DedicatedConnection {
         }
         let connection = match self.take().await {
             Ok(connection) => connection,
-            // Either the server has no connection left, or it does not answer; the others find that out, too.
+            // The server has no connection left, or does not answer; the fallback will report the latter as well.
             Err(_) if self.refuse() => return self.fallback_or_own().query_all_raw(statement).await,
             Err(error) => return Err(error),
         };
@@ -178,8 +179,8 @@ impl ConnectionTrait for DedicatedConnection {
     }
 }
 
-/// A connection on which a statement is under way. Dropped in the middle of it, it is closed: the answer may never come, and
-/// the next statement must not wait for it.
+/// A connection with a statement in flight. Dropping it closes the connection: the answer may never come, and the next
+/// statement must not wait for it.
 struct Used<'a> {
     own: &'a DedicatedConnection,
     connection: Option<PoolConnection<Postgres>>,

@@ -1,8 +1,8 @@
-//! What PostgreSQL and SQLite do not share, so that every statement stands once.
+//! The differences between PostgreSQL and SQLite, so that each statement is written once.
 //!
-//! A statement is written with words in braces: `{held}` is a code of [`crate::state`], `{now}` the database's time,
-//! `{for_update}` a row lock. Rows go in as one parameter a column: `unnest` on PostgreSQL (one text whatever the number
-//! of rows), `VALUES` on SQLite.
+//! A statement is a template with words in braces: `{held}` is a code of [`crate::state`], `{now}` the database's time,
+//! `{for_update}` a row lock. Rows are bound as one array parameter per column and read by `unnest` on PostgreSQL (the
+//! text does not depend on the number of rows), and as `VALUES` on SQLite.
 
 use std::collections::HashMap;
 use std::sync::{LazyLock, PoisonError, RwLock};
@@ -13,14 +13,14 @@ use uuid::Uuid;
 
 use crate::state::{Desired, Place, State};
 
-/// Which database speaks.
+/// The SQL dialect of the database.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Dialect {
     Postgres,
     Sqlite,
 }
 
-/// A column of a [`Batch`]. No column may be null: PostgreSQL's arrays are bound without nulls.
+/// The type of a [`Batch`] column. No column may be null: PostgreSQL's arrays are bound without nulls.
 #[derive(Clone, Copy)]
 pub(crate) enum Kind {
     Uuid,
@@ -30,11 +30,11 @@ pub(crate) enum Kind {
     Bytes,
 }
 
-/// Rows that go into one statement as its table `b`.
+/// Rows that a statement reads as its table `b`.
 #[derive(Clone)]
 pub(crate) struct Batch {
     columns: &'static [(&'static str, Kind)],
-    /// One list a column.
+    /// One list per column.
     values: Vec<Vec<Value>>,
 }
 
@@ -46,19 +46,20 @@ impl Dialect {
         }
     }
 
-    /// The statement that `template` stands for.
+    /// Renders a template as a statement.
     pub(crate) fn statement(self, template: &str, values: Vec<Value>) -> Statement {
         Statement::from_sql_and_values(self.backend(), self.render(template), values)
     }
 
-    /// `template` over the rows of `batch`, which it reads as the table `b` in its first common table expression
-    /// (`WITH {rows} …`). `scalars` are `$1`, `$2`…
+    /// Renders a template over the rows of `batch`, which it reads as the table `b` in its first common table
+    /// expression (`WITH {rows} …`). `scalars` are `$1`, `$2`…
     pub(crate) fn batch(self, template: &str, scalars: Vec<Value>, batch: Batch) -> Statement {
         let sql = self.batch_text(template, batch.columns, scalars.len() + 1, batch.len());
         self.bound(sql, scalars, batch)
     }
 
-    /// The same for a template of the hot path, whose text for PostgreSQL does not depend on the rows and is kept.
+    /// Like [`Dialect::batch`], for a template of the hot path. Its text for PostgreSQL does not depend on the rows and
+    /// is cached.
     pub(crate) fn hot_batch(self, template: &'static str, scalars: Vec<Value>, batch: Batch) -> Statement {
         let text = || self.batch_text(template, batch.columns, scalars.len() + 1, batch.len());
         let sql = match self {
@@ -86,7 +87,7 @@ impl Dialect {
         Statement::from_sql_and_values(self.backend(), sql, scalars)
     }
 
-    /// The text of a statement over rows, whose first parameter has the number `first`.
+    /// Renders a statement over rows, whose first parameter has the number `first`.
     fn batch_text(self, template: &str, columns: &[(&str, Kind)], first: usize, n_rows: usize) -> String {
         let join = |parts: &mut dyn Iterator<Item = String>| parts.collect::<Vec<_>>().join(", ");
         let width = columns.len();
@@ -121,16 +122,17 @@ impl Dialect {
             sql = sql.replace(&format!("{{{}}}", desired.verb()), &desired.code().to_string());
         }
         let words: [(&str, &str, &str); 10] = [
-            // The row of the batch's id. PostgreSQL could turn a join by an equality round, and would go through the whole
-            // table for each batch while it takes that for empty; by a range it can only find the row of each id by an index.
+            // The row with the batch's id. PostgreSQL can reverse a join by equality, and would scan the whole table
+            // for each batch while it believes the table to be empty. With a range it can only look up each id in an
+            // index.
             ("{id_of_b}", "id BETWEEN b_id AND b_id", "id = b_id"),
             (
                 "{now}",
                 "(extract(epoch from now()) * 1000000)::bigint",
                 "CAST(unixepoch('subsec') * 1000000 AS INTEGER)",
             ),
-            // The time of this very moment, for what history says: a transaction that began first may have waited for a
-            // row until another had committed. No index can be searched by it.
+            // The time at this moment, for history: a transaction that began earlier may have waited for a row until
+            // another one committed. No index can be searched by it.
             (
                 "{clock}",
                 "(extract(epoch from clock_timestamp()) * 1000000)::bigint",
@@ -152,7 +154,7 @@ impl Dialect {
     }
 }
 
-/// What a template has been made into before, or is now.
+/// Returns the cached text of a template, or renders and caches it.
 fn kept_text(template: &'static str, make: impl FnOnce() -> String) -> String {
     static TEXTS: LazyLock<RwLock<HashMap<&'static str, String>>> = LazyLock::new(RwLock::default);
     if let Some(text) = TEXTS.read().unwrap_or_else(PoisonError::into_inner).get(template) {
@@ -168,7 +170,7 @@ impl Batch {
         Self { columns, values: vec![Vec::new(); columns.len()] }
     }
 
-    /// Adds a row, which has a value for each column. See [`storable`] for texts.
+    /// Adds a row with a value for each column. Texts are made [`storable`].
     pub(crate) fn push<const N: usize>(&mut self, row: [Value; N]) {
         debug_assert_eq!(N, self.columns.len());
         for (column, value) in self.values.iter_mut().zip(row) {
@@ -184,7 +186,7 @@ impl Batch {
         self.len() == 0
     }
 
-    /// A batch of ids only, as the column `b_id`.
+    /// A batch of ids in the column `b_id`.
     pub(crate) fn ids(ids: impl IntoIterator<Item = Uuid>) -> Self {
         let mut batch = Self::new(&[("b_id", Kind::Uuid)]);
         for id in ids {
@@ -194,8 +196,8 @@ impl Batch {
     }
 }
 
-/// A text as both databases can store it. PostgreSQL takes no NUL byte, so what a machine has said (an error, the name of a
-/// job) has the replacement character instead. What a user has named is refused before it comes here.
+/// Replaces NUL bytes, which PostgreSQL does not store, by the replacement character. Such texts come from machines (an
+/// error, the name of a job); names that users choose are checked earlier.
 pub(crate) fn storable(text: String) -> String {
     if text.contains('\0') { text.replace('\0', "\u{fffd}") } else { text }
 }

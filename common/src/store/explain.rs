@@ -1,47 +1,57 @@
-//! Why a process does not move: what there is to know about it, gathered by a few statements. Nothing is decided here.
+//! The facts that explain why a process does not move, gathered by a few statements. Nothing is decided here.
 
-use sea_orm::Value;
+use sea_orm::{FromQueryResult, Value};
 use uuid::Uuid;
 
+use super::error::Error;
 use super::fleet::FleetPause;
+use super::handle::Store;
 use super::query::{COUNT_MAX, Details, WorkerRow};
 use super::site::SiteFacts;
-use super::{Error, Store};
 use crate::id::Pid;
 
-/// A process, and everything outside it that it may wait for. Gathered one after the other, so a process that moves
-/// meanwhile may show up in two places.
+/// A process and everything that it may wait for. The statements run one after the other, so a process that moves in
+/// between may appear in two places.
 #[derive(Clone, Debug)]
 pub struct Facts {
-    /// The process itself.
+    /// The process.
     pub details: Details,
-    /// How many of its holders have died in a row without a checkpoint.
+    /// The number of holders that died in a row without a checkpoint.
     pub deaths: i64,
-    /// How many in its task queue were queued before it; up to [`COUNT_MAX`]; zero unless it is queued.
+    /// The number of processes queued before it in its task queue, up to [`COUNT_MAX`]; zero unless it is queued.
     pub n_before: i64,
     /// The worker that holds it, which may be gone.
     pub holder: Option<WorkerRow>,
-    /// Every worker that nobody has declared gone.
+    /// Every worker that is not gone.
     pub workers: Vec<WorkerRow>,
-    /// Its site, if workers have told of it.
+    /// Its site, if a worker has recorded it.
     pub site: Option<SiteFacts>,
-    /// Who has paused the fleet.
+    /// The pause of the fleet.
     pub fleet_pause: Option<FleetPause>,
 }
 
-/// A task queue with processes that wait for a worker.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// A task queue with queued processes.
+#[derive(Clone, Debug, PartialEq, Eq, FromQueryResult)]
 pub struct Backlog {
     /// The task queue's name, with its class.
     pub queue: String,
-    /// How many, up to [`COUNT_MAX`].
+    /// Their number, up to [`COUNT_MAX`].
+    #[sea_orm(from_alias = "n")]
     pub count: i64,
-    /// Since when the first of those that were told first has been queued, in microseconds since 1970 by the database's clock.
+    /// The time since which the oldest of the first announced ones is queued, in microseconds since 1970 by the
+    /// database's clock.
     pub oldest_at: i64,
 }
 
+/// A row of [`standing_sql`].
+#[derive(FromQueryResult)]
+struct Standing {
+    deaths: i64,
+    n_before: i64,
+}
+
 impl Store {
-    /// Everything that may keep a process from moving; `None` when there is no such process.
+    /// Returns everything that may keep a process from moving; `None` if there is no such process.
     ///
     /// # Errors
     /// The database does not answer, or a row cannot be read.
@@ -52,9 +62,9 @@ impl Store {
             None => None,
         };
         let id: Vec<Value> = vec![Uuid::from(pid).into()];
-        let row = self.query(&place_in_queue_sql(), id).await?.into_iter().next().ok_or(Error::NoRow)?;
+        let standing: Standing = self.first(&standing_sql(), id).await?.ok_or(Error::NoRow)?;
         let on_site = details.spec.as_ref().and_then(|spec| spec.on_site.as_ref());
-        // A process of somebody's own names a site only when it waits for one.
+        // A process written in Rust names a site only when it waits for one.
         let waits_at = details.summary.waits_for.as_deref().and_then(|waits_for| waits_for.split('/').nth(1));
         let site = match on_site.map(|on_site| on_site.at.as_str()).or(waits_at) {
             Some(site) => self.sites(Some(site)).await?.pop(),
@@ -63,36 +73,27 @@ impl Store {
         Ok(Some(Facts {
             details,
             site,
-            deaths: row.try_get("", "deaths")?,
-            n_before: row.try_get("", "n_before")?,
+            deaths: standing.deaths,
+            n_before: standing.n_before,
             holder,
             workers: self.workers(&[], false).await?,
             fleet_pause: self.fleet_pause().await?,
         }))
     }
 
-    /// The task queues that have queued processes, in the order of their names.
+    /// Returns the task queues with queued processes, sorted by name.
     ///
     /// # Errors
     /// The database does not answer.
     pub async fn backlogs(&self) -> Result<Vec<Backlog>, Error> {
-        let rows = self.query(&backlogs_sql(), vec![]).await?;
-        rows.iter()
-            .map(|row| {
-                Ok(Backlog {
-                    queue: row.try_get("", "queue")?,
-                    count: row.try_get("", "n")?,
-                    oldest_at: row.try_get("", "oldest_at")?,
-                })
-            })
-            .collect()
+        self.all(&backlogs_sql(), vec![]).await
     }
 }
 
-/// Rows of a queue among which the oldest is looked for.
+/// The number of rows of a queue among which the oldest is searched.
 const OLDEST_ROWS: u32 = 1_000;
 
-/// One step from queue to queue through the index of what is queued, and bounded walks from there.
+/// Steps from queue to queue through the index of queued rows, with a bounded scan in each.
 fn backlogs_sql() -> String {
     format!(
         "WITH RECURSIVE backlog(queue) AS (
@@ -111,7 +112,7 @@ fn backlogs_sql() -> String {
     )
 }
 
-fn place_in_queue_sql() -> String {
+fn standing_sql() -> String {
     format!(
         "SELECT p.deaths,
                 (SELECT COUNT(*) FROM (

@@ -1,27 +1,25 @@
-//! The statements of the holder: claim, and the writes that its epoch fences.
+//! The statements of the holder: the claim, and the writes that its epoch fences.
 //!
-//! Every fenced write says `epoch = … AND place = held`, clears `woken`, and applies what is desired when it takes the
-//! row out of `held`; so no row means one thing only: the lease was lost.
+//! Every fenced write has the condition `epoch = … AND place = held`, clears `woken`, and applies the desired state if
+//! it takes the row out of `held`. So an empty result has one meaning: the lease is lost.
 
 use std::collections::HashMap;
 use std::sync::LazyLock;
+use std::time::Duration;
 
-use sea_orm::{ConnectionTrait, QueryResult, Value};
+use sea_orm::{ConnectionTrait, FromQueryResult, QueryResult, Value};
 use uuid::Uuid;
 
-use super::blob::{Checkpoint, Outcome, PackedCheckpoint};
-use super::control::{settle, state};
+use super::blob::{self, Checkpoint, Outcome, PackedCheckpoint};
 use super::dialect::{Batch, Dialect, Kind};
-use super::writer::{Attempt, Claimed, Fence, Fenced, Verb, Written};
-use super::{Error, blob};
+use super::error::Error;
+use super::lease::{Attempt, Claimed, Fence, Fenced, QUARANTINE_DEATHS, Verb, Written};
+use super::request::settle;
+use super::row::read;
 use crate::id::{Incarnation, Pid};
 use crate::state::{Desired, Place, State};
 
-/// From so many deaths of its holders on, a process is claimed only as a worker's sole such one, so that it takes no
-/// neighbours of its kind with it.
-pub(super) const SUSPECT_DEATHS: i64 = 2;
-
-/// Takes the leases of those that are queued in the queue that their message came from, and of nothing else.
+/// Claims the processes that are queued in the queue of their message, and no others.
 pub(super) async fn claim(
     connection: &impl ConnectionTrait,
     dialect: Dialect,
@@ -31,20 +29,28 @@ pub(super) async fn claim(
     if claims.is_empty() {
         return Ok(HashMap::new());
     }
-    let scalars: Vec<Value> = vec![Uuid::from(me).into(), SUSPECT_DEATHS.into()];
+    let scalars: Vec<Value> = vec![Uuid::from(me).into(), QUARANTINE_DEATHS.into()];
     let rows = connection.query_all_raw(dialect.hot_batch(CLAIM, scalars, batch_of_claims(claims))).await?;
-    rows.iter().map(|row| claimed(row).map(|claimed| (claimed.fence.pid, claimed))).collect()
+    rows.iter()
+        .map(|row| {
+            let claimed = Claimed::try_from(ClaimedRow::from_query_result(row, "")?)?;
+            Ok((claimed.fence.pid, claimed))
+        })
+        .collect()
 }
 
-/// A process that is there and was not claimed.
+/// A process that exists and was not claimed.
+#[derive(FromQueryResult)]
 pub(super) struct Missed {
-    /// Of its spec, which tells whether a launch means this process.
+    #[sea_orm(from_alias = "id")]
+    pid: Pid,
+    /// The digest of its spec, which tells whether a launch means this process.
     pub(super) digest: Vec<u8>,
-    /// It is where it was claimed, and a suspect.
-    pub(super) is_queued_suspect: bool,
+    /// Whether it is queued in the queue of the claim, and quarantined.
+    pub(super) is_queued_in_quarantine: bool,
 }
 
-/// What there is of those that were not claimed; a pid that is not among the answers is no process's.
+/// Returns the processes that exist among those that were not claimed.
 pub(super) async fn missed(
     connection: &impl ConnectionTrait,
     dialect: Dialect,
@@ -53,14 +59,10 @@ pub(super) async fn missed(
     if claims.is_empty() {
         return Ok(HashMap::new());
     }
-    let rows =
-        connection.query_all_raw(dialect.batch(MISSED, vec![SUSPECT_DEATHS.into()], batch_of_claims(&claims))).await?;
-    let missed = |row: &QueryResult| {
-        let missed =
-            Missed { digest: row.try_get("", "digest")?, is_queued_suspect: row.try_get("", "is_queued_suspect")? };
-        Ok((row.try_get::<Uuid>("", "id")?.into(), missed))
-    };
-    rows.iter().map(missed).collect()
+    let rows = connection
+        .query_all_raw(dialect.batch(MISSED, vec![QUARANTINE_DEATHS.into()], batch_of_claims(&claims)))
+        .await?;
+    Ok(read(&rows)?.into_iter().map(|missed: Missed| (missed.pid, missed)).collect())
 }
 
 fn batch_of_claims(claims: &[(Pid, String)]) -> Batch {
@@ -71,29 +73,50 @@ fn batch_of_claims(claims: &[(Pid, String)]) -> Batch {
     batch
 }
 
-fn claimed(row: &QueryResult) -> Result<Claimed, Error> {
-    let id: Uuid = row.try_get("", "id")?;
-    let checkpoint: Option<Vec<u8>> = row.try_get("", "checkpoint")?;
-    let body: Option<Vec<u8>> = row.try_get("", "body")?;
-    let body = body.ok_or_else(|| Error::Unreadable(format!("process {id} has no spec")))?;
-    Ok(Claimed {
-        fence: Fence { pid: id.into(), epoch: row.try_get("", "epoch")? },
-        claimed_at: row.try_get("", "claimed_at")?,
-        try_number: row.try_get("", "try")?,
-        deaths: row.try_get("", "deaths")?,
-        has_outside: row.try_get("", "outside")?,
-        refused_at: row.try_get("", "refused_at")?,
-        desired: desired(row)?,
-        urgent: row.try_get("", "urgent")?,
-        checkpoint: checkpoint.map(|bytes| Checkpoint::from_bytes(&bytes)),
-        spec: blob::spec_from_bytes(&body),
-        traceparent: row.try_get("", "traceparent")?,
-        reply_to: row.try_get("", "reply_to")?,
-    })
+/// A row of [`CLAIM`].
+#[derive(FromQueryResult)]
+struct ClaimedRow {
+    #[sea_orm(nested)]
+    fence: Fence,
+    claimed_at: i64,
+    #[sea_orm(from_alias = "try")]
+    try_number: i64,
+    deaths: i64,
+    #[sea_orm(from_alias = "outside")]
+    has_outside: bool,
+    refused_at: Option<i64>,
+    desired: Desired,
+    urgent: bool,
+    checkpoint: Option<Vec<u8>>,
+    body: Option<Vec<u8>>,
+    traceparent: Option<String>,
+    reply_to: Option<Vec<u8>>,
 }
 
-/// Applies one fenced write a process, with everything that follows from it, in the transaction that `connection` is; a
-/// pid that is not among the answers has lost its lease.
+impl TryFrom<ClaimedRow> for Claimed {
+    type Error = Error;
+
+    fn try_from(row: ClaimedRow) -> Result<Self, Error> {
+        let body = row.body.ok_or_else(|| Error::Unreadable(format!("process {} has no spec", row.fence.pid)))?;
+        Ok(Claimed {
+            fence: row.fence,
+            claimed_at: row.claimed_at,
+            try_number: row.try_number,
+            deaths: row.deaths,
+            has_outside: row.has_outside,
+            refused_at: row.refused_at,
+            desired: row.desired,
+            urgent: row.urgent,
+            checkpoint: row.checkpoint.map(|bytes| Checkpoint::from_bytes(&bytes)),
+            spec: blob::spec_from_bytes(&body),
+            traceparent: row.traceparent,
+            reply_to: row.reply_to,
+        })
+    }
+}
+
+/// Applies one fenced write per process, with everything that follows from it, within the transaction `connection`. A
+/// pid without an answer has lost its lease.
 pub(super) async fn write(
     connection: &impl ConnectionTrait,
     dialect: Dialect,
@@ -104,12 +127,14 @@ pub(super) async fn write(
         return Ok(HashMap::new());
     }
     let rows = connection.query_all_raw(dialect.hot_batch(&WRITE, vec![], batch_of(writes))).await?;
-    let answers = rows.iter().map(written).collect::<Result<HashMap<_, _>, Error>>()?;
     let mut obeyed = Vec::new();
+    let mut answers = HashMap::with_capacity(rows.len());
     for row in &rows {
-        if place(row)? != Place::Held && row.try_get::<i64>("", "control")? > 0 {
-            obeyed.push((Pid::from(row.try_get::<Uuid>("", "id")?), state(row)?));
+        let (pid, written) = written(row)?;
+        if written.place != Place::Held && row.try_get::<i64>("", "control")? > 0 {
+            obeyed.push((pid, written.state));
         }
+        answers.insert(pid, written);
     }
     let left = writes.iter().filter(|fenced| {
         fenced.ended.is_some() && answers.get(&fenced.fence.pid).is_some_and(|written| written.place != Place::Held)
@@ -130,11 +155,11 @@ pub(super) async fn write(
     Ok(answers)
 }
 
-/// The same in one statement, for PostgreSQL: only of rows of which nobody has ever asked anything, so that nothing has
-/// to be settled, and without outputs. A pid that is not among the answers has to go through [`write`].
+/// The same in one statement, for PostgreSQL. It applies only to rows without any request, so that there is nothing to
+/// settle, and takes no outputs. A pid without an answer must go through [`write`].
 ///
-/// What was asked while this statement waited for the row would not be seen by a part of it that settles: all its parts
-/// look at the tables as they were when it began, and only the row itself is read again.
+/// It must not settle requests: a request that was recorded while this statement waited for the row is invisible to it,
+/// since all parts of a statement see the tables as of its start, and only the row itself is read again.
 pub(super) async fn write_alone(
     connection: &impl ConnectionTrait,
     me: Incarnation,
@@ -150,8 +175,8 @@ pub(super) async fn write_alone(
     rows.iter().map(written).collect()
 }
 
-/// What the row says, if this write has ended its process: asked when a commit was left without its answer and sent again
-/// to no effect. Nobody else writes this very outcome under this epoch.
+/// Returns the row if this write has already ended its process. The caller asks after it has repeated a commit without
+/// an answer. No other program writes the same outcome under this epoch.
 pub(super) async fn own_end(
     connection: &impl ConnectionTrait,
     dialect: Dialect,
@@ -165,8 +190,8 @@ pub(super) async fn own_end(
     Ok(row.as_ref().map(written).transpose()?.map(|(_, written)| written))
 }
 
-/// Checkpoints only, after which each process goes on: by far the most frequent write, and the least that there is to do.
-/// Nothing that was asked is obeyed by it, so nothing has to be settled; the answers say what is desired.
+/// Writes checkpoints that keep the lease: by far the most frequent write, with the least to do. It obeys no request,
+/// so there is nothing to settle; the answers carry the desired state.
 pub(super) async fn checkpoint(
     connection: &impl ConnectionTrait,
     dialect: Dialect,
@@ -192,30 +217,21 @@ pub(super) async fn checkpoint(
     let rows = connection.query_all_raw(dialect.hot_batch(&CHECKPOINT, vec![], batch)).await?;
     rows.iter()
         .map(|row| {
-            let desired: i16 = row.try_get_by_index(1)?;
             let written = Written {
                 place: Place::Held,
                 state: State::Running,
-                desired: Desired::from_code(desired).ok_or_else(|| Error::Unreadable("no such desire".into()))?,
+                desired: row.try_get_by_index(1)?,
                 urgent: row.try_get_by_index(2)?,
                 queue: String::new(),
                 announced_at: 0,
             };
-            Ok((Pid::from(row.try_get_by_index::<Uuid>(0)?), written))
+            Ok((row.try_get_by_index(0)?, written))
         })
         .collect()
 }
 
 fn written(row: &QueryResult) -> Result<(Pid, Written), Error> {
-    let written = Written {
-        place: place(row)?,
-        state: state(row)?,
-        desired: desired(row)?,
-        urgent: row.try_get("", "urgent")?,
-        queue: row.try_get("", "queue")?,
-        announced_at: row.try_get("", "told_at")?,
-    };
-    Ok((Pid::from(row.try_get::<Uuid>("", "id")?), written))
+    Ok((row.try_get("", "id")?, Written::from_query_result(row, "")?))
 }
 
 fn batch_of(writes: &[&Fenced]) -> Batch {
@@ -236,20 +252,7 @@ fn batch_of(writes: &[&Fenced]) -> Batch {
         ("b_waits_for", Kind::Text),
     ]);
     for fenced in writes {
-        let (verb, wake_us, state, outcome) = match &fenced.verb {
-            Verb::Keep => (KEEP, 0, State::Running, None),
-            Verb::Park { wake_in } | Verb::Refuse { wake_in, .. } => {
-                let micros = i64::try_from(wake_in.as_micros()).unwrap_or(i64::MAX / 2);
-                (PARK, micros.max(1), State::Waiting, None)
-            }
-            Verb::Wait { wake_in, killing, .. } => {
-                let micros = i64::try_from(wake_in.as_micros()).unwrap_or(i64::MAX / 2);
-                (if *killing { WAIT_KILLING } else { PARK }, micros.max(1), State::Waiting, None)
-            }
-            Verb::Pause => (PAUSE, 0, State::Running, None),
-            Verb::GiveBack => (GIVE_BACK, 0, State::Running, None),
-            Verb::End { state, outcome } => (END, 0, *state, Some(outcome)),
-        };
+        let VerbColumns { verb, wake_us, state, outcome, refusal, waits_for } = VerbColumns::from(&fenced.verb);
         let (started_at, how, reason) = match &fenced.ended {
             Some(Attempt { started_at, how, reason }) => (*started_at, how.word(), reason.clone().unwrap_or_default()),
             None => (0, "", String::new()),
@@ -267,29 +270,43 @@ fn batch_of(writes: &[&Fenced]) -> Batch {
             started_at.into(),
             how.to_owned().into(),
             reason.into(),
-            match &fenced.verb {
-                Verb::Refuse { reason, .. } => reason.clone(),
-                Verb::Keep
-                | Verb::Park { .. }
-                | Verb::Wait { .. }
-                | Verb::Pause
-                | Verb::GiveBack
-                | Verb::End { .. } => String::new(),
-            }
-            .into(),
-            match &fenced.verb {
-                Verb::Wait { waits_for, .. } => waits_for.clone(),
-                Verb::Keep
-                | Verb::Park { .. }
-                | Verb::Refuse { .. }
-                | Verb::Pause
-                | Verb::GiveBack
-                | Verb::End { .. } => String::new(),
-            }
-            .into(),
+            refusal.to_owned().into(),
+            waits_for.to_owned().into(),
         ]);
     }
     batch
+}
+
+/// The columns of the batch that depend on the verb.
+struct VerbColumns<'a> {
+    verb: i16,
+    wake_us: i64,
+    state: State,
+    outcome: Option<&'a Outcome>,
+    refusal: &'a str,
+    waits_for: &'a str,
+}
+
+impl<'a> From<&'a Verb> for VerbColumns<'a> {
+    fn from(verb: &'a Verb) -> Self {
+        let running =
+            |verb| VerbColumns { verb, wake_us: 0, state: State::Running, outcome: None, refusal: "", waits_for: "" };
+        let waiting = |verb, wake_in: &Duration| {
+            let wake_us = i64::try_from(wake_in.as_micros()).unwrap_or(i64::MAX / 2).max(1);
+            VerbColumns { wake_us, state: State::Waiting, ..running(verb) }
+        };
+        match verb {
+            Verb::Keep => running(KEEP),
+            Verb::Park { wake_in } => waiting(PARK, wake_in),
+            Verb::Refuse { wake_in, reason } => VerbColumns { refusal: reason, ..waiting(PARK, wake_in) },
+            Verb::Wait { waits_for, wake_in, killing } => {
+                VerbColumns { waits_for, ..waiting(if *killing { WAIT_KILLING } else { PARK }, wake_in) }
+            }
+            Verb::Pause => running(PAUSE),
+            Verb::GiveBack => running(GIVE_BACK),
+            Verb::End { state, outcome } => VerbColumns { state: *state, outcome: Some(outcome), ..running(END) },
+        }
+    }
 }
 
 async fn insert_outputs(
@@ -323,16 +340,9 @@ async fn insert_outputs(
     Ok(())
 }
 
-fn place(row: &QueryResult) -> Result<Place, Error> {
-    Place::from_code(row.try_get("", "place")?).ok_or_else(|| Error::Unreadable("no such place".into()))
-}
-
-fn desired(row: &QueryResult) -> Result<Desired, Error> {
-    Desired::from_code(row.try_get("", "desired")?).ok_or_else(|| Error::Unreadable("no such desire".into()))
-}
-
-// `{id_of_b}` and `place + 0` here and in the fenced writes: the row is found by its key. A planner that believes that
-// hardly any process is there, or queued, would otherwise go through all that are, for each row of the batch.
+// `{id_of_b}` and `place + 0`, here and in the fenced writes: the row is found by its primary key. A planner that
+// believes that hardly any process exists, or is queued, would otherwise go through all of them for each row of the
+// batch.
 const CLAIM: &str = "
     WITH {rows}
     UPDATE process
@@ -352,7 +362,7 @@ const CLAIM: &str = "
 const MISSED: &str = "
     WITH {rows}
     SELECT id, (SELECT s.digest FROM spec s WHERE s.id = process.id) AS digest,
-           place + 0 = {queued} AND queue = b_queue AND deaths >= $1 AS is_queued_suspect
+           place + 0 = {queued} AND queue = b_queue AND deaths >= $1 AS is_queued_in_quarantine
     FROM b JOIN process ON {id_of_b}";
 
 static CHECKPOINT: LazyLock<String> =
@@ -366,17 +376,17 @@ const CHECKPOINT_SQL: &str = "
     WHERE {id_of_b} AND {fence} AND {follows}
     RETURNING id, desired, urgent";
 
-/// A checkpoint follows the one before it, or is the same once more: one whose predecessor is not there (the database was
-/// restored from a copy, say) would hide that something is missing.
+/// A checkpoint follows its predecessor or repeats it. If the predecessor is missing (the database was restored from a
+/// backup, for example), the write would hide the gap.
 const FOLLOWS: &str = "seq IN (b_seq - 1, b_seq)";
 
-/// What every write of a holder asks of the row.
+/// The fence of every write of a holder.
 const FENCE: &str = "epoch = b_epoch AND place + 0 = {held}";
 
-/// Whether a wake-up came while the process was on its way to park.
+/// Whether the process was woken while it was about to park.
 const WOKEN: &str = "woken";
 
-/// Whether a pause is desired of a process that leaves its holder.
+/// Whether a pause is desired.
 const PAUSE_DESIRED: &str = "desired = {pause}";
 
 const KEEP: i16 = 0;
@@ -384,17 +394,18 @@ const PARK: i16 = 1;
 const PAUSE: i16 = 2;
 const GIVE_BACK: i16 = 3;
 const END: i16 = 4;
-/// As [`PARK`], for a process that is to be killed once what it has outside has ended.
+/// Like [`PARK`], for a process that is to be killed once its job has ended.
 const WAIT_KILLING: i16 = 5;
 
-/// One statement for every fenced write, under one more condition. `place` is decided first; owner, state and the rest follow from it.
+/// The statement of every fenced write, with one more condition. `place` is decided first; owner, state and the rest
+/// follow from it.
 fn fenced_sql(and: &str) -> String {
-    // A wake-up that arrived while the process was on its way to park is seen here, under the row's lock; so is a kill.
+    // A wake-up or a kill that arrived while the process was about to park is seen here, under the row lock.
     let stays = format!(
         "(b_verb = {KEEP} OR (b_verb IN ({PARK}, {WAIT_KILLING}) AND {WOKEN}) OR (b_verb = {PARK} AND desired = {{kill}})
           OR (b_verb = {PAUSE} AND desired <> {{pause}}))"
     );
-    // Every way out of `held` but the end obeys a pause.
+    // Every way out of `held`, except the end, obeys a pause.
     let paused = format!("(NOT {stays} AND b_verb <> {END} AND {PAUSE_DESIRED})");
     format!(
         "UPDATE process

@@ -1,30 +1,33 @@
-//! Whether the fleet takes work at all.
+//! The pause of the whole fleet.
 
-use sea_orm::Value;
+use sea_orm::{FromQueryResult, Value};
 use serde::Serialize;
 use uuid::Uuid;
 
-use super::control::Request;
-use super::{Error, Store};
+use super::error::Error;
+use super::handle::Store;
+use super::request::Request;
 use crate::id::RequestId;
 use crate::state::Desired;
 
-/// The fleet takes no work: what is held goes on, and nothing new is claimed until somebody plays it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+/// A pause of the fleet: held processes continue, and workers claim nothing until `play`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, FromQueryResult)]
 pub struct FleetPause {
-    /// Since when, in microseconds since 1970 by the database's clock.
+    /// The time of the pause, in microseconds since 1970 by the database's clock.
+    #[sea_orm(from_alias = "paused_at")]
     pub at: i64,
-    /// Who asked, as they say themselves.
+    /// The requester's name, as given.
+    #[sea_orm(from_alias = "by_whom")]
     pub by: String,
-    /// Whom the database or the broker knows it from.
+    /// The login that the database or the broker verified.
     pub login: String,
-    /// Why.
+    /// The reason.
     pub reason: Option<String>,
 }
 
 impl Store {
-    /// Stops or restarts the taking of work, once under this id; workers learn it by a broadcast or at their next beat.
-    /// `false` when the same request has been written before.
+    /// Pauses or resumes claiming, once per id. Workers learn it by a broadcast or at their next beat. Returns `false`
+    /// if the request was recorded before.
     ///
     /// # Errors
     /// Nothing is changed, or the same call again is safe.
@@ -49,21 +52,12 @@ impl Store {
         Ok(true)
     }
 
-    /// Who has paused the fleet; `None` while it takes work.
+    /// Returns the pause of the fleet; `None` if it takes work.
     ///
     /// # Errors
     /// The database does not answer.
     pub async fn fleet_pause(&self) -> Result<Option<FleetPause>, Error> {
         let sql = "SELECT paused_at, by_whom, login, reason FROM fleet WHERE paused_at IS NOT NULL";
-        let rows = self.query(sql, vec![]).await?;
-        let pause = rows.first().map(|row| {
-            Ok(FleetPause {
-                at: row.try_get("", "paused_at")?,
-                by: row.try_get("", "by_whom")?,
-                login: row.try_get("", "login")?,
-                reason: row.try_get("", "reason")?,
-            })
-        });
-        pause.transpose()
+        self.first(sql, vec![]).await
     }
 }

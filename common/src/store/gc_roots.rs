@@ -1,38 +1,48 @@
-//! Which objects rows need, page by page.
+//! The garbage collection roots: the objects that rows refer to, page by page.
 
-use sea_orm::ConnectionTrait;
+use sea_orm::{ConnectionTrait, FromQueryResult};
 use uuid::Uuid;
 
 use super::blob::{self, Outcome};
 use super::dialect::Batch;
+use super::error::Error;
+use super::handle::Store;
+use super::row::read;
 use super::select::{Order, Walk};
-use super::{Error, Store};
 use crate::digest::Digest;
 use crate::select::Select;
 use crate::spec::on_site::Scope;
 use crate::spec::{JOB, Spec};
 
-/// Rows in one page: their specs may have a mebibyte each.
+/// Rows in one page: each spec may have a mebibyte.
 const PAGE_ROWS: u32 = 200;
 
-/// A walk through what rows need. What is committed while it goes on may be missing.
+/// A walk through the roots. Roots that are committed during the walk may be missing.
 pub struct Walking {
     store: Store,
     walk: Walk,
 }
 
-/// What the rows of a page need, in no order, and some of it several times.
+/// The roots in a page, unsorted, possibly with duplicates.
 #[derive(Debug, Default)]
 pub struct Needed {
-    /// Manifests, and with them all that they name.
+    /// Manifests, which refer to further objects.
     pub manifests: Vec<Digest>,
-    /// Objects by themselves.
+    /// Single objects.
     pub objects: Vec<Digest>,
 }
 
+/// A row of [`ROWS`].
+#[derive(FromQueryResult)]
+struct Row {
+    id: Uuid,
+    body: Vec<u8>,
+    outcome: Option<Vec<u8>>,
+}
+
 impl Store {
-    /// Begins to walk through the objects that processes need: what was sent for them, and their results. Only those on
-    /// sites have any.
+    /// Begins a walk through the objects that processes refer to: inputs that were sent for them, and results. Only
+    /// processes at sites have any.
     pub fn needed(&self) -> Walking {
         let select = Select { kind: Some(JOB.to_owned()), ..Select::default() };
         Walking { store: self.clone(), walk: Walk::new(&select, Order::OldestFirst, None) }
@@ -40,16 +50,17 @@ impl Store {
 }
 
 impl Walking {
-    /// The next page; `None` at the end.
+    /// Returns the next page; `None` at the end.
     ///
     /// # Errors
-    /// The database does not answer; or [`Error::Newer`] or [`Error::Unreadable`], and nobody knows what that row needs.
+    /// The database does not answer; or [`Error::Newer`] or [`Error::Unreadable`], if the roots of a row cannot be
+    /// determined.
     pub async fn next(&mut self) -> Result<Option<Needed>, Error> {
         let (db, dialect) = (&self.store.db, self.store.dialect);
         let Some(ids) = self.walk.next_ids(db, dialect, PAGE_ROWS).await? else { return Ok(None) };
         let mut needed = Needed::default();
-        for row in db.query_all_raw(dialect.batch(ROWS, vec![], Batch::ids(ids))).await? {
-            let id: Uuid = row.try_get("", "id")?;
+        let rows = db.query_all_raw(dialect.batch(ROWS, vec![], Batch::ids(ids))).await?;
+        for Row { id, body, outcome } in read(&rows)? {
             let of_row = |error: Error| {
                 if let Error::Unreadable(reason) = error {
                     Error::Unreadable(format!("process {id}: {reason}"))
@@ -57,8 +68,8 @@ impl Walking {
                     error
                 }
             };
-            needed.spec(&blob::spec_from_bytes(&row.try_get::<Vec<u8>>("", "body")?).map_err(of_row)?);
-            if let Some(outcome) = row.try_get::<Option<Vec<u8>>>("", "outcome")? {
+            needed.spec(&blob::spec_from_bytes(&body).map_err(of_row)?);
+            if let Some(outcome) = outcome {
                 needed.manifests.extend(Outcome::from_bytes(&outcome).map_err(of_row)?.results);
             }
         }

@@ -1,35 +1,38 @@
-//! What the database says of its own work, for benchmarks.
+//! Measurements of the database, for benchmarks.
 
-use sea_orm::{ConnectionTrait, QueryResult, Value};
+use sea_orm::{ConnectionTrait, FromQueryResult, QueryResult, Value};
 
+use super::connection::{WORKER_CONNECTIONS, WORKER_CONNECTIONS_IDLE, WORKER_PROGRAM};
 use super::dedicated_connection::DedicatedConnection;
 use super::dialect::Dialect;
-use super::{Error, Store, WORKER_CONNECTIONS, WORKER_CONNECTIONS_IDLE, WORKER_PROGRAM};
+use super::error::Error;
+use super::handle::Store;
+use super::row::read;
 use crate::id::Pid;
 
 /// Counters of PostgreSQL that only grow.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Meters {
-    /// Transactions of the whole server that have written something, which is what costs a flush to the disk.
+    /// Transactions of the whole server that have written, each of which costs a flush to disk.
     pub commits: u64,
     /// Bytes of its write-ahead log.
     pub wal_bytes: u64,
-    /// Rows of this database that were inserted, changed or removed, as far as the server's statistics know: a
-    /// connection reports when it ends, and now and then before.
+    /// Rows of this database that were inserted, updated or deleted, according to the server's statistics. A session
+    /// reports when it ends, and occasionally before.
     pub rows: u64,
 }
 
-/// Somebody who looks often, or at many.
+/// A connection for repeated queries about many processes.
 ///
-/// Of a session just accepted the server may know nothing, and of emptied tables that nothing is there. So this is a
-/// connection that finds rows by indexes, with subqueries, which no planner turns round.
+/// The statistics of a server may not include a session that was just accepted, or say that emptied tables are still
+/// empty. So these queries find rows by indexes, with subqueries, which no planner reorders.
 pub struct Watcher {
     connection: DedicatedConnection,
     dialect: Dialect,
 }
 
 impl Watcher {
-    /// Whether one process has ended.
+    /// Returns whether a process has ended.
     ///
     /// # Errors
     /// The database does not answer.
@@ -37,10 +40,10 @@ impl Watcher {
         let sql = "SELECT place = {ended} AS ended FROM process WHERE id = $1";
         let statement = self.dialect.statement(sql, vec![uuid::Uuid::from(pid).into()]);
         let row = self.connection.query_one_raw(statement).await?;
-        Ok(row.map(|row| row.try_get("", "ended")).transpose()?.unwrap_or(false))
+        Ok(row.map(|row| row.try_get_by_index(0)).transpose()?.unwrap_or(false))
     }
 
-    /// How many of the processes of a session are held, or have ended.
+    /// Counts the processes of a session in a place.
     ///
     /// # Errors
     /// The database does not answer.
@@ -49,10 +52,10 @@ impl Watcher {
                    WHERE s.session = $1 AND (SELECT p.place FROM process p WHERE p.id = s.id) = $2";
         let values: Vec<Value> = vec![session.to_owned().into(), place.code().into()];
         let row = self.query(sql, values).await?.into_iter().next().ok_or(Error::NoRow)?;
-        Ok(row.try_get::<i64>("", "n")?.cast_unsigned())
+        Ok(row.try_get_by_index::<i64>(0)?.cast_unsigned())
     }
 
-    /// How the processes of a session have come out.
+    /// Returns the times of the processes of a session.
     ///
     /// # Errors
     /// The database does not answer.
@@ -65,13 +68,9 @@ impl Watcher {
                    FROM spec s WHERE s.session = $1";
         let mut sums = Sums::default();
         let (mut first, mut last) = (i64::MAX, i64::MIN);
-        for row in self.query(sql, vec![session.to_owned().into()]).await? {
-            let time = |name: &str| row.try_get::<Option<i64>>("", name);
-            let (Some(created_at), Some(claimed_at), Some(ended_at)) =
-                (time("created_at")?, time("started_at")?, time("ended_at")?)
-            else {
-                continue;
-            };
+        let rows = self.query(sql, vec![session.to_owned().into()]).await?;
+        for Life { created_at, started_at, ended_at } in read(&rows)? {
+            let (Some(claimed_at), Some(ended_at)) = (started_at, ended_at) else { continue };
             sums.good += 1;
             (first, last) = (first.min(created_at), last.max(ended_at));
             sums.waits_us.push(claimed_at - created_at);
@@ -86,32 +85,48 @@ impl Watcher {
     }
 }
 
-/// How a set of processes has come out.
+/// A process of [`Watcher::sums`].
+#[derive(FromQueryResult)]
+struct Life {
+    created_at: i64,
+    started_at: Option<i64>,
+    ended_at: Option<i64>,
+}
+
+/// A row of [`Store::meters`].
+#[derive(FromQueryResult)]
+struct MetersRow {
+    commits: i64,
+    wal_bytes: i64,
+    n_rows: i64,
+}
+
+/// The times of a set of processes.
 #[derive(Clone, Debug, Default)]
 pub struct Sums {
-    /// Those that have ended with a success, in their first holding, and have its row.
+    /// The number of processes that succeeded in their first attempt and have its row.
     pub good: u64,
-    /// From the first acceptance to the last end, in microseconds.
+    /// The time from the first acceptance to the last end, in microseconds.
     pub span_us: i64,
-    /// From each one's acceptance to its claim, in microseconds.
+    /// The times from acceptance to claim, in microseconds.
     pub waits_us: Vec<i64>,
-    /// From each one's claim to its end, in microseconds.
+    /// The times from claim to end, in microseconds.
     pub works_us: Vec<i64>,
 }
 
 /// The connections of a PostgreSQL server.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, FromQueryResult)]
 pub struct Connections {
-    /// How many it accepts of users that are not superusers.
+    /// The number that it accepts from ordinary users.
     pub usable: i64,
-    /// How many are open, but for those of workers and the one that asks.
+    /// The number of open connections, except those of workers and the one that asks.
     pub others: i64,
-    /// How many workers have any, by their names.
+    /// The number of workers that have a connection.
     pub n_workers: i64,
 }
 
 impl Store {
-    /// The counters now.
+    /// Reads the counters.
     ///
     /// # Errors
     /// The database does not answer, or is not PostgreSQL.
@@ -123,23 +138,22 @@ impl Store {
                           (pg_current_wal_insert_lsn() - '0/0'::pg_lsn)::bigint AS wal_bytes,
                           (SELECT tup_inserted + tup_updated + tup_deleted FROM pg_stat_database
                            WHERE datname = current_database()) AS n_rows";
-        let row = self.query(sql, vec![]).await?.into_iter().next().ok_or(Error::NoRow)?;
-        let number = |name: &str| Ok::<_, Error>(row.try_get::<i64>("", name)?.cast_unsigned());
-        Ok(Meters { commits: number("commits")?, wal_bytes: number("wal_bytes")?, rows: number("n_rows")? })
+        let MetersRow { commits, wal_bytes, n_rows } = self.first(sql, vec![]).await?.ok_or(Error::NoRow)?;
+        let [commits, wal_bytes, rows] = [commits, wal_bytes, n_rows].map(i64::cast_unsigned);
+        Ok(Meters { commits, wal_bytes, rows })
     }
 
-    /// Whether a task queue has anything that has not ended.
+    /// Returns whether a task queue has queued or held processes.
     ///
     /// # Errors
     /// The database does not answer.
     pub async fn is_busy(&self, queue: &str) -> Result<bool, Error> {
         let sql = "SELECT EXISTS (SELECT 1 FROM process WHERE place = {queued} AND queue = $1)
                        OR EXISTS (SELECT 1 FROM process WHERE place = {held} AND queue = $1) AS busy";
-        let row = self.query(sql, vec![queue.to_owned().into()]).await?.into_iter().next().ok_or(Error::NoRow)?;
-        Ok(row.try_get("", "busy")?)
+        self.value(sql, vec![queue.to_owned().into()]).await
     }
 
-    /// What the server's connections are used for; `None` on SQLite. All databases of a server share them.
+    /// Counts the connections of the server, which all its databases share; `None` on SQLite.
     ///
     /// # Errors
     /// The database does not answer.
@@ -147,32 +161,23 @@ impl Store {
         if self.is_embedded() {
             return Ok(None);
         }
-        // From PostgreSQL 16 on some are reserved for other roles, too. Those of superusers are not counted on.
+        // PostgreSQL 16 and later reserve some for other roles as well. Those of superusers are not counted.
         let sql = "SELECT (SELECT SUM(CASE name WHEN 'max_connections' THEN 1 ELSE -1 END * setting::bigint)::bigint
                            FROM pg_settings
                            WHERE name IN ('max_connections', 'superuser_reserved_connections', 'reserved_connections')) AS usable,
                           COUNT(*) FILTER (WHERE application_name NOT LIKE $1 AND pid <> pg_backend_pid()) AS others,
                           COUNT(DISTINCT application_name) FILTER (WHERE application_name LIKE $1) AS n_workers
                    FROM pg_stat_activity WHERE backend_type = 'client backend'";
-        let row = self
-            .query(sql, vec![format!("{WORKER_PROGRAM} %").into()])
-            .await?
-            .into_iter()
-            .next()
-            .ok_or(Error::NoRow)?;
-        Ok(Some(Connections {
-            usable: row.try_get("", "usable")?,
-            others: row.try_get("", "others")?,
-            n_workers: row.try_get("", "n_workers")?,
-        }))
+        let connections = self.first(sql, vec![format!("{WORKER_PROGRAM} %").into()]).await?;
+        Ok(Some(connections.ok_or(Error::NoRow)?))
     }
 
-    /// Whether a PostgreSQL server has connections for one more worker, which this store is of. A worker that has more than
-    /// an idle one is counted with all that it may have, so a fleet that is busy is not joined by a worker for which there is
-    /// nothing left a moment later.
+    /// Checks whether a PostgreSQL server has connections for this store's worker. A worker with more connections than
+    /// an idle one counts with all that it may open, so that no worker joins a busy fleet and finds no connection a
+    /// moment later.
     ///
     /// # Errors
-    /// [`Error::Full`] if it has not; the database does not answer.
+    /// [`Error::Full`] if there are not enough connections; the database does not answer.
     pub async fn room_for_worker(&self) -> Result<(), Error> {
         if self.is_embedded() {
             return Ok(());
@@ -188,7 +193,7 @@ impl Store {
         let values =
             vec![format!("{WORKER_PROGRAM} %").into(), self.access.name.clone().into(), idle.into(), busy.into()];
         let row = self.query(sql, values).await?.into_iter().next().ok_or(Error::NoRow)?;
-        let (n_workers, n_connections): (i64, i64) = (row.try_get("", "n_workers")?, row.try_get("", "n_connections")?);
+        let (n_workers, n_connections): (i64, i64) = row.try_get_many_by_index()?;
         let Some(Connections { usable, others, .. }) = self.connections().await? else { return Ok(()) };
         if n_workers == 0 || n_connections + others + busy <= usable {
             return Ok(());
@@ -200,7 +205,7 @@ impl Store {
         Err(Error::Full(format!("{text}, and one more worker needs {busy}")))
     }
 
-    /// A connection for somebody who looks often, or at many.
+    /// Opens a connection for repeated queries.
     ///
     /// # Errors
     /// The database does not answer.
@@ -208,9 +213,9 @@ impl Store {
         Ok(Watcher { connection: self.dedicated_connection().await?, dialect: self.dialect })
     }
 
-    /// Ends this store's connections, by which the server's statistics learn what they have done.
+    /// Closes this store's connections, so that their work is included in the server's statistics.
     pub async fn close(self) {
-        // What cannot be closed is closed by the server when the program ends.
+        // The server closes what is left when the program ends.
         let _ = self.db.close().await;
     }
 }

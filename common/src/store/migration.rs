@@ -1,7 +1,8 @@
-//! The schema's history. Forward only: a migration that has been published is never edited.
+//! The history of the schema. Forward only: a published migration is never edited.
 //!
-//! Programs that do not know a migration go on with the schema that it leaves, so it only adds: tables, indexes, and
-//! columns that may be absent from an `INSERT`. One that older programs must not go on with has [`BREAKING`] in its name.
+//! Programs that do not know a migration keep using the schema that it leaves. So a migration only adds: tables,
+//! indexes, and columns that an `INSERT` may omit. A migration after which older programs must not use the schema has
+//! [`BREAKING`] in its name.
 
 use sea_orm_migration::prelude::*;
 
@@ -14,13 +15,15 @@ mod m20261129_000002_identity;
 mod m20261130_000001_lacks;
 mod m20261130_000002_objects;
 mod m20261130_000003_served_sites;
+// Only for the tests of two versions, where the file is.
 #[cfg(feature = "next-version")]
+#[path = "../../../tests/tests/all/versions/m20991231_000001_next.rs"]
 mod m20991231_000001_next;
 
-/// Stands in the name of a migration after which older programs must not touch the database.
+/// Part of the name of a migration after which older programs must not use the database.
 pub(super) const BREAKING: &str = "_breaking_";
 
-/// Every migration, oldest first.
+/// All migrations, oldest first.
 pub(crate) struct Migrator;
 
 #[async_trait::async_trait]
@@ -51,8 +54,8 @@ mod tests {
     use crate::store::query::Filter;
     use crate::store::{Location, Store};
 
-    /// Brings rows of the first version over, and finds them by what is new.
-    async fn brings_rows_over(url: &str, connect: &str) {
+    /// Migrates rows of the first version, and selects them by the added columns.
+    async fn migrates_rows(url: &str, connect: &str) {
         let db = Database::connect(connect).await.unwrap();
         let transaction = db.begin().await.unwrap();
         Migrator::up(&transaction, Some(1)).await.unwrap();
@@ -106,7 +109,7 @@ mod tests {
         }
     }
 
-    /// A newer program has migrated the database: what it has added harms nobody, and what it says breaks them does.
+    /// A newer program has migrated the database: additions are harmless, and a breaking migration is reported.
     #[tokio::test]
     async fn a_newer_schema_is_used_unless_it_breaks_older_programs() {
         let folder = tempfile::tempdir().unwrap();
@@ -124,19 +127,19 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn rows_of_the_first_version_are_brought_over_on_sqlite() {
+    async fn rows_of_the_first_version_are_migrated_on_sqlite() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("baton.db");
-        brings_rows_over(&format!("sqlite:{}", path.display()), &format!("sqlite://{}?mode=rwc", path.display())).await;
+        migrates_rows(&format!("sqlite:{}", path.display()), &format!("sqlite://{}?mode=rwc", path.display())).await;
     }
 
     #[tokio::test]
     #[ignore = "needs services: run tests/run"]
-    async fn rows_of_the_first_version_are_brought_over_on_postgresql() {
+    async fn rows_of_the_first_version_are_migrated_on_postgresql() {
         let url = std::env::var("BATON_TEST_DATABASE").expect("tests/run names a database");
         let schema = format!("t{}", uuid::Uuid::now_v7().simple());
         Database::connect(&url).await.unwrap().execute_unprepared(&format!("CREATE SCHEMA {schema}")).await.unwrap();
         let url = format!("{url}?options=-csearch_path%3D{schema}");
-        brings_rows_over(&url, &url).await;
+        migrates_rows(&url, &url).await;
     }
 }

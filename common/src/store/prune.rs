@@ -1,26 +1,30 @@
-//! Removes what has ended long ago, with everything that belongs to it, page by page while the fleet works.
+//! Pruning: deletes processes that ended long ago, with all their rows, page by page while the fleet works.
 //!
-//! A launch that comes again after its process was pruned would run again, so the time up to which things are pruned is
-//! recorded with each page: a launch from outside that is older and has no row is refused.
+//! A launch that is repeated after its process was pruned would run again. So each page records the prune horizon, and
+//! an older launch from outside without a row is refused.
 
 use std::collections::{BTreeMap, HashSet};
 use std::time::Duration;
 
-use sea_orm::{ConnectionTrait, DatabaseTransaction, QueryResult, Value};
+use sea_orm::{ConnectionTrait, DatabaseTransaction, FromQueryResult, QueryResult, Value};
 use uuid::Uuid;
 
+use super::connection::begin;
 use super::dialect::{Batch, Dialect};
+use super::error::Error;
+use super::handle::Store;
+use super::row::read;
 use super::select::{self, Order, Walk};
 use super::submit::{LABEL, LABELS_MAX};
-use super::{Error, Store, begin};
 use crate::id::Pid;
 use crate::select::Select;
 use crate::state::State;
 
-/// Processes in one transaction: some tenths of a second, in which nobody else waits for them, since they have ended.
+/// Processes in one transaction, which takes some tenths of a second. No worker waits for these rows, since they have
+/// ended.
 const PAGE_ROWS: u32 = 2_000;
 
-/// A pruning that is under way. It may be dropped at any time; another one goes on with what is left.
+/// A pruning in progress. It may be dropped at any time; another one continues with the rest.
 pub struct Pruning {
     store: Store,
     ended_before: i64,
@@ -28,7 +32,7 @@ pub struct Pruning {
 }
 
 impl Store {
-    /// How many processes of a selection have ended at least this long ago, by the words of their states.
+    /// Counts the processes of a selection that ended at least this long ago, by the words of their states.
     ///
     /// # Errors
     /// The database does not answer.
@@ -45,9 +49,9 @@ impl Store {
             .collect()
     }
 
-    /// Begins to remove those processes of a selection that have ended at least this long ago; [`Pruning::next`] does it.
+    /// Begins to delete the processes of a selection that ended at least this long ago; [`Pruning::next`] deletes them.
     ///
-    /// From its first page on, a launch from outside that is older than this and has no row is refused.
+    /// From the first page on, an older launch from outside without a row is refused.
     ///
     /// # Errors
     /// The database does not answer.
@@ -57,11 +61,11 @@ impl Store {
         Ok(Pruning { store: self.clone(), ended_before, walk })
     }
 
-    /// Removes those of these processes that have ended, whenever that was, and gives their number. Their caller knows
-    /// that no launch of theirs comes again; older launches are not refused for it.
+    /// Deletes those of these processes that have ended, at any time, and returns their number. The caller knows that
+    /// their launches are not repeated; the prune horizon stays.
     ///
     /// # Errors
-    /// The database does not answer; what was removed stays so.
+    /// The database does not answer; deleted rows stay deleted.
     pub async fn erase(&self, pids: &[Pid]) -> Result<u64, Error> {
         let mut walk = Walk::new(&Select::of(pids.to_vec()), Order::OldestFirst, None);
         let mut count = 0;
@@ -71,7 +75,7 @@ impl Store {
         Ok(count)
     }
 
-    /// Removes those of these rows that had ended by a time, in one transaction that records the horizon.
+    /// Deletes those of these rows that ended before a time, in one transaction that records the horizon.
     async fn remove_ended(&self, ids: Vec<Uuid>, ended_before: i64, horizon: Option<i64>) -> Result<u64, Error> {
         let transaction = begin(&self.db).await?;
         let statement = self.dialect.batch(ENDED, vec![ended_before.into()], Batch::ids(ids));
@@ -89,10 +93,10 @@ impl Store {
 }
 
 impl Pruning {
-    /// Looks at the next page and gives how many processes of it were removed; `None` at the end.
+    /// Prunes the next page and returns the number of deleted processes; `None` at the end.
     ///
     /// # Errors
-    /// The database does not answer; what was removed stays so.
+    /// The database does not answer; deleted rows stay deleted.
     pub async fn next(&mut self) -> Result<Option<u64>, Error> {
         let Some(ids) = self.walk.next_ids(&self.store.db, self.store.dialect, PAGE_ROWS).await? else {
             return Ok(None);
@@ -101,24 +105,24 @@ impl Pruning {
     }
 }
 
-/// Takes back rows that launches from outside have just inserted, if they are older than what is kept: these processes
-/// may have been here before. Gives their ids.
+/// Deletes rows that launches from outside have just inserted if they are older than the prune horizon, since these
+/// processes may have run before. Returns their ids.
 ///
-/// It must read the horizon after the rows were inserted: an insertion that met the row of a process that was just being
-/// pruned has waited for the end of that, and only then the horizon stands.
+/// It must read the horizon after the insertion: an insertion that conflicts with a row that is being pruned waits for
+/// that transaction, which sets the horizon.
 pub(super) async fn take_back_pruned(
     transaction: &DatabaseTransaction,
     dialect: Dialect,
     inserted: impl Iterator<Item = Pid>,
 ) -> Result<HashSet<Pid>, Error> {
-    // The time of an id that is no UUIDv7 is not known.
+    // An id that is no UUIDv7 has no time.
     let made: Vec<(Pid, i64)> = inserted.filter_map(|pid| Some((pid, pid.made_at()?))).collect();
     if made.is_empty() {
         return Ok(HashSet::new());
     }
     let row = transaction.query_one_raw(dialect.statement("SELECT before FROM pruned", vec![])).await?;
     let Some(row) = row else { return Ok(HashSet::new()) };
-    let horizon: i64 = row.try_get("", "before")?;
+    let horizon: i64 = row.try_get_by_index(0)?;
     let pruned: HashSet<Pid> = made.into_iter().filter(|(_, at)| *at < horizon).map(|(pid, _)| pid).collect();
     if !pruned.is_empty() {
         let batch = Batch::ids(pruned.iter().copied().map(Uuid::from));
@@ -128,13 +132,18 @@ pub(super) async fn take_back_pruned(
     Ok(pruned)
 }
 
-/// Removes processes with everything that belongs to them; `rows` have the columns `id` and `labels`.
+/// A row of [`ENDED`] or [`THESE`].
+#[derive(FromQueryResult)]
+struct Labelled {
+    id: Uuid,
+    labels: String,
+}
+
+/// Deletes processes with all their rows; `rows` are rows of [`Labelled`].
 async fn remove(transaction: &DatabaseTransaction, dialect: Dialect, rows: &[QueryResult]) -> Result<(), Error> {
     let mut ids: Vec<Uuid> = Vec::with_capacity(rows.len());
     let mut labels: Vec<[Value; 3]> = Vec::new();
-    for row in rows {
-        let id: Uuid = row.try_get("", "id")?;
-        let text: String = row.try_get("", "labels")?;
+    for Labelled { id, labels: text } in read(rows)? {
         let of_row: BTreeMap<String, String> =
             serde_json::from_str(&text).map_err(|error| Error::Unreadable(format!("labels of {id}: {error}")))?;
         labels.extend(of_row.into_iter().map(|(key, value)| [key.into(), value.into(), id.into()]));
@@ -146,7 +155,7 @@ async fn remove(transaction: &DatabaseTransaction, dialect: Dialect, rows: &[Que
         let sql = "WITH {rows} DELETE FROM label WHERE (key, value, id) IN (SELECT b_key, b_value, b_id FROM b)";
         transaction.execute_raw(dialect.batch(sql, vec![], batch)).await?;
     }
-    // A job that is not known to have ended is still somebody's to end.
+    // A job that may still run must still be ended.
     let sql = "WITH {rows} DELETE FROM job WHERE pid IN (SELECT b_id FROM b) AND ended_at IS NOT NULL";
     transaction.execute_raw(dialect.batch(sql, vec![], Batch::ids(ids.iter().copied()))).await?;
     let tables = [("output", "pid"), ("attempt", "pid"), ("event", "pid"), ("spec", "id"), ("process", "id")];
@@ -161,13 +170,13 @@ fn micros(age: Duration) -> i64 {
     i64::try_from(age.as_micros()).unwrap_or(i64::MAX / 2)
 }
 
-/// The selection in the states that it asks for, or in every final one. What is in another state is not touched anyway.
+/// The selection, restricted to final states unless it names states. Processes in other states are not deleted anyway.
 fn final_ones(select: &Select) -> Select {
     let finals = || [State::Finished, State::Excepted, State::Killed].map(|state| state.word().to_owned()).to_vec();
     Select { states: Some(select.states.clone().unwrap_or_else(finals)), ..select.clone() }
 }
 
-// What another pruning has in hand is left to it.
+// Rows that another pruning has locked are left to it.
 const ENDED: &str = "
     WITH {rows}
     SELECT p.id, s.labels FROM process p JOIN spec s ON s.id = p.id

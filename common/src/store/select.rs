@@ -1,70 +1,44 @@
-//! A selection as SQL: a condition on rows that are there, and pages of ids in an order that an index has.
+//! A selection as SQL: conditions on existing rows, and pages of ids in the order of an index.
 //!
-//! A page reads only the tables that its conditions are about. Each condition has an index that ends in the id, so the
-//! first of a page are found at once, whether a million rows meet it or none; those that meet several, by leaps.
+//! A page reads only the tables that its conditions name. Each condition has an index that ends in the id, so the first
+//! rows of a page are found at once, whether a million rows meet the condition or none. Rows that meet several
+//! conditions are found by a leapfrog join.
 
+mod condition;
+mod count;
 mod leapfrog;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 
 use sea_orm::{ConnectionTrait, Statement, Value};
 use uuid::Uuid;
 
+use condition::{FOUND_BY_TIME, PIDS_MAX, label_condition, process_condition, spec_condition};
+pub(super) use condition::{Order, look};
+pub(super) use count::count;
 use leapfrog::Line;
 
 use super::dialect::{Batch, Dialect};
-use super::query::Cursor;
-use super::{Error, Store};
+use super::error::Error;
+use super::row::{Cursor, read};
 use crate::id::Pid;
 use crate::select::Select;
-
-/// Explicit ids that one statement asks for.
-const PIDS_MAX: usize = 1_000;
-
-/// What makes a condition on `spec.created_at` one by which rows are found, in the index of those times. One without it
-/// only judges a row that was found by its id.
-const FOUND_BY_TIME: &str = " AND s.created_at <> -1";
-
-/// Which way a selection is paged through.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Order {
-    NewestFirst,
-    OldestFirst,
-}
-
-impl Order {
-    /// The direction in which it is sorted, and how an id compares with those before it.
-    fn words(self) -> (&'static str, &'static str) {
-        match self {
-            Self::NewestFirst => ("DESC", "<"),
-            Self::OldestFirst => ("ASC", ">"),
-        }
-    }
-
-    /// An id that no process has.
-    fn before_all(self) -> Uuid {
-        match self {
-            Self::NewestFirst => Uuid::max(),
-            Self::OldestFirst => Uuid::nil(),
-        }
-    }
-}
 
 /// A walk through a selection, page by page.
 pub(super) struct Walk {
     select: Select,
     order: Order,
-    /// Explicit ids that are still to come, the next ones last.
+    /// The remaining explicit ids, the next ones last.
     pids: Option<Vec<Pid>>,
     after: Option<Cursor>,
     is_at_end: bool,
 }
 
 impl Walk {
-    /// A walk that begins behind `after`, or at the beginning.
+    /// A walk that begins after `after`, or at the beginning.
     pub(super) fn new(select: &Select, order: Order, after: Option<Cursor>) -> Self {
         let pids: Option<Vec<Pid>> = select.pids.as_ref().map(|pids| {
-            // Sorted, and each once.
+            // Sorted and distinct.
             let pids: BTreeSet<Pid> = pids.iter().copied().collect();
             let is_left = |pid: &Pid| match (after, order) {
                 (None, Order::NewestFirst | Order::OldestFirst) => true,
@@ -81,8 +55,8 @@ impl Walk {
         Self { select: Select { pids: None, ..select.clone() }, order, pids, after, is_at_end }
     }
 
-    /// The same walk past what has ended, where nothing narrower leads to what is asked for. A selection by facts still
-    /// meets what has ended: a page by states is a walk for each of them, which takes longer than to look at each such row.
+    /// The same walk without ended processes, if the selection has no other condition. Other selections do meet ended
+    /// rows: one walk per state would take longer than to check each such row.
     pub(super) fn past_ended(mut self) -> Self {
         if self.pids.is_none() && self.select.is_all() {
             self.select.states = Some(["created", "running", "waiting", "paused"].map(str::to_owned).to_vec());
@@ -90,8 +64,8 @@ impl Walk {
         self
     }
 
-    /// The statement for the next page, which gives at most `limit` rows and may give none; `None` at the end.
-    /// `template` begins with `WITH {page}`, a table with the columns `id` and `created_at`.
+    /// Returns the statement for the next page, which returns at most `limit` rows and possibly none; `None` at the
+    /// end. `template` begins with `WITH {page}`, a table with the columns `id` and `created_at`.
     pub(super) fn next(&mut self, dialect: Dialect, template: &str, limit: u32) -> Option<Statement> {
         if self.is_at_end {
             return None;
@@ -111,7 +85,7 @@ impl Walk {
         Some(dialect.batch(&template.replace("{page}", &page), values, batch))
     }
 
-    /// Says what the page had, so that the next one begins behind it.
+    /// Records the result of a page, so that the next one begins after it.
     pub(super) fn walked(&mut self, n_rows: usize, last: Option<Cursor>, limit: u32) {
         if self.pids.is_none() {
             self.is_at_end = n_rows < limit as usize;
@@ -119,7 +93,7 @@ impl Walk {
         }
     }
 
-    /// The ids of the next page that has any, in the order of the walk; `None` at the end.
+    /// Returns the ids of the next page that is not empty, in the order of the walk; `None` at the end.
     pub(super) async fn next_ids(
         &mut self,
         connection: &impl ConnectionTrait,
@@ -135,25 +109,21 @@ impl Walk {
         let template = format!("WITH {{page}} SELECT id, created_at FROM page ORDER BY {by}");
         while let Some(statement) = self.next(dialect, &template, limit) {
             let rows = connection.query_all_raw(statement).await?;
-            let ids = rows.iter().map(|row| row.try_get("", "id")).collect::<Result<Vec<Uuid>, _>>()?;
-            let last = rows.last().map(|row| {
-                let pid = row.try_get::<Uuid>("", "id")?.into();
-                Ok::<_, Error>(Cursor { pid, created_at: row.try_get("", "created_at")? })
-            });
-            self.walked(rows.len(), last.transpose()?, limit);
-            if !ids.is_empty() {
-                return Ok(Some(ids));
+            let page: Vec<Cursor> = read(&rows)?;
+            self.walked(page.len(), page.last().copied(), limit);
+            if !page.is_empty() {
+                return Ok(Some(page.into_iter().map(|row| row.pid.into()).collect()));
             }
         }
         Ok(None)
     }
 
-    /// A page's ids with the times of their acceptance, of the processes of table `b` or of all.
+    /// The SQL of a page of ids and times of acceptance, among the processes of table `b` or among all.
     fn page_sql(&self, of_pids: bool, limit: u32, values: &mut Vec<Value>) -> String {
         let select = &self.select;
         let of_process = process_condition(select, values);
         let of_spec = spec_condition(select, values);
-        // What is newer than an age would be walked through one by one in the order of ids.
+        // In the order of ids, processes younger than the age would be read one by one.
         let by_time = !of_pids && is_by_time(select);
         let mut tables = Vec::new();
         if !of_process.is_empty() || select.states.is_some() || of_pids {
@@ -173,7 +143,7 @@ impl Walk {
         if of_pids {
             condition.push_str(" AND p.id IN (SELECT b_id FROM b)");
         }
-        // Of each table, since the planner carries only equalities from one to the other.
+        // A condition on each table, since the planner infers only equalities from one to the other.
         let of_each =
             |on_id: &str| tables.iter().map(|(_, alias)| format!(" AND {alias}.id {on_id}")).collect::<String>();
         let (direction, behind) = self.order.words();
@@ -208,7 +178,7 @@ impl Walk {
                 tables[0].0
             )
         };
-        // A worker's processes are in no order of ids, and few.
+        // The processes of a worker are few, and no index sorts them by id.
         let is_in_lines = !of_pids && !by_time && select.worker.is_none();
         let lines = if is_in_lines { Line::of(select, values) } else { vec![] };
         let mut branch = |state: Option<&str>| {
@@ -227,7 +197,7 @@ impl Walk {
         if states.is_empty() {
             return branch(None);
         }
-        // Their words are those of the templates; anything else was refused before. Each state is an ordered walk of its own.
+        // The words are those of the templates; others were refused earlier. Each state is an ordered walk of its own.
         let mut branches: Vec<String> = states.iter().map(|word| branch(Some(word))).collect();
         if branches.len() == 1 {
             return branches.remove(0);
@@ -237,142 +207,7 @@ impl Walk {
     }
 }
 
-/// Whether pages of a selection are in the order of acceptance and not of ids.
+/// Whether pages are in the order of acceptance instead of ids.
 fn is_by_time(select: &Select) -> bool {
     select.older_than.is_some() && select.pids.is_none()
-}
-
-/// The condition on one row `process p` that has been found by its id, but for the selection's ids, as ` AND …`; its values are
-/// added to `values`.
-///
-/// Nothing in it leads a planner to other rows (`+ 0`, and sub-selects that give a value): of processes that were accepted
-/// just now it believes that one row meets each condition, and with joins it may compare each of them with each other.
-pub(super) fn look(select: &Select, values: &mut Vec<Value>) -> String {
-    look_but_for(select, None, values)
-}
-
-fn look_but_for(select: &Select, base: Option<Base>, values: &mut Vec<Value>) -> String {
-    let mut condition = String::new();
-    if let Some(worker) = &select.worker {
-        values.push(worker.clone().into());
-        let name = values.len();
-        condition.push_str(&format!(
-            " AND p.place + 0 = {{held}} AND (SELECT h.name FROM worker h WHERE h.id = p.owner) = ${name}"
-        ));
-    }
-    condition.push_str(&state_condition("p.state + 0", select));
-    if base != Some(Base::Spec) {
-        let of_spec = spec_condition(select, values);
-        if !of_spec.is_empty() {
-            condition.push_str(&format!(" AND (SELECT true{of_spec} FROM spec s WHERE s.id = p.id)"));
-        }
-    }
-    for (key, value) in select.labels().skip(usize::from(base == Some(Base::Label))) {
-        let label = label_condition("l", key, value, values);
-        condition.push_str(&format!(" AND (SELECT COUNT(*) FROM label l WHERE l.id = p.id{label}) = 1"));
-    }
-    condition
-}
-
-fn process_condition(select: &Select, values: &mut Vec<Value>) -> String {
-    let Some(worker) = &select.worker else { return String::new() };
-    values.push(worker.clone().into());
-    let name = values.len();
-    format!(" AND p.place = {{held}} AND p.owner IN (SELECT h.id FROM worker h WHERE h.name = ${name})")
-}
-
-fn state_condition(column: &str, select: &Select) -> String {
-    let states = select.states().map(|word| format!("{{{word}}}")).collect::<Vec<_>>();
-    if states.is_empty() {
-        return String::new();
-    }
-    format!(" AND {column} IN ({})", states.join(", "))
-}
-
-/// The columns of `spec` that a selection gives a value to, each with an index of its own, and these values.
-fn spec_facts(select: &Select) -> impl Iterator<Item = (&'static str, &str)> {
-    let facts = [("session", &select.session), ("queue", &select.queue), ("kind", &select.kind)];
-    facts.into_iter().filter_map(|(column, wanted)| Some((column, wanted.as_deref()?)))
-}
-
-/// What a search says beside the value of one of these columns, so that it may use the index of the rows for which this
-/// holds: of all of them, since none of these facts is ever empty.
-fn in_index_of(alias: &str, column: &str) -> String {
-    format!(" AND {alias}{column} <> ''")
-}
-
-fn spec_condition(select: &Select, values: &mut Vec<Value>) -> String {
-    let mut condition = String::new();
-    for (column, wanted) in spec_facts(select) {
-        values.push(wanted.into());
-        condition.push_str(&format!(" AND s.{column} = ${}{}", values.len(), in_index_of("s.", column)));
-    }
-    if let Some(age) = select.older_than {
-        values.push(i64::try_from(age.as_micros()).unwrap_or(i64::MAX / 2).into());
-        condition.push_str(&format!(" AND s.created_at <= {{now}} - ${}", values.len()));
-    }
-    condition
-}
-
-fn label_condition(alias: &str, key: &str, value: &str, values: &mut Vec<Value>) -> String {
-    values.extend([key.into(), value.into()]);
-    format!(" AND {alias}.key = ${} AND {alias}.value = ${}", values.len() - 1, values.len())
-}
-
-/// The table by which a selection's rows are found when they are counted.
-#[derive(Clone, Copy, PartialEq)]
-enum Base {
-    Spec,
-    Label,
-}
-
-/// How many rows of `process p` are in a selection and meet a condition, by the code in one of their columns. `values`
-/// are the condition's.
-pub(super) async fn count(
-    store: &Store,
-    select: &Select,
-    column: &str,
-    also: &str,
-    mut values: Vec<Value>,
-) -> Result<BTreeMap<i16, u64>, Error> {
-    if select.is_none() {
-        return Ok(BTreeMap::new());
-    }
-    // Each row is one look by its id, as for `look`.
-    let by_id = |base: &str, id: &str, found_by: &str, look: &str| {
-        format!(
-            "SELECT code, COUNT(*) AS n
-             FROM (SELECT (SELECT CASE WHEN {also}{look} THEN p.{column} END FROM process p WHERE p.id = {id}) AS code
-                   FROM {base} WHERE true{found_by}) AS c
-             WHERE code IS NOT NULL GROUP BY code"
-        )
-    };
-    let statements: Vec<Statement> = if let Some(pids) = &select.pids {
-        let sql = format!("WITH {{rows}} {}", by_id("b", "b_id", "", &look(select, &mut values)));
-        let pids: BTreeSet<Pid> = pids.iter().copied().collect();
-        let pids: Vec<Uuid> = pids.into_iter().map(Uuid::from).collect();
-        let of = |chunk: &[Uuid]| store.dialect.batch(&sql, values.clone(), Batch::ids(chunk.iter().copied()));
-        pids.chunks(PIDS_MAX).map(of).collect()
-    } else {
-        let of_spec = spec_condition(select, &mut values);
-        let sql = if !of_spec.is_empty() {
-            let found_by = format!("{of_spec}{}", if select.older_than.is_some() { FOUND_BY_TIME } else { "" });
-            by_id("spec s", "s.id", &found_by, &look_but_for(select, Some(Base::Spec), &mut values))
-        } else if let Some((key, value)) = select.labels().next() {
-            let of_label = label_condition("f", key, value, &mut values);
-            by_id("label f", "f.id", &of_label, &look_but_for(select, Some(Base::Label), &mut values))
-        } else {
-            let condition =
-                format!("{also}{}{}", process_condition(select, &mut values), state_condition("p.state", select));
-            format!("SELECT p.{column} AS code, COUNT(*) AS n FROM process p WHERE {condition} GROUP BY p.{column}")
-        };
-        vec![store.dialect.statement(&sql, values)]
-    };
-    let mut counts = BTreeMap::new();
-    for statement in statements {
-        for row in store.db.query_all_raw(statement).await? {
-            *counts.entry(row.try_get("", "code")?).or_default() += row.try_get::<i64>("", "n")?.cast_unsigned();
-        }
-    }
-    Ok(counts)
 }

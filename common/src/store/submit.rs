@@ -1,63 +1,54 @@
-//! Accepting processes. What is committed here is never lost.
+//! Accepting processes. A process that is committed here is never lost.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::sync::LazyLock;
 
-use sea_orm::{ConnectionTrait, Value};
+use sea_orm::{ConnectionTrait, FromQueryResult, Value};
 use uuid::Uuid;
 
+use super::blob;
+use super::connection::begin;
 use super::dialect::{Batch, Dialect, Kind};
-use super::{Error, Store, begin, blob};
+use super::error::Error;
+use super::handle::Store;
+use super::row::read;
+pub use super::row::{Announced, ByQueue};
 use crate::border;
 use crate::id::Pid;
 use crate::spec::Spec;
 use crate::state::{Desired, Live, Place, State};
 
-/// A process that somebody wants to have run.
+/// A process to accept.
 #[derive(Clone, Debug)]
 pub struct NewProcess {
-    /// Its id, chosen by the sender, so that sending twice accepts once.
+    /// Its id, chosen by the sender, so that a repeated submission is accepted once.
     pub pid: Pid,
-    /// What to run.
+    /// The spec.
     pub spec: Spec,
-    /// Who asks: `user@host`, or what an AMQP client calls itself.
+    /// The requester: `user@host`, or the name that an AMQP client gives.
     pub created_by: String,
-    /// W3C trace context of the request.
+    /// The W3C trace context of the request.
     pub traceparent: Option<String>,
-    /// Whom to tell of the end, as the communicator wrote it.
+    /// The reply address for its end, as the communicator wrote it.
     pub reply_to: Option<Vec<u8>>,
-    /// What `baton run` finds an unfinished process by.
+    /// The key by which `baton run` finds an unfinished process.
     pub run_key: Option<Vec<u8>>,
 }
 
-/// A row that a message should now stand for.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Announced {
-    /// The process.
-    pub pid: Pid,
-    /// When its row was told, in database time.
-    pub announced_at: i64,
-    /// W3C trace context of its launch.
-    pub traceparent: Option<String>,
-}
-
-/// Rows by the task queue that their messages go to.
-pub type ByQueue = BTreeMap<String, Vec<Announced>>;
-
-/// What accepting a page of processes did.
+/// The result of accepting a page of processes.
 #[derive(Clone, Debug, Default)]
 pub struct Accepted {
-    /// Inserted and queued: publish these, by queue.
+    /// Inserted and queued: publish these.
     pub queued: ByQueue,
-    /// Inserted on hold: no message until `play`.
+    /// Inserted on hold: no message before `play`.
     pub held_back: Vec<Pid>,
 }
 
 impl Store {
-    /// Inserts the processes in one commit. One whose id is there already is left as it is.
+    /// Inserts the processes in one commit. Processes whose id exists are left unchanged.
     ///
     /// # Errors
-    /// Nothing is accepted, or (when the commit's answer was lost) all of it: the same call again is safe.
+    /// Nothing is accepted, or (if the answer of the commit was lost) everything is: the same call again is safe.
     pub async fn submit(&self, processes: &[NewProcess]) -> Result<Accepted, Error> {
         border!("submit-begun");
         let inserted = match self.dialect {
@@ -75,12 +66,12 @@ impl Store {
         for process in processes {
             match inserted.get(&process.pid) {
                 Some((Place::Queued, announced_at)) => {
-                    let told = Announced {
+                    let announced = Announced {
                         pid: process.pid,
                         announced_at: *announced_at,
                         traceparent: process.traceparent.clone(),
                     };
-                    accepted.queued.entry(process.spec.task_queue()).or_default().push(told);
+                    accepted.queued.entry(process.spec.task_queue()).or_default().push(announced);
                 }
                 Some((Place::Held | Place::Parked | Place::Ended, _)) => accepted.held_back.push(process.pid),
                 None => {}
@@ -90,7 +81,17 @@ impl Store {
     }
 }
 
-/// Inserts the rows of processes that are not there yet, and says where those are and when they were told.
+/// A row that was inserted.
+#[derive(FromQueryResult)]
+struct Inserted {
+    #[sea_orm(from_alias = "id")]
+    pid: Pid,
+    place: Place,
+    #[sea_orm(from_alias = "told_at")]
+    announced_at: i64,
+}
+
+/// Inserts the processes that do not exist, and returns their places and the times of their announcements.
 pub(super) async fn insert(
     connection: &impl ConnectionTrait,
     dialect: Dialect,
@@ -99,6 +100,46 @@ pub(super) async fn insert(
     if processes.is_empty() {
         return Ok(HashMap::new());
     }
+    let batch = batch_of(processes);
+    let rows = match dialect {
+        Dialect::Postgres => connection.query_all_raw(dialect.hot_batch(&INSERT_ALL, vec![], batch)).await?,
+        Dialect::Sqlite => {
+            let hot = format!("WITH {{rows}} {INSERT_HOT}");
+            let rows = connection.query_all_raw(dialect.batch(&hot, vec![], batch.clone())).await?;
+            let cold = format!("WITH {{rows}} {INSERT_COLD}");
+            connection.execute_raw(dialect.batch(&cold, vec![], batch)).await?;
+            rows
+        }
+    };
+    let inserted: HashMap<Pid, (Place, i64)> =
+        read(&rows)?.into_iter().map(|row: Inserted| (row.pid, (row.place, row.announced_at))).collect();
+    if dialect == Dialect::Postgres {
+        return Ok(inserted);
+    }
+    // A different spec under an existing pid must not leave its labels.
+    let new = processes.iter().filter(|process| inserted.contains_key(&process.pid));
+    insert_labels(connection, dialect, new).await?;
+    Ok(inserted)
+}
+
+/// Inserts the labels of processes.
+async fn insert_labels(
+    connection: &impl ConnectionTrait,
+    dialect: Dialect,
+    processes: impl Iterator<Item = &NewProcess>,
+) -> Result<(), Error> {
+    let labels = processes.flat_map(|process| process.spec.labels.iter().map(|label| (process.pid, label)));
+    for page in labels.collect::<Vec<_>>().chunks(LABELS_MAX) {
+        let mut batch = Batch::new(LABEL);
+        for (pid, (key, value)) in page {
+            batch.push([key.as_str().into(), value.as_str().into(), Uuid::from(*pid).into()]);
+        }
+        connection.execute_raw(dialect.batch(INSERT_LABELS, vec![], batch)).await?;
+    }
+    Ok(())
+}
+
+fn batch_of(processes: &[NewProcess]) -> Batch {
     let mut batch = Batch::new(&[
         ("b_id", Kind::Uuid),
         ("b_place", Kind::SmallInt),
@@ -149,41 +190,10 @@ pub(super) async fn insert(
             process.run_key.clone().unwrap_or_default().into(),
         ]);
     }
-    let rows = match dialect {
-        Dialect::Postgres => connection.query_all_raw(dialect.hot_batch(&INSERT_ALL, vec![], batch)).await?,
-        Dialect::Sqlite => {
-            let hot = format!("WITH {{rows}} {INSERT_HOT}");
-            let rows = connection.query_all_raw(dialect.batch(&hot, vec![], batch.clone())).await?;
-            let cold = format!("WITH {{rows}} {INSERT_COLD}");
-            connection.execute_raw(dialect.batch(&cold, vec![], batch)).await?;
-            rows
-        }
-    };
-    let inserted: HashMap<Pid, (Place, i64)> = rows
-        .iter()
-        .map(|row| {
-            let place =
-                Place::from_code(row.try_get("", "place")?).ok_or_else(|| Error::Unreadable("no such place".into()))?;
-            Ok((row.try_get::<Uuid>("", "id")?.into(), (place, row.try_get("", "told_at")?)))
-        })
-        .collect::<Result<_, Error>>()?;
-    if dialect == Dialect::Postgres {
-        return Ok(inserted);
-    }
-    // Another spec under a pid that is there must not leave its labels.
-    let new = processes.iter().filter(|process| inserted.contains_key(&process.pid));
-    let labels = new.flat_map(|process| process.spec.labels.iter().map(|label| (process.pid, label)));
-    for page in labels.collect::<Vec<_>>().chunks(LABELS_MAX) {
-        let mut batch = Batch::new(LABEL);
-        for (pid, (key, value)) in page {
-            batch.push([key.as_str().into(), value.as_str().into(), Uuid::from(*pid).into()]);
-        }
-        connection.execute_raw(dialect.batch(INSERT_LABELS, vec![], batch)).await?;
-    }
-    Ok(inserted)
+    batch
 }
 
-/// Labels in one statement: SQLite takes 32,766 parameters, and a label has three.
+/// Labels in one statement: SQLite accepts 32,766 parameters, and a label takes three.
 pub(super) const LABELS_MAX: usize = 10_000;
 
 /// A row of `label`.

@@ -1,45 +1,72 @@
-//! What keeps every process moving whatever was lost: dead holders, due timers, lost messages, passed deadlines.
+//! Sweeps, which keep every process moving after losses: dead holders, due timers, lost messages, overdue processes.
 //!
-//! Any worker may run any sweep at any time; they exclude each other row by row.
+//! Any worker may run any sweep at any time; sweeps exclude each other row by row.
 
-use sea_orm::{ConnectionTrait, QueryResult, Value};
+use sea_orm::{ConnectionTrait, FromQueryResult};
 use uuid::Uuid;
 
 use super::blob::Outcome;
-use super::control::{Answer, Controlled, Request, settle, state};
+use super::connection::begin;
+use super::control::{Answer, Controlled};
 use super::dialect::{Batch, Kind};
-use super::query::killed_because;
-use super::submit::{Announced, ByQueue};
-use super::{Error, Store, begin};
-use crate::id::Pid;
+use super::error::Error;
+use super::handle::Store;
+use super::request::{Request, killed_because, settle};
+use super::row::{ByQueue, Queued, by_queue, read};
+use crate::id::{Incarnation, Pid};
 use crate::state::{Desired, Place, State};
 
 /// Rows that one sweep changes in one transaction.
 pub const PAGE_ROWS: u32 = 1_000;
 
-/// After so many deaths of its holders without a checkpoint in between, a process is not tried again.
+/// The number of consecutive deaths of holders, without a checkpoint, after which a process is excepted.
 pub const DEATHS_MAX: i64 = 5;
 
-/// What freeing the processes of dead workers did.
+/// The result of freeing the processes of dead workers.
 #[derive(Debug, Default)]
 pub struct Freed {
     /// Queued again: publish these.
     pub queued: ByQueue,
     /// Parked, since a pause was desired.
     pub paused: Vec<Pid>,
-    /// Ended: excepted, since too many of their holders died, or killed, since that was desired; with whom to tell.
+    /// Ended, with reply addresses: excepted after too many deaths of holders, or killed on request.
     pub ended: Vec<(Pid, State, Option<Vec<u8>>)>,
 }
 
 impl Freed {
-    /// How many processes it was about.
+    /// The number of freed processes.
     pub fn count(&self) -> usize {
         self.queued.values().map(Vec::len).sum::<usize>() + self.paused.len() + self.ended.len()
     }
 }
 
+/// A row of [`ORPHANS`].
+#[derive(FromQueryResult)]
+struct Orphan {
+    #[sea_orm(from_alias = "id")]
+    pid: Pid,
+    epoch: i64,
+    owner: Incarnation,
+    #[sea_orm(from_alias = "try")]
+    try_number: i64,
+    claimed_at: i64,
+    desired: Desired,
+}
+
+/// A row of [`FREE`].
+#[derive(FromQueryResult)]
+struct FreedRow {
+    #[sea_orm(nested)]
+    queued: Queued,
+    place: Place,
+    #[sea_orm(nested)]
+    state: State,
+    control: i64,
+    reply_to: Option<Vec<u8>>,
+}
+
 impl Store {
-    /// Frees a page of processes whose holder is gone, and leaves a `lost` attempt for each.
+    /// Frees a page of processes whose holder is gone, and writes a `lost` attempt for each.
     ///
     /// # Errors
     /// Nothing is freed; the next sweep tries again.
@@ -57,80 +84,74 @@ impl Store {
             ("b_started_at", Kind::BigInt),
         ]);
         let mut frees = Batch::new(&[("b_id", Kind::Uuid), ("b_outcome", Kind::Bytes)]);
-        let excepted = Outcome::because(format!(
-            "its worker died {DEATHS_MAX} times in a row while it ran, without a checkpoint in between"
-        ));
-        for row in &rows {
-            let id: Uuid = row.try_get("", "id")?;
-            // Whatever ran there has ended with its worker, and a kill can be obeyed here; but a job at a site has not, and
-            // a worker ends that first.
-            let outcome = if row.try_get::<i16>("", "desired")? == Desired::Kill.code() {
-                let why = killed_because(&transaction, self.dialect, id.into()).await?;
+        let excepted =
+            Outcome::because(format!("its worker died {DEATHS_MAX} times in a row without a checkpoint in between"));
+        for row in read::<Orphan>(&rows)? {
+            // A local program has ended with its worker, so a kill can be obeyed here. A job at a site has not ended; a
+            // worker ends it first.
+            let outcome = if row.desired == Desired::Kill {
+                let why = killed_because(&transaction, self.dialect, row.pid).await?;
                 Outcome::because(why.unwrap_or_else(|| "killed".into()))
             } else {
                 excepted.clone()
             };
+            let id = Uuid::from(row.pid);
             frees.push([id.into(), outcome.to_bytes().into()]);
             orphans.push([
                 id.into(),
-                row.try_get::<i64>("", "epoch")?.into(),
-                row.try_get::<Uuid>("", "owner")?.into(),
-                row.try_get::<i64>("", "try")?.into(),
-                row.try_get::<i64>("", "claimed_at")?.into(),
+                row.epoch.into(),
+                Uuid::from(row.owner).into(),
+                row.try_number.into(),
+                row.claimed_at.into(),
             ]);
         }
         transaction.execute_raw(self.dialect.batch(INSERT_LOST, vec![], orphans)).await?;
         let rows = transaction.query_all_raw(self.dialect.batch(FREE, vec![DEATHS_MAX.into()], frees)).await?;
-        let mut obeyed = Vec::new();
-        for row in &rows {
-            if row.try_get::<i64>("", "control")? > 0 {
-                obeyed.push((Pid::from(row.try_get::<Uuid>("", "id")?), state(row)?));
-            }
-        }
+        let rows: Vec<FreedRow> = read(&rows)?;
+        let obeyed = rows.iter().filter(|row| row.control > 0).map(|row| (row.queued.announced.pid, row.state));
+        let obeyed = obeyed.collect::<Vec<_>>();
         settle(&transaction, self.dialect, &obeyed).await?;
         transaction.commit().await?;
         let mut freed = Freed::default();
-        for row in &rows {
-            let (queue, told) = told(row)?;
-            match Place::from_code(row.try_get("", "place")?) {
-                Some(Place::Queued) => freed.queued.entry(queue).or_default().push(told),
-                Some(Place::Ended) => freed.ended.push((told.pid, state(row)?, row.try_get("", "reply_to")?)),
-                Some(Place::Parked | Place::Held) | None => freed.paused.push(told.pid),
+        for FreedRow { queued: Queued { queue, announced }, place, state, reply_to, .. } in rows {
+            match place {
+                Place::Queued => freed.queued.entry(queue).or_default().push(announced),
+                Place::Ended => freed.ended.push((announced.pid, state, reply_to)),
+                Place::Parked | Place::Held => freed.paused.push(announced.pid),
             }
         }
         Ok(freed)
     }
 
-    /// Wakes a page of processes whose time has come.
+    /// Wakes a page of processes that are due.
     ///
     /// # Errors
-    /// Nobody is woken; the next sweep tries again.
+    /// No process is woken; the next sweep tries again.
     pub async fn wake_due(&self) -> Result<ByQueue, Error> {
-        self.announce_rows(WAKE_DUE, vec![]).await
+        Ok(by_queue(self.all(WAKE_DUE, vec![]).await?))
     }
 
-    /// The earliest time at which a parked process is due, in microseconds from now by the database's clock; zero or
-    /// less when one is due already.
+    /// Returns the time until the next parked process is due, in microseconds by the database's clock; zero or less if
+    /// one is due.
     ///
     /// # Errors
     /// The database does not answer.
     pub async fn next_wake_us(&self) -> Result<Option<i64>, Error> {
         let sql = "SELECT MIN(wake_at) - {now} AS due FROM process
                    WHERE place = {parked} AND state = {waiting} AND wake_at IS NOT NULL";
-        let row = self.query(sql, vec![]).await?.into_iter().next().ok_or(Error::NoRow)?;
-        Ok(row.try_get("", "due")?)
+        self.value(sql, vec![]).await
     }
 
-    /// The head rule: marks a page of this queue's rows told before `before` as told now. No message stands for them
-    /// any more; publish one.
+    /// Applies the head rule: announces a page of this queue's rows that were last announced before `before`. Their
+    /// messages are lost; publish new ones.
     ///
     /// # Errors
-    /// Nothing is marked; the next sweep tries again.
+    /// No row is changed; the next sweep tries again.
     pub async fn announce_lost(&self, queue: &str, before: i64) -> Result<ByQueue, Error> {
-        self.announce_rows(ANNOUNCE_LOST, vec![queue.to_owned().into(), before.into()]).await
+        Ok(by_queue(self.all(ANNOUNCE_LOST, vec![queue.to_owned().into(), before.into()]).await?))
     }
 
-    /// The oldest processes of a task queue that have been queued for a second, at most `limit`.
+    /// Returns the oldest processes that have been in a task queue for at least a second, at most `limit`.
     ///
     /// # Errors
     /// The database does not answer.
@@ -139,22 +160,20 @@ impl Store {
             "SELECT id FROM process WHERE place = {{queued}} AND queue = $1 AND told_at < {{now}} - 1000000
              ORDER BY told_at LIMIT {limit}"
         );
-        let rows = self.query(&sql, vec![queue.to_owned().into()]).await?;
-        rows.iter().map(|row| Ok(row.try_get::<Uuid>("", "id")?.into())).collect()
+        self.column(&sql, vec![queue.to_owned().into()]).await
     }
 
-    /// Kills what has passed its `timeout`.
+    /// Kills processes that have exceeded their `timeout`.
     ///
     /// # Errors
     /// The database does not answer; the next sweep tries again.
     pub async fn end_overdue(&self) -> Result<Vec<Controlled>, Error> {
         let mut ended = Vec::new();
         for (sql, reason) in [
-            (QUEUE_OVERDUE, "`timeout.queue` has passed before a worker took it"),
-            (TOTAL_OVERDUE, "`timeout.total` has passed"),
+            (QUEUE_OVERDUE, "`timeout.queue` expired before a worker claimed it"),
+            (TOTAL_OVERDUE, "`timeout.total` expired"),
         ] {
-            for row in self.query(sql, vec![]).await? {
-                let pid = Pid::from(row.try_get::<Uuid>("", "id")?);
+            for pid in self.column(sql, vec![]).await? {
                 let request = Request { reason: Some(reason.into()), ..Request::new(Desired::Kill, "baton") };
                 match self.control(pid, &request).await? {
                     Answer::Recorded(controlled) => ended.push(controlled),
@@ -164,24 +183,6 @@ impl Store {
         }
         Ok(ended)
     }
-
-    async fn announce_rows(&self, sql: &str, values: Vec<Value>) -> Result<ByQueue, Error> {
-        let mut by_queue = ByQueue::new();
-        for row in self.query(sql, values).await? {
-            let (queue, told) = told(&row)?;
-            by_queue.entry(queue).or_default().push(told);
-        }
-        Ok(by_queue)
-    }
-}
-
-pub(super) fn told(row: &QueryResult) -> Result<(String, Announced), Error> {
-    let told = Announced {
-        pid: row.try_get::<Uuid>("", "id")?.into(),
-        announced_at: row.try_get("", "told_at")?,
-        traceparent: row.try_get("", "traceparent")?,
-    };
-    Ok((row.try_get("", "queue")?, told))
 }
 
 const ORPHANS: &str = "

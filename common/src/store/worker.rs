@@ -1,13 +1,19 @@
-//! Workers' rows: the lease is a number that grows, and no wall clock decides over it.
+//! The rows of workers. The lease is a counter that its worker increments; no wall clock decides about it.
 
 use std::time::Duration;
 
-use sea_orm::{ConnectionTrait, QueryResult, Value};
+use sea_orm::{
+    ColumnTrait, ConnectionTrait, DerivePartialModel, EntityTrait, FromQueryResult, QueryFilter, QuerySelect, Value,
+};
 use uuid::Uuid;
 
-use super::control::Request;
-use super::writer::Fence;
-use super::{Error, Store, Use, begin, connect};
+use super::connection::{Use, begin, connect};
+use super::entity::worker;
+use super::error::Error;
+use super::handle::Store;
+use super::lease::Fence;
+use super::request::Request;
+use super::row::read;
 use crate::communicator::control_queue;
 use crate::id::{Incarnation, Pid};
 use crate::lack::Shortage;
@@ -16,23 +22,23 @@ use crate::state::Desired;
 /// Pause between two beats.
 pub const BEAT: Duration = Duration::from_secs(1);
 
-/// A beat that stands still for this long, as seen by another worker, ends the lease.
+/// A lease ends when another worker has seen its beat unchanged for this long.
 pub const LEASE: Duration = Duration::from_secs(10);
 
-/// What a worker says of itself when it starts.
+/// The description of a worker at its start.
 #[derive(Clone, Debug)]
 pub struct NewWorker {
-    /// Its label.
+    /// Its name.
     pub name: String,
     /// The host it runs on.
     pub host: String,
     /// Its process id there.
     pub os_pid: u32,
-    /// Its program's version.
+    /// The version of its program.
     pub version: String,
     /// The queues that it serves.
     pub queues: Vec<String>,
-    /// How many processes it holds at a time.
+    /// The number of processes that it holds at a time.
     pub slots: u32,
     /// The sites that it serves.
     pub sites: Vec<String>,
@@ -43,53 +49,55 @@ pub struct NewWorker {
 pub struct Peer {
     /// Its incarnation.
     pub id: Incarnation,
-    /// Its label.
+    /// Its name.
     pub name: String,
     /// The host it runs on.
     pub host: String,
     /// Its process id there.
     pub os_pid: u32,
-    /// The number that grows while it lives.
+    /// The counter of its lease.
     pub beat: i64,
 }
 
-/// A process that an incarnation holds, as the database has it.
-#[derive(Clone, Copy, Debug)]
+/// A process that an incarnation holds, according to the database.
+#[derive(Clone, Copy, Debug, FromQueryResult)]
 pub struct Lease {
-    /// The process, and the number of the lease.
+    /// The lease.
+    #[sea_orm(nested)]
     pub fence: Fence,
-    /// When it was claimed, in database time.
+    /// The time of the claim, by the database's clock.
     pub claimed_at: i64,
-    /// The number of the try that it is in.
+    /// The number of the try.
+    #[sea_orm(from_alias = "try")]
     pub try_number: i64,
 }
 
-/// What a beat says of the worker's load.
+/// The load that a beat reports.
 #[derive(Clone, Debug, Default)]
 pub struct Load {
-    /// How many processes it holds.
+    /// The number of held processes.
     pub held: u32,
-    /// Processes that block their thread, as `pid for 7s`; empty when there is none.
+    /// Processes that block their thread, as `pid for 7s`.
     pub blocked: Vec<String>,
-    /// What its machine lacks.
+    /// The shortage of its machine.
     pub shortage: Option<Shortage>,
 }
 
-/// What a beat learns.
+/// The answer to a beat.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Beat {
-    /// The incarnation lives.
+    /// The incarnation is alive.
     Alive {
-        /// The number of this beat. One that is not larger than all before it says that the database has gone back.
+        /// The number of this beat. If it is not larger than all before it, the database has been rolled back.
         beat: i64,
-        /// Somebody wants it to give back what it holds and to stop.
+        /// The worker is asked to give back what it holds and to stop.
         drain: bool,
-        /// The fleet takes no work.
+        /// The fleet is paused.
         is_fleet_paused: bool,
     },
-    /// Somebody has declared it gone, for ever.
+    /// The incarnation was declared gone, which is final.
     Gone,
-    /// The database does not know it.
+    /// The incarnation has no row.
     Unknown,
 }
 
@@ -101,13 +109,13 @@ impl Peer {
 }
 
 impl Store {
-    /// Makes the row of a worker that starts. On SQLite its caller holds the lock of the file, so every other
-    /// incarnation is gone.
+    /// Inserts the row of a worker that starts. On SQLite the caller holds the lock of the file, so all other
+    /// incarnations are gone.
     ///
     /// # Errors
     /// The database does not answer.
     pub async fn register(&self, id: Incarnation, worker: &NewWorker) -> Result<(), Error> {
-        // A worker that has no connection for its beat would lose its lease at once.
+        // A worker without a connection for its beat would lose its lease at once.
         self.beats.warm().await?;
         let sql =
             "INSERT INTO worker (id, name, host, os_pid, version, queues, slots, sites, load, drain, beat, beat_at,
@@ -131,13 +139,13 @@ impl Store {
         Ok(())
     }
 
-    /// Says that this incarnation lives, and learns what is wanted of it. It has a connection of its own.
+    /// Beats, and returns what is wanted of the incarnation. Uses a dedicated connection.
     ///
     /// # Cancel safety
-    /// It may be dropped: the connection is closed then, and the next beat opens another.
+    /// May be dropped: this closes the connection, and the next beat opens another.
     ///
     /// # Errors
-    /// The database does not answer; the lease runs on until its deadline.
+    /// The database does not answer; the lease runs until its deadline.
     pub async fn beat(&self, id: Incarnation, load: &Load) -> Result<Beat, Error> {
         let sql = "UPDATE worker SET beat = beat + 1, beat_at = {now}, load = $2, blocked = $3, lacks = $4,
                                      lacks_text = $5
@@ -158,29 +166,25 @@ impl Store {
             let rows = self.beats.query_all_raw(statement).await?;
             return Ok(if rows.is_empty() { Beat::Unknown } else { Beat::Gone });
         };
-        let beat = row.try_get("", "beat")?;
-        Ok(Beat::Alive {
-            beat,
-            drain: row.try_get("", "drain")?,
-            is_fleet_paused: row.try_get::<i64>("", "n_paused")? > 0,
-        })
+        let BeatRow { beat, drain, n_paused } = BeatRow::from_query_result(row, "")?;
+        Ok(Beat::Alive { beat, drain, is_fleet_paused: n_paused > 0 })
     }
 
-    /// The number of this incarnation's last beat, read over a connection of its own, on which no question that nobody
-    /// waits for any more can be under way; `None` when the database does not know it.
+    /// Returns the number of this incarnation's last beat; `None` if it has no row. Uses a new connection, on which no
+    /// abandoned statement can be in flight.
     ///
     /// # Errors
     /// The database does not answer.
     pub async fn last_beat(&self, id: Incarnation) -> Result<Option<i64>, Error> {
         let db = connect(&self.location, &self.access, Use::Beat).await?;
-        let sql = "SELECT beat FROM worker WHERE id = $1";
-        let row = db.query_one_raw(self.dialect.statement(sql, vec![Uuid::from(id).into()])).await?;
+        let beat = worker::Entity::find_by_id(Uuid::from(id)).select_only().column(worker::Column::Beat);
+        let beat = beat.into_tuple().one(&db).await?;
         db.close().await?;
-        Ok(row.map(|row| row.try_get("", "beat")).transpose()?)
+        Ok(beat)
     }
 
-    /// Asks live workers of a name (or the one incarnation of an id) to give back what they hold and to stop. Gives those
-    /// that are asked; none means that there is no such worker.
+    /// Asks the live workers of a name (or one incarnation by id) to give back what they hold and to stop, and returns
+    /// them. An empty result means that there is no such worker.
     ///
     /// # Errors
     /// The database does not answer.
@@ -191,7 +195,7 @@ impl Store {
                    RETURNING id, name, host, os_pid, beat";
         let id = name.parse::<Uuid>().unwrap_or_default();
         let rows = transaction.query_all_raw(self.dialect.statement(sql, vec![name.to_owned().into(), id.into()]));
-        let peers = rows.await?.iter().map(peer).collect::<Result<Vec<_>, _>>()?;
+        let peers: Vec<Peer> = read::<PeerRow>(&rows.await?)?.into_iter().map(Peer::from).collect();
         if !peers.is_empty() {
             let sql = "INSERT INTO event (id, at, what, target, by_whom, login, reason, outcome, settled_at)
                        VALUES ($1, {now}, 'drain', $2, $3, COALESCE($4, {login}), $5, 'recorded', {now})";
@@ -208,16 +212,16 @@ impl Store {
         Ok(peers)
     }
 
-    /// Every incarnation that nobody has declared gone.
+    /// Returns every incarnation that is not gone.
     ///
     /// # Errors
     /// The database does not answer.
     pub async fn peers(&self) -> Result<Vec<Peer>, Error> {
-        let sql = "SELECT id, name, host, os_pid, beat FROM worker WHERE gone_at IS NULL";
-        self.query(sql, vec![]).await?.iter().map(peer).collect()
+        let alive = worker::Entity::find().filter(worker::Column::GoneAt.is_null());
+        Ok(alive.into_partial_model::<PeerRow>().all(&self.db).await?.into_iter().map(Peer::from).collect())
     }
 
-    /// Declares an incarnation gone whose beat still is what was seen. `false` when it lives after all, or is gone
+    /// Declares an incarnation gone if its beat is unchanged. Returns `false` if it has beaten since, or is gone
     /// already.
     ///
     /// # Errors
@@ -227,17 +231,17 @@ impl Store {
         Ok(self.execute(sql, vec![Uuid::from(id).into(), seen_beat.into()]).await? == 1)
     }
 
-    /// Says that this incarnation has stopped and holds nothing.
+    /// Records that this incarnation has stopped and holds nothing.
     ///
     /// # Errors
-    /// The database does not answer; the others find out by its beat.
+    /// The database does not answer; the others notice by its beat.
     pub async fn leave(&self, id: Incarnation) -> Result<(), Error> {
         let sql = "UPDATE worker SET gone_at = {now}, load = 0 WHERE id = $1 AND gone_at IS NULL";
         self.execute(sql, vec![Uuid::from(id).into()]).await?;
         Ok(())
     }
 
-    /// Removes the rows of workers that have been gone for a day and hold nothing. Attempts have their names.
+    /// Deletes the rows of workers that have been gone for a day and hold nothing. Attempts keep their names.
     ///
     /// # Errors
     /// The database does not answer.
@@ -249,25 +253,18 @@ impl Store {
         Ok(())
     }
 
-    /// Everything that the database says this incarnation holds.
+    /// Returns what this incarnation holds, according to the database.
     ///
     /// # Errors
     /// The database does not answer.
     pub async fn held_by(&self, id: Incarnation) -> Result<Vec<Lease>, Error> {
         let sql = "SELECT id, epoch, claimed_at, try FROM process WHERE owner = $1 AND place = {held}";
-        // The beat asks, so it does not wait for others.
-        self.beats
-            .query_all_raw(self.dialect.statement(sql, vec![Uuid::from(id).into()]))
-            .await?
-            .iter()
-            .map(|row| {
-                let fence = Fence { pid: row.try_get::<Uuid>("", "id")?.into(), epoch: row.try_get("", "epoch")? };
-                Ok(Lease { fence, claimed_at: row.try_get("", "claimed_at")?, try_number: row.try_get("", "try")? })
-            })
-            .collect()
+        // On the connection of the beat, which does not wait for other statements.
+        read(&self.beats.query_all_raw(self.dialect.statement(sql, vec![Uuid::from(id).into()])).await?)
     }
 
-    /// What is desired of what this incarnation holds: of everything, or only of that which shall not simply go on.
+    /// Returns the desired states of what this incarnation holds: of all processes, or only of those that should not
+    /// simply continue.
     ///
     /// # Errors
     /// The database does not answer.
@@ -275,51 +272,58 @@ impl Store {
         let which = if everything { "true" } else { "desired <> {play}" };
         let sql = format!("{WISHES} AND owner = $1 AND place = {{held}} AND {which}");
         let statement = self.dialect.statement(&sql, vec![Uuid::from(id).into()]);
-        // What shall not simply go on, the beat asks for, which does not wait for others.
+        // The beat asks for those that should not continue, over its own connection, which does not wait for other
+        // statements.
         let rows =
             if everything { self.db.query_all_raw(statement).await } else { self.beats.query_all_raw(statement).await };
-        rows?.iter().map(wish).collect()
+        read(&rows?)
     }
 
-    /// What is desired of one process that this incarnation holds; `None` when it does not.
+    /// Returns the desired state of one process; `None` if this incarnation does not hold it.
     ///
     /// # Errors
     /// The database does not answer.
     pub async fn desired_of_one(&self, id: Incarnation, pid: Pid) -> Result<Option<Wish>, Error> {
         let sql = format!("{WISHES} AND owner = $1 AND place = {{held}} AND id = $2");
-        let rows = self.query(&sql, vec![Uuid::from(id).into(), Uuid::from(pid).into()]).await?;
-        rows.first().map(wish).transpose()
+        self.first(&sql, vec![Uuid::from(id).into(), Uuid::from(pid).into()]).await
     }
 }
 
-/// What a row says that its holder has to obey.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// The desired state of a held process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, FromQueryResult)]
 pub struct Wish {
-    /// The process and the number of its lease.
+    /// The lease.
+    #[sea_orm(nested)]
     pub fence: Fence,
-    /// What is desired of it.
+    /// The desired state.
     pub desired: Desired,
-    /// Whether that is wanted at once.
+    /// Whether it is wanted at once.
     pub urgent: bool,
 }
 
 const WISHES: &str = "SELECT id, epoch, desired, urgent FROM process WHERE true";
 
-fn wish(row: &QueryResult) -> Result<Wish, Error> {
-    Ok(Wish {
-        fence: Fence { pid: row.try_get::<Uuid>("", "id")?.into(), epoch: row.try_get("", "epoch")? },
-        desired: Desired::from_code(row.try_get("", "desired")?)
-            .ok_or_else(|| Error::Unreadable("no such desire".into()))?,
-        urgent: row.try_get("", "urgent")?,
-    })
+/// The row that a beat returns.
+#[derive(FromQueryResult)]
+struct BeatRow {
+    beat: i64,
+    drain: bool,
+    n_paused: i64,
 }
 
-fn peer(row: &QueryResult) -> Result<Peer, Error> {
-    Ok(Peer {
-        id: row.try_get::<Uuid>("", "id")?.into(),
-        name: row.try_get("", "name")?,
-        host: row.try_get("", "host")?,
-        os_pid: u32::try_from(row.try_get::<i64>("", "os_pid")?).unwrap_or(0),
-        beat: row.try_get("", "beat")?,
-    })
+#[derive(DerivePartialModel)]
+#[sea_orm(entity = "worker::Entity")]
+struct PeerRow {
+    id: Incarnation,
+    name: String,
+    host: String,
+    os_pid: i64,
+    beat: i64,
+}
+
+impl From<PeerRow> for Peer {
+    fn from(row: PeerRow) -> Self {
+        let PeerRow { id, name, host, os_pid, beat } = row;
+        Peer { id, name, host, os_pid: u32::try_from(os_pid).unwrap_or(0), beat }
+    }
 }

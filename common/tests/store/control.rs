@@ -1,4 +1,4 @@
-//! Requests: what they make of a process, what is kept of them, and who learns of them.
+//! Requests: their effect on a process, their history, and how holders learn of them.
 
 use std::time::Duration;
 
@@ -13,18 +13,18 @@ use baton_common::store::writer::{Claim, Verb};
 use crate::{Scene, end, new_process, request};
 
 on_both! {
-    nobody_holds_it_so_control_applies_at_once
-    a_kill_absorbs_and_is_final
-    play_returns_a_sleeper_to_its_sleep
-    on_hold_means_accepted_and_not_run
-    many_are_controlled_by_labels
-    an_event_says_what_a_request_came_to
-    force_ends_it_under_its_holder_and_leaves_the_attempt
-    a_request_to_many_that_was_cut_off_goes_on_and_undoes_nothing
-    fleet_and_worker_learn_at_the_beat_what_is_wanted
+    control_of_a_process_that_is_not_held_applies_at_once
+    kill_absorbs_other_requests_and_is_final
+    play_returns_a_waiting_process_to_waiting
+    process_on_hold_is_accepted_and_not_run
+    request_to_many_selects_by_labels
+    every_request_gets_an_outcome
+    forced_kill_bypasses_the_holder_and_writes_the_attempt
+    interrupted_request_to_many_resumes_and_respects_later_requests
+    beat_reports_fleet_pause_and_drain
 }
 
-async fn nobody_holds_it_so_control_applies_at_once(scene: Scene) {
+async fn control_of_a_process_that_is_not_held_applies_at_once(scene: Scene) {
     let pid = scene.submit("call: baton.noop").await;
     let paused = scene.recorded(pid, Desired::Pause).await;
     assert_eq!((paused.place, paused.state), (Place::Parked, State::Paused(Live::Created)));
@@ -33,8 +33,8 @@ async fn nobody_holds_it_so_control_applies_at_once(scene: Scene) {
     assert_eq!(scene.state(pid).await.1, State::Paused(Live::Created));
     let played = scene.recorded(pid, Desired::Run).await;
     assert_eq!((played.place, played.state), (Place::Queued, State::Created));
-    assert_eq!(played.told.unwrap().0, "default");
-    assert!(scene.recorded(pid, Desired::Run).await.told.is_none());
+    assert_eq!(played.announced.unwrap().0, "default");
+    assert!(scene.recorded(pid, Desired::Run).await.announced.is_none());
     let killed = scene.recorded(pid, Desired::Kill).await;
     assert_eq!((killed.place, killed.state), (Place::Ended, State::Killed));
     let details = scene.store.show(pid).await.unwrap().unwrap();
@@ -42,7 +42,7 @@ async fn nobody_holds_it_so_control_applies_at_once(scene: Scene) {
     assert_eq!(details.summary.outcome.unwrap().reason.unwrap(), "killed by ann");
 }
 
-async fn a_kill_absorbs_and_is_final(scene: Scene) {
+async fn kill_absorbs_other_requests_and_is_final(scene: Scene) {
     let pid = scene.submit("call: baton.noop").await;
     let fence = scene.claimed(pid).await.fence;
     scene.recorded(pid, Desired::Kill).await;
@@ -53,16 +53,16 @@ async fn a_kill_absorbs_and_is_final(scene: Scene) {
     assert!(matches!(scene.ask(Pid::generate(), Desired::Run).await, Answer::Absent));
 }
 
-async fn play_returns_a_sleeper_to_its_sleep(scene: Scene) {
+async fn play_returns_a_waiting_process_to_waiting(scene: Scene) {
     let pid = scene.submit("call: baton.noop").await;
     let fence = scene.claimed(pid).await.fence;
     scene.write(fence, Verb::Park { wake_in: Duration::from_secs(60) }).await.unwrap();
     scene.recorded(pid, Desired::Pause).await;
     let played = scene.recorded(pid, Desired::Run).await;
-    assert_eq!((played.place, played.state, played.told), (Place::Parked, State::Waiting, None));
+    assert_eq!((played.place, played.state, played.announced), (Place::Parked, State::Waiting, None));
 }
 
-async fn on_hold_means_accepted_and_not_run(scene: Scene) {
+async fn process_on_hold_is_accepted_and_not_run(scene: Scene) {
     let process = new_process("{call: baton.noop, hold: true}");
     let pid = process.pid;
     let accepted = scene.store.submit(&[process]).await.unwrap();
@@ -72,7 +72,7 @@ async fn on_hold_means_accepted_and_not_run(scene: Scene) {
     assert_eq!(scene.recorded(pid, Desired::Run).await.place, Place::Queued);
 }
 
-async fn many_are_controlled_by_labels(scene: Scene) {
+async fn request_to_many_selects_by_labels(scene: Scene) {
     let mut si = Vec::new();
     for _ in 0..3 {
         si.push(scene.submit("{call: baton.noop, labels: {campaign: si}}").await);
@@ -87,7 +87,7 @@ async fn many_are_controlled_by_labels(scene: Scene) {
     assert_eq!(scene.ask_many(id, &Select::default(), Desired::Kill).await, None);
 }
 
-/// What the history says of a process: what was asked, and what it came to.
+/// The history of a process: requests and their outcomes.
 async fn history(scene: &Scene, pid: Pid) -> Vec<(String, Option<String>)> {
     let events = scene.store.show(pid).await.unwrap().unwrap().events;
     events.into_iter().map(|event| (event.what, event.outcome)).collect()
@@ -97,7 +97,7 @@ fn was(what: &str, outcome: &str) -> (String, Option<String>) {
     (what.to_owned(), (!outcome.is_empty()).then(|| outcome.to_owned()))
 }
 
-async fn an_event_says_what_a_request_came_to(scene: Scene) {
+async fn every_request_gets_an_outcome(scene: Scene) {
     let pid = scene.submit("call: baton.noop").await;
     let fence = scene.claimed(pid).await.fence;
     let paused = scene.recorded(pid, Desired::Pause).await;
@@ -122,7 +122,7 @@ async fn an_event_says_what_a_request_came_to(scene: Scene) {
     assert_eq!(history(&scene, pid).await, expected);
 }
 
-async fn force_ends_it_under_its_holder_and_leaves_the_attempt(scene: Scene) {
+async fn forced_kill_bypasses_the_holder_and_writes_the_attempt(scene: Scene) {
     let pid = scene.submit("call: baton.noop").await;
     let fence = scene.claimed(pid).await.fence;
     let asked = scene.recorded(pid, Desired::Kill).await;
@@ -136,22 +136,22 @@ async fn force_ends_it_under_its_holder_and_leaves_the_attempt(scene: Scene) {
     assert_eq!(details.attempts.iter().map(|attempt| attempt.how.as_str()).collect::<Vec<_>>(), ["killed"]);
 }
 
-async fn a_request_to_many_that_was_cut_off_goes_on_and_undoes_nothing(scene: Scene) {
+async fn interrupted_request_to_many_resumes_and_respects_later_requests(scene: Scene) {
     let (first, second) = (scene.submit("call: baton.noop").await, scene.submit("call: baton.noop").await);
     let id = RequestId::generate();
     let pause = request(Desired::Pause);
-    // The one who records it dies after the first page.
+    // The recorder dies after the first page.
     let mut dies = scene.store.control_many(id, &Select::one(first), &pause).await.unwrap().unwrap();
     assert_eq!(dies.next().await.unwrap().unwrap().len(), 1);
     drop(dies);
     assert_eq!(scene.state(first).await.1, State::Paused(Live::Created));
     scene.recorded(first, Desired::Run).await;
     let asked = scene.ask_many(id, &Select::default(), Desired::Pause).await;
-    assert_eq!(asked, Some(vec![second]), "what was played since stays so");
+    assert_eq!(asked, Some(vec![second]), "a later `play` stays in force");
     assert_eq!(scene.state(first).await.1, State::Created);
 }
 
-async fn fleet_and_worker_learn_at_the_beat_what_is_wanted(scene: Scene) {
+async fn beat_reports_fleet_pause_and_drain(scene: Scene) {
     let beat = async || scene.store.beat(scene.me, &Load::default()).await.unwrap();
     let id = RequestId::generate();
     assert!(scene.store.control_fleet(id, &request(Desired::Pause)).await.unwrap());

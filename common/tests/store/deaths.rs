@@ -1,4 +1,4 @@
-//! Workers that die: what becomes of what they held, and of what has killed them.
+//! Dead workers: what becomes of the processes that they held.
 
 use baton_common::id::Incarnation;
 use baton_common::state::{Desired, Live, State};
@@ -10,10 +10,10 @@ use baton_common::store::writer::{Claim, Writer};
 use crate::{Scene, worker};
 
 on_both! {
-    five_deaths_without_a_checkpoint_end_it
-    a_suspect_is_claimed_alone
-    a_gone_worker_beats_no_more
-    a_request_that_its_holder_did_not_live_to_obey_is_obeyed_when_it_is_freed
+    five_deaths_without_a_checkpoint_except_the_process
+    quarantined_process_is_claimed_alone
+    gone_worker_cannot_beat
+    freed_process_obeys_the_request_that_its_dead_holder_did_not
 }
 
 /// A worker that will die, and its writer.
@@ -23,7 +23,7 @@ async fn doomed(scene: &Scene) -> (Incarnation, Writer) {
     (me, Scene::writer(&scene.store, me).await)
 }
 
-async fn five_deaths_without_a_checkpoint_end_it(scene: Scene) {
+async fn five_deaths_without_a_checkpoint_except_the_process(scene: Scene) {
     let pid = scene.submit("call: baton.noop").await;
     for death in 1..=5 {
         let (me, writer) = doomed(&scene).await;
@@ -38,7 +38,7 @@ async fn five_deaths_without_a_checkpoint_end_it(scene: Scene) {
     assert!(details.summary.outcome.unwrap().reason.unwrap().contains("died 5 times"));
 }
 
-async fn a_suspect_is_claimed_alone(scene: Scene) {
+async fn quarantined_process_is_claimed_alone(scene: Scene) {
     let pids = [scene.submit("call: baton.noop").await, scene.submit("call: baton.noop").await];
     for _ in 0..2 {
         let (me, writer) = doomed(&scene).await;
@@ -48,12 +48,12 @@ async fn a_suspect_is_claimed_alone(scene: Scene) {
         scene.store.declare_gone(me, 0).await.unwrap();
         scene.store.free().await.unwrap();
     }
-    // Each of them may have killed the worker; together they would be tried for each other's crime.
+    // Either of them may have killed the workers; claimed together, each would be charged with the other's deaths.
     let (first, second) = tokio::join!(scene.claim(pids[0]), scene.claim(pids[1]));
     let (claimed, refused) = if matches!(first, Claim::Claimed(_)) { (first, second) } else { (second, first) };
-    assert!(matches!(refused, Claim::NotBesideAnother), "{refused:?}");
+    assert!(matches!(refused, Claim::Quarantined), "{refused:?}");
     let Claim::Claimed(claimed) = claimed else { panic!("{claimed:?}") };
-    assert!(claimed.is_suspect());
+    assert!(claimed.is_quarantined());
     let other = if claimed.fence.pid == pids[0] { pids[1] } else { pids[0] };
     scene
         .writer
@@ -61,12 +61,12 @@ async fn a_suspect_is_claimed_alone(scene: Scene) {
         .await
         .unwrap()
         .unwrap();
-    // With a checkpoint it is none any more.
-    assert!(scene.claimed(other).await.is_suspect());
+    // A checkpoint ends the quarantine.
+    assert!(scene.claimed(other).await.is_quarantined());
     assert!(matches!(scene.claim(other).await, Claim::NotQueued), "it is held");
 }
 
-async fn a_gone_worker_beats_no_more(scene: Scene) {
+async fn gone_worker_cannot_beat(scene: Scene) {
     let alive = Beat::Alive { beat: 1, drain: false, is_fleet_paused: false };
     assert_eq!(scene.store.beat(scene.me, &Load::default()).await.unwrap(), alive);
     let seen = scene.store.peers().await.unwrap();
@@ -77,7 +77,7 @@ async fn a_gone_worker_beats_no_more(scene: Scene) {
     assert!(scene.store.peers().await.unwrap().is_empty());
 }
 
-async fn a_request_that_its_holder_did_not_live_to_obey_is_obeyed_when_it_is_freed(scene: Scene) {
+async fn freed_process_obeys_the_request_that_its_dead_holder_did_not(scene: Scene) {
     for (verb, state) in [(Desired::Pause, State::Paused(Live::Running)), (Desired::Kill, State::Killed)] {
         let (me, writer) = doomed(&scene).await;
         let pid = scene.submit("call: baton.noop").await;

@@ -1,4 +1,4 @@
-//! Which objects rows need.
+//! The garbage collection roots of rows.
 
 use std::collections::BTreeSet;
 
@@ -11,8 +11,8 @@ use baton_common::store::writer::Verb;
 use crate::{Scene, new_process};
 
 on_both! {
-    what_was_sent_and_what_was_left_is_needed_on_every_page
-    what_a_row_needs_that_cannot_be_read_is_not_known
+    every_page_lists_sent_inputs_and_results
+    roots_of_an_unreadable_row_are_an_error
 }
 
 async fn needed(scene: &Scene) -> Result<(BTreeSet<Digest>, BTreeSet<Digest>), Error> {
@@ -25,7 +25,7 @@ async fn needed(scene: &Scene) -> Result<(BTreeSet<Digest>, BTreeSet<Digest>), E
     Ok((manifests, objects))
 }
 
-async fn what_was_sent_and_what_was_left_is_needed_on_every_page(scene: Scene) {
+async fn every_page_lists_sent_inputs_and_results(scene: Scene) {
     assert_eq!(needed(&scene).await.unwrap(), (BTreeSet::new(), BTreeSet::new()));
     scene.submit("run: [x]").await;
     scene.submit("call: baton.noop").await;
@@ -49,7 +49,7 @@ async fn what_was_sent_and_what_was_left_is_needed_on_every_page(scene: Scene) {
     assert_eq!(needed(&scene).await.unwrap(), (manifests, BTreeSet::from([archive])));
 }
 
-async fn what_a_row_needs_that_cannot_be_read_is_not_known(scene: Scene) {
+async fn roots_of_an_unreadable_row_are_an_error(scene: Scene) {
     scene.submit("run: [x]\nat: a").await;
     let bytes = if scene.store.is_embedded() { "x'ff80'" } else { "'\\xff80'::bytea" };
     scene.sql(&format!("UPDATE spec SET body = {bytes} RETURNING id")).await;

@@ -13,8 +13,8 @@ use crate::{Scene, new_process};
 
 on_both! {
     every_row_is_in_exactly_one_page_with_each_filter
-    what_meets_conditions_that_hardly_ever_meet_is_found
-    a_page_begins_after_a_process_that_is_gone
+    rare_matches_of_two_common_conditions_are_found
+    page_begins_after_a_deleted_process
     explicit_processes_are_paged_and_narrowed
     labels_belong_to_the_spec_that_was_accepted
     counts_are_by_state_and_by_queue
@@ -28,7 +28,7 @@ fn labels(labels: &[(&str, &str)]) -> std::collections::BTreeMap<String, String>
     labels.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect()
 }
 
-/// Forty processes of many kinds and states, in the order in which they were accepted, which is not that of their ids.
+/// Forty processes of many kinds and states, in the order of their acceptance, which is not that of their ids.
 async fn forty(scene: &Scene) -> Vec<Pid> {
     let mut ids: Vec<Pid> = (0..40).map(|_| Pid::generate()).collect();
     ids.rotate_left(7);
@@ -41,7 +41,7 @@ async fn forty(scene: &Scene) -> Vec<Pid> {
             "{{call: {kind}, queue: {queue}, hold: {hold}{session}{with}, labels: {{all: 'yes', five: '{}', \"o'dd\": \"a\\\"b\"}}}}",
             n / 5
         );
-        // Nothing is accepted in the same moment: SQLite's clock counts milliseconds.
+        // No two are accepted at the same time: SQLite's clock counts milliseconds.
         let now = scene.store.now().await.unwrap();
         while scene.store.now().await.unwrap() <= now {}
         scene.store.submit(&[NewProcess { pid: *pid, ..new_process(&spec) }]).await.unwrap();
@@ -135,7 +135,7 @@ async fn every_row_is_in_exactly_one_page_with_each_filter(scene: Scene) {
     ];
     for (select, expected) in cases {
         for limit in [1, 7, 20, 100] {
-            // As a program reads it that goes on, and as one that begins anew with each page.
+            // With one listing for all pages, and with a new query for each page.
             let mut listing = Listing::new(&select, None);
             let (mut read, mut paged) = (Vec::new(), Vec::new());
             loop {
@@ -163,8 +163,8 @@ async fn every_row_is_in_exactly_one_page_with_each_filter(scene: Scene) {
     }
 }
 
-/// Of two labels, each process bears one or the other, and few of the oldest and of the newest both.
-async fn what_meets_conditions_that_hardly_ever_meet_is_found(scene: Scene) {
+/// Each process has one of two labels; a few of the oldest and of the newest have both.
+async fn rare_matches_of_two_common_conditions_are_found(scene: Scene) {
     let labels_of = |n: usize| match n {
         0..3 | 1_500 | 2_995.. => "{a: 'yes', b: 'yes'}",
         _ if n.is_multiple_of(2) => "{a: 'yes'}",
@@ -194,7 +194,7 @@ async fn what_meets_conditions_that_hardly_ever_meet_is_found(scene: Scene) {
     assert_eq!(killed, expected);
 }
 
-async fn a_page_begins_after_a_process_that_is_gone(scene: Scene) {
+async fn page_begins_after_a_deleted_process(scene: Scene) {
     let mut pids = Vec::new();
     for _ in 0..5 {
         pids.push(scene.submit("call: baton.noop").await);
@@ -215,7 +215,7 @@ async fn explicit_processes_are_paged_and_narrowed(scene: Scene) {
     let mut pids: Vec<Pid> = processes.iter().map(|process| process.pid).collect();
     let last = *pids.last().unwrap();
     scene.recorded(pids[0], Desired::Pause).await;
-    // Some twice, some that are not there, in any order.
+    // Some twice, one that does not exist, in any order.
     let asked: Vec<Pid> = pids.iter().chain(&pids[100..200]).copied().chain([Pid::generate()]).rev().collect();
     pids.reverse();
     let list = async |states: &[&str], after: Option<Pid>, limit| {
@@ -231,7 +231,7 @@ async fn explicit_processes_are_paged_and_narrowed(scene: Scene) {
     assert_eq!(list(&[], None, 5_000).await, pids);
     assert_eq!(list(&[], Some(last), 10).await, pids[1..11]);
     assert_eq!(list(&[], pids.last().copied(), 10).await, []);
-    // The only one is in the last of the chunks that are asked for.
+    // The only match is in the last chunk of ids.
     assert_eq!(list(&["paused"], None, 10).await, pids[1_499..]);
     let select = Select { pids: Some(asked.clone()), ..Select::default() };
     let counts = scene.store.count_selected(&select, Desired::Pause).await.unwrap();

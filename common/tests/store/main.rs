@@ -1,4 +1,4 @@
-//! The protocol's statements, on SQLite always and on PostgreSQL where one is named.
+//! The statements of the store, on SQLite always and on PostgreSQL if the environment names one.
 
 #![expect(clippy::unwrap_used, reason = "a test fails by it")]
 
@@ -20,7 +20,7 @@ use sea_orm::{ConnectionTrait, Database, QueryResult, Statement};
 use tokio::sync::Semaphore;
 use uuid::Uuid;
 
-/// A database of a test's own, with one registered worker and its writer.
+/// A private database with one registered worker and its writer.
 struct Scene {
     store: Store,
     me: Incarnation,
@@ -47,7 +47,7 @@ impl Scene {
         Self::new(Self::schema().await.0, tempfile::tempdir().unwrap()).await
     }
 
-    /// A new schema: its URL and its name.
+    /// Creates a schema; returns its URL and its name.
     async fn schema() -> (String, String) {
         let url = std::env::var("BATON_TEST_DATABASE").expect("tests/run names a database");
         let schema = format!("t{}", Incarnation::generate().to_string().replace('-', ""));
@@ -55,7 +55,7 @@ impl Scene {
         (format!("{url}?options=-csearch_path%3D{schema}"), schema)
     }
 
-    /// Runs SQL beside the store.
+    /// Runs SQL outside the store.
     async fn sql(&self, sql: &str) -> Vec<QueryResult> {
         let db = Database::connect(self.url.replacen("sqlite:", "sqlite://", 1)).await.unwrap();
         let rows = db.query_all_raw(Statement::from_string(db.get_database_backend(), sql)).await.unwrap();
@@ -63,7 +63,7 @@ impl Scene {
         rows
     }
 
-    /// How many rows of any table are about a process.
+    /// Counts the rows of a process in all tables.
     async fn rows_of(&self, pid: Pid) -> i64 {
         let hex = Uuid::from(pid).simple();
         let id = if self.store.is_embedded() { format!("x'{hex}'") } else { format!("'{hex}'") };
@@ -125,7 +125,7 @@ impl Scene {
         controlled
     }
 
-    /// Asks a whole selection, and gives those that were asked; `None` when that has been done before.
+    /// Sends a request to a selection and returns the changed processes; `None` if it was completed before.
     async fn ask_many(&self, id: RequestId, select: &Select, verb: Desired) -> Option<Vec<Pid>> {
         let mut many = self.store.control_many(id, select, &request(verb)).await.unwrap()?;
         let mut asked = Vec::new();
@@ -141,7 +141,7 @@ impl Scene {
     }
 }
 
-/// What psql prints, unaligned and without headers.
+/// Returns the output of psql, unaligned and without headers.
 async fn psql(url: &str, arguments: &[&str]) -> String {
     let output = tokio::process::Command::new("psql").args([url, "-qtA"]).args(arguments).output().await.unwrap();
     assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
@@ -179,7 +179,7 @@ fn end(state: State) -> Verb {
     Verb::End { state, outcome: Outcome { exit: Some(0), ..Outcome::default() } }
 }
 
-/// Makes one test of each claim for each database.
+/// Makes a test of each function for each database.
 macro_rules! on_both {
     ($($name:ident)*) => {
         mod sqlite {
@@ -204,30 +204,30 @@ mod versions;
 mod writer;
 
 on_both! {
-    a_process_goes_its_way_from_submit_to_end
-    submitting_twice_accepts_once
-    a_claim_takes_only_what_is_queued_and_only_from_its_own_queue
+    process_runs_from_submission_to_end
+    repeated_submission_is_accepted_once
+    claim_takes_only_queued_processes_of_its_queue
     a_write_with_an_old_epoch_changes_nothing
     a_write_after_the_sweep_freed_the_row_changes_nothing
     parking_wakes_by_time
     a_wake_while_it_parks_is_seen
-    a_checkpoint_whose_predecessor_is_not_there_changes_nothing
+    a_checkpoint_without_its_predecessor_changes_nothing
     leaving_held_obeys_a_pause
     a_pausing_write_asks_the_row
-    what_is_given_back_by_someone_who_does_not_know_it_keeps_its_try
-    the_head_rule_tells_only_what_is_older
+    give_back_without_a_try_number_keeps_the_try
+    head_rule_announces_only_older_rows
     every_condition_of_a_selection_narrows_it
-    a_launch_inserts_claims_and_knows_another_spec
+    launch_inserts_and_claims_and_detects_another_spec
     outputs_are_kept_and_replaced
     an_overdue_process_is_killed_with_the_reason
     every_transition_is_one_of_the_state_machine
-    unreadable_checkpoints_are_reported_not_fatal
-    a_list_says_who_paused_it_and_what_a_retry_waits_for
-    facts_say_who_holds_it_and_how_many_are_before_it
+    checkpoint_survives_a_give_back
+    summary_names_the_pause_and_the_failed_try
+    facts_name_the_holder_and_the_position_in_the_queue
     workers_are_found_by_name_and_by_incarnation
 }
 
-async fn a_process_goes_its_way_from_submit_to_end(scene: Scene) {
+async fn process_runs_from_submission_to_end(scene: Scene) {
     let pid = scene.submit("{call: baton.noop, labels: {a: b}}").await;
     assert_eq!(scene.state(pid).await, (Place::Queued, State::Created));
     let claimed = scene.claimed(pid).await;
@@ -245,13 +245,13 @@ async fn a_process_goes_its_way_from_submit_to_end(scene: Scene) {
     assert!(matches!(scene.claim(pid).await, Claim::NotQueued));
 }
 
-async fn submitting_twice_accepts_once(scene: Scene) {
+async fn repeated_submission_is_accepted_once(scene: Scene) {
     let process = new_process("call: baton.noop");
     assert_eq!(scene.store.submit(std::slice::from_ref(&process)).await.unwrap().queued["default"].len(), 1);
     assert!(scene.store.submit(&[process]).await.unwrap().queued.is_empty());
 }
 
-async fn a_claim_takes_only_what_is_queued_and_only_from_its_own_queue(scene: Scene) {
+async fn claim_takes_only_queued_processes_of_its_queue(scene: Scene) {
     let elsewhere = scene.submit("{call: baton.noop, queue: gpu}").await;
     assert!(matches!(scene.claim(elsewhere).await, Claim::NotQueued));
     let paused = scene.submit("call: baton.noop").await;
@@ -277,12 +277,12 @@ async fn a_write_after_the_sweep_freed_the_row_changes_nothing(scene: Scene) {
     assert!(scene.store.declare_gone(scene.me, 0).await.unwrap());
     let freed = scene.store.free().await.unwrap();
     assert_eq!(freed.queued["default"][0].pid, pid);
-    // The epoch is still the zombie's; only the place tells.
+    // The epoch is still that of the dead holder; only the place differs.
     assert!(scene.write(fence, end(State::Finished)).await.is_none());
     assert_eq!(scene.state(pid).await, (Place::Queued, State::Running));
     let details = scene.store.show(pid).await.unwrap().unwrap();
     assert_eq!(details.attempts[0].how, "lost");
-    // A zombie's claim that commits after the sweep is freed by the next one.
+    // The next sweep frees a dead worker's claim that commits after a sweep.
     scene.claimed(pid).await;
     assert_eq!(scene.store.free().await.unwrap().count(), 1);
 }
@@ -309,7 +309,7 @@ async fn parking_wakes_by_time(scene: Scene) {
 async fn a_wake_while_it_parks_is_seen(scene: Scene) {
     let pid = scene.submit("call: baton.noop").await;
     let fence = scene.claimed(pid).await.fence;
-    // A kill is the wake-up that exists already; its holder has to see it instead of sleeping for an hour.
+    // A kill is a wake-up too; the holder must see it instead of parking for an hour.
     scene.recorded(pid, Desired::Kill).await;
     let written = scene.write(fence, Verb::Park { wake_in: Duration::from_secs(3600) }).await.unwrap();
     assert_eq!((written.place, written.desired), (Place::Held, Desired::Kill));
@@ -318,13 +318,13 @@ async fn a_wake_while_it_parks_is_seen(scene: Scene) {
     let fence = scene.claimed(pid).await.fence;
     scene.sql("UPDATE process SET woken = true WHERE desired = 0").await;
     let written = scene.write(fence, Verb::Park { wake_in: Duration::from_secs(3600) }).await.unwrap();
-    assert_eq!((written.place, written.state), (Place::Held, State::Running), "it must look at what it was woken for");
+    assert_eq!((written.place, written.state), (Place::Held, State::Running), "it was woken");
     let checkpoint = Some(Checkpoint { advances: 2, ..Checkpoint::default() });
     let written = scene.write_with(fence, Verb::Park { wake_in: Duration::from_secs(3600) }, checkpoint).await.unwrap();
-    assert_eq!((written.place, written.state), (Place::Parked, State::Waiting), "it was woken once");
+    assert_eq!((written.place, written.state), (Place::Parked, State::Waiting), "the wake-up is consumed");
 }
 
-async fn a_checkpoint_whose_predecessor_is_not_there_changes_nothing(scene: Scene) {
+async fn a_checkpoint_without_its_predecessor_changes_nothing(scene: Scene) {
     let pid = scene.submit("call: baton.noop").await;
     let fence = scene.claimed(pid).await.fence;
     let at = |advances: u64| Checkpoint { advances, ..Checkpoint::default() };
@@ -365,7 +365,7 @@ async fn a_pausing_write_asks_the_row(scene: Scene) {
     assert_eq!((written.place, written.desired), (Place::Held, Desired::Run));
 }
 
-async fn what_is_given_back_by_someone_who_does_not_know_it_keeps_its_try(scene: Scene) {
+async fn give_back_without_a_try_number_keeps_the_try(scene: Scene) {
     let pid = scene.submit("call: baton.noop").await;
     let give_back = |fence, try_number| {
         let verb = Verb::GiveBack;
@@ -376,14 +376,14 @@ async fn what_is_given_back_by_someone_who_does_not_know_it_keeps_its_try(scene:
     assert_eq!(scene.claimed(pid).await.try_number, 3);
 }
 
-async fn the_head_rule_tells_only_what_is_older(scene: Scene) {
+async fn head_rule_announces_only_older_rows(scene: Scene) {
     let old = scene.submit("call: baton.noop").await;
     let head = scene.store.now().await.unwrap() + 1;
     while scene.store.now().await.unwrap() <= head {}
     let young = scene.submit("call: baton.noop").await;
-    let told = scene.store.announce_lost("default", head).await.unwrap();
-    assert_eq!(told["default"].iter().map(|told| told.pid).collect::<Vec<_>>(), [old]);
-    assert!(scene.store.announce_lost("default", head).await.unwrap().is_empty(), "it has just been told");
+    let announced = scene.store.announce_lost("default", head).await.unwrap();
+    assert_eq!(announced["default"].iter().map(|row| row.pid).collect::<Vec<_>>(), [old]);
+    assert!(scene.store.announce_lost("default", head).await.unwrap().is_empty(), "it was announced just now");
     assert!(matches!(scene.claim(young).await, Claim::Claimed(_)));
 }
 
@@ -410,7 +410,7 @@ async fn every_condition_of_a_selection_narrows_it(scene: Scene) {
     }
 }
 
-async fn a_launch_inserts_claims_and_knows_another_spec(scene: Scene) {
+async fn launch_inserts_and_claims_and_detects_another_spec(scene: Scene) {
     let launch = new_process("call: baton.noop");
     let claim = |launch: &NewProcess| scene.writer.claim(launch.pid, "default".into(), Some(launch.clone().into()));
     let (first, second) = tokio::join!(claim(&launch), claim(&launch));
@@ -453,7 +453,7 @@ async fn an_overdue_process_is_killed_with_the_reason(scene: Scene) {
 }
 
 async fn every_transition_is_one_of_the_state_machine(scene: Scene) {
-    // Each pair of a way to get somewhere and a request: what the database makes of it must be what `next` says.
+    // For each state and request, the database must agree with `State::next`.
     for setup in ["created", "running", "waiting", "paused created", "paused running", "paused waiting"] {
         for (verb, event) in [(Desired::Run, Event::Play), (Desired::Pause, Event::Pause), (Desired::Kill, Event::Kill)]
         {
@@ -476,7 +476,7 @@ async fn every_transition_is_one_of_the_state_machine(scene: Scene) {
     }
 }
 
-async fn unreadable_checkpoints_are_reported_not_fatal(scene: Scene) {
+async fn checkpoint_survives_a_give_back(scene: Scene) {
     let pid = scene.submit("call: baton.noop").await;
     let fence = scene.claimed(pid).await.fence;
     let checkpoint = Checkpoint { state: vec![1, 2, 3], advances: 1, ..Checkpoint::default() };
@@ -485,7 +485,7 @@ async fn unreadable_checkpoints_are_reported_not_fatal(scene: Scene) {
     assert_eq!(claimed.checkpoint.unwrap().unwrap(), checkpoint);
 }
 
-async fn a_list_says_who_paused_it_and_what_a_retry_waits_for(scene: Scene) {
+async fn summary_names_the_pause_and_the_failed_try(scene: Scene) {
     let summary = async |pid| scene.store.show(pid).await.unwrap().unwrap().summary;
     let park = |fence, try_number, ended| Fenced {
         fence,
@@ -501,7 +501,7 @@ async fn a_list_says_who_paused_it_and_what_a_retry_waits_for(scene: Scene) {
     scene.writer.write(park(fence, 2, Some(failed))).await.unwrap().unwrap();
     let retried = summary(pid).await;
     assert_eq!((retried.last_error.as_deref(), retried.waits_for_retry), (Some("exit 1"), true));
-    // Its next holding ends in an ordinary wait: the error is history.
+    // The next attempt ends in an ordinary wait, so the process no longer waits for a retry.
     while scene.store.wake_due().await.unwrap().is_empty() {}
     let fence = scene.claimed(pid).await.fence;
     scene.writer.write(park(fence, 2, None)).await.unwrap().unwrap();
@@ -521,7 +521,7 @@ async fn a_list_says_who_paused_it_and_what_a_retry_waits_for(scene: Scene) {
     assert_eq!((paused.by.as_str(), paused.reason.as_deref()), ("bob", Some("last")));
 }
 
-async fn facts_say_who_holds_it_and_how_many_are_before_it(scene: Scene) {
+async fn facts_name_the_holder_and_the_position_in_the_queue(scene: Scene) {
     assert!(scene.store.facts(Pid::generate()).await.unwrap().is_none());
     let processes = ["default", "default", "gpu", "default"]
         .map(|queue| new_process(&format!("{{call: baton.noop, queue: {queue}}}")));
@@ -550,7 +550,7 @@ async fn workers_are_found_by_name_and_by_incarnation(scene: Scene) {
     let second = Incarnation::generate();
     scene.store.register(second, &worker("w2")).await.unwrap();
     if scene.store.is_embedded() {
-        // Whoever registers there is alone.
+        // On SQLite, registration declares all other workers gone.
         assert_eq!(names(&[], false).await, ["w2"]);
     }
     assert_eq!(names(&["w2".into()], false).await, ["w2"]);

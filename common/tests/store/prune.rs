@@ -1,4 +1,4 @@
-//! What has ended long ago is removed, and nothing else.
+//! Pruning deletes processes that ended long ago, and nothing else.
 
 use std::time::Duration;
 
@@ -13,12 +13,12 @@ use uuid::Uuid;
 use crate::{Scene, end, new_process, request};
 
 on_both! {
-    only_what_has_ended_is_pruned_with_all_that_belongs_to_it
-    a_pruning_takes_all_pages_and_a_second_one_finds_nothing
+    only_ended_processes_are_pruned_with_all_their_rows
+    interrupted_pruning_is_completed_by_another
     a_selection_narrows_a_pruning
-    a_launch_that_is_older_than_what_is_kept_is_refused_and_a_newer_one_runs
-    what_is_erased_is_gone_and_refuses_no_launch
-    an_attempt_keeps_the_name_of_a_worker_that_is_forgotten
+    launch_older_than_the_prune_horizon_is_refused_and_a_newer_one_runs
+    erased_process_can_be_launched_again
+    attempt_keeps_the_name_of_a_deleted_worker
 }
 
 /// An ended process with a row in every table.
@@ -50,7 +50,7 @@ async fn is_there(scene: &Scene, pid: Pid) -> bool {
     listed
 }
 
-async fn only_what_has_ended_is_pruned_with_all_that_belongs_to_it(scene: Scene) {
+async fn only_ended_processes_are_pruned_with_all_their_rows(scene: Scene) {
     let spec = "{call: baton.noop, labels: {campaign: si, batch: '7'}}";
     let old = ended(&scene, spec, State::Finished).await;
     let queued = scene.submit(spec).await;
@@ -78,8 +78,8 @@ async fn only_what_has_ended_is_pruned_with_all_that_belongs_to_it(scene: Scene)
     assert_eq!(listed.len(), 3);
 }
 
-async fn a_pruning_takes_all_pages_and_a_second_one_finds_nothing(scene: Scene) {
-    // More than two pages, with some in between that live.
+async fn interrupted_pruning_is_completed_by_another(scene: Scene) {
+    // More than two pages, with live processes in between.
     let processes: Vec<NewProcess> = (0..2_600).map(|_| new_process("{call: baton.noop, labels: {a: b}}")).collect();
     for page in processes.chunks(1_000) {
         scene.store.submit(page).await.unwrap();
@@ -114,7 +114,7 @@ async fn a_selection_narrows_a_pruning(scene: Scene) {
     assert_eq!(there, [false, true, true]);
 }
 
-async fn a_launch_that_is_older_than_what_is_kept_is_refused_and_a_newer_one_runs(scene: Scene) {
+async fn launch_older_than_the_prune_horizon_is_refused_and_a_newer_one_runs(scene: Scene) {
     let launch = new_process("{call: baton.noop, labels: {a: b}}");
     let claim = |launch: &NewProcess| scene.writer.claim(launch.pid, "default".into(), Some(launch.clone().into()));
     let Claim::Claimed(claimed) = claim(&launch).await.unwrap() else { panic!("not claimed") };
@@ -125,23 +125,23 @@ async fn a_launch_that_is_older_than_what_is_kept_is_refused_and_a_newer_one_run
     assert_eq!(prune(&scene, &Select::default(), Duration::ZERO).await, 1);
 
     assert!(matches!(claim(&launch).await.unwrap(), Claim::Pruned));
-    assert_eq!(scene.rows_of(launch.pid).await, 0, "nothing of it is left");
+    assert_eq!(scene.rows_of(launch.pid).await, 0, "no row is left");
     assert!(matches!(claim(&late).await.unwrap(), Claim::Pruned));
     let fresh = new_process("call: baton.noop");
-    // One batch of an old and a new one.
+    // An old and a new launch in one batch.
     let (old, new) = tokio::join!(claim(&launch), claim(&fresh));
     assert!(matches!((old.unwrap(), new.unwrap()), (Claim::Pruned, Claim::Claimed(_))));
     let timeless = NewProcess { pid: Uuid::from_u128(7).into(), ..new_process("call: baton.noop") };
-    assert!(matches!(claim(&timeless).await.unwrap(), Claim::Claimed(_)), "its age is not known");
-    // Whoever writes into the database is not judged: no message of theirs brings a spec.
+    assert!(matches!(claim(&timeless).await.unwrap(), Claim::Claimed(_)), "an id without a time is accepted");
+    // A submission to the database is not checked against the horizon: its messages carry no spec and cannot repeat it.
     scene.store.submit(std::slice::from_ref(&launch)).await.unwrap();
     assert!(matches!(claim(&launch).await.unwrap(), Claim::Claimed(_)));
-    // A pruning that reaches less far takes nothing back.
+    // A pruning with a greater age does not lower the horizon.
     assert_eq!(prune(&scene, &Select::default(), Duration::from_secs(3600)).await, 0);
     assert!(matches!(claim(&late).await.unwrap(), Claim::Pruned));
 }
 
-async fn what_is_erased_is_gone_and_refuses_no_launch(scene: Scene) {
+async fn erased_process_can_be_launched_again(scene: Scene) {
     let launch = new_process("call: baton.noop");
     let claim = || scene.writer.claim(launch.pid, "default".into(), Some(launch.clone().into()));
     let Claim::Claimed(claimed) = claim().await.unwrap() else { panic!("not claimed") };
@@ -149,14 +149,14 @@ async fn what_is_erased_is_gone_and_refuses_no_launch(scene: Scene) {
     assert_eq!(scene.store.erase(&[launch.pid, live, Pid::generate()]).await.unwrap(), 0);
     scene.write(claimed.fence, end(State::Finished)).await.unwrap();
     assert_eq!(scene.store.erase(&[]).await.unwrap(), 0);
-    assert!(is_there(&scene, launch.pid).await, "none means none");
+    assert!(is_there(&scene, launch.pid).await, "an empty list erases nothing");
     assert_eq!(scene.store.erase(&[launch.pid, live, launch.pid]).await.unwrap(), 1);
     assert_eq!(scene.rows_of(launch.pid).await, 0);
     assert!(is_there(&scene, live).await);
     assert!(matches!(claim().await.unwrap(), Claim::Claimed(_)));
 }
 
-async fn an_attempt_keeps_the_name_of_a_worker_that_is_forgotten(scene: Scene) {
+async fn attempt_keeps_the_name_of_a_deleted_worker(scene: Scene) {
     let pid = scene.submit("call: baton.noop").await;
     let fence = scene.claimed(pid).await.fence;
     scene.write(fence, Verb::GiveBack).await.unwrap();

@@ -1,4 +1,4 @@
-//! Jobs at sites: intents, limits, what a kill has to end first, and what one worker at a time may have.
+//! Jobs at sites: intents, limits, kills that must end a job first, and permits.
 
 use std::time::Duration;
 
@@ -17,18 +17,18 @@ use crate::{Scene, end};
 
 on_both! {
     an_intent_is_recorded_once_and_only_by_the_holder
-    an_intent_is_taken_back_by_the_holder_only_and_not_once_there_is_a_job
-    limits_of_a_site_are_counted_over_all
-    a_kill_with_a_job_outside_is_not_applied_before_it_has_ended
-    a_holder_that_dies_with_a_job_outside_leaves_its_kill_to_another
-    a_forced_kill_leaves_an_open_row
-    a_holder_pauses_its_own_process_and_nobody_elses
+    only_the_holder_withdraws_an_intent_and_only_before_there_is_a_job
+    site_limits_hold_for_the_whole_fleet
+    kill_with_a_job_outside_waits_for_the_end_of_the_job
+    kill_with_a_job_outside_survives_the_death_of_the_holder
+    forced_kill_leaves_the_job_open
+    holder_pauses_only_its_own_process
     the_end_of_a_job_wakes_its_process_even_while_it_parks
-    a_process_that_is_killed_waits_for_its_job
-    a_look_at_many_jobs_and_a_request_to_their_processes_do_not_deadlock
-    who_waits_longest_is_taken_up_first
-    a_permit_is_one_workers_until_it_is_gone
-    a_site_that_fails_is_left_alone_for_longer_and_longer
+    killed_process_waits_for_its_job
+    poll_and_request_to_the_same_processes_do_not_deadlock
+    longest_waiting_process_is_woken_first
+    permit_belongs_to_one_worker_until_it_is_gone
+    failing_site_is_retried_after_growing_pauses
 }
 
 const SPEC: &str = "at: s\nrun: ['true']";
@@ -43,7 +43,7 @@ impl Scene {
         self.store.announce_site("s", "slurm", "/r", 2).await.unwrap();
     }
 
-    /// A process that is held and has a job outside.
+    /// A held process with a job outside.
     async fn with_job(&self) -> (Pid, Fence) {
         let pid = self.submit(SPEC).await;
         let fence = self.claimed(pid).await.fence;
@@ -72,12 +72,12 @@ async fn an_intent_is_recorded_once_and_only_by_the_holder(scene: Scene) {
     scene.store.submitted(pid, 1, "7").await.unwrap();
     scene.store.submitted(pid, 1, "8").await.unwrap();
     let job = scene.store.job(pid, 1).await.unwrap().unwrap();
-    assert_eq!((job.external_id.as_deref(), job.is_doomed), (Some("7"), false), "what is known stays");
+    assert_eq!((job.external_id.as_deref(), job.is_doomed), (Some("7"), false), "the first id stays");
     scene.write(fence, wait("", false)).await.unwrap();
     assert_eq!(intend(fence).await, Intent::Lost, "it is not held");
 }
 
-async fn an_intent_is_taken_back_by_the_holder_only_and_not_once_there_is_a_job(scene: Scene) {
+async fn only_the_holder_withdraws_an_intent_and_only_before_there_is_a_job(scene: Scene) {
     scene.site().await;
     let pid = scene.submit(SPEC).await;
     let old = scene.claimed(pid).await.fence;
@@ -91,11 +91,11 @@ async fn an_intent_is_taken_back_by_the_holder_only_and_not_once_there_is_a_job(
     assert_eq!(intend().await, Intent::Recorded);
     assert!(withdraw(old).await, "an old epoch");
     assert!(!withdraw(claimed.fence).await);
-    assert_eq!(intend().await, Intent::Recorded, "it is as if there had been none");
+    assert_eq!(intend().await, Intent::Recorded, "a withdrawn intent leaves no trace");
     assert!(!withdraw(claimed.fence).await);
     scene.write(claimed.fence, Verb::GiveBack).await.unwrap();
     let claimed = scene.claimed(pid).await;
-    assert!(!claimed.has_outside, "a kill need not look there");
+    assert!(!claimed.has_outside, "nothing is outside");
     assert_eq!(scene.store.intend(claimed.fence, 1, "s", NO_LIMITS).await.unwrap(), Intent::Recorded);
     scene.store.submitted(pid, 1, "7").await.unwrap();
     assert!(withdraw(claimed.fence).await, "there is a job");
@@ -103,7 +103,7 @@ async fn an_intent_is_taken_back_by_the_holder_only_and_not_once_there_is_a_job(
     assert!(scene.claimed(pid).await.has_outside);
 }
 
-async fn limits_of_a_site_are_counted_over_all(scene: Scene) {
+async fn site_limits_hold_for_the_whole_fleet(scene: Scene) {
     scene.site().await;
     let mut fences = Vec::new();
     for _ in 0..4 {
@@ -124,13 +124,13 @@ async fn limits_of_a_site_are_counted_over_all(scene: Scene) {
     assert_eq!(scene.store.job(fences[3].pid, 1).await.unwrap(), None);
 }
 
-async fn a_kill_with_a_job_outside_is_not_applied_before_it_has_ended(scene: Scene) {
+async fn kill_with_a_job_outside_waits_for_the_end_of_the_job(scene: Scene) {
     scene.site().await;
     let (pid, fence) = scene.with_job().await;
     scene.write(fence, wait("", false)).await.unwrap();
     let controlled = scene.recorded(pid, Desired::Kill).await;
     assert_eq!((controlled.place, controlled.effect), (Place::Queued, Effect::pending(Desired::Kill)));
-    assert!(controlled.told.is_some(), "somebody has to be told");
+    assert!(controlled.announced.is_some(), "a worker must end the job");
     assert_eq!(scene.store.settled(controlled.event).await.unwrap(), None);
     let claimed = scene.claimed(pid).await;
     assert!(claimed.has_outside && claimed.desired == Desired::Kill);
@@ -140,7 +140,7 @@ async fn a_kill_with_a_job_outside_is_not_applied_before_it_has_ended(scene: Sce
     assert!(scene.store.settled(controlled.event).await.unwrap().is_some());
 }
 
-async fn a_holder_that_dies_with_a_job_outside_leaves_its_kill_to_another(scene: Scene) {
+async fn kill_with_a_job_outside_survives_the_death_of_the_holder(scene: Scene) {
     scene.site().await;
     let (pid, _) = scene.with_job().await;
     scene.recorded(pid, Desired::Kill).await;
@@ -149,7 +149,7 @@ async fn a_holder_that_dies_with_a_job_outside_leaves_its_kill_to_another(scene:
     assert_eq!(scene.state(pid).await.0, Place::Queued, "{DEATHS_MAX} deaths would end it");
 }
 
-async fn a_holder_pauses_its_own_process_and_nobody_elses(scene: Scene) {
+async fn holder_pauses_only_its_own_process(scene: Scene) {
     let pid = scene.submit(SPEC).await;
     let old = scene.claimed(pid).await.fence;
     scene.write(old, Verb::GiveBack).await.unwrap();
@@ -165,7 +165,7 @@ async fn a_holder_pauses_its_own_process_and_nobody_elses(scene: Scene) {
     assert!(matches!(scene.state(pid).await, (Place::Parked, State::Paused(_))));
 }
 
-async fn a_forced_kill_leaves_an_open_row(scene: Scene) {
+async fn forced_kill_leaves_the_job_open(scene: Scene) {
     scene.site().await;
     let (pid, _) = scene.with_job().await;
     let mut request = crate::request(Desired::Kill);
@@ -185,27 +185,27 @@ async fn the_end_of_a_job_wakes_its_process_even_while_it_parks(scene: Scene) {
     let (parking, fence) = scene.with_job().await;
     assert_eq!(scene.end_job(parking).await, 0, "it is held");
     let written = scene.write(fence, wait("", false)).await.unwrap();
-    assert_eq!(written.place, Place::Held, "it was woken on its way to park");
+    assert_eq!(written.place, Place::Held, "it was woken while it parked");
     let (paused, fence) = scene.with_job().await;
     scene.recorded(paused, Desired::Pause).await;
     scene.write(fence, wait("", false)).await.unwrap();
     assert_eq!(scene.end_job(paused).await, 0);
     assert_eq!(scene.state(paused).await.0, Place::Parked, "a wake-up respects a pause");
     scene.recorded(paused, Desired::Run).await;
-    assert_eq!(scene.state(paused).await.0, Place::Queued, "and is not forgotten");
+    assert_eq!(scene.state(paused).await.0, Place::Queued, "`play` applies the wake-up");
 }
 
-async fn a_process_that_is_killed_waits_for_its_job(scene: Scene) {
+async fn killed_process_waits_for_its_job(scene: Scene) {
     scene.site().await;
     let (pid, fence) = scene.with_job().await;
     scene.recorded(pid, Desired::Kill).await;
-    assert_eq!(scene.write(fence, wait("", false)).await.unwrap().place, Place::Held, "a kill is seen by who parks");
+    assert_eq!(scene.write(fence, wait("", false)).await.unwrap().place, Place::Held, "a parking write sees a kill");
     let again = Fence { epoch: fence.epoch, ..fence };
     assert_eq!(scene.write_with(again, wait("", true), None).await.unwrap().place, Place::Parked);
     assert_eq!(scene.end_job(pid).await, 1);
 }
 
-async fn a_look_at_many_jobs_and_a_request_to_their_processes_do_not_deadlock(scene: Scene) {
+async fn poll_and_request_to_the_same_processes_do_not_deadlock(scene: Scene) {
     scene.site().await;
     let mut looks = Vec::new();
     for _ in 0..60 {
@@ -215,7 +215,7 @@ async fn a_look_at_many_jobs_and_a_request_to_their_processes_do_not_deadlock(sc
         scene.write(fence, wait("", false)).await.unwrap();
         looks.push(Seen::ended(&scene.store.job(pid, 1).await.unwrap().unwrap(), "COMPLETED"));
     }
-    // As large tables are planned: row by row in the order of the batch.
+    // The plan for large tables: row by row in the order of the batch.
     let plans = ["seqscan", "hashjoin", "mergejoin"].map(|plan| format!("%20-cenable_{plan}%3Doff")).concat();
     let url = if scene.store.is_embedded() { scene.url.clone() } else { format!("{}{plans}", scene.url) };
     let store = Store::open(Location::parse(&url).unwrap()).await.unwrap();
@@ -234,7 +234,7 @@ async fn a_look_at_many_jobs_and_a_request_to_their_processes_do_not_deadlock(sc
     }
 }
 
-async fn who_waits_longest_is_taken_up_first(scene: Scene) {
+async fn longest_waiting_process_is_woken_first(scene: Scene) {
     scene.site().await;
     let mut pids = Vec::new();
     for idx in 0..3 {
@@ -247,17 +247,17 @@ async fn who_waits_longest_is_taken_up_first(scene: Scene) {
     let queues = ["default".to_owned()];
     let work = scene.store.site_work("s").await.unwrap();
     assert!(work.waits_for_slot && work.waits_for_room && !work.has_jobs && !work.is_down);
-    assert!(scene.store.wake_waiting("slot/s", &["other".into()], 9).await.unwrap().is_empty(), "not of our queues");
+    assert!(scene.store.wake_waiting("slot/s", &["other".into()], 9).await.unwrap().is_empty(), "another queue");
     let woken = scene.store.wake_waiting("slot/s", &queues, 1).await.unwrap();
-    assert_eq!(woken["default"].iter().map(|told| told.pid).collect::<Vec<_>>(), [pids[0]]);
+    assert_eq!(woken["default"].iter().map(|row| row.pid).collect::<Vec<_>>(), [pids[0]]);
     let woken = scene.store.wake_waiting("slot/s", &queues, 9).await.unwrap();
-    assert_eq!(woken["default"].iter().map(|told| told.pid).collect::<Vec<_>>(), [pids[2]]);
+    assert_eq!(woken["default"].iter().map(|row| row.pid).collect::<Vec<_>>(), [pids[2]]);
     assert_eq!(scene.state(pids[1]).await.0, Place::Parked);
 }
 
-async fn a_permit_is_one_workers_until_it_is_gone(scene: Scene) {
+async fn permit_belongs_to_one_worker_until_it_is_gone(scene: Scene) {
     if scene.store.is_embedded() {
-        // There is one worker at a time, and its start declares all others gone.
+        // SQLite has one worker at a time, whose start declares all others gone.
         return;
     }
     let other = Incarnation::generate();
@@ -265,12 +265,12 @@ async fn a_permit_is_one_workers_until_it_is_gone(scene: Scene) {
     let take = async |me: Incarnation| scene.store.take_permit("slot/s/0", me).await.unwrap();
     assert_eq!([take(scene.me).await, take(scene.me).await, take(other).await], [true, true, false]);
     scene.store.give_permit("slot/s/0", other).await.unwrap();
-    assert!(!take(other).await, "only its owner gives it back");
+    assert!(!take(other).await, "only its owner releases it");
     scene.store.leave(scene.me).await.unwrap();
     assert!(take(other).await);
 }
 
-async fn a_site_that_fails_is_left_alone_for_longer_and_longer(scene: Scene) {
+async fn failing_site_is_retried_after_growing_pauses(scene: Scene) {
     scene.site().await;
     let knock = async |pause| scene.store.knock("s", pause).await.unwrap();
     assert_eq!([knock(0).await, knock(60_000_000).await], [Door::Open, Door::TooSoon]);
@@ -278,7 +278,11 @@ async fn a_site_that_fails_is_left_alone_for_longer_and_longer(scene: Scene) {
     scene.store.note_site("s", Some("no route")).await.unwrap();
     assert_eq!(knock(0).await, Door::Down);
     let facts = scene.store.sites(Some("s")).await.unwrap().remove(0);
-    assert_eq!((facts.failures, facts.last_error.as_deref()), (1, Some("no route")), "failures together are one");
+    assert_eq!(
+        (facts.failures, facts.last_error.as_deref()),
+        (1, Some("no route")),
+        "simultaneous failures count as one"
+    );
     assert!(facts.retry_in.is_some_and(|micros| micros <= 5_000_000));
     scene.store.note_site("s", None).await.unwrap();
     assert_eq!(knock(0).await, Door::Open);

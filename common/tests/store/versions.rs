@@ -1,4 +1,4 @@
-//! Rows that another build has written, and processes that need one.
+//! Rows that another build has written, and processes that need another build.
 
 use std::time::Duration;
 
@@ -10,17 +10,17 @@ use baton_common::store::writer::{Fence, Verb};
 use crate::{Scene, end};
 
 on_both! {
-    what_needs_another_build_waits_and_keeps_since_when
-    what_needs_another_build_obeys
-    rows_of_a_newer_program_are_listed_and_claimed_and_named
+    refused_process_waits_and_keeps_the_time_of_the_first_refusal
+    refused_process_obeys_requests
+    rows_of_a_newer_program_are_listed_and_claimed
 }
 
-/// As a worker of another build does; so soon awake that the next sweep finds it.
+/// A refusal, as by a worker of another build, that is due at the next sweep.
 fn refuse(reason: &str) -> Verb {
     Verb::Refuse { wake_in: Duration::ZERO, reason: reason.into() }
 }
 
-/// Queues it again once its sleep is over, which on SQLite is in the next millisecond; says how many woke.
+/// Waits until the process is due, which on SQLite is in the next millisecond, and returns how many processes woke.
 async fn woken(scene: &Scene) -> usize {
     loop {
         if let Some(woken) = scene.store.wake_due().await.unwrap().get("default") {
@@ -34,7 +34,7 @@ async fn refused(scene: &Scene, fence: Fence, reason: &str) -> (Place, State) {
     (written.place, written.state)
 }
 
-async fn what_needs_another_build_waits_and_keeps_since_when(scene: Scene) {
+async fn refused_process_waits_and_keeps_the_time_of_the_first_refusal(scene: Scene) {
     let pid = scene.submit("call: baton.noop").await;
     let claimed = scene.claimed(pid).await;
     assert_eq!(claimed.refused_at, None);
@@ -43,7 +43,7 @@ async fn what_needs_another_build_waits_and_keeps_since_when(scene: Scene) {
     assert_eq!(refused(&scene, before.fence, "first").await, (Place::Parked, State::Waiting));
     let details = scene.store.show(pid).await.unwrap().unwrap();
     let since = details.summary.refusal.as_ref().unwrap().since;
-    assert_eq!(details.checkpoint.unwrap().advances, 1, "what it has is as it was");
+    assert_eq!(details.checkpoint.unwrap().advances, 1, "the checkpoint is kept");
     let mut seen = Vec::new();
     for reason in ["second", "third"] {
         assert_eq!(woken(&scene).await, 1);
@@ -57,10 +57,10 @@ async fn what_needs_another_build_waits_and_keeps_since_when(scene: Scene) {
     assert_eq!(woken(&scene).await, 1);
     let claimed = scene.claimed(pid).await;
     scene.write(claimed.fence, Verb::Park { wake_in: Duration::from_secs(60) }).await.unwrap();
-    assert_eq!(scene.store.show(pid).await.unwrap().unwrap().summary.refusal, None, "somebody could go on with it");
+    assert_eq!(scene.store.show(pid).await.unwrap().unwrap().summary.refusal, None, "a worker has run it");
 }
 
-async fn what_needs_another_build_obeys(scene: Scene) {
+async fn refused_process_obeys_requests(scene: Scene) {
     let [paused, killed] = [scene.submit("call: baton.noop").await, scene.submit("call: baton.noop").await];
     let fence = scene.claimed(paused).await.fence;
     scene.recorded(paused, Desired::Pause).await;
@@ -73,11 +73,11 @@ async fn what_needs_another_build_obeys(scene: Scene) {
     assert_eq!(scene.state(killed).await, (Place::Ended, State::Killed));
 }
 
-async fn rows_of_a_newer_program_are_listed_and_claimed_and_named(scene: Scene) {
+async fn rows_of_a_newer_program_are_listed_and_claimed(scene: Scene) {
     let pid = scene.submit("call: baton.noop").await;
     let fence = scene.claimed(pid).await.fence;
     scene.write(fence, Verb::GiveBack).await.unwrap();
-    // 255 is newer than whatever this is built as.
+    // 255 is newer than any version.
     let bytes = if scene.store.is_embedded() { "x'ff80'" } else { "'\\xff80'::bytea" };
     scene.sql(&format!("UPDATE process SET checkpoint = {bytes}, outcome = {bytes} RETURNING id")).await;
     scene.sql(&format!("UPDATE spec SET body = {bytes} RETURNING id")).await;

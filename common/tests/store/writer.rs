@@ -1,4 +1,4 @@
-//! What the writer commits together.
+//! Batches of the writer.
 
 use baton_common::state::{Place, State};
 use baton_common::store::Error;
@@ -9,7 +9,7 @@ use crate::{Scene, end};
 
 on_both! {
     two_writers_with_overlapping_rows_do_not_deadlock
-    a_write_that_the_database_refuses_takes_nothing_with_it
+    refused_write_does_not_affect_its_batch
 }
 
 async fn two_writers_with_overlapping_rows_do_not_deadlock(scene: Scene) {
@@ -27,7 +27,7 @@ async fn two_writers_with_overlapping_rows_do_not_deadlock(scene: Scene) {
     assert_eq!(claimed, 40);
 }
 
-async fn a_write_that_the_database_refuses_takes_nothing_with_it(scene: Scene) {
+async fn refused_write_does_not_affect_its_batch(scene: Scene) {
     let refusal = if scene.store.is_embedded() {
         "CREATE TRIGGER refusal BEFORE INSERT ON attempt WHEN NEW.reason = 'refuse' BEGIN SELECT RAISE(ABORT, 'no'); END"
     } else {
@@ -49,11 +49,11 @@ async fn a_write_that_the_database_refuses_takes_nothing_with_it(scene: Scene) {
         outputs: vec![],
     };
     let checkpoint = Checkpoint { advances: 1, ..Checkpoint::default() };
-    // The writer commits nothing at the moment, so all of these go to one lane.
+    // The writer is idle, so all of these go to one lane.
     let (claim, refused, ended, kept) = tokio::join!(
         scene.writer.claim(queued, "default".into(), None),
         scene.writer.write(ending(fences[0], "refuse")),
-        scene.writer.write(ending(fences[1], "all is well")),
+        scene.writer.write(ending(fences[1], "done")),
         scene.writer.checkpoint(fences[2], &checkpoint),
     );
     assert!(matches!(refused, Err(Error::Database(_))), "{refused:?}");

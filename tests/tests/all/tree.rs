@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
-use self::imports::{Import, imports, tops};
+use self::imports::{Import, imports, imports_of_files, tops};
 use crate::book::{documents, quoted, read};
 
 mod imports;
@@ -116,10 +116,21 @@ fn no_modules_of_a_crate_import_each_other_in_a_circle() {
         let mut imports = imports(src, &sources);
         assert!(imports.len() > 30, "imports are not read");
         imports.retain(|import| ![&*import.from, &*import.to].iter().all(|module| KNOWN_CIRCLE.contains(module)));
-        let is_circular = |import: &&Import| leads(&imports, &import.to, &import.from);
-        let circle: Vec<String> = imports.iter().filter(is_circular).map(Import::to_string).collect();
-        assert!(circle.is_empty(), "imports in a circle:\n{}", circle.join("\n"));
+        assert_no_circle(&imports);
     }
+}
+
+#[test]
+fn no_files_of_the_store_import_each_other_in_a_circle() {
+    let imports = imports_of_files("common/src/", "store", &sources());
+    assert!(imports.len() > 100, "imports are not read");
+    assert_no_circle(&imports);
+}
+
+fn assert_no_circle(imports: &[Import]) {
+    let is_circular = |import: &&Import| leads(imports, &import.to, &import.from);
+    let circle: Vec<String> = imports.iter().filter(is_circular).map(Import::to_string).collect();
+    assert!(circle.is_empty(), "imports in a circle:\n{}", circle.join("\n"));
 }
 
 /// Whether a module imports another one, by others or itself.

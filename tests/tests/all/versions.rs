@@ -1,7 +1,7 @@
 //! Programs of two versions at work together, and processes that need another build than the worker that takes them.
 //!
 //! The next version is this one, built with the feature `next-version`: it writes newer specs, checkpoints and outcomes,
-//! and migrates the schema.
+//! and migrates the schema (`versions/`).
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;

@@ -100,7 +100,7 @@ async fn take(intake: Arc<Intake>, delivery: Delivery) {
             Box::pin(answer_if_ended(communicator, &claims.execution.store, &delivery)).await;
             delivery.settle.ack().await;
         }
-        Ok(Claim::NotBesideAnother) => {
+        Ok(Claim::Quarantined) => {
             answer_launch(communicator, &delivery).await;
             claims.quarantine.wait(pid, delivery.queue.clone());
             delivery.settle.ack().await;

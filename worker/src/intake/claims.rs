@@ -86,7 +86,7 @@ impl Claims {
                 self.start(claimed, permit, guard).await;
                 return true;
             }
-            (Ok(Claim::NotBesideAnother), _) => self.quarantine.wait(pid, queue),
+            (Ok(Claim::Quarantined), _) => self.quarantine.wait(pid, queue),
             (Ok(Claim::NotQueued | Claim::Absent | Claim::OtherSpec | Claim::Pruned | Claim::Rejected(_)), _) => {}
             (Err(error), _) => debug!(%pid, %error, "not claimed; the next round tries again"),
         }

@@ -209,7 +209,7 @@ async fn record_many(
 
 /// Publishes the messages that follow a request that was applied in the database.
 async fn follow(handler: &Handler, row: Controlled) {
-    if let Some((queue, told)) = row.told {
+    if let Some((queue, told)) = row.announced {
         handler.outbox.announce(row.pid, queue, told.announced_at).await;
     }
     if row.place == Place::Ended {

@@ -79,11 +79,11 @@ async fn claim_next(claims: &Claims) -> bool {
     match claim {
         Ok(Claim::Claimed(claimed)) => {
             // A checkpoint of another holder may have ended its quarantine.
-            let is_quarantined = claimed.is_suspect();
+            let is_quarantined = claimed.is_quarantined();
             claims.start(claimed, permit, guard).await;
             !is_quarantined
         }
-        Ok(Claim::NotBesideAnother) => {
+        Ok(Claim::Quarantined) => {
             claims.quarantine.put(pid, queue);
             false
         }

@@ -1,7 +1,7 @@
 //! Processes, their specs, attempts, outputs and events; workers.
 //!
-//! Times are microseconds since 1970 by the database's clock: SQLite has no type for time, and one representation for
-//! both can be compared, sent in messages and read without a time zone.
+//! Times are microseconds since 1970 by the database's clock. SQLite has no type for time, and one representation for
+//! both databases can be compared, sent in messages, and read without a time zone.
 
 use sea_orm_migration::prelude::*;
 use sea_orm_migration::sea_orm::{ConnectionTrait, DatabaseBackend};
@@ -25,7 +25,7 @@ impl MigrationTrait for Migration {
 }
 
 const TABLES: &[&str] = &[
-    // Hot: rewritten by claims, checkpoints and control. A checkpoint touches no indexed column, so with free space in
+    // Hot: updated by claims, checkpoints and control. A checkpoint changes no indexed column, so with free space in
     // the page PostgreSQL writes no index entry for it.
     "CREATE TABLE process (
         id {uuid} PRIMARY KEY,
@@ -78,7 +78,8 @@ const TABLES: &[&str] = &[
         reason text,
         PRIMARY KEY (pid, epoch)
     )",
-    // Requests of operators. One to many has a row of its own, without a pid, and each process's row names it.
+    // Requests of operators. A request to many has its own row, without a pid, to which the rows of the processes
+    // refer.
     "CREATE TABLE event (
         id {uuid} PRIMARY KEY,
         pid {uuid},
@@ -101,7 +102,7 @@ const TABLES: &[&str] = &[
         total_bytes bigint NOT NULL,
         PRIMARY KEY (pid, epoch, stream)
     )",
-    // `beat` is the lease. `beat_at` is when it last grew, which people read and nothing decides by.
+    // `beat` is the lease. `beat_at` is the time of its last increment, for people only.
     "CREATE TABLE worker (
         id {uuid} PRIMARY KEY,
         name text NOT NULL,
@@ -118,7 +119,7 @@ const TABLES: &[&str] = &[
         started_at bigint NOT NULL,
         gone_at bigint
     )",
-    // One row at most: whether the fleet takes work, and who said so.
+    // At most one row: the pause of the fleet.
     "CREATE TABLE fleet (
         id smallint PRIMARY KEY,
         paused_at bigint,

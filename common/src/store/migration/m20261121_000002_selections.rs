@@ -1,8 +1,8 @@
-//! What selections, lists and pruning need of a database with millions of rows.
+//! Indexes and tables for selections, lists and pruning in a database with millions of rows.
 //!
-//! `process` is rewritten by every claim and end, and each of its indexes is written each time, so it gets one; facts that
-//! never change are found by indexes of the tables that are written once. Every index of a condition ends in the id, so
-//! that a page of the newest is a short walk through it, whether everything meets the condition or nothing does.
+//! Every claim and end updates `process` and writes each of its indexes, so it gets only one. Facts that never change
+//! are indexed in tables that are written once. Every index for a condition ends in the id, so that a page of the
+//! newest rows is a short index scan, whether all rows meet the condition or none.
 
 use sea_orm_migration::prelude::*;
 use sea_orm_migration::sea_orm::{ConnectionTrait, DatabaseBackend};
@@ -16,7 +16,7 @@ impl MigrationTrait for Migration {
         let connection = manager.get_connection();
         let is_postgres = connection.get_database_backend() == DatabaseBackend::Postgres;
         if is_postgres {
-            // Millions of rows take longer than any other statement may.
+            // Millions of rows take longer than the limit of other statements.
             connection.execute_unprepared("SET LOCAL statement_timeout = 0").await?;
         }
         let (uuid, each, rowid) = if is_postgres {
@@ -33,10 +33,10 @@ impl MigrationTrait for Migration {
 }
 
 const STATEMENTS: &[&str] = &[
-    // A copy of what `process` has: it does not change, and is found here without an index there.
+    // A copy of the column of `process`: it does not change, and needs no index there.
     "ALTER TABLE spec ADD COLUMN queue text NOT NULL DEFAULT ''",
     "UPDATE spec SET queue = p.queue FROM process p WHERE p.id = spec.id",
-    // One row a label. `spec.labels` stays what people are shown.
+    // One row per label. `spec.labels` stays for display.
     "CREATE TABLE label (
         key text NOT NULL,
         value text NOT NULL,
@@ -45,10 +45,10 @@ const STATEMENTS: &[&str] = &[
     ){rowid}",
     "INSERT INTO label (key, value, id)
      SELECT l.key, l.value, s.id FROM spec s, {each_label} l ORDER BY l.key, l.value, s.id",
-    // An attempt says who made it for as long as it is kept, so that rows of workers that are gone need not be.
+    // An attempt keeps the name of its worker, so that the rows of gone workers can be deleted.
     "ALTER TABLE attempt ADD COLUMN worker_name text",
     "UPDATE attempt SET worker_name = w.name FROM worker w WHERE w.id = attempt.worker",
-    // One row at most. What was launched before this time and has no row has been pruned.
+    // At most one row. A launch from before this time without a row was pruned.
     "CREATE TABLE pruned (
         id smallint PRIMARY KEY,
         before bigint NOT NULL
@@ -58,7 +58,7 @@ const STATEMENTS: &[&str] = &[
     "CREATE INDEX spec_queue ON spec (queue, id)",
     "CREATE INDEX spec_session ON spec (session, id) WHERE session IS NOT NULL",
     "CREATE INDEX spec_created ON spec (created_at, id)",
-    // Without those that are paused in their sleep, whose time may have come long ago.
+    // Without processes that were paused while they waited, whose time may have come long ago.
     "DROP INDEX process_wake",
     "CREATE INDEX process_wake ON process (wake_at) WHERE place = 2 AND state = 2 AND wake_at IS NOT NULL",
 ];

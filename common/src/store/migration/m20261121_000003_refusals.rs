@@ -1,4 +1,4 @@
-//! Why a worker could not go on with a process that another build can.
+//! Refusals: why a worker could not run a process that another build can run.
 
 use sea_orm_migration::prelude::*;
 use sea_orm_migration::sea_orm::ConnectionTrait;

@@ -1,4 +1,4 @@
-//! Jobs at sites, and what the whole fleet keeps to there.
+//! Jobs at sites, and limits that the whole fleet keeps there.
 
 use sea_orm_migration::prelude::*;
 use sea_orm_migration::sea_orm::ConnectionTrait;
@@ -17,12 +17,12 @@ impl MigrationTrait for Migration {
 }
 
 const STATEMENTS: [&str; 9] = [
-    // Whether it has a job at a site, or may have one: a kill must end that first.
+    // Whether it has, or may have, a job at a site: a kill must end that job first.
     "ALTER TABLE process ADD COLUMN outside boolean NOT NULL DEFAULT false",
-    // What it waits for at a site, of which there is only so much.
+    // The limited resource of a site that it waits for.
     "ALTER TABLE process ADD COLUMN waits_for text",
     "CREATE INDEX process_waits_for ON process (waits_for, wake_at) WHERE waits_for IS NOT NULL AND place = 2",
-    // A row is there before the job may be, and is open until the job is known to be gone.
+    // The row exists before the job may exist, and is open until the job is known to be gone.
     "CREATE TABLE job (
         token text PRIMARY KEY,
         pid uuid NOT NULL,
@@ -53,7 +53,8 @@ const STATEMENTS: [&str; 9] = [
         last_error_at bigint,
         polled_at bigint
     )",
-    // What one worker at a time may have: a session with a site, the watch over its jobs, an upload that others wait for.
+    // Permits that one worker at a time may hold: a session with a site, the watch over its jobs, an upload that others
+    // wait for.
     "CREATE TABLE permit (
         name text PRIMARY KEY,
         owner uuid NOT NULL,

@@ -1,11 +1,11 @@
-//! Looks by the id alone are left to the key.
+//! Lookups by id alone can use only the primary key.
 //!
-//! A planner that takes a table for empty finds a search of any index that has the id as cheap as the key's, or cheaper: for
-//! one row, the whole of such an index is one page. If the table grows before its statistics do, every such look goes
-//! through all of the index. So each index that every row was in, but for the key, has a condition that every row meets. A
-//! search that implies it, or says it, may use the index; one that names the id alone may not. (`IS NOT NULL` would be
-//! implied by too much, such as `state + 0 = 4`, and said by nothing: of a column that is never null, PostgreSQL 17
-//! forgets it.)
+//! If a planner believes a table to be empty, a search of any index that contains the id seems as cheap as one of the
+//! primary key, or cheaper: for one row, the whole index is one page. If the table grows before its statistics do,
+//! every lookup scans that whole index. So each full index other than the primary key becomes a partial index with a
+//! condition that every row meets. A query that states or implies the condition can use the index; a query by id alone
+//! cannot. (`IS NOT NULL` does not work as a condition: expressions such as `state + 0 = 4` imply it, and PostgreSQL 17
+//! removes it from queries if the column is never null.)
 
 use sea_orm_migration::prelude::*;
 use sea_orm_migration::sea_orm::{ConnectionTrait, DatabaseBackend};
@@ -18,12 +18,12 @@ impl MigrationTrait for Migration {
     async fn up(&self, manager: &SchemaManager) -> Result<(), DbErr> {
         let connection = manager.get_connection();
         if connection.get_database_backend() != DatabaseBackend::Postgres {
-            // SQLite keeps no such statistics: it looks by the key.
+            // SQLite has no such statistics and uses the primary key.
             return Ok(());
         }
-        // Millions of rows take longer than any other statement may.
+        // Millions of rows take longer than the limit of other statements.
         connection.execute_unprepared("SET LOCAL statement_timeout = 0").await?;
-        // What only reads goes on until the old ones go, in a moment.
+        // Readers continue until the old indexes are dropped, which takes a moment.
         for (index, table, column, nobody) in INDEXES {
             let sql = format!("CREATE INDEX {index}_new ON {table} ({column}, id) WHERE {column} <> {nobody}");
             connection.execute_unprepared(&sql).await?;
@@ -36,7 +36,7 @@ impl MigrationTrait for Migration {
     }
 }
 
-/// Each with its table, the column that it begins with, and a value of that which no row has.
+/// Each index with its table, its first column, and a value that no row has in this column.
 const INDEXES: [(&str, &str, &str, &str); 4] = [
     ("process_state", "process", "state", "-1"),
     ("spec_kind", "spec", "kind", "''"),

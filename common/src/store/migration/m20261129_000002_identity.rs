@@ -1,4 +1,4 @@
-//! What tells a database from others that keep objects in the same place.
+//! The id of the database, which tells it from others that keep objects in the same object store.
 
 use sea_orm_migration::prelude::*;
 use sea_orm_migration::sea_orm::{ConnectionTrait, DatabaseBackend};

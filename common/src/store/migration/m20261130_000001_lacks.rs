@@ -1,4 +1,4 @@
-//! What a worker's machine lacks.
+//! The shortage of a worker's machine.
 
 use sea_orm_migration::prelude::*;
 use sea_orm_migration::sea_orm::ConnectionTrait;

@@ -1,4 +1,4 @@
-//! Which object store the fleet shares, and which workers do not.
+//! The mark of the fleet's object store, and the workers that cannot use it.
 
 use sea_orm_migration::prelude::*;
 use sea_orm_migration::sea_orm::{ConnectionTrait, DatabaseBackend};
@@ -12,7 +12,7 @@ impl MigrationTrait for Migration {
         let connection = manager.get_connection();
         let is_postgres = connection.get_database_backend() == DatabaseBackend::Postgres;
         let id = if is_postgres { "uuid" } else { "blob" };
-        // One row at most: the first that uses a store writes its mark.
+        // At most one row: the first program that uses an object store writes its mark.
         let sql = format!("CREATE TABLE objects (id integer PRIMARY KEY, mark {id} NOT NULL)");
         connection.execute_unprepared(&sql).await?;
         connection.execute_unprepared("ALTER TABLE worker ADD COLUMN objects text").await?;

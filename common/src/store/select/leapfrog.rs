@@ -1,44 +1,43 @@
-//! A page of those that stand in several lines at once: for each condition the ids of those that meet it, in their order,
-//! as an index has them.
+//! A page of ids that meet several conditions at once. Each condition is a *line*: the ids of the rows that meet it,
+//! sorted, as an index has them.
 //!
-//! Each leap is one look into one line: from the id where the others stand to the first there that is not before it. When
-//! all lines stand at the same id, it is met. (The leapfrog join of Veldhuizen, "Leapfrog Triejoin", ICDT 2014.) So a
-//! million that meet one condition are passed in one leap where none of them meets another; a join would go past each of
+//! Each leap is one index lookup in one line: from the id where the other lines stand to the first id that is not
+//! before it. An id at which all lines stand meets all conditions. (This is the leapfrog join of Veldhuizen, "Leapfrog
+//! Triejoin", ICDT 2014.) So one leap passes a million rows that meet only one condition; a join would read each of
 //! them.
 //!
-//! Lines that run side by side and hardly meet are another matter: a leap takes as long as dozens of steps of a join. Beyond
-//! a number of leaps, a join looks for the rest of the page.
+//! Lines that interleave without meeting are slower: one leap takes as long as dozens of steps of a join. After a
+//! number of leaps, a join finds the rest of the page.
 
 use sea_orm::Value;
 
-use super::{Order, in_index_of, spec_facts};
+use super::condition::{Order, in_index_of, spec_facts};
 use crate::select::Select;
 
-/// How many leaps there may be for each row that is asked for and for each line: where every row of a line meets all
-/// conditions, it is one.
+/// The limit of leaps, per requested row and line. Where every row of a line meets all conditions, one leap is enough.
 const LEAPS_MAX: usize = 4;
 
-/// So many rows are leaped for, even if fewer are asked for.
+/// The least number of rows for which the limit of leaps is computed.
 const ROWS_MIN: u32 = 100;
 
-/// The ids of those that have something in common, in their order: the end of an index whose first columns have values.
+/// The sorted ids of rows with equal values: the end of an index whose first columns have these values.
 #[derive(Clone)]
 pub(super) struct Line {
     table: &'static str,
     /// The columns, and their values as SQL.
     columns: Vec<(&'static str, String)>,
-    /// What only rows of the index meet, if it is not for all; a comparison of rows does not imply it. (Any other condition,
-    /// PostgreSQL puts between the values by which it finds the place in the index, and then begins far from it.)
+    /// The predicate of a partial index, which a comparison of rows does not imply. (PostgreSQL uses any other
+    /// condition between the columns of the search key, and then starts far from the right place.)
     condition: String,
 }
 
 impl Line {
-    /// Those in a state.
+    /// The processes in a state.
     pub(super) fn of_state(word: &str) -> Self {
         Self { table: "process", columns: vec![("state", format!("{{{word}}}"))], condition: " AND state <> -1".into() }
     }
 
-    /// The lines of a selection's other conditions, whose values are added to `values`.
+    /// The lines of the other conditions of a selection. Their values are added to `values`.
     pub(super) fn of(select: &Select, values: &mut Vec<Value>) -> Vec<Self> {
         let mut parameter = |value: &str| {
             values.push(value.into());
@@ -56,8 +55,8 @@ impl Line {
         lines
     }
 
-    /// The first id that is not before where the leaps stand, as a value. Rows and their order are those of the index,
-    /// and no other index has them: whatever a planner believes of the tables, it can only look there.
+    /// The first id that is not before the current position, as a scalar. It compares rows in the order of the index,
+    /// which no other index has, so a planner can use only this one.
     fn look(&self, order: Order, is_met: &str) -> String {
         let (direction, behind) = order.words();
         let list = |part: &dyn Fn(&(&str, String)) -> String, glue: &str| {
@@ -78,8 +77,8 @@ impl Line {
     }
 }
 
-/// A page of at most `limit` ids behind `start`, of those that stand in all of two lines or more; its column `created_at` says
-/// nothing. `join` gives the same page for a condition on its ids (`<= …`).
+/// The SQL of a page of at most `limit` ids after `start` that are in all of two or more lines. Its column `created_at`
+/// is meaningless. `join` is the same page for a condition on the ids (`<= …`).
 pub(super) fn page_sql(
     lines: &[Line],
     order: Order,
@@ -89,7 +88,7 @@ pub(super) fn page_sql(
 ) -> String {
     let n_lines = lines.len();
     let n_leaps_max = LEAPS_MAX * n_lines * limit.max(ROWS_MIN) as usize;
-    // Of a row: `at` is where the last look led, from `prev`, where `n_alike` lines stood. The first row is as if it was met.
+    // `at` is the result of the last leap, from `prev`, where `n_alike` lines stood. The first row counts as met.
     let is_met = format!("(leap.at = leap.prev AND leap.n_alike = {})", n_lines - 1);
     let looks: String =
         lines.iter().enumerate().map(|(n, line)| format!(" WHEN {n} THEN {}", line.look(order, &is_met))).collect();

@@ -10,9 +10,9 @@ pub(super) struct Import {
     /// The file, from the root of the repository.
     pub(super) file: String,
     pub(super) line: usize,
-    /// The module at the top of the crate that the file belongs to.
+    /// The module that the file belongs to: the one at the top of the crate, or the file's own.
     pub(super) from: String,
-    /// The one that is named, or through which a re-export leads.
+    /// The module that is named, or through which a re-export leads.
     pub(super) to: String,
 }
 
@@ -38,9 +38,28 @@ struct Named {
     alias: Option<(Path, String)>,
 }
 
-/// All of a crate's imports between its modules at the top. `sources` are the files below `src/`, each with its path from
-/// there. What `lib.rs` and `main.rs` name themselves is left out: they know all.
+/// All imports of a crate between its modules at the top. `sources` are the files below `src/`, each with its path from
+/// there. Imports of `lib.rs` and `main.rs` are left out: they know all modules.
 pub(super) fn imports(src: &str, sources: &[(String, String)]) -> Vec<Import> {
+    let top = |path: &Path, _: &HashSet<Path>| path.first().map(|top| vec![top.clone()]);
+    imports_between(src, sources, top)
+}
+
+/// All imports of a crate between the files of one of its modules at the top.
+pub(super) fn imports_of_files(src: &str, module: &str, sources: &[(String, String)]) -> Vec<Import> {
+    let file = |path: &Path, files: &HashSet<Path>| {
+        let prefixes = (1..=path.len()).rev().map(|length| path[..length].to_vec());
+        prefixes.take_while(|prefix| prefix[0] == module).find(|prefix| files.contains(prefix))
+    };
+    imports_between(src, sources, file)
+}
+
+/// All imports of a crate between the units that `unit_of` finds for a path, given the modules that have a file.
+fn imports_between(
+    src: &str,
+    sources: &[(String, String)],
+    unit_of: impl Fn(&Path, &HashSet<Path>) -> Option<Path>,
+) -> Vec<Import> {
     let files: Vec<(&str, Path, Vec<Word>)> = sources
         .iter()
         .filter_map(|(path, text)| {
@@ -48,7 +67,7 @@ pub(super) fn imports(src: &str, sources: &[(String, String)]) -> Vec<Import> {
             Some((path, module_of(path), words(text)))
         })
         .collect();
-    let modules: HashSet<&Path> = files.iter().map(|(_, module, _)| module).collect();
+    let modules: HashSet<Path> = files.iter().map(|(_, module, _)| module.clone()).collect();
     let named: Vec<(&str, &Path, Vec<Named>)> =
         files.iter().map(|(file, module, words)| (*file, module, paths(module, words, &modules))).collect();
     let aliases: HashMap<(Path, String), Path> = named
@@ -58,10 +77,12 @@ pub(super) fn imports(src: &str, sources: &[(String, String)]) -> Vec<Import> {
         .collect();
     let mut imports = Vec::new();
     for (file, module, named) in &named {
-        let Some(from) = module.first() else { continue };
+        let Some(from) = unit_of(module, &modules) else { continue };
         for Named { path, line, .. } in named {
-            for to in rooms(path, &aliases).into_iter().filter(|to| to != from && modules.contains(&vec![to.clone()])) {
-                imports.push(Import { file: format!("{src}{file}"), line: *line, from: from.clone(), to });
+            let units = stops(path, &aliases).into_iter().filter_map(|stop| unit_of(&stop, &modules));
+            for to in units.filter(|to| *to != from && modules.contains(to)) {
+                let (file, from, to) = (format!("{src}{file}"), from.join("::"), to.join("::"));
+                imports.push(Import { file, line: *line, from, to });
             }
         }
     }
@@ -81,28 +102,27 @@ fn module_of(path: &str) -> Path {
     path.split('/').filter(|name| !["lib", "main", "mod"].contains(name)).map(str::to_owned).collect()
 }
 
-/// The modules at the top to which a path leads, those with re-exports on the way included.
-fn rooms(path: &Path, aliases: &HashMap<(Path, String), Path>) -> Vec<String> {
-    let mut rooms = Vec::new();
+/// The paths to which a path leads: the modules of the re-exports on the way, and the path behind the last of them.
+fn stops(path: &Path, aliases: &HashMap<(Path, String), Path>) -> Vec<Path> {
+    let mut stops = Vec::new();
     let (mut at, mut rest) = (Path::new(), VecDeque::from(path.clone()));
     let mut n_hops = 0;
     while let Some(name) = rest.pop_front() {
         match aliases.get(&(at.clone(), name.clone())).filter(|_| n_hops < 20) {
             Some(target) => {
                 n_hops += 1;
-                rooms.extend(at.first().cloned());
                 rest = target.iter().cloned().chain(rest).collect();
-                at.clear();
+                stops.push(std::mem::take(&mut at));
             }
             None => at.push(name),
         }
     }
-    rooms.extend(at.first().cloned());
-    rooms
+    stops.push(at);
+    stops
 }
 
 /// All paths that a file names. Modules within the file count, since `super` means another one there.
-fn paths(file: &Path, words: &[Word], modules: &HashSet<&Path>) -> Vec<Named> {
+fn paths(file: &Path, words: &[Word], modules: &HashSet<Path>) -> Vec<Named> {
     let word = |idx: usize| words.get(idx).map_or("", |word| word.text.as_str());
     let mut inner: Vec<(String, usize)> = Vec::new();
     let (mut depth, mut idx, mut found) = (0, 0, Vec::new());
@@ -146,6 +166,11 @@ fn paths(file: &Path, words: &[Word], modules: &HashSet<&Path>) -> Vec<Named> {
                     idx += 2;
                 }
                 found.extend(absolute(&module(), &path, modules, false).map(|path| Named { path, line, alias: None }));
+            }
+            name if word(idx + 1) == "::" && before != "::" => {
+                let path = vec![name.to_owned(), word(idx + 2).to_owned()];
+                let line = words[idx].line;
+                found.extend(absolute(&module(), &path, modules, true).map(|path| Named { path, line, alias: None }));
             }
             _ => {}
         }
@@ -191,14 +216,14 @@ fn tree(words: &[Word], idx: &mut usize, prefix: &Path, leaves: &mut Vec<(Path, 
 }
 
 /// A path from the root of the crate; `None` for one of another crate.
-fn absolute(module: &Path, path: &Path, modules: &HashSet<&Path>, is_use: bool) -> Option<Path> {
+fn absolute(module: &Path, path: &Path, modules: &HashSet<Path>, may_be_child: bool) -> Option<Path> {
     let mut rest = path.iter().peekable();
     let mut at = match rest.peek()?.as_str() {
         "crate" => Path::new(),
         "super" | "self" => module.clone(),
         name => {
             let child: Path = module.iter().cloned().chain([name.to_owned()]).collect();
-            return (is_use && modules.contains(&child)).then(|| module.iter().chain(path).cloned().collect());
+            return (may_be_child && modules.contains(&child)).then(|| module.iter().chain(path).cloned().collect());
         }
     };
     while let Some(name) = rest.next_if(|name| ["crate", "super", "self"].contains(&name.as_str())) {
@@ -303,6 +328,31 @@ fn a_path_is_followed_through_groups_re_exports_and_modules_within_a_file() {
         "src/middle.rs:2 middle high",
         "src/middle.rs:3 middle high",
         "src/middle/part.rs:2 middle low",
+    ];
+    assert_eq!(found, wanted);
+}
+
+#[test]
+fn an_import_between_files_is_found_through_re_exports_and_paths_in_code() {
+    let sources = [
+        ("src/lib.rs", "mod room; mod other;"),
+        ("src/other.rs", "pub(crate) struct X;"),
+        ("src/room.rs", "mod ground; mod roof; pub use ground::Thing;"),
+        ("src/room/ground.rs", "use crate::other::X;\npub(super) struct Thing;"),
+        ("src/room/roof.rs", "mod part;\nuse super::Thing;\nfn f() { part::g() }"),
+        ("src/room/roof/part.rs", "fn g(_: crate::room::roof::Y) {}"),
+    ];
+    let sources = sources.map(|(path, text)| (path.to_owned(), text.to_owned()));
+    let found: Vec<String> = imports_of_files("src/", "room", &sources)
+        .iter()
+        .map(|import| format!("{}:{} {} {}", import.file, import.line, import.from, import.to))
+        .collect();
+    let wanted = [
+        "src/room.rs:1 room room::ground",
+        "src/room/roof.rs:2 room::roof room",
+        "src/room/roof.rs:2 room::roof room::ground",
+        "src/room/roof.rs:3 room::roof room::roof::part",
+        "src/room/roof/part.rs:1 room::roof::part room::roof",
     ];
     assert_eq!(found, wanted);
 }

@@ -32,7 +32,7 @@ impl Run {
         live: Arc<Live>,
         execution: &Arc<Execution>,
     ) -> (Box<Self>, Result<(), NotMade>) {
-        let is_quarantined = claimed.is_suspect();
+        let is_quarantined = claimed.is_quarantined();
         let Claimed { fence, claimed_at, try_number, checkpoint, spec, has_outside, .. } = *claimed;
         let spec = spec.map_err(|error| unread("spec", &error));
         let checkpoint = checkpoint.transpose().map_err(|error| unread("checkpoint", &error));

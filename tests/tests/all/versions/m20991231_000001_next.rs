@@ -1,4 +1,5 @@
-//! Only in the builds that tests take for the next version: something that this version's programs know nothing of.
+//! A migration of the next version, unknown to programs of this one. It exists only in builds with the feature
+//! `next-version`, for the tests of two versions.
 
 use sea_orm_migration::prelude::*;
 use sea_orm_migration::sea_orm::ConnectionTrait;
