@@ -1,5 +1,6 @@
-//! How held processes are advanced: on threads of their own, in one loop each, under leases.
+//! The advances of held processes: on threads of their own, in one loop each, under leases.
 
+pub(crate) mod decide;
 pub(crate) mod gate;
 pub(crate) mod lease;
 pub(crate) mod lease_table;

@@ -26,6 +26,7 @@ pub mod local;
 mod machine;
 mod outbox;
 pub mod site;
+pub mod testing;
 pub mod transport;
 
 pub use author::{process, registry};
@@ -33,3 +34,12 @@ pub use lifecycle::cli::main;
 pub use lifecycle::{cli, peers, worker};
 pub use local::{shim, user};
 pub use machine::handover;
+
+/// What the author of a process imports: `use baton_worker::prelude::*;`.
+pub mod prelude {
+    pub use serde::{Deserialize, Serialize};
+    pub use serde_json::{Value, json};
+
+    pub use crate::author::process::{Advance, Context, Error, Interrupt, Process, read_input};
+    pub use crate::author::registry::Registry;
+}

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use baton_worker::process::{Advance, Context, Error, Process};
 use baton_worker::registry::Registry;
-use futures_util::future::{self, LocalBoxFuture};
+use futures_util::future;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -40,31 +40,29 @@ impl Process for Pi {
     }
 
     /// One round: two halves on the blocking pool at a time, since arithmetic would hold up the thread's other processes.
-    fn advance<'a>(&'a mut self, context: &'a Context) -> LocalBoxFuture<'a, Result<Advance, Error>> {
-        Box::pin(async move {
-            // A process stays on its thread, so what is not `Send` may live across an await.
-            let counts = Rc::new(RefCell::new(Vec::new()));
-            let half = |number: u64| {
-                let counts = Rc::clone(&counts);
-                let (points, seed) = (self.points, 2 * self.round + number + 1);
-                async move {
-                    let within = context.blocking(move || throw(points, seed)).await?;
-                    counts.borrow_mut().push(within);
-                    Ok::<(), Error>(())
-                }
-            };
-            future::try_join(half(0), half(1)).await?;
-            // A timer within the advance. To wait for long, return `Advance::After`.
-            context.sleep(Duration::from_millis(50)).await;
+    async fn advance(&mut self, context: &Context) -> Result<Advance, Error> {
+        // A process stays on its thread, so what is not `Send` may live across an await.
+        let counts = Rc::new(RefCell::new(Vec::new()));
+        let half = |number: u64| {
+            let counts = Rc::clone(&counts);
+            let (points, seed) = (self.points, 2 * self.round + number + 1);
+            async move {
+                let within = context.blocking(move || throw(points, seed)).await?;
+                counts.borrow_mut().push(within);
+                Ok::<(), Error>(())
+            }
+        };
+        future::try_join(half(0), half(1)).await?;
+        // A timer within the advance. To wait for long, return `Advance::After`.
+        context.sleep(Duration::from_millis(50)).await;
 
-            self.within += counts.borrow().iter().sum::<u64>();
-            self.round += 1;
-            let pi = 4.0 * self.within as f64 / (2 * self.points * self.round) as f64;
-            context.log(format!("round {} of {}: pi is about {pi:.4}", self.round, self.rounds));
-            context.set_value("pi", pi);
-            context.set_progress(self.round, Some(self.rounds));
-            Ok(if self.round == self.rounds { Advance::Finished { exit: 0 } } else { Advance::After(PAUSE) })
-        })
+        self.within += counts.borrow().iter().sum::<u64>();
+        self.round += 1;
+        let pi = 4.0 * self.within as f64 / (2 * self.points * self.round) as f64;
+        context.log(format!("round {} of {}: pi is about {pi:.4}", self.round, self.rounds));
+        context.set_value("pi", pi);
+        context.set_progress(self.round, Some(self.rounds));
+        Ok(if self.round == self.rounds { Advance::Finished { exit: 0 } } else { Advance::After(PAUSE) })
     }
 }
 
@@ -94,20 +92,18 @@ impl Process for Words {
         serde_json::from_value(input.clone()).map_err(|error| Error::Input(format!("`with`: {error}")))
     }
 
-    fn advance<'a>(&'a mut self, context: &'a Context) -> LocalBoxFuture<'a, Result<Advance, Error>> {
-        Box::pin(async move {
-            // First of all: when no session is to be had, this ends here, and begins again when there is one.
-            let site = context.site(&self.site).await?;
-            let local = std::env::temp_dir().join(format!("own-words-{}", context.pid()));
-            std::fs::write(&local, &self.text)?;
-            site.put(&local, "text").await?;
-            let counted = site.exec("wc -w < text > count", b"", Duration::from_secs(60)).await?;
-            counted.ok().map_err(Error::failed)?;
-            site.get("count", &local).await?;
-            context.set_value("words", std::fs::read_to_string(&local)?.trim());
-            std::fs::remove_file(&local)?;
-            Ok(Advance::Finished { exit: 0 })
-        })
+    async fn advance(&mut self, context: &Context) -> Result<Advance, Error> {
+        // First of all: when no session is to be had, this ends here, and begins again when there is one.
+        let site = context.site(&self.site).await?;
+        let local = std::env::temp_dir().join(format!("own-words-{}", context.pid()));
+        std::fs::write(&local, &self.text)?;
+        site.put(&local, "text").await?;
+        let counted = site.exec("wc -w < text > count", b"", Duration::from_secs(60)).await?;
+        counted.ok().map_err(Error::failed)?;
+        site.get("count", &local).await?;
+        context.set_value("words", std::fs::read_to_string(&local)?.trim());
+        std::fs::remove_file(&local)?;
+        Ok(Advance::Finished { exit: 0 })
     }
 }
 

@@ -16,7 +16,6 @@ use baton_common::lack::Shortage;
 use baton_common::spec::{OnSite, Spec};
 use baton_common::store::site::{Job as Row, NEVER, Seen, token};
 use baton_common::store::writer::{Output, Stream};
-use futures_util::future::LocalBoxFuture;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -96,81 +95,75 @@ impl Process for Job {
         Ok(Job::default())
     }
 
-    fn advance<'a>(&'a mut self, context: &'a Context) -> LocalBoxFuture<'a, Result<Advance, Error>> {
-        Box::pin(async move {
-            let at = At::new(context, self.sites())?;
-            if self.try_number != context.try_number() {
-                let (sites, lost, refusal) = (self.sites.take(), self.lost, self.refusal.take());
-                *self = Job { sites, try_number: context.try_number(), lost, refusal, ..Job::default() };
-            }
-            let advanced = match self.stage {
-                Stage::In => self.stage_in(&at).await,
-                Stage::Submit => self.submit(&at).await,
-                Stage::Settle => self.settle(&at).await,
-                Stage::Monitor => self.monitor(&at).await,
-                Stage::Out => self.stage_out(&at).await,
-            };
-            // It has given its channel back, and others may wait for one.
-            at.site.changed.notify_one();
-            match advanced {
-                Err(Trouble::Site(error)) => Err(match at.site.trouble(context, &error).await {
-                    // A job may be there: whatever the site says, the try is not given up by it.
-                    Error::Failed(text) if self.stage == Stage::Settle => {
-                        context.log(text);
-                        Error::NotNow(Wait::pause(SETTLE_PAUSE))
-                    }
-                    Error::Failed(text) if self.stage == Stage::Out => stuck(&text),
-                    error @ (Error::Input(_)
-                    | Error::Failed(_)
-                    | Error::Interrupted(_)
-                    | Error::Stuck(_)
-                    | Error::Lacking(_)
-                    | Error::NotNow(_)) => error,
-                }),
-                Err(Trouble::Lacks(text)) if self.stage == Stage::In => self.wait_for_room(&at, text).await,
-                Err(Trouble::Here { path, error, text }) => match shortage_here(context, &path, &error) {
-                    Some(shortage) => Err(Error::Lacking(shortage)),
-                    None if self.stage == Stage::Out => Err(stuck(&text)),
-                    // The folder of a site on this machine has no room.
-                    None if shortage::lack_of(&error).is_some() => self.wait_for_room(&at, text).await,
-                    None => Err(Error::Failed(format!("stage: {text}"))),
-                },
-                Err(Trouble::Content(text) | Trouble::Emptied(text)) if self.looks < LOOKS_MAX => {
+    async fn advance(&mut self, context: &Context) -> Result<Advance, Error> {
+        let at = At::new(context, self.sites())?;
+        if self.try_number != context.try_number() {
+            let (sites, lost, refusal) = (self.sites.take(), self.lost, self.refusal.take());
+            *self = Job { sites, try_number: context.try_number(), lost, refusal, ..Job::default() };
+        }
+        let advanced = match self.stage {
+            Stage::In => self.stage_in(&at).await,
+            Stage::Submit => self.submit(&at).await,
+            Stage::Settle => self.settle(&at).await,
+            Stage::Monitor => self.monitor(&at).await,
+            Stage::Out => self.stage_out(&at).await,
+        };
+        // It has given its channel back, and others may wait for one.
+        at.site.changed.notify_one();
+        match advanced {
+            Err(Trouble::Site(error)) => Err(match at.site.trouble(context, &error).await {
+                // A job may be there: whatever the site says, the try is not given up by it.
+                Error::Failed(text) if self.stage == Stage::Settle => {
                     context.log(text);
-                    self.looks += 1;
-                    Ok(Advance::After(SETTLE_PAUSE))
+                    Error::NotNow(Wait::pause(SETTLE_PAUSE))
                 }
-                Err(Trouble::Content(text) | Trouble::Files(text) | Trouble::Lacks(text)) => Err(match self.stage {
-                    Stage::Out => stuck(&text),
-                    Stage::In | Stage::Submit | Stage::Settle | Stage::Monitor => {
-                        Error::Failed(format!("stage: {text}"))
-                    }
-                }),
-                Err(Trouble::Emptied(text)) => Err(Error::Failed(format!("output: {text}"))),
-                Err(Trouble::Process(error)) => Err(error),
-                Ok(advance) => Ok(advance),
+                Error::Failed(text) if self.stage == Stage::Out => stuck(&text),
+                error @ (Error::Input(_)
+                | Error::Failed(_)
+                | Error::Interrupted(_)
+                | Error::Stuck(_)
+                | Error::Lacking(_)
+                | Error::NotNow(_)) => error,
+            }),
+            Err(Trouble::Lacks(text)) if self.stage == Stage::In => self.wait_for_room(&at, text).await,
+            Err(Trouble::Here { path, error, text }) => match shortage_here(context, &path, &error) {
+                Some(shortage) => Err(Error::Lacking(shortage)),
+                None if self.stage == Stage::Out => Err(stuck(&text)),
+                // The folder of a site on this machine has no room.
+                None if shortage::lack_of(&error).is_some() => self.wait_for_room(&at, text).await,
+                None => Err(Error::Failed(format!("stage: {text}"))),
+            },
+            Err(Trouble::Content(text) | Trouble::Emptied(text)) if self.looks < LOOKS_MAX => {
+                context.log(text);
+                self.looks += 1;
+                Ok(Advance::After(SETTLE_PAUSE))
             }
-        })
+            Err(Trouble::Content(text) | Trouble::Files(text) | Trouble::Lacks(text)) => Err(match self.stage {
+                Stage::Out => stuck(&text),
+                Stage::In | Stage::Submit | Stage::Settle | Stage::Monitor => Error::Failed(format!("stage: {text}")),
+            }),
+            Err(Trouble::Emptied(text)) => Err(Error::Failed(format!("output: {text}"))),
+            Err(Trouble::Process(error)) => Err(error),
+            Ok(advance) => Ok(advance),
+        }
     }
 
-    fn end_outside<'a>(&'a mut self, context: &'a Context) -> LocalBoxFuture<'a, Result<(), Error>> {
-        Box::pin(async move {
-            let at = At::new(context, self.sites())?;
-            match at.end_job().await {
-                Err(Trouble::Site(error)) => Err(at.site.trouble(context, &error).await),
-                // The database does not answer; its next answer decides.
-                Err(Trouble::Process(Error::Interrupted(_))) => Err(Error::NotNow(Wait::pause(CANCEL_PAUSE))),
-                Err(
-                    Trouble::Content(text)
-                    | Trouble::Files(text)
-                    | Trouble::Lacks(text)
-                    | Trouble::Emptied(text)
-                    | Trouble::Here { text, .. },
-                ) => Err(Error::Failed(text)),
-                Err(Trouble::Process(error)) => Err(error),
-                Ok(()) => Ok(()),
-            }
-        })
+    async fn end_outside(&mut self, context: &Context) -> Result<(), Error> {
+        let at = At::new(context, self.sites())?;
+        match at.end_job().await {
+            Err(Trouble::Site(error)) => Err(at.site.trouble(context, &error).await),
+            // The database does not answer; its next answer decides.
+            Err(Trouble::Process(Error::Interrupted(_))) => Err(Error::NotNow(Wait::pause(CANCEL_PAUSE))),
+            Err(
+                Trouble::Content(text)
+                | Trouble::Files(text)
+                | Trouble::Lacks(text)
+                | Trouble::Emptied(text)
+                | Trouble::Here { text, .. },
+            ) => Err(Error::Failed(text)),
+            Err(Trouble::Process(error)) => Err(error),
+            Ok(()) => Ok(()),
+        }
     }
 }
 

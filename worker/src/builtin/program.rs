@@ -8,7 +8,6 @@ use std::time::Duration;
 use baton_common::border;
 use baton_common::spec::Work;
 use baton_common::store::writer::{Output, Stream};
-use futures_util::future::LocalBoxFuture;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tracing::warn;
@@ -63,21 +62,19 @@ impl Process for Program {
         Ok(Program::default())
     }
 
-    fn advance<'a>(&'a mut self, context: &'a Context) -> LocalBoxFuture<'a, Result<Advance, Error>> {
-        Box::pin(self.run(context))
+    async fn advance(&mut self, context: &Context) -> Result<Advance, Error> {
+        self.run(context).await
     }
 
-    fn interrupted<'a>(&'a mut self, context: &'a Context, _why: Interrupt) -> LocalBoxFuture<'a, ()> {
-        Box::pin(async {
-            if let Some((mut running, sandbox)) = self.running.take() {
-                context.set_stage("ending");
-                // However it ends now, nothing of it is left.
-                let _ = running.terminate().await;
-                if let Ok(Ok((outputs, _))) = context.blocking(move || capture(&sandbox)).await {
-                    context.draft.borrow_mut().outputs = outputs;
-                }
+    async fn interrupted(&mut self, context: &Context, _why: Interrupt) {
+        if let Some((mut running, sandbox)) = self.running.take() {
+            context.set_stage("ending");
+            // However it ends now, nothing of it is left.
+            let _ = running.terminate().await;
+            if let Ok(Ok((outputs, _))) = context.blocking(move || capture(&sandbox)).await {
+                context.draft.borrow_mut().outputs = outputs;
             }
-        })
+        }
     }
 }
 

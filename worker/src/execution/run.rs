@@ -3,7 +3,6 @@
 //! Between two advances nothing is carried over but the checkpoint, and here everything is obeyed: a kill, a pause, the
 //! worker's drain. In the middle of an advance only what is urgent is.
 
-use std::any::Any;
 use std::cell::{Cell, RefCell};
 use std::panic::AssertUnwindSafe;
 use std::rc::Rc;
@@ -17,7 +16,7 @@ use baton_common::spec::{Spec, Work};
 use baton_common::state::{Desired, Place, State};
 use baton_common::store::blob::{Checkpoint, Outcome, spec_from_bytes, spec_to_bytes};
 use baton_common::store::control::{Answer, Request};
-use baton_common::store::writer::{Attempt, Claimed, Fence, Fenced, How, Verb, Written};
+use baton_common::store::writer::{Attempt, Claimed, Fence, Fenced, How, Verb, Writer, Written};
 use baton_common::store::{Error as StoreError, Store};
 use futures_util::FutureExt;
 use tokio::sync::{Notify, OwnedSemaphorePermit};
@@ -27,6 +26,7 @@ use crate::author::facilities::Facilities;
 use crate::author::live::{Drain, Live, Orders, SLEEPING, WRITING};
 use crate::author::process::{Advance, Context, Draft, Error, Interrupt, Wait, by_worker};
 use crate::author::registry::{AnyProcess, NotMade, Registry};
+use crate::execution::decide::{Ending, PARK_FROM, next_checkpoint, next_try, panic_text, panicked, state_of};
 use crate::execution::gate::Gate;
 use crate::execution::lease::Lease;
 use crate::execution::lease_table::LeaseTable;
@@ -37,10 +37,6 @@ use crate::machine::random::random;
 use crate::machine::shortage::Health;
 use crate::outbox::Outbox;
 use crate::site::Sites;
-
-/// Waits shorter than this are spent in memory, with the lease; longer ones are parked. A parked second costs two
-/// commits and a message, a held one nothing but memory.
-const PARK_FROM: Duration = Duration::from_secs(1);
 
 /// When a process that cannot go on, and cannot be paused either, is tried again.
 const STUCK_PAUSE: Duration = Duration::from_secs(10);
@@ -59,6 +55,7 @@ pub(crate) struct Execution {
     pub(crate) limits: Limits,
     pub(crate) registry: Registry,
     pub(crate) store: Store,
+    pub(crate) writer: Writer,
     pub(crate) sites: Arc<Sites>,
     pub(crate) outbox: Arc<Outbox>,
     pub(crate) gate: Arc<Gate>,
@@ -199,7 +196,8 @@ impl Run {
         });
         let made = read.and_then(|()| {
             let spec = run.context.spec();
-            let state = checkpoint?.map(|checkpoint| checkpoint.state).filter(|state| !state.is_empty());
+            let checkpoint = checkpoint?;
+            let state = checkpoint.as_ref().and_then(state_of);
             if let Some(on_site) = &spec.on_site
                 && execution.sites.get(&on_site.at).is_none()
             {
@@ -208,7 +206,7 @@ impl Run {
             if let Some(reason) = spec.on_site.as_ref().and_then(|on_site| execution.sites.sharing.refuses(on_site)) {
                 return Err(NotMade::NotHere(format!("{}: {reason}", execution.facilities.identity.name)));
             }
-            execution.registry.make(spec, run.context.input(), state.as_deref())
+            execution.registry.make(spec, run.context.input(), state)
         });
         let made = made.map(|process| run.process = Some(process));
         (run, made)
@@ -276,7 +274,7 @@ impl Run {
         if hold == Hold::Gone || self.context.live.orders().abandon {
             return Hold::Gone;
         }
-        let state = Some(&*self.checkpoint.state).filter(|state| !state.is_empty());
+        let state = state_of(&self.checkpoint);
         match self.execution.registry.make(self.context.spec(), self.context.input(), state) {
             Ok(process) => {
                 self.process = Some(process);
@@ -375,8 +373,7 @@ impl Run {
             Some(Err(panic)) => {
                 let text = panic_text(panic.as_ref());
                 warn!(pid = %context.pid(), "the process panicked: {text}");
-                // Its state may be half-changed; only its checkpoint can be trusted.
-                Some(Err(Error::Input(format!("it panicked: {text}"))))
+                Some(Err(panicked(&text)))
             }
             None if orders.abandon => None,
             None => {
@@ -410,23 +407,7 @@ impl Run {
                 return Box::pin(self.begin_again(hold)).await.into();
             }
         };
-        let (values, progress) = {
-            let mut draft = self.context.draft.borrow_mut();
-            (std::mem::take(&mut draft.values), draft.progress.take())
-        };
-        let idle =
-            state == self.checkpoint.state && values == self.checkpoint.values && progress == self.checkpoint.progress;
-        // A process that waits between two looks at the world is no loop.
-        let waits = matches!(advance, Advance::After(pause) | Advance::Linger(pause) if pause >= PARK_FROM);
-        let checkpoint = Checkpoint {
-            advances: self.checkpoint.advances + 1,
-            idle_advances: if idle && !waits { self.checkpoint.idle_advances + 1 } else { 0 },
-            failures: self.checkpoint.failures,
-            last_error: self.checkpoint.last_error.clone(),
-            values,
-            progress,
-            state,
-        };
+        let checkpoint = next_checkpoint(&self.checkpoint, &advance, state, &mut self.context.draft.borrow_mut());
         if let Some(reason) = self.execution.limits.broken_by(&checkpoint)
             && !matches!(advance, Advance::Finished { .. })
         {
@@ -483,19 +464,13 @@ impl Run {
 
     /// The process has come to its end by itself: well, or to be tried again, or not well.
     async fn finish(&mut self, exit: i32, checkpoint: Checkpoint) -> Hold {
-        let (outcome, is_incomplete) = {
-            let draft = self.context.draft.borrow();
-            (draft.outcome.clone(), draft.is_incomplete)
-        };
-        let ok = self.context.spec().ok_exit.contains(&exit) && !is_incomplete;
-        let reason = outcome.reason.clone().or_else(|| (!ok).then(|| format!("exit {exit}")));
-        // A program that has ended well is not run again for what it has not left.
-        if !ok
-            && !is_incomplete
-            && let Some(hold) = self.retry(reason.clone().unwrap_or_default()).await
+        let ending = Ending::of(self.context.spec(), exit, &self.context.draft.borrow());
+        if let Some(failure) = ending.failure()
+            && let Some(hold) = self.retry(failure).await
         {
             return hold;
         }
+        let Ending { ok, reason, is_incomplete, outcome } = ending;
         let outcome = Outcome {
             exit: Some(exit),
             ok,
@@ -575,15 +550,8 @@ impl Run {
 
     /// Parks the process until its next try; `None` when there is none left.
     async fn retry(&mut self, reason: String) -> Option<Hold> {
-        let retry = self.context.spec().retry.clone();
-        let failures = self.checkpoint.failures + 1;
-        if failures >= retry.max {
-            return None;
-        }
-        let pause = retry.wait.before(failures, random());
+        let (checkpoint, pause) = next_try(&self.context.spec().retry, &self.checkpoint, &reason, random())?;
         info!(pid = %self.context.pid(), reason, wait_ms = pause.as_millis(), "failed; it will be tried again");
-        // The checkpoint before the failed advance, with one more failure on it.
-        let checkpoint = Checkpoint { failures, last_error: Some(reason.clone()), ..self.checkpoint.clone() };
         let attempt = Some((How::Error, Some(reason)));
         let hold = self.write_as(Verb::Park { wake_in: pause }, Some(checkpoint), attempt, 1).await;
         self.execution.timer.due_in(pause);
@@ -626,7 +594,7 @@ impl Run {
         }
         self.context.live.set_stage(WRITING);
         let fence = self.context.fence;
-        let write = self.execution.facilities.writer.checkpoint(fence, &checkpoint);
+        let write = self.execution.writer.checkpoint(fence, &checkpoint);
         let written = tokio::select! {
             biased;
             written = write => written,
@@ -667,7 +635,7 @@ impl Run {
         self.context.live.set_stage(WRITING);
         let written = tokio::select! {
             biased;
-            written = self.execution.facilities.writer.write(fenced) => written,
+            written = self.execution.writer.write(fenced) => written,
             () = self.context.live.until(|orders| orders.abandon) => return Hold::Gone,
         };
         if written.is_err() && Box::pin(self.end_if_rejected(&written)).await {
@@ -756,9 +724,4 @@ fn unread(what: &str, error: &StoreError) -> NotMade {
 fn refusal_pause(now: i64, refused_at: Option<i64>) -> Duration {
     let since = refused_at.map_or(0, |refused_at| now - refused_at);
     Duration::from_micros(since.max(0).cast_unsigned()).clamp(REFUSAL_PAUSE_MIN, REFUSAL_PAUSE_MAX)
-}
-
-fn panic_text(panic: &(dyn Any + Send)) -> String {
-    let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
-    text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_else(|| "no text".into())
 }

@@ -36,7 +36,7 @@ impl Claims {
         begun: Option<Begun>,
     ) -> (Result<Claim, store::Error>, Option<Begun>) {
         let claim = loop {
-            match self.execution.facilities.writer.claim(pid, queue.to_owned(), launch.clone()).await {
+            match self.execution.writer.claim(pid, queue.to_owned(), launch.clone()).await {
                 Ok(Claim::NotQueued) if begun.as_ref().is_some_and(Begun::take_another) => {}
                 claim => break claim,
             }
