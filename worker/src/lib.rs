@@ -22,7 +22,7 @@ mod builtin;
 mod execution;
 mod intake;
 mod lifecycle;
-pub mod local;
+mod local;
 mod machine;
 mod outbox;
 pub mod site;
@@ -31,9 +31,16 @@ pub mod transport;
 
 pub use author::{process, registry};
 pub use lifecycle::cli::main;
-pub use lifecycle::{cli, peers, worker};
-pub use local::{shim, user};
-pub use machine::handover;
+pub use lifecycle::{cli, worker};
+
+/// What the tests of local programs use. It is no part of the library.
+#[doc(hidden)]
+pub mod internals {
+    pub use crate::local::output::Capture;
+    pub use crate::local::sandbox::Sandbox;
+    pub use crate::local::shim::wire::{Ended, EndedBy, Order, Report};
+    pub use crate::local::{Command, Error, Program, Programs, Running};
+}
 
 /// What the author of a process imports: `use baton_worker::prelude::*;`.
 pub mod prelude {

@@ -1,5 +1,6 @@
 //! The command line of a worker, and the options that every program of Baton shares.
 
+use std::ffi::OsString;
 use std::hint::black_box;
 use std::io;
 use std::panic::catch_unwind;
@@ -9,6 +10,7 @@ use std::time::Duration;
 
 use baton_common::communicator::{Broker, CheckError};
 use baton_common::config::{self, Config};
+use baton_common::exit;
 use baton_common::failpoint;
 use baton_common::objects::Objects;
 use baton_common::store::{self, Access, Location, Store};
@@ -49,30 +51,6 @@ const HEADROOM_CHUNK_BYTES: usize = 100 << 10;
 
 /// Open files without which no program of Baton can work.
 const FILES_MIN: usize = 16;
-
-/// Exit codes of Baton's programs, documented in the README.
-pub mod exit {
-    /// It was done.
-    pub const OK: u8 = 0;
-    /// It failed for a reason that has no code of its own.
-    pub const FAILED: u8 = 1;
-    /// The command line, the configuration or a spec is wrong.
-    pub const USAGE: u8 = 2;
-    /// There is no such process, worker, dead letter or file.
-    pub const NOT_FOUND: u8 = 3;
-    /// It is not allowed: wrong credentials, or a schema that is newer than the program.
-    pub const REFUSED: u8 = 4;
-    /// It does not fit the present state.
-    pub const CONFLICT: u8 = 5;
-    /// `--wait` has waited long enough.
-    pub const WAIT_TIMED_OUT: u8 = 6;
-    /// Broker or database cannot be reached, and nothing was recorded.
-    pub const UNREACHABLE: u8 = 7;
-    /// The process itself failed.
-    pub const PROCESS_FAILED: u8 = 8;
-    /// Some of many failed.
-    pub const SOME_FAILED: u8 = 9;
-}
 
 /// Options of every program.
 #[derive(Args, Clone, Debug)]
@@ -187,13 +165,40 @@ enum Format {
     Json,
 }
 
-/// The whole of a worker's program: command line, signals, exit code. Also runs the shim, so call it first in `main`.
+/// Runs a worker as a whole program: command line, signals, exit code. Call it first in `main`, before any thread starts.
+///
+/// `registry` has the kinds of processes that the worker knows besides Baton's own. `baton-worker --help` describes the
+/// command line.
 pub fn main(registry: Registry) -> ExitCode {
-    if std::env::args().nth(1).as_deref() == Some(shim::COMMAND) {
-        return shim::main();
+    match begin() {
+        Ok(arguments) => run(arguments, registry),
+        Err(code) => code,
     }
+}
+
+/// Does what every program of Baton does first in `main`, before any thread starts: it acts as the shim of a local program if
+/// the program was started as one, and removes passwords from the environment and the command line, where other users of the
+/// machine could read them. For the latter it may start the program once more. Returns the arguments as they were given, with
+/// the URLs of the environment among them.
+///
+/// # Errors
+/// The exit code of the shim. Return it from `main`.
+pub fn begin() -> Result<Vec<OsString>, ExitCode> {
+    if std::env::args().nth(1).as_deref() == Some(shim::COMMAND) {
+        return Err(shim::main());
+    }
+    Ok(handover::begin())
+}
+
+/// The arguments of this program as they were given, without those of [`begin`].
+pub fn arguments() -> Vec<String> {
+    handover::arguments()
+}
+
+/// Runs a worker with the arguments of [`begin`], of which the first names the program in the help.
+pub fn run(arguments: Vec<OsString>, registry: Registry) -> ExitCode {
     keep_headroom();
-    let command = Command::parse_from(handover::begin());
+    let command = Command::parse_from(arguments);
     let _failpoints = failpoint::init();
     let format = match command.log_format {
         Format::Text => LogFormat::Text,
@@ -436,7 +441,7 @@ async fn open(location: Location, access: Access, stop: &Stop) -> Result<Store, 
             }
             Err(failure) => {
                 error!("{}", chain(&failure));
-                return Err(ExitCode::from(exit_code(&failure)));
+                return Err(ExitCode::from(exit::of_store(&failure)));
             }
         }
     }
@@ -448,21 +453,6 @@ pub(crate) fn remedy_of(error: &StoreError) -> &'static str {
         "the worker starts when another program closes one; raise the server's max_connections for more workers"
     } else {
         "the worker waits until it does"
-    }
-}
-
-/// The exit code of what the database answered.
-pub fn exit_code(error: &StoreError) -> u8 {
-    match error {
-        store::Error::Url | store::Error::UrlParts(_) => exit::USAGE,
-        store::Error::Unreachable(_) | store::Error::Full(_) | store::Error::Retry(_) => exit::UNREACHABLE,
-        store::Error::Refused(_) | store::Error::SchemaNewer { .. } | store::Error::Newer { .. } => exit::REFUSED,
-        store::Error::Folder { .. }
-        | store::Error::Unreadable(_)
-        | store::Error::NoRow
-        | store::Error::Stopped
-        | store::Error::Rejected(_)
-        | store::Error::Database(_) => exit::FAILED,
     }
 }
 

@@ -17,6 +17,7 @@ pub use crate::execution::limits::Limits;
 use crate::lifecycle::cli::remedy_of;
 pub use crate::lifecycle::incarnation::Error;
 use crate::lifecycle::incarnation::{self, Ended};
+pub use crate::lifecycle::peers::watch;
 use crate::local::user::User;
 use crate::machine::causes::chain;
 use crate::machine::open_files;
@@ -97,7 +98,7 @@ pub async fn run(options: &Options, stop: &Stop) -> Result<(), Error> {
 ///
 /// # Errors
 /// As [`run`].
-pub async fn run_as(options: &Options, user: Option<User>, stop: &Stop) -> Result<(), Error> {
+pub(crate) async fn run_as(options: &Options, user: Option<User>, stop: &Stop) -> Result<(), Error> {
     open_files::check(FILES_MIN).map_err(Error::OpenFiles)?;
     let user = user.map(Arc::new);
     let mut has_run = false;

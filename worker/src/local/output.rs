@@ -8,9 +8,9 @@ use std::path::Path;
 use rustix::fs::OFlags;
 
 /// How much of a stream's beginning is kept with a process's result: enough for a program's banner and its settings.
-pub const HEAD_BYTES: u64 = 32 * 1024;
+pub(crate) const HEAD_BYTES: u64 = 32 * 1024;
 /// How much of a stream's end is kept with a process's result: enough for a stack trace or an error message.
-pub const TAIL_BYTES: u64 = 32 * 1024;
+pub(crate) const TAIL_BYTES: u64 = 32 * 1024;
 
 /// The most that [`Capture::last_line`] shows: a line of a table or of a progress display.
 const LINE_CHARS_MAX: usize = 200;
@@ -63,7 +63,7 @@ impl Capture {
 ///
 /// # Errors
 /// If the file is there and cannot be read.
-pub fn read_from(path: &Path, offset: u64, max_bytes: u64) -> io::Result<Vec<u8>> {
+pub(crate) fn read_from(path: &Path, offset: u64, max_bytes: u64) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
     if let Some(mut file) = open(path)? {
         file.seek(SeekFrom::Start(offset))?;

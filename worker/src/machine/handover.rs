@@ -42,7 +42,7 @@ struct Handover {
 
 /// Hides the passwords of this program, and gives back its arguments as they were given, with the URLs of the environment
 /// among them. Call it first in `main`, before any thread starts. It may start the program once more instead of returning.
-pub fn begin() -> Vec<OsString> {
+pub(crate) fn begin() -> Vec<OsString> {
     // It fails on no Linux; and what it protects is protected by the rest as well.
     let _ = set_dumpable_behavior(DumpableBehavior::NotDumpable);
     let handed = handed_over();
@@ -75,7 +75,7 @@ pub fn begin() -> Vec<OsString> {
 }
 
 /// The arguments as they were given.
-pub fn arguments() -> Vec<String> {
+pub(crate) fn arguments() -> Vec<String> {
     let given = ARGUMENTS.get().cloned().unwrap_or_else(|| std::env::args_os().collect());
     given.into_iter().map(|argument| argument.to_string_lossy().into_owned()).collect()
 }

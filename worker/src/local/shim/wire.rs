@@ -53,7 +53,7 @@ pub struct Script {
 
 /// What a worker asks of a shim whose program runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Request {
+pub(crate) enum Request {
     /// The lease was renewed at this time on CLOCK_BOOTTIME. The time travels with it, so that a renewal that lay in the
     /// pipe while the machine was frozen does not count as a new one.
     Renew {
