@@ -73,9 +73,9 @@ pub fn main_with_worker(registry: Registry) -> ExitCode {
         return baton_worker::cli::run(arguments, registry);
     }
     let worker = clap::Command::new(WORKER)
-        .about("Run a worker of the fleet; must be the first argument")
+        .about("Run a worker of the fleet; `worker --help` lists its options")
         .disable_help_flag(true)
-        .arg(Arg::new("options").num_args(0..).trailing_var_arg(true).allow_hyphen_values(true));
+        .arg(Arg::new("options").hide(true).num_args(0..).trailing_var_arg(true).allow_hyphen_values(true));
     run(Cli::command().subcommand(worker), arguments, registry)
 }
 

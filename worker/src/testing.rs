@@ -199,6 +199,7 @@ impl Harness {
     ///
     /// # Panics
     /// Inside of a tokio runtime: use it in a plain `#[test]` function.
+    #[track_caller]
     pub fn new<P: Process>(with: Value) -> Self {
         let mut registry = Registry::new();
         registry.register::<P>(KIND);
@@ -209,11 +210,13 @@ impl Harness {
     ///
     /// # Panics
     /// The spec is wrong, or its `call` is not in the registry. Inside of a tokio runtime.
+    #[track_caller]
     pub fn from_spec(registry: &Registry, yaml: &str) -> Self {
         let spec = spec::parse(yaml, Format::Yaml).unwrap_or_else(|error| panic!("the spec is wrong: {error}"));
         Self::of_spec(registry, spec)
     }
 
+    #[track_caller]
     fn of_spec(registry: &Registry, spec: Spec) -> Self {
         let known: BTreeSet<&str> = registry.names().collect();
         assert!(known.contains(spec.kind()), "the registry has no kind `{}`; it has {known:?}", spec.kind());
@@ -265,6 +268,7 @@ impl Harness {
     ///
     /// # Panics
     /// [`Harness::add_site`] has not added the site.
+    #[track_caller]
     pub fn set_site_up(&mut self, name: &str, is_up: bool) {
         assert!(self.folders.set_up(name, is_up), "this test has no site `{name}`; add it with `Harness::add_site`");
     }
@@ -273,6 +277,7 @@ impl Harness {
     ///
     /// # Panics
     /// The process has ended or is paused, or it cannot read its own checkpoint.
+    #[track_caller]
     pub fn advance(&mut self) -> Step {
         match self.advance_until(None) {
             Advanced::Ended(end) => Step::Ended(end),
@@ -287,6 +292,7 @@ impl Harness {
     /// # Panics
     /// As [`Harness::advance`]. The process is paused by [`Error::Stuck`], or it waits 1000 times in a row for a site or for
     /// its turn.
+    #[track_caller]
     pub fn run_to_end(&mut self) -> End {
         let mut n_waits = 0;
         loop {
@@ -316,6 +322,7 @@ impl Harness {
     ///
     /// # Panics
     /// As [`Harness::advance`].
+    #[track_caller]
     pub fn crash_before_commit(&mut self) -> bool {
         let advanced = self.advance_until(None);
         self.crash();
@@ -331,6 +338,7 @@ impl Harness {
     ///
     /// [`Context::sleep`]: crate::process::Context::sleep
     /// [`Context::blocking`]: crate::process::Context::blocking
+    #[track_caller]
     pub fn crash_at_await(&mut self, n: usize) -> Option<Step> {
         match self.advance_until(Some(n)) {
             Advanced::Ended(end) => Some(Step::Ended(end)),
@@ -349,6 +357,7 @@ impl Harness {
     ///
     /// # Panics
     /// As [`Harness::advance`].
+    #[track_caller]
     pub fn interrupt_at_await(&mut self, n: usize, why: Interrupt) -> Option<Step> {
         match self.advance_until(Some(n)) {
             Advanced::Ended(end) => return Some(Step::Ended(end)),
@@ -375,6 +384,7 @@ impl Harness {
     ///
     /// # Panics
     /// The process has ended, or `end_outside` returns [`Error::NotNow`] 1000 times.
+    #[track_caller]
     pub fn kill(&mut self) -> End {
         assert!(self.row.end.is_none(), "the process has ended already: {:?}", self.row.end);
         let mut n_waits = 0;
@@ -399,6 +409,7 @@ impl Harness {
     ///
     /// # Panics
     /// The process has ended.
+    #[track_caller]
     pub fn pause(&mut self) {
         assert!(self.row.end.is_none(), "the process has ended already: {:?}", self.row.end);
         self.leave(Duration::ZERO);
@@ -490,6 +501,7 @@ impl Harness {
     }
 
     /// Makes the next advance when it is due, at most until it suspends for the given time.
+    #[track_caller]
     fn advance_until(&mut self, suspension: Option<usize>) -> Advanced {
         assert!(self.row.end.is_none(), "the process has ended already: {:?}", self.row.end);
         assert!(!self.row.is_paused, "the process is paused; `Harness::play` resumes it");

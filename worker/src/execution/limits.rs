@@ -1,13 +1,13 @@
-//! What ends processes that advance for ever.
+//! Limits that end processes that advance for ever.
 
 use baton_common::store::blob::Checkpoint;
 
-/// What ends endless loops.
+/// Limits on the advances of a process. A process that exceeds one is excepted.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
-    /// Advances that a process may make in all.
+    /// Maximum number of advances in total.
     pub advances_max: u64,
-    /// Advances in a row that change neither its state nor its values nor its progress.
+    /// Maximum number of advances in a row that change neither the state nor the values nor the progress.
     pub idle_advances_max: u64,
 }
 
@@ -18,7 +18,7 @@ impl Default for Limits {
 }
 
 impl Limits {
-    /// Why a process with this checkpoint must not go on.
+    /// Why a process with this checkpoint is excepted; `None` if it may continue.
     pub(crate) fn broken_by(&self, checkpoint: &Checkpoint) -> Option<String> {
         if checkpoint.advances >= self.advances_max {
             return Some(format!("it has made {} advances, and more are not allowed", checkpoint.advances));

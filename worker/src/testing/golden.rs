@@ -78,6 +78,7 @@ impl Harness {
     ///
     /// # Panics
     /// There is no checkpoint yet, the file cannot be written, or it is missing and the variable is not set.
+    #[track_caller]
     pub fn keep_golden(&self, path: impl AsRef<Path>) {
         let path = path.as_ref();
         let bytes = self.checkpoint_bytes().expect("a golden file needs a checkpoint; advance the process first");

@@ -12,6 +12,7 @@ const MORE_ADVANCES_MAX: u64 = 100;
 ///
 /// # Panics
 /// The two runs do not end with the same exit, reason, values and progress.
+#[track_caller]
 pub fn run_with_crash_after_every_advance(make: impl Fn() -> Harness) -> End {
     compare(make, "after every advance", |harness| {
         let step = harness.advance();
@@ -27,6 +28,7 @@ pub fn run_with_crash_after_every_advance(make: impl Fn() -> Harness) -> End {
 ///
 /// # Panics
 /// The two runs do not end with the same exit, reason, values and progress.
+#[track_caller]
 pub fn run_with_crash_in_every_advance(make: impl Fn() -> Harness) -> End {
     compare(make, "before every commit", |harness| {
         if harness.crash_before_commit() {
@@ -37,6 +39,7 @@ pub fn run_with_crash_in_every_advance(make: impl Fn() -> Harness) -> End {
     })
 }
 
+#[track_caller]
 fn compare(make: impl Fn() -> Harness, when: &str, mut step: impl FnMut(&mut Harness) -> Step) -> End {
     let mut plain = make();
     let expected = plain.run_to_end();
