@@ -5,6 +5,7 @@ pub mod communicator;
 pub mod config;
 pub mod digest;
 pub mod duration;
+pub mod exit;
 pub mod failpoint;
 #[cfg(test)]
 mod fuzz;

@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 
 use baton_common::communicator::Communicator;
 use baton_common::communicator::baseline::{self, BaselineQueue};
+use baton_common::exit;
 use baton_common::id::Pid;
 use baton_common::spec::{Spec, Work};
 use baton_common::state::Place;
@@ -23,7 +24,6 @@ use baton_common::store::query::WorkerRow;
 use baton_common::store::submit::NewProcess;
 use baton_common::store::{Location, Store};
 use baton_common::telemetry::new_traceparent;
-use baton_worker::cli::exit;
 use serde::Serialize;
 use serde_json::{Value, json};
 

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use baton_common::communicator::{self, Broker, Communicator, ReplyTo, TaskMessage};
 use baton_common::config;
+use baton_common::exit;
 use baton_common::id::{ParseError, Pid};
 use baton_common::message::{Event, Reply, Task};
 use baton_common::nearest::nearest;
@@ -17,8 +18,8 @@ use baton_common::state::Place;
 use baton_common::store::control::Controlled;
 use baton_common::store::submit::ByQueue;
 use baton_common::store::{self, Access, Location, Store};
-use baton_worker::cli::{Resolved, exit, host_name};
-use baton_worker::peers::{LOOK_INTERVAL, Watch};
+use baton_worker::cli::{Resolved, host_name};
+use baton_worker::worker;
 
 use crate::cli::Global;
 use crate::failure::Failure;
@@ -132,19 +133,13 @@ impl Client {
 
     /// Waits for something that dead workers may hold up: when no worker is left to notice their death, this does.
     pub(crate) async fn while_watching<T>(&self, waiting: impl Future<Output = T>) -> T {
-        let watch = async {
-            let mut watch = Watch::default();
-            loop {
-                // A database that does not answer shows up in what is waited for.
-                if watch.look(&self.store).await.is_ok_and(|someone_died| someone_died) {
-                    let _ = self.free_orphans().await;
-                }
-                tokio::time::sleep(LOOK_INTERVAL).await;
-            }
-        };
+        let watching = worker::watch(&self.store, async || {
+            // A database that does not answer shows up in what is waited for.
+            let _ = self.free_orphans().await;
+        });
         tokio::select! {
             done = waiting => done,
-            () = watch => unreachable!("it watches for ever"),
+            never = watching => match never {},
         }
     }
 

@@ -5,9 +5,10 @@ use std::process::ExitCode;
 
 use anstyle::{AnsiColor, Style};
 use baton_common::communicator::{CheckError, Down, dead};
+use baton_common::exit;
 use baton_common::sharing::{self, Foreign};
 use baton_common::{config, objects, store};
-use baton_worker::cli::{chain, exit, exit_code};
+use baton_worker::cli::chain;
 use baton_worker::transport;
 
 /// Why a command failed.
@@ -64,7 +65,7 @@ impl Failure {
 
 impl From<store::Error> for Failure {
     fn from(error: store::Error) -> Self {
-        let code = exit_code(&error);
+        let code = exit::of_store(&error);
         let remedy = match &error {
             store::Error::Unreachable(_) => {
                 Some("is it running, and is BATON_DATABASE_URL right? `baton doctor` checks")

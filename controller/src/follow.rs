@@ -4,11 +4,11 @@ use std::collections::HashMap;
 use std::io::IsTerminal;
 use std::time::{Duration, Instant};
 
+use baton_common::exit;
 use baton_common::id::Pid;
 use baton_common::state::State;
 use baton_common::store::Store;
 use baton_common::store::query::{Filter, Summary};
-use baton_worker::cli::exit;
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::client::absent;

@@ -4,10 +4,10 @@ use std::io::{BufRead, IsTerminal, Write};
 use std::time::Duration;
 
 use anstyle::{AnsiColor, Style};
+use baton_common::exit;
 use baton_common::state::{Desired, Place, State};
 use baton_common::store::query::{COUNT_MAX, Summary};
 use baton_common::store::site::{Job, NEVER};
-use baton_worker::cli::exit;
 use chrono::{DateTime, Local, SecondsFormat, Utc};
 use comfy_table::{ContentArrangement, Table, presets};
 use indicatif::{ProgressBar, ProgressStyle};

@@ -43,6 +43,10 @@ impl Worker {
         let log = folder.join("log");
         let mut command = Command::new(program);
         clean(&mut command);
+        if program.ends_with("own-process") {
+            // Its worker is a sub-command.
+            command.arg("worker");
+        }
         let file = File::options().create(true).append(true).open(&log).expect("own folder");
         command
             .args(["--name", name])

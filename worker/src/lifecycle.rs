@@ -4,7 +4,7 @@
 pub mod cli;
 mod heartbeat;
 mod incarnation;
-pub mod peers;
+mod peers;
 mod probing;
 mod sweeps;
 pub mod worker;

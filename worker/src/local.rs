@@ -22,11 +22,11 @@ use crate::machine::causes::chain;
 use crate::machine::{open_files, shortage};
 
 mod keeper;
-pub mod output;
+pub(crate) mod output;
 pub(crate) mod probe;
-pub mod sandbox;
-pub mod shim;
-pub mod user;
+pub(crate) mod sandbox;
+pub(crate) mod shim;
+pub(crate) mod user;
 
 use keeper::{Keeper, Outcome};
 use sandbox::Sandbox;

@@ -3,7 +3,7 @@
 
 pub(crate) mod causes;
 pub(crate) mod clock;
-pub mod handover;
+pub(crate) mod handover;
 pub(crate) mod open_files;
 pub(crate) mod random;
 pub(crate) mod shortage;

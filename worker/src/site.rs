@@ -35,6 +35,7 @@ use launcher::Launcher;
 use pool::{Channel, Pool};
 
 pub use at_site::AtSite;
+pub(crate) use at_site::Folders;
 
 /// The script of a job as it would be submitted, for people; `PID` and `TRY` are placeholders.
 pub fn job_script(spec: &Spec, site: &config::Site) -> String {

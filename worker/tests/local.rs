@@ -9,10 +9,9 @@ use std::time::Duration;
 
 use baton_common::id::Pid;
 use baton_common::lack::Lack;
-use baton_worker::local::output::Capture;
-use baton_worker::local::sandbox::Sandbox;
-use baton_worker::local::{Command, Error, Program, Programs, Running};
-use baton_worker::shim::wire::{Ended, EndedBy, Order, Report};
+use baton_worker::internals::{
+    Capture, Command, Ended, EndedBy, Error, Order, Program, Programs, Report, Running, Sandbox,
+};
 use rustix::io::Errno;
 use rustix::process::{Signal, kill_process};
 use rustix::time::{ClockId, clock_gettime};

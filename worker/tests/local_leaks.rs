@@ -8,8 +8,7 @@ use std::fs;
 use std::time::Duration;
 
 use baton_common::id::Pid;
-use baton_worker::local::sandbox::Sandbox;
-use baton_worker::local::{Command, Program, Programs};
+use baton_worker::internals::{Command, Program, Programs, Sandbox};
 use tokio::sync::watch;
 
 const N_PROGRAMS: usize = 100;

@@ -4,13 +4,13 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::time::{Duration, Instant};
 
 use baton_common::communicator::Communicator;
+use baton_common::exit;
 use baton_common::id::{Incarnation, Pid, RequestId};
 use baton_common::message::{Control, Reply};
 use baton_common::select::Select;
 use baton_common::state::{Desired, Place};
 use baton_common::store::control::Request;
 use baton_common::store::worker::Peer;
-use baton_worker::cli::exit;
 use serde_json::{Value, json};
 
 use crate::cli::{ControlArguments, Global, Output};

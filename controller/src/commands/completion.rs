@@ -1,6 +1,6 @@
 //! `baton completion`.
 
-use baton_worker::cli::exit;
+use baton_common::exit;
 use clap::CommandFactory;
 use clap_complete::Shell;
 

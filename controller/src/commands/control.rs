@@ -3,13 +3,13 @@
 use std::time::{Duration, Instant};
 
 use baton_common::communicator::Communicator;
+use baton_common::exit;
 use baton_common::id::{Pid, RequestId};
 use baton_common::message::{Control, Effect};
 use baton_common::select::Select;
 use baton_common::state::{Desired, State};
 use baton_common::store::control::{Answer, Controlled, Request, Settled};
 use baton_common::store::query::Filter;
-use baton_worker::cli::exit;
 use futures_util::StreamExt;
 use serde_json::{Value, json};
 

@@ -4,8 +4,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io::{BufRead, IsTerminal, Write};
 
 use baton_common::communicator::dead::{Body, DeadLetters, Letter, Replayed};
+use baton_common::exit;
 use baton_common::id::LetterId;
-use baton_worker::cli::exit;
 use chrono::Utc;
 use serde_json::{Value, json};
 

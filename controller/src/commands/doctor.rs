@@ -4,12 +4,13 @@ use std::time::Duration;
 
 use baton_common::communicator::Broker;
 use baton_common::config;
+use baton_common::exit;
 use baton_common::objects::{self, Objects};
 use baton_common::sharing;
 use baton_common::store::measure::Connections;
 use baton_common::store::query::queue_name;
 use baton_common::store::{self, Location, Store, WORKER_CONNECTIONS};
-use baton_worker::cli::{chain, exit, exit_code};
+use baton_worker::cli::chain;
 use serde_json::{Value, json};
 use uuid::Uuid;
 
@@ -124,7 +125,7 @@ fn database_failure(error: &store::Error) -> Finding {
         | store::Error::Rejected(_)
         | store::Error::Database(_) => "see the database's own log",
     };
-    finding("database", Verdict::Fail(exit_code(error)), error.to_string(), Some(remedy))
+    finding("database", Verdict::Fail(exit::of_store(error)), error.to_string(), Some(remedy))
 }
 
 /// How many workers more the database has connections for. It counts those that live workers may yet open.

@@ -4,13 +4,13 @@ use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 use baton_common::communicator::Communicator;
+use baton_common::exit;
 use baton_common::id::Incarnation;
 use baton_common::message::Control;
 use baton_common::state::Desired;
 use baton_common::store::control::Request;
 use baton_common::store::query::{WorkerRow, WorkerState};
 use baton_common::store::worker::Peer;
-use baton_worker::cli::exit;
 use serde_json::{Value, json};
 
 use crate::cli::{DrainArguments, Global, Output};

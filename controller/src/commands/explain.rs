@@ -1,9 +1,9 @@
 //! `baton explain`: why a process does not move, from the database, and from the worker that holds it if it answers.
 
+use baton_common::exit;
 use baton_common::state::Place;
 use baton_common::store::explain::Facts;
 use baton_common::store::query::WorkerState;
-use baton_worker::cli::exit;
 use serde_json::{Value, json};
 
 use super::status;

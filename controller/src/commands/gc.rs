@@ -7,9 +7,9 @@ use std::collections::{HashMap, HashSet};
 use std::time::Duration;
 
 use baton_common::digest::Digest;
+use baton_common::exit;
 use baton_common::objects::{self, Objects};
 use baton_common::store::Store;
-use baton_worker::cli::exit;
 use chrono::{DateTime, Utc};
 use futures_util::{StreamExt, TryStreamExt};
 use indicatif::HumanBytes;

@@ -1,10 +1,10 @@
 //! `baton list`: read and printed page by page, however many there are.
 
+use baton_common::exit;
 use baton_common::id::Pid;
 use baton_common::select::Select;
 use baton_common::store::query::{Cursor, Listing, Summary};
-use baton_worker::cli::exit;
-use baton_worker::handover;
+use baton_worker::cli;
 use comfy_table::{ColumnConstraint, Width};
 
 use crate::cli::{Global, ListArguments, Output};
@@ -47,7 +47,7 @@ pub(crate) async fn run(global: &Global, arguments: ListArguments) -> Result<u8,
             && let Some(last) = last
             && !listing.next(&client.store, 1).await?.is_empty()
         {
-            output::note(&format!("there are more: {}", next_command(handover::arguments().into_iter().skip(1), last)));
+            output::note(&format!("there are more: {}", next_command(cli::arguments().into_iter().skip(1), last)));
         }
     }
     Ok(exit::OK)

@@ -3,11 +3,11 @@
 use std::io::Write;
 use std::time::Duration;
 
+use baton_common::exit;
 use baton_common::id::Pid;
 use baton_common::message::Control;
 use baton_common::store::query::{Filter, Summary};
 use baton_common::store::writer::{Output, Stream};
-use baton_worker::cli::exit;
 use baton_worker::transport::{Session, quote};
 
 use super::site;

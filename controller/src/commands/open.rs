@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use baton_common::config::{Config, Transport};
-use baton_worker::cli::{exit, host_name};
+use baton_common::exit;
+use baton_worker::cli::host_name;
 use baton_worker::transport::quote;
 
 use crate::cli::{Global, OpenArguments};

@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 use std::io::IsTerminal;
 use std::time::Duration;
 
+use baton_common::exit;
 use baton_common::select::Select;
-use baton_worker::cli::exit;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 

@@ -6,11 +6,11 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use baton_common::digest::Digest;
+use baton_common::exit;
 use baton_common::id::Pid;
 use baton_common::objects::{Entry, Manifest, Objects, manifest};
 use baton_common::relative::BytePath;
 use baton_common::sharing;
-use baton_worker::cli::exit;
 use futures_util::{StreamExt, TryStreamExt};
 use indicatif::{HumanBytes, ProgressBar};
 use serde_json::{Value, json};

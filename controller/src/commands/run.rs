@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use baton_common::communicator::Broker;
+use baton_common::exit;
 use baton_common::id::Pid;
 use baton_common::objects::Objects;
 use baton_common::spec::Spec;
@@ -17,7 +18,7 @@ use baton_common::store::query::{Details, Filter, Summary, queue_name};
 use baton_common::store::submit::NewProcess;
 use baton_common::store::{Location, Store};
 use baton_common::telemetry::new_traceparent;
-use baton_worker::cli::{exit, host_name};
+use baton_worker::cli::host_name;
 use baton_worker::process::by_worker;
 use baton_worker::registry::Registry;
 use baton_worker::worker::{self, Limits, Options, Stop};
@@ -40,10 +41,7 @@ const GRACE: Duration = Duration::from_secs(5);
 /// The only worker of a home.
 const WORKER: &str = "baton-run";
 
-/// Exit code after Ctrl-C, as shells have it.
-const INTERRUPTED: u8 = 130;
-
-pub(crate) async fn run(global: &Global, arguments: RunArguments) -> Result<u8, Failure> {
+pub(crate) async fn run(global: &Global, arguments: RunArguments, registry: Registry) -> Result<u8, Failure> {
     let Document { spec, folder } = read_spec(&arguments.file)?;
     let config = global.connection.resolve()?.config;
     check_site(&spec, &config.sites)?;
@@ -75,7 +73,7 @@ pub(crate) async fn run(global: &Global, arguments: RunArguments) -> Result<u8, 
         root: home.clone(),
         grace: GRACE,
         limits: Limits::default(),
-        registry: Registry::new(),
+        registry,
         sites: config.sites,
         ssh: config.ssh,
         objects,
@@ -107,7 +105,7 @@ pub(crate) async fn run(global: &Global, arguments: RunArguments) -> Result<u8, 
     }
     let Some(summary) = ended else {
         output::note(&format!("interrupted; {pid} goes on where it was when you run this again"));
-        return Ok(INTERRUPTED);
+        return Ok(exit::INTERRUPTED);
     };
     let details = store.show(pid).await?.ok_or_else(|| absent(pid))?;
     report(global, &details)?;

@@ -1,8 +1,8 @@
 //! `baton show`.
 
+use baton_common::exit;
 use baton_common::store::control::Settled;
 use baton_common::store::query::{Details, EventRow};
-use baton_worker::cli::exit;
 use serde_json::{Value, json};
 
 use crate::cli::{Global, Output, Pids};

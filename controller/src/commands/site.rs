@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use baton_common::config::{Config, Launcher, Site, Transport};
 use baton_common::digest::Digest;
-use baton_worker::cli::exit;
+use baton_common::exit;
 use baton_worker::transport::{Error, Session, connect, quote, quote_path};
 use serde_json::{Value, json};
 

@@ -1,7 +1,7 @@
 //! `baton sites`.
 
+use baton_common::exit;
 use baton_common::store::site::SiteFacts;
-use baton_worker::cli::exit;
 use serde_json::{Value, json};
 
 use crate::cli::{Global, Output, SitesArguments};

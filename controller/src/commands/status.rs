@@ -3,9 +3,9 @@
 use std::time::Duration;
 
 use baton_common::communicator::RequestError;
+use baton_common::exit;
 use baton_common::message::{Control, Status};
 use baton_common::store::query::{Filter, Summary};
-use baton_worker::cli::exit;
 use serde_json::{Value, json};
 
 use crate::cli::{Global, Output, Pids};

@@ -2,12 +2,12 @@
 
 use std::collections::BTreeMap;
 
+use baton_common::exit;
 use baton_common::id::Pid;
 use baton_common::objects::Objects;
 use baton_common::sharing;
 use baton_common::store::submit::NewProcess;
 use baton_common::telemetry::new_traceparent;
-use baton_worker::cli::exit;
 use serde_json::json;
 
 use crate::cli::{Global, Output, SubmitArguments};

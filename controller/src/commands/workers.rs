@@ -4,9 +4,9 @@ use std::collections::BTreeMap;
 use std::io::IsTerminal;
 use std::time::Duration;
 
+use baton_common::exit;
 use baton_common::store::query::{Summary, WorkerRow, WorkerState};
 use baton_common::store::worker::{BEAT, LEASE};
-use baton_worker::cli::exit;
 use serde_json::{Value, json};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::MissedTickBehavior;

@@ -46,6 +46,17 @@ fn example(name: &str) -> String {
 }
 
 #[tokio::test]
+async fn program_with_its_own_processes_runs_one_without_services() {
+    let home = Home::new();
+    let mut command = Command::new(programs().join("own-process"));
+    clean_environment(&mut command);
+    command.args(["run", &example("own-process/own-pi.yaml"), "-o", "json"]).current_dir(home.folder.path());
+    let ended = output(command).await.ok().json();
+    assert_eq!((&ended["state"], &ended["kind"]), (&"finished".into(), &"own.pi".into()), "{ended}");
+    assert!(ended["values"]["pi"].is_number(), "{ended}");
+}
+
+#[tokio::test]
 async fn hello_runs_says_what_happened_and_where_the_files_are() {
     let home = Home::new();
     let output = home.baton(&["run", &example("hello.yaml")]).await.ok();

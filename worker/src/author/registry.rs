@@ -9,13 +9,13 @@ use serde_json::Value;
 
 use crate::author::process::{Advance, Context, Error, Interrupt, Process};
 
-/// Names and what they stand for.
+/// The kinds of processes that a program knows, by name.
 #[derive(Clone, Default)]
 pub struct Registry {
     kinds: BTreeMap<String, Kind>,
 }
 
-/// How a kind's processes are made.
+/// The constructors of a kind.
 #[derive(Clone)]
 struct Kind {
     start: Start,
@@ -25,34 +25,35 @@ struct Kind {
 type Start = Arc<dyn Fn(&Value) -> Made + Send + Sync>;
 type Restore = Arc<dyn Fn(&[u8]) -> Made + Send + Sync>;
 
-/// A process, or why there is none.
+/// A process, or the reason why there is none.
 type Made = Result<Box<dyn AnyProcess>, NotMade>;
 
 /// Why a process cannot be made.
 #[derive(Debug)]
 pub(crate) enum NotMade {
-    /// This build does not know its kind; another may.
+    /// This build does not know the kind; another may.
     UnknownKind(String),
-    /// This build cannot read what another has written.
+    /// This build cannot read the checkpoint that another build has written.
     OtherBuild(String),
-    /// This worker's machine cannot do it; another one can.
+    /// This worker's machine cannot run it; another one can.
     NotHere(String),
-    /// No build can.
+    /// No build can make it.
     Failed(String),
 }
 
 impl Registry {
-    /// No kinds but Baton's own, which every worker adds.
+    /// A registry without kinds. Every worker adds Baton's own kinds to it.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Adds a kind, or replaces the one of this name. A spec calls it by `call: NAME`.
+    /// Adds a kind, or replaces the kind of this name. A spec refers to it by `call: NAME`. The name is stored with each
+    /// process, so it must stay the same as long as there are processes of this kind.
     pub fn register<P: Process>(&mut self, name: impl Into<String>) {
         self.register_equipped::<P>(name, |process| process);
     }
 
-    /// The same for a kind that needs something of its worker beside its context: `equip` gives it to each process.
+    /// Adds a kind that needs more of its worker than a [`Context`]; `equip` adds that to each process.
     pub(crate) fn register_equipped<P: Process>(
         &mut self,
         name: impl Into<String>,
@@ -65,7 +66,7 @@ impl Registry {
                 Err(error) => Err(NotMade::Failed(error.to_string())),
             }),
             restore: Arc::new(move |state| {
-                // Whether it is damaged or of another build cannot be told; the other build may come, so it is kept.
+                // A damaged checkpoint looks the same as one of another build. The other build may come, so it is kept.
                 let process: P = rmp_serde::from_slice(state).map_err(|error| {
                     NotMade::OtherBuild(format!("its checkpoint does not fit this build's process: {error}"))
                 })?;
@@ -75,17 +76,17 @@ impl Registry {
         self.kinds.insert(name.into(), kind);
     }
 
-    /// Adds all kinds of another registry; of two with one name the other's stays.
+    /// Adds all kinds of another registry. They replace those of the same name.
     pub(crate) fn add(&mut self, other: &Registry) {
         self.kinds.extend(other.kinds.iter().map(|(name, kind)| (name.clone(), kind.clone())));
     }
 
-    /// Every name, sorted.
+    /// The names of all kinds, sorted.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.kinds.keys().map(String::as_str)
     }
 
-    /// A process as its checkpoint left it, or a new one.
+    /// Restores a process from its checkpoint, or starts a new one when there is none.
     pub(crate) fn make(&self, spec: &Spec, input: &Value, state: Option<&[u8]>) -> Made {
         let kind = self.kinds.get(spec.kind()).ok_or_else(|| {
             let known = self.names().filter(|name| !["program", "job"].contains(name)).collect::<Vec<_>>().join(", ");
@@ -98,7 +99,7 @@ impl Registry {
     }
 }
 
-/// A process whose type is forgotten.
+/// A process of any type. Each call allocates its future once.
 pub(crate) trait AnyProcess {
     fn advance<'a>(&'a mut self, context: &'a Context) -> LocalBoxFuture<'a, Result<Advance, Error>>;
     fn interrupted<'a>(&'a mut self, context: &'a Context, why: Interrupt) -> LocalBoxFuture<'a, ()>;
@@ -108,15 +109,15 @@ pub(crate) trait AnyProcess {
 
 impl<P: Process> AnyProcess for P {
     fn advance<'a>(&'a mut self, context: &'a Context) -> LocalBoxFuture<'a, Result<Advance, Error>> {
-        Process::advance(self, context)
+        Box::pin(Process::advance(self, context))
     }
 
     fn interrupted<'a>(&'a mut self, context: &'a Context, why: Interrupt) -> LocalBoxFuture<'a, ()> {
-        Process::interrupted(self, context, why)
+        Box::pin(Process::interrupted(self, context, why))
     }
 
     fn end_outside<'a>(&'a mut self, context: &'a Context) -> LocalBoxFuture<'a, Result<(), Error>> {
-        Process::end_outside(self, context)
+        Box::pin(Process::end_outside(self, context))
     }
 
     fn save(&self) -> Result<Vec<u8>, Error> {

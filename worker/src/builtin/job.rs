@@ -12,7 +12,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use baton_common::border;
-use futures_util::future::LocalBoxFuture;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -76,37 +75,33 @@ impl Process for Job {
         Ok(Job::default())
     }
 
-    fn advance<'a>(&'a mut self, context: &'a Context) -> LocalBoxFuture<'a, Result<Advance, Error>> {
-        Box::pin(async move {
-            let at = At::new(context, self.sites())?;
-            if self.try_number != context.try_number() {
-                let (sites, lost, refusal) = (self.sites.take(), self.lost, self.refusal.take());
-                *self = Job { sites, try_number: context.try_number(), lost, refusal, ..Job::default() };
-            }
-            let advanced = match self.stage {
-                Stage::In => self.stage_in(&at).await,
-                Stage::Submit => self.submit(&at).await,
-                Stage::Settle => self.settle(&at).await,
-                Stage::Monitor => self.monitor(&at).await,
-                Stage::Out => self.stage_out(&at).await,
-            };
-            // Other processes may wait for the channel that this advance has returned.
-            at.site.changed.notify_one();
-            match advanced {
-                Ok(advance) => Ok(advance),
-                Err(trouble) => self.after(&at, trouble).await,
-            }
-        })
+    async fn advance(&mut self, context: &Context) -> Result<Advance, Error> {
+        let at = At::new(context, self.sites())?;
+        if self.try_number != context.try_number() {
+            let (sites, lost, refusal) = (self.sites.take(), self.lost, self.refusal.take());
+            *self = Job { sites, try_number: context.try_number(), lost, refusal, ..Job::default() };
+        }
+        let advanced = match self.stage {
+            Stage::In => self.stage_in(&at).await,
+            Stage::Submit => self.submit(&at).await,
+            Stage::Settle => self.settle(&at).await,
+            Stage::Monitor => self.monitor(&at).await,
+            Stage::Out => self.stage_out(&at).await,
+        };
+        // Other processes may wait for the channel that this advance has returned.
+        at.site.changed.notify_one();
+        match advanced {
+            Ok(advance) => Ok(advance),
+            Err(trouble) => self.after(&at, trouble).await,
+        }
     }
 
-    fn end_outside<'a>(&'a mut self, context: &'a Context) -> LocalBoxFuture<'a, Result<(), Error>> {
-        Box::pin(async move {
-            let at = At::new(context, self.sites())?;
-            match at.end_job().await {
-                Ok(()) => Ok(()),
-                Err(trouble) => Err(trouble::after_ending(&at, trouble, CANCEL_PAUSE).await),
-            }
-        })
+    async fn end_outside(&mut self, context: &Context) -> Result<(), Error> {
+        let at = At::new(context, self.sites())?;
+        match at.end_job().await {
+            Ok(()) => Ok(()),
+            Err(trouble) => Err(trouble::after_ending(&at, trouble, CANCEL_PAUSE).await),
+        }
     }
 }
 

@@ -8,7 +8,6 @@ use std::time::Duration;
 use baton_common::border;
 use baton_common::spec::Work;
 use baton_common::store::writer::{Output, Stream};
-use futures_util::future::LocalBoxFuture;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tracing::warn;
@@ -22,30 +21,30 @@ use crate::local::user::User;
 use crate::local::{self, Command, Programs, Running};
 use crate::machine::shortage::{self, Health};
 
-/// Pause between two looks at a running program: what it has written is stored, so that little of it is lost with the
-/// worker, and its memory is measured.
+/// Pause between two looks at a running program. Each look stores its output so far, so that little is lost with the worker,
+/// and measures its memory.
 const LOOK_INTERVAL: Duration = Duration::from_secs(5);
 
-/// How long a program waits for the end of another one of this worker that has what it needs.
+/// How long a program waits for resources that other programs of this worker occupy.
 const TURN_LIMIT: Duration = Duration::from_secs(10);
 
-/// Pause before it is tried again although none has ended.
+/// Pause before the next launch if no program has ended.
 const LAUNCH_PAUSE: Duration = Duration::from_secs(1);
 
-/// Pause before what a program has written is read again, when there was no open file or thread for that.
+/// Pause before the output of a program is read again, when there was no open file or thread for that.
 const READ_PAUSE: Duration = Duration::from_secs(1);
 
-/// How often it is read again when the disk reports errors. The program has ended, and its end is worth more.
+/// How often the output is read again when the disk reports errors. After that the process ends without it.
 const READS_MAX: u32 = 10;
 
-/// How long a worker that is asked to stop may take to know it: whoever asks that of it may also have ended its shims.
+/// How long a worker may take to learn that it is to stop. A service manager may stop the shims at the same time.
 const STOP_PATIENCE: Duration = Duration::from_secs(2);
 
-/// What programs need of their worker.
+/// What programs use of their worker.
 pub(crate) struct Local {
     pub(crate) programs: Programs,
     pub(crate) health: Arc<Health>,
-    /// As whom they run, if that is another user than the worker's.
+    /// The user that runs them, if it is not the worker's.
     pub(crate) user: Option<Arc<User>>,
 }
 
@@ -63,26 +62,24 @@ impl Process for Program {
         Ok(Program::default())
     }
 
-    fn advance<'a>(&'a mut self, context: &'a Context) -> LocalBoxFuture<'a, Result<Advance, Error>> {
-        Box::pin(self.run(context))
+    async fn advance(&mut self, context: &Context) -> Result<Advance, Error> {
+        self.run(context).await
     }
 
-    fn interrupted<'a>(&'a mut self, context: &'a Context, _why: Interrupt) -> LocalBoxFuture<'a, ()> {
-        Box::pin(async {
-            if let Some((mut running, sandbox)) = self.running.take() {
-                context.set_stage("ending");
-                // However it ends now, nothing of it is left.
-                let _ = running.terminate().await;
-                if let Ok(Ok((outputs, _))) = context.blocking(move || capture(&sandbox)).await {
-                    context.draft.borrow_mut().outputs = outputs;
-                }
+    async fn interrupted(&mut self, context: &Context, _why: Interrupt) {
+        if let Some((mut running, sandbox)) = self.running.take() {
+            context.set_stage("ending");
+            // Whatever this returns, nothing of the program is left running.
+            let _ = running.terminate().await;
+            if let Ok(Ok((outputs, _))) = context.blocking(move || capture(&sandbox)).await {
+                context.draft.borrow_mut().outputs = outputs;
             }
-        })
+        }
     }
 }
 
 impl Program {
-    /// The same, with what it needs.
+    /// Adds what the program uses of its worker.
     pub(super) fn with(self, local: Arc<Local>) -> Self {
         Self { local: Some(local), ..self }
     }
@@ -138,8 +135,8 @@ impl Program {
     }
 }
 
-/// Starts a program. Where this worker's own programs have what it needs, it waits for the end of one, though not for long:
-/// another worker may have it.
+/// Starts a program. If other programs of this worker occupy what it needs, it waits for the end of one for a short time;
+/// after that another worker may start it.
 async fn launch(local: &Local, program: local::Program) -> Result<Running, Error> {
     let programs = &local.programs;
     let lacking = match programs.launch(program.clone()).await.map_err(refused) {
@@ -148,7 +145,7 @@ async fn launch(local: &Local, program: local::Program) -> Result<Running, Error
     };
     local.health.note(lacking.clone());
     let in_turn = async {
-        // One after the other, or all would try at each end, and one succeed.
+        // One waits at a time. Otherwise all would try after each end, and only one would succeed.
         let _turn = programs.turn().await;
         loop {
             programs.ended(LAUNCH_PAUSE).await;
@@ -161,7 +158,7 @@ async fn launch(local: &Local, program: local::Program) -> Result<Running, Error
     tokio::time::timeout(TURN_LIMIT, in_turn).await.unwrap_or(Err(Error::Lacking(lacking)))
 }
 
-/// Waits for the program's end, and looks after it meanwhile.
+/// Waits for the program's end. Meanwhile it stores the output and measures the memory.
 async fn watch(running: &mut Running, context: &Context, sandbox: &Sandbox) -> Result<Ended, Error> {
     let mut look = tokio::time::interval_at(tokio::time::Instant::now() + LOOK_INTERVAL, LOOK_INTERVAL);
     look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -170,8 +167,8 @@ async fn watch(running: &mut Running, context: &Context, sandbox: &Sandbox) -> R
         tokio::select! {
             ended = running.wait() => return match ended {
                 Err(error @ local::Error::Vanished { .. }) => {
-                    // A worker that stops gives it back meanwhile. Else it is charged: a program that ends its shim would
-                    // run again and again.
+                    // A worker that stops returns the process to the queue in this time. Otherwise the failure is charged: a
+                    // program that kills its shim would run again and again.
                     context.sleep(STOP_PATIENCE).await;
                     Err(Error::Failed(format!("{error} while it ran, and the program was ended with it")))
                 }
@@ -181,7 +178,7 @@ async fn watch(running: &mut Running, context: &Context, sandbox: &Sandbox) -> R
         }
         context.live.set_child(Some(running.pid()), Some(running.memory_bytes()));
         let sandbox = sandbox.clone();
-        // What cannot be read now is read at the next look.
+        // The next look reads what this one cannot.
         let Ok(Ok((outputs, last_line))) = context.blocking(move || capture(&sandbox)).await else { continue };
         if let Some(line) = last_line {
             context.live.set_last_line(&line);
@@ -193,7 +190,7 @@ async fn watch(running: &mut Running, context: &Context, sandbox: &Sandbox) -> R
     }
 }
 
-/// What the end of the program means for the process.
+/// Turns the end of the program into the end of the process.
 fn conclude(
     ended: &Ended,
     limit: Option<Duration>,
@@ -211,13 +208,13 @@ fn conclude(
         let limit = limit.filter(|_| ended.timed_out())?;
         Some(format!("its time limit of {} has passed", baton_common::duration::format(limit)))
     });
-    // As shells report the end by a signal.
+    // As shells report death by a signal.
     let exit = ended.exit.or_else(|| ended.signal.map(|signal| 128 + signal)).unwrap_or(1);
     Ok(Advance::Finished { exit })
 }
 
-/// What is kept of both streams of a program that has ended. Its end is known and is not given up for its output: where the
-/// worker lacks an open file or a thread, it waits.
+/// Reads the kept part of both streams of a program that has ended. If the worker lacks an open file or a thread, it waits:
+/// the outcome of the program must not be lost for its output.
 async fn written(context: &Context, health: &Health, sandbox: &Sandbox) -> Written {
     let mut n_failures = 0;
     loop {
@@ -233,24 +230,24 @@ async fn written(context: &Context, health: &Health, sandbox: &Sandbox) -> Writt
             }
             Err(Error::Lacking(shortage)) => {
                 health.note(shortage);
-                // Without a thread for it, it is read here: two small files.
+                // Without a thread, two small files are read here.
                 match capture(sandbox) {
                     Ok(written) => return written,
                     Err(error) => error.to_string(),
                 }
             }
-            // Reading has panicked, and would again.
+            // Reading has panicked and would panic again.
             Err(_) => return Written::default(),
         };
         if n_failures >= READS_MAX {
-            warn!(error, "what the program has written cannot be read, and is left out of its result");
+            warn!(error, "the output of the program cannot be read and is left out of its result");
             return Written::default();
         }
         context.sleep(READ_PAUSE).await;
     }
 }
 
-/// What is kept of both streams, and the last line of either.
+/// The kept part of both streams, and the last line of either.
 type Written = (Vec<Output>, Option<String>);
 
 fn capture(sandbox: &Sandbox) -> io::Result<Written> {
@@ -267,7 +264,7 @@ fn capture(sandbox: &Sandbox) -> io::Result<Written> {
     Ok((outputs, last_line))
 }
 
-/// A program may remove its own output, or make something else of it; then nothing is kept of it.
+/// Reads one stream. A program may remove or replace the file; then nothing is kept of it.
 fn read(path: &Path) -> io::Result<Capture> {
     match Capture::read(path) {
         Err(error) if shortage::lack_of(&error).is_none() => Ok(Capture::default()),

@@ -1,18 +1,16 @@
-//! Small processes to try a fleet with: `baton.noop`, `baton.sleep`, `baton.count`, `baton.block`, `baton.fail`.
+//! Small processes for trying out a fleet: `baton.noop`, `baton.sleep`, `baton.count`, `baton.block`, `baton.fail`.
 
 use std::io::Write;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use baton_common::duration;
-use futures_util::future::LocalBoxFuture;
-use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::author::process::{Advance, Context, Error, Process};
+use crate::author::process::{Advance, Context, Error, Process, read_input};
 
-/// Ends at once, well: what a launch costs.
+/// Succeeds at once, to measure the cost of a launch.
 #[derive(Serialize, Deserialize)]
 pub(crate) struct Noop;
 
@@ -21,12 +19,12 @@ impl Process for Noop {
         Ok(Noop)
     }
 
-    fn advance<'a>(&'a mut self, _context: &'a Context) -> LocalBoxFuture<'a, Result<Advance, Error>> {
-        Box::pin(async { Ok(Advance::Finished { exit: 0 }) })
+    async fn advance(&mut self, _context: &Context) -> Result<Advance, Error> {
+        Ok(Advance::Finished { exit: 0 })
     }
 }
 
-/// Waits for a time, parked: `with: {for: 10m}`.
+/// Is parked for a time: `with: {for: 10m}`.
 #[derive(Serialize, Deserialize)]
 pub(crate) struct Sleep {
     #[serde(rename = "for", with = "duration::text")]
@@ -37,23 +35,21 @@ pub(crate) struct Sleep {
 
 impl Process for Sleep {
     fn start(input: &Value) -> Result<Self, Error> {
-        read(input)
+        read_input(input)
     }
 
-    fn advance<'a>(&'a mut self, _context: &'a Context) -> LocalBoxFuture<'a, Result<Advance, Error>> {
-        Box::pin(async {
-            if self.slept {
-                return Ok(Advance::Finished { exit: 0 });
-            }
-            self.slept = true;
-            Ok(Advance::After(self.pause))
-        })
+    async fn advance(&mut self, _context: &Context) -> Result<Advance, Error> {
+        if self.slept {
+            return Ok(Advance::Finished { exit: 0 });
+        }
+        self.slept = true;
+        Ok(Advance::After(self.pause))
     }
 }
 
 /// Makes durable advances: `with: {advances: 50, every: 100ms, witness: PATH}`. Each appends a line
-/// `pid advance epoch worker` to the witness, if there is one. With `stay: true` it keeps its slot between them, however
-/// long `every` is.
+/// `pid advance epoch worker` to the witness, if there is one. With `stay: true` it keeps its slot between two advances,
+/// for any `every`.
 #[derive(Serialize, Deserialize)]
 pub(crate) struct Count {
     advances: u64,
@@ -69,43 +65,36 @@ pub(crate) struct Count {
 
 impl Process for Count {
     fn start(input: &Value) -> Result<Self, Error> {
-        let count: Count = read(input)?;
+        let count: Count = read_input(input)?;
         if count.advances == 0 {
             return Err(Error::Input("`advances` must be at least 1".into()));
         }
         Ok(count)
     }
 
-    fn advance<'a>(&'a mut self, context: &'a Context) -> LocalBoxFuture<'a, Result<Advance, Error>> {
-        Box::pin(async {
-            if let Some(witness) = &self.witness {
-                let line = format!(
-                    "{} {} {} {}\n",
-                    context.pid(),
-                    context.advance_number(),
-                    context.epoch(),
-                    context.worker()
-                );
-                // One small write with O_APPEND: lines of several workers do not mix.
-                std::fs::OpenOptions::new().append(true).create(true).open(witness)?.write_all(line.as_bytes())?;
-            }
-            self.done += 1;
-            context.set_progress(self.done, Some(self.advances));
-            context.set_value("advances", self.done);
-            Ok(if self.done >= self.advances {
-                Advance::Finished { exit: 0 }
-            } else if self.every.is_zero() {
-                Advance::Again
-            } else if self.stay {
-                Advance::Linger(self.every)
-            } else {
-                Advance::After(self.every)
-            })
+    async fn advance(&mut self, context: &Context) -> Result<Advance, Error> {
+        if let Some(witness) = &self.witness {
+            let line =
+                format!("{} {} {} {}\n", context.pid(), context.advance_number(), context.epoch(), context.worker());
+            // One small write with O_APPEND: lines of several workers do not mix.
+            std::fs::OpenOptions::new().append(true).create(true).open(witness)?.write_all(line.as_bytes())?;
+        }
+        self.done += 1;
+        context.set_progress(self.done, Some(self.advances));
+        context.set_value("advances", self.done);
+        Ok(if self.done >= self.advances {
+            Advance::Finished { exit: 0 }
+        } else if self.every.is_zero() {
+            Advance::Again
+        } else if self.stay {
+            Advance::Linger(self.every)
+        } else {
+            Advance::After(self.every)
         })
     }
 }
 
-/// Blocks its thread, which no process should do: `with: {for: 60s}`.
+/// Blocks its thread, as no process should: `with: {for: 60s}`.
 #[derive(Serialize, Deserialize)]
 pub(crate) struct Block {
     #[serde(rename = "for", with = "duration::text")]
@@ -114,19 +103,17 @@ pub(crate) struct Block {
 
 impl Process for Block {
     fn start(input: &Value) -> Result<Self, Error> {
-        read(input)
+        read_input(input)
     }
 
-    #[expect(clippy::disallowed_methods, reason = "to block the thread is what this test aid is for")]
-    fn advance<'a>(&'a mut self, _context: &'a Context) -> LocalBoxFuture<'a, Result<Advance, Error>> {
-        Box::pin(async {
-            std::thread::sleep(self.pause);
-            Ok(Advance::Finished { exit: 0 })
-        })
+    #[expect(clippy::disallowed_methods, reason = "this test aid blocks its thread on purpose")]
+    async fn advance(&mut self, _context: &Context) -> Result<Advance, Error> {
+        std::thread::sleep(self.pause);
+        Ok(Advance::Finished { exit: 0 })
     }
 }
 
-/// Fails: `with: {how: error}`, or `panic`, `loop` (advances for ever without progress), `abort` (takes the worker along).
+/// Fails: `with: {how: error}`, or `panic`, `loop` (advances for ever without progress), `abort` (aborts the worker).
 #[derive(Serialize, Deserialize)]
 pub(crate) struct Fail {
     #[serde(default)]
@@ -145,23 +132,15 @@ enum How {
 
 impl Process for Fail {
     fn start(input: &Value) -> Result<Self, Error> {
-        read(input)
+        read_input(input)
     }
 
-    fn advance<'a>(&'a mut self, _context: &'a Context) -> LocalBoxFuture<'a, Result<Advance, Error>> {
-        Box::pin(async {
-            match self.how {
-                How::Error => Err(Error::Failed("it was asked to fail".into())),
-                How::Panic => panic!("it was asked to panic"),
-                How::Loop => Ok(Advance::Again),
-                How::Abort => std::process::abort(),
-            }
-        })
+    async fn advance(&mut self, _context: &Context) -> Result<Advance, Error> {
+        match self.how {
+            How::Error => Err(Error::Failed("it was asked to fail".into())),
+            How::Panic => panic!("it was asked to panic"),
+            How::Loop => Ok(Advance::Again),
+            How::Abort => std::process::abort(),
+        }
     }
-}
-
-/// Reads the `with` of a spec; an absent one is an empty one.
-fn read<P: DeserializeOwned>(input: &Value) -> Result<P, Error> {
-    let input = if input.is_null() { Value::Object(serde_json::Map::new()) } else { input.clone() };
-    serde_json::from_value(input).map_err(|error| Error::Input(format!("`with`: {error}")))
 }

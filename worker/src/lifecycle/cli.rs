@@ -1,5 +1,6 @@
-//! The command line of a worker, and the options that every program of Baton shares.
+//! The command line of a worker, and the options that all programs of Baton share.
 
+use std::ffi::OsString;
 use std::hint::black_box;
 use std::io;
 use std::panic::catch_unwind;
@@ -9,6 +10,7 @@ use std::time::Duration;
 
 use baton_common::communicator::{Broker, CheckError};
 use baton_common::config::{self, Config};
+use baton_common::exit;
 use baton_common::failpoint;
 use baton_common::objects::Objects;
 use baton_common::store::{self, Access, Location, Store};
@@ -25,54 +27,31 @@ use crate::local::user::{self, User};
 pub use crate::machine::causes::chain;
 use crate::machine::{handover, open_files};
 
-/// Slots of a worker that names none. A held process costs memory and, if it runs a program, a share of the machine. Of
-/// short ones a worker has one or two hundred on their way between broker, claim and acknowledgement, and each has a slot.
+/// Default number of slots. A held process costs memory and, if it runs a program, a share of the machine. Of short
+/// processes, one or two hundred are always between delivery and acknowledgement, and each occupies a slot.
 const SLOTS: u32 = 400;
 
-/// Grace of a worker that names none: service managers send KILL after 30 s and more.
+/// Default grace. Service managers send KILL after 30 s or more.
 const GRACE: Duration = Duration::from_secs(25);
 
-/// Pause between two attempts of a worker to reach the database when it starts.
+/// Pause between two attempts to reach the database at the start.
 const CONNECT_PAUSE: Duration = Duration::from_secs(1);
 
-/// How long a worker that starts asks its broker to whom the virtual host belongs.
+/// Longest time for which a starting worker asks its broker which database the virtual host belongs to.
 const CHECK_LIMIT: Duration = Duration::from_secs(3);
 
-/// Most connections of one worker: more are a slip of the pen.
+/// Most database connections of one worker. A larger number is a typing error.
 const CONNECTIONS_MAX: u32 = 100;
-/// How long a thread for blocking work is kept without any. A probe of the worker's machine uses one every few seconds.
+
+/// How long an idle thread of the blocking pool is kept. A probe of the worker's machine uses one every few seconds.
 const BLOCKING_KEPT: Duration = Duration::from_secs(60);
 
-/// Memory that a worker keeps for itself: 16 MiB. A larger chunk would not stay with the allocator.
+/// Memory that a worker keeps in reserve: 16 MiB. The allocator would return larger chunks to the system.
 const HEADROOM_CHUNKS: usize = 160;
 const HEADROOM_CHUNK_BYTES: usize = 100 << 10;
 
-/// Open files without which no program of Baton can work.
+/// The smallest limit of open files with which a program of Baton works.
 const FILES_MIN: usize = 16;
-
-/// Exit codes of Baton's programs, documented in the README.
-pub mod exit {
-    /// It was done.
-    pub const OK: u8 = 0;
-    /// It failed for a reason that has no code of its own.
-    pub const FAILED: u8 = 1;
-    /// The command line, the configuration or a spec is wrong.
-    pub const USAGE: u8 = 2;
-    /// There is no such process, worker, dead letter or file.
-    pub const NOT_FOUND: u8 = 3;
-    /// It is not allowed: wrong credentials, or a schema that is newer than the program.
-    pub const REFUSED: u8 = 4;
-    /// It does not fit the present state.
-    pub const CONFLICT: u8 = 5;
-    /// `--wait` has waited long enough.
-    pub const WAIT_TIMED_OUT: u8 = 6;
-    /// Broker or database cannot be reached, and nothing was recorded.
-    pub const UNREACHABLE: u8 = 7;
-    /// The process itself failed.
-    pub const PROCESS_FAILED: u8 = 8;
-    /// Some of many failed.
-    pub const SOME_FAILED: u8 = 9;
-}
 
 /// Options of every program.
 #[derive(Args, Clone, Debug)]
@@ -81,41 +60,41 @@ pub struct Connection {
     /// Configuration file [default: baton.toml, ~/.config/baton/baton.toml, /etc/baton/baton.toml]
     #[arg(long, global = true, env = "BATON_CONFIG", value_name = "PATH")]
     pub config: Option<PathBuf>,
-    /// RabbitMQ: amqp://USER:PASSWORD@HOST:PORT/VHOST; several separated by commas
+    /// URLs of RabbitMQ's nodes, separated by commas: amqp://USER:PASSWORD@HOST:PORT/VHOST
     #[arg(long, global = true, env = "BATON_BROKER_URL", value_name = "URL", hide_env_values = true)]
     pub broker_url: Option<String>,
-    /// A file that holds the broker's URL
+    /// File that contains the broker's URLs
     #[arg(long, global = true, env = "BATON_BROKER_URL_FILE", value_name = "PATH")]
     pub broker_url_file: Option<PathBuf>,
-    /// Database: postgres://USER:PASSWORD@HOST:PORT/NAME, or sqlite:PATH
+    /// URL of the database: postgres://USER:PASSWORD@HOST:PORT/NAME, or sqlite:PATH
     #[arg(long, global = true, env = "BATON_DATABASE_URL", value_name = "URL", hide_env_values = true)]
     pub database_url: Option<String>,
-    /// A file that holds the database's URL
+    /// File that contains the database's URL
     #[arg(long, global = true, env = "BATON_DATABASE_URL_FILE", value_name = "PATH")]
     pub database_url_file: Option<PathBuf>,
-    /// Where files of processes are kept: a folder, or s3://BUCKET/PREFIX [default: ~/.local/share/baton/objects]
+    /// Object store for the files of processes: a folder, or s3://BUCKET/PREFIX [default: ~/.local/share/baton/objects]
     #[arg(long, global = true, env = "BATON_OBJECTS_URL", value_name = "URL")]
     pub objects_url: Option<String>,
 }
 
-/// Where broker, database and objects are, after flags, environment and file have been merged.
+/// The locations of the broker, the database and the object store, merged from options, environment and file.
 #[derive(Clone)]
 pub struct Resolved {
-    /// The file's content.
+    /// The content of the configuration file.
     pub config: Config,
-    /// The broker's URLs; empty when none is named.
+    /// The broker's URLs; empty when none is configured.
     pub broker_urls: Vec<String>,
-    /// The database's URL.
+    /// The database's URL; `None` when none is configured.
     pub database_url: Option<String>,
-    /// Where objects are; `url` is absent when nobody names a place.
+    /// The object store; `url` is `None` when none is configured.
     pub objects: config::Objects,
 }
 
 impl Connection {
-    /// Merges flags and environment with the configuration file.
+    /// Merges the options and the environment with the configuration file.
     ///
     /// # Errors
-    /// The file cannot be read or used.
+    /// A file cannot be read, or the configuration is invalid.
     pub fn resolve(&self) -> Result<Resolved, config::Error> {
         let config = Config::load(self.config.as_deref())?;
         let broker_urls = match (&self.broker_url, &self.broker_url_file) {
@@ -134,7 +113,8 @@ impl Connection {
     }
 }
 
-/// Advances Baton's processes: takes them from RabbitMQ, checkpoints them in the database, gives them back when it stops.
+/// Runs a worker of a Baton fleet. A worker receives processes from RabbitMQ, advances them, and checkpoints them in the
+/// database.
 #[derive(Parser, Debug)]
 #[command(
     name = "baton-worker",
@@ -143,40 +123,48 @@ impl Connection {
   baton-worker --broker-url amqp://guest:guest@localhost --database-url postgres://postgres@localhost/baton
   baton-worker --name gpu-1 --queue gpu --slots 4
 
-TERM lets it drain: it takes nothing more, checkpoints, ends what outlives the grace at no charge, and exits with 0.
-A second TERM does not wait for the grace."
+Signals:
+  TERM, INT  drain: take no more processes, let running advances finish within --grace, return all processes to the
+             queue, and exit with 0; an advance that exceeds the grace is interrupted and repeated by another worker
+  again      drain without waiting for the grace
+
+Exit codes:
+  0 drained   1 failed   2 wrong command line or configuration   4 wrong credentials, or the schema is newer
+  5 the virtual host belongs to another database
+A worker waits for a database or a broker that does not answer; it does not exit."
 )]
 struct Command {
     #[command(flatten)]
     connection: Connection,
-    /// A label for people [default: the host's name]
+    /// Name of the worker in lists and logs; need not be unique [default: the host's name]
     #[arg(long, env = "BATON_WORKER_NAME")]
     name: Option<String>,
-    /// A queue to serve; may be repeated [default: default]
+    /// Queue to serve; may be repeated or separated by commas [default: default]
     #[arg(long = "queue", env = "BATON_WORKER_QUEUES", value_delimiter = ',')]
     queues: Vec<String>,
-    /// How many processes it holds at a time [default: 400]
+    /// Maximum number of processes held at once [default: 400]
     #[arg(long, env = "BATON_WORKER_SLOTS", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     slots: Option<u32>,
-    /// How many threads advance processes [default: as many as there are cores]
+    /// Number of threads that advance processes [default: the number of processor cores]
     #[arg(long, env = "BATON_WORKER_THREADS", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
-    /// How many connections to the database it has at most; from 4 [default: 4]
+    /// Maximum number of database connections, at least 4 [default: 4]
     #[arg(long, env = "BATON_WORKER_DATABASE_CONNECTIONS", value_name = "N")]
     database_connections: Option<u32>,
-    /// Where sandboxes of local programs are made [default: ./.baton/worker]
+    /// Directory for the sandboxes of local programs [default: ./.baton/worker]
     #[arg(long, env = "BATON_WORKER_ROOT", value_name = "DIR")]
     root: Option<PathBuf>,
-    /// Run local programs as this user; the worker has to be root [default: the worker's own user]
+    /// User that runs the local programs; requires a worker that runs as root [default: the worker's user]
     #[arg(long, env = "BATON_WORKER_USER", value_name = "NAME")]
     user: Option<String>,
-    /// How long an advance may go on when the worker stops [default: 25s]
+    /// How long running advances may take to finish when the worker stops, and how long a local program has between TERM
+    /// and KILL [default: 25s]
     #[arg(long, env = "BATON_WORKER_GRACE", value_parser = duration::parse, value_name = "DURATION")]
     grace: Option<Duration>,
-    /// What is logged: error, warn, info, debug, or a list such as baton_worker=debug
+    /// Log filter: error, warn, info, debug, or a list such as baton_worker=debug
     #[arg(long, env = "BATON_LOG", default_value = "info", value_name = "FILTER")]
     log: String,
-    /// How it is logged
+    /// Log format
     #[arg(long, env = "BATON_LOG_FORMAT", value_enum, default_value = "text")]
     log_format: Format,
 }
@@ -187,13 +175,40 @@ enum Format {
     Json,
 }
 
-/// The whole of a worker's program: command line, signals, exit code. Also runs the shim, so call it first in `main`.
+/// Runs a worker as a whole program: command line, signals, exit code. Call it first in `main`, before any thread starts.
+///
+/// `registry` has the kinds of processes that the worker knows besides Baton's own. `baton-worker --help` describes the
+/// command line.
 pub fn main(registry: Registry) -> ExitCode {
-    if std::env::args().nth(1).as_deref() == Some(shim::COMMAND) {
-        return shim::main();
+    match begin() {
+        Ok(arguments) => run(arguments, registry),
+        Err(code) => code,
     }
+}
+
+/// Does what every program of Baton does first in `main`, before any thread starts: it acts as the shim of a local program if
+/// the program was started as one, and removes passwords from the environment and the command line, where other users of the
+/// machine could read them. For the latter it may start the program once more. Returns the arguments as they were given, with
+/// the URLs of the environment among them.
+///
+/// # Errors
+/// The exit code of the shim. Return it from `main`.
+pub fn begin() -> Result<Vec<OsString>, ExitCode> {
+    if std::env::args().nth(1).as_deref() == Some(shim::COMMAND) {
+        return Err(shim::main());
+    }
+    Ok(handover::begin())
+}
+
+/// The arguments of this program as they were given, without those of [`begin`].
+pub fn arguments() -> Vec<String> {
+    handover::arguments()
+}
+
+/// Runs a worker with the arguments of [`begin`], of which the first names the program in the help.
+pub fn run(arguments: Vec<OsString>, registry: Registry) -> ExitCode {
     keep_headroom();
-    let command = Command::parse_from(handover::begin());
+    let command = Command::parse_from(arguments);
     let _failpoints = failpoint::init();
     let format = match command.log_format {
         Format::Text => LogFormat::Text,
@@ -208,42 +223,42 @@ pub fn main(registry: Registry) -> ExitCode {
         }
     };
     let code = runtime.block_on(serve(command, registry));
-    // A process that blocks its thread, or work on the blocking pool, does not keep the program.
+    // A process that blocks its thread, or a closure on the blocking pool, does not keep the program from exiting.
     runtime.shutdown_timeout(Duration::from_secs(1));
     code
 }
 
-/// Lets the allocator keep some memory, so that a worker that is given no more can still say so: an allocation that fails
-/// ends a program. What is never written to costs no memory of the machine.
+/// Lets the allocator keep some memory in reserve, so that a worker can still report a shortage of memory: an allocation that
+/// fails ends a program. Memory that is never written to costs nothing.
 fn keep_headroom() {
     let chunks: Vec<Vec<u8>> = (0..HEADROOM_CHUNKS).map(|_| Vec::with_capacity(HEADROOM_CHUNK_BYTES)).collect();
-    // The allocator gives back only what lies above the last one that is in use.
+    // The allocator returns only memory above the last chunk in use.
     std::mem::forget(black_box(Box::new([0_u8; 64])));
     drop(black_box(chunks));
 }
 
-/// The main runtime of a program.
+/// Starts the main runtime of a program.
 ///
 /// # Errors
-/// There are too few open files, processes or threads for it.
+/// The limits of open files, processes or threads are too low.
 pub fn runtime() -> io::Result<tokio::runtime::Runtime> {
     open_files::raise();
     open_files::check(FILES_MIN)?;
     let build = || {
         tokio::runtime::Builder::new_multi_thread()
             .worker_threads(2)
-            // Where the system starts no further thread, blocking work needs one that is there.
+            // Where the system starts no further thread, blocking work needs an existing one.
             .thread_keep_alive(BLOCKING_KEPT)
             .enable_all()
             .build()
     };
-    // Without a thread, the runtime panics. The error says it better.
+    // Without a thread, the runtime panics. The error has a clearer text.
     let hook = std::panic::take_hook();
     std::panic::set_hook(Box::new(|_| {}));
     let built = catch_unwind(build);
     std::panic::set_hook(hook);
     built.unwrap_or_else(|_| {
-        Err(io::Error::other("the system starts no thread; raise the limit of processes (`ulimit -u`, `pids.max`)"))
+        Err(io::Error::other("the system starts no thread; raise the limit on processes (`ulimit -u`, `pids.max`)"))
     })
 }
 
@@ -316,16 +331,18 @@ async fn options(command: Command, registry: Registry, stop: &Stop) -> Result<(O
     };
     let resolved = command.connection.resolve().map_err(|error| refuse(chain(&error)))?;
     let url = resolved.database_url.ok_or_else(|| {
-        refuse("no database is named; set BATON_DATABASE_URL, `database.url` in baton.toml, or --database-url".into())
+        refuse(
+            "no database is configured; set BATON_DATABASE_URL, `database.url` in baton.toml, or --database-url".into(),
+        )
     })?;
     if resolved.broker_urls.is_empty() {
         return Err(refuse(
-            "no broker is named; set BATON_BROKER_URL, `broker.url` in baton.toml, or --broker-url".into(),
+            "no broker is configured; set BATON_BROKER_URL, `broker.url` in baton.toml, or --broker-url".into(),
         ));
     }
     let location = Location::parse(&url).map_err(|error| refuse(error.to_string()))?;
     if matches!(location, Location::Sqlite(_)) {
-        return Err(refuse("a fleet needs PostgreSQL; SQLite is for `baton run`".into()));
+        return Err(refuse("a worker needs PostgreSQL; SQLite is only for `baton run`".into()));
     }
     let objects = Objects::open(&resolved.objects).map_err(|error| refuse(chain(&error)))?;
     let (sites, ssh) = (resolved.config.sites, resolved.config.ssh);
@@ -334,19 +351,19 @@ async fn options(command: Command, registry: Registry, stop: &Stop) -> Result<(O
     let name = command.name.or(file.name).unwrap_or_else(|| host.clone());
     if !is_plain(&name) {
         return Err(refuse(format!(
-            "the worker's name `{name}` may have letters, digits, `-`, `_` and `.`, at most 64"
+            "the worker's name `{name}` must consist of 1 to 64 letters, digits, `-`, `_` and `.`"
         )));
     }
     let queues =
         if command.queues.is_empty() { file.queues.unwrap_or_else(|| vec!["default".into()]) } else { command.queues };
     if let Some(queue) = queues.iter().find(|queue| !is_plain(queue) || queue.contains('.')) {
-        return Err(refuse(format!("the queue's name `{queue}` may have letters, digits, `-` and `_`, at most 64")));
+        return Err(refuse(format!("the queue's name `{queue}` must consist of 1 to 64 letters, digits, `-` and `_`")));
     }
     let connections = command.database_connections.or(file.database_connections).unwrap_or(store::WORKER_CONNECTIONS);
     if !(store::WORKER_CONNECTIONS..=CONNECTIONS_MAX).contains(&connections) {
         let least = store::WORKER_CONNECTIONS;
         return Err(refuse(format!(
-            "`database_connections` is {connections}; it must be {least} to {CONNECTIONS_MAX}"
+            "`database_connections` is {connections}; it must be from {least} to {CONNECTIONS_MAX}"
         )));
     }
     let access = Access::of_worker(&name, connections);
@@ -380,14 +397,14 @@ async fn options(command: Command, registry: Registry, stop: &Stop) -> Result<(O
     Ok((options, user))
 }
 
-/// The user as whom local programs run.
+/// The user that runs local programs.
 fn user(name: &str, root: &std::path::Path) -> Result<User, user::Error> {
     let user = User::find(name)?;
     user.check(root)?;
     Ok(user)
 }
 
-/// Refuses to start on a virtual host of another database. A broker that does not answer is asked again by the communicator.
+/// Refuses to start on a virtual host of another database. If the broker does not answer, the communicator asks again later.
 async fn refuse_other_database(options: &Options, stop: &Stop) -> Result<(), ExitCode> {
     let Broker::Amqp(urls) = &options.broker else { return Ok(()) };
     let asking = async {
@@ -398,8 +415,8 @@ async fn refuse_other_database(options: &Options, stop: &Stop) -> Result<(), Exi
     match stop.unless_stopped(tokio::time::timeout(CHECK_LIMIT, asking)).await {
         Some(Ok(Some(error))) => {
             error!(
-                "{error}: name a virtual host of its own for each database; if the other database is gone, delete the queue \
-                 `baton.database` of this virtual host"
+                "{error}: use a separate virtual host for each database; if the other database no longer exists, delete the \
+                 queue `baton.database` of this virtual host"
             );
             Err(ExitCode::from(exit::CONFLICT))
         }
@@ -407,7 +424,7 @@ async fn refuse_other_database(options: &Options, stop: &Stop) -> Result<(), Exi
     }
 }
 
-/// Waits for the database as long as it does not answer, or until the worker is told to stop; what it refuses needs a person.
+/// Opens the database. Waits while it does not answer, until the worker is told to stop; a refusal is final.
 async fn open(location: Location, access: Access, stop: &Stop) -> Result<Store, ExitCode> {
     let mut said = None;
     loop {
@@ -416,7 +433,7 @@ async fn open(location: Location, access: Access, stop: &Stop) -> Result<Store, 
             match store.room_for_worker().await {
                 Ok(()) => Ok(store),
                 Err(failure) => {
-                    // Others may need it meanwhile.
+                    // Other workers may need the connections meanwhile.
                     store.close().await;
                     Err(failure)
                 }
@@ -426,7 +443,7 @@ async fn open(location: Location, access: Access, stop: &Stop) -> Result<Store, 
         match opened.ok_or(ExitCode::from(exit::OK))? {
             Ok(store) => return Ok(store),
             Err(failure) if failure.is_transient() => {
-                // Its numbers change from one look to the next.
+                // The numbers in the text change from one attempt to the next.
                 let kind = std::mem::discriminant(&failure);
                 if said.replace(kind) != Some(kind) {
                     warn!("{failure}; {}", remedy_of(&failure));
@@ -436,37 +453,22 @@ async fn open(location: Location, access: Access, stop: &Stop) -> Result<Store, 
             }
             Err(failure) => {
                 error!("{}", chain(&failure));
-                return Err(ExitCode::from(exit_code(&failure)));
+                return Err(ExitCode::from(exit::of_store(&failure)));
             }
         }
     }
 }
 
-/// What a person can do while a worker waits for the database.
+/// The remedy that is logged while a worker waits for the database.
 pub(crate) fn remedy_of(error: &StoreError) -> &'static str {
     if matches!(error, store::Error::Full(_)) {
-        "the worker starts when another program closes one; raise the server's max_connections for more workers"
+        "the worker starts when another program closes a connection; raise the server's max_connections for more workers"
     } else {
-        "the worker waits until it does"
+        "the worker waits until it answers"
     }
 }
 
-/// The exit code of what the database answered.
-pub fn exit_code(error: &StoreError) -> u8 {
-    match error {
-        store::Error::Url | store::Error::UrlParts(_) => exit::USAGE,
-        store::Error::Unreachable(_) | store::Error::Full(_) | store::Error::Retry(_) => exit::UNREACHABLE,
-        store::Error::Refused(_) | store::Error::SchemaNewer { .. } | store::Error::Newer { .. } => exit::REFUSED,
-        store::Error::Folder { .. }
-        | store::Error::Unreadable(_)
-        | store::Error::NoRow
-        | store::Error::Stopped
-        | store::Error::Rejected(_)
-        | store::Error::Database(_) => exit::FAILED,
-    }
-}
-
-/// The host's name.
+/// The name of this host.
 pub fn host_name() -> String {
     rustix::system::uname().nodename().to_string_lossy().into_owned()
 }

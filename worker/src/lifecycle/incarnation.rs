@@ -19,6 +19,7 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
+use crate::author::clock::Clock;
 use crate::author::facilities::{Facilities, Identity};
 use crate::author::live::Drain;
 use crate::builtin;
@@ -185,7 +186,8 @@ fn execution(options: &Options, wires: &Wires, local: &Arc<Local>, lease: Arc<Le
         root: options.root.clone(),
         grace: options.grace,
         blocking,
-        writer: wires.writer.clone(),
+        clock: Clock::System,
+        writer: Some(wires.writer.clone()),
         sites: Arc::clone(&sites) as _,
     };
     let quarantine_free = Arc::new(Notify::new());

@@ -6,6 +6,7 @@
 //! over which the queues were seen.
 
 use std::collections::HashMap;
+use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -21,7 +22,7 @@ use crate::lifecycle::sweeps::Sweeps;
 use crate::machine::clock::boottime_ms;
 
 /// Pause between two looks at the beats.
-pub const LOOK_INTERVAL: Duration = Duration::from_millis(500);
+const LOOK_INTERVAL: Duration = Duration::from_millis(500);
 
 /// After a longer gap between two looks all observations start again, since anything may have happened in it.
 const GAP_MAX_MS: u64 = 2_500;
@@ -94,20 +95,36 @@ fn verdict(seen: Seen, now_ms: u64) -> Verdict {
     }
 }
 
-/// Watches all workers from a program that is not a worker, such as one that waits for a process of a dead worker when no
-/// other worker is running.
+/// Watches the beats of all workers for a program that is no worker, and calls `on_death` after each look in which it has
+/// declared a worker gone. Use it while waiting for a process: when no worker is left, no other program notices.
+///
+/// It never returns. While the database does not answer, it declares no worker gone.
+///
+/// # Cancel safety
+/// The future can be dropped at any time.
+pub async fn watch(store: &Store, mut on_death: impl AsyncFnMut()) -> Infallible {
+    let mut watch = Watch::default();
+    loop {
+        if watch.look(store).await.is_ok_and(|someone_died| someone_died) {
+            on_death().await;
+        }
+        tokio::time::sleep(LOOK_INTERVAL).await;
+    }
+}
+
+/// The observations of a program that is no worker.
 #[derive(Default)]
-pub struct Watch {
+struct Watch {
     observations: Observations,
 }
 
 impl Watch {
-    /// Looks at the beats, and declares workers gone whose beat has not changed for a whole lease. Call it about every
-    /// half second. Returns whether a worker was declared gone.
+    /// Takes a look and declares every worker gone whose beat has stood still for a whole lease. Returns whether there was
+    /// one.
     ///
     /// # Errors
-    /// The database does not answer; the observations start again.
-    pub async fn look(&mut self, store: &Store) -> Result<bool, store::Error> {
+    /// The database does not answer. Earlier observations no longer count.
+    async fn look(&mut self, store: &Store) -> Result<bool, store::Error> {
         let peers = match store.peers().await {
             Ok(peers) => peers,
             Err(error) => {

@@ -1,4 +1,4 @@
-//! A worker: one incarnation after the other until it is told to stop.
+//! A worker: one incarnation after another until it is told to stop.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -17,42 +17,44 @@ pub use crate::execution::limits::Limits;
 use crate::lifecycle::cli::remedy_of;
 pub use crate::lifecycle::incarnation::Error;
 use crate::lifecycle::incarnation::{self, Ended};
+pub use crate::lifecycle::peers::watch;
 use crate::local::user::User;
 use crate::machine::causes::chain;
 use crate::machine::open_files;
 
-/// Pause before a worker that could not start an incarnation tries again.
+/// Pause before another attempt to start an incarnation.
 const RESTART_PAUSE: Duration = Duration::from_secs(1);
 
-/// Open files without which a worker cannot hold its connections, its threads and a local program.
+/// The smallest limit of open files that suffices for the connections, the threads and a local program.
 const FILES_MIN: usize = 40;
 
-/// What a worker is started with.
+/// The options of a worker.
 #[derive(Clone)]
 pub struct Options {
-    /// Its label.
+    /// The worker's name; need not be unique.
     pub name: String,
-    /// The host's name, for people and for what it left behind.
+    /// The host's name, for people and for the locations of sandboxes.
     pub host: String,
-    /// The queues that it serves.
+    /// The queues to serve.
     pub queues: Vec<String>,
-    /// How many processes it holds at a time.
+    /// Maximum number of processes held at once.
     pub slots: u32,
-    /// How many threads advance them.
+    /// Number of threads that advance processes; at least 1.
     pub threads: usize,
-    /// Where sandboxes are made.
+    /// The folder for sandboxes.
     pub root: PathBuf,
-    /// How long an advance may go on when the worker stops, and how long a program has between TERM and KILL.
+    /// How long running advances may take to finish when the worker stops, and how long a local program has between TERM
+    /// and KILL.
     pub grace: Duration,
-    /// What ends endless loops.
+    /// The limits that end endless loops.
     pub limits: Limits,
-    /// The processes it knows.
+    /// The kinds of processes besides Baton's own.
     pub registry: Registry,
-    /// The sites that it serves, by name.
+    /// The sites, by name.
     pub sites: BTreeMap<String, config::Site>,
-    /// How to reach their machines, by name.
+    /// The SSH sections of the configuration, by name.
     pub ssh: BTreeMap<String, config::Ssh>,
-    /// Where the files of processes are.
+    /// The object store.
     pub objects: Objects,
     /// The database.
     pub store: Store,
@@ -60,7 +62,7 @@ pub struct Options {
     pub broker: Broker,
 }
 
-/// How to stop a worker. Clones are the same.
+/// Stops a worker. Clones stop the same worker.
 #[derive(Clone, Debug, Default)]
 pub struct Stop {
     drain: CancellationToken,
@@ -68,36 +70,41 @@ pub struct Stop {
 }
 
 impl Stop {
-    /// Take nothing more, finish or checkpoint within the grace, give the rest back.
+    /// Starts to drain: the worker takes no more processes, lets running advances finish within the grace, and returns all
+    /// processes to the queue.
     pub fn drain(&self) {
         self.drain.cancel();
     }
 
-    /// Waits for a future, but not after the worker was told to stop.
+    /// Waits for a future until the worker is told to stop.
     pub(crate) async fn unless_stopped<F: Future>(&self, future: F) -> Option<F::Output> {
         self.drain.run_until_cancelled(future).await
     }
 
-    /// Do not wait for the grace.
+    /// Drains without waiting for the grace.
     pub fn hurry(&self) {
         self.drain.cancel();
         self.hurry.cancel();
     }
 }
 
-/// Runs a worker until it is stopped. An incarnation that was declared gone is followed by a new one.
+/// Runs a worker until it is stopped. When its incarnation is declared gone, it starts a new one.
 ///
 /// # Errors
-/// The first incarnation could not start, and not for want of the database. Later ones are tried for ever.
+/// The first incarnation could not start, for another reason than a database that does not answer. Later incarnations are
+/// tried until one starts.
+///
+/// # Cancel safety
+/// Do not drop the future: use `stop`. A dropped worker gives nothing back, and its processes wait until its lease expires.
 pub async fn run(options: &Options, stop: &Stop) -> Result<(), Error> {
     run_as(options, None, stop).await
 }
 
-/// The same, with local programs that run as another user.
+/// The same, with another user for the local programs.
 ///
 /// # Errors
 /// As [`run`].
-pub async fn run_as(options: &Options, user: Option<User>, stop: &Stop) -> Result<(), Error> {
+pub(crate) async fn run_as(options: &Options, user: Option<User>, stop: &Stop) -> Result<(), Error> {
     open_files::check(FILES_MIN).map_err(Error::OpenFiles)?;
     let user = user.map(Arc::new);
     let mut has_run = false;

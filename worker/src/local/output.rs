@@ -8,9 +8,9 @@ use std::path::Path;
 use rustix::fs::OFlags;
 
 /// Bytes of a stream's beginning that are kept with a process's result: enough for a banner and settings.
-pub const HEAD_BYTES: u64 = 32 * 1024;
+pub(crate) const HEAD_BYTES: u64 = 32 * 1024;
 /// Bytes of a stream's end that are kept with a process's result: enough for a stack trace.
-pub const TAIL_BYTES: u64 = 32 * 1024;
+pub(crate) const TAIL_BYTES: u64 = 32 * 1024;
 
 /// Most characters of [`Capture::last_line`]: a line of a table or of a progress display.
 const LINE_CHARS_MAX: usize = 200;
@@ -63,7 +63,7 @@ impl Capture {
 ///
 /// # Errors
 /// The file exists but cannot be read.
-pub fn read_from(path: &Path, offset: u64, max_bytes: u64) -> io::Result<Vec<u8>> {
+pub(crate) fn read_from(path: &Path, offset: u64, max_bytes: u64) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
     if let Some(mut file) = open(path)? {
         file.seek(SeekFrom::Start(offset))?;

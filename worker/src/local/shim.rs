@@ -20,12 +20,12 @@ pub(crate) mod policy;
 mod stage;
 pub(crate) mod supervise;
 pub(crate) mod tree;
-pub mod wire;
+pub(crate) mod wire;
 
 use wire::{Order, Report};
 
 /// The hidden subcommand of every Baton binary that must call [`main`].
-pub const COMMAND: &str = "shim";
+pub(crate) const COMMAND: &str = "shim";
 
 /// The argument after [`COMMAND`] for the second stage, which becomes the program.
 const STAGE: &str = "exec";
@@ -38,7 +38,7 @@ pub(crate) const AS: &str = "as";
 
 /// Runs the shim. Call this first in `main`, before any runtime or other thread starts, when the first argument is
 /// [`COMMAND`].
-pub fn main() -> ExitCode {
+pub(crate) fn main() -> ExitCode {
     // The program must not inherit the worker's open files.
     handover::keep_inherited();
     let mut arguments = std::env::args().skip(2);

@@ -42,7 +42,7 @@ struct Handover {
 
 /// Hides the passwords of this program. Returns its original arguments with the URLs of the environment added. Call it
 /// first in `main`, before any thread starts. It may execute the program again instead of returning.
-pub fn begin() -> Vec<OsString> {
+pub(crate) fn begin() -> Vec<OsString> {
     // This fails on no Linux, and it is only a second line of defence.
     let _ = set_dumpable_behavior(DumpableBehavior::NotDumpable);
     let handed = handed_over();
@@ -75,7 +75,7 @@ pub fn begin() -> Vec<OsString> {
 }
 
 /// Returns the original arguments.
-pub fn arguments() -> Vec<String> {
+pub(crate) fn arguments() -> Vec<String> {
     let given = ARGUMENTS.get().cloned().unwrap_or_else(|| std::env::args_os().collect());
     given.into_iter().map(|argument| argument.to_string_lossy().into_owned()).collect()
 }

@@ -53,7 +53,7 @@ pub struct Script {
 
 /// A request of the worker to a shim whose program runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Request {
+pub(crate) enum Request {
     /// The lease was renewed at this time. The time is part of the request, so a renewal that waited in the pipe while
     /// the machine was frozen does not count as new.
     Renew {
