@@ -5,7 +5,6 @@
 //! [`submit`], [`writer`] (claims and fenced writes, group-committed), [`control`], [`sweep`], [`worker`], [`prune`];
 //! [`query`], [`explain`] and [`needed`] only read.
 
-pub mod baseline;
 pub mod blob;
 pub mod control;
 mod dedicated_connection;
@@ -22,6 +21,7 @@ pub mod prune;
 pub mod query;
 mod select;
 pub mod site;
+pub mod statements;
 pub mod submit;
 pub mod sweep;
 pub mod worker;

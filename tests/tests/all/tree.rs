@@ -54,18 +54,20 @@ fn users(name: &str) -> Vec<String> {
 
 #[test]
 fn every_wire_is_known_in_one_place_only() {
-    for (name, home) in [
-        ("lapin", "common/src/communicator"),
-        ("async_rs", "common/src/communicator"),
-        ("sea_orm", "common/src/store"),
-        ("sea_query_sqlx", "common/src/store"),
-        ("russh", "worker/src/transport/"),
-        ("object_store", "common/src/objects"),
+    // The benchmark compares Baton with a plain AMQP client, so it has one.
+    let amqp: &[&str] = &["common/src/communicator", "controller/src/bench/baseline/"];
+    for (name, homes) in [
+        ("lapin", amqp),
+        ("async_rs", &["common/src/communicator"]),
+        ("sea_orm", &["common/src/store"]),
+        ("sea_query_sqlx", &["common/src/store"]),
+        ("russh", &["worker/src/transport/"]),
+        ("object_store", &["common/src/objects"]),
     ] {
         let users = users(name);
         assert!(!users.is_empty(), "{name} is used somewhere");
         for path in users {
-            assert!(path.starts_with(home), "{path} uses {name}");
+            assert!(homes.iter().any(|home| path.starts_with(home)), "{path} uses {name}");
         }
     }
 }
