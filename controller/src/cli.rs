@@ -37,26 +37,38 @@ Examples:
   baton submit job.yaml -o ids | baton watch -"
 )]
 pub(crate) struct Cli {
+    /// Log level on standard error: error, warn, info or debug
+    #[arg(
+        long,
+        global = true,
+        env = "BATON_LOG",
+        default_value = "error",
+        value_name = "FILTER",
+        help_heading = GLOBAL
+    )]
+    pub(crate) log: String,
+    // The heading of a flattened struct also applies to the options after it. Therefore flattened structs are last.
     #[command(flatten)]
     pub(crate) global: Global,
-    /// Log level on standard error: error, warn, info or debug
-    #[arg(long, global = true, env = "BATON_LOG", default_value = "error", value_name = "FILTER")]
-    pub(crate) log: String,
     #[command(subcommand)]
     pub(crate) command: Command,
 }
 
+/// Heading of the options of every command, except those of the connection.
+const GLOBAL: &str = "Global options";
+
 /// Options of every command.
 #[derive(Args, Clone, Debug)]
+#[command(next_help_heading = GLOBAL)]
 pub(crate) struct Global {
-    #[command(flatten)]
-    pub(crate) connection: Connection,
     /// Output format
     #[arg(short, long, global = true, value_enum, default_value = "table")]
     pub(crate) output: Output,
     /// Folder for the state of `baton run`; other commands use its database if no database is configured
     #[arg(long, global = true, env = "BATON_HOME", default_value = ".baton", value_name = "DIR")]
     pub(crate) home: PathBuf,
+    #[command(flatten)]
+    pub(crate) connection: Connection,
 }
 
 /// How results are printed.
@@ -95,8 +107,8 @@ names.")]
   baton list -n 0 -o json                all processes as JSON
   baton list --state paused -o ids | baton play -
 
-Processes are sorted by id. An id begins with the time at which it was generated. With --older-than, processes are
-sorted by the time of acceptance. The totals below the table stop counting at 10000.")]
+Processes are sorted by id, which begins with the time at which it was generated. With --older-than, they are sorted by
+the time of acceptance. The totals below the table stop counting at 10000.")]
     List(ListArguments),
     /// Show everything about a process: timeline, attempts, workers and results
     #[command(after_help = "Examples:
@@ -146,7 +158,7 @@ workers_silent, slots_taken, queued")]
   baton pause --label campaign=si --state running,waiting --dry-run
   baton pause --fleet                    workers claim no more processes; held processes continue")]
     Pause(PauseArguments),
-    /// Resume paused processes
+    /// Resume paused processes at their last checkpoint
     #[command(after_help = "Examples:
   baton play PID
   baton play --session night --wait
@@ -175,7 +187,7 @@ processes to the other workers.")]
   baton sites
   baton sites cluster -o json
 
-A site is `down` after a failure to reach it. Its processes wait, without using a slot, until Baton connects again.
+A site is `down` after a failure to reach it. Its processes wait, without using a slot, until Baton reconnects.
 SESSIONS counts the sessions of the whole fleet. WAIT-SESSION counts processes that wait for a session. WAIT-ROOM counts
 processes that wait until the site accepts another job.")]
     Sites(SitesArguments),
@@ -208,7 +220,7 @@ process again. Therefore the database keeps the latest time up to which processe
 UUIDv7) was generated before that time, and whose process does not exist, is dead-lettered. Choose a duration that is
 longer than any launch waits in a queue.")]
     Prune(PruneArguments),
-    /// Remove objects that no process needs from the object store
+    /// Remove unneeded objects from the object store
     #[command(after_help = "Examples:
   baton gc --dry-run
   baton gc                               for cron, after `baton prune`
@@ -301,14 +313,14 @@ pub(crate) struct SubmitArguments {
 pub(crate) struct ListArguments {
     /// Processes to list; `-` reads ids from standard input [default: all]
     pub(crate) pids: Vec<String>,
-    #[command(flatten)]
-    pub(crate) selection: Selection,
     /// Maximum number of processes to list; 0 means no limit
     #[arg(short = 'n', long, default_value_t = 50)]
     pub(crate) limit: u32,
     /// List the processes that come after this one: the next page
     #[arg(long, value_name = "PID")]
     pub(crate) after: Option<Pid>,
+    #[command(flatten)]
+    pub(crate) selection: Selection,
 }
 
 #[derive(Args, Debug)]
@@ -316,17 +328,17 @@ pub(crate) struct PruneArguments {
     /// Remove only processes that ended at least this long ago, such as 12h or 30d
     #[arg(long, value_name = "DURATION", value_parser = duration::parse)]
     pub(crate) older_than: Duration,
-    #[command(flatten)]
-    pub(crate) facts: Facts,
-    /// Only processes that ended in one of these states, separated by commas
-    #[arg(long, help_heading = SELECTION, value_delimiter = ',', value_parser = ["finished", "excepted", "killed"])]
-    pub(crate) state: Vec<String>,
     /// Print the number of matches only
     #[arg(long)]
     pub(crate) dry_run: bool,
     /// Do not ask for confirmation
     #[arg(long)]
     pub(crate) yes: bool,
+    #[command(flatten)]
+    pub(crate) facts: Facts,
+    /// Only processes that ended in one of these states, separated by commas
+    #[arg(long, help_heading = SELECTION, value_delimiter = ',', value_parser = ["finished", "excepted", "killed"])]
+    pub(crate) state: Vec<String>,
 }
 
 #[derive(Args, Debug)]
@@ -343,7 +355,7 @@ pub(crate) struct GcArguments {
     /// Remove only objects that were stored at least this long ago, such as 12h or 30d
     #[arg(long, value_name = "DURATION", default_value = "1d", value_parser = duration::parse)]
     pub(crate) older_than: Duration,
-    /// Print the number and the size of the objects only
+    /// Print the number and total size of the matches only
     #[arg(long)]
     pub(crate) dry_run: bool,
 }
@@ -390,7 +402,7 @@ pub(crate) struct DrainArguments {
     /// Workers to drain, by name or incarnation
     #[arg(required = true, value_name = "WORKER")]
     pub(crate) names: Vec<String>,
-    /// Reason, kept in the history of the fleet
+    /// Reason to record in the history of the fleet
     #[arg(long, value_name = "TEXT")]
     pub(crate) reason: Option<String>,
     /// Wait until the workers have stopped

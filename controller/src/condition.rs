@@ -104,44 +104,22 @@ fn micros(duration: std::time::Duration) -> i64 {
 }
 
 #[cfg(test)]
-pub(crate) mod tests {
+mod tests {
     use std::time::Duration;
 
-    use baton_common::id::{Incarnation, Pid};
+    use baton_common::id::Pid;
     use baton_common::spec::{Spec, Work};
     use baton_common::state::{Desired, State};
     use baton_common::store::blob::Outcome;
     use baton_common::store::query::{Details, EventRow, WorkerRow};
 
     use super::*;
+    use crate::overview::tests::worker;
 
     /// Five minutes after the epoch.
     pub(super) const NOW: i64 = 300_000_000;
 
     pub(super) const SECOND: i64 = 1_000_000;
-
-    /// A live worker with four free slots, at time zero.
-    pub(crate) fn worker(name: &str, queues: &str) -> WorkerRow {
-        WorkerRow {
-            id: Incarnation::generate(),
-            name: name.into(),
-            host: "h".into(),
-            os_pid: 1,
-            version: "0".into(),
-            queues: queues.into(),
-            slots: 4,
-            held: 0,
-            blocked: None,
-            lacks: None,
-            drain: false,
-            beat: 1,
-            beat_at: 0,
-            started_at: 0,
-            gone_at: None,
-            control_queue: String::new(),
-            now: 0,
-        }
-    }
 
     /// Makes the worker silent for so many seconds.
     pub(super) fn silent(worker: WorkerRow, seconds: i64) -> WorkerRow {

@@ -174,7 +174,7 @@ fn tree(on_site: &OnSite, fates: &[Fate], folders: &[ClientFolder]) -> String {
         branches(places, &mut lines);
     }
     if !on_site.outputs.is_empty() || on_site.values.is_some() {
-        lines.push("kept after the end".to_owned());
+        lines.push("kept afterwards".to_owned());
     }
     lines.extend(on_site.outputs.iter().map(kept));
     lines.extend(on_site.values.iter().map(|path| format!("  {path}  read as the values")));

@@ -95,9 +95,33 @@ pub(crate) fn pause_text(pause: &FleetPause, now: i64) -> String {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
+    use baton_common::id::Incarnation;
+
     use super::*;
-    use crate::condition::tests::worker;
+
+    /// A live worker with four free slots, at time zero.
+    pub(crate) fn worker(name: &str, queues: &str) -> WorkerRow {
+        WorkerRow {
+            id: Incarnation::generate(),
+            name: name.into(),
+            host: "h".into(),
+            os_pid: 1,
+            version: "0".into(),
+            queues: queues.into(),
+            slots: 4,
+            held: 0,
+            blocked: None,
+            lacks: None,
+            drain: false,
+            beat: 1,
+            beat_at: 0,
+            started_at: 0,
+            gone_at: None,
+            control_queue: String::new(),
+            now: 0,
+        }
+    }
 
     fn overview(workers: Vec<WorkerRow>, queue: &str) -> Overview {
         let backlog = Backlog { queue: queue.into(), count: 7, oldest_at: -60_000_000 };

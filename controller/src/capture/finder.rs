@@ -84,7 +84,8 @@ impl Finder {
         if let Some(path) = to.strip_suffix(b"/").filter(|_| names.is_empty()) {
             let to = Place { scope: input.to.scope, path: path.to_vec().into() };
             if is_reserved(&to) {
-                return self.complain(folder, &format!("cannot go to task://{RESERVED}, which is reserved for Baton"));
+                return self
+                    .complain(folder, &format!("cannot be staged to task://{RESERVED}, which is reserved for Baton"));
             }
             self.folders.push(ClientFolder { to, entry_idx });
         }
@@ -93,7 +94,7 @@ impl Finder {
             let source = folder.join(&name);
             let path = BytePath::from([to, name.as_encoded_bytes()].concat());
             if let Err(problem) = relative::check(&path) {
-                self.complain(&source, &format!("cannot go to {path}, which {problem}"));
+                self.complain(&source, &format!("cannot be staged to {path}, which {problem}"));
                 continue;
             }
             let Some((whole, metadata)) = self.look(&source) else { continue };
@@ -111,7 +112,8 @@ impl Finder {
             return self.complain(&source, "is neither a file nor a folder");
         }
         if is_reserved(&to) {
-            return self.complain(&source, &format!("cannot go to task://{RESERVED}, which is reserved for Baton"));
+            return self
+                .complain(&source, &format!("cannot be staged to task://{RESERVED}, which is reserved for Baton"));
         }
         if let Err(error) = std::fs::File::open(&source) {
             return self.complain(&source, &error.to_string());

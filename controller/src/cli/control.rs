@@ -12,33 +12,33 @@ const NOT_OF_A_FLEET: [&str; 8] = ["label", "session", "queue", "kind", "state",
 
 #[derive(Args, Debug)]
 pub(crate) struct PauseArguments {
-    #[command(flatten)]
-    pub(crate) control: ControlArguments,
     /// Do not wait for the end of the advance: end the local program now and repeat the advance after `play`
     #[arg(long)]
     pub(crate) now: bool,
     /// Pause the fleet: workers claim no more processes; held processes continue
     #[arg(long, group = "whom", conflicts_with_all = NOT_OF_A_FLEET, conflicts_with = "now")]
     pub(crate) fleet: bool,
+    #[command(flatten)]
+    pub(crate) control: ControlArguments,
 }
 
 #[derive(Args, Debug)]
 pub(crate) struct PlayArguments {
-    #[command(flatten)]
-    pub(crate) control: ControlArguments,
     /// Resume the fleet: workers claim processes again
     #[arg(long, group = "whom", conflicts_with_all = NOT_OF_A_FLEET)]
     pub(crate) fleet: bool,
+    #[command(flatten)]
+    pub(crate) control: ControlArguments,
 }
 
 #[derive(Args, Debug)]
 pub(crate) struct KillArguments {
-    #[command(flatten)]
-    pub(crate) control: ControlArguments,
-    /// End the process in the database now, without waiting for its worker. The worker ends the running program when it
-    /// receives the request, at the latest when its lease expires
+    /// End the process in the database now; the worker ends the program when it receives the request, at the latest when
+    /// its lease expires
     #[arg(long)]
     pub(crate) force: bool,
+    #[command(flatten)]
+    pub(crate) control: ControlArguments,
 }
 
 #[derive(Args, Debug)]
@@ -49,15 +49,13 @@ pub(crate) struct ControlArguments {
     /// All processes
     #[arg(long, group = "whom")]
     pub(crate) all: bool,
-    #[command(flatten)]
-    pub(crate) selection: Selection,
-    /// Reason, kept in the history of the process
+    /// Reason to record in the history of the process
     #[arg(long, value_name = "TEXT")]
     pub(crate) reason: Option<String>,
     /// Print the number of matches only
     #[arg(long)]
     pub(crate) dry_run: bool,
-    /// Do not ask for confirmation before a selection of processes is killed
+    /// Do not ask for confirmation; only `baton kill` with a selection asks
     #[arg(long)]
     pub(crate) yes: bool,
     /// Wait until the request is applied
@@ -66,4 +64,6 @@ pub(crate) struct ControlArguments {
     /// Maximum time to wait, such as 30s or 1h30m
     #[arg(long, requires = "wait", value_parser = duration::parse, value_name = "DURATION", default_value = "1m")]
     pub(crate) timeout: Duration,
+    #[command(flatten)]
+    pub(crate) selection: Selection,
 }

@@ -14,7 +14,7 @@ pub(crate) enum DeadCommand {
   baton dead show 01940000-0000-7000-8000-000000000000
   baton dead list -n 1 -o ids | baton dead show -")]
     Show(LetterIds),
-    /// Send dead letters back to the queues that they came from
+    /// Return dead letters to their original queues
     #[command(after_help = "Examples:
   baton dead replay ID
   baton dead replay --all

@@ -148,8 +148,9 @@ mod tests {
     use baton_common::store::query::WorkerRow;
 
     use super::super::explain;
-    use super::super::tests::{held, is, requested, silent, stage, worker};
+    use super::super::tests::{held, is, requested, silent, stage};
     use super::*;
+    use crate::overview::tests::worker;
 
     #[test]
     fn pending_request_is_the_first_condition_of_a_held_process() {

@@ -130,8 +130,9 @@ mod tests {
     use baton_common::state::Live;
     use baton_common::store::query::Paused;
 
-    use super::super::tests::{NOW, SECOND, is, parked, silent, worker};
+    use super::super::tests::{NOW, SECOND, is, parked, silent};
     use super::*;
+    use crate::overview::tests::worker;
 
     #[test]
     fn paused_process_tells_who_paused_it_and_why() {

@@ -127,8 +127,9 @@ mod tests {
     use baton_common::store::fleet::FleetPause;
 
     use super::super::explain;
-    use super::super::tests::{NOW, SECOND, is, queued, silent, worker};
+    use super::super::tests::{NOW, SECOND, is, queued, silent};
     use super::*;
+    use crate::overview::tests::worker;
 
     #[test]
     fn pause_of_the_fleet_is_the_first_condition_of_a_queued_process() {
