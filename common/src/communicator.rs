@@ -5,7 +5,6 @@
 //! or a broker in memory; callers cannot tell which. An absent broker is no error at the start: the thread connects in
 //! the background for ever, and what cannot wait is answered with [`Down`].
 
-pub mod baseline;
 mod check;
 mod control;
 pub mod dead;
@@ -22,6 +21,7 @@ mod nesting;
 mod ownership;
 mod poison;
 mod publish;
+pub mod removal;
 #[cfg(test)]
 mod script;
 mod settle;

@@ -30,7 +30,6 @@
 //!
 //! Rows of both kinds are decoded by derived structs; ids, codes and states in one place, `row`.
 
-pub mod baseline;
 pub mod blob;
 mod connection;
 pub mod control;
@@ -54,6 +53,7 @@ mod request;
 mod row;
 mod select;
 pub mod site;
+pub mod statements;
 pub mod submit;
 pub mod sweep;
 pub mod worker;

@@ -1,5 +1,6 @@
-//! `baton bench`: what this installation can do at best, what Baton makes of it, and what that costs.
+//! `baton bench`: measures the limits of this installation, the performance of Baton, and its cost.
 
+mod baseline;
 mod cost;
 mod cpu;
 mod fleet;
@@ -14,12 +15,11 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use baton_common::communicator::Communicator;
-use baton_common::communicator::baseline::{self, BaselineQueue};
+use baton_common::communicator::removal::remove_task_queues;
 use baton_common::exit;
 use baton_common::id::Pid;
 use baton_common::spec::{Spec, Work};
 use baton_common::state::Place;
-use baton_common::store::baseline::BaselineTables;
 use baton_common::store::query::WorkerRow;
 use baton_common::store::submit::NewProcess;
 use baton_common::store::{Location, Store};
@@ -27,6 +27,8 @@ use baton_common::telemetry::new_traceparent;
 use serde::Serialize;
 use serde_json::{Value, json};
 
+use self::baseline::broker::BaselineQueue;
+use self::baseline::database::BaselineTables;
 use self::cost::PerProcess;
 use self::limits::{Combined, Limits};
 use crate::cli::bench::BenchCommand;
@@ -36,16 +38,18 @@ use crate::failure::Failure;
 use crate::output;
 use crate::submission::submit;
 
-/// How long processes may take to be held before anything is asked of them, and how often that is looked at.
+/// Time limit until all processes are held.
 const HOLD_LIMIT: Duration = Duration::from_secs(300);
+
+/// Pause between two queries for it.
 const HOLD_LOOK: Duration = Duration::from_millis(100);
 
-/// What an advance that does nothing surely does not take.
+/// Longer than any advance without work takes.
 const SETTLE_PAUSE: Duration = Duration::from_secs(1);
 
-/// What every benchmark works with.
+/// The environment of a benchmark.
 struct Bench {
-    /// Tells this run's queues, session and schema from those of others.
+    /// Distinguishes the queues, session and schema of this run from those of others.
     id: String,
     queue: String,
     client: Client,
@@ -53,21 +57,21 @@ struct Bench {
     communicator: Communicator,
     database_url: String,
     broker_urls: Vec<String>,
-    /// Everything that it has submitted.
+    /// All processes submitted by this run.
     submitted: Mutex<Vec<Pid>>,
 }
 
-/// What a benchmark has found. Times are in milliseconds, rates in things a second.
+/// The result of a benchmark. Times are in milliseconds, rates are per second.
 #[derive(Debug, Default, Serialize)]
 struct Report {
     bench: &'static str,
-    /// Of what there were `count`.
+    /// What `count` counts.
     of: &'static str,
     count: u64,
     workers: usize,
     seconds: f64,
     rate_per_s: f64,
-    /// Times by what they are of.
+    /// Distributions of times, by name.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     times_ms: BTreeMap<&'static str, Times>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -76,7 +80,7 @@ struct Report {
     cpu_seconds: cpu::Seconds,
     #[serde(skip_serializing_if = "Option::is_none")]
     limits: Option<Limits>,
-    /// What was reached of each limit; for a time, how often the limit fits into it.
+    /// Ratio of each result to its limit.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     ratios: BTreeMap<&'static str, f64>,
 }
@@ -124,7 +128,8 @@ fn value(report: Report) -> Value {
 impl Bench {
     async fn open(global: &Global, command: &BenchCommand) -> Result<Self, Failure> {
         let resolved = global.connection.resolve()?;
-        let remedy = "name both, with BATON_DATABASE_URL and BATON_BROKER_URL, in baton.toml, or by their options";
+        let remedy =
+            "configure both: BATON_DATABASE_URL and BATON_BROKER_URL, baton.toml, or --database-url and --broker-url";
         let missing = |what: &str| Failure::usage(format!("a benchmark needs {what}")).with_remedy(remedy);
         let database_url = resolved.database_url.ok_or_else(|| missing("a database"))?;
         let location = Location::parse(&database_url)?;
@@ -154,29 +159,29 @@ impl Bench {
         })
     }
 
-    /// The session of this run's processes.
+    /// Returns the session of the processes of this run.
     fn session(&self) -> String {
         format!("bench-{}", self.id)
     }
 
-    async fn bare_queue(&self) -> Result<BaselineQueue, Failure> {
-        Ok(BaselineQueue::declare(&self.broker_urls, &format!("baton.bench.{}", self.id)).await?)
+    async fn baseline_queue(&self) -> Result<BaselineQueue, Failure> {
+        BaselineQueue::declare(&self.broker_urls, &format!("baton.bench.{}", self.id)).await
     }
 
-    /// Tables with nothing around them.
-    async fn bare_tables(&self) -> Result<BaselineTables, Failure> {
+    /// Creates the tables for the baseline.
+    async fn baseline_tables(&self) -> Result<BaselineTables, Failure> {
         Ok(BaselineTables::create(&self.store, &format!("baton_bench_{}", self.id)).await?)
     }
 
-    /// The workers that take what is told to the run's queue.
+    /// Returns the workers that claim from the queue of this run.
     async fn serving(&self) -> Result<Vec<WorkerRow>, Failure> {
         let rows = self.store.workers(&[], false).await?;
         Ok(rows.into_iter().filter(|row| row.takes_work() && row.serves(&self.queue)).collect())
     }
 
-    /// Gives processes to the fleet as `baton submit` does.
+    /// Submits processes as `baton submit` does.
     async fn submit(&self, store: &Store, count: u32, make: impl Fn() -> NewProcess) -> Result<(), Failure> {
-        let told = submit(
+        let submitted = submit(
             store,
             count,
             make,
@@ -188,14 +193,14 @@ impl Bench {
                     .extend(page.iter().map(|process| process.pid));
             },
         );
-        if let Err(reason) = told.await? {
-            // Recorded they are, and workers find them; but this is not what was to be measured.
-            output::warn(&format!("the broker was not told of all ({reason}); the rate is not that of a sound broker"));
+        if let Err(reason) = submitted.await? {
+            // Workers find the processes in the database, but that is not what the benchmark measures.
+            output::warn(&format!("not all processes were announced ({reason}); the measured rate is too low"));
         }
         Ok(())
     }
 
-    /// Has so many processes held, each between two advances for ever.
+    /// Submits `count` processes that stay held between two advances, and waits until all are held.
     async fn hold(&self, count: u32) -> Result<Vec<Pid>, Failure> {
         let pids = std::cell::RefCell::new(Vec::new());
         let with = json!({"advances": 1_000_000, "every": "1h", "stay": true});
@@ -206,12 +211,12 @@ impl Bench {
         };
         self.submit(&self.store, count, make).await?;
         self.until(Place::Held, count, HOLD_LIMIT, HOLD_LOOK).await?;
-        // The last of them have yet to make their first advance.
+        // The last processes may still be in their first advance.
         tokio::time::sleep(SETTLE_PAUSE).await;
         Ok(pids.into_inner())
     }
 
-    /// Waits until so many of the run's processes are in this place.
+    /// Waits until `count` processes of this run are in this place.
     async fn until(&self, place: Place, count: u32, limit: Duration, look: Duration) -> Result<(), Failure> {
         let watcher = self.store.watcher().await?;
         let started = Instant::now();
@@ -221,30 +226,30 @@ impl Bench {
                 return Ok(());
             }
             if started.elapsed() > limit {
-                let text = format!("{reached} of {count} are {} after {} s", place.word(), limit.as_secs());
+                let text = format!("{reached} of {count} processes were {} after {} s", place.word(), limit.as_secs());
                 return Err(Failure::failed(text));
             }
             tokio::time::sleep(look).await;
         }
     }
 
-    /// Removes what the run has made: its processes, and the queues if they were its own.
+    /// Removes the processes of this run, and its queues if it created them.
     async fn clean_up(self) -> Result<(), Failure> {
         let pids = self.submitted.into_inner().unwrap_or_else(PoisonError::into_inner);
         if self.store.erase(&pids).await? < pids.len() as u64 {
-            // Its workers have stopped, or were killed if it failed: nobody has to be asked.
+            // The workers have stopped, or were killed after a failure, so no worker has to be notified.
             requests::kill(&self.store, &pids).await?;
             self.store.erase(&pids).await?;
         }
         if self.queue == format!("bench-{}", self.id) {
-            baseline::remove_task_queues(&self.broker_urls, &self.queue).await?;
+            remove_task_queues(&self.broker_urls, &self.queue).await?;
         }
         self.client.close().await;
         Ok(())
     }
 }
 
-/// A process that ends at once.
+/// Returns a process that ends at once.
 fn noop(queue: &str, session: &str) -> NewProcess {
     process(queue, session, "baton.noop", json!({}))
 }
@@ -287,12 +292,12 @@ fn per_second(count: u64, time: Duration) -> f64 {
     rounded(count as f64 / time.as_secs_f64().max(1e-9))
 }
 
-/// To three decimals: a benchmark has no more to say.
+/// Rounds to three decimals, the precision of a benchmark.
 fn rounded(number: f64) -> f64 {
     (number * 1e3).round() / 1e3
 }
 
-/// A line for each number, with the path to it.
+/// Prints one line for each number, with its path in the report.
 fn print_table(value: &Value) -> Result<(), Failure> {
     let mut table = output::table(&["WHAT", "VALUE"]);
     let mut rows = Vec::new();

@@ -1,4 +1,4 @@
-//! The ways to database and broker that commands share.
+//! The connections to database and broker that the commands share.
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, Read};
@@ -25,32 +25,32 @@ use crate::cli::Global;
 use crate::failure::Failure;
 use crate::output;
 
-/// How long a command waits for the broker before it goes on without: what it asks for is recorded already.
+/// How long a command waits for the broker before it continues without it: requests are recorded in the database.
 const BROKER_LIMIT: Duration = Duration::from_secs(3);
 
-/// How long a command waits for a connection to a database that has none left.
+/// How long a command waits for a connection to a database that has no free one.
 const FULL_LIMIT: Duration = Duration::from_secs(30);
 
-/// Pause between two attempts to get one.
+/// Pause between two attempts to get a connection.
 const FULL_PAUSE: Duration = Duration::from_secs(1);
 
 /// The SQLite file in the home of `baton run`.
 pub(crate) const DATABASE_FILE: &str = "baton.db";
 
-/// The folder of objects beside that file.
+/// The folder of objects, in the same folder as the database file.
 const OBJECTS_FOLDER: &str = "objects";
 
 /// The database, and the broker if there is one.
 pub(crate) struct Client {
     pub(crate) store: Store,
-    /// Where the files of its processes are.
+    /// Location of the object store.
     pub(crate) objects: config::Objects,
     broker_urls: Vec<String>,
     communicator: OnceLock<Communicator>,
 }
 
 impl Client {
-    /// Opens the database that is named, or else the one of `baton run` in the home.
+    /// Opens the configured database or, if none is configured, the database of `baton run` in the home.
     pub(crate) async fn open(global: &Global) -> Result<Self, Failure> {
         let resolved = global.connection.resolve()?;
         let objects = objects_of(global, &resolved)?;
@@ -60,29 +60,32 @@ impl Client {
                 let file = global.home.join(DATABASE_FILE);
                 if !file.exists() {
                     return Err(Failure::usage(format!(
-                        "no database is named, and {} does not exist",
+                        "no database is configured, and {} does not exist",
                         file.display()
                     ))
                     .with_remedy(
-                        "set BATON_DATABASE_URL, `database.url` in baton.toml or --database-url; or use `baton run`",
+                        "set BATON_DATABASE_URL, `database.url` in baton.toml or --database-url, or use `baton run`",
                     ));
                 }
                 Location::Sqlite(file)
             }
         };
         let store = open(location).await?;
-        // The fleet's broker carries nothing of an embedded database.
+        // The broker of the fleet carries no messages about processes of an embedded database.
         let broker_urls = if store.is_embedded() { Vec::new() } else { resolved.broker_urls };
         Ok(Self { store, objects, broker_urls, communicator: OnceLock::new() })
     }
 
-    /// The broker, once it is connected; `None` when there is none, or the reason why it cannot be reached.
+    /// Returns the connected broker, or `None` if none is configured.
+    ///
+    /// # Errors
+    /// The reason why the broker cannot be reached.
     pub(crate) async fn broker(&self) -> Result<Option<&Communicator>, String> {
         if self.broker_urls.is_empty() {
             return Ok(None);
         }
         let database = self.store.identity().await.map_err(|error| error.to_string())?;
-        // Only a command that has something to say opens connections.
+        // A command that never uses the broker opens no connection.
         let communicator = self.communicator.get_or_init(|| {
             let (communicator, _) = Communicator::start(communicator::Options {
                 broker: Broker::Amqp(self.broker_urls.clone()),
@@ -94,31 +97,31 @@ impl Client {
             communicator
         });
         let mut health = communicator.watch_health();
-        // The first attempt at every address decides: whoever waits for an operator's command does not wait for a broker.
+        // One failed attempt at each address is enough: an operator should not have to wait for the broker.
         let decided = health.wait_for(|health| health.connected || health.unreachable);
         let decided = tokio::time::timeout(BROKER_LIMIT, decided).await;
         match decided.ok().and_then(Result::ok).map(|health| health.clone()) {
             Some(health) if health.connected => Ok(Some(communicator)),
-            Some(health) => Err(health.last_error.unwrap_or_else(|| "the broker cannot be reached".to_owned())),
-            None => Err(format!("the broker does not answer within {} s", BROKER_LIMIT.as_secs())),
+            Some(health) => Err(health.last_error.unwrap_or_else(|| "the broker is unreachable".to_owned())),
+            None => Err(format!("the broker did not answer within {} s", BROKER_LIMIT.as_secs())),
         }
     }
 
-    /// The broker, if there is one and it answers; a command whose work is recorded in the database goes on without, and
-    /// says so.
+    /// Returns the broker if it is configured and answers; otherwise prints a warning. For commands whose requests are
+    /// recorded in the database.
     pub(crate) async fn broker_or_warning(&self) -> Option<&Communicator> {
         match self.broker().await {
             Ok(broker) => broker,
             Err(reason) => {
                 output::warn(&format!(
-                    "nobody can be told ({reason}); what is asked is recorded, and workers obey at their next beat"
+                    "the request is recorded, but workers were not notified ({reason}); they apply it at their next heartbeat"
                 ));
                 None
             }
         }
     }
 
-    /// Frees what workers hold that are gone, so that a request finds it in its place even when no worker is left.
+    /// Frees processes whose holders are gone, so that a request applies to them even when no worker is left.
     pub(crate) async fn free_orphans(&self) -> Result<(), Failure> {
         loop {
             let freed = self.store.free().await?;
@@ -126,15 +129,17 @@ impl Client {
                 return Ok(());
             }
             if let Err(reason) = self.publish(&freed.queued, false).await {
-                output::warn(&format!("freed processes were not told ({reason}); workers find them"));
+                output::warn(&format!(
+                    "freed processes were not announced ({reason}); workers find them in the database"
+                ));
             }
         }
     }
 
-    /// Waits for something that dead workers may hold up: when no worker is left to notice their death, this does.
+    /// Waits for `waiting`, and meanwhile frees processes of dead workers, in case no other worker is left to do so.
     pub(crate) async fn while_watching<T>(&self, waiting: impl Future<Output = T>) -> T {
         let watching = worker::watch(&self.store, async || {
-            // A database that does not answer shows up in what is waited for.
+            // If the database does not answer, `waiting` fails.
             let _ = self.free_orphans().await;
         });
         tokio::select! {
@@ -143,13 +148,13 @@ impl Client {
         }
     }
 
-    /// Does what follows requests that were applied in the database: tells what is queued now, announces, answers.
+    /// Completes requests that were applied in the database: announces queued processes, publishes events, and replies.
     pub(crate) async fn follow(&self, rows: &[Controlled]) {
         let mut queued = ByQueue::new();
         for (queue, told) in rows.iter().filter_map(|row| row.announced.clone()) {
             queued.entry(queue).or_default().push(told);
         }
-        // Without a broker this was said before, and workers find what is queued.
+        // A warning about the broker was printed before, and workers find queued processes in the database.
         let _ = self.publish(&queued, false).await;
         let Ok(Some(communicator)) = self.broker().await else { return };
         let at = chrono::Utc::now().timestamp_micros();
@@ -158,13 +163,13 @@ impl Client {
             communicator.announce(Event { pid: row.pid, state: state.clone(), at, by: whoami(), exit: None });
             if let Some(to) = row.reply_to.as_deref().and_then(ReplyTo::from_bytes) {
                 let reply = Reply { pid: Some(row.pid), state: Some(state), ..Reply::default() };
-                // It is only an answer; the row is what counts.
+                // The row decides; the reply only reports.
                 let _ = communicator.reply(&to, &reply).await;
             }
         }
     }
 
-    /// Publishes the messages of rows that were queued. What it cannot publish, workers find in the database.
+    /// Publishes the messages of queued rows. Workers find rows without a message in the database.
     pub(crate) async fn publish(&self, queued: &ByQueue, is_launch: bool) -> Result<(), String> {
         if queued.is_empty() {
             return Ok(());
@@ -196,7 +201,7 @@ impl Client {
     }
 }
 
-/// Where the files of processes are: beside an embedded database, and else in the place that is configured.
+/// Returns the location of the object store: next to an embedded database, or as configured.
 pub(crate) fn objects_of(global: &Global, resolved: &Resolved) -> Result<config::Objects, Failure> {
     match resolved.database_url.as_deref().map(Location::parse).transpose()? {
         None => Ok(objects_beside(&global.home)),
@@ -205,13 +210,13 @@ pub(crate) fn objects_of(global: &Global, resolved: &Resolved) -> Result<config:
     }
 }
 
-/// Where the files of an embedded database in this folder are. The place that is configured is a fleet's, whose database
-/// knows nothing of them.
+/// Returns the location of the object store of an embedded database in this folder. The configured store belongs to a
+/// fleet, whose database does not know these processes.
 pub(crate) fn objects_beside(folder: &Path) -> config::Objects {
     config::Objects { url: Some(folder.join(OBJECTS_FOLDER).display().to_string()), ..config::Objects::default() }
 }
 
-/// A spec, and the folder that its `client://` stands for.
+/// A spec, and the folder that `client://` refers to.
 pub(crate) struct Document {
     pub(crate) spec: Spec,
     pub(crate) folder: PathBuf,
@@ -234,7 +239,7 @@ pub(crate) fn read_spec(path: &Path) -> Result<Document, Failure> {
     Ok(Document { spec, folder: Path::new(".").join(folder) })
 }
 
-/// That the spec's site is one of those that the configuration has, if it has any.
+/// Checks that the configuration has the site of the spec. A configuration without sites is not checked.
 pub(crate) fn check_site(spec: &Spec, sites: &BTreeMap<String, config::Site>) -> Result<(), Failure> {
     let Some(on_site) = spec.on_site.as_ref().filter(|on_site| !sites.is_empty() && !sites.contains_key(&on_site.at))
     else {
@@ -243,18 +248,18 @@ pub(crate) fn check_site(spec: &Spec, sites: &BTreeMap<String, config::Site>) ->
     let known = || sites.keys().map(String::as_str);
     let remedy = match nearest(&on_site.at, known()) {
         Some(nearest) => format!("did you mean `{nearest}`?"),
-        None => format!("the configuration has {}", known().collect::<Vec<_>>().join(", ")),
+        None => format!("configured sites: {}", known().collect::<Vec<_>>().join(", ")),
     };
-    Err(Failure::usage(format!("`at`: the site `{}` is not known", on_site.at)).with_remedy(remedy))
+    Err(Failure::usage(format!("`at`: unknown site `{}`", on_site.at)).with_remedy(remedy))
 }
 
-/// What a command uses of the database: with more it would try to open a second connection while the first is on its way
-/// back to the pool, and fail where the server has none left.
+/// Database access of a command. With more than one connection, the pool would try to open a second one while the first is
+/// being returned, and fail on a server that has none left.
 pub(crate) fn one_connection() -> Access {
     Access { name: "baton".to_owned(), pool: 1 }
 }
 
-/// Opens the database, and waits for a while if it has no connection left.
+/// Opens the database, and waits up to [`FULL_LIMIT`] for a free connection.
 async fn open(location: Location) -> Result<Store, Failure> {
     let since = Instant::now();
     let mut has_said = false;
@@ -262,7 +267,7 @@ async fn open(location: Location) -> Result<Store, Failure> {
         match Store::open_as(location.clone(), one_connection()).await {
             Err(error @ store::Error::Full(_)) if since.elapsed() < FULL_LIMIT => {
                 if !std::mem::replace(&mut has_said, true) {
-                    output::note(&format!("{error}; waiting up to {} s for one", FULL_LIMIT.as_secs()));
+                    output::note(&format!("{error}; waiting up to {} s for a connection", FULL_LIMIT.as_secs()));
                 }
                 tokio::time::sleep(FULL_PAUSE).await;
             }
@@ -271,7 +276,7 @@ async fn open(location: Location) -> Result<Store, Failure> {
     }
 }
 
-/// The ids of a command line; `-` stands for those on standard input, separated by white space.
+/// Parses the ids of a command line. `-` stands for the ids on standard input, separated by white space.
 pub(crate) fn read_ids<Id: FromStr<Err = ParseError>>(arguments: &[String]) -> Result<Vec<Id>, Failure> {
     let mut ids = Vec::new();
     let mut add = |text: &str| -> Result<(), Failure> {
@@ -290,13 +295,14 @@ pub(crate) fn read_ids<Id: FromStr<Err = ParseError>>(arguments: &[String]) -> R
     Ok(ids)
 }
 
-/// Who asks, for a process's history.
+/// Returns `USER@HOST`, for the history of a process.
 pub(crate) fn whoami() -> String {
     let user = std::env::var("USER").or_else(|_| std::env::var("LOGNAME")).unwrap_or_else(|_| "unknown".into());
     format!("{user}@{}", host_name())
 }
 
-/// No such process.
+/// Returns the failure for a process that does not exist.
 pub(crate) fn absent(pid: Pid) -> Failure {
-    Failure::new(exit::NOT_FOUND, format!("there is no process {pid}")).with_remedy("`baton list` shows those that are")
+    Failure::new(exit::NOT_FOUND, format!("there is no process {pid}"))
+        .with_remedy("`baton list` shows the existing processes")
 }

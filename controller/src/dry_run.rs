@@ -1,4 +1,4 @@
-//! `baton submit --dry-run`: what would be submitted, and for a site what would be there when the program starts.
+//! `baton submit --dry-run`: prints what would be submitted and, for a site, the files that the program would find.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::unix::ffi::OsStrExt;
@@ -21,14 +21,14 @@ use crate::client::objects_of;
 use crate::failure::Failure;
 use crate::output;
 
-/// What would become of a file of the client.
+/// A client file, and whether it would be sent.
 struct Fate<'a> {
     file: &'a ClientFile,
     digest: Digest,
     is_sent: bool,
 }
 
-/// Prints it. Nothing is stored, and the database is not asked.
+/// Prints what would be submitted. Stores nothing and does not use the database.
 pub(crate) async fn show(
     global: &Global,
     resolved: &Resolved,
@@ -50,16 +50,14 @@ pub(crate) async fn show(
             output::print(&describe(spec, on_site, count))?;
             output::print(&tree(on_site, &fates, &plan.folders))?;
             match resolved.config.sites.get(&on_site.at) {
-                Some(site) => output::print(&format!("\nThe script of its job:\n\n{}", job_script(spec, site))),
-                None => output::print(
-                    "\nThe script of its job is not known here: the configuration does not have its site.",
-                ),
+                Some(site) => output::print(&format!("\nJob script:\n\n{}", job_script(spec, site))),
+                None => output::print("\nJob script: unknown, because the configuration does not have the site"),
             }
         }
     }
 }
 
-/// Reads the files and asks the store for them.
+/// Hashes the files and looks them up in the object store.
 async fn fates<'a>(plan: &'a Plan, objects: Option<&Objects>) -> Result<Vec<Fate<'a>>, Failure> {
     let bar = output::progress_bar(plan.total_bytes(), "read");
     let digests: Vec<Digest> = futures_util::stream::iter(&plan.files)
@@ -89,7 +87,7 @@ async fn fates<'a>(plan: &'a Plan, objects: Option<&Objects>) -> Result<Vec<Fate
         .try_filter_map(|(digest, is_there)| std::future::ready(Ok((!is_there).then_some(digest))))
         .try_collect()
         .await?;
-    // Of equal files the first is sent.
+    // Of several equal files, only the first is sent.
     let fates =
         plan.files.iter().zip(digests).map(|(file, digest)| Fate { file, digest, is_sent: absent.remove(&digest) });
     Ok(fates.collect())
@@ -126,7 +124,7 @@ fn sent(fates: &[Fate]) -> (usize, u64) {
 }
 
 fn describe(spec: &Spec, on_site: &OnSite, count: u32) -> String {
-    let how_many = if count == 1 { String::new() } else { format!(", {count} times") };
+    let how_many = if count == 1 { String::new() } else { format!(", {count} processes") };
     let mut lines = vec![format!("{} at {}, queue {}{how_many}", spec.effective_name(), on_site.at, spec.task_queue())];
     match &spec.what {
         Work::Run { argv } => lines.push(format!("  run      {}", argv.join(" "))),
@@ -150,7 +148,7 @@ fn needs(spec: &Spec, needs: &Needs) -> Vec<String> {
     counts.chain(mem).chain(time).collect()
 }
 
-/// What is there when the program starts, scope by scope, and what is kept afterwards.
+/// Formats the files that the program finds, by scope, and the files that are kept afterwards.
 fn tree(on_site: &OnSite, fates: &[Fate], folders: &[ClientFolder]) -> String {
     let mut scopes: BTreeMap<&str, BTreeMap<String, String>> = BTreeMap::new();
     let mut put = |scope: Scope, path: &str, note: String| {
@@ -160,12 +158,12 @@ fn tree(on_site: &OnSite, fates: &[Fate], folders: &[ClientFolder]) -> String {
     };
     for Fate { file, is_sent, .. } in fates {
         let what =
-            if file.how == How::Unpack { format!("content of {}, ", file.source.display()) } else { String::new() };
-        let how = if *is_sent { "to be sent" } else { "in the store" };
+            if file.how == How::Unpack { format!("contents of {}, ", file.source.display()) } else { String::new() };
+        let how = if *is_sent { "to be sent" } else { "already stored" };
         put(file.to.scope, &file.to.path.to_string(), format!("{what}{}, {how}", HumanBytes(file.size)));
     }
     for folder in folders {
-        put(folder.to.scope, &format!("{}/", folder.to.path), "empty".to_owned());
+        put(folder.to.scope, &format!("{}/", folder.to.path), "empty folder".to_owned());
     }
     for input in on_site.inputs.iter().filter(|input| input.from.scope != Scope::Client) {
         put(input.to.scope, &input.to.path, of_site(input));
@@ -179,11 +177,11 @@ fn tree(on_site: &OnSite, fates: &[Fate], folders: &[ClientFolder]) -> String {
         lines.push("kept afterwards".to_owned());
     }
     lines.extend(on_site.outputs.iter().map(kept));
-    lines.extend(on_site.values.iter().map(|path| format!("  {path}  becomes the values")));
+    lines.extend(on_site.values.iter().map(|path| format!("  {path}  read as the values")));
     let (n_sent, sent_bytes) = sent(fates);
     let total_bytes = fates.iter().map(|fate| fate.file.size).sum();
     lines.push(format!(
-        "{} files of this machine, {}; of them {n_sent}, {}, are to be sent",
+        "{} local files, {}; {n_sent} of them to be sent, {}",
         fates.len(),
         HumanBytes(total_bytes),
         HumanBytes(sent_bytes)
@@ -191,7 +189,7 @@ fn tree(on_site: &OnSite, fates: &[Fate], folders: &[ClientFolder]) -> String {
     lines.join("\n")
 }
 
-/// Paths in their order, each folder once, below each other.
+/// Formats sorted paths as a tree, with each folder once.
 fn branches(places: &BTreeMap<String, String>, lines: &mut Vec<String>) {
     let mut shown: BTreeSet<String> = BTreeSet::new();
     for (path, note) in places {
@@ -221,9 +219,9 @@ fn of_site(input: &Input) -> String {
         How::Copy => "a copy of",
         How::Link => "a link to",
         How::Move => "moved from",
-        How::Unpack => "content of",
+        How::Unpack => "contents of",
     };
-    let optional = if input.optional { ", if it is there" } else { "" };
+    let optional = if input.optional { ", if it exists" } else { "" };
     format!("{how} {}{optional}", input.from)
 }
 
@@ -231,12 +229,12 @@ fn kept(output: &Kept) -> String {
     let when = match output.when {
         When::Ok => "",
         When::Error => ", after a failure",
-        When::Always => ", after every end",
+        When::Always => ", in any case",
     };
     let how = match output.how {
         How::Move => ", moved",
         How::Auto | How::Copy | How::Link | How::Unpack => "",
     };
-    let optional = if output.optional { ", if it is there" } else { "" };
+    let optional = if output.optional { ", if it exists" } else { "" };
     format!("  {}  to {}{how}{when}{optional}", output.from, output.to)
 }

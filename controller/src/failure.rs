@@ -1,4 +1,4 @@
-//! What a command says when it cannot do what it was asked for: one clear line, the remedy, the exit code.
+//! The failure of a command: one line that says what happened, a remedy, and the exit code.
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -34,7 +34,7 @@ impl Failure {
 
     /// The broker cannot be reached.
     pub(crate) fn unreachable(reason: String) -> Self {
-        Self::new(exit::UNREACHABLE, reason).with_remedy("is RabbitMQ running? `baton doctor` checks")
+        Self::new(exit::UNREACHABLE, reason).with_remedy("check that RabbitMQ is running, or run `baton doctor`")
     }
 
     pub(crate) fn with_remedy(mut self, remedy: impl Into<String>) -> Self {
@@ -42,19 +42,19 @@ impl Failure {
         self
     }
 
-    /// What went wrong, without the remedy.
+    /// Returns the message without the remedy.
     pub(crate) fn text(&self) -> &str {
         &self.message
     }
 
-    /// Writes it to standard error.
+    /// Writes the failure to standard error and returns the exit code.
     pub(crate) fn report(&self) -> ExitCode {
         if self.code == exit::OK {
             return ExitCode::from(exit::OK);
         }
         let red = Style::new().bold().fg_color(Some(AnsiColor::Red.into()));
         let mut stderr = anstream::stderr();
-        // Nobody can be told that standard error is closed.
+        // If standard error is closed, there is no place to report that.
         let _ = writeln!(stderr, "{red}error{red:#}: {}", self.message);
         if let Some(remedy) = &self.remedy {
             let _ = writeln!(stderr, "  {remedy}");
@@ -68,10 +68,12 @@ impl From<store::Error> for Failure {
         let code = exit::of_store(&error);
         let remedy = match &error {
             store::Error::Unreachable(_) => {
-                Some("is it running, and is BATON_DATABASE_URL right? `baton doctor` checks")
+                Some("check that the server is running and that BATON_DATABASE_URL is correct, or run `baton doctor`")
             }
-            store::Error::Full(_) => Some("raise the server's max_connections, or stop what uses its connections"),
-            store::Error::Refused(_) => Some("check user, password and database name in BATON_DATABASE_URL"),
+            store::Error::Full(_) => {
+                Some("raise max_connections of the server, or stop programs that use its connections")
+            }
+            store::Error::Refused(_) => Some("correct the user, password or database name in BATON_DATABASE_URL"),
             store::Error::Url
             | store::Error::UrlParts(_)
             | store::Error::Folder { .. }
@@ -94,7 +96,7 @@ impl From<config::Error> for Failure {
     }
 }
 
-/// The exit code of what the object store answered.
+/// Returns the exit code for an error of the object store.
 pub(crate) fn objects_code(error: &objects::Error) -> u8 {
     match error {
         objects::Error::Config { .. } | objects::Error::NoBucket { .. } => exit::USAGE,
@@ -134,7 +136,7 @@ impl From<sharing::Error> for Failure {
 
 impl From<std::io::Error> for Failure {
     fn from(error: std::io::Error) -> Self {
-        // Whoever reads our output has seen enough, as `head` does; that is no failure, and there is nothing to say.
+        // The reader of our output has closed it, as `head` does. That is not a failure.
         if error.kind() == std::io::ErrorKind::BrokenPipe {
             return Self::new(exit::OK, String::new());
         }
@@ -146,12 +148,14 @@ impl From<dead::Error> for Failure {
     fn from(error: dead::Error) -> Self {
         let (code, remedy) = match &error {
             dead::Error::Connect(error) => broker_remedy(error),
-            dead::Error::Refused(_) => (exit::REFUSED, "grant the right to the user, or see RabbitMQ's log"),
+            dead::Error::Refused(_) => (exit::REFUSED, "grant the permission to the user, or see the log of RabbitMQ"),
             dead::Error::Unreadable => (
                 exit::FAILED,
-                "nothing is lost; take the letter away in RabbitMQ's management UI (Get messages, automatic ack)",
+                "nothing is lost; remove the message in the management UI of RabbitMQ (Get messages, automatic ack)",
             ),
-            dead::Error::Lost(_) => (exit::UNREACHABLE, "nothing is lost; do it again when the broker is back"),
+            dead::Error::Lost(_) => {
+                (exit::UNREACHABLE, "nothing is lost; run the command again when the broker is back")
+            }
         };
         Self::new(code, error.to_string()).with_remedy(remedy)
     }
@@ -184,28 +188,28 @@ impl From<CheckError> for Failure {
     }
 }
 
-/// What to do about a virtual host of another database.
-const OTHER_DATABASE: &str = "name a virtual host of its own for each database in BATON_BROKER_URL; if the other database is \
-                              gone, delete the queue `baton.database` of this virtual host";
+/// Remedy for a virtual host that belongs to another database.
+const OTHER_DATABASE: &str = "use a separate virtual host for each database (BATON_BROKER_URL); if the other database no longer \
+                              exists, delete the queue `baton.database` in this virtual host";
 
-/// The exit code of a broker that cannot be used, and what to do about it.
+/// Returns the exit code and the remedy for a broker that cannot be used.
 pub(crate) fn broker_remedy(error: &CheckError) -> (u8, &'static str) {
     match error {
-        CheckError::BadUrl { .. } => (exit::USAGE, "amqp://USER:PASSWORD@HOST:PORT/VHOST, %2f for the vhost \"/\""),
-        CheckError::Unreachable { .. } => (exit::UNREACHABLE, "start RabbitMQ, or correct host and port"),
+        CheckError::BadUrl { .. } => {
+            (exit::USAGE, "use amqp://USER:PASSWORD@HOST:PORT/VHOST, with %2f for the virtual host \"/\"")
+        }
+        CheckError::Unreachable { .. } => (exit::UNREACHABLE, "start RabbitMQ, or correct the host and port"),
         CheckError::Credentials { .. } => {
-            (exit::REFUSED, "correct user and password; guest may log in from its own host only")
+            (exit::REFUSED, "correct the user and password; the user guest can log in only from the host of the broker")
         }
-        CheckError::NoVhost { .. } => {
-            (exit::REFUSED, "rabbitmqctl add_vhost, and rabbitmqctl set_permissions for the user")
-        }
+        CheckError::NoVhost { .. } => (exit::REFUSED, "run `rabbitmqctl add_vhost` and `rabbitmqctl set_permissions`"),
         CheckError::OtherDatabase { .. } => (exit::CONFLICT, OTHER_DATABASE),
-        CheckError::Refused { .. } => (exit::REFUSED, "see RabbitMQ's log"),
-        CheckError::All(_) => (exit::UNREACHABLE, "`baton doctor` checks each of them"),
+        CheckError::Refused { .. } => (exit::REFUSED, "see the log of RabbitMQ"),
+        CheckError::All(_) => (exit::UNREACHABLE, "run `baton doctor`, which checks each broker"),
     }
 }
 
-/// The exit code of a command that did the same for many.
+/// Returns the exit code of a command from the exit codes of its items.
 pub(crate) fn exit_code_of_many(codes: impl ExactSizeIterator<Item = u8>) -> u8 {
     let n_all = codes.len();
     let failed: Vec<u8> = codes.filter(|code| *code != exit::OK).collect();

@@ -1,4 +1,4 @@
-//! Waiting for processes, with progress on the terminal.
+//! Waits for processes to end, and shows progress on the terminal.
 
 use std::collections::HashMap;
 use std::io::IsTerminal;
@@ -15,28 +15,28 @@ use crate::client::absent;
 use crate::failure::Failure;
 use crate::output;
 
-/// First and longest pause between two looks at the database.
+/// First and longest pause between two queries.
 const LOOK_MIN: Duration = Duration::from_millis(20);
 const LOOK_MAX: Duration = Duration::from_millis(500);
 
-/// What is remembered of a process between two looks: its state, its advances and its try.
+/// What is compared between two queries: state, advances and try number.
 type Seen = (State, i64, i64);
 
-/// Processes that one query asks for.
+/// Number of processes per query.
 const PAGE: usize = 1_000;
 
-/// How many have ended, and how many of them not well.
+/// How many processes have ended, and how many of them failed.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Tally {
     n_ended: usize,
     n_failed: usize,
 }
 
-/// Waits until all have ended. `say` is called for each change of one, the last time when it has ended; nothing else is
-/// kept of what has ended.
+/// Waits until all processes have ended. Calls `say` for each change of a process, the last time when it has ended, and
+/// keeps only counts of ended processes.
 ///
 /// # Errors
-/// [`exit::NOT_FOUND`] when one is absent, [`exit::WAIT_TIMED_OUT`] after the limit.
+/// [`exit::NOT_FOUND`] if a process does not exist, [`exit::WAIT_TIMED_OUT`] after the limit.
 pub(crate) async fn wait_ended(
     store: &Store,
     pids: &[Pid],
@@ -80,13 +80,13 @@ pub(crate) async fn wait_ended(
             return Err(Failure::new(
                 exit::WAIT_TIMED_OUT,
                 format!(
-                    "{} of {} have not ended within {}",
+                    "{} of {} processes did not end within {}",
                     pending.len(),
                     pids.len(),
                     output::seconds(started.elapsed())
                 ),
             )
-            .with_remedy("they go on; `baton watch` waits again"));
+            .with_remedy("they continue; `baton watch` waits for them again"));
         }
         let rest = limit.map_or(pause, |limit| limit.saturating_sub(started.elapsed()).min(pause));
         tokio::time::sleep(rest).await;
@@ -95,7 +95,7 @@ pub(crate) async fn wait_ended(
 }
 
 impl Tally {
-    /// The exit code for processes that have ended so.
+    /// Returns the exit code.
     pub(crate) fn exit_code(self) -> u8 {
         match self.n_failed {
             0 => exit::OK,
@@ -105,12 +105,12 @@ impl Tally {
     }
 }
 
-/// Whether it came to a good end.
+/// Returns whether the process succeeded.
 pub(crate) fn is_ok(summary: &Summary) -> bool {
     summary.state == State::Finished && summary.outcome.as_ref().is_some_and(|outcome| outcome.ok)
 }
 
-/// A bar, on a terminal and for more than one.
+/// Returns a progress bar, hidden for a single process and without a terminal.
 fn bar(count: usize) -> ProgressBar {
     if count < 2 || !std::io::stderr().is_terminal() {
         return ProgressBar::hidden();

@@ -7,7 +7,7 @@ use anstyle::{AnsiColor, Style};
 use baton_common::exit;
 use baton_common::state::{Desired, Place, State};
 use baton_common::store::query::{COUNT_MAX, Summary};
-use baton_common::store::site::{Job, NEVER};
+use baton_common::store::site::{Job, NEVER, SiteFacts};
 use chrono::{DateTime, Local, SecondsFormat, Utc};
 use comfy_table::{ContentArrangement, Table, presets};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 
 use crate::failure::Failure;
 
-/// A bar for so many bytes, if somebody looks.
+/// Returns a progress bar for `total_bytes`, hidden unless standard error is a terminal.
 pub(crate) fn progress_bar(total_bytes: u64, done: &str) -> ProgressBar {
     if !std::io::stderr().is_terminal() {
         return ProgressBar::hidden();
@@ -41,9 +41,14 @@ pub(crate) fn print_part(text: &str) -> Result<(), Failure> {
     Ok(())
 }
 
-/// A count for people, which may have stopped at [`COUNT_MAX`].
+/// Formats a count that may have stopped at [`COUNT_MAX`].
 pub(crate) fn count(n: i64) -> String {
     if n < COUNT_MAX { n.to_string() } else { format!("{n}+") }
+}
+
+/// Formats a number of processes.
+pub(crate) fn processes(n: u64) -> String {
+    if n == 1 { "1 process".to_owned() } else { format!("{n} processes") }
 }
 
 /// Prints a value as indented JSON.
@@ -51,54 +56,56 @@ pub(crate) fn print_json(value: &Value) -> Result<(), Failure> {
     print(&serde_json::to_string_pretty(value).expect("a JSON value is JSON"))
 }
 
-/// Says something to the person at the terminal, beside the result.
+/// Prints a note to standard error.
 pub(crate) fn note(text: &str) {
-    // Nobody can be told that standard error is closed.
+    // If standard error is closed, there is no place to report that.
     let _ = writeln!(anstream::stderr(), "{text}");
 }
 
-/// Says that something is not as it should be, although the command has done its work.
+/// Prints a warning to standard error. The command itself succeeds.
 pub(crate) fn warn(text: &str) {
     note(&warning(text));
 }
 
-/// The same as a line of the result.
+/// Formats a warning.
 pub(crate) fn warning(text: &str) -> String {
     let yellow = Style::new().bold().fg_color(Some(AnsiColor::Yellow.into()));
     format!("{yellow}warning{yellow:#}: {text}")
 }
 
-/// Asks at the terminal; where there is none, `--yes` has to be said.
+/// Asks for confirmation at the terminal. Without a terminal, `--yes` is required.
 pub(crate) fn confirm(verb: &str, total: u64) -> Result<(), Failure> {
     if !std::io::stdin().is_terminal() {
-        let error = format!("this would {verb} {total} processes, and nobody can be asked");
-        return Err(Failure::new(exit::REFUSED, error).with_remedy("say `--yes`, or look first with `--dry-run`"));
+        let error =
+            format!("cannot ask for confirmation to {verb} {}: standard input is not a terminal", processes(total));
+        return Err(Failure::new(exit::REFUSED, error)
+            .with_remedy("use `--yes` to confirm, or `--dry-run` to print the number of matches only"));
     }
-    note(&format!("{verb} {total} processes? [y/N]"));
+    note(&format!("{verb} {}? [y/N]", processes(total)));
     let mut answer = String::new();
     std::io::stdin().lock().read_line(&mut answer)?;
     if matches!(answer.trim(), "y" | "Y" | "yes") {
         Ok(())
     } else {
-        Err(Failure::new(exit::REFUSED, "nothing was done"))
+        Err(Failure::new(exit::REFUSED, "not confirmed; nothing was changed"))
     }
 }
 
-/// A table without lines, whose cells are never cut.
+/// Returns a table without borders, whose cells are never truncated.
 pub(crate) fn table(header: &[&str]) -> Table {
     let mut table = headless_table();
     table.set_header(header.to_vec());
     table
 }
 
-/// The same for what follows a table that has been printed already.
+/// Returns a table without a header, to continue one that was already printed.
 pub(crate) fn headless_table() -> Table {
     let mut table = Table::new();
     table.load_style(presets::NOTHING).set_content_arrangement(ContentArrangement::Disabled);
     table
 }
 
-/// The sign and the word of where a process is.
+/// Formats the state of a process with its symbol and color.
 pub(crate) fn state_text(summary: &Summary) -> String {
     let state = summary.state;
     let (sign, color) = match state {
@@ -115,7 +122,7 @@ pub(crate) fn state_text(summary: &Summary) -> String {
     format!("{color}{sign} {}{color:#}", status_word(summary))
 }
 
-/// The state's word, or what is about to become of it.
+/// Returns the word of the state, or of the pending change.
 pub(crate) fn status_word(summary: &Summary) -> String {
     match (summary.place, summary.desired, summary.state) {
         (Place::Held, Desired::Pause, _) => "pausing".into(),
@@ -129,7 +136,7 @@ pub(crate) fn status_word(summary: &Summary) -> String {
     }
 }
 
-/// What a person wants to know beside the state.
+/// Returns the most useful detail besides the state.
 pub(crate) fn detail(summary: &Summary) -> String {
     match summary.place {
         Place::Ended => {
@@ -158,19 +165,19 @@ fn paused(summary: &Summary) -> String {
 fn waits(summary: &Summary, wake_at: i64) -> String {
     let pause = age(wake_at - summary.now);
     if let Some(refusal) = &summary.refusal {
-        return format!("needs another worker, again in {pause}: {}", refusal.reason);
+        return format!("needs another worker, next claim in {pause}: {}", refusal.reason);
     }
     if let Some((what, site)) = summary.waits_for.as_deref().and_then(|waits_for| waits_for.split_once('/')) {
         let (site, reason) = site.split_once('/').unwrap_or((site, ""));
         return match what {
-            "refused" => format!("refused by {site}, again in {pause}: {reason}"),
-            "slot" => format!("waits for a session with {site}"),
-            "room" => format!("waits for room at {site}"),
+            "refused" => format!("refused by {site}, next submission in {pause}: {reason}"),
+            "slot" => format!("waits for a session at {site}"),
+            "room" => format!("waits for the job limit of {site}"),
             _ => format!("waits for a file at {site}"),
         };
     }
     if summary.has_outside {
-        return "its job waits or runs".to_owned();
+        return "its job is pending or running".to_owned();
     }
     match &summary.last_error {
         Some(error) if summary.waits_for_retry => format!("try {} in {pause}, after: {error}", summary.try_number),
@@ -178,12 +185,12 @@ fn waits(summary: &Summary, wake_at: i64) -> String {
     }
 }
 
-/// A reason that somebody gave, as the end of a sentence.
+/// Formats a reason as the end of a sentence.
 pub(crate) fn because(reason: Option<&str>) -> String {
     reason.map(|reason| format!(": {reason}")).unwrap_or_default()
 }
 
-/// A process in JSON.
+/// Returns a process as JSON.
 pub(crate) fn summary_json(summary: &Summary) -> Value {
     let outcome = summary.outcome.as_ref();
     json!({
@@ -220,7 +227,17 @@ pub(crate) fn summary_json(summary: &Summary) -> Value {
     })
 }
 
-/// A job at a site, in words.
+/// Returns the word of a site's state: `unserved` if no live worker serves it, `down` between a failed connection and the
+/// next one, otherwise `up`.
+pub(crate) fn site_state(site: &SiteFacts) -> &'static str {
+    match (site.is_served, site.retry_in) {
+        (false, _) => "unserved",
+        (true, Some(_)) => "down",
+        (true, None) => "up",
+    }
+}
+
+/// Describes a job at a site.
 pub(crate) fn job_text(job: &Job, now: i64) -> String {
     if job.look.status == NEVER {
         return "it was never submitted".to_owned();
@@ -228,7 +245,7 @@ pub(crate) fn job_text(job: &Job, now: i64) -> String {
     let mut text = job
         .external_id
         .as_deref()
-        .map_or_else(|| "whether there is one is not known yet".to_owned(), |id| format!("job {id}"));
+        .map_or_else(|| "it is not known yet whether the job was submitted".to_owned(), |id| format!("job {id}"));
     if !job.look.status.is_empty() {
         text.push_str(&format!(", {}", job.look.status));
     }
@@ -237,7 +254,7 @@ pub(crate) fn job_text(job: &Job, now: i64) -> String {
     }
     if job.ended_at.is_none() {
         if let Some(position) = job.look.position {
-            text.push_str(&format!(", number {position} of those that wait"));
+            text.push_str(&format!(", position {position} in the queue"));
         }
         if let Some(starts_at) = job.look.starts_at.filter(|starts_at| *starts_at > now) {
             text.push_str(&format!(", expected to start in {}", span(starts_at - now)));
@@ -246,7 +263,7 @@ pub(crate) fn job_text(job: &Job, now: i64) -> String {
     text
 }
 
-/// A job at a site, for programs.
+/// Returns a job at a site as JSON.
 pub(crate) fn job_json(job: &Job) -> Value {
     json!({
         "token": job.token(),
@@ -261,7 +278,7 @@ pub(crate) fn job_json(job: &Job) -> Value {
     })
 }
 
-/// A span of time for people: one unit below a minute, two above.
+/// Formats a time span: one unit below a minute, two units above.
 pub(crate) fn age(micros: i64) -> String {
     let seconds = micros.max(0) / 1_000_000;
     match seconds {
@@ -272,23 +289,23 @@ pub(crate) fn age(micros: i64) -> String {
     }
 }
 
-/// The same, with a tenth of a second where that is still something.
+/// Formats a time span with tenths of a second below ten seconds.
 pub(crate) fn span(micros: i64) -> String {
     if micros < 10_000_000 { seconds(Duration::from_micros(micros.max(0).cast_unsigned())) } else { age(micros) }
 }
 
-/// A time for programs: RFC 3339 in UTC, with microseconds.
+/// Formats a time for programs: RFC 3339 in UTC, with microseconds.
 pub(crate) fn timestamp(micros: i64) -> String {
     DateTime::<Utc>::from_timestamp_micros(micros).unwrap_or_default().to_rfc3339_opts(SecondsFormat::Micros, true)
 }
 
-/// A time for people, in their own zone.
+/// Formats a time for people, in the local time zone.
 pub(crate) fn clock(micros: i64) -> String {
     let time = DateTime::<Utc>::from_timestamp_micros(micros).unwrap_or_default();
     time.with_timezone(&Local).format("%Y-%m-%d %H:%M:%S%.3f").to_string()
 }
 
-/// The beginning of a text from anywhere, in one line and without what would make a terminal do something.
+/// Returns the beginning of an untrusted text on one line, without control characters.
 pub(crate) fn one_line(text: &str, n_chars_max: usize) -> String {
     let words =
         text.split(|letter: char| letter.is_whitespace() || letter.is_control()).filter(|word| !word.is_empty());
@@ -299,7 +316,7 @@ pub(crate) fn one_line(text: &str, n_chars_max: usize) -> String {
     }
 }
 
-/// A duration with a sensible number of digits.
+/// Formats a duration in seconds, with tenths.
 pub(crate) fn seconds(duration: Duration) -> String {
     format!("{:.1} s", duration.as_secs_f64())
 }
@@ -309,7 +326,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn ages_have_the_units_that_people_want() {
+    fn age_has_one_or_two_units() {
         for (seconds, text) in [(-5, "0s"), (0, "0s"), (59, "59s"), (60, "1m00s"), (3_661, "1h01m"), (90_000, "1d01h")]
         {
             assert_eq!(age(seconds * 1_000_000), text);
@@ -317,7 +334,7 @@ mod tests {
     }
 
     #[test]
-    fn a_text_from_anywhere_fits_into_a_cell() {
+    fn untrusted_text_becomes_one_line_without_control_characters() {
         assert_eq!(one_line("a\n  b\u{1b}[31m\tc", 20), "a b [31m c");
         assert_eq!(one_line(&"ä".repeat(30), 5), "äääää…");
     }
@@ -332,7 +349,7 @@ mod tests {
     }
 
     #[test]
-    fn timestamps_are_exact() {
+    fn timestamps_have_microseconds() {
         assert_eq!(timestamp(1_700_000_000_123_456), "2023-11-14T22:13:20.123456Z");
     }
 }

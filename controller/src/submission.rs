@@ -1,4 +1,4 @@
-//! Giving many processes to the fleet: in pages, of which the next is committed while two others are being told.
+//! Submits many processes in pages. A page is committed while two earlier ones are being announced.
 
 use std::cell::Cell;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -11,30 +11,31 @@ use tokio::sync::mpsc;
 
 use crate::failure::Failure;
 
-/// Most processes that are committed and then published together.
+/// Maximum number of processes that are committed and then announced together.
 const PAGE_MAX: u32 = 1_000;
 
-/// The first page, from which it is learnt how fast the broker is.
+/// Size of the first page, which measures how fast the broker is.
 const PAGE_FIRST: u32 = 100;
 
-/// Pages that are told at once: the next one is on its way to the broker while the last confirms of one are on theirs.
-const TOLD_AT_ONCE: usize = 2;
+/// Pages that are announced at once: one is being published while the last confirms of the other arrive.
+const ANNOUNCED_AT_ONCE: usize = 2;
 
-/// How long it may take to publish a page. Rows whose messages come much later than their commit look lost: the head rule
-/// has two seconds' patience with an empty queue, and a row waits for the page before its own and for its own.
-const TELL_TIME: Duration = Duration::from_millis(500);
+/// Target time to publish a page. A row whose message arrives much later than its commit looks lost: with an empty queue,
+/// the head rule allows two seconds, and a row waits for the previous page and for its own.
+const ANNOUNCE_TIME: Duration = Duration::from_millis(500);
 
-/// Accepts so many, and tells them. `accepted` is called after each commit.
+/// Submits `count` processes and announces them. Calls `accepted` after each commit.
 ///
-/// Gives why the broker could not be told, if it could not: they are recorded, and workers find them.
+/// The inner result is the reason why processes could not be announced. They are recorded, and workers find them in the
+/// database.
 ///
 /// # Errors
-/// The database took no more; what was accepted before stands.
+/// The database failed. Processes that were accepted before stay accepted.
 pub(crate) async fn submit(
     store: &Store,
     count: u32,
     make: impl Fn() -> NewProcess,
-    tell: impl AsyncFn(&ByQueue) -> Result<(), String>,
+    announce: impl AsyncFn(&ByQueue) -> Result<(), String>,
     mut accepted: impl FnMut(&[NewProcess]),
 ) -> Result<Result<(), String>, Failure> {
     let (pages_tx, mut pages) = mpsc::channel::<(u32, ByQueue)>(1);
@@ -42,7 +43,7 @@ pub(crate) async fn submit(
     let accepting = async {
         let pages_tx = pages_tx;
         let mut rest = count;
-        // Room first: no page is committed before the one before it is being told. The other side takes them to the end.
+        // Reserve first: a page is committed only when the previous one is being announced. The receiver takes all pages.
         while rest > 0
             && let Ok(room) = pages_tx.reserve().await
         {
@@ -55,27 +56,27 @@ pub(crate) async fn submit(
         }
         Ok::<_, Failure>(())
     };
-    let is_told = Cell::new(true);
-    let telling = stream::poll_fn(|cx| pages.poll_recv(cx))
-        .map(async |(n_told, queued)| {
-            if !is_told.get() {
+    let is_announced = Cell::new(true);
+    let announcing = stream::poll_fn(|cx| pages.poll_recv(cx))
+        .map(async |(n_announced, queued)| {
+            if !is_announced.get() {
                 return Ok(());
             }
             let since = Instant::now();
-            let told = tell(&queued).await;
-            is_told.set(is_told.get() && told.is_ok());
-            page_size.store(next_page(n_told, since.elapsed()), Ordering::Relaxed);
-            told
+            let announced = announce(&queued).await;
+            is_announced.set(is_announced.get() && announced.is_ok());
+            page_size.store(next_page(n_announced, since.elapsed()), Ordering::Relaxed);
+            announced
         })
-        .buffered(TOLD_AT_ONCE)
-        .fold(Ok(()), async |before, told| before.and(told));
-    let (accepted, told) = tokio::join!(accepting, telling);
-    accepted.map(|()| told)
+        .buffered(ANNOUNCED_AT_ONCE)
+        .fold(Ok(()), async |before, announced| before.and(announced));
+    let (accepted, announced) = tokio::join!(accepting, announcing);
+    accepted.map(|()| announced)
 }
 
-/// How many can be told in [`TELL_TIME`], where so many took so long.
-fn next_page(n_told: u32, took: Duration) -> u32 {
-    let n_next = u128::from(n_told) * TELL_TIME.as_micros() / took.as_micros().max(1);
+/// Returns the page size that takes [`ANNOUNCE_TIME`], given that `n_announced` processes took `took`.
+fn next_page(n_announced: u32, took: Duration) -> u32 {
+    let n_next = u128::from(n_announced) * ANNOUNCE_TIME.as_micros() / took.as_micros().max(1);
     u32::try_from(n_next).unwrap_or(PAGE_MAX).clamp(1, PAGE_MAX)
 }
 
@@ -84,7 +85,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_page_is_what_the_broker_takes_in_half_a_second() {
+    fn page_size_follows_the_speed_of_the_broker() {
         assert_eq!(next_page(100, Duration::from_millis(5)), PAGE_MAX);
         assert_eq!(next_page(100, Duration::from_millis(250)), 200);
         assert_eq!(next_page(1_000, Duration::from_secs(5)), 100);

@@ -1,4 +1,4 @@
-//! What a run has cost: counters before and after it.
+//! Measures the cost of a run from counters before and after it.
 
 use baton_common::message::Traffic;
 use baton_common::store::measure::Meters;
@@ -17,32 +17,32 @@ pub(super) struct Reading {
     cpu: Seconds,
 }
 
-/// What each process has cost on average. A count that cannot be had is absent.
+/// Average cost of a process. A count that is not available is absent.
 #[derive(Debug, Default, Serialize)]
 pub(super) struct PerProcess {
-    /// Transactions that have written something, of the whole server.
+    /// Transactions that wrote something, on the whole server.
     commits: f64,
-    /// Bytes of the write-ahead log, of the whole server.
+    /// Bytes of the write-ahead log of the whole server.
     wal_bytes: f64,
-    /// Rows inserted, changed and removed in this database; only with workers of the run's own, whose end makes the
-    /// server count to the last row.
+    /// Rows inserted, changed and removed in this database. Available only if the run started its workers: the server's
+    /// count is complete only after their connections have ended.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) rows: Option<f64>,
     /// Task messages, each published persistent and confirmed.
     #[serde(skip_serializing_if = "Option::is_none")]
     confirms: Option<f64>,
-    /// The bodies of these.
+    /// Bytes of the bodies of these messages.
     #[serde(skip_serializing_if = "Option::is_none")]
     message_bytes: Option<f64>,
-    /// Frames that acknowledged them.
+    /// Frames that acknowledged these messages.
     #[serde(skip_serializing_if = "Option::is_none")]
     ack_frames: Option<f64>,
-    /// Messages about changes of state.
+    /// Event messages.
     #[serde(skip_serializing_if = "Option::is_none")]
     event_messages: Option<f64>,
 }
 
-/// What a run has cost.
+/// The cost of a run.
 pub(super) struct Cost {
     count: u64,
     pub(super) per_process: PerProcess,
@@ -50,7 +50,7 @@ pub(super) struct Cost {
 }
 
 impl Cost {
-    /// What all parts of a run have cost.
+    /// Returns the cost of a run from its parts.
     pub(super) fn of_parts(parts: &[Cost]) -> Self {
         let count = parts.iter().map(|part| part.count).sum();
         let mean_of = |of: fn(&PerProcess) -> Option<f64>| {
@@ -93,7 +93,7 @@ impl Reading {
         })
     }
 
-    /// The cost of everything between `self` and `after`, in which `count` processes have run.
+    /// Returns the cost between `self` and `after`, during which `count` processes ran.
     pub(super) fn until(&self, after: &Reading, count: u64) -> Cost {
         let each = |before: u64, after: u64| ratio(after.saturating_sub(before), count);
         let workers = self.workers.zip(after.workers);
@@ -120,7 +120,7 @@ impl Reading {
     }
 }
 
-/// How many each of `count` has.
+/// Returns `part` per one of `count`.
 pub(super) fn ratio(part: u64, count: u64) -> f64 {
     super::rounded(float(part) / float(count).max(1.0))
 }

@@ -1,10 +1,10 @@
-//! Processor time of the programs that take part, as far as they run on this machine and may be looked at.
+//! Processor time of the programs of a benchmark, if they run on this machine and may be inspected.
 
 use std::collections::BTreeMap;
 use std::fs;
 use std::net::IpAddr;
 
-/// A program that takes part: a process and what it has started.
+/// A program of the benchmark: an operating system process and, for a server, its children.
 #[derive(Clone, Debug)]
 pub(super) struct Program {
     pid: u32,
@@ -12,18 +12,18 @@ pub(super) struct Program {
 }
 
 impl Program {
-    /// This one.
+    /// Returns this program.
     pub(super) fn own() -> Self {
         Self { pid: std::process::id(), with_children: false }
     }
 
-    /// A process.
+    /// Returns the program with this process id.
     pub(super) fn process(pid: u32) -> Self {
         Self { pid, with_children: false }
     }
 
-    /// Whoever listens where this URL leads, if that is here and is called `name`; someone else may only pass on what
-    /// comes in.
+    /// Returns the program that listens at the address of this URL, if it is on this machine and its name is `name`. A
+    /// listener with another name may be a proxy.
     pub(super) fn server(url: &str, default_port: u16, name: &str) -> Option<Self> {
         let (host, port) = host_and_port(url, default_port)?;
         let is_here = host == "localhost" || host.parse::<IpAddr>().is_ok_and(|address| address.is_loopback());
@@ -32,7 +32,7 @@ impl Program {
         Some(Self { pid, with_children: true })
     }
 
-    /// Seconds of processor time, in user and kernel mode, since it began; `None` when it has ended.
+    /// Returns the seconds of processor time in user and kernel mode since its start; `None` if it has ended.
     pub(super) fn seconds(&self) -> Option<f64> {
         let own = stat(self.pid)?;
         let mut ticks = own.ticks;
@@ -46,7 +46,7 @@ impl Program {
     }
 }
 
-/// What `/proc/PID/stat` says.
+/// The content of `/proc/PID/stat`.
 struct Stat {
     name: String,
     parent: u32,
@@ -56,7 +56,7 @@ struct Stat {
 
 fn stat(pid: u32) -> Option<Stat> {
     let text = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The name stands in parentheses and may contain both.
+    // The name is in parentheses and may itself contain parentheses.
     let (head, tail) = text.rsplit_once(')')?;
     let name = head.split_once('(')?.1.to_owned();
     let fields: Vec<&str> = tail.split_whitespace().collect();
@@ -74,7 +74,7 @@ fn processes() -> impl Iterator<Item = u32> {
     entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok())
 }
 
-/// The sockets on which somebody listens at this port.
+/// Returns the sockets that listen on this port.
 fn listening(port: u16) -> Vec<String> {
     const LISTEN: &str = "0A";
     let mut inodes = Vec::new();
@@ -111,7 +111,7 @@ fn unbracketed(host: &str) -> String {
     host.trim_start_matches('[').trim_end_matches(']').to_owned()
 }
 
-/// Seconds by program; `None` for those that cannot be looked at.
+/// Seconds by program; `None` if the program cannot be inspected.
 pub(super) type Seconds = BTreeMap<&'static str, Option<f64>>;
 
 #[cfg(test)]
@@ -119,7 +119,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn urls_lead_to_hosts_and_ports() {
+    fn host_and_port_are_read_from_urls() {
         let cases = [
             ("amqp://guest:guest@127.0.0.1:5673/%2f", "127.0.0.1", 5673),
             ("postgres://postgres@localhost/baton?options=-c%20a", "localhost", 1),
@@ -132,7 +132,7 @@ mod tests {
     }
 
     #[test]
-    fn whoever_listens_is_found_and_uses_time() {
+    fn listening_program_is_found_by_port_and_name() {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let port = listener.local_addr().unwrap().port();
         let name = stat(std::process::id()).unwrap().name;

@@ -1,4 +1,4 @@
-//! The workers of a run: its own, or those that are there.
+//! The workers of a run: started by the run, or already running.
 
 use std::path::PathBuf;
 use std::process::Stdio;
@@ -14,17 +14,17 @@ use super::Bench;
 use crate::cli::bench::FleetArguments;
 use crate::failure::Failure;
 
-/// How long a worker may take to start, and to stop.
+/// Time limits for a worker to start, and to stop.
 const START_LIMIT: Duration = Duration::from_secs(20);
 const STOP_LIMIT: Duration = Duration::from_secs(30);
 
-/// How often it is looked at whether one has.
+/// Pause between two checks whether the workers are ready.
 const LOOK: Duration = Duration::from_millis(50);
 
-/// How long a worker may take to say what it has sent.
+/// Time limit for a worker to report its traffic.
 const ANSWER_LIMIT: Duration = Duration::from_secs(5);
 
-/// Who does the work.
+/// The workers of a run.
 pub(super) struct Fleet {
     own: Vec<Own>,
     rows: Vec<WorkerRow>,
@@ -61,14 +61,17 @@ impl Fleet {
                 Ok(None) | Err(_) => None,
             }) {
                 let log = fleet.folder.join(format!("{own}.log"));
-                return Err(Failure::failed(format!("worker {own} has stopped; its log is {}", log.display())));
+                return Err(Failure::failed(format!(
+                    "worker {own} stopped unexpectedly; see its log: {}",
+                    log.display()
+                )));
             }
             if fleet.own.is_empty() {
                 return Err(Failure::failed(format!("no worker serves queue {}", bench.queue))
-                    .with_remedy("start one, or let the benchmark start its own: --workers 1"));
+                    .with_remedy("start one, or use --workers 1 to let the benchmark start one"));
             }
             if started.elapsed() > START_LIMIT {
-                return Err(Failure::failed(format!("the workers are not ready within {} s", START_LIMIT.as_secs())));
+                return Err(Failure::failed(format!("the workers were not ready within {} s", START_LIMIT.as_secs())));
             }
             tokio::time::sleep(LOOK).await;
         }
@@ -87,7 +90,7 @@ impl Fleet {
             .args(["--name", &name, "--queue", &bench.queue])
             .arg("--root")
             .arg(self.folder.join(&name))
-            // Not on its command line, which everybody on the machine can read.
+            // Every user of the machine can read command lines, so passwords go into the environment.
             .env("BATON_DATABASE_URL", &bench.database_url)
             .env("BATON_BROKER_URL", bench.broker_urls.join(","))
             .stdin(Stdio::null())
@@ -102,30 +105,30 @@ impl Fleet {
         }
         let child = command.spawn().map_err(|error| {
             Failure::failed(format!("cannot start {}: {error}", program.display()))
-                .with_remedy("name it with --worker-program")
+                .with_remedy("set its path with --worker-program")
         })?;
         self.own.push(Own { child, name });
         Ok(())
     }
 
-    /// How many take part.
+    /// Returns the number of workers.
     pub(super) fn len(&self) -> usize {
         self.rows.len()
     }
 
-    /// Whether the run has started them.
+    /// Returns whether the run has started the workers.
     pub(super) fn is_own(&self) -> bool {
         !self.own.is_empty()
     }
 
-    /// Their processes, those that run here.
+    /// Returns the operating system's process ids of the workers on this machine.
     pub(super) fn os_pids(&self) -> Vec<u32> {
         let host = baton_worker::cli::host_name();
         let here = self.rows.iter().filter(|row| row.host == host);
         here.filter_map(|row| u32::try_from(row.os_pid).ok()).collect()
     }
 
-    /// What all of them have sent and received; `None` when one does not answer.
+    /// Returns the sum of the traffic of all workers; `None` if one does not answer.
     pub(super) async fn traffic(&self, bench: &Bench) -> Option<Traffic> {
         let mut sum = Traffic::default();
         for row in &self.rows {
@@ -141,20 +144,22 @@ impl Fleet {
         Some(sum)
     }
 
-    /// Kills that one of its own which holds the most, at once, as a crash would; gives its incarnation and how many it held.
+    /// Kills the worker that holds the most processes, as a crash would. Returns its incarnation and the number of processes.
     pub(super) async fn crash_busiest(&mut self, bench: &Bench) -> Result<(Incarnation, i64), Failure> {
         let rows = bench.serving().await?;
         let busiest = rows.iter().max_by_key(|row| row.held).ok_or_else(|| Failure::failed("no worker is left"))?;
         let own = self.own.iter_mut().find(|own| own.name == busiest.name);
-        own.ok_or_else(|| Failure::failed(format!("{} is not one of its own", busiest.name)))?.child.start_kill()?;
+        own.ok_or_else(|| Failure::failed(format!("worker {} was not started by this benchmark", busiest.name)))?
+            .child
+            .start_kill()?;
         Ok((busiest.id, busiest.held))
     }
 
-    /// Lets its own workers drain and end.
+    /// Drains and stops the started workers.
     pub(super) async fn stop(mut self) -> Result<(), Failure> {
         for own in &self.own {
             if let Some(pid) = own.child.id().and_then(|pid| i32::try_from(pid).ok()).and_then(Pid::from_raw) {
-                // One that has ended already is fine.
+                // The worker may have ended already.
                 let _ = kill_process(pid, Signal::TERM);
             }
         }

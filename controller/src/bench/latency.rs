@@ -1,9 +1,8 @@
-//! Processes of one advance, one after the other: how long one takes.
+//! Measures how long a process of one advance takes, with one process at a time.
 
 use std::time::{Duration, Instant};
 
-use baton_common::store::baseline::BaselineTables;
-
+use super::baseline::database::BaselineTables;
 use super::cost::{Cost, Reading};
 use super::fleet::Fleet;
 use super::limits::{Path, PathTimes};
@@ -12,13 +11,13 @@ use super::{Bench, Report, Times, noop, per_second, rounded};
 use crate::cli::bench::LatencyArguments;
 use crate::failure::Failure;
 
-/// By how much the first look at the second process comes later than that at the first. The steps become smaller with the
-/// number of processes (Robbins and Monro, 1951), down to the second one.
+/// Largest and smallest step by which the first query for a process moves. Steps shrink with the number of processes
+/// (stochastic approximation, Robbins and Monro, 1951).
 const STEP_MAX: Duration = Duration::from_millis(2);
 const STEP_MIN: Duration = Duration::from_micros(20);
 
-/// Processes between two measurements of the limits of one that is alone, and how long each of these takes. A machine that
-/// others use as well may be half as fast a second later, and then both are.
+/// Number of processes between two measurements of the limits of a single process, and the duration of each measurement.
+/// The speed of a shared machine may halve within a second; interleaving exposes both measurements to it.
 const PART: u32 = 50;
 const PATH_EACH: Duration = Duration::from_millis(100);
 
@@ -27,7 +26,7 @@ pub(super) async fn run(bench: &Bench, arguments: &LatencyArguments) -> Result<R
     let fleet = Fleet::gather(bench, &arguments.fleet).await?;
     let warm_up = format!("{}-warm-up", bench.session());
     pass(bench, &bench.store, 20, || noop(&bench.queue, &warm_up)).await?;
-    let tables = if limits.is_some() { Some(bench.bare_tables().await?) } else { None };
+    let tables = if limits.is_some() { Some(bench.baseline_tables().await?) } else { None };
     let measured = one_by_one(bench, &fleet, tables.as_ref(), arguments.count).await;
     if let Some(tables) = tables {
         tables.remove().await?;
@@ -58,15 +57,15 @@ pub(super) async fn run(bench: &Bench, arguments: &LatencyArguments) -> Result<R
     Ok(report)
 }
 
-/// What became of processes of which each was alone.
+/// Results of processes that ran one at a time.
 struct OneByOne {
-    /// From before it was submitted until its end was known.
+    /// Time from before the submission until the end was seen, for each process.
     lives: Vec<Duration>,
     cost: Cost,
     path: Option<PathTimes>,
 }
 
-/// Runs one after the other, and measures the limits of one, if there are tables for that, between parts of them.
+/// Runs processes one after another. With tables, measures the limits of a single process in between.
 async fn one_by_one(
     bench: &Bench,
     fleet: &Fleet,
@@ -80,8 +79,8 @@ async fn one_by_one(
         None => None,
     };
     let (mut lives, mut costs) = (Vec::new(), Vec::new());
-    // When a process is looked at first. Each look takes processor time from the broker, the worker and the database, and
-    // one that comes late is measured as well; so it comes when half of them have ended.
+    // Delay of the first query for a process. A query costs processor time of broker, worker and database, and a late query
+    // adds to the measured time. The delay converges to where half of the processes have ended.
     let mut first_look = Duration::ZERO;
     for begun in (0..count).step_by(PART as usize) {
         let n_part = PART.min(count - begun);
@@ -99,7 +98,7 @@ async fn one_by_one(
             while !watcher.has_ended(pid).await? {
                 looks += 1;
                 if one.elapsed() > STALL_LIMIT {
-                    return Err(Failure::failed(format!("{pid} has not ended within {} s", STALL_LIMIT.as_secs())));
+                    return Err(Failure::failed(format!("{pid} did not end within {} s", STALL_LIMIT.as_secs())));
                 }
             }
             lives.push(one.elapsed());
@@ -115,7 +114,7 @@ async fn one_by_one(
     Ok(OneByOne { lives, cost: Cost::of_parts(&costs), path })
 }
 
-/// A pause that is shorter than the timers of the runtime know.
+/// Sleeps for less than the resolution of the runtime's timers.
 #[expect(clippy::disallowed_methods, reason = "the thread of the command has nothing else to do")]
 fn leave_alone(pause: Duration) {
     std::thread::sleep(pause);

@@ -1,16 +1,12 @@
-//! What broker and database can do at best, here and now: plain loops over the same messages and the same rows.
+//! Measures the limits of broker and database with plain loops over the same messages and the same rows.
 
 use std::collections::HashMap;
 use std::convert::Infallible;
 use std::time::{Duration, Instant};
 
 use baton_common::communicator::TaskMessage;
-use baton_common::communicator::baseline::{
-    BaselineConsumer, BaselineDelivery, BaselineMessage, BaselinePublisher, BaselineQueue,
-};
 use baton_common::id::Pid;
 use baton_common::message::Task;
-use baton_common::store::baseline::{BaselineLane, BaselineTables};
 use baton_common::store::submit::NewProcess;
 use baton_common::store::writer::{Claimed, Fence};
 use baton_common::telemetry::new_traceparent;
@@ -18,56 +14,58 @@ use serde::Serialize;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 
+use super::baseline::broker::{BaselineConsumer, BaselineDelivery, BaselineMessage, BaselinePublisher, BaselineQueue};
+use super::baseline::database::{BaselineLane, BaselineTables};
 use super::{Bench, median_ms, per_second, rounded};
 use crate::failure::Failure;
 use crate::output;
 
-/// Publishers and windows that are tried, each with as many consumers.
+/// Measured points: number of publishers (and of consumers), and size of the publishing window.
 const MESSAGE_POINTS: [(usize, usize); 4] = [(1, 500), (1, 2_000), (2, 500), (2, 2_000)];
 
-/// Connections and batches that are tried.
+/// Measured points: number of connections, and rows per batch.
 const ROW_POINTS: [(usize, usize); 6] = [(1, 256), (1, 1_024), (2, 256), (2, 1_024), (4, 64), (4, 256)];
 
-/// Consumers, each with a connection to the database, and batches that are tried with messages and rows together.
+/// Measured points for messages and rows together: number of consumers, each with a database connection, and batch size.
 const COMBINED_POINTS: [(usize, usize); 3] = [(1, 256), (2, 128), (2, 256)];
 
-/// Processes that are accepted and published together.
+/// Number of processes that are accepted and published together.
 const PAGE: usize = 1_000;
 
-/// Pause of a consumer in which deliveries gather: each acknowledgement is an entry in the log of a quorum queue.
+/// Pause of a consumer to collect deliveries: each acknowledgement is an entry in the log of a quorum queue.
 const GATHER: Duration = Duration::from_millis(8);
 
-/// Rows that are held while updates are measured.
+/// Number of held rows while updates are measured.
 const HELD_ROWS: usize = 8_192;
 
-/// The limits.
+/// The measured limits.
 #[derive(Clone, Debug, Serialize)]
 pub(super) struct Limits {
-    /// Messages a second that are published, confirmed, delivered and acknowledged.
+    /// Messages per second that are published, confirmed, delivered and acknowledged.
     pub(super) messages_per_s: f64,
-    /// By how many publishers and consumers, and with which window.
+    /// The point with this rate.
     messages_by: String,
-    /// Rows a second that fenced updates change, each batch one commit.
+    /// Rows per second that fenced updates change, with one commit per batch.
     pub(super) rows_per_s: f64,
-    /// By how many connections, and in which batches.
+    /// The point with this rate.
     rows_by: String,
-    /// Commits a second of one row each, one after the other.
+    /// Commits of one row per second, one after another.
     commits_per_s: f64,
     /// Median of one such commit, in milliseconds.
     commit_ms: f64,
     #[serde(flatten)]
     pub(super) path: PathTimes,
-    /// Processes a second of messages and rows together.
+    /// Processes per second with messages and rows together.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) combined_per_s: Option<f64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     combined_by: Option<String>,
-    /// How many advances each of these makes.
+    /// Number of advances of each of these processes.
     #[serde(skip_serializing_if = "Option::is_none")]
     combined_steps: Option<u32>,
 }
 
-/// Medians in milliseconds of the steps of a process of one advance, each one after the other.
+/// Median times, in milliseconds, of the steps of a single process of one advance.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub(super) struct PathTimes {
     /// The commit by which it is accepted.
@@ -81,13 +79,13 @@ pub(super) struct PathTimes {
 }
 
 impl PathTimes {
-    /// What they make together.
+    /// Returns the sum of all steps.
     pub(super) fn sum_ms(self) -> f64 {
         self.accept_ms + self.confirm_ms + self.claim_ms + self.end_ms
     }
 }
 
-/// Plain loops over the steps of a process that is alone.
+/// Measures the steps of a single process with plain loops.
 pub(super) struct Path<'a> {
     tables: &'a BaselineTables,
     lane: BaselineLane,
@@ -99,19 +97,19 @@ pub(super) struct Path<'a> {
     ends: Vec<Duration>,
 }
 
-/// Processes whose messages and rows go through together.
+/// The processes of a combined measurement.
 #[derive(Clone, Copy)]
 pub(super) struct Combined {
-    /// How many at each point.
+    /// Number of processes at each point.
     pub(super) count: u32,
-    /// How many advances each makes.
+    /// Number of advances of each process.
     pub(super) steps: u32,
 }
 
-/// Measures all; each point for so long.
+/// Measures all limits; each point takes `each`.
 pub(super) async fn measure(bench: &Bench, each: Duration, combined: Option<Combined>) -> Result<Limits, Failure> {
     output::note("measuring the limits of broker and database");
-    let tables = bench.bare_tables().await?;
+    let tables = bench.baseline_tables().await?;
     let measured = async {
         let messages = messages(bench, each).await?;
         let (commits, rows) = rows(&tables, each).await?;
@@ -147,18 +145,18 @@ fn best(points: Vec<(f64, String)>) -> (f64, String) {
     points.into_iter().max_by(|one, other| one.0.total_cmp(&other.0)).unwrap_or_default()
 }
 
-/// A launch as Baton publishes it.
+/// Returns a launch as Baton publishes it.
 fn launch() -> BaselineMessage {
     let task =
         Task::Launch { pid: Pid::generate(), spec: None, wait: false, announced_at: Some(1_000_000_000_000_000) };
     TaskMessage { task, traceparent: Some(new_traceparent()) }.into()
 }
 
-/// The rates of the points.
+/// Measures the message rate of each point.
 async fn messages(bench: &Bench, each: Duration) -> Result<Vec<(f64, String)>, Failure> {
     let mut points = Vec::new();
     for (lanes, window) in MESSAGE_POINTS {
-        let queue = bench.bare_queue().await?;
+        let queue = bench.baseline_queue().await?;
         let rate = message_rate(&queue, lanes, window, each).await;
         queue.delete().await?;
         points.push((rate?, format!("{lanes} × window {window}")));
@@ -175,7 +173,7 @@ async fn message_rate(queue: &BaselineQueue, lanes: usize, window: usize, each: 
         let publisher = queue.publisher(window).await?;
         let mut consumer = queue.consumer(u16::try_from(window).unwrap_or(u16::MAX)).await?;
         let taken_tx = taken_tx.clone();
-        // Made before: to write a message is no part of what the broker can do.
+        // Encoding is not part of the broker's limit, so messages are encoded before.
         let launches = std::iter::repeat_with(launch).take(PAGE).collect::<Vec<_>>();
         publishing.spawn(async move {
             let mut count = 0_u64;
@@ -204,7 +202,7 @@ async fn message_rate(queue: &BaselineQueue, lanes: usize, window: usize, each: 
     Ok(rounded(per_second(published, started.elapsed())))
 }
 
-/// The times of single commits, and the rates of the points.
+/// Measures the times of single commits, and the row rate of each point.
 async fn rows(tables: &BaselineTables, each: Duration) -> Result<(Vec<Duration>, Vec<(f64, String)>), Failure> {
     let first = tables.lane().await?;
     let fences = hold(tables, &first).await?;
@@ -244,21 +242,21 @@ async fn rows(tables: &BaselineTables, each: Duration) -> Result<(Vec<Duration>,
 
 impl<'a> Path<'a> {
     pub(super) async fn open(bench: &Bench, tables: &'a BaselineTables) -> Result<Self, Failure> {
-        let (lane, queue) = (tables.lane().await?, bench.bare_queue().await?);
+        let (lane, queue) = (tables.lane().await?, bench.baseline_queue().await?);
         let publisher = queue.publisher(1).await?;
         let [accepts, confirms, claims, ends] = Default::default();
         Ok(Self { tables, lane, queue, publisher, accepts, confirms, claims, ends })
     }
 
-    /// Goes through the steps of one after the other for so long, in their order: who has slept meanwhile answers later.
+    /// Repeats the steps of one process, in order, for `each`. The order matters: a server process that was idle answers later.
     pub(super) async fn measure(&mut self, each: Duration) -> Result<(), Failure> {
         let started = Instant::now();
         while started.elapsed() < each {
             let accepting = Instant::now();
-            let told = accept(self.tables, 1).await?;
+            let tasks = accept(self.tables, 1).await?;
             let publishing = Instant::now();
-            let pids = told.iter().map(|told| told.task.pid()).collect();
-            self.publisher.publish(told.into_iter().map(BaselineMessage::from)).await?;
+            let pids = tasks.iter().map(|message| message.task.pid()).collect();
+            self.publisher.publish(tasks.into_iter().map(BaselineMessage::from)).await?;
             let claiming = Instant::now();
             let claimed = self.lane.turn(pids, &[], 1).await?;
             let ending = Instant::now();
@@ -271,7 +269,7 @@ impl<'a> Path<'a> {
         Ok(())
     }
 
-    /// The medians of all that was measured.
+    /// Deletes the queue and returns the medians.
     pub(super) async fn close(self) -> Result<PathTimes, Failure> {
         self.queue.delete().await?;
         Ok(PathTimes {
@@ -283,31 +281,32 @@ impl<'a> Path<'a> {
     }
 }
 
-/// Holds some rows.
+/// Claims [`HELD_ROWS`] rows and returns their fences.
 async fn hold(tables: &BaselineTables, lane: &BaselineLane) -> Result<Vec<Fence>, Failure> {
     let mut fences = Vec::new();
     while fences.len() < HELD_ROWS {
-        let pids = accept(tables, PAGE.min(HELD_ROWS - fences.len())).await?.into_iter().map(|told| told.task.pid());
+        let pids =
+            accept(tables, PAGE.min(HELD_ROWS - fences.len())).await?.into_iter().map(|message| message.task.pid());
         let claimed = lane.turn(pids.collect(), &[], 1).await?;
         fences.extend(claimed.into_iter().map(|claimed| claimed.fence));
     }
     Ok(fences)
 }
 
-/// Commits new processes and gives their messages.
+/// Commits new processes and returns their messages.
 async fn accept(tables: &BaselineTables, count: usize) -> Result<Vec<TaskMessage>, Failure> {
     let processes: Vec<NewProcess> = (0..count).map(|_| super::noop("default", "bench")).collect();
     let accepted = tables.store().submit(&processes).await?;
-    let told = accepted.queued.into_values().flatten().map(|row| {
+    let messages = accepted.queued.into_values().flatten().map(|row| {
         let task = Task::Launch { pid: row.pid, spec: None, wait: false, announced_at: Some(row.announced_at) };
         TaskMessage { task, traceparent: row.traceparent }
     });
-    Ok(told.collect())
+    Ok(messages.collect())
 }
 
-/// The rates of processes whose messages and rows go through together: accepted and published in pages; claimed and
-/// acknowledged in batches; each batch checkpointed after each advance but the last; ended, with the row of the attempt,
-/// together with the claims of the next batch.
+/// Measures the rate of processes with messages and rows together at each point. Processes are accepted and published in
+/// pages, and claimed and acknowledged in batches. A batch is checkpointed after each advance except the last. It ends, with
+/// the rows of its attempts, in the commit that claims the next batch.
 async fn combined_points(
     bench: &Bench,
     tables: &BaselineTables,
@@ -315,7 +314,7 @@ async fn combined_points(
 ) -> Result<Vec<(f64, String)>, Failure> {
     let mut points = Vec::new();
     for (lanes, batch) in COMBINED_POINTS {
-        let queue = bench.bare_queue().await?;
+        let queue = bench.baseline_queue().await?;
         let rate = combined_rate(&queue, tables, lanes, batch, combined).await;
         queue.delete().await?;
         points.push((rate?, format!("{lanes} × batch {batch}")));
@@ -346,14 +345,14 @@ async fn combined_rate(
     Ok(rounded(per_second(u64::from(count), started.elapsed())))
 }
 
-/// Waits until a count is reached, or one of those who count fails.
+/// Waits until the count is reached, or until one of the counting tasks fails.
 async fn all_reached(
     count: &mut watch::Receiver<u64>,
     goal: u64,
     counting: &mut JoinSet<Result<Infallible, Failure>>,
 ) -> Result<(), Failure> {
     tokio::select! {
-        // Those who count keep the other end.
+        // The counting tasks keep the sender alive.
         _ = count.wait_for(|count| *count >= goal) => Ok(()),
         Some(failed) = counting.join_next() => match failed {
             Ok(Ok(never)) => match never {},
@@ -363,7 +362,7 @@ async fn all_reached(
     }
 }
 
-/// The next page is committed while the last is being published.
+/// Submits all processes; a page is committed while the previous one is being published.
 async fn launch_all(tables: &BaselineTables, publisher: &BaselinePublisher, count: usize) -> Result<(), Failure> {
     let (pages_tx, mut pages) = mpsc::channel::<Vec<TaskMessage>>(1);
     let accepting = async {
@@ -394,7 +393,7 @@ async fn work(
 ) -> Result<Infallible, Failure> {
     let mut held: HashMap<Pid, Claimed> = HashMap::new();
     loop {
-        // With something in hand it does not wait for more.
+        // While it holds processes, it does not wait for more.
         let taken = if held.is_empty() {
             consumer.take(batch).await?
         } else {

@@ -1,4 +1,4 @@
-//! Processes that do nothing but advance, all at once: how many a second.
+//! Measures how many processes per second the fleet runs when all are submitted at once.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -16,19 +16,19 @@ use crate::cli::bench::{AdvancesArguments, FleetArguments, ThroughputArguments};
 use crate::failure::Failure;
 use crate::output;
 
-/// Processes that go through before anything is measured: connections open, statements are prepared, caches fill.
+/// Number of processes that run before the measurement, to open connections, prepare statements and fill caches.
 const WARM_UP: u32 = 500;
 
-/// How long a connection of PostgreSQL keeps, at most, what its statistics shall know, if it is used or has ended.
+/// Longest delay until PostgreSQL adds the statistics of a connection that is in use or has ended.
 const STATISTICS_PAUSE: Duration = Duration::from_millis(1_100);
 
-/// How often it is looked at whether all have ended; the database's times decide how long that took.
+/// Pause between two queries whether all have ended. The measured time comes from the timestamps in the database.
 const LOOK: Duration = Duration::from_millis(100);
 
-/// How long nothing may happen.
+/// Time limit without progress.
 pub(super) const STALL_LIMIT: Duration = Duration::from_secs(120);
 
-/// For how long each point of the limits is measured beside another benchmark.
+/// Duration of each point of the limits when they accompany another benchmark.
 const EACH: Duration = Duration::from_secs(1);
 
 pub(super) async fn throughput(bench: &Bench, arguments: &ThroughputArguments) -> Result<Report, Failure> {
@@ -83,7 +83,7 @@ pub(super) async fn limits_of(
     Box::pin(limits::measure(bench, EACH, combined)).await.map(Some)
 }
 
-/// Runs processes through, and checks that each has come out as it should.
+/// Runs the processes and checks that each one succeeded in one attempt.
 async fn load(
     bench: &Bench,
     arguments: &FleetArguments,
@@ -91,13 +91,13 @@ async fn load(
     make: impl Fn(&str) -> NewProcess,
 ) -> Result<Report, Failure> {
     let fleet = Fleet::gather(bench, arguments).await?;
-    // Their own connections end before the rows are counted.
+    // A separate store, because its connections must end before the rows are counted.
     let store = Store::open(Location::parse(&bench.database_url)?).await?;
     let rows_before = if fleet.is_own() { Some(rows_written(bench).await?) } else { None };
     let warm_up = format!("{}-warm-up", bench.session());
     let n_warm_up = WARM_UP.min(count);
     pass(bench, &store, n_warm_up, || make(&warm_up)).await?;
-    output::note(&format!("{count} processes, {} workers", fleet.len()));
+    output::note(&format!("processes: {count}; workers: {}", fleet.len()));
     let session = bench.session();
     let before = Reading::take(bench, &fleet).await?;
     pass(bench, &store, count, || make(&session)).await?;
@@ -107,7 +107,7 @@ async fn load(
     store.close().await;
     let mut cost = before.until(&after, u64::from(count));
     if let Some(rows_before) = rows_before {
-        // The lanes of a worker have reported nothing for sure before they end, so those that warmed up are counted as well.
+        // The connections of workers report reliably only at their end, so the warm-up is included in the count.
         let n_rows = rows_written(bench).await?.saturating_sub(rows_before);
         cost.per_process.rows = Some(cost::ratio(n_rows, u64::from(count + n_warm_up)));
     }
@@ -115,8 +115,8 @@ async fn load(
     let times_ms = times_of(&sums);
     if sums.good != u64::from(count) {
         return Err(Failure::failed(format!(
-            "{} of {count} have ended well, in one attempt that has its row; `baton list --session {session}` \
-             shows the others",
+            "{} of {count} processes succeeded in one recorded attempt; `baton list --session {session}` shows the \
+             others",
             sums.good
         )));
     }
@@ -133,15 +133,15 @@ async fn load(
     })
 }
 
-/// Rows written by all connections that have ended, and by that which asks.
+/// Returns the rows written by all ended connections and by this one.
 async fn rows_written(bench: &Bench) -> Result<u64, Failure> {
     tokio::time::sleep(STATISTICS_PAUSE).await;
-    // By this it reports, with the end of the transaction.
+    // The end of this transaction reports the statistics of this connection.
     bench.store.meters().await?;
     Ok(bench.store.meters().await?.rows)
 }
 
-/// How long processes have waited and worked, by the database's clock.
+/// Returns how long processes waited and ran, by the clock of the database.
 pub(super) fn times_of(sums: &Sums) -> BTreeMap<&'static str, Times> {
     let times = |micros: &[i64]| {
         Times::of(micros.iter().map(|micros| Duration::from_micros((*micros).max(0).cast_unsigned())).collect())
@@ -149,7 +149,7 @@ pub(super) fn times_of(sums: &Sums) -> BTreeMap<&'static str, Times> {
     BTreeMap::from([("accepted_to_claimed", times(&sums.waits_us)), ("claimed_to_ended", times(&sums.works_us))])
 }
 
-/// Submits, and waits until nothing of the queue is left.
+/// Submits processes and waits until the queue is empty.
 pub(super) async fn pass(
     bench: &Bench,
     store: &Store,
@@ -160,7 +160,7 @@ pub(super) async fn pass(
     let started = Instant::now();
     while store.is_busy(&bench.queue).await? {
         if started.elapsed() > STALL_LIMIT {
-            return Err(Failure::failed(format!("not all have ended within {} s", STALL_LIMIT.as_secs())));
+            return Err(Failure::failed(format!("not all processes ended within {} s", STALL_LIMIT.as_secs())));
         }
         tokio::time::sleep(LOOK).await;
     }

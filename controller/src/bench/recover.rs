@@ -1,4 +1,4 @@
-//! A worker that dies: how long until others hold what it held.
+//! Measures how long it takes until other workers hold the processes of a killed worker.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -11,10 +11,10 @@ use crate::cli::bench::RecoverArguments;
 use crate::failure::Failure;
 use crate::output;
 
-/// How often it is looked at where the processes are.
+/// Pause between two queries for the places of the processes.
 const LOOK: Duration = Duration::from_millis(10);
 
-/// How long the others may take: some leases.
+/// Time limit of the recovery: several leases.
 const RECOVERY_LIMIT: Duration = Duration::from_secs(60);
 
 pub(super) async fn run(bench: &Bench, arguments: &RecoverArguments) -> Result<Report, Failure> {
@@ -29,13 +29,16 @@ pub(super) async fn run(bench: &Bench, arguments: &RecoverArguments) -> Result<R
         )
     };
     output::note(&format!(
-        "{} live processes, {} workers; one that holds {orphans} is killed",
+        "held processes: {}; workers: {}; killed a worker with {orphans} processes",
         arguments.count,
         fleet.len()
     ));
     while held().await? > 0 {
         if died.elapsed() > RECOVERY_LIMIT {
-            return Err(Failure::failed(format!("not freed within {} s", RECOVERY_LIMIT.as_secs())));
+            return Err(Failure::failed(format!(
+                "the processes of the killed worker were not freed within {} s",
+                RECOVERY_LIMIT.as_secs()
+            )));
         }
         tokio::time::sleep(LOOK).await;
     }

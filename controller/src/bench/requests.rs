@@ -1,4 +1,4 @@
-//! Requests of operators among many live processes: to one by RPC, and to all by a broadcast.
+//! Measures requests while many processes are held: to one process by RPC, and to all by a broadcast.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -18,15 +18,15 @@ use crate::commands::control::ask;
 use crate::failure::Failure;
 use crate::output;
 
-/// How often it is looked at whether all have obeyed.
+/// Pause between two queries whether the request is applied to all.
 const LOOK: Duration = Duration::from_millis(10);
 
-/// How long they may take.
+/// Time limit until a request is applied to all.
 const OBEY_LIMIT: Duration = Duration::from_secs(120);
 
 pub(super) async fn run(bench: &Bench, arguments: &ControlBenchArguments) -> Result<Report, Failure> {
     let fleet = Fleet::gather(bench, &arguments.fleet.holding(arguments.count, 1).map_err(Failure::usage)?).await?;
-    output::note(&format!("{} live processes, {} workers", arguments.count, fleet.len()));
+    output::note(&format!("held processes: {}; workers: {}", arguments.count, fleet.len()));
     let pids = bench.hold(arguments.count).await?;
     let mut times = BTreeMap::new();
     let started = Instant::now();
@@ -57,7 +57,7 @@ pub(super) async fn run(bench: &Bench, arguments: &ControlBenchArguments) -> Res
     Ok(report)
 }
 
-/// Ends them in the database, without asking who holds them.
+/// Kills the processes in the database, without notifying their holders.
 pub(super) async fn kill(store: &Store, pids: &[Pid]) -> Result<(), Failure> {
     let select = Select::of(pids.to_vec());
     let request = Request { force: true, ..Request::new(Desired::Kill, whoami()) };
@@ -67,7 +67,7 @@ pub(super) async fn kill(store: &Store, pids: &[Pid]) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Each time is from the request to the answer that says what it has come to.
+/// Returns for each process the time from the request to the answer with its effect.
 async fn one_by_one(bench: &Bench, pids: &[Pid], requests: u32, verb: Desired) -> Result<Vec<Duration>, Failure> {
     let request = Request::new(verb, whoami());
     let mut times = Vec::new();
@@ -75,9 +75,13 @@ async fn one_by_one(bench: &Bench, pids: &[Pid], requests: u32, verb: Desired) -
         let started = Instant::now();
         let done = ask(&bench.client, Some(&bench.communicator), *pid, &request).await?;
         times.push(started.elapsed());
-        // On a busy machine a holder may answer before it has obeyed.
+        // On a busy machine, a holder may answer before the request is applied.
         if ![Effect::applied(verb), Effect::pending(verb)].contains(&done.effect) {
-            return Err(Failure::failed(format!("{pid} was to {}, and is: {}", verb.verb(), done.effect.word())));
+            return Err(Failure::failed(format!(
+                "{pid}: unexpected effect of `{}`: {}",
+                verb.verb(),
+                done.effect.word()
+            )));
         }
     }
     Ok(times)
@@ -91,7 +95,7 @@ async fn to_all(bench: &Bench, verb: Desired) -> Result<(), Failure> {
             bench.client.follow(&page).await;
         }
     }
-    // Nobody waits for the answers; the rows say when it is done.
+    // The answers are not awaited; the rows show when the request is applied.
     bench.communicator.broadcast(Control::Obey { verb, select, reason: None }).await?;
     Ok(())
 }

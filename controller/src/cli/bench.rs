@@ -8,22 +8,40 @@ use clap::{Args, Subcommand};
 
 #[derive(Subcommand, Debug)]
 pub(crate) enum BenchCommand {
-    /// Plain loops: confirmed publishes with acknowledged deliveries, fenced updates in batches, single commits
+    /// Measure broker and database with plain loops: confirmed publishes, acknowledged deliveries and fenced updates
+    #[command(after_help = "Examples:
+  baton bench limits
+  baton bench limits --combined -n 50000")]
     Limits(LimitsArguments),
-    /// Processes of one advance, all at once
+    /// Run many processes of one advance at once
+    #[command(after_help = "Examples:
+  baton bench throughput --workers 1
+  baton bench throughput --workers 3 -n 50000 --no-limits")]
     Throughput(ThroughputArguments),
-    /// Processes of many durable advances
+    /// Run processes of many durable advances
+    #[command(after_help = "Examples:
+  baton bench advances --workers 1
+  baton bench advances --workers 1 -n 1000 --steps 100")]
     Advances(AdvancesArguments),
-    /// Processes of one advance, one after the other
+    /// Run processes of one advance, one after another
+    #[command(after_help = "Examples:
+  baton bench latency --workers 1
+  baton bench latency --workers 1 -o json")]
     Latency(LatencyArguments),
-    /// Pause and play among live processes: one by one, and all by a broadcast
+    /// Pause and play held processes, first one by one, then all with one broadcast
+    #[command(after_help = "Examples:
+  baton bench control
+  baton bench control -n 5000 --requests 500 --workers 2")]
     Control(ControlBenchArguments),
-    /// Kill a worker, and wait until others hold what it held
+    /// Kill a worker and wait until other workers hold its processes
+    #[command(after_help = "Examples:
+  baton bench recover
+  baton bench recover -n 1000 --workers 3")]
     Recover(RecoverArguments),
 }
 
 impl BenchCommand {
-    /// Who works, where anybody does.
+    /// The options of the workers, for benchmarks that have them.
     pub(crate) fn fleet(&self) -> Option<&FleetArguments> {
         match self {
             BenchCommand::Limits(_) | BenchCommand::Control(_) | BenchCommand::Recover(_) => None,
@@ -34,51 +52,51 @@ impl BenchCommand {
     }
 }
 
-/// Who does the work of a benchmark.
+/// The workers of a benchmark.
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Workers")]
 pub(crate) struct FleetArguments {
-    /// Start so many workers for the run; 0 uses those that serve --queue
+    /// Number of workers to start; 0 uses the workers that serve --queue
     #[arg(long, default_value_t = 0, value_name = "N")]
     pub(crate) workers: u32,
-    /// Slots of each of these workers
+    /// Slots of each started worker [default: that of baton-worker]
     #[arg(long, value_name = "N")]
     pub(crate) slots: Option<u32>,
-    /// Threads of each of these workers that advance processes
+    /// Threads of each started worker that advance processes [default: that of baton-worker]
     #[arg(long, value_name = "N")]
     pub(crate) threads: Option<u16>,
-    /// The program of these workers [default: baton-worker, beside this program]
+    /// Program of the started workers [default: baton-worker in the folder of this program]
     #[arg(long, value_name = "PATH")]
     pub(crate) worker_program: Option<PathBuf>,
-    /// The queue of workers that are there
+    /// Queue of the existing workers
     #[arg(long, default_value = "default", value_name = "QUEUE")]
     pub(crate) queue: String,
-    /// Do not measure the limits before
+    /// Do not measure the limits first
     #[arg(long)]
     pub(crate) no_limits: bool,
 }
 
-/// Who holds the processes of a benchmark: always workers of its own, with room for all of them.
+/// The workers that hold the processes of a benchmark. It always starts them, with slots for all processes.
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Workers")]
 pub(crate) struct HoldingArguments {
-    /// Start so many workers
+    /// Number of workers to start [default: the fewest that the benchmark needs]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_000))]
     pub(crate) workers: Option<u32>,
-    /// Threads of each of these workers that advance processes
+    /// Threads of each started worker that advance processes [default: that of baton-worker]
     #[arg(long, value_name = "N")]
     pub(crate) threads: Option<u16>,
-    /// The program of these workers [default: baton-worker, beside this program]
+    /// Program of the started workers [default: baton-worker in the folder of this program]
     #[arg(long, value_name = "PATH")]
     pub(crate) worker_program: Option<PathBuf>,
 }
 
 impl HoldingArguments {
-    /// Workers each of which could hold all, of which there are at least so many.
+    /// Options of at least `workers_min` workers, each with `count` slots.
     pub(crate) fn holding(&self, count: u32, workers_min: u32) -> Result<FleetArguments, String> {
         let workers = self.workers.unwrap_or(workers_min);
         if workers < workers_min {
-            return Err(format!("this needs --workers {workers_min} at least"));
+            return Err(format!("this benchmark needs --workers {workers_min} or more"));
         }
         Ok(FleetArguments {
             workers,
@@ -93,23 +111,23 @@ impl HoldingArguments {
 
 #[derive(Args, Debug)]
 pub(crate) struct LimitsArguments {
-    /// Also messages and rows together, as Baton has them
+    /// Also measure messages and rows together, as Baton uses them
     #[arg(long)]
     pub(crate) combined: bool,
-    /// How many processes go through at each point of --combined
+    /// Number of processes at each point of --combined
     #[arg(short = 'n', long, default_value_t = 20_000, value_name = "N")]
     pub(crate) count: u32,
-    /// How many advances each of these makes
+    /// Number of advances of each of these processes
     #[arg(long, default_value_t = 1, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) steps: u32,
-    /// For how long each other point is measured
+    /// Time to measure each other point, such as 500ms or 2s
     #[arg(long, default_value = "2s", value_parser = duration::parse, value_name = "DURATION")]
     pub(crate) each: Duration,
 }
 
 #[derive(Args, Debug)]
 pub(crate) struct ThroughputArguments {
-    /// How many processes
+    /// Number of processes
     #[arg(short = 'n', long, default_value_t = 20_000, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) count: u32,
     #[command(flatten)]
@@ -118,10 +136,10 @@ pub(crate) struct ThroughputArguments {
 
 #[derive(Args, Debug)]
 pub(crate) struct AdvancesArguments {
-    /// How many processes
+    /// Number of processes
     #[arg(short = 'n', long, default_value_t = 5_000, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) count: u32,
-    /// How many advances each makes
+    /// Number of advances of each process
     #[arg(long, default_value_t = 10, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) steps: u32,
     #[command(flatten)]
@@ -130,7 +148,7 @@ pub(crate) struct AdvancesArguments {
 
 #[derive(Args, Debug)]
 pub(crate) struct LatencyArguments {
-    /// How many processes
+    /// Number of processes
     #[arg(short = 'n', long, default_value_t = 200, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) count: u32,
     #[command(flatten)]
@@ -139,10 +157,10 @@ pub(crate) struct LatencyArguments {
 
 #[derive(Args, Debug)]
 pub(crate) struct ControlBenchArguments {
-    /// How many live processes
+    /// Number of held processes
     #[arg(short = 'n', long, default_value_t = 1_000, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) count: u32,
-    /// How many of them are paused and played one by one
+    /// Number of processes to pause and play one by one
     #[arg(long, default_value_t = 200, value_name = "N")]
     pub(crate) requests: u32,
     #[command(flatten)]
@@ -151,7 +169,7 @@ pub(crate) struct ControlBenchArguments {
 
 #[derive(Args, Debug)]
 pub(crate) struct RecoverArguments {
-    /// How many live processes
+    /// Number of held processes
     #[arg(short = 'n', long, default_value_t = 100, value_name = "N", value_parser = clap::value_parser!(u32).range(2..))]
     pub(crate) count: u32,
     #[command(flatten)]

@@ -1,4 +1,4 @@
-//! Requests to many: one update decides whom it is about, one broadcast follows, and every worker answers.
+//! Requests to many processes: one update selects them, one broadcast follows, and every worker answers.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::time::{Duration, Instant};
@@ -13,38 +13,39 @@ use baton_common::store::control::Request;
 use baton_common::store::worker::Peer;
 use serde_json::{Value, json};
 
-use crate::cli::{ControlArguments, Global, Output};
+use crate::cli::control::ControlArguments;
+use crate::cli::{Global, Output};
 use crate::client::Client;
 use crate::failure::Failure;
 use crate::output;
 
-/// How long the workers may take to answer. They wait a second for what they hold, and only then say what is pending.
+/// Time limit for the answers of the workers. A worker waits one second for its processes, then reports what is pending.
 const ANSWERS_LIMIT: Duration = Duration::from_secs(2);
 
-/// Pause between two looks at the events while waiting.
+/// Pause between two queries while waiting.
 const LOOK: Duration = Duration::from_millis(100);
 
-/// A request to many.
+/// A request to many processes.
 pub(crate) struct Many {
     pub(crate) select: Select,
     pub(crate) request: Request,
     pub(crate) dry_run: bool,
     pub(crate) yes: bool,
-    /// How long to wait until all have obeyed.
+    /// How long to wait until the request is applied to all.
     pub(crate) wait: Option<Duration>,
 }
 
-/// What a request to many has come to.
+/// The result of a request to many processes.
 #[derive(Default)]
 struct Outcome {
-    /// Applied in the database, since nobody held them.
+    /// Processes without a holder, to which the request was applied in the database.
     unheld: u64,
-    /// By the holder: how many were asked of it, and how many have yet to obey.
+    /// By holder: number of its processes in the request, and number of those still pending.
     held: BTreeMap<Incarnation, (u64, u64)>,
     workers: Vec<Peer>,
     answers: BTreeMap<Incarnation, (Reply, Duration)>,
     nudged: bool,
-    /// How many have yet to obey.
+    /// Number of processes to which the request is not applied yet.
     pending: usize,
 }
 
@@ -65,7 +66,7 @@ pub(crate) async fn many(global: &Global, many: Many) -> Result<u8, Failure> {
     client.free_orphans().await?;
     let id = RequestId::generate();
     let mut outcome = Outcome::default();
-    // Of what is held only: as many as the fleet has slots.
+    // Only held processes: at most as many as the fleet has slots.
     let mut owners: HashMap<Pid, Incarnation> = HashMap::new();
     let mut n_changed = 0;
     if let Some(mut many) = client.store.control_many(id, &select, &request).await? {
@@ -106,7 +107,7 @@ pub(crate) async fn many(global: &Global, many: Many) -> Result<u8, Failure> {
     Ok(if wait.is_some() && outcome.pending > 0 { exit::WAIT_TIMED_OUT } else { exit::OK })
 }
 
-/// Stops or restarts the taking of any work.
+/// Pauses or resumes the fleet.
 pub(crate) async fn fleet(global: &Global, arguments: ControlArguments, request: Request) -> Result<u8, Failure> {
     let request = Request { reason: arguments.reason, ..request };
     let client = Client::open(global).await?;
@@ -127,10 +128,10 @@ pub(crate) async fn fleet(global: &Global, arguments: ControlArguments, request:
         }))?,
         Output::Ids => {}
         Output::Table => {
-            let what = if is_paused { "the fleet takes no more work" } else { "the fleet takes work" };
+            let what = if is_paused { "the fleet is paused" } else { "the fleet is playing" };
             let silent = names_of_silent(&outcome);
             let rest = if silent.is_empty() { String::new() } else { format!("; no answer from {silent}") };
-            output::print(&format!("{what}; {answered} of {} workers know{rest}", outcome.workers.len()))?;
+            output::print(&format!("{what}; {answered} of {} workers confirmed{rest}", outcome.workers.len()))?;
         }
     }
     Ok(exit::OK)
@@ -143,20 +144,22 @@ fn dry(global: &Global, verb: &str, total: u64, counts: &BTreeMap<String, u64>) 
         Output::Table => {
             let by: Vec<String> = counts.iter().map(|(place, count)| format!("{count} {place}")).collect();
             let by = if by.is_empty() { String::new() } else { format!(": {}", by.join(", ")) };
-            output::print(&format!("{verb} would be about {total} processes{by}"))?;
+            output::print(&format!("{verb} would select {}{by}", output::processes(total)))?;
         }
     }
     Ok(exit::OK)
 }
 
-/// Sends the broadcast and gathers the answers until every live worker has given one.
+/// Publishes the broadcast and collects answers until every live worker has answered or the limit has passed.
 async fn gather(broker: Option<&Communicator>, control: Control, outcome: &mut Outcome) {
     let Some(broker) = broker else { return };
     let sent = Instant::now();
     let mut replies = match broker.broadcast(control).await {
         Ok(replies) => replies,
         Err(error) => {
-            output::warn(&format!("recorded, but the workers were not told ({error}); they obey at their next beat"));
+            output::warn(&format!(
+                "recorded, but the workers were not notified ({error}); they apply the request at their next heartbeat"
+            ));
             return;
         }
     };
@@ -173,7 +176,7 @@ async fn gather(broker: Option<&Communicator>, control: Control, outcome: &mut O
     }
 }
 
-/// Waits until every process has obeyed, or that takes too long.
+/// Waits until the request is applied to every process, or until the limit has passed.
 async fn obeyed(client: &Client, id: RequestId, limit: Duration) -> Result<(), Failure> {
     let started = Instant::now();
     while !client.store.pending(id).await?.is_empty() && started.elapsed() < limit {
@@ -214,19 +217,18 @@ fn json_of(verb: &str, id: RequestId, selected: usize, outcome: &Outcome) -> Val
 }
 
 fn text_of(verb: &str, selected: usize, outcome: &Outcome) -> String {
-    let mut table = output::table(&["WHO", "ASKED", "DONE", "PENDING", "ANSWER"]);
+    let mut table = output::table(&["HOLDER", "SELECTED", "APPLIED", "PENDING", "ANSWER"]);
     let unheld = outcome.unheld.to_string();
-    table.add_row(["database".to_owned(), unheld.clone(), unheld, "0".into(), "what nobody held".into()]);
+    table.add_row(["none".to_owned(), unheld.clone(), unheld, "0".into(), "applied in the database".into()]);
     for worker in &outcome.workers {
         let (asked, pending) = outcome.held.get(&worker.id).copied().unwrap_or_default();
         let answer = match outcome.answers.get(&worker.id) {
             Some((Reply { error: Some(error), .. }, _)) => error.clone(),
             Some((_, elapsed)) => format!("after {:.0} ms", elapsed.as_secs_f64() * 1e3),
-            None if outcome.nudged => format!(
-                "none within {} s; what it holds obeys at its next beat, or once it is taken over",
-                ANSWERS_LIMIT.as_secs()
-            ),
-            None => "not told; obeys at its next beat".into(),
+            None if outcome.nudged => {
+                format!("none within {} s; applied at its next heartbeat, or after a takeover", ANSWERS_LIMIT.as_secs())
+            }
+            None => "not notified; applied at its next heartbeat".into(),
         };
         table.add_row([
             worker.name.clone(),
@@ -237,8 +239,8 @@ fn text_of(verb: &str, selected: usize, outcome: &Outcome) -> String {
         ]);
     }
     let rest = match outcome.pending {
-        0 => "all have obeyed".to_owned(),
-        pending => format!("{pending} have yet to obey"),
+        0 => "applied to all".to_owned(),
+        pending => format!("{pending} pending"),
     };
-    format!("{verb}: {selected} processes\n\n{}\n\n{rest}", table.trim_fmt())
+    format!("{verb}: {}\n\n{}\n\n{rest}", output::processes(selected as u64), table.trim_fmt())
 }

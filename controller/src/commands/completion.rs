@@ -1,4 +1,4 @@
-//! `baton completion`.
+//! `baton completion`: prints a completion script.
 
 use baton_common::exit;
 use clap::CommandFactory;

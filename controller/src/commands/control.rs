@@ -1,4 +1,4 @@
-//! `baton pause`, `play` and `kill`: recorded before it is sent, and true whether or not the broker is there.
+//! `baton pause`, `play` and `kill`: record the request before sending it, so that it applies even without the broker.
 
 use std::time::{Duration, Instant};
 
@@ -14,18 +14,19 @@ use futures_util::StreamExt;
 use serde_json::{Value, json};
 
 use super::broadcast;
-use crate::cli::{ControlArguments, Global, KillArguments, Output, PauseArguments, PlayArguments};
+use crate::cli::control::{ControlArguments, KillArguments, PauseArguments, PlayArguments};
+use crate::cli::{Global, Output};
 use crate::client::{Client, read_ids, whoami};
 use crate::failure::{Failure, exit_code_of_many};
 use crate::output;
 
-/// How long the holder may take to answer.
+/// Time limit for the answer of the holder.
 const HOLDER_LIMIT: Duration = Duration::from_secs(2);
 
-/// Requests under way at once; the database has as many connections as it takes to be busy with them.
+/// Maximum number of requests in progress; enough to keep the database busy.
 const UNDER_WAY_MAX: usize = 16;
 
-/// Pause between two looks at the row while waiting.
+/// Pause between two queries while waiting.
 const LOOK: Duration = Duration::from_millis(50);
 
 pub(crate) async fn pause(global: &Global, arguments: PauseArguments) -> Result<u8, Failure> {
@@ -45,11 +46,11 @@ pub(crate) async fn kill(global: &Global, arguments: KillArguments) -> Result<u8
     run(global, control, Request { force, ..Request::new(Desired::Kill, whoami()) }).await
 }
 
-/// What became of one request.
+/// The result of one request.
 pub(crate) struct Done {
     pid: Pid,
     pub(crate) effect: Effect,
-    /// By whose later request, if it is superseded.
+    /// The later request that superseded it.
     detail: Option<String>,
     event: Option<RequestId>,
     code: u8,
@@ -66,7 +67,9 @@ async fn run(global: &Global, arguments: ControlArguments, request: Request) -> 
     if texts.is_empty() || !conditions.is_all() || dry_run {
         if texts.is_empty() && conditions.is_all() && !all {
             let verb = request.verb.verb();
-            return Err(Failure::usage(format!("which processes? `baton {verb} PID…`, `--all`, or a selection")));
+            return Err(Failure::usage(format!(
+                "no processes are selected; use `baton {verb} PID…`, `--all` or a selection"
+            )));
         }
         if pids.is_empty() && !texts.is_empty() {
             // `-` with nothing on standard input means none, not all.
@@ -123,6 +126,10 @@ fn report(how: Output, all: &[Done]) -> Result<(), Failure> {
     }
 }
 
+/// Records a request to one process and notifies its holder.
+///
+/// # Errors
+/// The database does not answer.
 pub(crate) async fn ask(
     client: &Client,
     broker: Option<&Communicator>,
@@ -151,24 +158,24 @@ pub(crate) async fn ask(
         Ok(effect) => Ok(Done { effect, ..recorded }),
         Err(reason) => {
             output::warn(&format!(
-                "{pid}: recorded, but its holder was not told ({reason}); it obeys at its next beat"
+                "{pid}: recorded, but its holder was not notified ({reason}); it applies the request at its next heartbeat"
             ));
             Ok(Done { nudged: false, ..recorded })
         }
     }
 }
 
-/// Tells the holder to read the row; says what happened.
+/// Asks the holder to read the row. Returns the effect.
 async fn nudge(client: &Client, broker: &Communicator, row: &Controlled, request: &Request) -> Result<Effect, String> {
     let Some(owner) = row.owner else { return Ok(row.effect) };
     let queue = client.store.control_queue_of(owner).await.map_err(|error| error.to_string())?;
-    // A holder that has died obeys when it is freed.
+    // If the holder has died, the request is applied when the process is freed.
     let Some(queue) = queue else { return Ok(row.effect) };
     let control = Control::Obey { verb: request.verb, select: Select::one(row.pid), reason: request.reason.clone() };
     let reply = broker.request(&queue, control, HOLDER_LIMIT).await.map_err(|error| error.to_string())?;
     match reply.outcome {
         _ if request.force => Ok(row.effect),
-        // It has left its holder just now: what it is, the row says.
+        // The process has just left its holder; the row has its state.
         Some(Effect::NotHeld) | None => {
             let filter = Filter::of(vec![row.pid]);
             let row = client.store.list(&filter).await.map_err(|error| error.to_string())?.pop();
@@ -182,7 +189,7 @@ async fn nudge(client: &Client, broker: &Communicator, row: &Controlled, request
     }
 }
 
-/// Waits until the request's own event says what it has come to.
+/// Waits until the request is settled.
 async fn wait_for(client: &Client, done: &mut Done, verb: Desired, limit: Duration) -> Result<(), Failure> {
     let Some(event) = done.event else { return Ok(()) };
     let started = Instant::now();

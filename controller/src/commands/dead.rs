@@ -1,4 +1,4 @@
-//! `baton dead`: what nobody could use. It lies on the broker, so no database is needed.
+//! `baton dead`: lists, shows, replays and drops dead letters. They are on the broker, so no database is needed.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{BufRead, IsTerminal, Write};
@@ -9,25 +9,28 @@ use baton_common::id::LetterId;
 use chrono::Utc;
 use serde_json::{Value, json};
 
-use crate::cli::{DeadCommand, DeadListArguments, DropArguments, Global, LetterIds, Output, WhichLetters};
+use crate::cli::dead::{DeadCommand, DeadListArguments, DropArguments, LetterIds, WhichLetters};
+use crate::cli::{Global, Output};
 use crate::client::read_ids;
 use crate::failure::{Failure, exit_code_of_many};
 use crate::output::{self, clock, one_line, timestamp};
 
-/// How much of a reason the table shows; `show` has it all.
+/// Maximum length of a reason in the table, in characters. `show` prints all of it.
 const REASON_CHARS_MAX: usize = 100;
 
-/// How much is said of what became of a letter: the names of queues are in it, and what the broker said.
+/// Maximum length of an outcome, in characters. It contains queue names and errors of the broker.
 const OUTCOME_CHARS_MAX: usize = 1000;
 
-/// How much of a name the table shows: no name on a broker has more bytes.
+/// Maximum length of a name in the table, in characters. AMQP names have at most 255 bytes.
 const NAME_CHARS_MAX: usize = 255;
 
 pub(crate) async fn run(global: &Global, command: DeadCommand) -> Result<u8, Failure> {
     let urls = global.connection.resolve()?.broker_urls;
     if urls.is_empty() {
-        return Err(Failure::usage("no broker is named; dead letters lie on RabbitMQ, and `baton run` has none")
-            .with_remedy("set BATON_BROKER_URL, `broker.url` in baton.toml or --broker-url"));
+        return Err(Failure::usage(
+            "no broker is configured; dead letters are on RabbitMQ, which `baton run` does not use",
+        )
+        .with_remedy("set BATON_BROKER_URL, `broker.url` in baton.toml or --broker-url"));
     }
     match command {
         DeadCommand::List(arguments) => list(global, urls, arguments).await,
@@ -41,8 +44,8 @@ async fn list(global: &Global, urls: Vec<String>, arguments: DeadListArguments) 
     let mut letters = DeadLetters::open(urls).await?;
     let limit = if arguments.limit == 0 { usize::MAX } else { arguments.limit };
     let now = Utc::now().timestamp_micros();
-    // By their time, and not more at once than shall be shown. All are looked at, since the queue has no other order
-    // than the one in which somebody has looked at them last.
+    // Keeps at most as many letters as are shown, by time. All must be read, because the queue is ordered by when a letter
+    // was last read.
     let mut newest = BTreeMap::new();
     let mut n_seen = 0_usize;
     while let Some(letter) = letters.next().await? {
@@ -71,7 +74,7 @@ async fn list(global: &Global, urls: Vec<String>, arguments: DeadListArguments) 
                 ]);
             }
             output::print(&table.trim_fmt())?;
-            output::print(&format!("\n{} of {n_seen}", rows.len()))?;
+            output::print(&format!("\n{} of {n_seen} dead letters", rows.len()))?;
         }
     }
     Ok(exit::OK)
@@ -113,32 +116,36 @@ async fn show(global: &Global, urls: Vec<String>, arguments: LetterIds) -> Resul
     Ok(if absent.is_empty() { exit::OK } else { exit::SOME_FAILED })
 }
 
-/// What may be done to letters.
+/// What to do with dead letters.
 #[derive(Clone, Copy)]
 enum Verb {
     Replay,
     Drop { yes: bool },
 }
 
-/// Also for a letter that was listed a moment ago.
-const ABSENT_REMEDY: &str = "`baton dead list` shows those that are there; another `baton dead` may have it in hand";
+/// Remedy for a missing letter, even one that was listed a moment ago.
+const ABSENT_REMEDY: &str =
+    "`baton dead list` shows the existing ones; another `baton dead` command may be processing it";
 
-/// What became of one letter.
+/// The result for one letter.
 struct Done {
     id: LetterId,
     outcome: String,
     code: u8,
 }
 
-/// Deals with every letter that is meant: of those with the same id, with all.
+/// Replays or drops every selected letter, including all letters with the same id.
 async fn settle(global: &Global, urls: Vec<String>, verb: Verb, which: WhichLetters) -> Result<u8, Failure> {
     let ids: BTreeSet<LetterId> = read_ids(&which.ids)?.into_iter().collect();
     if ids.is_empty() && !which.all {
         return Ok(exit::OK);
     }
     if which.all && matches!(verb, Verb::Drop { yes: false }) && !std::io::stdin().is_terminal() {
-        return Err(Failure::new(exit::REFUSED, "dropping all dead letters has to be confirmed")
-            .with_remedy("say --yes where nobody can be asked"));
+        return Err(Failure::new(
+            exit::REFUSED,
+            "cannot ask for confirmation to drop all dead letters: standard input is not a terminal",
+        )
+        .with_remedy("use `--yes` to confirm"));
     }
     let mut letters = DeadLetters::open(urls).await?;
     let mut all = Vec::new();
@@ -149,7 +156,7 @@ async fn settle(global: &Global, urls: Vec<String>, verb: Verb, which: WhichLett
         }
         if which.all && seen.is_empty() && matches!(verb, Verb::Drop { yes: false }) && !confirm(letters.n_total())? {
             letters.close().await?;
-            return Err(Failure::new(exit::REFUSED, "nothing was dropped"));
+            return Err(Failure::new(exit::REFUSED, "not confirmed; nothing was dropped"));
         }
         seen.insert(letter.id);
         let done = settle_one(&mut letters, verb, letter).await?;
@@ -185,7 +192,7 @@ async fn settle_one(letters: &mut DeadLetters, verb: Verb, letter: Letter) -> Re
 }
 
 impl Done {
-    /// Says it at once, since many letters take a while; JSON is one document and comes at the end.
+    /// Prints the result at once, because many letters take a while. JSON is one document, printed at the end.
     fn report(&self, output: Output) -> Result<(), Failure> {
         match output {
             Output::Json => Ok(()),
@@ -196,17 +203,17 @@ impl Done {
     }
 }
 
-/// Asks the person at the terminal.
+/// Asks for confirmation at the terminal.
 fn confirm(n_total: usize) -> Result<bool, Failure> {
     let mut stderr = anstream::stderr();
-    write!(stderr, "Drop all dead letters ({n_total}) for good? [y/N] ")?;
+    write!(stderr, "Drop all {n_total} dead letters permanently? [y/N] ")?;
     stderr.flush()?;
     let mut answer = String::new();
     std::io::stdin().lock().read_line(&mut answer)?;
     Ok(matches!(answer.trim(), "y" | "Y" | "yes"))
 }
 
-/// What a list says about a letter.
+/// A letter in the list.
 struct Row {
     id: LetterId,
     at: Option<i64>,

@@ -1,4 +1,4 @@
-//! `baton doctor`: what is reachable, which versions, what is wrong, and the remedy.
+//! `baton doctor`: checks what is reachable, prints versions, problems and remedies.
 
 use std::time::Duration;
 
@@ -20,16 +20,16 @@ use crate::failure::{Failure, broker_remedy, objects_code};
 use crate::output::{self, one_line, span};
 use crate::overview::Overview;
 
-/// How long the store of objects may take for a small one, there and back.
+/// Time limit for storing and fetching a small object.
 const OBJECTS_LIMIT: Duration = Duration::from_secs(20);
 
-/// Characters of what a worker says of its object store, with the remedy.
+/// Maximum length of a worker's error about its object store, in characters.
 const TEXT_CHARS_MAX: usize = 600;
 
-/// Characters of a site's last error that fit into a line.
+/// Maximum length of a site's last error, in characters.
 const ERROR_CHARS_MAX: usize = 200;
 
-/// One thing that was looked at.
+/// The result of one check.
 struct Finding {
     what: &'static str,
     verdict: Verdict,
@@ -58,7 +58,7 @@ pub(crate) async fn run(global: &Global) -> Result<u8, Failure> {
             findings.push(finding(
                 "database",
                 Verdict::Warn,
-                "none is named; only `baton run` works".into(),
+                "none is configured; only `baton run` works".into(),
                 Some("set BATON_DATABASE_URL, `database.url` in baton.toml or --database-url"),
             ));
             None
@@ -70,7 +70,7 @@ pub(crate) async fn run(global: &Global) -> Result<u8, Failure> {
         Some(Ok(location)) => match Store::open_as(location, one_connection()).await {
             Ok(store) => {
                 let version = store.server_version().await?;
-                findings.push(finding("database", Verdict::Ok, format!("{version}, the schema is current"), None));
+                findings.push(finding("database", Verdict::Ok, format!("{version}, schema up to date"), None));
                 findings.extend(store.connections().await?.map(connections));
                 Some(store)
             }
@@ -80,7 +80,7 @@ pub(crate) async fn run(global: &Global) -> Result<u8, Failure> {
             }
         },
     };
-    // That of `baton run` has no broker.
+    // The database of `baton run` has no broker.
     let database = match &store {
         Some(store) if !store.is_embedded() => Some(store.identity().await?),
         Some(_) | None => None,
@@ -113,42 +113,44 @@ fn finding(what: &'static str, verdict: Verdict, text: String, remedy: Option<&s
 
 fn database_failure(error: &store::Error) -> Finding {
     let remedy = match error {
-        store::Error::Url | store::Error::UrlParts(_) => "postgres://USER:PASSWORD@HOST:PORT/NAME, or sqlite:PATH",
-        store::Error::Unreachable(_) | store::Error::Retry(_) => "start it, or correct host and port",
-        store::Error::Refused(_) => "correct user, password or database name, or grant the right",
-        store::Error::SchemaNewer { .. } | store::Error::Newer { .. } => "install the newer Baton on this machine",
-        store::Error::Folder { .. } => "make the folder, or name another home with --home",
-        store::Error::Full(_) => "raise the server's max_connections, or stop what uses its connections",
+        store::Error::Url | store::Error::UrlParts(_) => "use postgres://USER:PASSWORD@HOST:PORT/NAME or sqlite:PATH",
+        store::Error::Unreachable(_) | store::Error::Retry(_) => "start it, or correct the host and port",
+        store::Error::Refused(_) => "correct the user, password or database name, or grant the permission",
+        store::Error::SchemaNewer { .. } | store::Error::Newer { .. } => {
+            "install the newer version of Baton on this machine"
+        }
+        store::Error::Folder { .. } => "create the folder, or set another one with --home",
+        store::Error::Full(_) => "raise max_connections of the server, or stop programs that use its connections",
         store::Error::Unreadable(_)
         | store::Error::NoRow
         | store::Error::Stopped
         | store::Error::Rejected(_)
-        | store::Error::Database(_) => "see the database's own log",
+        | store::Error::Database(_) => "see the log of the database server",
     };
     finding("database", Verdict::Fail(exit::of_store(error)), error.to_string(), Some(remedy))
 }
 
-/// How many workers more the database has connections for. It counts those that live workers may yet open.
+/// Reports for how many more workers the database has connections. Counts the connections that live workers may still open.
 fn connections(connections: Connections) -> Finding {
     let Connections { usable, others, n_workers } = connections;
     let each = i64::from(WORKER_CONNECTIONS);
     let n_more = ((usable - others - n_workers * each) / each).max(0);
     let text = format!(
-        "{usable} are usable: {others} are open for other programs, {n_workers} workers may have {each} each, and {n_more} more \
-         workers fit"
+        "{usable} usable, {others} in use by other programs, up to {each} for each of {n_workers} workers; room for {n_more} \
+         more workers"
     );
     let (verdict, remedy) = if n_more == 0 {
-        (Verdict::Warn, Some("raise the server's max_connections before you start more workers"))
+        (Verdict::Warn, Some("raise max_connections of the server before starting more workers"))
     } else {
         (Verdict::Ok, None)
     };
     finding("connections", verdict, text, remedy)
 }
 
-/// A finding for each host. One that cannot be used is a failure only if none can.
+/// Returns a finding for each broker. An unusable broker is a failure only if no broker is usable.
 async fn brokers(urls: &[String], database: Option<Uuid>) -> Vec<Finding> {
     if urls.is_empty() {
-        let text = "none is named; processes are found by the database alone, and only `baton run` needs none";
+        let text = "none is configured; workers need one, `baton run` does not";
         let remedy = "set BATON_BROKER_URL, `broker.url` in baton.toml or --broker-url";
         return vec![finding("broker", Verdict::Warn, text.into(), Some(remedy))];
     }
@@ -170,11 +172,13 @@ async fn brokers(urls: &[String], database: Option<Uuid>) -> Vec<Finding> {
     findings.collect()
 }
 
-/// Whether files that are submitted, and results, can be kept: a small object goes there, comes back and is removed.
+/// Checks the object store: stores, fetches and removes a small object.
 async fn objects(config: &config::Objects) -> Finding {
     let objects = match Objects::open_existing(config) {
         Ok(Some(objects)) => objects,
-        Ok(None) => return finding("objects", Verdict::Ok, "no folder yet; the first file makes it".into(), None),
+        Ok(None) => {
+            return finding("objects", Verdict::Ok, "no folder yet; the first stored file creates it".into(), None);
+        }
         Err(error) => return unusable(&error),
     };
     let there_and_back = async {
@@ -187,34 +191,39 @@ async fn objects(config: &config::Objects) -> Finding {
         Ok(Ok(())) => finding("objects", Verdict::Ok, objects.location(), None),
         Ok(Err(error)) => unusable(&error),
         Err(_) => {
-            let text = format!("{} does not answer within {} s", objects.location(), OBJECTS_LIMIT.as_secs());
+            let text = format!("{} did not answer within {} s", objects.location(), OBJECTS_LIMIT.as_secs());
             finding(
                 "objects",
                 Verdict::Fail(exit::UNREACHABLE),
                 text,
-                Some("correct `objects` in baton.toml, or the way there"),
+                Some("correct `objects` in baton.toml, or check the network"),
             )
         }
     }
 }
 
-/// Whether the object store here is not the one that the fleet shares.
+/// Returns a finding if the object store is not the one that the fleet shares.
 async fn foreign(store: &Store, config: &config::Objects) -> Option<Finding> {
     let objects = Objects::open_existing(config).ok()?;
     let foreign = match tokio::time::timeout(OBJECTS_LIMIT, sharing::look(store, objects.as_ref())).await {
         Ok(Ok(foreign)) => foreign?,
-        // What does not answer is told already.
+        // Another finding reports a store that does not answer.
         Ok(Err(_)) | Err(_) => return None,
     };
     Some(finding("objects", Verdict::Fail(exit::REFUSED), foreign.text, Some(&foreign.remedy)))
 }
 
-/// The live workers that cannot use the fleet's object store.
+/// Returns a finding for each live worker that cannot use the object store of the fleet.
 async fn without_objects(store: &Store) -> Result<Vec<Finding>, Failure> {
     let workers = store.without_objects().await?;
     let findings = workers.into_iter().map(|(name, why)| {
-        let text = format!("worker {name} leaves processes with files to others: {}", one_line(&why, TEXT_CHARS_MAX));
-        finding("objects", Verdict::Fail(exit::FAILED), text, Some("correct `objects` in that worker's configuration"))
+        let text = format!("worker {name} does not run processes with files: {}", one_line(&why, TEXT_CHARS_MAX));
+        finding(
+            "objects",
+            Verdict::Fail(exit::FAILED),
+            text,
+            Some("correct `objects` in the configuration of that worker"),
+        )
     });
     Ok(findings.collect())
 }
@@ -224,11 +233,11 @@ fn unusable(error: &objects::Error) -> Finding {
         "objects",
         Verdict::Fail(objects_code(error)),
         chain(error),
-        Some("see `objects` in baton.toml; its keys are in the environment"),
+        Some("check `objects` in baton.toml; the access keys are read from the environment"),
     )
 }
 
-/// The sites that the fleet cannot reach.
+/// Returns findings about the sites of the fleet.
 async fn sites(store: &Store) -> Result<Vec<Finding>, Failure> {
     let sites = store.sites(None).await?;
     if sites.is_empty() {
@@ -239,14 +248,14 @@ async fn sites(store: &Store) -> Result<Vec<Finding>, Failure> {
     let mut findings: Vec<Finding> = down
         .map(|(site, retry_in)| {
             let error = one_line(site.last_error.as_deref().unwrap_or_default(), ERROR_CHARS_MAX);
-            let text = format!("{} cannot be reached, and is tried again in {}: {error}", site.name, span(retry_in));
+            let text = format!("{} is unreachable: {error}; Baton reconnects in {}", site.name, span(retry_in));
             finding("sites", Verdict::Warn, text, Some(&format!("baton site test {}", site.name)))
         })
         .collect();
     let n_up = served.len() - findings.len();
     findings.extend(unserved.iter().map(|site| {
         let text = format!("no live worker serves {}", site.name);
-        finding("sites", Verdict::Warn, text, Some("start a worker whose configuration has the site"))
+        finding("sites", Verdict::Warn, text, Some("start a worker that has the site in its configuration"))
     }));
     if n_up > 0 {
         findings.push(finding("sites", Verdict::Ok, format!("{n_up} up"), None));
@@ -254,7 +263,7 @@ async fn sites(store: &Store) -> Result<Vec<Finding>, Failure> {
     Ok(findings)
 }
 
-/// A finding for each worker whose machine lacks something, and one for all of them.
+/// Returns a finding for each worker that lacks a resource, and one for all workers.
 async fn workers(store: &Store) -> Result<Vec<Finding>, Failure> {
     let overview = Overview::look(store).await?;
     let lacking = overview.workers.iter().filter_map(|worker| Some((worker, worker.lacks.as_ref()?)));
@@ -272,14 +281,14 @@ fn all_workers(overview: &Overview) -> Finding {
     let workers = &overview.workers;
     if let Some(backlog) = overview.unserved().next() {
         let queue = &backlog.queue;
-        let text = format!("{} live; none takes from queue `{queue}`, in which processes wait", workers.len());
+        let text = format!("{} live, but none claims from queue `{queue}`, which has queued processes", workers.len());
         let remedy = format!("baton-worker --queue {}", queue_name(queue));
         return finding("workers", Verdict::Warn, text, Some(&remedy));
     }
     let blocked = workers.iter().filter_map(|worker| worker.blocked.as_ref()).count();
     if blocked > 0 {
         let text = format!("{} live, {blocked} of them with a process that blocks its thread", workers.len());
-        return finding("workers", Verdict::Warn, text, Some("`baton workers` names the process"));
+        return finding("workers", Verdict::Warn, text, Some("`baton workers` shows the process"));
     }
     match workers.len() {
         0 => finding("workers", Verdict::Warn, "none is live".into(), Some("start one: baton-worker")),

@@ -1,4 +1,5 @@
-//! `baton drain`: recorded before it is sent, so that workers obey it at their next beat even without the broker.
+//! `baton drain`: records the request before sending it, so that workers drain at their next heartbeat even without the
+//! broker.
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
@@ -18,24 +19,24 @@ use crate::client::{Client, whoami};
 use crate::failure::Failure;
 use crate::output;
 
-/// How long a worker may take to answer.
+/// Time limit for the answer of a worker.
 const ANSWER_LIMIT: Duration = Duration::from_secs(2);
 
-/// Pause between two looks at the workers' rows while waiting.
+/// Pause between two queries while waiting.
 const LOOK: Duration = Duration::from_millis(100);
 
-/// What became of one name.
+/// The result for one name.
 enum Asked {
-    /// No live worker is called so.
+    /// No live worker has this name.
     Absent(String),
-    /// An incarnation that knows it, or will at its next beat.
+    /// The request is recorded for this incarnation.
     Recorded { peer: Peer, nudged: bool },
 }
 
 pub(crate) async fn run(global: &Global, arguments: DrainArguments) -> Result<u8, Failure> {
     let client = Client::open(global).await?;
     let started = Instant::now();
-    // What is asked of a worker is no verb of a process; who asks and why is what counts.
+    // The verb is unused: draining is a request to a worker. Only the operator and the reason are recorded.
     let request = Request { reason: arguments.reason, ..Request::new(Desired::Run, whoami()) };
     let mut asked: Vec<Asked> = Vec::new();
     for name in &arguments.names {
@@ -83,18 +84,21 @@ impl Asked {
     }
 }
 
-/// Tells the worker to drain now instead of at its next beat; says whether it has answered.
+/// Asks the worker to drain now instead of at its next heartbeat. Returns whether it has answered.
 async fn nudge(broker: &Communicator, peer: &Peer) -> bool {
     match broker.request(&peer.control_queue(), Control::Drain, ANSWER_LIMIT).await {
         Ok(_) => true,
         Err(error) => {
-            output::warn(&format!("{}: recorded, but not told ({error}); it obeys at its next beat", peer.name));
+            output::warn(&format!(
+                "{}: recorded, but the worker was not notified ({error}); it drains at its next heartbeat",
+                peer.name
+            ));
             false
         }
     }
 }
 
-/// The rows of those that were asked; with a limit, once all have stopped or it has passed. Says what they hold meanwhile.
+/// Returns the rows of the workers; with a limit, waits until all have stopped. Prints what they hold meanwhile.
 async fn follow(
     client: &Client,
     asked: &[Asked],
@@ -119,7 +123,10 @@ async fn follow(
         let has_stopped = rows.iter().all(|row| row.gone_at.is_some());
         if has_stopped || limit.is_none_or(|limit| started.elapsed() >= limit) {
             if let (false, Some(limit)) = (has_stopped, limit) {
-                output::note(&format!("not all have stopped within {}; they go on", output::seconds(limit)));
+                output::note(&format!(
+                    "not all workers stopped within {}; they continue to drain",
+                    output::seconds(limit)
+                ));
             }
             return Ok(rows.into_iter().map(|row| (row.id, row)).collect());
         }
@@ -139,7 +146,7 @@ fn report(
             output::print_json(&Value::Array(values.collect()))
         }
         Output::Ids => asked.iter().filter_map(Asked::id).try_for_each(|id| output::print(&id.to_string())),
-        // Was said while it happened.
+        // It was printed while it happened.
         Output::Table => Ok(()),
     }
 }
@@ -162,7 +169,7 @@ fn json_of(asked: &Asked, rows: &HashMap<Incarnation, WorkerRow>, elapsed: Durat
     }
 }
 
-/// A worker that has drained holds nothing; one that died meanwhile leaves it to others.
+/// A drained worker holds nothing. The processes of a worker that died meanwhile are taken over by others.
 fn outcome(row: &WorkerRow) -> &'static str {
     match row.state() {
         WorkerState::Gone if row.held == 0 => "drained",

@@ -1,4 +1,4 @@
-//! `baton explain`: why a process does not move, from the database, and from the worker that holds it if it answers.
+//! `baton explain`: explains why a process does not advance. It asks the database, and the worker that holds the process.
 
 use baton_common::exit;
 use baton_common::state::Place;
@@ -36,7 +36,7 @@ pub(crate) async fn run(global: &Global, arguments: Pids) -> Result<u8, Failure>
     Ok(exit::OK)
 }
 
-/// Asks the broker where it may know more. A worker that does not beat does not answer either.
+/// Asks the holder, or for a queued process only whether the broker is reachable. A worker without heartbeats is not asked.
 async fn answer(client: &Client, facts: &Facts) -> Answer {
     match facts.details.summary.place {
         Place::Held => match facts.holder.as_ref().map(|holder| holder.state()) {

@@ -1,7 +1,7 @@
-//! `baton gc`: removes from the object store what no process needs any more.
+//! `baton gc`: removes objects that no process needs.
 //!
-//! What other databases need is not known, so nothing is removed where another has its mark. A place without marks is this
-//! database's if it needs something of it.
+//! Nothing is removed from a store that carries the owner mark of another database, because the needs of that database are
+//! unknown. A store without marks belongs to this database if it needs one of the objects.
 
 use std::collections::{HashMap, HashSet};
 use std::time::Duration;
@@ -21,10 +21,10 @@ use crate::client::Client;
 use crate::failure::Failure;
 use crate::output;
 
-/// Removals under way at a time: each is a question and an answer.
+/// Number of concurrent removals: each is one round trip.
 const REMOVALS_AT_ONCE: usize = 16;
 
-/// What was found and done.
+/// Counts of objects by what was done with them.
 #[derive(Debug, Default, PartialEq)]
 struct Tally {
     removed: Count,
@@ -65,16 +65,16 @@ pub(crate) async fn run(global: &Global, arguments: GcArguments) -> Result<u8, F
         Output::Ids => {}
         Output::Table => {
             let of = |count: Count| format!("{} objects, {}", count.objects, HumanBytes(count.bytes));
-            let verb = if dry_run { "would be removed" } else { "are removed" };
+            let verb = if dry_run { "would be removed" } else { "removed" };
             output::print(&format!("{verb}: {}", of(tally.removed)))?;
-            output::print(&format!("kept, since processes need them: {}", of(tally.needed)))?;
-            output::print(&format!("kept, since they are young: {}", of(tally.young)))?;
+            output::print(&format!("kept, needed by processes: {}", of(tally.needed)))?;
+            output::print(&format!("kept, too young: {}", of(tally.young)))?;
         }
     }
     Ok(exit::OK)
 }
 
-/// First what there is, then what is needed: whatever a process comes to need later is young by then.
+/// Lists the objects first and then the needed ones: an object that a process begins to need meanwhile is young.
 async fn collect(store: &Store, objects: &Objects, age: Duration, dry_run: bool) -> Result<Tally, Failure> {
     let age_of = chrono::Duration::from_std(age).ok();
     let before = age_of.and_then(|age| Utc::now().checked_sub_signed(age)).unwrap_or(DateTime::<Utc>::MIN_UTC);
@@ -125,30 +125,30 @@ async fn collect(store: &Store, objects: &Objects, age: Duration, dry_run: bool)
     Ok(tally)
 }
 
-/// Another database's objects are there, too.
+/// The store contains objects of another database.
 fn shared(objects: &Objects, other: Uuid) -> Failure {
     let place = objects.location();
-    Failure::new(
-        exit::REFUSED,
-        format!("another database, {other}, keeps objects in {place}, and may need any of them"),
-    )
-    .with_remedy(format!(
-        "give each database an `objects.url` of its own; if that one is gone, remove {}",
-        objects.owner_url(other)
-    ))
-}
-
-/// All of it may be another database's, or what this one needed once.
-fn unknown(objects: &Objects, database: Uuid) -> Failure {
-    let place = objects.location();
-    Failure::new(exit::REFUSED, format!("this database needs nothing in {place}, which may be another one's"))
+    Failure::new(exit::REFUSED, format!("another database, {other}, uses {place} and may need any object there"))
         .with_remedy(format!(
-            "is `objects.url` that of this database? If nobody else keeps anything there, make the empty {}",
-            objects.owner_url(database)
+            "use a separate `objects.url` for each database; if the other database no longer exists, remove {}",
+            objects.owner_url(other)
         ))
 }
 
-/// Whether it was still as old; somebody may have put it again meanwhile.
+/// The objects may belong to another database, or to this one in the past.
+fn unknown(objects: &Objects, database: Uuid) -> Failure {
+    let place = objects.location();
+    Failure::new(
+        exit::REFUSED,
+        format!("this database needs no object in {place}, which may belong to another database"),
+    )
+    .with_remedy(format!(
+        "check `objects.url`; if no other database uses this location, create the empty object {}",
+        objects.owner_url(database)
+    ))
+}
+
+/// Removes an object unless it was stored again meanwhile. Returns whether it was removed.
 async fn remove(objects: &Objects, digest: Digest, before: DateTime<Utc>) -> Result<bool, Failure> {
     if objects.put_at(digest).await?.is_some_and(|at| at > before) {
         return Ok(false);
@@ -157,7 +157,7 @@ async fn remove(objects: &Objects, digest: Digest, before: DateTime<Utc>) -> Res
     Ok(true)
 }
 
-/// Everything that processes need. It is held in memory: 32 bytes for each object.
+/// Returns all objects that processes need. Takes 32 bytes of memory per object.
 async fn needed(store: &Store, objects: &Objects) -> Result<HashSet<Digest>, Failure> {
     let mut needed: HashSet<Digest> = HashSet::new();
     let mut manifests: HashSet<Digest> = HashSet::new();
@@ -165,7 +165,7 @@ async fn needed(store: &Store, objects: &Objects) -> Result<HashSet<Digest>, Fai
     while let Some(page) = walking.next().await? {
         needed.extend(page.objects);
         for digest in page.manifests {
-            // Many processes may have one manifest.
+            // Many processes may share a manifest.
             if !manifests.insert(digest) {
                 continue;
             }
@@ -173,7 +173,7 @@ async fn needed(store: &Store, objects: &Objects) -> Result<HashSet<Digest>, Fai
             match objects.get_manifest(digest).await {
                 Ok(manifest) => needed.extend(manifest.entries().iter().map(|entry| entry.digest)),
                 Err(error @ objects::Error::Absent { .. }) => output::warn(&error.to_string()),
-                // What it names is not known, so nothing may be removed.
+                // The objects that the manifest names are unknown, so nothing may be removed.
                 Err(error) => return Err(error.into()),
             }
         }

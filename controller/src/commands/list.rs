@@ -1,4 +1,4 @@
-//! `baton list`: read and printed page by page, however many there are.
+//! `baton list`: reads and prints processes page by page, so that any number fits into memory.
 
 use baton_common::exit;
 use baton_common::id::Pid;
@@ -13,7 +13,7 @@ use crate::failure::Failure;
 use crate::output;
 use crate::overview::{Overview, total};
 
-/// Rows that are read and printed together.
+/// Number of rows that are read and printed together.
 const PAGE: u32 = 2_000;
 
 pub(crate) async fn run(global: &Global, arguments: ListArguments) -> Result<u8, Failure> {
@@ -47,13 +47,13 @@ pub(crate) async fn run(global: &Global, arguments: ListArguments) -> Result<u8,
             && let Some(last) = last
             && !listing.next(&client.store, 1).await?.is_empty()
         {
-            output::note(&format!("there are more: {}", next_command(cli::arguments().into_iter().skip(1), last)));
+            output::note(&format!("next page: {}", next_command(cli::arguments().into_iter().skip(1), last)));
         }
     }
     Ok(exit::OK)
 }
 
-/// Where a page begins. Only in the order of acceptance must the process before it still be there.
+/// Returns where a page begins. In the order of acceptance, the process before it must still exist.
 async fn cursor(client: &Client, select: &Select, pid: Pid) -> Result<Cursor, Failure> {
     match client.store.cursor(pid).await? {
         Some(cursor) => Ok(cursor),
@@ -62,7 +62,7 @@ async fn cursor(client: &Client, select: &Select, pid: Pid) -> Result<Cursor, Fa
     }
 }
 
-/// The command for the next page: this one, after its last process.
+/// Returns the command for the next page: this command with `--after` the last process.
 fn next_command(arguments: impl Iterator<Item = String>, last: Pid) -> String {
     let mut words = vec!["baton".to_owned()];
     let mut arguments = arguments;
@@ -70,7 +70,7 @@ fn next_command(arguments: impl Iterator<Item = String>, last: Pid) -> String {
         if word == "--after" {
             arguments.next();
         } else if word.contains("://") && word.contains('@') {
-            // A password is repeated to nobody.
+            // The URL may contain a password.
             words.push("URL".into());
         } else if !word.starts_with("--after=") {
             words.push(quoted(word));
@@ -80,7 +80,7 @@ fn next_command(arguments: impl Iterator<Item = String>, last: Pid) -> String {
     words.join(" ")
 }
 
-/// A word as a shell reads it.
+/// Quotes a word for the shell.
 fn quoted(word: String) -> String {
     let is_plain = |c: char| c.is_ascii_alphanumeric() || "_-=,./:@%+".contains(c);
     if !word.is_empty() && word.chars().all(is_plain) { word } else { format!("'{}'", word.replace('\'', r"'\''")) }
@@ -90,7 +90,7 @@ fn quoted(word: String) -> String {
 struct Printer {
     how: Output,
     n_pages: usize,
-    /// The columns of the pages before, so that those of the next are not narrower.
+    /// Column widths of the earlier pages, so that later ones are not narrower.
     widths: Vec<u16>,
 }
 
@@ -145,7 +145,7 @@ impl Printer {
         output::print(&table.trim_fmt())
     }
 
-    /// Prints what is still missing.
+    /// Prints the end of the document.
     fn end(&mut self) -> Result<(), Failure> {
         match self.how {
             Output::Json => output::print(if self.n_pages == 0 { "[]" } else { "\n]" }),
@@ -155,13 +155,13 @@ impl Printer {
     }
 }
 
-/// What is beside and behind the rows that are shown.
+/// Returns the totals and the summary of the fleet below the table.
 async fn footer(client: &Client) -> Result<String, Failure> {
     let counts = async { Ok(client.store.count_by_state().await?) };
     let (counts, overview) = tokio::try_join!(counts, Overview::look(&client.store))?;
     let parts: Vec<String> = counts.iter().map(|(word, n)| format!("{} {word}", output::count(*n))).collect();
     let colon = if counts.is_empty() { "" } else { ": " };
-    let mut lines = vec![format!("{} in all{colon}{}", total(counts.values().copied()), parts.join(", "))];
+    let mut lines = vec![format!("{} in total{colon}{}", total(counts.values().copied()), parts.join(", "))];
     lines.extend(overview.load());
     lines.extend(overview.remarks());
     Ok(lines.join("\n"))
@@ -172,7 +172,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_next_page_is_one_command_away() {
+    fn next_command_repeats_the_options_without_passwords() {
         let last: Pid = "01940000-0000-7000-8000-000000000000".parse().unwrap();
         let command = |words: &[&str]| next_command(words.iter().map(|word| (*word).to_owned()), last);
         assert_eq!(command(&["list"]), format!("baton list --after {last}"));

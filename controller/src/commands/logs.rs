@@ -1,4 +1,4 @@
-//! `baton logs`: live through the worker while it runs, from the database afterwards.
+//! `baton logs`: prints output through the worker while the process runs, and from the database afterwards.
 
 use std::io::Write;
 use std::time::Duration;
@@ -15,23 +15,23 @@ use crate::cli::{Global, LogsArguments};
 use crate::client::{Client, absent, read_ids};
 use crate::failure::Failure;
 
-/// How long a worker may take to answer.
+/// Time limit for the answer of a worker.
 const HOLDER_LIMIT: Duration = Duration::from_secs(5);
 
-/// Pause between two looks at a stream that has not grown.
+/// Pause between two reads of a stream that has not grown.
 const LOOK: Duration = Duration::from_millis(200);
 
-/// The same for a job at a site: each look is two commands there.
+/// Pause for a job at a site, where each read runs two commands.
 const SITE_LOOK: Duration = Duration::from_secs(1);
 
-/// Bytes of a stream that are fetched at once.
+/// Number of bytes of a stream that are fetched at once.
 const PIECE_BYTES: usize = 4 << 20;
 
 /// The kind of a process whose program runs at a site.
 const JOB: &str = "job";
 
-/// How far both streams have been printed: of one holding of a local program, or of one try of a job at a site, which
-/// several holdings see to.
+/// How far both streams have been printed: for one attempt of a local program, or for one try of a job at a site, which may
+/// span several attempts.
 #[derive(Clone, Copy, Default)]
 struct Printed {
     epoch: i64,
@@ -41,8 +41,8 @@ struct Printed {
 }
 
 impl Printed {
-    /// The same, or the beginning of the streams of another holding.
-    fn of_holding(self, epoch: i64) -> Self {
+    /// Returns the position in the streams of the attempt with this epoch.
+    fn of_attempt(self, epoch: i64) -> Self {
         if self.epoch == epoch { self } else { Self { epoch, ..Self::default() } }
     }
 }
@@ -50,7 +50,7 @@ impl Printed {
 pub(crate) async fn run(global: &Global, arguments: LogsArguments) -> Result<u8, Failure> {
     let pids = read_ids(std::slice::from_ref(&arguments.pid))?;
     let &[pid] = pids.as_slice() else {
-        return Err(Failure::usage("exactly one process id is needed"));
+        return Err(Failure::usage("expected exactly one process id"));
     };
     let client = Client::open(global).await?;
     let mut printed = Printed::default();
@@ -58,7 +58,7 @@ pub(crate) async fn run(global: &Global, arguments: LogsArguments) -> Result<u8,
     loop {
         let filter = Filter::of(vec![pid]);
         let summary = client.store.list(&filter).await?.pop().ok_or_else(|| absent(pid))?;
-        // Live first: when it has ended between the two, the database has all that is kept.
+        // Ask the worker first: if the process ends in between, the database has everything that is kept.
         let has_grown = match live(&client, &summary, &mut printed).await? {
             Some(has_grown) => has_grown,
             None if !summary.state.is_final() && summary.kind == JOB => {
@@ -80,19 +80,19 @@ pub(crate) async fn run(global: &Global, arguments: LogsArguments) -> Result<u8,
     Ok(exit::OK)
 }
 
-/// Prints what the holder's program has written since; `None` when no worker can be asked.
+/// Prints new output from the holder; `None` if no worker can be asked.
 async fn live(client: &Client, summary: &Summary, printed: &mut Printed) -> Result<Option<bool>, Failure> {
     let Some(owner) = summary.owner else { return Ok(None) };
     let Some(queue) = client.store.control_queue_of(owner).await? else { return Ok(None) };
     let Ok(Some(communicator)) = client.broker().await else { return Ok(None) };
-    // A holding that has written nothing yet begins no streams: those before it may still be printed.
-    let from = printed.of_holding(summary.epoch);
+    // An attempt without output starts no streams: those of the previous attempt may still be printed.
+    let from = printed.of_attempt(summary.epoch);
     let control = Control::Output { pid: summary.pid, stdout_offset: from.stdout, stderr_offset: from.stderr };
     let Ok(reply) = communicator.request(&queue, control, HOLDER_LIMIT).await else { return Ok(None) };
     let Some(chunk) = reply.output else { return Ok(None) };
-    let begun = from.of_holding(chunk.epoch);
+    let begun = from.of_attempt(chunk.epoch);
     if (begun.stdout, begun.stderr) != (from.stdout, from.stderr) {
-        // It was claimed again since, and these bytes are not the first of its streams.
+        // The process was claimed again, and these bytes are not the first of the new streams.
         *printed = begun;
         return Ok(Some(true));
     }
@@ -105,8 +105,7 @@ async fn live(client: &Client, summary: &Summary, printed: &mut Printed) -> Resu
     Ok(Some(!chunk.stdout.is_empty() || !chunk.stderr.is_empty()))
 }
 
-/// Prints what a job at a site has written since, over a session of this command's own: of the try that is being
-/// printed, and then of the one that has come after it.
+/// Prints new output of a job at a site over a session of this command: of the current try, then of the next one.
 async fn at_site(
     global: &Global,
     client: &Client,
@@ -148,7 +147,7 @@ async fn at_site(
     Ok(false)
 }
 
-/// Prints what the database keeps beyond what has been printed: of the same holding, or of the same try at a site.
+/// Prints the rest of the output from the database, for the same attempt or for the same try at a site.
 async fn stored(client: &Client, pid: Pid, printed: &mut Printed, is_same_try: bool) -> Result<bool, Failure> {
     let Some((epoch, outputs)) = client.store.output(pid).await? else { return Ok(false) };
     if epoch != printed.epoch && !is_same_try {
@@ -171,16 +170,14 @@ async fn stored(client: &Client, pid: Pid, printed: &mut Printed, is_same_try: b
     Ok(has_grown)
 }
 
-/// What is kept of a stream from an offset on, with a line where something is left out.
+/// Returns the kept bytes of a stream from an offset, with a line in place of omitted bytes.
 fn beyond(output: &Output, offset: u64) -> Vec<u8> {
     let head_end = output.head.len() as u64;
     let tail_start = output.total_bytes - output.tail.len() as u64;
     let skip = |from: u64| usize::try_from(offset.saturating_sub(from)).unwrap_or(usize::MAX);
     let mut rest = output.head.get(skip(0)..).unwrap_or_default().to_vec();
     if offset < tail_start && tail_start > head_end {
-        rest.extend_from_slice(
-            format!("\n[… {} bytes are not kept …]\n", tail_start - head_end.max(offset)).as_bytes(),
-        );
+        rest.extend_from_slice(format!("\n[… {} bytes omitted …]\n", tail_start - head_end.max(offset)).as_bytes());
     }
     rest.extend_from_slice(output.tail.get(skip(tail_start)..).unwrap_or_default());
     rest
@@ -207,7 +204,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_kept_is_printed_once_and_what_is_not_is_said() {
+    fn kept_output_is_printed_once_and_omitted_bytes_are_counted() {
         let whole = output("abc", "def", 6);
         assert_eq!(beyond(&whole, 0), b"abcdef");
         assert_eq!(beyond(&whole, 2), b"cdef");

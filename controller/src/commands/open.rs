@@ -1,4 +1,4 @@
-//! `baton open`: a shell in the folder of a process.
+//! `baton open`: opens a shell in the folder of a process.
 
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -17,7 +17,7 @@ use crate::output;
 pub(crate) async fn run(global: &Global, arguments: OpenArguments) -> Result<u8, Failure> {
     let pids = read_ids(std::slice::from_ref(&arguments.pid))?;
     let &[pid] = pids.as_slice() else {
-        return Err(Failure::usage("exactly one process id is needed"));
+        return Err(Failure::usage("expected exactly one process id"));
     };
     let client = Client::open(global).await?;
     let details = client.store.show(pid).await?.ok_or_else(|| absent(pid))?;
@@ -34,15 +34,15 @@ pub(crate) async fn run(global: &Global, arguments: OpenArguments) -> Result<u8,
         output::print(&argv.iter().map(|word| quote(word)).collect::<Vec<_>>().join(" "))?;
         return Ok(exit::OK);
     }
-    // This program is replaced; what comes back is that it could not be.
+    // `exec` replaces this program; it returns only if it fails.
     let failure = Command::new(&argv[0]).args(&argv[1..]).exec();
     Err(Failure::failed(format!("cannot run {}: {failure}", argv[0])))
 }
 
-/// What opens a shell in a folder below a site's root.
+/// Returns the command that opens a shell in a folder below the root of a site.
 fn at_site(config: &Config, name: &str, folder: &str) -> Result<Vec<String>, Failure> {
     let missing = |what: String| {
-        Failure::new(exit::NOT_FOUND, what).with_remedy("take the section from the configuration of the workers")
+        Failure::new(exit::NOT_FOUND, what).with_remedy("copy the section from the configuration of the workers")
     };
     let site = config.sites.get(name).ok_or_else(|| missing(format!("the configuration has no site `{name}`")))?;
     let folder = quote(&format!("{}/{folder}", site.root_from_home()));
@@ -62,12 +62,12 @@ fn at_site(config: &Config, name: &str, folder: &str) -> Result<Vec<String>, Fai
     option("-l", ssh.user.clone());
     option("-J", ssh.jump.clone());
     option("-o", ssh.known_hosts.as_ref().map(|path| format!("UserKnownHostsFile={}", path.display())));
-    // The login shell may be any; of this, each makes the same words.
+    // Every login shell splits this into the same words.
     argv.extend([ssh.host.clone(), format!("exec /bin/sh -c {}", quote(&shell))]);
     Ok(argv)
 }
 
-/// `~/` is the home folder. OpenSSH takes it so for keys and known hosts, but not for the file of its configuration.
+/// Expands `~/`. OpenSSH expands it for keys and known hosts, but not for its configuration file.
 fn from_home(path: &Path) -> PathBuf {
     match (path.strip_prefix("~"), std::env::home_dir()) {
         (Ok(rest), Some(home)) => home.join(rest),
@@ -75,14 +75,17 @@ fn from_home(path: &Path) -> PathBuf {
     }
 }
 
-/// What opens a shell in a sandbox of this machine: `HOST:PATH`.
+/// Returns the command that opens a shell in a sandbox on this machine, `HOST:PATH`.
 fn here(sandbox: Option<&str>) -> Result<Vec<String>, Failure> {
     let (host, path) = sandbox.and_then(|sandbox| sandbox.split_once(':')).ok_or_else(|| {
-        Failure::new(exit::CONFLICT, "its folder is not known")
-            .with_remedy("that of a local program is when it has ended")
+        Failure::new(exit::CONFLICT, "the folder of the process is unknown")
+            .with_remedy("the folder of a local program is known once the process has ended")
     })?;
     if host != host_name() {
-        return Err(Failure::new(exit::CONFLICT, format!("its folder is on {host}: {path}")));
+        return Err(Failure::new(
+            exit::CONFLICT,
+            format!("the folder of the process is on another machine: {host}:{path}"),
+        ));
     }
     Ok(vec!["/bin/sh".into(), "-c".into(), format!("cd {} && exec \"${{SHELL:-/bin/sh}}\"", quote(path))])
 }

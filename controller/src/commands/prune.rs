@@ -1,4 +1,4 @@
-//! `baton prune`: what ended long ago is removed, page by page.
+//! `baton prune`: removes processes that ended long ago, page by page.
 
 use std::collections::BTreeMap;
 use std::io::IsTerminal;
@@ -18,7 +18,7 @@ pub(crate) async fn run(global: &Global, arguments: PruneArguments) -> Result<u8
     let PruneArguments { older_than, facts, state, dry_run, yes } = arguments;
     let select = Select { states: (!state.is_empty()).then_some(state), ..facts.select()? };
     let client = Client::open(global).await?;
-    // Whoever confirms it beforehand, as cron does, need not wait for it to be counted.
+    // Without a question and a progress bar, as under cron, counting is not needed.
     let is_shown = std::io::stderr().is_terminal();
     let counts = if dry_run || !yes || is_shown {
         client.store.count_prunable(&select, older_than).await?
@@ -38,7 +38,7 @@ pub(crate) async fn run(global: &Global, arguments: PruneArguments) -> Result<u8
     match global.output {
         Output::Json => output::print_json(&json!({"pruned": n_pruned}))?,
         Output::Ids => {}
-        Output::Table => output::print(&format!("{n_pruned} processes are pruned"))?,
+        Output::Table => output::print(&format!("{} pruned", output::processes(n_pruned)))?,
     }
     Ok(exit::OK)
 }
@@ -60,7 +60,7 @@ fn dry(how: Output, total: u64, counts: &BTreeMap<String, u64>) -> Result<u8, Fa
         Output::Table => {
             let by: Vec<String> = counts.iter().map(|(state, count)| format!("{count} {state}")).collect();
             let by = if by.is_empty() { String::new() } else { format!(": {}", by.join(", ")) };
-            output::print(&format!("prune would be about {total} processes{by}"))?;
+            output::print(&format!("{} would be pruned{by}", output::processes(total)))?;
         }
     }
     Ok(exit::OK)

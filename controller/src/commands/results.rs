@@ -1,4 +1,4 @@
-//! `baton results`: what a process has left in the object store.
+//! `baton results`: lists and fetches the result files of a process.
 
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
@@ -23,7 +23,7 @@ use crate::output;
 
 pub(crate) async fn run(global: &Global, arguments: ResultsArguments) -> Result<u8, Failure> {
     let client = Client::open(global).await?;
-    let pid = read_ids::<Pid>(&[arguments.pid])?.pop().ok_or_else(|| Failure::usage("no process is named"))?;
+    let pid = read_ids::<Pid>(&[arguments.pid])?.pop().ok_or_else(|| Failure::usage("expected one process id"))?;
     let summary = client.store.show(pid).await?.ok_or_else(|| absent(pid))?.summary;
     let outcome = summary.outcome.as_ref().ok_or_else(|| {
         let remedy = format!("`baton watch {pid}` waits for its end");
@@ -31,8 +31,8 @@ pub(crate) async fn run(global: &Global, arguments: ResultsArguments) -> Result<
             .with_remedy(remedy)
     })?;
     let Some(results) = outcome.results else {
-        let none = Failure::new(exit::NOT_FOUND, format!("{pid} has left no files in the object store"));
-        return Err(none.with_remedy("the spec's `out` names those that are kept"));
+        let none = Failure::new(exit::NOT_FOUND, format!("{pid} has no result files in the object store"));
+        return Err(none.with_remedy("`out` in the spec names the files that are kept"));
     };
     let objects = Objects::open_existing(&client.objects)?;
     if let Some(foreign) = sharing::look(&client.store, objects.as_ref()).await? {
@@ -40,8 +40,8 @@ pub(crate) async fn run(global: &Global, arguments: ResultsArguments) -> Result<
     }
     let objects = objects.ok_or_else(|| {
         let place = client.objects.url.as_deref().unwrap_or("the default folder");
-        Failure::new(exit::NOT_FOUND, format!("there are no objects in {place}"))
-            .with_remedy("name the same place as the workers in BATON_OBJECTS_URL or `objects.url`")
+        Failure::new(exit::NOT_FOUND, format!("there is no object store at {place}"))
+            .with_remedy("set BATON_OBJECTS_URL or `objects.url` to the location that the workers use")
     })?;
     let manifest = objects.get_manifest(results).await?;
     match arguments.get {
@@ -70,7 +70,7 @@ fn list(how: Output, pid: Pid, manifest: &Manifest, objects: &Objects) -> Result
                 ]);
             }
             for folder in manifest.folders() {
-                table.add_row([format!("{folder}/"), "empty".to_owned(), String::new(), String::new()]);
+                table.add_row([format!("{folder}/"), "empty folder".to_owned(), String::new(), String::new()]);
             }
             output::print(&table.to_string())
         }
@@ -87,7 +87,7 @@ fn json_of(entry: &Entry, objects: &Objects) -> Value {
     with_path(value, &entry.path)
 }
 
-/// A path that is not UTF-8 stands there by its bytes, too.
+/// Adds the path, and its bytes in hexadecimal if it is not UTF-8.
 fn with_path(mut value: Value, path: &BytePath) -> Value {
     let (text, hex) = manifest::written(path);
     value["path"] = json!(text);
@@ -97,10 +97,10 @@ fn with_path(mut value: Value, path: &BytePath) -> Value {
     value
 }
 
-/// Fetches all, several at a time; after a failure the same command goes on with what is left.
+/// Fetches all files, several at a time. After a failure, the same command fetches the remaining ones.
 async fn get(how: Output, manifest: &Manifest, objects: &Objects, folder: &Path) -> Result<(), Failure> {
     std::fs::create_dir_all(folder)
-        .map_err(|error| Failure::failed(format!("cannot make {}: {error}", folder.display())))?;
+        .map_err(|error| Failure::failed(format!("cannot create {}: {error}", folder.display())))?;
     let bar = output::progress_bar(manifest.total_bytes(), "fetched");
     let fetched: Vec<bool> = futures_util::stream::iter(manifest.entries())
         .map(|entry| fetch(objects, folder, entry, &bar))
@@ -120,12 +120,12 @@ async fn get(how: Output, manifest: &Manifest, objects: &Objects, folder: &Path)
         }
         Output::Ids => Ok(()),
         Output::Table => {
-            output::print(&format!("{n_fetched} files are fetched into {}, {n_there} were there", folder.display()))
+            output::print(&format!("{n_fetched} files fetched into {}, {n_there} already there", folder.display()))
         }
     }
 }
 
-/// Whether it had to be fetched.
+/// Fetches a file unless it is already there. Returns whether it was fetched.
 async fn fetch(objects: &Objects, folder: &Path, entry: &Entry, bar: &ProgressBar) -> Result<bool, Failure> {
     let (target, wanted) = (folder.join(entry.path.as_path()), (entry.digest, entry.size));
     let (root, path) = (folder.to_owned(), entry.path.clone());
@@ -133,12 +133,12 @@ async fn fetch(objects: &Objects, folder: &Path, entry: &Entry, bar: &ProgressBa
     if is_there {
         bar.inc(entry.size);
     } else {
-        let told = bar.clone();
-        objects.get_file(entry.digest, &target, move |n_bytes| told.inc(n_bytes)).await?;
+        let bar = bar.clone();
+        objects.get_file(entry.digest, &target, move |n_bytes| bar.inc(n_bytes)).await?;
     }
     if entry.executable {
         let mode = std::fs::metadata(&target)?.permissions().mode();
-        // Whoever may read it may execute it.
+        // Every user that may read the file may execute it.
         let executable = mode | (mode & 0o444) >> 2;
         if executable != mode {
             std::fs::set_permissions(&target, std::fs::Permissions::from_mode(executable))?;
@@ -152,24 +152,24 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T, Failure> +
 }
 
 fn refused(path: &Path, what: &str) -> Failure {
-    let text = format!("{} is {what}; nothing is written there", path.display());
-    Failure::new(exit::REFUSED, text).with_remedy("name another folder by --get, or remove it")
+    let text = format!("{} is {what}; nothing was written", path.display());
+    Failure::new(exit::REFUSED, text).with_remedy("choose another folder with --get, or remove it")
 }
 
 fn of_path(path: &Path, error: &std::io::Error) -> Failure {
     Failure::failed(format!("cannot use {}: {error}", path.display()))
 }
 
-/// Makes a folder and those above it, none of which may be a link, and gives its path.
+/// Creates a folder and the folders above it, none of which may be a symbolic link. Returns its path.
 fn prepare_folder(root: &Path, path: &BytePath) -> Result<PathBuf, Failure> {
     let mut place = PathBuf::from(root);
     for part in path.as_path() {
         place.push(part);
         match place.symlink_metadata() {
             Ok(found) if found.is_dir() => {}
-            Ok(_) => return Err(refused(&place, "no folder, or a link to one")),
+            Ok(_) => return Err(refused(&place, "a symbolic link or not a folder")),
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => match std::fs::create_dir(&place) {
-                // Another file of the same folder has come first.
+                // A concurrent fetch has created it.
                 Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {}
                 made => made.map_err(|error| of_path(&place, &error))?,
             },
@@ -179,7 +179,7 @@ fn prepare_folder(root: &Path, path: &BytePath) -> Result<PathBuf, Failure> {
     Ok(place)
 }
 
-/// Makes the folders for a file, and says whether the file is there already.
+/// Creates the folders for a file. Returns whether the unchanged file is already there.
 fn prepare(root: &Path, path: &BytePath, wanted: (Digest, u64)) -> Result<bool, Failure> {
     let bytes = path.as_bytes();
     let slash_idx = bytes.iter().rposition(|byte| *byte == b'/');
@@ -227,7 +227,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_is_there_and_equal_is_not_fetched_again() {
+    async fn unchanged_files_are_not_fetched_again() {
         let dir = tempfile::tempdir().unwrap();
         let objects = objects(dir.path());
         let manifest = left(&objects, &[("a", "1", false), ("a.part", "2", false), ("b/c/d", "3", true)]).await;
@@ -246,7 +246,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn files_come_back_by_their_bytes_and_folders_although_they_are_empty() {
+    async fn names_that_are_not_utf8_and_empty_folders_are_restored() {
         let dir = tempfile::tempdir().unwrap();
         let objects = objects(dir.path());
         let digest = objects.put_bytes(b"x".to_vec()).await.unwrap();
@@ -266,7 +266,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn nothing_is_written_outside_of_the_folder() {
+    async fn nothing_is_written_outside_the_folder() {
         let dir = tempfile::tempdir().unwrap();
         let objects = objects(dir.path());
         let manifest = left(&objects, &[("link/file", "1", false)]).await;
@@ -275,9 +275,9 @@ mod tests {
         std::fs::create_dir(&outside).unwrap();
         symlink(&outside, folder.join("link")).unwrap();
         let failure = fetch_all(&objects, &manifest, &folder).await.unwrap_err();
-        assert!(failure.text().contains("a link to one"), "{failure:?}");
+        assert!(failure.text().contains("a symbolic link"), "{failure:?}");
         assert_eq!(std::fs::read_dir(&outside).unwrap().count(), 0);
-        // A link in the place of the file itself is replaced.
+        // A symbolic link in place of the file itself is replaced.
         let manifest = left(&objects, &[("file", "1", false)]).await;
         std::fs::write(outside.join("mine"), "mine").unwrap();
         symlink(outside.join("mine"), folder.join("file")).unwrap();

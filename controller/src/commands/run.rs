@@ -47,7 +47,7 @@ pub(crate) async fn run(global: &Global, arguments: RunArguments, registry: Regi
     check_site(&spec, &config.sites)?;
     let plan = capture::plan(&spec, &folder)?;
     let home = std::path::absolute(&global.home)?;
-    make_private(&home).map_err(|error| Failure::failed(format!("cannot make {}: {error}", home.display())))?;
+    make_private(&home).map_err(|error| Failure::failed(format!("cannot create {}: {error}", home.display())))?;
     // Held until the program ends: the lock is what tells that every other incarnation is gone.
     let _lock = lock(&home)?;
     let store = Store::open(Location::Sqlite(home.join(DATABASE_FILE))).await?;
@@ -56,7 +56,7 @@ pub(crate) async fn run(global: &Global, arguments: RunArguments, registry: Regi
     let spec = if plan.files.is_empty() { spec } else { Box::pin(capture::capture(&spec, plan, &objects)).await? };
     let (pid, is_resumed) = find_or_submit(&store, &spec, arguments.new).await?;
     if is_resumed {
-        output::note(&format!("going on with {pid}; --new starts another one"));
+        output::note(&format!("resuming {pid}; --new starts another process"));
         let row = store.list(&Filter::of(vec![pid])).await?.pop();
         if row.is_some_and(|row| is_stuck(&row)) {
             // Whoever runs it again has seen to what it was paused for.
@@ -104,13 +104,13 @@ pub(crate) async fn run(global: &Global, arguments: RunArguments, registry: Regi
         () = hurry => {}
     }
     let Some(summary) = ended else {
-        output::note(&format!("interrupted; {pid} goes on where it was when you run this again"));
+        output::note(&format!("interrupted; to resume {pid}, run the same command again"));
         return Ok(exit::INTERRUPTED);
     };
     let details = store.show(pid).await?.ok_or_else(|| absent(pid))?;
     report(global, &details)?;
     if is_stuck(&summary) {
-        output::note("  once that is mended, run this again: it goes on where it was");
+        output::note("  to resume it, remove the cause and run the same command again");
     }
     Ok(match summary.state {
         State::Finished => {
@@ -152,7 +152,7 @@ fn lock(home: &Path) -> Result<File, Failure> {
             let mut holder = String::new();
             file.read_to_string(&mut holder)?;
             return Err(Failure::new(exit::CONFLICT, format!("{} is in use by {}", home.display(), holder.trim()))
-                .with_remedy("`baton list`, `watch`, `pause` and `kill` work beside it; or use another --home"));
+                .with_remedy("`baton list`, `watch`, `pause` and `kill` work meanwhile; or use another --home"));
         }
         Err(TryLockError::Error(error)) => {
             return Err(Failure::failed(format!("cannot lock {}: {error}", path.display())));
@@ -185,7 +185,7 @@ async fn find_or_submit(store: &Store, spec: &Spec, new: bool) -> Result<(Pid, b
     let pid = process.pid;
     store.submit(&[process]).await?;
     if spec.hold {
-        output::note(&format!("{pid} is on hold; `baton play {pid}` lets it go on"));
+        output::note(&format!("{pid} is on hold; `baton play {pid}` starts it"));
     }
     Ok((pid, false))
 }

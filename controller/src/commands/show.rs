@@ -1,4 +1,4 @@
-//! `baton show`.
+//! `baton show`: prints everything about processes.
 
 use baton_common::exit;
 use baton_common::store::control::Settled;
@@ -118,7 +118,7 @@ fn text_of(details: &Details) -> String {
         ));
     }
     for event in &details.events {
-        timeline.extend(told(event));
+        timeline.extend(request(event));
     }
     if let Some(ended_at) = summary.ended_at {
         timeline.push((ended_at, summary.state.word().to_owned()));
@@ -128,25 +128,26 @@ fn text_of(details: &Details) -> String {
     lines.join("\n")
 }
 
-/// Times are shown in milliseconds; what is closer is at the same time.
+/// Resolution of the printed times: one millisecond. Closer times are printed as equal.
 const SHOWN_US: i64 = 1_000;
 
-/// A request in the timeline: when it was asked, and when it came to what. What was obeyed at once is one line.
-fn told(event: &EventRow) -> Vec<(i64, String)> {
+/// Returns the lines of a request in the timeline: one when it was made, one when it was settled. A request that was settled
+/// at once has one line.
+fn request(event: &EventRow) -> Vec<(i64, String)> {
     let many = event.request.map(|request| format!(", request {request}")).unwrap_or_default();
     let reason = because(event.reason.as_deref());
-    let asked = format!("{} asked by {} ({}{many}){reason}", event.what, event.by, event.login);
+    let requested = format!("{} requested by {} ({}{many}){reason}", event.what, event.by, event.login);
     let EventRow { outcome: Some(outcome), settled_at: Some(settled_at), .. } = event else {
-        return vec![(event.at, format!("{asked}; its holder has yet to obey"))];
+        return vec![(event.at, format!("{requested}; not applied yet"))];
     };
     if settled_at - event.at < SHOWN_US {
-        return vec![(event.at, format!("{asked}; {outcome}"))];
+        return vec![(event.at, format!("{requested}; {outcome}"))];
     }
-    let came_to = match Settled::from_word(outcome) {
+    let settled = match Settled::from_word(outcome) {
         Some(Settled::Applied) => "applied",
         Some(Settled::Superseded) => "superseded by a later request",
-        Some(Settled::Ended) => "came too late, the process had ended",
+        Some(Settled::Ended) => "too late, the process had ended",
         None => outcome,
     };
-    vec![(event.at, asked), (*settled_at, format!("{} of {} {came_to}", event.what, event.by))]
+    vec![(event.at, requested), (*settled_at, format!("{} of {}: {settled}", event.what, event.by))]
 }

@@ -1,4 +1,4 @@
-//! `baton site`: whether a site can be reached, commands and files there.
+//! `baton site`: tests a site, runs commands there and transfers files.
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -15,10 +15,10 @@ use crate::cli::{Global, Output};
 use crate::failure::Failure;
 use crate::output;
 
-/// How long a small thing may take there. A login node with many users needs seconds.
+/// Time limit of a small command at a site. A login node with many users needs seconds.
 const STEP_LIMIT: Duration = Duration::from_secs(60);
 
-/// What is written and read to see that files go there and back.
+/// Content of the file that the test sends and fetches.
 const PROBE: &[u8] = b"a file of `baton site test`\n";
 
 pub(crate) async fn run(global: &Global, command: SiteCommand) -> Result<u8, Failure> {
@@ -34,13 +34,17 @@ pub(crate) async fn run(global: &Global, command: SiteCommand) -> Result<u8, Fai
 fn site<'a>(config: &'a Config, name: &str) -> Result<&'a Site, Failure> {
     config.sites.get(name).ok_or_else(|| {
         let names: Vec<_> = config.sites.keys().map(String::as_str).collect();
-        let known = if names.is_empty() { "it has none".to_owned() } else { format!("it has {}", names.join(", ")) };
+        let known = if names.is_empty() {
+            "no sites are configured".to_owned()
+        } else {
+            format!("configured sites: {}", names.join(", "))
+        };
         Failure::new(exit::NOT_FOUND, format!("the configuration has no site `{name}`"))
-            .with_remedy(format!("{known}; sites stand in baton.toml as [sites.NAME]"))
+            .with_remedy(format!("{known}; add a section [sites.NAME] to baton.toml"))
     })
 }
 
-/// Opens a session of one's own: the fleet's are the workers'.
+/// Opens a session for this command, apart from the sessions of the workers.
 pub(super) async fn open(config: &Config, site: &Site) -> Result<Session, Failure> {
     match &site.transport {
         Transport::Local => Ok(Session::local()),
@@ -51,7 +55,7 @@ pub(super) async fn open(config: &Config, site: &Site) -> Result<Session, Failur
     }
 }
 
-/// A path there: below the site's root, which may begin at the home folder, unless it is absolute.
+/// Returns a path at the site. A relative path starts at the root of the site, which may be relative to the home folder.
 pub(super) fn there(site: &Site, path: &str) -> String {
     if path.starts_with('/') { path.to_owned() } else { format!("{}/{path}", site.root_from_home()) }
 }
@@ -67,9 +71,9 @@ async fn exec(config: &Config, arguments: SiteExecArguments) -> Result<u8, Failu
     std::io::stdout().write_all(&ran.stdout)?;
     std::io::stderr().write_all(&ran.stderr)?;
     match ran.exit {
-        // Exit codes are those of POSIX, so none is lost.
+        // POSIX exit codes fit into a byte.
         Some(code) => Ok(u8::try_from(code).unwrap_or(exit::FAILED)),
-        None => Err(Failure::failed(format!("a signal has ended it: {}", ran.signal.unwrap_or_default()))),
+        None => Err(Failure::failed(format!("the command was ended by signal {}", ran.signal.unwrap_or_default()))),
     }
 }
 
@@ -120,8 +124,9 @@ async fn get(config: &Config, arguments: SiteGetArguments) -> Result<u8, Failure
 }
 
 fn damaged(path: &str) -> Failure {
-    Failure::failed(format!("{path} had come out different and is removed"))
-        .with_remedy("an earlier try may have left a part of another file, or the file has changed; say it again")
+    Failure::failed(format!("{path} differed from the source after the transfer and was removed")).with_remedy(
+        "the source may have changed, or an earlier transfer left part of another file; run the command again",
+    )
 }
 
 async fn digest_here(path: &Path) -> Result<Digest, Failure> {
@@ -135,19 +140,19 @@ fn unreadable(path: &Path, error: &std::io::Error) -> Failure {
     Failure::failed(format!("{}: {error}", path.display()))
 }
 
-/// What was tried, and what came of it.
+/// One step of a test, with its result.
 struct Step {
     what: &'static str,
     took: Duration,
     result: Result<String, String>,
 }
 
-/// The steps of a test, in their order.
+/// The steps of a test, in order.
 #[derive(Default)]
 struct Steps(Vec<Step>);
 
 impl Steps {
-    /// Tries one thing and notes what it says. Gives back whether it works.
+    /// Runs one step and records its result. Returns whether it succeeded.
     async fn step(&mut self, what: &'static str, trial: impl Future<Output = Result<String, Error>>) -> bool {
         let started = Instant::now();
         let result = trial.await.map_err(|error| error.to_string());
@@ -203,7 +208,10 @@ async fn try_all(session: &Session, site: &Site, steps: &mut Steps) {
         steps.step("files", files(session, root)).await;
     }
     steps
-        .step("tools", said("for t in tar sha256sum timeout; do command -v $t || { echo no $t >&2; exit 1; }; done"))
+        .step(
+            "tools",
+            said("for t in tar sha256sum timeout; do command -v $t || { echo $t is missing >&2; exit 1; }; done"),
+        )
         .await;
     match site.launcher {
         Launcher::Fork => {}
@@ -215,7 +223,7 @@ async fn try_all(session: &Session, site: &Site, steps: &mut Steps) {
     }
 }
 
-/// A file goes there and comes back.
+/// Sends a file to the site and fetches it.
 async fn files(session: &Session, root: &str) -> Result<String, Error> {
     let here = Scratch::new()?;
     let name = format!("{root}/baton-site-test-{}", std::process::id());
@@ -227,11 +235,15 @@ async fn files(session: &Session, root: &str) -> Result<String, Error> {
     got?;
     match std::fs::read(&back) {
         Ok(content) if content == PROBE => Ok(String::new()),
-        Ok(_) | Err(_) => Err(Error::File { path: name, reason: "it has come back different".to_owned(), errno: None }),
+        Ok(_) | Err(_) => Err(Error::File {
+            path: name,
+            reason: "the fetched file differs from the sent one".to_owned(),
+            errno: None,
+        }),
     }
 }
 
-/// A folder here, for as long as the test takes.
+/// A local folder that is removed after the test.
 struct Scratch(PathBuf);
 
 impl Scratch {
@@ -262,7 +274,7 @@ impl Scratch {
 
 impl Drop for Scratch {
     fn drop(&mut self) {
-        // Something in a temporary folder is no failure of the test.
+        // A leftover in a temporary folder does not fail the test.
         let _ = std::fs::remove_dir_all(&self.0);
     }
 }

@@ -7,9 +7,9 @@ use serde_json::{Value, json};
 use crate::cli::{Global, Output, SitesArguments};
 use crate::client::Client;
 use crate::failure::Failure;
-use crate::output::{self, one_line, span, timestamp};
+use crate::output::{self, one_line, site_state, span, timestamp};
 
-/// Characters of an error that fit into a table.
+/// Maximum length of an error in the table, in characters.
 const ERROR_CHARS_MAX: usize = 80;
 
 pub(crate) async fn run(global: &Global, arguments: SitesArguments) -> Result<u8, Failure> {
@@ -20,8 +20,8 @@ pub(crate) async fn run(global: &Global, arguments: SitesArguments) -> Result<u8
     if let Some(name) = &arguments.name
         && sites.is_empty()
     {
-        return Err(Failure::new(exit::NOT_FOUND, format!("no worker has told of a site `{name}`"))
-            .with_remedy("sites stand in the workers' configuration as [sites.NAME]"));
+        return Err(Failure::new(exit::NOT_FOUND, format!("no worker has registered a site `{name}`"))
+            .with_remedy("configure it for the workers as [sites.NAME]"));
     }
     match global.output {
         Output::Json => output::print_json(&Value::Array(sites.iter().map(json_of).collect()))?,
@@ -31,18 +31,9 @@ pub(crate) async fn run(global: &Global, arguments: SitesArguments) -> Result<u8
     Ok(exit::OK)
 }
 
-/// One word for its state: `unserved` without a live worker that serves it, `down` while nobody connects after a failure, or `up`.
-pub(crate) fn state(site: &SiteFacts) -> &'static str {
-    match (site.is_served, site.retry_in) {
-        (false, _) => "unserved",
-        (true, Some(_)) => "down",
-        (true, None) => "up",
-    }
-}
-
 fn text(sites: &[SiteFacts], now: i64) -> String {
     if sites.is_empty() {
-        return "no worker has told of a site; they stand in the workers' configuration as [sites.NAME]".to_owned();
+        return "no worker has registered a site; sites are configured for the workers as [sites.NAME]".to_owned();
     }
     let mut table = output::table(&[
         "NAME",
@@ -58,8 +49,8 @@ fn text(sites: &[SiteFacts], now: i64) -> String {
     ]);
     for site in sites {
         let state = match site.retry_in {
-            Some(micros) if site.is_served => format!("down, again in {}", span(micros)),
-            Some(_) | None => state(site).to_owned(),
+            Some(micros) if site.is_served => format!("down, reconnects in {}", span(micros)),
+            Some(_) | None => site_state(site).to_owned(),
         };
         let error = site.last_error.as_deref().map(|error| {
             let ago = site.last_error_at.map(|at| format!("{} ago: ", span(now - at))).unwrap_or_default();
@@ -86,7 +77,7 @@ fn json_of(site: &SiteFacts) -> Value {
         "name": site.name,
         "launcher": site.launcher,
         "root": site.root,
-        "state": state(site),
+        "state": site_state(site),
         "retry_in_ms": site.retry_in.map(|micros| micros / 1000),
         "failures": site.failures,
         "sessions": site.slots_taken,

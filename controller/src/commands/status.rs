@@ -1,4 +1,4 @@
-//! `baton status`: live, from the worker that holds the process; from the database when nobody does.
+//! `baton status`: prints the live status from the holder of a process, or its state in the database if it has no holder.
 
 use std::time::Duration;
 
@@ -13,7 +13,7 @@ use crate::client::{Client, absent, read_ids};
 use crate::failure::Failure;
 use crate::output;
 
-/// How long a worker may take to answer.
+/// Time limit for the answer of a worker.
 const LIMIT: Duration = Duration::from_secs(5);
 
 pub(crate) async fn run(global: &Global, arguments: Pids) -> Result<u8, Failure> {
@@ -53,14 +53,17 @@ pub(crate) async fn run(global: &Global, arguments: Pids) -> Result<u8, Failure>
     Ok(exit::OK)
 }
 
-/// What the holder says; `None` when there is none, or when the process has left it meanwhile.
+/// Asks the holder; `None` if there is no holder, or if the process has left it meanwhile.
+///
+/// # Errors
+/// The reason why the holder did not answer.
 pub(crate) async fn ask(client: &Client, summary: &Summary) -> Result<Option<Status>, String> {
     let Some(owner) = summary.owner else { return Ok(None) };
     let queue = client.store.control_queue_of(owner).await.map_err(|error| error.to_string())?;
     let (Some(queue), Some(communicator)) = (queue, client.broker().await?) else { return Ok(None) };
     match communicator.request(&queue, Control::Status(summary.pid), LIMIT).await {
         Ok(reply) => Ok(reply.status),
-        Err(RequestError::Unroutable(_)) => Err("its worker has no control queue; it may have died just now".into()),
+        Err(RequestError::Unroutable(_)) => Err("its worker has no control queue and may have just died".into()),
         Err(error) => Err(error.to_string()),
     }
 }

@@ -1,4 +1,4 @@
-//! `baton watch`.
+//! `baton watch`: follows processes until they end.
 
 use serde_json::Value;
 
@@ -24,7 +24,7 @@ pub(crate) async fn run(global: &Global, arguments: WatchArguments) -> Result<u8
                 row.advances,
                 output::detail(row)
             );
-            // A closed pipe ends the command at its next result.
+            // A closed pipe ends the command when it prints its result.
             let _ = output::print(line.trim_end());
         }
     })

@@ -1,4 +1,4 @@
-//! `baton workers`.
+//! `baton workers`: lists workers.
 
 use std::collections::BTreeMap;
 use std::io::IsTerminal;
@@ -17,10 +17,10 @@ use crate::failure::Failure;
 use crate::output::{self, age, span};
 use crate::overview::Overview;
 
-/// Processes of one worker that are shown: what fits on a screen.
+/// Maximum number of processes that are shown for a worker: one screen.
 const HELD_MAX: u32 = 20;
 
-/// Empties the screen and goes to its top.
+/// Clears the screen and moves the cursor to its top.
 const CLEAR: &str = "\x1b[2J\x1b[H";
 
 pub(crate) async fn run(global: &Global, arguments: WorkersArguments) -> Result<u8, Failure> {
@@ -32,7 +32,7 @@ pub(crate) async fn run(global: &Global, arguments: WorkersArguments) -> Result<
         return Err(if arguments.all {
             failure
         } else {
-            failure.with_remedy("`--all` shows those that are gone, too")
+            failure.with_remedy("`--all` includes workers that are gone")
         });
     }
     if !arguments.watch {
@@ -45,7 +45,7 @@ pub(crate) async fn run(global: &Global, arguments: WorkersArguments) -> Result<
     }
 }
 
-/// Looks again with every beat; ends only by a failure.
+/// Refreshes with every heartbeat; returns only on failure.
 async fn watch(client: &Client, arguments: &WorkersArguments, first: Look, how: Output) -> Result<(), Failure> {
     let is_terminal = std::io::stdout().is_terminal();
     let mut ticks = tokio::time::interval(BEAT);
@@ -67,12 +67,12 @@ fn is_called(row: &WorkerRow, name: &str) -> bool {
     row.name == name || row.id.to_string() == name
 }
 
-/// The workers as they are at a moment.
+/// State of the workers at one moment.
 struct Look {
     overview: Overview,
-    /// With what each holds, if workers were named.
+    /// Workers and, if they were named, the processes that they hold.
     rows: Vec<(WorkerRow, Option<Vec<Summary>>)>,
-    /// Those that cannot use the fleet's object store, by their names, and why.
+    /// Why a worker cannot use the object store of the fleet, by its name.
     without_objects: BTreeMap<String, String>,
 }
 
@@ -134,7 +134,7 @@ impl Look {
         lines.push(table.trim_fmt());
         for (row, _) in self.rows.iter().filter(|(row, _)| row.gone_at.is_none()) {
             let why = self.without_objects.get(&row.name);
-            lines.extend(why.map(|why| format!("{} leaves processes with files to others: {why}", row.name)));
+            lines.extend(why.map(|why| format!("{} does not run processes with files: {why}", row.name)));
         }
         for (row, held) in &self.rows {
             lines.extend(held.iter().map(|held| held_text(row, held)));
@@ -143,7 +143,7 @@ impl Look {
     }
 }
 
-/// How much of its lease has passed since it beat.
+/// Formats how much of its lease has passed since the last heartbeat.
 fn lease(row: &WorkerRow) -> String {
     match row.state() {
         WorkerState::Live | WorkerState::Draining | WorkerState::Silent => {

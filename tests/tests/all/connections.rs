@@ -68,7 +68,7 @@ async fn a_busy_worker_has_four_connections_and_an_idle_one_two() {
     .await;
     let doctor = scene.baton(&["doctor", "-o", "json"]).await.json();
     let found = doctor.as_array().unwrap().iter().find(|finding| finding["what"] == "connections").unwrap();
-    assert!(found["text"].as_str().unwrap().contains("workers fit"), "{found}");
+    assert!(found["text"].as_str().unwrap().contains("more workers"), "{found}");
 }
 
 #[tokio::test]

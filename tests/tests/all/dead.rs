@@ -152,7 +152,7 @@ async fn letters_are_dropped_by_those_who_mean_it_and_what_is_refused_is_kept() 
     let refused = run(&["dead", "drop", "--all"]).await.exits(4);
     assert!(refused.stderr.contains("--yes"), "{refused:?}");
     let none = scene.baton_in(scene.folder(), &[("BATON_BROKER_URL", "")], &["dead", "list"]).await.exits(2);
-    assert!(none.stderr.starts_with("error: no broker is named"), "{none:?}");
+    assert!(none.stderr.starts_with("error: no broker is configured"), "{none:?}");
     let nowhere = ("BATON_BROKER_URL", "amqp://u:s3cret@127.0.0.1:9/x");
     let unreachable = scene.baton_in(scene.folder(), &[nowhere], &["dead", "list"]).await.exits(7);
     assert!(!unreachable.stderr.contains("s3cret"), "{unreachable:?}");

@@ -109,7 +109,7 @@ async fn killed_in_the_middle_of_a_count_it_goes_on_where_it_was() {
         assert_eq!(*pid.get_or_insert(list.clone()), list, "a second process was started");
     }
     let output = home.baton(&["run", &spec]).await.ok();
-    assert!(output.stderr.contains("going on with"), "{output:?}");
+    assert!(output.stderr.contains("resuming"), "{output:?}");
     let pid = pid.unwrap().trim().to_owned();
     // Each of the two kills may have cost one advance that was not committed yet.
     let lines = Witness::read(&witness).lines();
@@ -286,10 +286,10 @@ async fn results_without_a_place_end_the_run_and_the_next_one_collects_them() {
     let spec = home.spec(&format!("at: near\nscript: '{script}'\nout: [made]\n"));
     let run = ["run", "--home", "home", &spec];
     let output = home.baton(&run).await.exits(8);
-    assert!(output.stderr.contains("stage: ") && output.stderr.contains("run this again"), "{output:?}");
+    assert!(output.stderr.contains("stage: ") && output.stderr.contains("run the same command again"), "{output:?}");
     std::fs::remove_file(home.path("home/objects/sha256")).unwrap();
     let output = home.baton(&run).await.ok();
-    assert!(output.stderr.contains("going on with"), "{output:?}");
+    assert!(output.stderr.contains("resuming"), "{output:?}");
     assert_eq!(std::fs::read_to_string(home.path("runs")).unwrap(), "ran\n");
 }
 

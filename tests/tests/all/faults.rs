@@ -119,7 +119,7 @@ async fn without_the_broker_a_process_is_explained_and_a_worker_is_drained() {
     assert!(held["facts"]["unanswered"].is_string() && held["text"].as_str().unwrap().contains("w1"), "{held}");
     let queued = scene.submit(counting, 1).await.remove(0);
     let full = explained(&queued, "slots_taken").await;
-    assert!(full["text"].as_str().unwrap().contains("workers take it from the database as well"), "{full}");
+    assert!(full["text"].as_str().unwrap().contains("workers also find queued processes in the database"), "{full}");
 
     let drain = scene.baton(&["drain", "w1", "--wait", "--timeout", "30s", "-o", "json"]).await.ok();
     assert!(drain.stderr.contains("warning"), "{drain:?}");

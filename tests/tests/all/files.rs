@@ -121,7 +121,7 @@ async fn what_is_missing_is_told_at_once_before_anything_is_stored() {
     let desk = Desk::new(&[("there", "x")]).await;
     let document = desk.document(&format!("{JOB}in: [client://one, client://there, client://two]"));
     let output = desk.baton(&["submit", &document]).await.exits(2);
-    for name in ["desk/one is not there", "desk/two is not there"] {
+    for name in ["desk/one does not exist", "desk/two does not exist"] {
         assert!(output.stderr.contains(name), "{output:?}");
     }
     assert!(!desk.objects_folder().exists());
@@ -133,10 +133,10 @@ async fn what_is_missing_is_told_at_once_before_anything_is_stored() {
     let config = desk.scene.spec("sites.toml", sites).display().to_string();
     let document = desk.document(&format!("{JOB}in: [client://there]"));
     let output = desk.baton(&["--config", &config, "submit", &document]).await.exits(2);
-    assert!(output.stderr.contains("`cluster` is not known") && output.stderr.contains("`clutter`"), "{output:?}");
+    assert!(output.stderr.contains("unknown site `cluster`") && output.stderr.contains("`clutter`"), "{output:?}");
     let document = desk.document("run: [x]\nat: zzz\nhold: true");
     let output = desk.baton(&["--config", &config, "submit", &document]).await.exits(2);
-    assert!(output.stderr.contains("the configuration has clutter, farm"), "{output:?}");
+    assert!(output.stderr.contains("configured sites: clutter, farm"), "{output:?}");
     assert_eq!(desk.scene.count("true").await, 0);
     let document = desk.document("run: [x]\nat: farm\nhold: true");
     desk.baton(&["--config", &config, "submit", &document]).await.ok();
@@ -164,14 +164,14 @@ task://
   data/
     b.txt  1 B, to be sent
     deep/
-      same.txt  3 B, in the store
+      same.txt  3 B, already stored
 kept afterwards
   a.out  to store://
-  *.chk  to session://chk/, moved, after every end
-  result.json  becomes the values
-3 files of this machine, 7 B; of them 2, 4 B, are to be sent
+  *.chk  to session://chk/, moved, in any case
+  result.json  read as the values
+3 local files, 7 B; 2 of them to be sent, 4 B
 
-The script of its job is not known here: the configuration does not have its site.
+Job script: unknown, because the configuration does not have the site
 ";
     assert_eq!(output, expected);
     assert!(!desk.objects_folder().exists());
@@ -303,7 +303,7 @@ async fn what_another_database_may_need_is_not_removed() {
     // Older programs leave no mark.
     std::fs::remove_dir_all(desk.objects_folder().join("owners")).unwrap();
     for command in [&gc[..], &dry[..]] {
-        refuses(by_other(command).await, "this database needs nothing").await;
+        refuses(by_other(command).await, "this database needs no object").await;
     }
     // a, its manifest, and the stray.
     assert_eq!(desk.n_objects(), 3);
@@ -346,7 +346,7 @@ async fn what_another_database_may_need_in_a_bucket_is_not_removed() {
     let refused = baton(&other, &gc).await.exits(4);
     assert!(refused.stderr.contains(&format!("remove {url}/owners/")), "{refused:?}");
     let kept = baton(&desk.scene, &gc).await.ok();
-    assert!(kept.stdout.contains("processes need them: 2 objects"), "{kept:?}");
+    assert!(kept.stdout.contains("needed by processes: 2 objects"), "{kept:?}");
 }
 
 #[tokio::test]

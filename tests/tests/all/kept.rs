@@ -280,13 +280,10 @@ async fn a_fleet_without_a_shared_object_store_says_so_and_fails_nothing() {
     }
     let doctor = slurm.baton(&scene, &["doctor"]).await.exits(1);
     for worker in ["wrong", "cut-off"] {
-        assert!(
-            doctor.stdout.contains(&format!("worker {worker} leaves processes with files to others")),
-            "{doctor:?}"
-        );
+        assert!(doctor.stdout.contains(&format!("worker {worker} does not run processes with files")), "{doctor:?}");
     }
     let workers = slurm.baton(&scene, &["workers"]).await.ok();
-    assert!(workers.stdout.contains("wrong leaves processes with files to others"), "{workers:?}");
+    assert!(workers.stdout.contains("wrong does not run processes with files"), "{workers:?}");
     assert!(workers.stdout.contains("BATON_OBJECTS_URL"), "{workers:?}");
 
     // A client with a store of its own.

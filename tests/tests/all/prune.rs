@@ -24,11 +24,11 @@ async fn a_list_goes_on_where_its_hint_says_and_prints_everything_if_asked() {
     assert_eq!(shown.len(), 2_100);
     let columns: HashSet<Option<usize>> = shown.iter().map(|line| line.find("baton.noop")).collect();
     assert_eq!(columns.len(), 1, "pages have the same columns");
-    assert!(table.stdout.contains("2100 in all: 2100 paused"), "{}", table.stdout);
+    assert!(table.stdout.contains("2100 in total: 2100 paused"), "{}", table.stdout);
     assert_eq!(table.stderr, "");
 
     let first = scene.baton(&["list", "--label", "note=it's night", "-n", "10"]).await.ok();
-    let hint = first.stderr.trim().strip_prefix("there are more: ").expect("a hint").to_owned();
+    let hint = first.stderr.trim().strip_prefix("next page: ").expect("a hint").to_owned();
     assert_eq!(hint, format!(r"baton list --label 'note=it'\''s night' -n 10 --after {}", newest[9]));
     let second = scene.baton(&["list", "--label", "note=it's night", "-n", "10", "--after", newest[9]]).await.ok();
     let lines = second.stdout.lines().filter(|line| line.contains("baton.noop"));
@@ -67,7 +67,7 @@ async fn what_has_ended_is_pruned_and_its_launch_does_not_run_again() {
     ends(&pid).await;
 
     let dry = scene.baton(&["prune", "--older-than", "1h", "--dry-run"]).await.ok().stdout;
-    assert_eq!(dry, "prune would be about 0 processes\n");
+    assert_eq!(dry, "0 processes would be pruned\n");
     let dry = scene.baton(&["prune", "--older-than", "1ms", "--dry-run", "-o", "json"]).await.ok().json();
     assert_eq!(dry, json!({"dry_run": true, "selected": 2, "by": {"finished": 2}}));
     let refused = scene.baton(&["prune", "--older-than", "1ms"]).await.exits(4);
@@ -75,7 +75,7 @@ async fn what_has_ended_is_pruned_and_its_launch_does_not_run_again() {
     scene.baton(&["prune", "--yes"]).await.exits(2);
     scene.baton(&["prune", "--older-than", "1ms", "--state", "paused", "--yes"]).await.exits(2);
     let killed = scene.baton(&["prune", "--older-than", "1ms", "--state", "killed", "--yes"]).await.ok().stdout;
-    assert_eq!(killed, "0 processes are pruned\n");
+    assert_eq!(killed, "0 processes pruned\n");
     scene.baton(&["show", &pid]).await.ok();
     assert_eq!(scene.baton(&["prune", "--older-than", "1ms", "--yes", "-o", "json"]).await.ok().json()["pruned"], 2);
     scene.baton(&["show", &pid]).await.exits(3);

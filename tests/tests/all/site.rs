@@ -103,7 +103,7 @@ async fn a_file_is_below_the_root_and_the_same_when_it_comes_back() {
         // What an earlier try has left may be of another file.
         std::fs::write(sites.file(site).join("wrong.txt.part"), "other\n").unwrap();
         let output = sites.baton(&["put", site, "data.txt", "wrong.txt"]).await.exits(1);
-        assert!(output.stderr.contains("wrong.txt had come out different"), "{output:?}");
+        assert!(output.stderr.contains("wrong.txt differed from the source"), "{output:?}");
         assert!(!sites.file(site).join("wrong.txt").exists());
         sites.baton(&["put", site, "data.txt", "wrong.txt"]).await.ok();
 

@@ -244,7 +244,7 @@ async fn of_what_a_job_writes_the_beginning_and_the_end_are_kept() {
         0 => String::new(),
         _ if n_bytes <= 2 * PART => format!("a{}\nc", "b".repeat(n_bytes - 3)),
         _ => format!(
-            "a{}\n[… {} bytes are not kept …]\n{}\nc",
+            "a{}\n[… {} bytes omitted …]\n{}\nc",
             "b".repeat(PART - 1),
             n_bytes - 2 * PART,
             "b".repeat(PART - 2)
@@ -502,7 +502,7 @@ async fn a_process_of_ones_own_waits_for_a_site_and_uses_it() {
     let pids = slurm.submit(&scene, spec, 1).await;
     eventually("it waits for a session", LIMIT, async || {
         let explained = slurm.baton(&scene, &["explain", &pids[0]]).await.ok().stdout;
-        if explained.contains("cannot be reached") { Ok(()) } else { Err(explained) }
+        if explained.contains("is unreachable") { Ok(()) } else { Err(explained) }
     })
     .await;
     assert_eq!(

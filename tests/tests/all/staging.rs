@@ -523,12 +523,12 @@ async fn a_host_that_shows_another_key_is_not_used() {
     let pid = slurm.submit(&scene, "at: plain\nrun: ['true']\n", 1).await.remove(0);
     let told = eventually("it is explained", LIMIT, async || {
         let text = slurm.baton(&scene, &["explain", &pid]).await.ok().stdout;
-        if text.contains("cannot be reached") { Ok(text) } else { Err(text) }
+        if text.contains("is unreachable") { Ok(text) } else { Err(text) }
     })
     .await;
     assert!(told.contains("host key"), "{told}");
     let doctor = slurm.baton(&scene, &["doctor"]).await.ok().stdout;
-    assert!(doctor.contains("plain cannot be reached") && doctor.contains("baton site test plain"), "{doctor}");
+    assert!(doctor.contains("plain is unreachable") && doctor.contains("baton site test plain"), "{doctor}");
     assert_eq!(slurm.sshd.logged("Accepted publickey"), 0);
     std::fs::write(slurm.sshd.file("known_hosts"), known).unwrap();
     let shown = end(&scene, &pid).await;

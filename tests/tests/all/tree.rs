@@ -23,9 +23,6 @@ const WORKER_ROOMS: [&str; 11] = [
     "testing",
 ];
 
-/// Two modules of the controller that import each other.
-const KNOWN_CIRCLE: [&str; 2] = ["condition", "commands"];
-
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace").to_owned()
 }
@@ -69,18 +66,20 @@ fn users(name: &str) -> Vec<String> {
 
 #[test]
 fn every_wire_is_known_in_one_place_only() {
-    for (name, home) in [
-        ("lapin", "common/src/communicator"),
-        ("async_rs", "common/src/communicator"),
-        ("sea_orm", "common/src/store"),
-        ("sea_query_sqlx", "common/src/store"),
-        ("russh", "worker/src/transport/"),
-        ("object_store", "common/src/objects"),
+    // The benchmark compares Baton with a plain AMQP client, so it has one.
+    let amqp: &[&str] = &["common/src/communicator", "controller/src/bench/baseline/"];
+    for (name, homes) in [
+        ("lapin", amqp),
+        ("async_rs", &["common/src/communicator"]),
+        ("sea_orm", &["common/src/store"]),
+        ("sea_query_sqlx", &["common/src/store"]),
+        ("russh", &["worker/src/transport/"]),
+        ("object_store", &["common/src/objects"]),
     ] {
         let users = users(name);
         assert!(!users.is_empty(), "{name} is used somewhere");
         for path in users {
-            assert!(path.starts_with(home), "{path} uses {name}");
+            assert!(homes.iter().any(|home| path.starts_with(home)), "{path} uses {name}");
         }
     }
 }
@@ -124,9 +123,8 @@ fn a_room_of_the_worker_imports_from_itself_and_from_those_below_it() {
 fn no_modules_of_a_crate_import_each_other_in_a_circle() {
     let sources = sources();
     for src in ["common/src/", "controller/src/"] {
-        let mut imports = imports(src, &sources);
+        let imports = imports(src, &sources);
         assert!(imports.len() > 30, "imports are not read");
-        imports.retain(|import| ![&*import.from, &*import.to].iter().all(|module| KNOWN_CIRCLE.contains(module)));
         assert_no_circle(&imports);
     }
 }

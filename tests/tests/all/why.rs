@@ -66,7 +66,7 @@ async fn explain_says_what_is_missing_among_the_workers() {
     let waiting = scene.submit(ENDLESS, 2).await;
     let full = explained_as(&scene, &waiting[1], "slots_taken").await;
     assert_eq!((&full["facts"]["slots"], &full["facts"]["before"]), (&1.into(), &1.into()), "{full}");
-    says(&full, "all slots for queue `default` are taken, 1 of 1; 1 are before it");
+    says(&full, "all slots for queue `default` are taken (1 of 1); processes ahead: 1");
 
     let elsewhere = scene.submit("{call: baton.noop, queue: gpu, priority: high}", 1).await.remove(0);
     let unserved = explained(&scene, &elsewhere).await;
@@ -79,7 +79,7 @@ async fn explain_says_what_is_missing_among_the_workers() {
     for part in [
         "workers: 1, with 1 of 1 slots taken; 3 queued, the oldest for",
         "warning: 1 of 1 slots are taken",
-        "warning: no worker serves queue `gpu.high`, in which 1 wait: baton-worker --queue gpu",
+        "warning: no worker serves queue `gpu.high`; queued processes: 1; start one: baton-worker --queue gpu",
     ] {
         assert!(list.stdout.contains(part), "no {part:?} in {}", list.stdout);
     }
@@ -90,7 +90,7 @@ async fn explain_says_what_is_missing_among_the_workers() {
     says(&asleep, "by tester@");
     for command in ["list", "workers"] {
         let output = scene.baton(&[command]).await.ok();
-        assert!(output.stdout.contains("the fleet is paused by tester@"), "{}", output.stdout);
+        assert!(output.stdout.contains("the fleet was paused by tester@"), "{}", output.stdout);
     }
     scene.baton(&["play", "--fleet"]).await.ok();
 
@@ -148,12 +148,12 @@ async fn the_history_has_every_request_and_what_it_came_to() {
     scene.baton(&["pause", &pid, "--reason", "one"]).await.ok();
     let pending = explained(&scene, &pid).await;
     assert_eq!((&pending["condition"], &pending["facts"]["asked_reason"]), (&"pause_pending".into(), &"one".into()));
-    says(&pending, "w1 holds it and has not obeyed yet");
+    says(&pending, "w1 holds it and has not applied the request yet");
     scene.baton(&["play", &pid]).await.ok();
     explained_as(&scene, &pid, "blocks_its_thread").await;
     scene.baton(&["pause", &pid, "--reason", "two"]).await.ok();
     let text = scene.baton(&["show", &pid]).await.ok().stdout;
-    assert!(text.contains("): two; its holder has yet to obey"), "{text}");
+    assert!(text.contains("): two; not applied yet"), "{text}");
     // It ends before it can be paused.
     scene.baton(&["watch", &pid, "--timeout", "30s"]).await.ok();
 
@@ -184,10 +184,10 @@ async fn the_history_has_every_request_and_what_it_came_to() {
         "): one",
         "superseded by a later request",
         "): two",
-        "came too late",
+        "too late, the process had ended",
     ];
     assert!(order.map(position).is_sorted(), "{text}");
-    assert!(text.contains("play asked by tester@") && text.contains("(postgresql:"), "{text}");
+    assert!(text.contains("play requested by tester@") && text.contains("(postgresql:"), "{text}");
 }
 
 #[tokio::test]
@@ -209,7 +209,7 @@ async fn a_drained_worker_is_shown_until_others_have_what_it_held() {
     assert_eq!((&some[1]["outcome"], &some[1]["nudged"]), (&"draining".into(), &true.into()), "{some}");
     let row = worker_row(&scene, "w1").await;
     assert_eq!(row["state"], "draining", "{row}");
-    says(&explained(&scene, &program).await, "drains, and gives it back");
+    says(&explained(&scene, &program).await, "is draining and gives it back");
 
     let id = row["id"].as_str().unwrap();
     let path = scene.path("drained");
