@@ -22,3 +22,4 @@ pub mod spec;
 pub mod state;
 pub mod store;
 pub mod telemetry;
+pub mod unique_keys;
