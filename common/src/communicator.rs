@@ -1,15 +1,17 @@
-//! The communicator: one OS thread with its own runtime, and the only place that speaks AMQP.
+//! The communicator: one OS thread with its own runtime, and the only code that speaks AMQP.
 //!
-//! The rest of a program holds a [`Communicator`], a handle that any runtime can use: every method puts a command into
-//! a bounded channel and waits for the answer. Behind it is RabbitMQ over three connections (consume, publish, control)
-//! or a broker in memory; callers cannot tell which. An absent broker is no error at the start: the thread connects in
-//! the background for ever, and what cannot wait is answered with [`Down`].
+//! The rest of a program holds a [`Communicator`], a handle for any runtime: each method sends a command over a bounded
+//! channel and waits for the answer. The thread uses RabbitMQ over three connections (consume, publish, control), or a
+//! broker in memory; callers cannot tell which. An unreachable broker is no error at the start: the thread retries in
+//! the background forever, and operations that cannot wait return [`Down`].
 
+mod ask;
 mod check;
 mod control;
 pub mod dead;
 mod delivery;
 mod envelope;
+mod error;
 mod guard;
 mod health;
 mod intake;
@@ -28,6 +30,7 @@ mod settle;
 mod source;
 mod thread;
 mod topology;
+mod wanted;
 mod weighted_round_robin;
 
 use std::sync::{Arc, Mutex, PoisonError};
@@ -39,47 +42,49 @@ use tokio::time::{Instant, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-use self::control::{Ask, encode_reply};
+use self::ask::{Ask, encode_reply};
 use self::envelope::Envelope;
 use self::health::{HealthState, Link};
-use self::intake::Order;
 use self::link::ANSWER_LIMIT;
 use self::publish::{Job, Target};
+use self::wanted::Order;
 use crate::message::{Control, Event, Reply, SIZE_BYTES_MAX, Task, Traffic};
 
 pub use self::delivery::{ControlRequest, Delivery, ReplyTo, Settle};
+pub use self::error::{CheckError, Down, PublishError, RequestError};
 
-/// How a communicator is started.
+/// The options of a communicator.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// Which broker.
+    /// The broker.
     pub broker: Broker,
-    /// Who this is, as operators see it in the names of connections and consumers: `baton-worker w1`.
+    /// The program's name in the names of connections and consumers: `baton-worker w1`.
     pub name: String,
-    /// The exclusive queue of a worker ([`control_queue`]); a program that is asked nothing has none.
+    /// The exclusive control queue of a worker ([`control_queue`]); `None` for a program that takes no requests.
     pub control_queue: Option<String>,
-    /// The heartbeat that is asked of the broker; `?heartbeat=` in the URL wins. Ten seconds by default.
+    /// The AMQP heartbeat. `?heartbeat=` in the URL overrides it. Default: ten seconds.
     pub heartbeat: Option<Duration>,
-    /// The identity of the database whose processes the messages are about. A virtual host that belongs to another one is not
-    /// used; `None` does not ask.
+    /// The identity of the database. A virtual host that belongs to another database is not used; `None` skips the
+    /// check.
     pub database: Option<Uuid>,
 }
 
-/// Where messages go.
+/// The broker that messages go to.
 #[derive(Clone, Debug)]
 pub enum Broker {
-    /// A broker in this program's memory, for one worker and its controller in one program.
+    /// A broker in this program's memory, for a worker and a controller in one program.
     InProcess,
-    /// RabbitMQ: `amqp://` or `amqps://` URLs of one cluster, tried in turn.
+    /// RabbitMQ: `amqp://` or `amqps://` URLs of the nodes of one cluster, tried in turn.
     Amqp(Vec<String>),
 }
 
-/// What comes in.
+/// The messages that arrive.
 #[derive(Debug)]
 pub struct Incoming {
-    /// Tasks, each with a slot; only after [`Communicator::consume`].
+    /// Tasks, each with a slot, after [`Communicator::consume`].
     pub tasks: mpsc::Receiver<Delivery>,
-    /// Requests to the worker's control queue, broadcasts, and what [`Communicator::consume_control`] takes.
+    /// Control messages: to the worker's own queue, by broadcast, and after [`Communicator::consume_control`] from the
+    /// queue `baton.control`.
     pub controls: mpsc::Receiver<ControlRequest>,
 }
 
@@ -88,171 +93,58 @@ pub struct Incoming {
 pub struct TaskMessage {
     /// The message.
     pub task: Task,
-    /// The W3C trace context of whoever sends it.
+    /// The W3C trace context of the sender.
     pub traceparent: Option<String>,
 }
 
-/// How the broker is.
+/// The health of the connections to the broker.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Health {
-    /// Every connection that this program needs is open.
+    /// Whether every connection that this program needs is open.
     pub connected: bool,
-    /// A connection that this program needs could not be opened, or has ended, and is not open again.
+    /// Whether a connection that this program needs could not be opened, or was lost and is not open again.
     pub unreachable: bool,
-    /// The broker accepts no messages: memory or disk alarm.
+    /// Whether the broker blocks publishers because of a memory or disk alarm.
     pub blocked: bool,
-    /// What went wrong last and has not gone right since, in one line without any password.
+    /// The last problem that persists, in one line, without a password.
     pub last_error: Option<String>,
 }
 
-/// The broker is not there, or does not take messages; nothing was sent. The text says why.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("broker unavailable: {0}")]
-pub struct Down(pub String);
-
-/// Why tasks were not told.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum PublishError {
-    /// Some or all may have arrived. Telling again is right: whoever takes a task twice claims it once.
-    #[error("outcome unknown: {0}")]
-    Unknown(String),
-    /// Nothing was sent. Tell again when the broker is back.
-    #[error(transparent)]
-    Down(#[from] Down),
-    /// The queue does not exist and could not be declared.
-    #[error("queue {queue} takes no messages: {reason}")]
-    Unroutable {
-        /// The task queue's name, without the prefix.
-        queue: String,
-        /// What the broker said.
-        reason: String,
-    },
-    /// A body is larger than any reader accepts; nothing was sent.
-    #[error("{0} bytes are more than a message may have ({SIZE_BYTES_MAX})")]
-    TooLarge(usize),
-}
-
-/// Why a request has no answer.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum RequestError {
-    /// There is no such control queue: the worker has gone, or is reconnecting.
-    #[error("control queue {0} does not exist")]
-    Unroutable(String),
-    /// No answer in time; the request may have been obeyed.
-    #[error("no answer within {} ms", .0.as_millis())]
-    TimedOut(Duration),
-    /// See [`Down`].
-    #[error(transparent)]
-    Down(#[from] Down),
-}
-
-/// What a broker says about itself, for `baton doctor`.
+/// What a broker reports about itself, for `baton doctor`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BrokerInfo {
     /// Its URL, without the password.
     pub url: String,
     /// Product and version: `RabbitMQ 3.10.8`.
     pub version: String,
-    /// The cluster's name, if it says one.
+    /// The cluster's name, if the broker reports one.
     pub cluster: Option<String>,
 }
 
-/// Why a broker cannot be used. No text contains a password.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum CheckError {
-    /// Correct the configuration.
-    #[error("broker URL {url} cannot be used: {reason}")]
-    BadUrl {
-        /// The URL, its password masked.
-        url: String,
-        /// What is wrong with it.
-        reason: String,
-    },
-    /// Start the broker, or correct host and port.
-    #[error("broker {url} cannot be reached: {reason}")]
-    Unreachable {
-        /// As above.
-        url: String,
-        /// What the network said.
-        reason: String,
-    },
-    /// Correct user and password.
-    #[error("broker {url} refuses the credentials of user {user}")]
-    Credentials {
-        /// As above.
-        url: String,
-        /// Who it would not let in.
-        user: String,
-    },
-    /// Make the virtual host, or permit the user to use it.
-    #[error("broker {url} gives no access to virtual host {vhost}: {reason}")]
-    NoVhost {
-        /// As above.
-        url: String,
-        /// Which one.
-        vhost: String,
-        /// What the broker said.
-        reason: String,
-    },
-    /// Give each database a virtual host of its own.
-    #[error("virtual host {vhost} of broker {url} belongs to another database, which has processes of its own")]
-    OtherDatabase {
-        /// As above.
-        url: String,
-        /// Which one.
-        vhost: String,
-    },
-    /// The broker answered something else.
-    #[error("broker {url} refuses the connection: {reason}")]
-    Refused {
-        /// As above.
-        url: String,
-        /// What it said.
-        reason: String,
-    },
-    /// None of several hosts can be used.
-    #[error("{}", .0.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))]
-    All(Vec<CheckError>),
-}
-
-impl CheckError {
-    /// What all the attempts came to.
-    fn of_all(mut errors: Vec<CheckError>) -> Self {
-        match errors.pop() {
-            None => CheckError::BadUrl { url: String::new(), reason: "no URL is configured".to_owned() },
-            Some(only) if errors.is_empty() => only,
-            Some(last) => {
-                errors.push(last);
-                CheckError::All(errors)
-            }
-        }
-    }
-}
-
-/// Commands of one kind that wait for their connection. Senders wait for room, so this is only a cushion between two
-/// turns of the communicator's thread.
+/// Most commands of one kind that wait for their connection. Senders wait for capacity, so this only buffers between
+/// two turns of the communicator's thread.
 const N_COMMANDS_MAX: usize = 256;
 
-/// Settlements that wait: as many as a large worker has slots, so that settling hardly ever waits.
+/// Most settlements that wait: the slots of a large worker, so that settling rarely waits.
 const N_SETTLEMENTS_MAX: usize = 1024;
 
-/// State changes that wait. A burst of some thousand processes that end is kept; beyond that, or while the broker is
-/// away, the newest are dropped, since whoever must know everything reads the database.
+/// Most events that wait. A burst of some thousand ends is kept. Beyond that, or while the broker is away, the newest
+/// events are dropped: a listener that needs them all reads the database.
 const N_EVENTS_MAX: usize = 4096;
 
-/// Deliveries that wait for the worker. Each holds a slot, so it is the slots that bound them; a cushion is enough.
+/// Most deliveries that wait for the worker. Each holds a slot, so the slots bound them; this is only a buffer.
 const N_DELIVERIES_MAX: usize = 64;
 
-/// Control requests that wait for the worker; more wait on the broker.
+/// Most control messages that wait for the worker; more wait on the broker.
 const N_CONTROLS_MAX: usize = 64;
 
-/// What each message of a batch may take beyond the limit for an answer.
+/// Additional time limit for each message of a batch. A loaded broker confirms some hundreds per second.
 const CONFIRM_TIME: Duration = Duration::from_millis(5);
 
-/// Answers to one broadcast that wait for the asker: one a worker, and no fleet has more.
+/// Most replies to one broadcast that wait for the sender: one per worker, and no fleet is larger.
 const N_ANSWERS_MAX: usize = 4096;
 
-/// The handle. Clones are the same communicator; when the last one is dropped, it ends without a flush.
+/// The handle of a communicator. Clones share it; when the last one is dropped, the communicator ends without a flush.
 #[derive(Clone, Debug)]
 pub struct Communicator {
     shared: Arc<Shared>,
@@ -276,23 +168,25 @@ impl Drop for Shared {
     }
 }
 
-/// The name of a worker's exclusive control queue: the incarnation keeps a restarted worker apart from its former self.
+/// The name of a worker's exclusive control queue. The incarnation distinguishes a restarted worker from its previous
+/// start.
 pub fn control_queue(worker: &str, incarnation: crate::id::Incarnation) -> String {
     format!("baton.worker.{worker}.{}", incarnation.short())
 }
 
 impl Broker {
-    /// One attempt to connect to each URL, to say of each what is wrong; in their order. `database` is as in [`Options`].
+    /// Tries to connect to each URL once, and returns the results in the order of the URLs. `database` is as in
+    /// [`Options`].
     pub async fn check(urls: &[String], database: Option<Uuid>) -> Vec<Result<BrokerInfo, CheckError>> {
         join_all(urls.iter().map(|url| check::check(url, database))).await
     }
 }
 
 impl Communicator {
-    /// Starts the thread. Never fails for an absent broker.
+    /// Starts the thread. An unreachable broker is no error.
     ///
     /// # Panics
-    /// When the operating system gives no thread.
+    /// If the operating system cannot start a thread.
     pub fn start(options: Options) -> (Communicator, Incoming) {
         let (jobs_tx, jobs) = mpsc::channel(N_COMMANDS_MAX);
         let (asks_tx, asks) = mpsc::channel(N_COMMANDS_MAX);
@@ -322,25 +216,25 @@ impl Communicator {
         (Communicator { shared: Arc::new(shared) }, Incoming { tasks, controls })
     }
 
-    /// Takes tasks from these queues from now on, and again whenever the broker was away.
+    /// Consumes these task queues from now on, and again after each loss of the connection.
     ///
-    /// A queue stands for its three classes (`default` for `default.high`, `default` and `default.low`), which share
-    /// 16:4:1. A delivery is taken only with a permit of `slots`; a worker without a free slot gives back what it has in
-    /// hand after a second. Calling it again replaces queues and slots.
+    /// A queue includes its three classes (`default.high`, `default` and `default.low` for `default`), which share
+    /// 16:4:1. A delivery needs a permit of `slots`. A worker without a free slot gives back its prefetched deliveries
+    /// after a second. Another call replaces queues and slots.
     pub async fn consume(&self, queues: Vec<String>, slots: Arc<Semaphore>) {
         self.order(Order::Consume { queues, slots }).await;
     }
 
-    /// Also takes broadcasts from the durable queue `baton.control`; they arrive as [`ControlRequest`]s with
-    /// `durable: Some(..)`, each at one worker only.
+    /// Also consumes the durable queue `baton.control`. Its broadcasts arrive as [`ControlRequest`]s with `durable:
+    /// Some(..)`, each at one worker only.
     pub async fn consume_control(&self) {
         self.order(Order::ConsumeControl).await;
     }
 
-    /// Cancels every consumer of tasks and of `baton.control` and gives back what was not handed over yet.
+    /// Cancels every consumer of tasks and of `baton.control`, and gives back the deliveries that are not in
+    /// [`Incoming`] yet.
     ///
-    /// What already lies in [`Incoming`] is the caller's to settle ([`Settle::give_back`]). [`Communicator::consume`]
-    /// begins again.
+    /// The caller settles those in [`Incoming`] ([`Settle::give_back`]). [`Communicator::consume`] consumes again.
     pub async fn stop_consuming(&self) {
         let (done, is_done) = oneshot::channel();
         if self.shared.orders_tx.send(Order::Stop { done }).await.is_ok() {
@@ -348,23 +242,23 @@ impl Communicator {
         }
     }
 
-    /// Publishes tasks to one queue, persistent and confirmed; the queue is declared if it is absent.
+    /// Publishes tasks to one queue, persistent and with confirms. Declares the queue if it is absent.
     ///
     /// # Errors
-    /// See [`PublishError`]. All or nothing is not promised: after any error but `Down` and `TooLarge` some may have arrived.
+    /// See [`PublishError`]. Publishing is not atomic: after any error but `Down` and `TooLarge` some tasks may have
+    /// arrived.
     ///
     /// # Cancel safety
-    /// Dropped half-way it is as [`PublishError::Unknown`].
+    /// The outcome of a dropped future is that of [`PublishError::Unknown`].
     pub async fn publish(&self, queue: &str, tasks: Vec<TaskMessage>) -> Result<(), PublishError> {
         if tasks.is_empty() {
             return Ok(());
         }
         let messages: Vec<Envelope> =
-            tasks.into_iter().map(|told| Envelope::task(&told.task, told.traceparent)).collect();
+            tasks.into_iter().map(|message| Envelope::task(&message.task, message.traceparent)).collect();
         if let Some(message) = messages.iter().find(|message| message.body.len() > SIZE_BYTES_MAX) {
             return Err(PublishError::TooLarge(message.body.len()));
         }
-        // A broker that is busy with others confirms some hundreds a second.
         let n_messages = u32::try_from(messages.len()).unwrap_or(u32::MAX);
         let deadline = Instant::now() + ANSWER_LIMIT + CONFIRM_TIME * n_messages;
         let (done, outcome) = oneshot::channel();
@@ -372,11 +266,11 @@ impl Communicator {
         match timeout_at(deadline, self.shared.jobs_tx.send(job)).await {
             Ok(Ok(())) => outcome.await.unwrap_or_else(|_| Err(PublishError::Unknown(GONE.to_owned()))),
             Ok(Err(_)) => Err(Down(ENDED.to_owned()).into()),
-            Err(_) => Err(Down("too much is being published already".to_owned()).into()),
+            Err(_) => Err(Down("too many publishes wait already".to_owned()).into()),
         }
     }
 
-    /// Asks the owner of a control queue and waits for its answer.
+    /// Sends a control message to the owner of a control queue, and waits for the reply.
     ///
     /// # Errors
     /// See [`RequestError`].
@@ -389,25 +283,25 @@ impl Communicator {
         }
     }
 
-    /// Whether a control queue exists, asked with a mandatory ping that nobody answers.
+    /// Whether a control queue exists, determined by a mandatory ping without a reply.
     ///
     /// # Errors
-    /// [`Down`] when the broker gave no answer: that says nothing about the queue.
+    /// [`Down`] if the broker did not answer; then it is unknown whether the queue exists.
     pub async fn ping(&self, control_queue: &str) -> Result<bool, Down> {
         let envelope = Envelope::control(&Control::Ping);
         self.ask(|done| Ask::Ping { queue: control_queue.to_owned(), envelope, done }).await?
     }
 
-    /// For how long the control connection has been open; `None` while it is not.
+    /// How long the control connection has been open; `None` if it is not open.
     pub fn control_connected_for(&self) -> Option<Duration> {
         self.shared.health.up_for(Link::Control)
     }
 
-    /// Sends a control message to every worker; it lands in `baton.control` as well. The answers come in as workers give
-    /// them, for as long as the receiver is kept; it ends with the connection.
+    /// Sends a control message to every worker, and to `baton.control`. The replies arrive at the receiver until it is
+    /// dropped or the connection ends.
     ///
     /// # Errors
-    /// [`Down`]; whether it has arrived is then unknown.
+    /// [`Down`]; then it is unknown whether the message has arrived.
     pub async fn broadcast(&self, control: Control) -> Result<mpsc::Receiver<Reply>, Down> {
         let envelope = Envelope::control(&control);
         let (replies, answers) = mpsc::channel(N_ANSWERS_MAX);
@@ -415,46 +309,47 @@ impl Communicator {
         Ok(answers)
     }
 
-    /// Says a change of state to whoever listens. Never waits, and is lost when the broker is away for long.
+    /// Announces an event. Never waits; the event is lost if the broker is away for long.
     pub fn announce(&self, event: Event) {
-        // A full buffer means that the broker is away or slow; nobody's work waits for that.
+        // A full buffer means that the broker is away or slow, and no process waits for that.
         let _ = self.shared.events_tx.try_send(event);
     }
 
-    /// Answers a launch or a request, from whichever program; `Ok` once the broker has it.
+    /// Sends a reply to a launch or a request, which may have arrived at another program. Returns once the broker has
+    /// it.
     ///
     /// # Errors
-    /// [`Down`]; whether it has arrived is then unknown. Nobody waiting for the answer any more is no error.
+    /// [`Down`]; then it is unknown whether the reply has arrived. A requester that no longer waits is no error.
     pub async fn reply(&self, to: &ReplyTo, reply: &Reply) -> Result<(), Down> {
         let body = encode_reply(reply, to.encoding());
         self.ask(|done| Ask::Reply { to: to.clone(), body, done }).await?
     }
 
-    /// How many messages are ready in a task queue; none in a queue that does not exist.
+    /// The number of ready messages in a task queue; 0 if the queue does not exist.
     ///
     /// # Errors
-    /// [`Down`] when the broker gave no answer.
+    /// [`Down`] if the broker did not answer.
     pub async fn depth(&self, queue: &str) -> Result<u64, Down> {
         self.ask(|done| Ask::Depth { queue: queue.to_owned(), done }).await?
     }
 
-    /// Whether what is told to a task queue arrives here: it is consumed, and takes messages. What the broker in memory
-    /// is told always arrives.
+    /// Whether tasks published to a queue arrive here: this program consumes the queue, and the queue confirms
+    /// messages. Always true for the broker in memory.
     pub fn delivers(&self, queue: &str) -> bool {
         self.shared.in_process || self.shared.health.delivers(&envelope::task_queue(queue))
     }
 
-    /// What has gone over the connections since the start. The broker in memory counts nothing.
+    /// The traffic of the connections since the start. The broker in memory counts nothing.
     pub fn traffic(&self) -> Traffic {
         self.shared.health.meter.read()
     }
 
-    /// How the broker is now.
+    /// The current health of the connections.
     pub fn health(&self) -> Health {
         self.shared.health.watch().borrow().clone()
     }
 
-    /// How the broker is, whenever that changes.
+    /// Watches the health of the connections.
     pub fn watch_health(&self) -> watch::Receiver<Health> {
         self.shared.health.watch()
     }
@@ -462,7 +357,7 @@ impl Communicator {
     /// Waits until every connection that this program needs is open.
     ///
     /// # Errors
-    /// [`Down`] with the last error when that takes longer than `limit`.
+    /// [`Down`] with the last error if that takes longer than `limit`.
     pub async fn wait_connected(&self, limit: Duration) -> Result<(), Down> {
         let mut health = self.watch_health();
         let connected = timeout(limit, health.wait_for(|health| health.connected)).await;
@@ -473,7 +368,8 @@ impl Communicator {
         Err(Down(last_error.unwrap_or_else(|| format!("no connection within {} ms", limit.as_millis()))))
     }
 
-    /// Stops taking, gives back what is in hand, sends what is still to be said, closes, and ends the thread.
+    /// Stops consuming, gives back prefetched deliveries, sends what waits to be sent, closes the connections, and ends
+    /// the thread.
     pub async fn shutdown(&self) {
         self.stop_consuming().await;
         self.shared.stop.cancel();
@@ -481,15 +377,15 @@ impl Communicator {
         if let Some(thread) = thread {
             let joined = tokio::task::spawn_blocking(move || thread.join()).await;
             if !matches!(joined, Ok(Ok(()))) {
-                tracing::error!("the communicator's thread has panicked");
+                tracing::error!("the communicator's thread panicked");
             }
         }
     }
 
     async fn order(&self, order: Order) {
-        // Needed from this moment on, so that whoever waits for the connection next waits for this one, too.
+        // Needed from now on, so that a later `wait_connected` includes this connection.
         self.shared.health.need(Link::Consume);
-        // A communicator that has ended consumes nothing any more.
+        // A communicator that has ended takes no orders.
         let _ = self.shared.orders_tx.send(order).await;
     }
 
@@ -498,13 +394,13 @@ impl Communicator {
         match timeout(ANSWER_LIMIT, self.shared.asks_tx.send(ask(done))).await {
             Ok(Ok(())) => answer.await.map_err(|_| Down(GONE.to_owned())),
             Ok(Err(_)) => Err(Down(ENDED.to_owned())),
-            Err(_) => Err(Down("too much is being asked already".to_owned())),
+            Err(_) => Err(Down("too many requests wait already".to_owned())),
         }
     }
 }
 
-/// What is said when the answer was lost with the connection.
+/// The error when the answer was lost with the connection.
 const GONE: &str = "the connection was lost";
 
-/// What is said after the shutdown.
+/// The error after the shutdown.
 const ENDED: &str = "the communicator has ended";

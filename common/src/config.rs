@@ -1,7 +1,10 @@
 //! The configuration file: `baton.toml`.
 //!
-//! A flag wins over an environment variable, that over the file, that over the default. `deploy/config/baton.toml`
-//! shows every option with its meaning.
+//! A flag overrides an environment variable, which overrides the file, which overrides the default.
+//! `deploy/config/baton.toml` documents every option.
+
+mod path;
+mod site;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -11,26 +14,28 @@ use serde::de::{SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 
 use crate::duration;
-use crate::spec::on_site;
 
-/// Where a configuration is looked for when nobody names one, in this order.
-const PLACES: [&str; 3] = ["baton.toml", "~/.config/baton/baton.toml", "/etc/baton/baton.toml"];
+pub use path::from_home;
+pub use site::{Cache, Launcher, Site, SiteLimits, Ssh, Transport};
 
-/// What a configuration file says. Everything may be absent.
+/// The default locations of the configuration file. The first file that exists is read.
+const LOCATIONS: [&str; 3] = ["baton.toml", "~/.config/baton/baton.toml", "/etc/baton/baton.toml"];
+
+/// The content of a configuration file. Every option may be absent.
 #[derive(Clone, Debug, Default, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Config {
-    /// RabbitMQ.
+    /// The broker: RabbitMQ.
     pub broker: Broker,
-    /// PostgreSQL, or SQLite.
+    /// The database: PostgreSQL or SQLite.
     pub database: Database,
-    /// Workers only.
+    /// Options of workers.
     pub worker: Worker,
-    /// Where the files of processes are kept.
+    /// The object store, with the files of processes.
     pub objects: Objects,
-    /// Where programs run other than on the workers' own machines, by name.
+    /// The sites by name.
     pub sites: BTreeMap<String, Site>,
-    /// How to reach the machines of sites, by name.
+    /// The SSH connections to sites by name.
     pub ssh: BTreeMap<String, Ssh>,
 }
 
@@ -38,10 +43,10 @@ pub struct Config {
 #[derive(Clone, Default, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Broker {
-    /// `amqp://` or `amqps://` URLs of one cluster, tried in turn.
+    /// `amqp://` or `amqps://` URLs of the nodes of one cluster, tried in turn.
     #[serde(deserialize_with = "one_or_many")]
     pub url: Vec<String>,
-    /// A file that holds the URL, so that its password stands in no other place.
+    /// A file that contains the URL, to keep the password out of the configuration.
     pub url_file: Option<PathBuf>,
 }
 
@@ -51,11 +56,11 @@ pub struct Broker {
 pub struct Database {
     /// `postgres://…` or `sqlite:PATH`.
     pub url: Option<String>,
-    /// A file that holds the URL.
+    /// A file that contains the URL.
     pub url_file: Option<PathBuf>,
 }
 
-// Written by hand, so that no password gets into a log by `{:?}`.
+// Written by hand to keep passwords out of logs.
 impl std::fmt::Debug for Broker {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Broker").field("urls", &self.url.len()).field("url_file", &self.url_file).finish()
@@ -68,316 +73,81 @@ impl std::fmt::Debug for Database {
     }
 }
 
-/// How a worker works.
+/// Options of a worker.
 #[derive(Clone, Debug, Default, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Worker {
-    /// Its label; the host's name if absent.
+    /// The worker's name. Default: the host name.
     pub name: Option<String>,
-    /// The queues that it serves.
+    /// The queues that the worker serves.
     pub queues: Option<Vec<String>>,
-    /// How many processes it holds at a time.
+    /// Most processes that the worker holds at a time.
     pub slots: Option<u32>,
-    /// How many threads advance them; as many as there are cores if absent.
+    /// Number of threads that advance processes. Default: the number of cores.
     pub threads: Option<usize>,
-    /// How many connections to the database it has at most; at least 4.
+    /// Most connections to the database; at least 4.
     pub database_connections: Option<u32>,
-    /// Where sandboxes are made.
+    /// The folder of the sandboxes.
     pub root: Option<PathBuf>,
-    /// As whom local programs run.
+    /// The user that local programs run as.
     pub user: Option<String>,
-    /// How long an advance may go on when the worker stops, and how long a program has between TERM and KILL.
+    /// How long a stopping worker waits for an advance, and for a program between SIGTERM and SIGKILL.
     #[serde(with = "duration::optional_text")]
     pub grace: Option<Duration>,
-    /// Advances that a process may make in all.
+    /// Most advances of a process.
     pub advances_max: Option<u64>,
-    /// Advances in a row that change nothing.
+    /// Most consecutive advances that change nothing.
     pub idle_advances_max: Option<u64>,
 }
 
-/// Where files are kept by their SHA-256.
+/// The object store.
 #[derive(Clone, Debug, Default, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Objects {
-    /// A folder, or `s3://BUCKET/PREFIX`; controllers and workers need the same.
+    /// A folder, or `s3://BUCKET/PREFIX`. All controllers and workers must use the same store.
     pub url: Option<String>,
-    /// The S3 server, such as `https://s3.example.org`; that of AWS if absent.
+    /// The S3 server, such as `https://s3.example.org`. Default: AWS.
     pub endpoint: Option<String>,
-    /// Its region.
+    /// The region of the S3 server.
     pub region: Option<String>,
-}
-
-/// A place to run programs: a transport and a launcher.
-#[derive(Clone, Debug, PartialEq, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Site {
-    /// How commands and files get there.
-    pub transport: Transport,
-    /// What starts programs there.
-    pub launcher: Launcher,
-    /// The folder there below which everything of Baton is; absolute, or relative to the home folder.
-    #[serde(deserialize_with = "site_root")]
-    pub root: String,
-    /// Pause between two looks at the jobs.
-    #[serde(with = "duration::text", default = "poll_default")]
-    pub poll: Duration,
-    /// How long one submission may take.
-    #[serde(with = "duration::text", default = "submit_timeout_default")]
-    pub submit_timeout: Duration,
-    /// For how long a job is looked for whose submission was not answered.
-    #[serde(with = "duration::text", default = "settle_default")]
-    pub settle: Duration,
-    /// Shell lines before every program, such as `module load`.
-    #[serde(default)]
-    pub pre: Vec<String>,
-    /// The shell that runs these lines and then the program, in words: a POSIX shell, with options.
-    #[serde(default = "shell_default", deserialize_with = "shell")]
-    pub shell: Vec<String>,
-    /// Options of every job, by their long names.
-    #[serde(default, deserialize_with = "native")]
-    pub native: BTreeMap<String, String>,
-    /// What the whole fleet keeps to.
-    #[serde(default)]
-    pub limits: SiteLimits,
-    /// The folder of inputs that many processes share.
-    #[serde(default)]
-    pub cache: Cache,
-}
-
-impl Site {
-    /// The root for commands and files there, all of which begin at the home folder.
-    pub fn root_from_home(&self) -> &str {
-        let root = self.root.strip_prefix("~/").unwrap_or(&self.root).trim_end_matches('/');
-        match root {
-            "" if self.root.starts_with('/') => "/",
-            "" => ".",
-            root => root,
-        }
-    }
-}
-
-/// How commands and files get to a site.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Transport {
-    /// It is the worker's own machine.
-    Local,
-    /// By SSH, as the section of this name says.
-    Ssh(String),
-}
-
-/// What starts programs at a site.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Launcher {
-    /// A program of its own on that machine.
-    Fork,
-    /// Slurm.
-    Slurm,
-}
-
-/// What the whole fleet keeps to at a site.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct SiteLimits {
-    /// Most jobs there at a time, waiting or running.
-    pub queued: Option<u32>,
-    /// Most jobs that may run at a time. Nobody but the scheduler knows which it starts, so no more than these are there.
-    pub running: Option<u32>,
-    /// Most submissions in a minute.
-    pub submit_per_min: Option<u32>,
-}
-
-/// What the folder of shared inputs may take.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct Cache {
-    /// Most bytes; the longest unused go first, and none that a process uses.
-    pub max_bytes: u64,
-    /// What nobody has used for so long goes.
-    #[serde(with = "duration::text")]
-    pub max_age: Duration,
-}
-
-impl Default for Cache {
-    fn default() -> Self {
-        Self { max_bytes: 100 << 30, max_age: Duration::from_secs(30 * 86_400) }
-    }
-}
-
-/// How to reach a machine by SSH. What is absent is what `~/.ssh/config` says of the host.
-#[derive(Clone, Debug, PartialEq, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Ssh {
-    /// Its name or address, or its alias in `~/.ssh/config`.
-    pub host: String,
-    /// Its port.
-    pub port: Option<u16>,
-    /// The user there.
-    pub user: Option<String>,
-    /// The file of a private key; the agent and the usual files if absent.
-    pub key: Option<PathBuf>,
-    /// The file that names the keys of hosts; the usual ones if absent.
-    pub known_hosts: Option<PathBuf>,
-    /// The configuration of OpenSSH to read; the usual one if absent.
-    pub config: Option<PathBuf>,
-    /// Machines on the way, `USER@HOST:PORT`, separated by commas, or `none`; if absent, what the configuration of OpenSSH
-    /// says, be it `ProxyJump` or `ProxyCommand`.
-    pub jump: Option<String>,
-    /// Most sessions of the whole fleet.
-    #[serde(default = "max_connections_default")]
-    pub max_connections: u32,
-    /// Most channels of one session; less where the server allows less.
-    #[serde(default = "channels_default")]
-    pub channels: u32,
-    /// No two sessions of the whole fleet are opened within this time.
-    #[serde(with = "duration::text", default = "min_reconnect_default")]
-    pub min_reconnect: Duration,
-    /// A session that nobody uses for so long is closed.
-    #[serde(with = "duration::text", default = "idle_close_default")]
-    pub idle_close: Duration,
-    /// A session that is older than this takes nothing new, as soon as another can be opened, and is closed.
-    #[serde(with = "duration::text", default = "max_age_default")]
-    pub max_age: Duration,
-    /// A session that is silent for so long is asked whether it lives.
-    #[serde(with = "duration::text", default = "keepalive_default")]
-    pub keepalive: Duration,
-}
-
-fn poll_default() -> Duration {
-    Duration::from_secs(30)
-}
-
-fn submit_timeout_default() -> Duration {
-    Duration::from_secs(30)
-}
-
-fn shell_default() -> Vec<String> {
-    vec!["/bin/sh".to_owned()]
-}
-
-fn shell<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Vec<String>, D::Error> {
-    let words: Vec<String> = String::deserialize(deserializer)?.split_whitespace().map(str::to_owned).collect();
-    if words.first().is_none_or(|program| program.starts_with('-')) {
-        return Err(serde::de::Error::custom("`shell` must name a program, such as \"/bin/bash -l\""));
-    }
-    Ok(words)
-}
-
-fn site_root<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
-    let root = String::deserialize(deserializer)?;
-    if root.contains('\0') {
-        return Err(serde::de::Error::custom("`root` has a NUL byte, which no path can have"));
-    }
-    check_literal(Path::new(&root)).map_err(|problem| serde::de::Error::custom(format!("`root` {problem}")))?;
-    Ok(root)
-}
-
-/// Whether a path can be taken as it is. No shell reads a configuration, so what only a shell expands would become the name of a
-/// folder.
-fn check_literal(path: &Path) -> Result<(), String> {
-    let text = path.to_string_lossy();
-    let first = text.split('/').next().unwrap_or_default();
-    let rest = text.split_once('/').map_or("", |(_, rest)| rest);
-    if first.starts_with('$') {
-        return Err(format!("is `{text}`: variables are not expanded; write `~/{rest}`, or the whole path"));
-    }
-    if first.starts_with('~') && first != "~" {
-        return Err(format!("is `{text}`: only `~/` stands for a home folder; write the whole path"));
-    }
-    Ok(())
-}
-
-/// A path of a configuration, in which `~/` stands for the home folder of this user.
-///
-/// # Errors
-/// What is wrong with it, to be read after the name of the option.
-pub fn from_home(path: &Path) -> Result<PathBuf, String> {
-    check_literal(path)?;
-    match path.strip_prefix("~") {
-        Ok(rest) => {
-            let home = std::env::home_dir().ok_or("begins with `~/`, and no home folder is known: set HOME")?;
-            Ok(home.join(rest))
-        }
-        Err(_) => Ok(path.to_owned()),
-    }
-}
-
-fn native<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<BTreeMap<String, String>, D::Error> {
-    let native = BTreeMap::<String, String>::deserialize(deserializer)?;
-    for (name, value) in &native {
-        on_site::check_option(name)
-            .and_then(|()| on_site::check_option_value(value))
-            .map_err(|problem| serde::de::Error::custom(format!("`{name}` {problem}")))?;
-    }
-    Ok(native)
-}
-
-fn settle_default() -> Duration {
-    Duration::from_secs(60)
-}
-
-fn max_connections_default() -> u32 {
-    2
-}
-
-// MaxSessions of OpenSSH's server is 10 unless somebody has set it.
-fn channels_default() -> u32 {
-    8
-}
-
-fn min_reconnect_default() -> Duration {
-    Duration::from_secs(5)
-}
-
-fn idle_close_default() -> Duration {
-    Duration::from_secs(300)
-}
-
-fn max_age_default() -> Duration {
-    Duration::from_secs(1800)
-}
-
-fn keepalive_default() -> Duration {
-    Duration::from_secs(30)
 }
 
 /// Why a configuration cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The file that was named, or one that holds a secret, cannot be read.
+    /// The configuration file, or a file with a URL, cannot be read.
     #[error("cannot read {}", .path.display())]
     Read {
         /// The file.
         path: PathBuf,
-        /// What the system said.
+        /// The system's error.
         source: std::io::Error,
     },
-    /// It is not TOML, or has a key that nobody knows.
+    /// The file is not TOML, or has an unknown key or a wrong value.
     #[error("{}: {reason}", .path.display())]
     Content {
         /// The file.
         path: PathBuf,
-        /// What is wrong, and on which line.
+        /// The problem, with its line.
         reason: String,
     },
 }
 
 impl Config {
-    /// Reads the file that was named, or else the first that exists of the usual ones, or else nothing.
+    /// Reads the named file, or else the first default location that exists. Without a file, every option is absent.
     ///
     /// # Errors
-    /// See [`Error`]. That there is no file is an error only if one was named.
+    /// See [`Error`]. An absent file is an error only if it was named.
     pub fn load(named: Option<&Path>) -> Result<Self, Error> {
         if let Some(path) = named {
             let text = std::fs::read_to_string(path).map_err(|source| Error::Read { path: path.to_owned(), source })?;
             return Self::parse(path, &text);
         }
-        for place in PLACES {
-            let path = match (place.strip_prefix("~/"), std::env::home_dir()) {
+        for location in LOCATIONS {
+            let path = match (location.strip_prefix("~/"), std::env::home_dir()) {
                 (Some(rest), Some(home)) => home.join(rest),
                 (Some(_), None) => continue,
-                (None, _) => PathBuf::from(place),
+                (None, _) => PathBuf::from(location),
             };
             match std::fs::read_to_string(&path) {
                 Ok(text) => return Self::parse(&path, &text),
@@ -390,17 +160,17 @@ impl Config {
 
     fn parse(path: &Path, text: &str) -> Result<Self, Error> {
         toml::from_str(text).map_err(|error| {
-            // The parser's own text quotes the line, which may hold a password.
+            // The parser's own text quotes the line, which may contain a password.
             let line = error.span().map(|span| text[..span.start].matches('\n').count() + 1);
-            let place = line.map(|line| format!("line {line}: ")).unwrap_or_default();
-            Error::Content { path: path.to_owned(), reason: format!("{place}{}", error.message()) }
+            let location = line.map(|line| format!("line {line}: ")).unwrap_or_default();
+            Error::Content { path: path.to_owned(), reason: format!("{location}{}", error.message()) }
         })
     }
 
-    /// The broker's URLs; empty when none is configured.
+    /// The broker's URLs; empty if none is configured.
     ///
     /// # Errors
-    /// [`Error::Read`] when `url_file` cannot be read.
+    /// [`Error::Read`] if `url_file` cannot be read.
     pub fn broker_urls(&self) -> Result<Vec<String>, Error> {
         match &self.broker.url_file {
             Some(path) if self.broker.url.is_empty() => Ok(split_urls(&read_secret(path)?)),
@@ -411,7 +181,7 @@ impl Config {
     /// The database's URL.
     ///
     /// # Errors
-    /// [`Error::Read`] when `url_file` cannot be read.
+    /// [`Error::Read`] if `url_file` cannot be read.
     pub fn database_url(&self) -> Result<Option<String>, Error> {
         match (&self.database.url, &self.database.url_file) {
             (None, Some(path)) => Ok(Some(read_secret(path)?)),
@@ -420,8 +190,8 @@ impl Config {
     }
 }
 
-/// Several URLs in one text, separated by commas or white space. A comma that no URL follows is part of one, since a
-/// password may have commas.
+/// Splits a text into URLs at commas and white space. A comma without a URL after it belongs to the URL, since a
+/// password may contain commas.
 pub fn split_urls(text: &str) -> Vec<String> {
     let mut urls: Vec<String> = Vec::new();
     for word in text.split_whitespace() {
@@ -439,18 +209,18 @@ pub fn split_urls(text: &str) -> Vec<String> {
     urls
 }
 
-/// A file's content without the line end that editors add.
+/// Reads a file without white space at its start and end, such as the line break that editors add.
 ///
 /// # Errors
 /// [`Error::Read`].
 pub fn read_secret(path: &Path) -> Result<String, Error> {
-    let place = || path.to_owned();
-    let path = from_home(path).map_err(|problem| Error::Content { path: place(), reason: problem })?;
+    let named = || path.to_owned();
+    let path = from_home(path).map_err(|problem| Error::Content { path: named(), reason: problem })?;
     let text = std::fs::read_to_string(&path).map_err(|source| Error::Read { path, source })?;
     Ok(text.trim().to_owned())
 }
 
-/// A string, or a list of strings.
+/// Reads a text with URLs, or a list of URLs.
 fn one_or_many<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<String>, D::Error> {
     struct OneOrMany;
 
@@ -486,7 +256,7 @@ mod tests {
     }
 
     #[test]
-    fn a_path_that_only_a_shell_would_expand_is_refused() {
+    fn a_path_that_only_a_shell_expands_is_rejected() {
         for path in ["$HOME/x", "${HOME}/x", "~ann/x"] {
             assert!(from_home(Path::new(path)).unwrap_err().contains("write"), "{path}");
             let site = format!("[sites.a]\ntransport = 'local'\nlauncher = 'fork'\nroot = '{path}'");
@@ -498,7 +268,7 @@ mod tests {
     }
 
     #[test]
-    fn one_url_or_several() {
+    fn urls_are_a_text_or_a_list() {
         assert_eq!(parse("broker.url = 'amqp://a'").unwrap().broker.url, ["amqp://a"]);
         for text in ["['amqp://a', 'amqp://b']", "'amqp://a,amqp://b'", "'amqp://a, amqp://b,'", "'amqp://a\tamqp://b'"]
         {
@@ -508,16 +278,16 @@ mod tests {
     }
 
     #[test]
-    fn errors_name_file_line_and_key_and_no_password() {
+    fn an_error_names_the_file_line_and_key_but_no_password() {
         let error = parse("[broker]\nurl = 'amqp://u:secret@h'\nurls = 'amqp://u:secret@h'").unwrap_err().to_string();
         assert!(error.contains("baton.toml: line 3") && error.contains("urls"), "{error}");
         assert!(!error.contains("secret"), "{error}");
     }
 
     #[test]
-    fn the_documented_configuration_is_valid_and_whole() {
+    fn the_documented_configuration_is_valid_and_complete() {
         let text = include_str!("../../deploy/config/baton.toml");
-        // Every option stands there as a comment; with the comment signs gone it must parse and leave nothing out.
+        // The file has every option as a comment. Without the comment signs it must parse and set every option.
         let all: String =
             text.lines().map(|line| line.strip_prefix("#: ").unwrap_or(line)).map(|line| format!("{line}\n")).collect();
         let config = parse(&all).unwrap();
@@ -542,7 +312,7 @@ mod tests {
     }
 
     #[test]
-    fn an_option_of_every_job_is_one_line_and_not_one_of_batons() {
+    fn a_native_option_is_one_line_and_is_not_set_by_baton() {
         let site = |native: &str| {
             parse(&format!("sites.a = {{transport = 'local', launcher = 'slurm', root = '/r', native = {{{native}}}}}"))
         };

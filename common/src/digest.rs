@@ -1,4 +1,4 @@
-//! The SHA-256 of a content: what files are verified by, and the name under which the object store keeps them.
+//! The SHA-256 of files: it verifies them, and names them in the object store.
 
 use std::fmt;
 use std::io::Read;
@@ -15,12 +15,12 @@ const PIECE_LEN: usize = 256 * 1024;
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Digest([u8; 32]);
 
-/// A text that is not 64 hexadecimal digits.
+/// The text is not 64 lower-case hexadecimal digits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("not a SHA-256 in hexadecimal digits")]
+#[error("not a SHA-256 of 64 lower-case hexadecimal digits")]
 pub struct NotADigest;
 
-/// Hashes what comes piece by piece.
+/// Hashes bytes piece by piece.
 #[derive(Clone, Default)]
 pub struct Hasher(Sha256);
 
@@ -32,15 +32,15 @@ impl Digest {
         hasher.finish()
     }
 
-    /// Its 32 bytes.
+    /// The 32 bytes of the digest.
     pub fn bytes(&self) -> &[u8; 32] {
         &self.0
     }
 
-    /// The digest and the length of a file, which is read to its end. Blocks.
+    /// The digest and the length of a file. Blocks.
     ///
     /// # Errors
-    /// The file cannot be read.
+    /// If the file cannot be read.
     pub fn of_file(path: &Path) -> std::io::Result<(Self, u64)> {
         let mut hasher = Hasher::default();
         let total_bytes = hasher.read(std::fs::File::open(path)?)?;
@@ -49,15 +49,15 @@ impl Digest {
 }
 
 impl Hasher {
-    /// Takes the next piece.
+    /// Hashes the next piece.
     pub fn update(&mut self, piece: &[u8]) {
         self.0.update(piece);
     }
 
-    /// Takes all that a reader gives, and says how many bytes that were. Blocks.
+    /// Hashes a reader to its end, and returns the number of bytes. Blocks.
     ///
     /// # Errors
-    /// It cannot be read.
+    /// Those of the reader.
     pub fn read(&mut self, mut reader: impl Read) -> std::io::Result<u64> {
         let mut piece = vec![0; PIECE_LEN];
         let mut total_bytes = 0;
@@ -122,7 +122,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn digests_are_those_of_sha256sum_and_come_back_from_text() {
+    fn digests_equal_those_of_sha256sum_and_round_trip_through_text() {
         let digest = Digest::of(b"abc");
         assert_eq!(digest.to_string(), "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad");
         assert_eq!(digest.to_string().parse(), Ok(digest));

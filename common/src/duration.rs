@@ -1,6 +1,6 @@
 //! Durations as people write them: `30s`, `1h30m`, `100ms`.
 //!
-//! A number without a unit is refused everywhere: seconds and milliseconds are mixed up too easily.
+//! A number without a unit is rejected, since seconds and milliseconds are easily confused.
 
 use std::fmt;
 use std::time::Duration;
@@ -10,29 +10,29 @@ use serde::de;
 /// The text is not a duration.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
-    /// A bare number: the unit is missing.
+    /// A number without a unit.
     #[error("`{text}` has no unit; write `{text}s` for seconds")]
     NoUnit {
-        /// What was given.
+        /// The text.
         text: String,
     },
-    /// Something else than numbers with units.
+    /// Not a sequence of numbers with units.
     #[error(
-        "`{text}` is not a duration; write whole numbers with d, h, m, s or ms, the largest first, such as `1h30m`"
+        "`{text}` is not a duration; write integers with the units d, h, m, s or ms, the largest first, such as `1h30m`"
     )]
     Malformed {
-        /// What was given, cut when it is long.
+        /// The text, shortened if it is long.
         text: String,
     },
-    /// More than a [`Duration`] can hold.
+    /// The duration exceeds the range of [`Duration`].
     #[error("`{text}` is too long for a duration")]
     TooLong {
-        /// What was given, cut when it is long.
+        /// The text, shortened if it is long.
         text: String,
     },
 }
 
-/// The units with their length in nanoseconds, the largest first, as they must follow each other in a text.
+/// The units with their length in nanoseconds, in the order in which they must appear in a text.
 const UNITS: [(&str, u128); 7] = [
     ("d", 86_400_000_000_000),
     ("h", 3_600_000_000_000),
@@ -43,11 +43,11 @@ const UNITS: [(&str, u128); 7] = [
     ("ns", 1),
 ];
 
-/// The duration that the text stands for: one or more whole numbers, each with its unit (`d`, `h`, `m`, `s`, `ms`,
-/// `us`, `ns`), the largest first and none twice.
+/// Parses a duration: one or more integers, each with a unit (`d`, `h`, `m`, `s`, `ms`, `us`, `ns`), the largest unit
+/// first and no unit twice.
 ///
 /// # Errors
-/// [`Error`], whose text tells the person what to write instead.
+/// [`Error`], whose text includes the remedy.
 pub fn parse(text: &str) -> Result<Duration, Error> {
     let shown = || text.chars().take(40).collect::<String>();
     let is_number = |c: char| c.is_ascii_digit();
@@ -61,24 +61,24 @@ pub fn parse(text: &str) -> Result<Duration, Error> {
         let malformed = || Error::Malformed { text: shown() };
         let (number, tail) = rest.split_at(rest.find(|c| !is_number(c)).ok_or_else(malformed)?);
         let (unit, tail) = tail.split_at(tail.find(is_number).unwrap_or(tail.len()));
-        let place = units.iter().position(|(name, _)| *name == unit).ok_or_else(malformed)?;
+        let unit_idx = units.iter().position(|(name, _)| *name == unit).ok_or_else(malformed)?;
         if number.is_empty() {
             return Err(malformed());
         }
         let too_long = || Error::TooLong { text: shown() };
         let number: u64 = number.parse().map_err(|_| too_long())?;
-        nanoseconds += u128::from(number) * units[place].1;
+        nanoseconds += u128::from(number) * units[unit_idx].1;
         if tail.is_empty() {
             let seconds = u64::try_from(nanoseconds / 1_000_000_000).map_err(|_| too_long())?;
             let below = u32::try_from(nanoseconds % 1_000_000_000).expect("a remainder of 10^9 fits in 32 bits");
             return Ok(Duration::new(seconds, below));
         }
-        units = &units[place + 1..];
+        units = &units[unit_idx + 1..];
         rest = tail;
     }
 }
 
-/// The shortest text for the duration; [`parse`] reads it back without loss. Zero is `0s`.
+/// Formats a duration as the shortest text that [`parse`] reads without loss. Zero is `0s`.
 pub fn format(duration: Duration) -> String {
     let mut rest = duration.as_nanos();
     let mut text = String::new();
@@ -98,7 +98,7 @@ pub mod text {
 
     use serde::{Deserializer, Serializer};
 
-    /// Writes what [`format`](super::format) makes of it.
+    /// Writes the text of [`format`](super::format).
     ///
     /// # Errors
     /// Those of the serializer.
@@ -106,7 +106,7 @@ pub mod text {
         serializer.serialize_str(&super::format(*duration))
     }
 
-    /// Reads what [`parse`](super::parse) reads.
+    /// Reads a text for [`parse`](super::parse).
     ///
     /// # Errors
     /// Those of the deserializer and [`Error`](super::Error).
@@ -115,13 +115,13 @@ pub mod text {
     }
 }
 
-/// The same for an `Option`: `#[serde(default, with = "duration::optional_text")]`.
+/// Optional durations as text in serialized data: `#[serde(default, with = "duration::optional_text")]`.
 pub mod optional_text {
     use std::time::Duration;
 
     use serde::{Deserialize, Deserializer, Serializer};
 
-    /// Writes the text, or nothing.
+    /// Writes the text, or `None`.
     ///
     /// # Errors
     /// Those of the serializer.
@@ -132,7 +132,7 @@ pub mod optional_text {
         }
     }
 
-    /// Reads a text, or nothing.
+    /// Reads a text, or `None`.
     ///
     /// # Errors
     /// Those of the deserializer and [`Error`](super::Error).
@@ -143,7 +143,7 @@ pub mod optional_text {
     }
 }
 
-/// Takes numbers too, to refuse them with the remedy.
+/// Also accepts numbers, to reject them with the remedy.
 struct TextVisitor;
 
 impl de::Visitor<'_> for TextVisitor {
@@ -177,7 +177,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn texts_and_durations_stand_for_each_other() {
+    fn durations_round_trip_through_their_texts() {
         for (text, milliseconds) in [
             ("30s", 30_000),
             ("100ms", 100),
@@ -197,13 +197,13 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_duration_is_refused_with_the_remedy() {
+    fn an_invalid_duration_is_rejected_with_the_remedy() {
         for (text, part) in [
             ("30", "`30` has no unit; write `30s`"),
             ("", "`` is not a duration"),
             ("s", "such as `1h30m`"),
             ("-5s", "`-5s` is not a duration"),
-            ("1.5h", "whole numbers"),
+            ("1.5h", "write integers"),
             ("30m1h", "the largest first"),
             ("1s1s", "is not a duration"),
             ("1h30", "is not a duration"),
@@ -239,7 +239,7 @@ mod tests {
     }
 
     #[test]
-    fn a_bare_number_in_a_configuration_is_refused_with_the_remedy() {
+    fn a_number_without_a_unit_is_rejected_with_the_remedy() {
         let error = toml::from_str::<Holder>("every = 30").unwrap_err().to_string();
         assert!(error.contains("write `30s`"), "{error}");
         assert!(serde_json::from_str::<Holder>(r#"{"every": -1}"#).is_err());

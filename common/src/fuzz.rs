@@ -1,7 +1,7 @@
-//! Whatever bytes strangers send: they are read or refused, at once and in little memory.
+//! Fuzz tests of the readers: any input is read or rejected, quickly and with little memory.
 //!
-//! Each target runs over its corpus (`common/tests/fuzz/<target>`), over random bytes, and over its corpus with random
-//! changes, which come much further into a reader. `BATON_FUZZ_CASES=1000000` is the long form.
+//! The inputs of each target are its corpus (`common/tests/fuzz/<target>`), random bytes, and the corpus with random
+//! changes, which get further into a reader. `BATON_FUZZ_CASES=1000000` runs longer.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -15,16 +15,17 @@ use crate::message::{Control, Encoding, Reply, SIZE_BYTES_MAX, Task};
 use crate::spec::{self, Format};
 use crate::store::blob::{Checkpoint, Outcome};
 
-/// Random inputs of each target.
+/// Number of random inputs of each target.
 const CASES: u32 = 500;
 
-/// Longest that one input may take. The slowest is a MiB of nested YAML, which takes some tenths in an unoptimized build.
+/// Time limit of one input. The slowest is 1 MiB of nested YAML, which takes some tenths of a second in an unoptimized
+/// build.
 const TIME_MAX: Duration = Duration::from_secs(20);
 
-/// Most that a target may add to the memory of the process.
+/// Most memory that a target may add to the process.
 const MEMORY_KIB_MAX: u64 = 256 * 1024;
 
-/// Runs a target; `read` fails by panicking.
+/// Runs a target. `read` fails by panicking.
 pub(crate) fn run(target: &str, read: fn(&[u8])) {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fuzz").join(target);
     let mut paths: Vec<_> = std::fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().path()).collect();
@@ -53,7 +54,7 @@ pub(crate) fn run(target: &str, read: fn(&[u8])) {
     }
 }
 
-/// Runs a target over these inputs, which together may take so much time and memory.
+/// Runs a target over these inputs, within the limits of time and memory.
 fn run_all(inputs: Vec<Vec<u8>>, read: fn(&[u8])) {
     let before_kib = peak_kib();
     for input in inputs {
@@ -65,7 +66,7 @@ fn run_all(inputs: Vec<Vec<u8>>, read: fn(&[u8])) {
     assert!(added_kib < MEMORY_KIB_MAX, "{added_kib} KiB more than before");
 }
 
-/// The most memory that this process ever had.
+/// Peak memory of this process.
 fn peak_kib() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap();
     let line = status.lines().find(|line| line.starts_with("VmHWM:")).unwrap();
@@ -76,7 +77,7 @@ fn read_message(body: &[u8]) {
     for encoding in [Encoding::MessagePack, Encoding::Json] {
         if let Ok(task) = Task::decode(body, encoding) {
             assert_eq!(Task::decode(&task.encode(encoding), encoding).unwrap().pid(), task.pid());
-            if let Task::Launch { spec: Some(spec), .. } = task {
+            if let Task::Launch { spec: Some(Ok(spec)), .. } = task {
                 let _ = spec::from_json_value(spec).map(|spec| spec.digest());
             }
         }
@@ -107,23 +108,23 @@ fn read_checkpoint(bytes: &[u8]) {
 }
 
 #[test]
-fn any_bytes_as_a_message() {
+fn any_bytes_as_a_message_are_handled() {
     run("message", read_message);
 }
 
 #[test]
-fn any_bytes_as_a_document() {
+fn any_bytes_as_a_document_are_handled() {
     run("document", read_document);
 }
 
 #[test]
-fn any_bytes_as_a_checkpoint() {
+fn any_bytes_as_a_checkpoint_are_handled() {
     run("checkpoint", read_checkpoint);
 }
 
-/// As deep as the size permits, which is too large for a corpus.
+/// Nesting as deep as the size limit allows, which is too large for a corpus.
 #[test]
-fn the_deepest_nesting_that_fits_is_refused() {
+fn the_deepest_nesting_that_fits_is_rejected() {
     let texts = ["[", "{\"a\":", "a: {", "- ", "a.", "[[a.", "&a [*a,", "\"", "'''", "|\n "];
     let of = |text: &str, n_bytes: usize| text.repeat(n_bytes / text.len()).into_bytes();
     run_all(texts.iter().map(|text| of(text, 1024 * 1024)).collect(), read_document);

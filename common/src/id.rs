@@ -1,4 +1,4 @@
-//! Identifiers: what a process, a worker's incarnation and a dead letter are called everywhere.
+//! Identifiers of processes, incarnations, requests and dead letters.
 
 use std::fmt;
 use std::str::FromStr;
@@ -6,27 +6,27 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-/// A process's id: a UUIDv7, so ids sort by the time of their making.
+/// The id of a process: a UUIDv7, so that ids sort by their creation time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Pid(Uuid);
 
-/// The id of one start of a worker. The worker's name is only a label.
+/// The id of an incarnation, which is one start of a worker. The worker's name is only a label.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Incarnation(Uuid);
 
-/// The id of a request to many: it is recorded once under it.
+/// The id of a request to several processes. The request is recorded once per id.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct RequestId(Uuid);
 
-/// A dead letter's id: a UUIDv7 of its burial, or a UUIDv8 made from a digest of a letter that was put there without one.
+/// The id of a dead letter: a UUIDv7, or a UUIDv8 from the digest of a letter that was published without an id.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct LetterId(Uuid);
 
-/// The text is not an id.
+/// The text is not a valid id.
 #[derive(Debug, thiserror::Error)]
 #[error("`{text}` is not a {what} id (a UUID such as 01940000-0000-7000-8000-000000000000)")]
 pub struct ParseError {
@@ -35,12 +35,12 @@ pub struct ParseError {
 }
 
 impl Pid {
-    /// A new id, later than every id that this host has made before.
+    /// A new id, later than every earlier id of this host.
     pub fn generate() -> Self {
         Self(Uuid::now_v7())
     }
 
-    /// When it was made, in microseconds since 1970 by its maker's clock; `None` for an id that is no UUIDv7.
+    /// The creation time, in microseconds since 1970 by the creator's clock; `None` if it is not a UUIDv7.
     pub fn made_at(self) -> Option<i64> {
         if self.0.get_version_num() != 7 {
             return None;
@@ -51,12 +51,12 @@ impl Pid {
 }
 
 impl Incarnation {
-    /// A new id for a worker that starts.
+    /// A new id for a start of a worker.
     pub fn generate() -> Self {
         Self(Uuid::now_v7())
     }
 
-    /// Eight hexadecimal digits of the random end: they tell the incarnations of one name apart.
+    /// Eight hexadecimal digits of the random end. They distinguish the incarnations of one name.
     pub fn short(self) -> String {
         let text = self.0.simple().to_string();
         text[text.len() - 8..].to_owned()
@@ -69,25 +69,25 @@ impl RequestId {
         Self(Uuid::now_v7())
     }
 
-    /// The id under which a message from outside is recorded: its own, or a digest of whatever text its sender has chosen.
+    /// The id for a message from outside: its message id if that is a UUID, or else a digest of the message id.
     pub fn of_message(message_id: &str) -> Self {
         Self(message_id.parse().unwrap_or_else(|_| digested(&blake3::hash(message_id.as_bytes()))))
     }
 }
 
 impl LetterId {
-    /// A new id for a letter that is buried now.
+    /// A new id for a message that is dead-lettered now.
     pub fn generate() -> Self {
         Self(Uuid::now_v7())
     }
 
-    /// The id of a letter that bears none: equal letters have equal ids.
+    /// The id for a letter without one. Equal letters have equal ids.
     pub fn of_digest(digest: &blake3::Hash) -> Self {
         Self(digested(digest))
     }
 }
 
-/// A UUIDv8 from the beginning of a digest.
+/// A UUIDv8 from the first bytes of a digest.
 fn digested(digest: &blake3::Hash) -> Uuid {
     let (head, _) = digest.as_bytes().split_first_chunk().expect("a digest has 32 bytes");
     uuid::Builder::from_custom_bytes(*head).into_uuid()
@@ -141,7 +141,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn pids_sort_by_the_time_of_their_making() {
+    fn pids_sort_by_their_creation_time() {
         let pids: Vec<Pid> = (0..1000).map(|_| Pid::generate()).collect();
         assert!(pids.is_sorted());
     }
@@ -156,7 +156,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_uuid_is_refused_with_its_text() {
+    fn an_invalid_id_is_rejected_with_its_text() {
         let error = "42".parse::<Pid>().unwrap_err();
         assert!(error.to_string().contains("`42`"), "{error}");
     }

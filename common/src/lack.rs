@@ -1,4 +1,4 @@
-//! What a worker's machine can lack, and what to do about it.
+//! Shortages on a worker's machine, and their remedies.
 
 use serde::Serialize;
 
@@ -15,35 +15,35 @@ pub enum Lack {
     BrokenDisk,
     /// A write to the file system of the root takes seconds.
     SlowDisk,
-    /// The root cannot be made or entered.
+    /// The root cannot be created or entered.
     Root,
     /// No memory is left.
     Memory,
-    /// The operating system starts no further process or thread.
+    /// The operating system cannot start another process or thread.
     Processes,
-    /// The operating system opens no further file.
+    /// The operating system cannot open another file.
     OpenFiles,
     /// Child processes cannot be started, for another reason.
     Children,
-    /// The broker cannot be reached, or does not let the worker in.
+    /// The broker is unreachable or rejects the worker.
     Broker,
 }
 
-/// That a worker's machine lacks something, with the evidence.
+/// A shortage on a worker's machine, with the evidence.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Shortage {
-    /// What it lacks.
+    /// The resource.
     pub lack: Lack,
-    /// What was tried and how it failed, in one line.
+    /// The failed operation and its error, in one line.
     pub text: String,
 }
 
-/// A shortage as a worker's row and JSON output have it.
+/// A shortage as in a worker's row and in JSON output.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Lacks {
     /// The word of the resource: a stable identifier.
     pub what: String,
-    /// What was tried and how it failed.
+    /// The failed operation and its error.
     pub text: String,
 }
 
@@ -62,7 +62,7 @@ impl Lack {
         Lack::Broker,
     ];
 
-    /// A stable identifier, which is stored and printed.
+    /// The word of the resource: a stable identifier, which is stored and printed.
     pub fn word(self) -> &'static str {
         match self {
             Lack::Disk => "disk space",
@@ -79,18 +79,18 @@ impl Lack {
         }
     }
 
-    /// The resource of a word; `None` if a newer program has written it.
+    /// The resource of a word; `None` if a newer program has written the word.
     pub fn from_word(word: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|lack| lack.word() == word)
     }
 
-    /// Whether a worker that lacks it takes no more processes. On a slow disk they only take longer, and without a broker it
-    /// finds them in the database.
+    /// Whether a worker with this shortage takes no more processes. A slow disk only slows processes down, and without
+    /// a broker the worker finds them in the database.
     pub fn stops_taking(self) -> bool {
         !matches!(self, Lack::SlowDisk | Lack::Broker)
     }
 
-    /// Whether programs that end give it back to others of the same worker.
+    /// Whether a program that ends frees the resource for others of the same worker.
     pub fn is_shared_by_programs(self) -> bool {
         matches!(self, Lack::Memory | Lack::Processes | Lack::OpenFiles | Lack::Children)
     }
@@ -122,7 +122,7 @@ impl std::fmt::Display for Shortage {
 }
 
 impl Lacks {
-    /// Whether the worker takes no more processes. A newer program's word stands for something that stops it.
+    /// Whether the worker takes no more processes. An unknown word, from a newer program, counts as one that stops it.
     pub fn stops_taking(&self) -> bool {
         Lack::from_word(&self.what).is_none_or(Lack::stops_taking)
     }
@@ -135,7 +135,7 @@ impl Lacks {
 
 impl std::fmt::Display for Lacks {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let effect = if self.stops_taking() { "; it takes nothing until that is over" } else { "" };
+        let effect = if self.stops_taking() { "; it takes no processes meanwhile" } else { "" };
         write!(formatter, "lacks {}: {}{effect}", self.what, self.text)
     }
 }
@@ -145,7 +145,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_word_stands_for_one_resource() {
+    fn every_word_names_one_resource() {
         for lack in Lack::ALL {
             assert_eq!(Lack::from_word(lack.word()), Some(lack));
         }

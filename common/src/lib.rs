@@ -23,3 +23,4 @@ pub mod spec;
 pub mod state;
 pub mod store;
 pub mod telemetry;
+pub mod unique_keys;

@@ -1,10 +1,10 @@
-//! What somebody may have meant who has written a word that nobody knows.
+//! Suggestions for unknown words.
 
-/// The known word that is nearest to this one, if any is near enough to have been meant.
+/// The known word nearest to this one, if it is near enough to be a plausible suggestion.
 pub fn nearest<'a>(word: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
     let distance = |known: &&str| strsim::damerau_levenshtein(known, word);
     known.into_iter().min_by_key(distance).filter(|known| {
-        // Not more than half of a short word may differ, or everything would be near to everything.
+        // At most half of a short word may differ, or unrelated words would match.
         distance(known) <= (known.len().min(word.len()) / 2).min(3)
     })
 }
@@ -14,7 +14,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_what_is_near_is_offered() {
+    fn only_a_near_word_is_suggested() {
         for (word, expected) in [("clutser", Some("cluster")), ("fram", Some("farm")), ("x", None), ("daint", None)] {
             assert_eq!(nearest(word, ["cluster", "farm"]), expected, "{word}");
         }

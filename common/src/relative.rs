@@ -1,19 +1,19 @@
-//! Relative paths as documents and manifests write them: which stay within their folder.
+//! Relative paths in documents and manifests, which must not lead out of their folder.
 
 use std::ffi::OsStr;
 use std::fmt;
 use std::os::unix::ffi::OsStrExt;
 
-/// Longest path in bytes: that of Linux, less what a sandbox's own path may take.
+/// Longest path in bytes: the limit of Linux, less the longest path of a sandbox.
 const BYTES_MAX: usize = 3840;
 
-/// Longest part of a path in bytes, as most file systems have it.
-const PART_BYTES_MAX: usize = 255;
+/// Longest component of a path in bytes, as in most file systems.
+const COMPONENT_BYTES_MAX: usize = 255;
 
-/// Why a path is none that stays within its folder.
+/// Checks that a path is relative and does not lead out of its folder.
 ///
 /// # Errors
-/// What is wrong with it, to be put behind its name; a trailing `/` is an empty part.
+/// The problem, to be put after the path. A trailing `/` is an empty component.
 pub fn check(path: impl AsRef<[u8]>) -> Result<(), &'static str> {
     let path = path.as_ref();
     if path.is_empty() {
@@ -23,51 +23,51 @@ pub fn check(path: impl AsRef<[u8]>) -> Result<(), &'static str> {
         return Err("contains a NUL byte");
     }
     if path.starts_with(b"/") {
-        return Err("is absolute; write it relative to its folder");
+        return Err("is absolute; make it relative to its folder");
     }
     if path.len() > BYTES_MAX {
         return Err("is longer than 3840 bytes");
     }
-    for part in path.split(|byte| *byte == b'/') {
-        match part {
-            b"" => return Err("has an empty part (`//`, or `/` at its end)"),
-            b"." => return Err("has a part `.`; leave it out"),
-            b".." => return Err("leaves its folder by `..`"),
-            long if long.len() > PART_BYTES_MAX => return Err("has a part of more than 255 bytes"),
+    for component in path.split(|byte| *byte == b'/') {
+        match component {
+            b"" => return Err("has an empty component (`//` or a trailing `/`)"),
+            b"." => return Err("has a component `.`; remove it"),
+            b".." => return Err("leads out of its folder with `..`"),
+            long if long.len() > COMPONENT_BYTES_MAX => return Err("has a component of more than 255 bytes"),
             _ => {}
         }
     }
     Ok(())
 }
 
-/// A relative path by its bytes, which need not be UTF-8. Its order is that of the bytes.
+/// A relative path as bytes, which need not be UTF-8. Paths are ordered by their bytes.
 ///
-/// For people it is shown with escapes: `\xff` for a byte that is not UTF-8, `\n` for a line break.
+/// `Display` escapes bytes that are not UTF-8 (`\xff`) and control characters (`\n`).
 #[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct BytePath(Vec<u8>);
 
 impl BytePath {
-    /// Its bytes.
+    /// The bytes of the path.
     pub fn as_bytes(&self) -> &[u8] {
         &self.0
     }
 
-    /// The same as a text; `None` if it is not UTF-8.
+    /// The path as text; `None` if it is not UTF-8.
     pub fn as_str(&self) -> Option<&str> {
         std::str::from_utf8(&self.0).ok()
     }
 
-    /// The same for the file system.
+    /// The path for the file system.
     pub fn as_path(&self) -> &std::path::Path {
         std::path::Path::new(OsStr::from_bytes(&self.0))
     }
 
-    /// Its bytes as hexadecimal digits.
+    /// The bytes in hexadecimal digits.
     pub fn to_hex(&self) -> String {
         self.0.iter().map(|byte| format!("{byte:02x}")).collect()
     }
 
-    /// The path whose bytes these hexadecimal digits are; `None` if they are none.
+    /// The path with these bytes in hexadecimal digits; `None` if the text has anything else.
     pub fn from_hex(hex: &str) -> Option<Self> {
         let digit = |byte: u8| char::from(byte).to_digit(16).and_then(|digit| u8::try_from(digit).ok());
         let pairs = hex.as_bytes().chunks(2);
@@ -120,7 +120,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_leaves_its_folder_is_refused() {
+    fn a_path_that_leads_out_of_its_folder_is_rejected() {
         for path in ["a", "a/b", "a b/ü", "..a/b..", "...", ".hidden", "-rf", "*", "a:b", "a\nb", "\\"] {
             assert_eq!(check(path), Ok(()), "{path}");
         }
@@ -134,7 +134,7 @@ mod tests {
     }
 
     #[test]
-    fn a_path_is_its_bytes_and_is_shown_with_escapes() {
+    fn a_path_keeps_its_bytes_and_is_displayed_with_escapes() {
         let path = BytePath::from(b"caf\xe9\n/\xc3\xbc".to_vec());
         assert_eq!(path.to_string(), "caf\\xe9\\n/ü");
         assert_eq!((path.as_str(), BytePath::from_hex(&path.to_hex()).as_ref()), (None, Some(&path)));

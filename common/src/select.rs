@@ -1,4 +1,4 @@
-//! Which processes a request or a list is about.
+//! Selections: which processes a request or a list applies to.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -9,24 +9,25 @@ use crate::by_name::{self, by_name_only};
 use crate::duration;
 use crate::id::Pid;
 use crate::state;
+use crate::unique_keys::UniqueTexts;
 
 /// A selection. Conditions are ANDed. A selection without a condition matches every process.
 ///
-/// A condition that is present and empty matches no process: what gets lost on the way to a selection must not widen it. For
-/// the same reason a text form must be a map, and `null` is not a condition.
+/// A condition that is present and empty matches no process, so that a value that is lost on its way never widens a
+/// selection. For the same reason a selection must be written as a map, and `null` is not a condition.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, remote = "Self")]
 pub struct Select {
     /// The process is one of these.
     #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "by_name::given")]
     pub pids: Option<Vec<Pid>>,
-    /// The process bears every one of these labels.
+    /// The process has all of these labels.
     #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "given_once")]
     pub labels: Option<BTreeMap<String, String>>,
     /// The process belongs to this session.
     #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "by_name::given")]
     pub session: Option<String>,
-    /// The process is in one of these states, by their words.
+    /// The process is in one of these states.
     #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "by_name::given")]
     pub states: Option<Vec<String>>,
     /// The task queue of the process, with its class: `default`, `default.high`.
@@ -38,7 +39,7 @@ pub struct Select {
     /// The name of the worker that holds the process.
     #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "by_name::given")]
     pub worker: Option<String>,
-    /// The process was accepted at least this long ago.
+    /// The process was created at least this long ago.
     #[serde(
         default,
         skip_serializing_if = "Option::is_none",
@@ -56,9 +57,9 @@ impl Serialize for Select {
     }
 }
 
-/// Reads labels. A key that comes twice is an error, since one of its two values would be lost.
+/// Reads labels. A duplicate key is an error, since one of its values would be lost.
 fn given_once<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<BTreeMap<String, String>>, D::Error> {
-    by_name::Unique::deserialize(deserializer).map(|labels| Some(labels.0))
+    UniqueTexts::deserialize(deserializer).map(|labels| Some(labels.0))
 }
 
 fn given_duration<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Duration>, D::Error> {
@@ -91,23 +92,23 @@ impl Select {
             || [session, queue, kind, worker].into_iter().any(is_empty)
     }
 
-    /// The labels that a process must bear.
+    /// The labels that a process must have.
     pub fn labels(&self) -> impl Iterator<Item = (&str, &str)> {
         self.labels.iter().flatten().map(|(key, value)| (key.as_str(), value.as_str()))
     }
 
-    /// The states of which a process must be in one; none if its state does not matter.
+    /// The states, one of which a process must be in; empty if there is no such condition.
     pub fn states(&self) -> impl Iterator<Item = &str> {
         self.states.iter().flatten().map(String::as_str)
     }
 
-    /// Whether its words mean something.
+    /// Checks the words of states.
     ///
     /// # Errors
-    /// The word that is not a state.
+    /// The first word that is not a state.
     pub fn check(&self) -> Result<(), String> {
         match self.states().find(|word| !state::WORDS.contains(word)) {
-            Some(word) => Err(format!("`{word}` is no state; there are {}", state::WORDS.join(", "))),
+            Some(word) => Err(format!("`{word}` is not a state; the states are {}", state::WORDS.join(", "))),
             None => Ok(()),
         }
     }
@@ -118,7 +119,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_person_writes_a_selection_in_json() {
+    fn a_selection_is_read_from_json() {
         let text = r#"{"labels": {"campaign": "si"}, "states": ["running"], "older_than": "2h"}"#;
         let select: Select = serde_json::from_str(text).unwrap();
         assert_eq!(select.older_than, Some(Duration::from_secs(7200)));
@@ -138,7 +139,7 @@ mod tests {
         ] {
             let select: Select = serde_json::from_str(text).unwrap();
             assert!(select.is_none() && !select.is_all(), "{text}");
-            // It stays what it is on the way to others.
+            // It stays the same in messages.
             assert_eq!(serde_json::from_str::<Select>(&serde_json::to_string(&select).unwrap()).unwrap(), select);
             let bytes = rmp_serde::to_vec_named(&select).unwrap();
             assert_eq!(rmp_serde::from_slice::<Select>(&bytes).unwrap(), select);
@@ -146,7 +147,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_a_map_of_conditions_is_no_selection() {
+    fn anything_but_a_map_of_conditions_is_rejected() {
         for text in [
             "[]",
             "[[]]",
@@ -169,7 +170,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_state_is_named() {
+    fn an_unknown_state_is_named() {
         let select = Select { states: Some(vec!["runing".into()]), ..Select::default() };
         assert!(select.check().unwrap_err().contains("`runing`"));
     }

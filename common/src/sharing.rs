@@ -1,35 +1,35 @@
-//! Whether a program uses the object store of its fleet. Files in a folder of one machine are not found on another.
+//! Checks that a program uses the object store of its fleet: a folder of one machine is not visible on another.
 //!
-//! The first program that uses a store puts a mark there, an empty object, and records its name in the database. A program
-//! that does not find the mark in its own store uses another store.
+//! The first program that uses a store puts a mark there, an empty object, and records its name in the database. A
+//! program that does not find the mark in its own store uses another store.
 
 use uuid::Uuid;
 
 use crate::objects::{self, Objects};
 use crate::store::{self, Store};
 
-/// Why it is not known.
+/// Why the check failed.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The database does not answer.
+    /// An error of the database.
     #[error(transparent)]
     Database(#[from] store::Error),
-    /// The object store does not answer.
+    /// An error of the object store.
     #[error(transparent)]
     Objects(#[from] objects::Error),
 }
 
-/// The store of this program is not that of the fleet.
+/// This program uses another object store than the fleet.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Foreign {
-    /// What is wrong.
+    /// The problem.
     pub text: String,
-    /// What to do about it.
+    /// The remedy.
     pub remedy: String,
 }
 
-/// Whether this store is the fleet's; `objects` is `None` for a folder that does not exist. Any store is right while the
-/// database knows no mark. A database in a file has its store beside it.
+/// Checks that this store is the fleet's. `objects` is `None` for an absent folder. Every store is accepted while the
+/// database has no mark, and with a database in a file, whose store is in the same folder.
 ///
 /// # Errors
 /// See [`Error`].
@@ -44,13 +44,13 @@ pub async fn look(store: &Store, objects: Option<&Objects>) -> Result<Option<For
     }
 }
 
-/// The same, and the store becomes the fleet's if that has none.
+/// Checks the store as [`look`] does. If the fleet has no store yet, this store becomes the fleet's.
 ///
 /// # Errors
 /// See [`Error`].
 pub async fn join(store: &Store, objects: &Objects) -> Result<Option<Foreign>, Error> {
     if !store.is_embedded() && store.objects_mark().await?.is_none() {
-        // In the store first: a mark that the database has must be somewhere.
+        // The mark goes to the store first, since a mark in the database must exist in a store.
         let mark = Uuid::new_v4();
         objects.add_mark(mark).await?;
         if store.set_objects_mark(mark).await? != mark {
@@ -61,12 +61,12 @@ pub async fn join(store: &Store, objects: &Objects) -> Result<Option<Foreign>, E
 }
 
 fn foreign(objects: Option<&Objects>, mark: Uuid) -> Foreign {
-    let place = objects.map_or_else(|| "a folder that is not there".to_owned(), Objects::location);
-    let text = format!("the object store here, {place}, is not the one that the fleet shares");
-    let remedy = "name the same one for all controllers and workers in BATON_OBJECTS_URL or `objects.url`: a folder that \
-                  they share, or s3://BUCKET/PREFIX";
+    let location = objects.map_or_else(|| "an absent folder".to_owned(), Objects::location);
+    let text = format!("this program's object store, {location}, is not the one that the fleet shares");
+    let remedy = "configure the same store for all controllers and workers in BATON_OBJECTS_URL or `objects.url`: a shared \
+                  folder, or s3://BUCKET/PREFIX";
     let moved = objects.map(|objects| {
-        format!("; if this is the fleet's, moved or emptied, make the empty {}", objects.mark_url(mark))
+        format!("; if this is the fleet's store, moved or emptied, create the empty object {}", objects.mark_url(mark))
     });
     Foreign { text, remedy: format!("{remedy}{}", moved.unwrap_or_default()) }
 }

@@ -1,39 +1,39 @@
-//! The states of a process and the only function that moves between them.
+//! The states of a process, and the only function that changes them.
 //!
 //! ```text
-//! created ─► running ◄─► waiting          pause: from created, running, waiting ─► paused (remembers where it was)
-//!               │           │             play:  paused ─► where it was
-//!               └──► finished · excepted · killed      (final; kill is legal from every state that is not)
+//! created ─► running ◄─► waiting          pause: created, running, waiting ─► paused (remembers the previous state)
+//!               │           │             play:  paused ─► the previous state
+//!               └──► finished · excepted · killed      (final; kill is legal in every other state)
 //! ```
 //!
-//! The store's statements decide inside the database, where the row is locked; a test compares each of them with
+//! The store's statements decide in the database, where the row is locked. A test compares each of them with
 //! [`State::next`].
 
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-/// Where a process is in its life.
+/// The state of a process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum State {
     /// Accepted; no worker has claimed it yet.
     Created,
-    /// A worker advances it, or it is ready for one.
+    /// A worker advances it, or it is ready to be advanced.
     Running,
-    /// It waits for a fact: a timer, a child, a job.
+    /// It waits for a timer, a child or a job.
     Waiting,
-    /// Stopped by request; `play` returns it to where it was.
+    /// Stopped by a request; `play` returns it to its previous state.
     Paused(Live),
-    /// It came to its end by itself, with whatever exit.
+    /// It ended by itself, with any exit code.
     Finished,
-    /// Baton, a site or the process's own code broke.
+    /// It failed: an error of Baton, of a site or of the process's own code.
     Excepted,
-    /// Ended by request.
+    /// Ended by a request.
     Killed,
 }
 
-/// The states that a pause interrupts and `play` returns to.
+/// The states that a pause interrupts, and that `play` returns to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Live {
@@ -45,94 +45,94 @@ pub enum Live {
     Waiting,
 }
 
-/// What can happen to a process.
+/// An input of the state machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Event {
-    /// A worker took its lease.
+pub enum Input {
+    /// A worker has claimed it.
     Claim,
     /// Its advance ended with a wait.
     Wait,
-    /// What it waited for has come.
+    /// Its wait is over.
     Wake,
-    /// Its worker died or gave it back.
+    /// Its worker has died or has given it back.
     Free,
-    /// Somebody asked for a pause.
+    /// An operator requests a pause.
     Pause,
-    /// Somebody asked to go on.
+    /// An operator requests that it resumes.
     Play,
-    /// Its last advance came to the end.
+    /// Its last advance has ended.
     Finish,
-    /// Something broke for good.
+    /// It has failed permanently.
     Except,
-    /// Somebody asked for its end.
+    /// An operator requests its end.
     Kill,
 }
 
-/// The event does not apply in this state.
+/// The input is not legal in this state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("a process that is {state} cannot {event:?}")]
+#[error("a process in state {state} cannot {input:?}")]
 pub struct IllegalTransition {
-    /// The state the process is in, unchanged.
+    /// The unchanged state of the process.
     pub state: State,
-    /// What was tried.
-    pub event: Event,
+    /// The rejected input.
+    pub input: Input,
 }
 
 impl State {
-    /// The state after `event`. Total and pure.
+    /// The state after `input`. Total and pure.
     ///
     /// # Errors
-    /// [`IllegalTransition`] when the event has no meaning in this state; the state stays as it is.
-    pub fn next(&self, event: Event) -> Result<State, IllegalTransition> {
-        let illegal = Err(IllegalTransition { state: *self, event });
+    /// [`IllegalTransition`] if the input is not legal in this state; the state does not change.
+    pub fn next(&self, input: Input) -> Result<State, IllegalTransition> {
+        let illegal = Err(IllegalTransition { state: *self, input });
         match self {
-            State::Created => match event {
-                Event::Claim => Ok(State::Running),
-                Event::Free => Ok(State::Created),
-                Event::Pause => Ok(State::Paused(Live::Created)),
-                Event::Play => Ok(State::Created),
-                Event::Except => Ok(State::Excepted),
-                Event::Kill => Ok(State::Killed),
-                Event::Wait | Event::Wake | Event::Finish => illegal,
+            State::Created => match input {
+                Input::Claim => Ok(State::Running),
+                Input::Free => Ok(State::Created),
+                Input::Pause => Ok(State::Paused(Live::Created)),
+                Input::Play => Ok(State::Created),
+                Input::Except => Ok(State::Excepted),
+                Input::Kill => Ok(State::Killed),
+                Input::Wait | Input::Wake | Input::Finish => illegal,
             },
-            State::Running => match event {
-                Event::Claim | Event::Wake | Event::Free | Event::Play => Ok(State::Running),
-                Event::Wait => Ok(State::Waiting),
-                Event::Pause => Ok(State::Paused(Live::Running)),
-                Event::Finish => Ok(State::Finished),
-                Event::Except => Ok(State::Excepted),
-                Event::Kill => Ok(State::Killed),
+            State::Running => match input {
+                Input::Claim | Input::Wake | Input::Free | Input::Play => Ok(State::Running),
+                Input::Wait => Ok(State::Waiting),
+                Input::Pause => Ok(State::Paused(Live::Running)),
+                Input::Finish => Ok(State::Finished),
+                Input::Except => Ok(State::Excepted),
+                Input::Kill => Ok(State::Killed),
             },
-            State::Waiting => match event {
-                Event::Wake => Ok(State::Running),
-                Event::Play => Ok(State::Waiting),
-                Event::Pause => Ok(State::Paused(Live::Waiting)),
-                Event::Except => Ok(State::Excepted),
-                Event::Kill => Ok(State::Killed),
-                Event::Claim | Event::Wait | Event::Free | Event::Finish => illegal,
+            State::Waiting => match input {
+                Input::Wake => Ok(State::Running),
+                Input::Play => Ok(State::Waiting),
+                Input::Pause => Ok(State::Paused(Live::Waiting)),
+                Input::Except => Ok(State::Excepted),
+                Input::Kill => Ok(State::Killed),
+                Input::Claim | Input::Wait | Input::Free | Input::Finish => illegal,
             },
-            State::Paused(before) => match event {
-                Event::Play => Ok(State::from(*before)),
-                Event::Pause | Event::Wake => Ok(*self),
-                Event::Except => Ok(State::Excepted),
-                Event::Kill => Ok(State::Killed),
-                Event::Claim | Event::Wait | Event::Free | Event::Finish => illegal,
+            State::Paused(before) => match input {
+                Input::Play => Ok(State::from(*before)),
+                Input::Pause | Input::Wake => Ok(*self),
+                Input::Except => Ok(State::Excepted),
+                Input::Kill => Ok(State::Killed),
+                Input::Claim | Input::Wait | Input::Free | Input::Finish => illegal,
             },
-            State::Finished | State::Excepted | State::Killed => match event {
-                Event::Claim
-                | Event::Wait
-                | Event::Wake
-                | Event::Free
-                | Event::Pause
-                | Event::Play
-                | Event::Finish
-                | Event::Except
-                | Event::Kill => illegal,
+            State::Finished | State::Excepted | State::Killed => match input {
+                Input::Claim
+                | Input::Wait
+                | Input::Wake
+                | Input::Free
+                | Input::Pause
+                | Input::Play
+                | Input::Finish
+                | Input::Except
+                | Input::Kill => illegal,
             },
         }
     }
 
-    /// Whether the process has come to its end; nothing changes it any more.
+    /// Whether the process has ended. A final state never changes.
     pub fn is_final(&self) -> bool {
         match self {
             State::Finished | State::Excepted | State::Killed => true,
@@ -140,7 +140,7 @@ impl State {
         }
     }
 
-    /// The word for tables, messages and selectors.
+    /// The word for tables, messages and selections.
     pub fn word(&self) -> &'static str {
         match self {
             State::Created => "created",
@@ -166,7 +166,7 @@ impl State {
         }
     }
 
-    /// The state that the columns `state` and `before` stand for; `None` for numbers that no version wrote.
+    /// The state for the columns `state` and `before`; `None` for unknown numbers.
     pub fn from_codes(state: i16, before: Option<i16>) -> Option<State> {
         match state {
             CREATED => Some(State::Created),
@@ -202,7 +202,7 @@ impl fmt::Display for State {
     }
 }
 
-/// Every word of a state, in the order of a life; for selectors and help texts.
+/// The words of all states, for selections and help texts.
 pub const WORDS: [&str; 7] = ["created", "running", "waiting", "paused", "finished", "excepted", "killed"];
 
 const CREATED: i16 = 0;
@@ -213,17 +213,17 @@ const FINISHED: i16 = 4;
 const EXCEPTED: i16 = 5;
 const KILLED: i16 = 6;
 
-/// The one place where a process is; every rule of recovery follows from it.
+/// The place of a process. A process is in exactly one place, and every recovery rule depends on it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Place {
-    /// A task message stands for it.
+    /// A task message represents it.
     Queued,
     /// One worker has its lease and advances it.
     Held,
-    /// It waits, or is paused; it costs a row and nothing else.
+    /// It waits or is paused, and uses no resources except its row.
     Parked,
-    /// Final.
+    /// It has ended.
     Ended,
 }
 
@@ -248,26 +248,26 @@ impl Place {
         }
     }
 
-    /// The place that the number stands for.
+    /// The place for a number; `None` for an unknown number.
     pub fn from_code(code: i16) -> Option<Place> {
         [Place::Queued, Place::Held, Place::Parked, Place::Ended].into_iter().find(|place| place.code() == code)
     }
 }
 
-/// What the operators want of a process: a level, not an edge; `Kill` absorbs.
+/// The state that operators desire of a process: a level, not an edge. A process never leaves `Kill`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Desired {
-    /// Go on.
+    /// Run.
     Run,
-    /// Stop before the next advance.
+    /// Pause before the next advance.
     Pause,
     /// End.
     Kill,
 }
 
 impl Desired {
-    /// The verb that asks for it.
+    /// The verb of the request.
     pub fn verb(self) -> &'static str {
         match self {
             Desired::Run => "play",
@@ -285,7 +285,7 @@ impl Desired {
         }
     }
 
-    /// The level that the number stands for.
+    /// The level for a number; `None` for an unknown number.
     pub fn from_code(code: i16) -> Option<Desired> {
         [Desired::Run, Desired::Pause, Desired::Kill].into_iter().find(|desired| desired.code() == code)
     }
@@ -306,23 +306,23 @@ mod tests {
         State::Excepted,
         State::Killed,
     ];
-    const EVENTS: [Event; 9] = [
-        Event::Claim,
-        Event::Wait,
-        Event::Wake,
-        Event::Free,
-        Event::Pause,
-        Event::Play,
-        Event::Finish,
-        Event::Except,
-        Event::Kill,
+    const INPUTS: [Input; 9] = [
+        Input::Claim,
+        Input::Wait,
+        Input::Wake,
+        Input::Free,
+        Input::Pause,
+        Input::Play,
+        Input::Finish,
+        Input::Except,
+        Input::Kill,
     ];
 
     #[test]
     fn nothing_changes_a_final_state() {
         for state in STATES.iter().filter(|state| state.is_final()) {
-            for event in EVENTS {
-                assert_eq!(state.next(event), Err(IllegalTransition { state: *state, event }));
+            for input in INPUTS {
+                assert_eq!(state.next(input), Err(IllegalTransition { state: *state, input }));
             }
         }
     }
@@ -330,19 +330,19 @@ mod tests {
     #[test]
     fn kill_is_legal_from_every_state_that_is_not_final() {
         for state in STATES.iter().filter(|state| !state.is_final()) {
-            assert_eq!(state.next(Event::Kill), Ok(State::Killed));
+            assert_eq!(state.next(Input::Kill), Ok(State::Killed));
         }
     }
 
     #[test]
-    fn play_returns_to_where_pause_found_it() {
+    fn play_returns_to_the_state_before_the_pause() {
         for state in [State::Created, State::Running, State::Waiting] {
-            assert_eq!(state.next(Event::Pause).and_then(|paused| paused.next(Event::Play)), Ok(state));
+            assert_eq!(state.next(Input::Pause).and_then(|paused| paused.next(Input::Play)), Ok(state));
         }
     }
 
     #[test]
-    fn codes_and_states_stand_for_each_other() {
+    fn states_round_trip_through_their_codes() {
         for state in STATES {
             let before = match state {
                 State::Paused(before) => Some(State::from(before).code()),

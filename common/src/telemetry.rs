@@ -1,27 +1,28 @@
-//! Logs, and the trace context that goes with a process through rows and messages.
+//! Logs, and the trace context of a process in rows and messages.
 
 use std::io::IsTerminal;
 
 use tracing_subscriber::EnvFilter;
 use uuid::Uuid;
 
-/// How log lines are written.
+/// The format of log lines.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LogFormat {
-    /// For people; in colours only on a terminal.
+    /// Text for people, coloured on a terminal.
     Text,
-    /// One JSON object a line.
+    /// One JSON object per line.
     Json,
 }
 
-/// Starts logging to standard error. `filter` is in the syntax of `tracing`'s `EnvFilter` (`info`, `baton_worker=debug`).
+/// Starts logging to standard error. `filter` has the syntax of `tracing`'s `EnvFilter` (`info`, `baton_worker=debug`).
 pub fn init(filter: &str, format: LogFormat) {
-    // What the libraries below say of a broken connection is said by Baton too, once and in its own words.
+    // Baton logs broken connections itself, once, so the libraries need not.
     let filter = format!("{filter},lapin=off,sqlx=off,sea_orm_migration=warn,tcp_stream=off");
     let builder = tracing_subscriber::fmt()
         .with_env_filter(EnvFilter::new(filter))
         .with_writer(std::io::stderr)
-        // It would be told on standard error, too, and a failure there would end the thread. A full disk ends nothing.
+        // These errors also go to standard error, and a failure to write there panics. A full disk must not end a
+        // thread.
         .log_internal_errors(false)
         .with_ansi(std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none());
     match format {

@@ -1,5 +1,5 @@
-//! What was written once stays readable. The files are never made anew: a change that breaks one of these tests
-//! needs a new version byte, a reader for the old one, and files of its own.
+//! Stored data stays readable. The files are never regenerated: a change that breaks one of these tests needs a new
+//! version byte, a reader for the old version, and new files.
 
 #![expect(clippy::unwrap_used, reason = "a test fails by it")]
 
@@ -11,7 +11,7 @@ use baton_common::store::blob::{self, Checkpoint, Outcome, Progress};
 
 fn golden(name: &str, bytes_now: &[u8]) -> Vec<u8> {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name);
-    // Only for a new version's first file: BATON_GOLDEN=write.
+    // Only for the first file of a new version: BATON_GOLDEN=write.
     if std::env::var_os("BATON_GOLDEN").is_some_and(|value| value == "write") && !path.exists() {
         std::fs::write(&path, bytes_now).unwrap();
     }

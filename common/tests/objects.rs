@@ -1,6 +1,6 @@
 //! The object store against a real S3 server, and against servers that misbehave.
 //!
-//! The server's address is in `BATON_TEST_S3`, and keys are in the environment; each test makes a bucket of its own.
+//! The server's address is in `BATON_TEST_S3`, and keys are in the environment; each test makes its own bucket.
 
 #![expect(clippy::unwrap_used, reason = "a test fails by it")]
 
@@ -32,7 +32,7 @@ fn new_bucket() -> String {
     let name = format!("b{}", Pid::generate());
     let endpoint = endpoint();
     let host = endpoint.trim_start_matches("http://");
-    // The store's library makes no buckets.
+    // The store's library cannot create buckets.
     let mut stream = TcpStream::connect(host).unwrap();
     write!(stream, "PUT /{name} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\nContent-Length: 0\r\n\r\n").unwrap();
     let mut answer = String::new();
@@ -41,7 +41,7 @@ fn new_bucket() -> String {
     name
 }
 
-/// Bytes that are not all the same, so that parts in another order would be noticed.
+/// Bytes that vary, so that parts in a wrong order are detected.
 fn content(len: usize) -> Vec<u8> {
     (0..len).map(|idx| u8::try_from((idx / 7 + idx / 1_000_003) % 251).unwrap()).collect()
 }
@@ -57,7 +57,7 @@ fn put(folder: &Path, name: &str, bytes: &[u8]) -> std::path::PathBuf {
 async fn a_bucket_keeps_small_and_large_files_and_sends_each_once() {
     let (bucket, dir) = (new_bucket(), tempfile::tempdir().unwrap());
     let objects = at(&endpoint(), format!("s3://{bucket}/some/prefix"));
-    let beside = at(&endpoint(), format!("s3://{bucket}"));
+    let other_prefix = at(&endpoint(), format!("s3://{bucket}"));
     for len in [0, 10, 8 << 20, (33 << 20) + 17] {
         let bytes = content(len);
         let (digest, source) = (Digest::of(&bytes), put(dir.path(), "source", &bytes));
@@ -66,18 +66,18 @@ async fn a_bucket_keeps_small_and_large_files_and_sends_each_once() {
         let stored = objects.put_file(&source).await.unwrap();
         assert_eq!((stored.digest, stored.size, stored.sent), (digest, len as u64, true));
         assert!(!objects.put_file(&source).await.unwrap().sent);
-        assert!(objects.has(digest).await.unwrap() && !beside.has(digest).await.unwrap());
+        assert!(objects.has(digest).await.unwrap() && !other_prefix.has(digest).await.unwrap());
 
         assert_eq!(objects.get_bytes(digest, len as u64).await.unwrap(), bytes);
-        let told = Arc::new(AtomicU64::new(0));
-        let count = Arc::clone(&told);
+        let reported = Arc::new(AtomicU64::new(0));
+        let count = Arc::clone(&reported);
         let progress = move |n_bytes| {
             count.fetch_add(n_bytes, Ordering::Relaxed);
         };
         let target = dir.path().join("target");
         assert_eq!(objects.get_file(digest, &target, progress).await.unwrap(), len as u64);
         assert!(std::fs::read(&target).unwrap() == bytes, "{len}");
-        assert_eq!(told.load(Ordering::Relaxed), len as u64);
+        assert_eq!(reported.load(Ordering::Relaxed), len as u64);
         assert_eq!(objects.local_path(digest), None);
         let hex = digest.to_string();
         assert_eq!(objects.url(digest), format!("s3://{bucket}/some/prefix/sha256/{}/{}", &hex[..2], &hex[2..]));
@@ -89,18 +89,18 @@ async fn a_bucket_keeps_small_and_large_files_and_sends_each_once() {
         sizes
     };
     assert_eq!(sizes(&objects).await, [0, 10, 8 << 20, (33 << 20) + 17]);
-    assert!(sizes(&beside).await.is_empty());
+    assert!(sizes(&other_prefix).await.is_empty());
     let small = Digest::of(&content(10));
     objects.delete(small).await.unwrap();
     objects.delete(small).await.unwrap();
     assert!(!objects.has(small).await.unwrap());
     let only_these = std::fs::read_dir(dir.path()).unwrap().count();
-    assert_eq!(only_these, 2, "nothing half-done is left");
+    assert_eq!(only_these, 2, "no unfinished upload is left");
 }
 
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
-async fn a_listing_of_several_pages_is_whole_and_a_manifest_comes_back() {
+async fn a_listing_of_several_pages_is_complete_and_a_manifest_round_trips() {
     let objects = at(&endpoint(), format!("s3://{}/", new_bucket()));
     let puts = (0..1_100_u32).map(|n| {
         let objects = objects.clone();
@@ -123,7 +123,7 @@ async fn a_listing_of_several_pages_is_whole_and_a_manifest_comes_back() {
 
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
-async fn damage_in_a_bucket_is_found_and_leaves_no_file() {
+async fn damage_in_a_bucket_is_detected_and_leaves_no_file() {
     let (bucket, dir) = (new_bucket(), tempfile::tempdir().unwrap());
     let objects = at(&endpoint(), format!("s3://{bucket}"));
     let digest = objects.put_bytes(content(3 << 20)).await.unwrap();
@@ -138,7 +138,7 @@ async fn damage_in_a_bucket_is_found_and_leaves_no_file() {
 
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
-async fn a_bucket_that_is_not_there_is_named() {
+async fn an_absent_bucket_is_named() {
     let objects = at(&endpoint(), "s3://nobody-made-this".to_owned());
     let dir = tempfile::tempdir().unwrap();
     let large = put(dir.path(), "large", &content(9 << 20));
@@ -150,11 +150,11 @@ async fn a_bucket_that_is_not_there_is_named() {
     ];
     for error in errors {
         assert!(matches!(&error, Error::NoBucket { bucket } if bucket == "nobody-made-this"), "{error:?}");
-        assert!(error.to_string().contains("make it"), "{error}");
+        assert!(error.to_string().contains("create it"), "{error}");
     }
 }
 
-/// A server that answers everything so, until the test's end.
+/// A server with this answer to every request, until the test ends.
 fn answers(status: &'static str, body: &'static str) -> String {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap();
@@ -175,14 +175,14 @@ fn answers(status: &'static str, body: &'static str) -> String {
 
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
-async fn wrong_keys_and_servers_that_do_not_answer_are_told_apart_without_secrets() {
+async fn wrong_keys_and_silent_servers_are_distinguished_without_secrets() {
     let secret = std::env::var("AWS_SECRET_ACCESS_KEY").unwrap();
     let refusal = "<?xml version=\"1.0\"?><Error><Code>SignatureDoesNotMatch</Code><StringToSign>AWS4 s3cret</StringToSign></Error>";
     let refused = at(&answers("403 Forbidden", refusal), "s3://bucket".into()).get_bytes(Digest::of(b""), 1).await;
     let refused = refused.unwrap_err();
     assert!(matches!(&refused, Error::Refused { code, .. } if code == "SignatureDoesNotMatch"), "{refused:?}");
     assert!(refused.to_string().contains("AWS_ACCESS_KEY_ID") && !refused.is_transient(), "{refused}");
-    // The answer to a question for the head of an object has no body that could say more.
+    // The response to a HEAD request has no body with a code.
     let silent = at(&answers("403 Forbidden", ""), "s3://bucket".into()).has(Digest::of(b"")).await.unwrap_err();
     assert!(matches!(&silent, Error::Refused { code, .. } if code == "Forbidden"), "{silent:?}");
 
@@ -190,13 +190,13 @@ async fn wrong_keys_and_servers_that_do_not_answer_are_told_apart_without_secret
     let broken =
         at(&answers("500 Internal Server Error", "<Error><Code>InternalError</Code></Error>"), "s3://bucket".into());
     let broken = broken.put_bytes(vec![1]).await.unwrap_err();
-    let nobody = at("http://127.0.0.1:9", "s3://bucket".into()).put_bytes(vec![1]).await.unwrap_err();
-    for error in [&broken, &nobody] {
+    let unreachable = at("http://127.0.0.1:9", "s3://bucket".into()).put_bytes(vec![1]).await.unwrap_err();
+    for error in [&broken, &unreachable] {
         assert!(matches!(error, Error::Unreachable { .. }) && error.is_transient(), "{error:?}");
     }
-    assert!(nobody.to_string().contains("Connection refused"), "{nobody}");
+    assert!(unreachable.to_string().contains("Connection refused"), "{unreachable}");
     assert!(begun.elapsed() < Duration::from_secs(40), "{:?}", begun.elapsed());
-    for error in [&refused, &silent, &broken, &nobody] {
+    for error in [&refused, &silent, &broken, &unreachable] {
         assert!(!error.to_string().contains(&secret), "{error}");
         assert!(!format!("{error:?}").contains(&secret), "{error:?}");
     }

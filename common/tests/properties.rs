@@ -1,4 +1,4 @@
-//! What must hold for every value: of the state machine, and of everything that is written and read again.
+//! Properties of the state machine, and round trips of everything that is written and read again.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -6,10 +6,10 @@ use std::time::Duration;
 use baton_common::digest::Digest;
 use baton_common::duration;
 use baton_common::id::{Incarnation, LetterId, Pid, RequestId};
-use baton_common::message::{self, Control, Encoding, Error, Event as Announced, Reply, Task};
+use baton_common::message::{self, Control, Encoding, Error, Event, Reply, Task};
 use baton_common::select::Select;
 use baton_common::spec::{self, Format};
-use baton_common::state::{Desired, Event, Live, State, WORDS};
+use baton_common::state::{Desired, Input, Live, State, WORDS};
 use baton_common::store::blob::{Checkpoint, Outcome, Progress};
 use proptest::collection::{btree_map, vec};
 use proptest::option;
@@ -19,23 +19,23 @@ use uuid::Uuid;
 
 const BOTH: [Encoding; 2] = [Encoding::MessagePack, Encoding::Json];
 
-fn event() -> impl Strategy<Value = Event> {
+fn input() -> impl Strategy<Value = Input> {
     prop::sample::select(vec![
-        Event::Claim,
-        Event::Wait,
-        Event::Wake,
-        Event::Free,
-        Event::Pause,
-        Event::Play,
-        Event::Finish,
-        Event::Except,
-        Event::Kill,
+        Input::Claim,
+        Input::Wait,
+        Input::Wake,
+        Input::Free,
+        Input::Pause,
+        Input::Play,
+        Input::Finish,
+        Input::Except,
+        Input::Kill,
     ])
 }
 
-/// Where a life leads that begins with `state`; what is illegal changes nothing.
-fn lived(state: State, events: &[Event]) -> State {
-    events.iter().fold(state, |state, event| state.next(*event).unwrap_or(state))
+/// The state after these inputs. Illegal inputs change nothing.
+fn lived(state: State, inputs: &[Input]) -> State {
+    inputs.iter().fold(state, |state, input| state.next(*input).unwrap_or(state))
 }
 
 fn codes(state: State) -> (i16, Option<i16>) {
@@ -74,12 +74,12 @@ fn values() -> impl Strategy<Value = Map<String, Value>> {
 }
 
 fn task() -> impl Strategy<Value = Task> {
-    // `null` stands for no spec.
+    // `null` is read as an absent spec.
     let spec = option::of(value().prop_filter("a spec", |value| !value.is_null()));
     prop_oneof![
         (pid(), spec, any::<bool>(), any::<Option<i64>>()).prop_map(|(pid, spec, wait, announced_at)| Task::Launch {
             pid,
-            spec,
+            spec: spec.map(Ok),
             wait,
             announced_at
         }),
@@ -157,12 +157,12 @@ fn outcome() -> impl Strategy<Value = Outcome> {
     )
 }
 
-/// A duration as documents may have it.
+/// A duration as in documents.
 fn pause() -> impl Strategy<Value = String> {
     (1..=86_400_000_u64).prop_map(|millis| duration::format(Duration::from_millis(millis)))
 }
 
-/// A document that means something, as a person would have to write it.
+/// A valid document.
 fn document() -> impl Strategy<Value = Value> {
     let word = || "[a-z][a-z0-9]{0,11}";
     let text = || "[!-~äé][ -~äé\\n]{0,20}";
@@ -196,37 +196,37 @@ fn document() -> impl Strategy<Value = Value> {
 
 proptest! {
     #[test]
-    fn a_life_ends_once_and_a_kill_ends_it_wherever_it_is(events in vec(event(), 0..30), more in vec(event(), 0..10)) {
-        let state = lived(State::Created, &events);
+    fn a_process_ends_once_and_a_kill_ends_it_in_every_live_state(inputs in vec(input(), 0..30), more in vec(input(), 0..10)) {
+        let state = lived(State::Created, &inputs);
         if state.is_final() {
             prop_assert_eq!(lived(state, &more), state);
         } else {
-            prop_assert_eq!(state.next(Event::Kill), Ok(State::Killed));
+            prop_assert_eq!(state.next(Input::Kill), Ok(State::Killed));
         }
     }
 
     #[test]
-    fn play_returns_to_where_a_pause_found_it_whatever_came_meanwhile(
-        events in vec(event(), 0..30),
-        meanwhile in vec(prop::sample::select(vec![Event::Pause, Event::Wake, Event::Claim, Event::Free]), 0..10),
+    fn play_returns_to_the_state_before_the_pause_whatever_comes_meanwhile(
+        inputs in vec(input(), 0..30),
+        meanwhile in vec(prop::sample::select(vec![Input::Pause, Input::Wake, Input::Claim, Input::Free]), 0..10),
     ) {
-        let state = lived(State::Created, &events);
-        if let Ok(paused) = state.next(Event::Pause) {
+        let state = lived(State::Created, &inputs);
+        if let Ok(paused) = state.next(Input::Pause) {
             let before = if let State::Paused(before) = state { State::from(before) } else { state };
-            prop_assert_eq!(lived(paused, &meanwhile).next(Event::Play), Ok(before));
+            prop_assert_eq!(lived(paused, &meanwhile).next(Input::Play), Ok(before));
         }
     }
 
     #[test]
-    fn every_state_of_a_life_is_known_by_its_codes(events in vec(event(), 0..30)) {
-        let state = lived(State::Created, &events);
+    fn every_reachable_state_round_trips_through_its_codes(inputs in vec(input(), 0..30)) {
+        let state = lived(State::Created, &inputs);
         let (code, before) = codes(state);
         prop_assert_eq!(State::from_codes(code, before), Some(state));
         prop_assert!(WORDS.contains(&state.word()));
     }
 
     #[test]
-    fn codes_that_no_version_wrote_are_no_state(code in any::<i16>(), before in any::<Option<i16>>()) {
+    fn unknown_codes_are_no_state(code in any::<i16>(), before in any::<Option<i16>>()) {
         if let Some(state) = State::from_codes(code, before) {
             prop_assert_eq!(codes(state).0, code);
             prop_assert!(!matches!(state, State::Paused(live) if State::from(live) != State::from_codes(before.unwrap(), None).unwrap()));
@@ -234,24 +234,24 @@ proptest! {
     }
 
     #[test]
-    fn tasks_come_back_as_they_were_sent(task in task()) {
+    fn tasks_round_trip(task in task()) {
         for encoding in BOTH {
             prop_assert_eq!(Task::decode(&task.encode(encoding), encoding).unwrap(), task.clone());
         }
     }
 
     #[test]
-    fn controls_come_back_as_they_were_sent(control in control()) {
+    fn control_messages_round_trip(control in control()) {
         for encoding in BOTH {
             prop_assert_eq!(Control::decode(&control.encode(encoding), encoding).unwrap(), control.clone());
         }
     }
 
     #[test]
-    fn replies_come_back_as_they_were_sent(
+    fn replies_round_trip(
         pid in option::of(pid()),
         (exit, state, error) in any::<(Option<i32>, Option<String>, Option<String>)>(),
-        // `null` stands for no values.
+        // `null` is read as absent values.
         values in option::of(values().prop_map(Value::Object)),
     ) {
         let reply = Reply { pid, exit, state, error, values, ..Reply::default() };
@@ -261,12 +261,12 @@ proptest! {
     }
 
     #[test]
-    fn fields_of_later_programs_are_ignored(task in task(), key in "[a-z]{1,12}", value in value()) {
+    fn unknown_fields_are_ignored(task in task(), key in "[a-z]{1,12}", value in value()) {
         let key = format!("later_{key}");
         let mut json: Map<String, Value> = serde_json::from_slice(&task.encode(Encoding::Json)).unwrap();
         json.insert(key.clone(), value.clone());
         prop_assert_eq!(Task::decode(&serde_json::to_vec(&json).unwrap(), Encoding::Json).unwrap(), task.clone());
-        // The first byte says how many entries the map has.
+        // The first byte has the number of entries of the map.
         let mut message_pack = task.encode(Encoding::MessagePack);
         message_pack[0] += 1;
         message_pack.extend(rmp_serde::to_vec(&key).unwrap());
@@ -275,7 +275,7 @@ proptest! {
     }
 
     #[test]
-    fn a_newer_version_is_refused_as_such_whatever_else_is_there(version in message::VERSION + 1.., fields in values()) {
+    fn a_newer_version_is_rejected_as_such_whatever_the_other_fields_are(version in message::VERSION + 1.., fields in values()) {
         let mut wire = fields;
         wire.insert("version".into(), version.into());
         let json = serde_json::to_vec(&wire).unwrap();
@@ -287,7 +287,7 @@ proptest! {
     }
 
     #[test]
-    fn a_message_that_is_cut_off_is_refused(task in task(), cut in any::<prop::sample::Index>()) {
+    fn a_truncated_message_is_rejected(task in task(), cut in any::<prop::sample::Index>()) {
         for encoding in BOTH {
             let body = task.encode(encoding);
             prop_assert!(Task::decode(&body[..cut.index(body.len())], encoding).is_err());
@@ -295,15 +295,15 @@ proptest! {
     }
 
     #[test]
-    fn events_are_what_json_says_of_them(pid in pid(), state in any::<String>(), at in any::<i64>(), by in any::<String>()) {
-        let event = Announced { pid, state, at, by, exit: None };
+    fn events_have_the_fields_of_their_json_form(pid in pid(), state in any::<String>(), at in any::<i64>(), by in any::<String>()) {
+        let event = Event { pid, state, at, by, exit: None };
         let events = message::Events { version: message::VERSION, events: vec![event.clone()] };
         let read: message::Events = serde_json::from_slice(&events.encode(Encoding::Json)).unwrap();
         prop_assert_eq!(&read.events[..], &[event][..]);
     }
 
     #[test]
-    fn checkpoints_and_outcomes_come_back_and_other_versions_are_refused(
+    fn checkpoints_and_outcomes_round_trip_and_other_versions_are_rejected(
         checkpoint in checkpoint(),
         outcome in outcome(),
         version in any::<u8>(),
@@ -313,37 +313,37 @@ proptest! {
         prop_assert_eq!(Checkpoint::from_bytes(&bytes).unwrap(), checkpoint);
         prop_assert!(Checkpoint::from_bytes(&bytes[..cut.index(bytes.len())]).is_err());
         prop_assert_eq!(Outcome::from_bytes(&outcome.to_bytes()).unwrap(), outcome);
-        // All that are written: a spec for a site has the second, or the third if its files need a newer manifest.
+        // The known versions: a spec for a site has the second, or the third if its files need a newer manifest.
         prop_assume!(!(1..=3).contains(&version));
         bytes[0] = version;
         prop_assert!(Checkpoint::from_bytes(&bytes).is_err());
     }
 
     #[test]
-    fn durations_and_their_texts_stand_for_each_other(span in any::<Duration>()) {
+    fn durations_round_trip_through_their_texts(span in any::<Duration>()) {
         prop_assert_eq!(duration::parse(&duration::format(span)), Ok(span));
     }
 
     #[test]
-    fn whatever_is_read_as_a_duration_is_written_so_that_it_is_the_same(text in "([0-9]{0,21}(d|h|m|s|ms|us|ns| |x)){0,4}") {
+    fn every_text_of_a_duration_has_an_equal_canonical_text(text in "([0-9]{0,21}(d|h|m|s|ms|us|ns| |x)){0,4}") {
         if let Ok(span) = duration::parse(&text) {
             prop_assert_eq!(duration::parse(&duration::format(span)), Ok(span));
         }
     }
 
     #[test]
-    fn ids_and_their_texts_stand_for_each_other(uuid in uuid(), text in any::<String>()) {
+    fn ids_round_trip_through_their_texts(uuid in uuid(), text in any::<String>()) {
         prop_assert_eq!(Pid::from(uuid).to_string().parse::<Pid>().unwrap(), Pid::from(uuid));
         prop_assert_eq!(LetterId::from(uuid).to_string().parse::<LetterId>().unwrap(), LetterId::from(uuid));
         prop_assert_eq!(RequestId::of_message(&uuid.to_string()), RequestId::from(uuid));
         prop_assert_eq!(RequestId::of_message(&text), RequestId::of_message(&text));
         prop_assert!(Incarnation::from(uuid).to_string().replace('-', "").ends_with(&Incarnation::from(uuid).short()));
-        // A time that does not fit is none; whatever else is a time after 1970.
+        // A time that does not fit is `None`; any other time is after 1970.
         prop_assert!(Pid::from(uuid).made_at().is_none_or(|at| at >= 0));
     }
 
     #[test]
-    fn a_document_means_the_same_in_json_in_yaml_and_in_a_message(document in document()) {
+    fn a_document_is_equivalent_in_json_in_yaml_and_in_a_message(document in document()) {
         let text = serde_json::to_string_pretty(&document).unwrap();
         let spec = spec::parse(&text, Format::Json).unwrap();
         prop_assert_eq!(&spec::parse(&text, Format::Yaml).unwrap(), &spec);
@@ -357,6 +357,6 @@ proptest! {
 #[test]
 fn a_pause_remembers_each_live_state() {
     for live in [Live::Created, Live::Running, Live::Waiting] {
-        assert_eq!(State::from(live).next(Event::Pause), Ok(State::Paused(live)));
+        assert_eq!(State::from(live).next(Input::Pause), Ok(State::Paused(live)));
     }
 }

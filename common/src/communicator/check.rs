@@ -1,4 +1,4 @@
-//! Asks a broker whether it can be used, for a person who set it up.
+//! Checks a broker, for `baton doctor`.
 
 use std::collections::BTreeMap;
 
@@ -11,10 +11,10 @@ use uuid::Uuid;
 use super::link::{ANSWER_LIMIT, close, masked, open_for, parse};
 use super::{BrokerInfo, CheckError};
 
-/// The frame that a broker begins with is some 500 bytes long.
+/// Most bytes that are read of the broker's first frame, which has some 500.
 const START_BYTES_MAX: usize = 64 * 1024;
 
-/// One attempt at one URL.
+/// Tries one URL once.
 pub(super) async fn check(url: &str, database: Option<Uuid>) -> Result<BrokerInfo, CheckError> {
     let connection = open_for(url, "baton check", None, database).await?;
     close(&connection).await;
@@ -28,7 +28,7 @@ pub(super) async fn check(url: &str, database: Option<Uuid>) -> Result<BrokerInf
     Ok(BrokerInfo { url: masked(&parse(url)?), version, cluster: text("cluster_name") })
 }
 
-/// The texts among the properties that the broker says in its first frame, which lapin keeps to itself.
+/// The text properties in the broker's first frame, which lapin does not expose.
 async fn ask_properties(url: &str) -> Result<BTreeMap<String, String>, CheckError> {
     let uri = parse(url)?;
     let runtime = TokioRuntime::tokio_with_handle(tokio::runtime::Handle::current());
@@ -49,7 +49,7 @@ async fn ask_properties(url: &str) -> Result<BTreeMap<String, String>, CheckErro
     Ok(read_texts(&payload).unwrap_or_default())
 }
 
-/// The texts of a connection.start method: class, method and version are six bytes, then comes the table.
+/// Reads the texts of a `connection.start` method: six bytes of class, method and version, then a table.
 fn read_texts(payload: &[u8]) -> Option<BTreeMap<String, String>> {
     let mut rest = payload.get(6..)?;
     let n_bytes = u32::from_be_bytes(take(&mut rest, 4)?.try_into().ok()?) as usize;
@@ -61,7 +61,7 @@ fn read_texts(payload: &[u8]) -> Option<BTreeMap<String, String>> {
         let n_bytes = match take(&mut table, 1)?[0] {
             b'S' | b'F' => u32::from_be_bytes(take(&mut table, 4)?.try_into().ok()?) as usize,
             b't' => 1,
-            // Brokers say nothing else here; what comes after an unknown kind cannot be read.
+            // Brokers send no other types here. The rest after an unknown type cannot be read.
             _ => return Some(texts),
         };
         let value = take(&mut table, n_bytes)?;
@@ -81,7 +81,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn texts_are_read_from_the_first_frame_and_a_cut_one_is_no_crash() {
+    fn texts_are_read_from_the_first_frame_and_a_truncated_frame_does_not_panic() {
         let mut table = Vec::new();
         table.extend(b"\x07versionS\x00\x00\x00\x063.10.8");
         table.extend(b"\x04flagt\x01");

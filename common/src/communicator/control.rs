@@ -1,4 +1,4 @@
-//! The connection for control: requests and their answers, pings, broadcasts, and the worker's own queue.
+//! The control connection: requests and their replies, pings, broadcasts, and the worker's control queue.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -15,45 +15,25 @@ use lapin::{Channel, Connection, Consumer};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, sleep, timeout};
 
+use super::ask::{Ask, Asker, answer, control_request};
 use super::envelope::{BROADCAST_EXCHANGE, DIRECT_REPLY, Envelope, bad_queue_name, short, task_queue};
 use super::health::{HealthState, Link};
 use super::link::{ANSWER_LIMIT, Backoff, Dial, close, is_absent, reason};
 use super::publish::{Job, bury};
 use super::topology::{BASE, Item, ensure};
-use super::{ControlRequest, Down, ReplyTo, RequestError};
-use crate::message::{Encoding, Reply, SIZE_BYTES_MAX};
+use super::{ControlRequest, Down, RequestError};
+use crate::message::Reply;
 
-/// Requests on their way to the worker. More wait in its queue on the broker, and go with it.
+/// Prefetched control messages. More wait in the worker's queue on the broker, and are lost with it.
 const PREFETCH: u16 = 64;
 
-/// Publishes, pings and depths under way at once; more wait in the channel, whose senders wait then.
+/// Most publishes, pings and depths in progress. More wait in the channel, and its senders wait for capacity.
 const N_UNDER_WAY_MAX: usize = 256;
 
-/// From so many open requests on, those whose asker has given up are swept out before the next one.
+/// From this number of open requests on, abandoned ones are removed before the next one.
 const N_REQUESTS_BEFORE_SWEEP: usize = 64;
 
-/// What the control connection can be asked for.
-pub(super) enum Ask {
-    Request { queue: String, envelope: Envelope, done: oneshot::Sender<Result<Reply, RequestError>> },
-    Ping { queue: String, envelope: Envelope, done: oneshot::Sender<Result<bool, Down>> },
-    Reply { to: ReplyTo, body: Vec<u8>, done: oneshot::Sender<Result<(), Down>> },
-    Broadcast { envelope: Envelope, replies: mpsc::Sender<Reply>, done: oneshot::Sender<Result<(), Down>> },
-    Depth { queue: String, done: oneshot::Sender<Result<u64, Down>> },
-}
-
-impl Ask {
-    fn refuse(self, down: Down) {
-        // Whoever has stopped waiting needs no answer.
-        match self {
-            Ask::Request { done, .. } => drop(done.send(Err(down.into()))),
-            Ask::Ping { done, .. } => drop(done.send(Err(down))),
-            Ask::Reply { done, .. } | Ask::Broadcast { done, .. } => drop(done.send(Err(down))),
-            Ask::Depth { done, .. } => drop(done.send(Err(down))),
-        }
-    }
-}
-
-/// The ends of channels that this connection works on.
+/// The channel ends of this connection.
 pub(super) struct Ends {
     pub(super) own_queue: Option<String>,
     pub(super) asks: mpsc::Receiver<Ask>,
@@ -61,7 +41,7 @@ pub(super) struct Ends {
     pub(super) publish_tx: mpsc::Sender<Job>,
 }
 
-/// Keeps the connection for ever, until it shall be closed.
+/// Keeps the connection open, and reopens it, until it is to be closed.
 pub(super) async fn run(dial: Arc<Dial>, mut ends: Ends) {
     let mut backoff = Backoff::new();
     let mut has_failed = false;
@@ -95,66 +75,31 @@ pub(super) async fn run(dial: Arc<Dial>, mut ends: Ends) {
     dial.health.down(Link::Control, None);
 }
 
-/// Answers that the broker is not there, for as long as it is not; returns when nobody can ask any more.
+/// Answers commands with [`Down`] while there is no connection. Returns when no sender is left.
 async fn refuse(asks: &mut mpsc::Receiver<Ask>, health: &HealthState) {
     while let Some(ask) = asks.recv().await {
         ask.refuse(health.refusal(Link::Control).unwrap_or_else(|| Down("not connected".to_owned())));
     }
 }
 
-/// What ends by itself: a publish for a request brings back the ids of what could not be routed.
+/// The end of an operation. A publish returns the id of a message that could not be routed.
 enum Step {
     Nothing,
     Published { request: Option<String>, outcome: Result<Option<String>, String> },
 }
 
-/// A request that arrived and waits for the worker to take it.
+/// A control message that waits for the worker to take it.
 type Arrived = (ControlRequest, lapin::Acker);
-
-/// Who waits for the answers to a request.
-pub(super) enum Asker {
-    /// One answer, from whoever has this queue.
-    Of { queue: String, done: oneshot::Sender<Result<Reply, RequestError>> },
-    /// One from each worker.
-    OfAll(mpsc::Sender<Reply>),
-}
-
-impl Asker {
-    pub(super) fn has_given_up(&self) -> bool {
-        match self {
-            Asker::Of { done, .. } => done.is_closed(),
-            Asker::OfAll(replies) => replies.is_closed(),
-        }
-    }
-
-    fn fail(self, error: RequestError) {
-        match self {
-            Asker::Of { done, .. } => drop(done.send(Err(error))),
-            // Its channel ends.
-            Asker::OfAll(_) => {}
-        }
-    }
-}
-
-/// Gives an answer to whoever waits for it; an answer to nobody comes after its asker has given up.
-pub(super) fn answer(requests: &mut HashMap<String, Asker>, id: &str, reply: Reply) {
-    if let Some(Asker::OfAll(replies)) = requests.get(id) {
-        // A full channel means that nobody reads it.
-        let _ = replies.try_send(reply);
-    } else if let Some(Asker::Of { done, .. }) = requests.remove(id) {
-        let _ = done.send(Ok(reply));
-    }
-}
 
 struct Session<'a> {
     dial: &'a Dial,
     connection: &'a Connection,
     channel: Channel,
-    /// By the request's id, which is also its correlation id.
+    /// The open requests by their ids, which are also the correlation ids.
     requests: HashMap<String, Asker>,
     steps: FuturesUnordered<BoxFuture<'a, Step>>,
     publish_tx: mpsc::Sender<Job>,
-    /// Where requests come from; empty for a program that is asked nothing.
+    /// The worker's control queue; empty for a program without one.
     own_queue: String,
 }
 
@@ -189,7 +134,7 @@ async fn session(dial: &Dial, connection: &Connection, ends: &mut Ends) -> Resul
             reply = replies.next() => match reply {
                 Some(Ok(reply)) => session.on_reply(reply),
                 Some(Err(error)) => break Err(reason(&error)),
-                None => break Err("the broker ended the consumer of replies".to_owned()),
+                None => break Err("the broker cancelled the consumer of replies".to_owned()),
             },
             request = next(&mut own), if arrived.is_none() => match request {
                 Some(Ok(delivery)) => arrived = session.on_arrival(delivery),
@@ -206,7 +151,7 @@ async fn session(dial: &Dial, connection: &Connection, ends: &mut Ends) -> Resul
         }
     };
     if outcome.is_ok() {
-        // Replies that were given before the end are still sent.
+        // Replies that wait are still sent.
         while let Ok(ask) = ends.asks.try_recv() {
             session.on_ask(ask);
         }
@@ -217,7 +162,7 @@ async fn session(dial: &Dial, connection: &Connection, ends: &mut Ends) -> Resul
     outcome
 }
 
-/// Nothing ever arrives for a program without a queue of its own.
+/// The next control message. Never completes for a program without a control queue.
 async fn next(own: &mut Option<Consumer>) -> Option<lapin::Result<lapin::message::Delivery>> {
     match own {
         Some(consumer) => consumer.next().await,
@@ -231,7 +176,7 @@ async fn prepare(
     own_queue: Option<&str>,
 ) -> Result<(Channel, Consumer, Option<Consumer>), String> {
     let fail = |error: lapin::Error| reason(&error);
-    // What of this cannot be declared stands on the health; replies work without it.
+    // A failed declaration is recorded in the health; replies work without it.
     let _ = ensure(connection, &dial.health, &BASE).await;
     let channel = connection.create_channel().await.map_err(fail)?;
     channel.confirm_select(ConfirmSelectOptions::default()).await.map_err(fail)?;
@@ -277,12 +222,12 @@ impl<'a> Session<'a> {
                     correlation_id: to.correlation_id.clone(),
                     ..Envelope::new("reply", to.encoding(), body)
                 };
-                self.publish_and_tell("", to.reply_to, envelope, done);
+                self.publish_and_answer("", to.reply_to, envelope, done);
             }
             Ask::Broadcast { envelope, replies, done } => {
                 let (id, envelope) = self.with_answer(envelope);
                 self.requests.insert(id, Asker::OfAll(replies));
-                self.publish_and_tell(BROADCAST_EXCHANGE, String::new(), envelope, done);
+                self.publish_and_answer(BROADCAST_EXCHANGE, String::new(), envelope, done);
             }
             Ask::Depth { queue, done } => self.steps.push(
                 async move {
@@ -294,7 +239,7 @@ impl<'a> Session<'a> {
         }
     }
 
-    /// The message as one that is answered, and the id by which its answers are known.
+    /// Adds the reply address to a message, and returns it with the correlation id of its replies.
     fn with_answer(&mut self, envelope: Envelope) -> (String, Envelope) {
         if self.requests.len() >= N_REQUESTS_BEFORE_SWEEP {
             self.requests.retain(|_, asker| !asker.has_given_up());
@@ -305,7 +250,7 @@ impl<'a> Session<'a> {
         (id, envelope)
     }
 
-    fn publish_and_tell(
+    fn publish_and_answer(
         &mut self,
         exchange: &'static str,
         key: String,
@@ -321,7 +266,7 @@ impl<'a> Session<'a> {
         self.steps.push(step.boxed());
     }
 
-    /// A message that came back is found by its own id: lapin may have attached it to the confirm of another.
+    /// Finds a returned message by its own id: lapin may have attached it to the confirm of another one.
     fn on_step(&mut self, step: Step) -> Result<(), String> {
         let Step::Published { request, outcome } = step else { return Ok(()) };
         match outcome {
@@ -336,7 +281,7 @@ impl<'a> Session<'a> {
                 if let Some(asker) = request.and_then(|id| self.requests.remove(&id)) {
                     asker.fail(Down(error.clone()).into());
                 }
-                // A channel that has failed fails every request on it; a new connection is the plain remedy.
+                // Every request on a failed channel fails; a new connection is the simple remedy.
                 if self.channel.status().connected() { Ok(()) } else { Err(error) }
             }
         }
@@ -346,7 +291,7 @@ impl<'a> Session<'a> {
         let envelope = Envelope::from_amqp(&delivery.properties, delivery.data);
         let Some(id) = &envelope.correlation_id else { return };
         let reply = Reply::decode(&envelope.body, envelope.encoding())
-            .unwrap_or_else(|error| Reply::refusal(format!("the answer cannot be read: {error}")));
+            .unwrap_or_else(|error| Reply::refusal(format!("unreadable reply: {error}")));
         answer(&mut self.requests, id, reply);
     }
 
@@ -356,8 +301,8 @@ impl<'a> Session<'a> {
         match envelope.read_control() {
             Ok(control) => Some((control_request(control, from_broadcast, &envelope), delivery.acker)),
             Err(error) if from_broadcast => {
-                // The copy in `baton.control` is put aside by whoever takes it.
-                tracing::warn!("a broadcast cannot be read: {error}");
+                // The worker that takes the copy in `baton.control` dead-letters it.
+                tracing::warn!("unreadable broadcast: {error}");
                 self.ack(delivery.acker);
                 None
             }
@@ -368,9 +313,9 @@ impl<'a> Session<'a> {
         }
     }
 
-    /// Puts aside what cannot be read, and says so to whoever waits.
+    /// Dead-letters an unreadable control message, and replies with the error.
     fn refuse(&mut self, envelope: Envelope, error: String, acker: lapin::Acker) {
-        tracing::warn!("a control message cannot be read: {error}");
+        tracing::warn!("unreadable control message dead-lettered: {error}");
         let answer = envelope.reply_to().map(|to| {
             let body = Reply::refusal(error.clone()).encode(to.encoding());
             let answer =
@@ -406,32 +351,6 @@ impl<'a> Session<'a> {
     }
 }
 
-/// A control message as the worker gets it.
-pub(super) fn control_request(
-    control: crate::message::Control,
-    from_broadcast: bool,
-    envelope: &Envelope,
-) -> ControlRequest {
-    ControlRequest {
-        control,
-        from_broadcast,
-        from_baton: envelope.is_own(),
-        message_id: envelope.message_id.clone(),
-        user: envelope.user_id.clone(),
-        reply_to: envelope.reply_to(),
-        durable: None,
-    }
-}
-
-/// A reply's body; one that is too large for any reader is replaced by a refusal that says so.
-pub(super) fn encode_reply(reply: &Reply, encoding: Encoding) -> Vec<u8> {
-    let body = reply.encode(encoding);
-    if body.len() <= SIZE_BYTES_MAX {
-        return body;
-    }
-    Reply::refusal(format!("the answer has {} bytes, more than {SIZE_BYTES_MAX}", body.len())).encode(encoding)
-}
-
 async fn limited<T>(work: impl Future<Output = lapin::Result<T>>) -> Result<T, Down> {
     match timeout(ANSWER_LIMIT, work).await {
         Ok(outcome) => outcome.map_err(|error| Down(reason(&error))),
@@ -439,7 +358,7 @@ async fn limited<T>(work: impl Future<Output = lapin::Result<T>>) -> Result<T, D
     }
 }
 
-/// Publishes and waits for the confirm; the id of a message that came back with it.
+/// Publishes and waits for the confirm. Returns the id of a message that was returned with it.
 async fn publish(
     channel: Channel,
     exchange: &'static str,
@@ -457,7 +376,7 @@ async fn publish(
     Ok(returned.and_then(|message| message.delivery.properties.message_id().as_ref().map(ToString::to_string)))
 }
 
-/// On a channel of its own, so that what comes back can only be this ping.
+/// Whether a ping is routed. It has its own channel, so that a returned message can only be this ping.
 async fn ping(connection: &Connection, queue: String, envelope: Envelope) -> lapin::Result<bool> {
     let channel = connection.create_channel().await?;
     channel.confirm_select(ConfirmSelectOptions::default()).await?;
@@ -467,7 +386,8 @@ async fn ping(connection: &Connection, queue: String, envelope: Envelope) -> lap
     Ok(confirm.await?.take_message().is_none())
 }
 
-/// On a channel of its own, since asking for an absent queue closes the channel.
+/// The number of ready messages. It has its own channel, since a passive declaration of an absent queue closes the
+/// channel.
 async fn depth(connection: &Connection, queue: String) -> lapin::Result<u64> {
     if bad_queue_name(&queue).is_some() {
         return Ok(0);

@@ -1,9 +1,9 @@
-//! Dead letters: what nobody could use lies in `baton.dead` until a person looks at it, sends it again or throws it away.
+//! Dead letters: unusable messages stay in `baton.dead` until an operator inspects, replays or discards them.
 //!
-//! Looking takes letters one after the other without acknowledging them, over a connection of its own. Whatever is
-//! neither replayed nor discarded goes back to the queue when that ends, however it ends. A replayed letter
-//! is published first and acknowledged once the broker has confirmed it, so that a crash in between leaves a copy in
-//! both queues and loses none; a copy more is harmless, since a process is claimed once.
+//! Letters are fetched one after the other over a separate connection, without acknowledging them. A letter that is
+//! neither replayed nor discarded is requeued when the connection ends. A replayed letter is published first, and
+//! acknowledged once the broker has confirmed it. A crash in between leaves a copy in both queues and loses none. A
+//! second copy is harmless, since a process is claimed once.
 
 mod body;
 mod letter;
@@ -31,107 +31,107 @@ use super::{CheckError, PublishError};
 pub use self::body::Body;
 pub use self::letter::Letter;
 
-/// Letters that one consumer brings, which are in memory at once: some 64 MiB if each is as large as a message may be.
+/// Letters per consumer, which are in memory at once: some 64 MiB of letters of the largest size.
 ///
-/// RabbitMQ (measured with 3.10) gives back in order what was out at up to 32 consumers of a channel, of which the first
-/// get is one; so a thousand letters keep their order, and of more the pages may change places. With a get for each
-/// letter that would end after 32 letters, and it takes ten times as long.
+/// RabbitMQ (measured with 3.10) requeues the deliveries of up to 32 consumers of a channel in order; the first get
+/// counts as one consumer. So a thousand letters keep their order, and the pages of more letters may change their
+/// order. With a get for each letter, only 32 letters would keep their order, and it takes ten times as long.
 const PAGE: usize = 32;
 
-/// A letter that was given back so often is published anew, so that its count begins again. RabbitMQ 4 drops a message
-/// after 20 times where no policy says otherwise; the rest is for looks that were interrupted.
+/// A letter that was requeued this often is published again, so that its count restarts. By default RabbitMQ 4 drops a
+/// message after 20 times; the difference is for interrupted inspections.
 const N_RETURNS_MAX: u64 = 15;
 
-/// Silence after which it is asked whether there is anything left. Letters follow each other within milliseconds; only
-/// those that someone else has in hand do not come.
+/// Time without a delivery after which a get checks whether letters are left. Letters arrive within milliseconds,
+/// except those that another program has fetched.
 const SILENCE: Duration = Duration::from_millis(500);
 
-/// Pause before the first look is taken again.
+/// Pause before the first look is repeated.
 const LOOK_AGAIN: Duration = Duration::from_millis(200);
 
-/// The letters that were there at the first look, one after the other, the oldest first.
+/// The letters that were in the queue at the first look, the oldest first.
 ///
-/// Nothing is acknowledged but by [`DeadLetters::replay`] and [`DeadLetters::discard`]. Letters that another program has
-/// in hand at that time are not seen.
+/// Only [`DeadLetters::replay`] and [`DeadLetters::discard`] acknowledge letters. Letters that another program has
+/// fetched are not seen.
 pub struct DeadLetters {
     dial: Dial,
     connection: Connection,
     wait: Wait,
     channel: Channel,
-    /// A channel for what is replayed, so that a refusal ends no other than that.
+    /// A separate channel for replays, since a refusal closes its channel.
     lane: Option<Channel>,
     page: Option<Page>,
     n_pages: usize,
-    /// The one that the first look brought, until it is asked for.
+    /// The letter of the first look, until it is returned.
     first: Option<Letter>,
-    /// Letters that were there at the first look, and those of them that are still to come.
+    /// Number of letters at the first look, and of those still to come.
     n_total: usize,
     n_left: usize,
 }
 
 struct Page {
     consumer: Consumer,
-    /// Letters of this page that are neither replayed nor discarded; when it is full of them, nothing more comes.
+    /// Number of letters of this page that are neither replayed nor discarded. A full page delivers no more.
     n_out: usize,
 }
 
-/// What became of a letter that was to be replayed.
+/// The outcome of a replay.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Replayed {
-    /// The broker has it in this queue, and it is no dead letter any more.
+    /// The letter is in this queue, and no longer a dead letter.
     To(String),
-    /// It is where it was.
+    /// The letter is still a dead letter.
     Kept(Kept),
 }
 
 /// Why a letter cannot be replayed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Kept {
-    /// Somebody has published it to `baton.dead` by hand.
-    #[error("it does not say which queue it came from")]
+    /// It names no queue: it was published to `baton.dead` by hand.
+    #[error("it does not name the queue that it came from")]
     NoOrigin,
-    /// The queue has gone and is none that Baton declares, or it refuses messages.
-    #[error("queue {queue} does not take it: {reason}")]
+    /// The queue is absent and Baton does not declare it, or it rejects messages.
+    #[error("queue {queue} does not accept it: {reason}")]
     NotTaken {
         /// The queue that it came from.
         queue: String,
-        /// What the broker said.
+        /// The broker's error.
         reason: String,
     },
 }
 
-/// Why dead letters cannot be looked at.
+/// Why dead letters cannot be read.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
     /// No broker can be used.
     #[error(transparent)]
     Connect(#[from] CheckError),
-    /// It does not permit this; correct the user's rights or the queue.
-    #[error("the broker refuses it: {0}")]
+    /// The broker refuses access. Correct the user's permissions or the queue.
+    #[error("the broker refused access: {0}")]
     Refused(String),
-    /// What came is no AMQP that this program can read, and the library ends the connection for it. All letters are
-    /// where they were; the management UI can take the one away that is to blame.
-    #[error("a letter's properties cannot be read; its texts are not UTF-8")]
+    /// The library cannot read a letter, and has closed the connection. All letters are still in the queue. Remove the
+    /// unreadable letter with the management UI.
+    #[error("a letter is unreadable: a property is not UTF-8")]
     Unreadable,
-    /// The connection has ended, or an answer did not come. All letters are where they were, but for those that were
-    /// reported before; the one that was being replayed may be in both queues. Do it again.
-    #[error("the broker has gone: {0}")]
+    /// The connection was lost, or an answer did not arrive. Letters are still in the queue, except those already
+    /// reported as replayed or discarded; the letter of the current replay may be in both queues. Try again.
+    #[error("connection to the broker lost: {0}")]
     Lost(String),
 }
 
 impl DeadLetters {
-    /// Connects to the first of these URLs that can be used, and has a first look.
+    /// Connects to the first usable URL, and takes a first look.
     ///
     /// # Errors
-    /// [`Error::Connect`] when there is none, [`Error::Refused`] when there can be no `baton.dead`, and those of
+    /// [`Error::Connect`] if no URL is usable, [`Error::Refused`] if `baton.dead` cannot be declared, and those of
     /// [`DeadLetters::next`].
     pub async fn open(urls: Vec<String>) -> Result<Self, Error> {
         let deadline = Instant::now() + ANSWER_LIMIT;
         loop {
             match Self::look(urls.clone()).await {
-                // A queue that has no leader for a moment makes the broker end the connection.
+                // The broker closes the connection if the queue has no leader for a moment.
                 Err(Error::Lost(reason)) if Instant::now() < deadline => {
-                    debug!(reason, "the first look at the dead letters is taken again");
+                    debug!(reason, "the first look at the dead letters is repeated");
                     sleep(LOOK_AGAIN).await;
                 }
                 looked => return looked,
@@ -168,12 +168,12 @@ impl DeadLetters {
         Ok(letters)
     }
 
-    /// How many letters there were at the first look.
+    /// Number of letters at the first look.
     pub fn n_total(&self) -> usize {
         self.n_total
     }
 
-    /// The next letter, or none when all have been seen that were there at the first look and are still to be had.
+    /// Returns the next letter; `None` after the last one that was there at the first look.
     ///
     /// # Errors
     /// [`Error::Lost`], [`Error::Refused`], [`Error::Unreadable`].
@@ -184,7 +184,7 @@ impl DeadLetters {
                 return Ok(Some(letter));
             }
             self.discard(letter).await?;
-            // It comes again, from the end of the queue.
+            // The copy arrives again, from the end of the queue.
             self.n_left += 1;
         }
     }
@@ -216,11 +216,10 @@ impl DeadLetters {
         }
     }
 
-    /// Publishes a letter to the queue that it came from, and then acknowledges it. A task queue that has gone is
-    /// declared.
+    /// Publishes a letter to the queue that it came from, then acknowledges it. Declares an absent task queue.
     ///
     /// # Errors
-    /// [`Error::Lost`]: it may be in both queues; replaying it again is harmless.
+    /// [`Error::Lost`]: the letter may be in both queues; another replay is harmless.
     pub async fn replay(&mut self, letter: Letter) -> Result<Replayed, Error> {
         let Some(queue) = letter.origin.clone().filter(|queue| queue != DEAD_QUEUE) else {
             return Ok(Replayed::Kept(Kept::NoOrigin));
@@ -236,23 +235,23 @@ impl DeadLetters {
             Ok(Err(PublishError::Unroutable { reason, .. })) => {
                 return Ok(Replayed::Kept(Kept::NotTaken { queue, reason }));
             }
-            // The broker has ended the lane, and nothing else.
+            // The broker has closed only the lane.
             Ok(Err(PublishError::Unknown(reason))) if self.connection.status().connected() => {
                 return Ok(Replayed::Kept(Kept::NotTaken { queue, reason }));
             }
             Ok(Err(error)) => return Err(Error::Lost(error.to_string())),
             Err(_) => {
-                return Err(Error::Lost(format!("it did not confirm a message within {} s", ANSWER_LIMIT.as_secs())));
+                return Err(Error::Lost(format!("no confirm within {} s", ANSWER_LIMIT.as_secs())));
             }
         }
         self.discard(letter).await?;
         Ok(Replayed::To(queue))
     }
 
-    /// Throws a letter away for good.
+    /// Removes a letter.
     ///
     /// # Errors
-    /// [`Error::Lost`]: it is still there.
+    /// [`Error::Lost`]: the letter is still in the queue.
     pub async fn discard(&mut self, letter: Letter) -> Result<(), Error> {
         let was_there = self.wait.answer(letter.acker.ack(BasicAckOptions::default())).await?;
         if !was_there {
@@ -264,10 +263,10 @@ impl DeadLetters {
         Ok(())
     }
 
-    /// Gives back what is in hand, and waits until the broker has dealt with everything that was acknowledged.
+    /// Requeues the remaining letters, and waits until the broker has processed all acknowledgements.
     ///
     /// # Errors
-    /// [`Error::Lost`]: what was replayed or discarded last may still be there.
+    /// [`Error::Lost`]: the letters that were replayed or discarded last may still be in the queue.
     pub async fn close(mut self) -> Result<(), Error> {
         drop(self.page);
         self.wait.answer(self.channel.close(200, "OK".into())).await?;
@@ -275,7 +274,7 @@ impl DeadLetters {
         Ok(())
     }
 
-    /// Publishes a copy to `baton.dead`; false if the broker does not take it.
+    /// Publishes a copy to `baton.dead`. Returns false if the broker rejects it.
     async fn renew(&mut self, letter: &Letter) -> Result<bool, Error> {
         let lane = match self.lane.take().filter(|lane| lane.status().connected()) {
             Some(lane) => lane,
@@ -294,8 +293,7 @@ impl DeadLetters {
         }
     }
 
-    /// One letter at the head, if there is any, and how many more there are. The broker says both at the same time, and
-    /// exactly.
+    /// Gets the letter at the head, if any, and the number of further letters. The broker reports both in one answer.
     async fn get(&mut self) -> Result<Option<(Letter, usize)>, Error> {
         let get = self.channel.basic_get(DEAD_QUEUE.into(), BasicGetOptions::default());
         let message = self.wait.answer(get).await?;
@@ -305,10 +303,10 @@ impl DeadLetters {
         }))
     }
 
-    /// Goes on with a new consumer; the former one keeps what it has brought.
+    /// Starts a new consumer. The previous one keeps its deliveries.
     async fn turn_page(&mut self) -> Result<&mut Page, Error> {
         self.n_pages += 1;
-        // The tags sort as the pages do, since that is the order in which letters are given back.
+        // The tags sort like the pages, since letters are requeued in the order of the tags.
         let tag = short(&format!("baton dead {:08}", self.n_pages));
         let consume =
             self.channel.basic_consume(DEAD_QUEUE.into(), tag, BasicConsumeOptions::default(), FieldTable::default());
@@ -317,7 +315,7 @@ impl DeadLetters {
     }
 }
 
-/// Waits for answers, and for the end of the connection: an answer that came in half is never given.
+/// Waits for answers, or for the end of the connection: the library never completes an answer that arrived in part.
 struct Wait {
     events: BoxStream<'static, Event>,
 }
@@ -327,7 +325,7 @@ impl Wait {
         let events = &mut self.events;
         let end = async {
             while let Some(event) = events.next().await {
-                // A refusal ends a channel, and is the answer of whoever asked on that.
+                // A refusal closes a channel, and is the answer to the request on that channel.
                 if let Event::Error(error) = event
                     && let error @ (Error::Lost(_) | Error::Unreadable) = failure(&error)
                 {
@@ -347,7 +345,7 @@ impl Wait {
     }
 }
 
-/// What ends a channel alone is a refusal; everything else has to do with the connection.
+/// Classifies an error: one that closes only a channel is a refusal, any other concerns the connection.
 fn failure(error: &lapin::Error) -> Error {
     let text = reason(error);
     let is_refusal = |error: &AMQPError| matches!(error.kind(), AMQPErrorKind::Soft(_));

@@ -1,4 +1,4 @@
-//! What arrives: tasks and control requests, and the handle that settles each.
+//! Deliveries: tasks and control messages, and the handle that settles each.
 
 use serde::{Deserialize, Serialize};
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
@@ -7,53 +7,54 @@ use super::envelope::Envelope;
 use super::ledger::Receipt;
 use crate::message::{Control, Encoding, Task};
 
-/// A task that arrived, together with the slot it was taken for.
+/// A delivered task with its slot.
 #[derive(Debug)]
 pub struct Delivery {
     /// The message.
     pub task: Task,
-    /// The task queue it came from, as in `tell`: `default.high`.
+    /// The name of its task queue without the prefix: `default.high`.
     pub queue: String,
-    /// The broker has delivered it before.
+    /// Whether the broker has delivered it before.
     pub redelivered: bool,
     /// Who waits for an answer.
     pub reply_to: Option<ReplyTo>,
-    /// The W3C trace context of whoever sent it.
+    /// The W3C trace context of the sender.
     pub traceparent: Option<String>,
-    /// The slot: it is free again when this is dropped.
+    /// The slot, which is freed when this is dropped.
     pub permit: OwnedSemaphorePermit,
-    /// What to do with the message.
+    /// The handle that settles the message.
     pub settle: Settle,
 }
 
-/// A request that arrived, by the worker's own queue or by broadcast.
+/// A control message that arrived by the worker's own queue or by broadcast.
 #[derive(Debug)]
 pub struct ControlRequest {
-    /// What is asked.
+    /// The message.
     pub control: Control,
-    /// To every worker, not only to this one.
+    /// Whether it was sent to every worker.
     pub from_broadcast: bool,
-    /// Sent by a program of Baton, which has written the decision down before; otherwise someone must record it.
+    /// Whether a program of Baton sent it. Baton has recorded the request in the database already; other requests are
+    /// to be recorded.
     pub from_baton: bool,
-    /// The sender's id of the message.
+    /// The message id.
     pub message_id: Option<String>,
-    /// The sender's login at the broker, if the sender has stated it; the broker lets nobody state another.
+    /// The sender's user name at the broker, if it is stated. The broker rejects a false one.
     pub user: Option<String>,
     /// Who waits for an answer.
     pub reply_to: Option<ReplyTo>,
-    /// It came from `baton.control`, to this worker alone: settle it once it is recorded.
+    /// Set if it came from `baton.control` to this worker only. Settle it once it is recorded.
     pub durable: Option<Settle>,
 }
 
-/// Where an answer goes. It can be stored, and another program can answer.
+/// The address for a reply. It can be stored, and another program can send the reply.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ReplyTo {
-    /// The queue, by the default exchange.
+    /// The queue on the default exchange.
     pub reply_to: String,
-    /// What the asker recognises the answer by.
+    /// The id by which the requester recognises the reply.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub correlation_id: Option<String>,
-    /// The asker wrote JSON, so it reads JSON.
+    /// Whether the reply is to be JSON, as the request was.
     #[serde(default)]
     pub json: bool,
 }
@@ -66,17 +67,17 @@ impl ReplyTo {
 
 /// The right to settle one message, once.
 ///
-/// Dropped without a word, the message stays unacknowledged until its channel closes, and then comes again. After the
-/// connection was lost every method does nothing: the broker has already given the message to someone else.
+/// If this is dropped, the message stays unacknowledged until its channel closes, and is then delivered again. After
+/// the loss of the connection every method does nothing, since the broker delivers the message again.
 #[must_use = "settle it; a dropped one stays unacknowledged until the channel closes"]
 #[derive(Debug)]
 pub struct Settle {
-    /// Boxed, since it is larger than all else that is said of a delivery, and is seldom needed.
+    /// Boxed, since it is larger than the rest of a delivery, and rarely used.
     settlement: Box<Settlement>,
     settle_tx: mpsc::Sender<Settlement>,
 }
 
-/// A message and what shall become of it.
+/// A message and its verdict.
 #[derive(Debug)]
 pub(super) struct Settlement {
     pub(super) ticket: Ticket,
@@ -86,14 +87,14 @@ pub(super) struct Settlement {
     pub(super) verdict: Verdict,
 }
 
-/// What the broker knows the message by.
+/// The broker's handle of a message.
 #[derive(Clone, Debug)]
 pub(super) enum Ticket {
     Amqp(Receipt),
     Memory(u64),
 }
 
-/// What becomes of a message.
+/// How to settle a message.
 #[derive(Debug)]
 pub(super) enum Verdict {
     Ack,
@@ -102,19 +103,19 @@ pub(super) enum Verdict {
 }
 
 impl ReplyTo {
-    /// As it is stored.
+    /// Encodes the address for storage.
     pub fn to_bytes(&self) -> Vec<u8> {
         rmp_serde::to_vec_named(self).expect("two strings and a flag")
     }
 
-    /// Reads what was stored; `None` when it is something else.
+    /// Decodes a stored address; `None` if it is malformed.
     pub fn from_bytes(bytes: &[u8]) -> Option<Self> {
         rmp_serde::from_slice(bytes).ok()
     }
 }
 
 impl Settlement {
-    /// Notes that the message is dealt with; true when the communicator has to be told of that.
+    /// Marks the message as complete. Returns whether the communicator must be notified.
     fn done(&self) -> bool {
         match &self.ticket {
             Ticket::Amqp(receipt) => receipt.done(),
@@ -134,31 +135,31 @@ impl Settle {
         Settle { settlement, settle_tx: settle_tx.clone() }
     }
 
-    /// The message is dealt with. Waits only for room in the communicator's channel, and seldom needs any: of those that are
-    /// acknowledged together the first is told.
+    /// Acknowledges the message. Waits only for capacity in the communicator's channel, and rarely: only the first of
+    /// the messages that are acknowledged together is sent there.
     ///
     /// # Cancel safety
-    /// Not cancel safe: if this is dropped, the message and those that would be acknowledged with it stay unacknowledged
-    /// until half a prefetch is done with, or until the channel closes.
+    /// Not cancel safe: if this is dropped, the message, and those that would be acknowledged with it, stay
+    /// unacknowledged until half of the prefetch is complete or the channel closes.
     pub async fn ack(self) {
         if self.settlement.done() {
             self.send(Verdict::Ack).await;
         }
     }
 
-    /// Nobody can use the message: puts it into `baton.dead` with the reason, then acknowledges it.
+    /// Dead-letters the message: publishes it to `baton.dead` with the reason, then acknowledges it.
     pub async fn dead(self, reason: &str) {
         self.send(Verdict::Dead(reason.to_owned())).await;
     }
 
-    /// Another worker shall have the message.
+    /// Requeues the message for another worker.
     pub async fn give_back(self) {
         self.send(Verdict::GiveBack).await;
     }
 
     async fn send(mut self, verdict: Verdict) {
         self.settlement.verdict = verdict;
-        // A communicator that has ended has closed its channels, so the message is on its way to someone else.
+        // A communicator that has ended has closed its channels, so the broker delivers the message again.
         let _ = self.settle_tx.send(*self.settlement).await;
     }
 }

@@ -1,4 +1,4 @@
-//! A message as it lies in a queue: its body, and the properties that Baton uses; and the names of the queues.
+//! A message as it is in a queue: its body and the properties that Baton uses. Also the names of queues and exchanges.
 
 use std::collections::BTreeMap;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -12,42 +12,42 @@ use crate::message::{Control, Encoding, Task};
 
 /// The exchange of tasks; the routing key is the queue's name without its prefix.
 pub(super) const TASK_EXCHANGE: &str = "baton.task";
-/// What nobody could use.
+/// The queue of dead letters.
 pub(super) const DEAD_QUEUE: &str = "baton.dead";
 /// The exchange of broadcasts.
 pub(super) const BROADCAST_EXCHANGE: &str = "baton.broadcast";
 /// The durable copy of broadcasts.
 pub(super) const CONTROL_QUEUE: &str = "baton.control";
-/// The exchange of state changes.
+/// The exchange of events.
 pub(super) const EVENT_EXCHANGE: &str = "baton.event";
-/// RabbitMQ's pseudo-queue for answers.
+/// RabbitMQ's pseudo-queue for direct replies.
 pub(super) const DIRECT_REPLY: &str = "amq.rabbitmq.reply-to";
 
-/// Longest name of a task queue. AMQP allows 255 bytes, which the prefix, a class and a consumer's name also need.
+/// Longest name of a task queue. AMQP allows 255 bytes, which also include the prefix, a class and a consumer's name.
 const QUEUE_NAME_BYTES_MAX: usize = 120;
 
 const APP_ID: &str = "baton";
 const TRACEPARENT: &str = "traceparent";
 
-/// A trace context has 55 bytes; what is far longer is none.
+/// Longest trace context that is read. A valid one has 55 bytes.
 const TRACEPARENT_BYTES_MAX: usize = 255;
 
-/// Headers of a dead letter, by which people and [`super::dead`] know it.
+/// Header of a dead letter: its id.
 pub(super) const DEAD_ID: &str = "x-baton-dead-id";
-/// Why it is there.
+/// Header of a dead letter: the reason.
 pub(super) const DEAD_REASON: &str = "x-baton-reason";
-/// The queue it came from.
+/// Header of a dead letter: the queue that it came from.
 pub(super) const DEAD_ORIGIN: &str = "x-baton-origin";
-/// When it was buried.
+/// Header of a dead letter: when it was dead-lettered.
 pub(super) const DEAD_AT: &str = "x-baton-at";
 
-/// Longest reason of a dead letter, and most that it keeps of its sender's own headers. All properties of a message travel
-/// in one frame of 128 KiB at most, and a larger one ends the connection.
+/// Longest reason of a dead letter, and largest size of the sender's headers that it keeps. All properties of a message
+/// are in one frame of at most 128 KiB, and a larger one closes the connection.
 const REASON_BYTES_MAX: usize = 8 * 1024;
 const HEADERS_BYTES_MAX: usize = 32 * 1024;
 
-/// Headers by which a broker would do something else with a message that is published again: send copies elsewhere,
-/// count on, take it for one that goes in circles. Every header that begins with one of the prefixes is of this kind.
+/// Headers, and prefixes of headers, that would change how a broker treats a message that is published again: it would
+/// send copies elsewhere, continue a count, or detect a cycle.
 const BROKER_HEADERS: [&str; 6] = ["CC", "BCC", "x-death", "x-opt-deaths", "x-delivery-count", "x-acquired-count"];
 const BROKER_PREFIXES: [&str; 3] = ["x-baton-", "x-first-death-", "x-last-death-"];
 
@@ -60,18 +60,18 @@ pub(super) struct Envelope {
     pub(super) correlation_id: Option<String>,
     pub(super) reply_to: Option<String>,
     pub(super) app_id: Option<String>,
-    /// Whom the broker knows the sender from; it lets nobody state another.
+    /// The sender's user name. The broker rejects a false one.
     pub(super) user_id: Option<String>,
     pub(super) traceparent: Option<String>,
-    /// When its sender has sent it, in seconds since 1970; for a new message that is now.
+    /// When the message was sent, in seconds since 1970; `None` for a new message, which is sent now.
     pub(super) timestamp: Option<u64>,
-    /// Its sender's own headers.
+    /// The sender's own headers.
     pub(super) headers: FieldTable,
     pub(super) epitaph: Option<Epitaph>,
     pub(super) body: Vec<u8>,
 }
 
-/// Why a message lies in `baton.dead`.
+/// The additional headers of a message in `baton.dead`.
 #[derive(Clone, Debug)]
 pub(super) struct Epitaph {
     id: LetterId,
@@ -80,7 +80,7 @@ pub(super) struct Epitaph {
 }
 
 impl Envelope {
-    /// A message that Baton writes itself.
+    /// A message from Baton.
     pub(super) fn new(kind: &str, encoding: Encoding, body: Vec<u8>) -> Self {
         Envelope {
             kind: Some(kind.to_owned()),
@@ -91,7 +91,7 @@ impl Envelope {
         }
     }
 
-    /// A task's message; its id is the process's.
+    /// The message of a task. Its id is the pid.
     pub(super) fn task(task: &Task, traceparent: Option<String>) -> Self {
         let encoding = Encoding::MessagePack;
         Envelope {
@@ -101,7 +101,7 @@ impl Envelope {
         }
     }
 
-    /// A control message with an id of its own.
+    /// A control message with a new id.
     pub(super) fn control(control: &Control) -> Self {
         let encoding = Encoding::MessagePack;
         Envelope {
@@ -110,7 +110,7 @@ impl Envelope {
         }
     }
 
-    /// The same message for `baton.dead`. Copies of it are the same letter.
+    /// The message as a dead letter. Copies of it are the same letter.
     pub(super) fn buried(mut self, reason: &str, origin: &str) -> Self {
         let n_bytes = rmp_serde::to_vec(&self.headers).map_or(usize::MAX, |bytes| bytes.len());
         if n_bytes > HEADERS_BYTES_MAX {
@@ -121,13 +121,13 @@ impl Envelope {
         self
     }
 
-    /// Sent by a program of Baton.
+    /// Whether a program of Baton sent it.
     pub(super) fn is_own(&self) -> bool {
         self.app_id.as_deref() == Some(APP_ID)
     }
 
-    /// How the body is written. Without a content type that says so, `{` is the beginning of JSON: no MessagePack that
-    /// anybody could use begins with it, and a person who fills in the management UI's form forgets the content type.
+    /// The encoding of the body. Unless the content type is MessagePack, a body that starts with `{` is JSON: no usable
+    /// MessagePack starts with it, and people forget the content type in the form of the management UI.
     pub(super) fn encoding(&self) -> Encoding {
         let named = self.content_type.as_deref();
         let known = named.is_some_and(|text| text.to_ascii_lowercase().contains("msgpack"));
@@ -135,24 +135,24 @@ impl Envelope {
         if !known && first == Some(&b'{') { Encoding::Json } else { Encoding::of_content_type(named) }
     }
 
-    /// Who waits for an answer.
+    /// The address for a reply.
     pub(super) fn reply_to(&self) -> Option<ReplyTo> {
         let reply_to = self.reply_to.clone()?;
         let json = self.encoding() == Encoding::Json;
         Some(ReplyTo { reply_to, correlation_id: self.correlation_id.clone(), json })
     }
 
-    /// Reads it as a task.
+    /// Decodes the message as a task.
     pub(super) fn read_task(&self) -> Result<Task, String> {
         Task::decode(&self.body, self.encoding()).map_err(|error| error.to_string())
     }
 
-    /// Reads it as a control message.
+    /// Decodes the message as a control message.
     pub(super) fn read_control(&self) -> Result<Control, String> {
         Control::decode(&self.body, self.encoding()).map_err(|error| error.to_string())
     }
 
-    /// The properties as AMQP has them.
+    /// The AMQP properties.
     pub(super) fn properties(&self, persistent: bool) -> BasicProperties {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
         let mut headers = self.headers.clone();
@@ -187,7 +187,7 @@ impl Envelope {
         properties
     }
 
-    /// From what AMQP delivered.
+    /// The envelope of a delivered message.
     pub(super) fn from_amqp(properties: &BasicProperties, body: Vec<u8>) -> Self {
         let text = |value: &Option<ShortString>| value.as_ref().map(|text| text.as_str().to_owned());
         let headers = properties.headers().as_ref();
@@ -195,7 +195,7 @@ impl Envelope {
             Some(AMQPValue::LongString(text)) if text.len() <= TRACEPARENT_BYTES_MAX => Some(text.to_string()),
             Some(_) | None => None,
         });
-        // It has hexadecimal digits and dashes; anything else comes from no tracer and is not passed on.
+        // A trace context has hexadecimal digits and dashes; anything else is dropped.
         let traceparent = traceparent.filter(|text| text.bytes().all(|byte| byte.is_ascii_graphic()));
         Envelope {
             kind: text(properties.kind()),
@@ -214,7 +214,7 @@ impl Envelope {
     }
 }
 
-/// The sender's own ones among a message's headers: those that mean something to Baton or to the broker are left out.
+/// The sender's own headers, without those of Baton and of the broker.
 fn own_headers(headers: &FieldTable) -> FieldTable {
     let is_own = |name: &str| {
         name != TRACEPARENT
@@ -225,7 +225,7 @@ fn own_headers(headers: &FieldTable) -> FieldTable {
     own.map(|(name, value)| (name.clone(), value.clone())).collect::<BTreeMap<_, _>>().into()
 }
 
-/// The three classes of a queue, high first; a name that is a class itself stands for itself.
+/// The three classes of a queue, high first. The name of a class stands for itself.
 pub(super) fn classes(queue: &str) -> Vec<String> {
     if queue.ends_with(".high") || queue.ends_with(".low") {
         vec![queue.to_owned()]
@@ -239,23 +239,23 @@ pub(super) fn task_queue(queue: &str) -> String {
     format!("{TASK_EXCHANGE}.{queue}")
 }
 
-/// Why this cannot be the name of a task queue.
+/// The reason why this is not a valid name of a task queue.
 pub(super) fn bad_queue_name(queue: &str) -> Option<String> {
     if queue.is_empty() {
         Some("the name is empty".to_owned())
     } else if queue.len() > QUEUE_NAME_BYTES_MAX {
-        Some(format!("the name has {} bytes, more than {QUEUE_NAME_BYTES_MAX}", queue.len()))
+        Some(format!("the name has {} bytes, which exceeds the limit of {QUEUE_NAME_BYTES_MAX}", queue.len()))
     } else {
         None
     }
 }
 
-/// As AMQP's short string, which has at most 255 bytes; what is longer is cut.
+/// Converts a text to AMQP's short string, cut to its limit of 255 bytes.
 pub(super) fn short(text: &str) -> ShortString {
     cut(text, 255).into()
 }
 
-/// The beginning of a text, cut between two characters.
+/// The beginning of a text, cut at a character boundary.
 fn cut(text: &str, n_bytes_max: usize) -> &str {
     let end = (0..=text.len().min(n_bytes_max)).rev().find(|&at| text.is_char_boundary(at)).unwrap_or(0);
     &text[..end]
@@ -278,7 +278,7 @@ mod tests {
     }
 
     #[test]
-    fn properties_survive_the_way_through_amqp() {
+    fn properties_round_trip_through_amqp() {
         let pid = Pid::generate();
         let sent = Envelope::task(&Task::Continue { pid, announced_at: Some(3) }, Some("00-aa-bb-01".into()));
         let arrived = Envelope::from_amqp(&sent.properties(true), sent.body.clone());
@@ -290,7 +290,7 @@ mod tests {
     }
 
     #[test]
-    fn a_dead_letter_always_fits_into_a_frame_and_goes_nowhere_else() {
+    fn a_dead_letter_fits_into_a_frame_and_keeps_no_routing_headers() {
         let text = |n_bytes: usize| AMQPValue::LongString("x".repeat(n_bytes).into());
         let headers = |entries: [(&str, AMQPValue); 3]| -> FieldTable {
             entries.into_iter().map(|(name, value)| (name.into(), value)).collect::<BTreeMap<_, _>>().into()
@@ -310,7 +310,7 @@ mod tests {
     }
 
     #[test]
-    fn a_text_that_is_too_long_for_amqp_is_cut_between_characters() {
+    fn a_text_that_is_too_long_for_amqp_is_cut_at_a_character_boundary() {
         assert_eq!(short(&"ä".repeat(200)).as_str().len(), 254);
         assert_eq!(short("x").as_str(), "x");
     }

@@ -1,9 +1,9 @@
-//! Keeps from the AMQP library what would end the whole program.
+//! Protects the AMQP library from messages that would crash the program.
 //!
-//! The library's parser calls itself for each list within a list of a message's headers, on a thread with a stack of 2 MiB;
-//! a message of 10 KiB, which anybody may publish, overruns that. So what the broker sends goes through here: a header that is
-//! nested too deeply is spoilt, the library ends the connection over it as over anything that it cannot read, and
-//! [`super::poison`] puts the message aside.
+//! The library's parser recurses for each nested list in a message's headers, on a thread with a stack of 2 MiB. A
+//! message of 10 KiB from any publisher overflows it. So the stream from the broker passes through this module, which
+//! invalidates a header frame that is nested too deeply. The library then closes the connection as for any unreadable
+//! message, and [`super::poison`] dead-letters the message.
 
 use std::collections::VecDeque;
 use std::io::{self, IoSlice, Read, Write};
@@ -23,21 +23,21 @@ use lapin::{Connection, ConnectionProperties};
 
 use super::nesting::is_too_deep;
 
-/// Type, channel and size of a frame; its end is a byte.
+/// The head of a frame: type, channel and size. Its end is one byte.
 const HEAD_BYTES: usize = 7;
 const END_BYTES: usize = 1;
-/// The type of the frame that has a message's properties.
+/// The type of a frame with a message's properties.
 const HEADER: u8 = 2;
-/// No frame has this type.
-const SPOILT: u8 = 0;
-/// Where the properties begin: after class, weight and the size of the body.
+/// A type that no frame has.
+const INVALID: u8 = 0;
+/// The offset of the properties: after class, weight and the size of the body.
 const PROPERTIES_AT: usize = HEAD_BYTES + 12;
-/// All properties of a message travel in one frame, for which the broker offers 128 KiB.
+/// Largest header frame. All properties of a message are in one frame, for which the broker negotiates 128 KiB.
 const HEADER_BYTES_MAX: usize = 1024 * 1024;
-/// Most that is read at once.
+/// Most bytes that are read at once.
 const READ_BYTES: usize = 64 * 1024;
 
-/// Connects as the library does by itself.
+/// Connects as the library does, but through the guard.
 ///
 /// # Errors
 /// Those of the library.
@@ -54,7 +54,7 @@ pub(super) async fn connect(uri: AMQPUri, properties: ConnectionProperties) -> l
 
 type Unguarded = AsyncTcpStream<<Tokio as Reactor>::TcpStream>;
 
-/// Tokio, but for the type of its streams.
+/// The Tokio runtime with guarded streams.
 #[derive(Clone, Debug)]
 struct Kit(Tokio);
 
@@ -104,26 +104,26 @@ impl Reactor for Kit {
     }
 }
 
-/// A connection to a broker, of which no header comes that is nested too deeply.
+/// A connection to a broker that passes on no header that is nested too deeply.
 struct Guarded<S> {
     stream: S,
     frames: Frames,
     read: Box<[u8]>,
-    /// What was read and looked at.
+    /// The bytes that were checked.
     passed: VecDeque<u8>,
 }
 
-/// Where one frame ends and the next begins.
+/// The position within the stream of frames.
 #[derive(Default)]
 struct Frames {
-    /// Bytes that are left of a frame that is let through.
+    /// Remaining bytes of a frame that passes.
     n_passing: usize,
-    /// The beginning of a frame of which nothing is let through yet.
+    /// The beginning of a frame that is held back.
     held: Vec<u8>,
 }
 
 impl Frames {
-    /// Takes what comes, and gives what can go on.
+    /// Takes bytes from the broker, and appends the checked bytes to `passed`.
     fn pass(&mut self, mut bytes: &[u8], passed: &mut VecDeque<u8>) {
         while !bytes.is_empty() {
             if self.n_passing > 0 {
@@ -142,7 +142,7 @@ impl Frames {
         }
     }
 
-    /// How much of a frame is held before any of it goes on: its head, and all of a header.
+    /// Number of bytes of a frame to hold before any pass: its head, or all of a header frame.
     fn wanted(&self) -> usize {
         match self.held.first_chunk() {
             Some(head) if is_header(head) => HEAD_BYTES + size(head) + END_BYTES,
@@ -154,15 +154,15 @@ impl Frames {
         let Some(head) = self.held.first_chunk() else { return };
         self.n_passing = HEAD_BYTES + size(head) + END_BYTES - self.held.len();
         let properties = self.held.get(PROPERTIES_AT..).unwrap_or_default();
-        let is_spoilt = if is_header(head) { is_too_deep(properties) } else { head[0] == HEADER };
-        if is_spoilt {
-            self.held[0] = SPOILT;
+        let is_invalid = if is_header(head) { is_too_deep(properties) } else { head[0] == HEADER };
+        if is_invalid {
+            self.held[0] = INVALID;
         }
         passed.extend(self.held.drain(..));
     }
 }
 
-/// Whether it is a header of a size that can be held.
+/// Whether it is a header frame of a size that can be held.
 fn is_header(head: &[u8; HEAD_BYTES]) -> bool {
     head[0] == HEADER && size(head) <= HEADER_BYTES_MAX
 }
@@ -236,7 +236,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn whatever_is_not_too_deep_goes_through_unchanged_however_it_comes(
+        fn frames_that_are_not_too_deep_pass_unchanged_in_chunks_of_any_size(
             frames in vec((prop::sample::select(vec![1_u8, 2, 3, 8]), vec(any::<u8>(), 0..40)), 0..8),
             n_bytes in 1..50_usize,
         ) {
@@ -251,7 +251,7 @@ mod tests {
     }
 
     #[test]
-    fn of_a_frame_that_is_too_deep_or_too_large_only_the_type_is_spoilt() {
+    fn only_the_type_of_a_frame_that_is_too_deep_or_too_large_is_changed() {
         let (good, deep) = (seed("good"), seed("deep"));
         let large = frame(HEADER, &vec![0; HEADER_BYTES_MAX + 1]);
         let mut guarded = Guarded::new(Script([&good[..], &deep, &large, &good].concat()));
@@ -259,13 +259,13 @@ mod tests {
         guarded.read_to_end(&mut passed).now_or_never().expect("everything is there").unwrap();
         let get_ok = HEAD_BYTES + deep[6] as usize + END_BYTES;
         let mut expected = [&good[..], &deep, &large, &good].concat();
-        expected[good.len() + get_ok] = SPOILT;
-        expected[good.len() + deep.len()] = SPOILT;
+        expected[good.len() + get_ok] = INVALID;
+        expected[good.len() + deep.len()] = INVALID;
         assert!(passed == expected);
     }
 
     #[test]
-    fn any_bytes_come_through_with_their_number() {
+    fn no_byte_is_added_or_lost() {
         fuzz::run("poison", |input| {
             let (mut frames, mut passed) = (Frames::default(), VecDeque::new());
             frames.pass(input, &mut passed);

@@ -1,4 +1,4 @@
-//! How the three connections are: written by those who keep them, read by everybody.
+//! The health of the three connections: written by the tasks that keep them, read by all.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -9,8 +9,8 @@ use tokio::sync::watch;
 use super::meter::Meter;
 use super::{Down, Health};
 
-/// One of the three connections. Acknowledgements have one of their own, since a broker under an alarm stops reading
-/// from every connection that publishes; and so has control, which a long queue of publishes must not delay.
+/// One of the three connections. Acknowledgements have a separate one, since a broker with an alarm stops reading from
+/// every connection that publishes. Control messages have a separate one, since many publishes must not delay them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Link {
     Publish,
@@ -29,7 +29,7 @@ impl Link {
     }
 }
 
-/// The health that all of this is written on.
+/// The shared health.
 #[derive(Debug)]
 pub(super) struct HealthState {
     pub(super) meter: Meter,
@@ -40,9 +40,9 @@ pub(super) struct HealthState {
 #[derive(Debug, Default)]
 struct State {
     links: [LinkState; 3],
-    /// What cannot be declared or consumed, by its name.
+    /// The problems with items that cannot be declared or consumed, by name.
     problems: BTreeMap<String, String>,
-    /// The queues that are consumed at the moment.
+    /// The queues that are consumed now.
     consumed: BTreeSet<String>,
     /// The task queues whose last publish was not confirmed in time.
     mute: BTreeSet<String>,
@@ -65,11 +65,12 @@ impl HealthState {
         }
     }
 
-    /// This program cannot do without that connection.
+    /// Records that this program needs the connection.
     pub(super) fn need(&self, link: Link) {
         self.change(|state| state.links[link as usize].is_needed = true);
     }
 
+    /// Records that the connection is open.
     pub(super) fn up(&self, link: Link) {
         self.change(|state| {
             let link = &mut state.links[link as usize];
@@ -77,8 +78,8 @@ impl HealthState {
         });
     }
 
-    /// The connection is gone or did not come about. Without an error it was closed on purpose. The log says the same
-    /// thing only once, however long the broker is away.
+    /// Records that the connection is lost or could not be opened; without an error it was closed on purpose. The same
+    /// error is logged only once, however long the broker is away.
     pub(super) fn down(&self, link: Link, error: Option<String>) {
         self.change(|state| {
             let word = link.word();
@@ -90,12 +91,12 @@ impl HealthState {
         });
     }
 
-    /// The broker takes no messages from this connection, or takes them again.
+    /// Records whether the broker blocks publishers on this connection.
     pub(super) fn block(&self, link: Link, reason: Option<String>) {
         self.change(|state| state.links[link as usize].blocked = reason);
     }
 
-    /// Something that has a name cannot be used, or can be used again.
+    /// Records a problem with a named item, or that it is usable again.
     pub(super) fn problem(&self, name: &str, problem: Option<String>) {
         self.change(|state| match problem {
             Some(problem) => {
@@ -109,12 +110,12 @@ impl HealthState {
         });
     }
 
-    /// Which queues are consumed at the moment; all others are not.
+    /// Records the queues that are consumed now.
     pub(super) fn consumed(&self, queues: BTreeSet<String>) {
         self.lock().consumed = queues;
     }
 
-    /// A publish to a queue was not confirmed in time, or was.
+    /// Records whether the last publish to a queue was not confirmed in time.
     pub(super) fn mute(&self, queue: &str, is_mute: bool) {
         let mut state = self.lock();
         if is_mute {
@@ -124,28 +125,28 @@ impl HealthState {
         }
     }
 
-    /// Over a new connection nothing is known of any queue.
+    /// Forgets the unconfirmed publishes, which say nothing about a new connection.
     pub(super) fn unmute(&self) {
         self.lock().mute.clear();
     }
 
-    /// Whether what is published to this queue arrives here.
+    /// Whether messages that are published to this queue arrive here.
     pub(super) fn delivers(&self, queue: &str) -> bool {
         let state = self.lock();
         state.consumed.contains(queue) && !state.mute.contains(queue)
     }
 
-    /// For how long the connection has been open.
+    /// How long the connection has been open.
     pub(super) fn up_for(&self, link: Link) -> Option<Duration> {
         self.lock().links[link as usize].up_since.map(|since| since.elapsed())
     }
 
-    /// Why nothing can be published over this connection at the moment.
+    /// The reason why nothing can be published over this connection now.
     pub(super) fn refusal(&self, link: Link) -> Option<Down> {
         let state = self.lock();
         let link = &state.links[link as usize];
         match (&link.blocked, link.up_since) {
-            (Some(reason), _) => Some(Down(format!("broker blocks publishers: memory or disk alarm ({reason})"))),
+            (Some(reason), _) => Some(Down(format!("the broker blocks publishers: memory or disk alarm ({reason})"))),
             (None, None) => Some(Down(link.error.clone().unwrap_or_else(|| "not connected".to_owned()))),
             (None, Some(_)) => None,
         }

@@ -1,7 +1,7 @@
-//! What one channel has delivered and nobody has settled yet.
+//! The unsettled deliveries of one channel.
 //!
-//! Acknowledging many deliveries in one frame is one entry in a quorum queue's log instead of one for each, but it says
-//! "everything up to here": so it is only said of a beginning in which every delivery is done with.
+//! A frame that acknowledges many deliveries is one entry in the log of a quorum queue instead of one for each
+//! delivery. It acknowledges everything up to a tag, so it is used only up to the first delivery that is not complete.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -16,10 +16,10 @@ use crate::border;
 /// The deliveries of one channel.
 #[derive(Debug)]
 pub(super) struct Ledger {
-    /// So many that are done with and not acknowledged hold up the next ones.
+    /// From this number of completed deliveries on, the broker may stop delivering until they are acknowledged.
     many: usize,
-    /// Whoever acknowledges has it: a frame that overtakes another one names deliveries that the broker knows no more, and
-    /// it closes the channel over that.
+    /// Held while acknowledging. If a frame overtakes another one, the other acknowledges deliveries that the broker no
+    /// longer knows, and the broker closes the channel.
     turn: tokio::sync::Mutex<()>,
     book: Mutex<Book>,
 }
@@ -36,7 +36,7 @@ struct Entry {
     done_at: Option<Instant>,
 }
 
-/// How long a delivery that is done with waits for those before it.
+/// How long a completed delivery waits for earlier ones.
 const LAG_MAX: Duration = Duration::from_millis(100);
 
 /// One delivery in its ledger.
@@ -47,29 +47,29 @@ pub(super) struct Receipt {
 }
 
 impl Ledger {
-    /// Of a channel that has so many deliveries at most.
+    /// The ledger of a channel with this prefetch.
     pub(super) fn new(prefetch: u16) -> Self {
         Self { many: usize::from(prefetch / 2).max(1), turn: tokio::sync::Mutex::default(), book: Mutex::default() }
     }
 
-    /// Enters a delivery.
+    /// Adds a delivery.
     pub(super) fn enter(self: &Arc<Self>, tag: u64, acker: Acker) -> Receipt {
         self.lock().open.insert(tag, Entry { acker, done_at: None });
         Receipt { ledger: Arc::clone(self), tag }
     }
 
-    /// Whether so many are done with that it is time to acknowledge them.
+    /// Whether enough deliveries are complete to acknowledge them now.
     pub(super) fn is_due(&self) -> bool {
         self.lock().n_done >= self.many
     }
 
-    /// How many are not settled.
+    /// Number of unsettled deliveries.
     pub(super) fn len(&self) -> usize {
         self.lock().open.len()
     }
 
-    /// Acknowledges what is done with: a beginning of it in one frame, and one by one what has waited for a gap to close
-    /// for too long. Says how many frames that took, and whether anything is done with that waits.
+    /// Acknowledges completed deliveries: those before the first incomplete one in one frame, and later ones singly
+    /// once they have waited too long. Returns the number of frames, and whether completed deliveries still wait.
     pub(super) async fn acknowledge_done(&self) -> (u64, bool) {
         let _turn = self.turn.lock().await;
         let (beginning, late, is_any_left) = {
@@ -101,8 +101,8 @@ impl Ledger {
 }
 
 impl Receipt {
-    /// Says that it is done with; [`Ledger::acknowledge_done`] tells the broker. True when whoever calls that has to be
-    /// told: of the first since it was called, and once it is time to.
+    /// Marks the delivery as complete. [`Ledger::acknowledge_done`] acknowledges it. Returns true if that must be
+    /// scheduled: for the first completed delivery since the last call, and once it is due.
     pub(super) fn done(&self) -> bool {
         let mut book = self.ledger.lock();
         if let Some(entry) = book.open.get_mut(&self.tag) {
@@ -116,7 +116,7 @@ impl Receipt {
         &self.ledger
     }
 
-    /// Acknowledges it now.
+    /// Acknowledges the delivery now.
     pub(super) async fn ack(self) {
         if let Some(acker) = self.acker() {
             ack(&acker, false).await;
@@ -124,7 +124,7 @@ impl Receipt {
         self.ledger.lock().open.remove(&self.tag);
     }
 
-    /// Gives it back to its queue.
+    /// Requeues the delivery.
     pub(super) async fn give_back(self) {
         let options = BasicNackOptions { requeue: true, ..BasicNackOptions::default() };
         if let Some(acker) = self.acker() {
@@ -133,18 +133,19 @@ impl Receipt {
         self.ledger.lock().open.remove(&self.tag);
     }
 
-    /// Whether its channel is still there.
+    /// Whether its channel is still open.
     pub(super) fn is_usable(&self) -> bool {
         self.acker().is_some_and(|acker| acker.usable())
     }
 
-    /// None once it is settled.
+    /// Returns `None` once it is settled.
     fn acker(&self) -> Option<Acker> {
         self.ledger.lock().open.get(&self.tag).map(|entry| entry.acker.clone())
     }
 }
 
-/// A delivery of a channel that has ended is someone else's by now, so a failure here means nothing.
+/// Sends an acknowledgement. A failure means that the channel has ended, and then the broker delivers the message
+/// again.
 async fn ack(acker: &Acker, multiple: bool) {
     let _ = timeout(ANSWER_LIMIT, acker.ack(BasicAckOptions { multiple })).await;
     border!("acknowledged");

@@ -1,4 +1,4 @@
-//! Opens connections and says in one line why one could not be opened.
+//! Opens connections, and describes failures in one line.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -17,42 +17,42 @@ use super::CheckError;
 use super::health::{HealthState, Link};
 use super::{guard, ownership};
 
-/// Longest wait for any one answer of the broker. A loaded quorum queue answers within a second or two.
+/// Time limit for each answer of the broker. A loaded quorum queue answers within a second or two.
 pub(super) const ANSWER_LIMIT: Duration = Duration::from_secs(10);
 
-/// Asked of the broker when the URL says nothing: a dead peer is found within twice that, and a stall of a few seconds
-/// ends no connection.
+/// Default heartbeat. A dead peer is detected within twice this time, and a stall of a few seconds closes no
+/// connection.
 const HEARTBEAT: Duration = Duration::from_secs(10);
 
-/// Pause before the first new attempt, and the longest. A broker that restarts takes seconds; a fleet of hundreds that
-/// asks every 5 s is no load.
+/// First and longest pause before the next try to connect. A broker restarts within seconds, and a fleet of hundreds
+/// that tries every 5 s is no load.
 const BACKOFF_MIN: Duration = Duration::from_millis(100);
 const BACKOFF_MAX: Duration = Duration::from_secs(5);
 
-/// How long one host of several may keep the next one waiting. A healthy one answers within some milliseconds; one that is
-/// only slow may still come first.
+/// How long one of several nodes is tried before the next is tried as well. A healthy node answers within milliseconds;
+/// a slow one may still be the first to answer.
 const HEAD_START: Duration = Duration::from_secs(2);
 
-/// How often a connection is asked whether it still lives, besides what it says itself.
+/// How often the status of a connection is checked, in addition to its events.
 const WATCHDOG_INTERVAL: Duration = Duration::from_secs(1);
 
-/// Why a connection ended over which something came that cannot be read.
-pub(super) const UNREADABLE: &str = "the broker sent what cannot be read";
+/// The reason of a connection that ended because of an unreadable message.
+pub(super) const UNREADABLE: &str = "the broker sent an unreadable message";
 
-/// What the keepers of the three connections have in common.
+/// The common data of the three connections.
 pub(super) struct Dial {
     pub(super) urls: Vec<String>,
     pub(super) name: String,
     pub(super) heartbeat: Option<Duration>,
-    /// The database to which the virtual host has to belong.
+    /// The database to which the virtual host must belong.
     pub(super) database: Option<Uuid>,
     pub(super) health: Arc<HealthState>,
     pub(super) close: CancellationToken,
-    /// For each connection: how many URLs it has been at, so that the next one has its turn.
+    /// For each connection, the index of the URL to try next.
     turns: [AtomicUsize; 3],
 }
 
-/// Grows from attempt to attempt, with jitter so that a fleet does not come back in one moment.
+/// The growing pause between tries to connect, with jitter, so that a fleet does not reconnect in the same moment.
 #[derive(Debug)]
 pub(super) struct Backoff {
     next: Duration,
@@ -63,16 +63,16 @@ impl Backoff {
         Backoff { next: BACKOFF_MIN }
     }
 
-    /// The next pause: between half of it and all of it.
+    /// The next pause, of which up to half is random.
     pub(super) fn pause(&mut self) -> Duration {
         let pause = self.next;
         self.next = (self.next * 2).min(BACKOFF_MAX);
-        // The random end of an id serves as the dice.
-        let dice = u32::try_from(uuid::Uuid::now_v7().as_u128() & 0xffff).expect("16 bits fit");
-        pause / 2 + pause / 2 * dice / 0x1_0000
+        // The end of a UUIDv7 is random.
+        let random = u32::try_from(uuid::Uuid::now_v7().as_u128() & 0xffff).expect("16 bits fit");
+        pause / 2 + pause / 2 * random / 0x1_0000
     }
 
-    /// After a connection that has lasted, the next one is tried quickly; one that ends at once is no success.
+    /// Resets the pause after a connection that has lasted. A connection that ends at once is not a success.
     pub(super) fn lasted(&mut self, since: Instant) {
         if since.elapsed() > BACKOFF_MAX {
             self.next = BACKOFF_MIN;
@@ -92,7 +92,7 @@ impl Dial {
         Self { urls, name, heartbeat, database, health, close, turns: Default::default() }
     }
 
-    /// Why a connection has ended; with the host, if there are several.
+    /// The reason why a connection has ended, with the node if there are several.
     pub(super) fn ended(&self, link: Link, error: String) -> String {
         let turn = self.turns[link as usize].load(Ordering::Relaxed);
         match self.urls.get(turn.saturating_sub(1) % self.urls.len().max(1)).map(|url| parse(url)) {
@@ -101,29 +101,29 @@ impl Dial {
         }
     }
 
-    /// Whether another host may serve what this one does not.
+    /// Whether there are other nodes.
     pub(super) fn has_others(&self) -> bool {
         self.urls.len() > 1
     }
 
-    /// One attempt at every URL; the first that can be used is taken, and the next call begins with the one after it: a
-    /// host that accepts connections and then is of no use keeps nobody for long.
+    /// Tries each URL once, and returns the first connection. The next call starts with the next URL, so that a node
+    /// that accepts connections but does not work is left soon.
     ///
     /// # Errors
-    /// What each of them said.
+    /// The errors of all URLs.
     pub(super) async fn connect(&self, link: Link) -> Result<Connection, CheckError> {
         let name = format!("{} {}", self.name, link.word());
         let turn = &self.turns[link as usize];
         let first = turn.load(Ordering::Relaxed);
         let mut waiting = (first..first + self.urls.len()).map(|idx| (idx, &self.urls[idx % self.urls.len()]));
-        let mut attempts = FuturesUnordered::new();
+        let mut openings = FuturesUnordered::new();
         let mut errors = Vec::new();
         loop {
             let next = waiting.next();
             let is_last = next.is_none();
             if let Some((idx, url)) = next {
                 let open = open_for(url, &name, self.heartbeat, self.database);
-                attempts.push(async move { (idx, open.await) });
+                openings.push(async move { (idx, open.await) });
             }
             let patience = async {
                 if is_last {
@@ -132,7 +132,7 @@ impl Dial {
                 sleep(HEAD_START).await;
             };
             tokio::select! {
-                attempt = attempts.next() => match attempt {
+                opened = openings.next() => match opened {
                     Some((idx, Ok(connection))) => {
                         turn.store(idx + 1, Ordering::Relaxed);
                         return Ok(connection);
@@ -145,7 +145,8 @@ impl Dial {
         }
     }
 
-    /// Waits until the connection is gone, and says why; writes down meanwhile whether the broker blocks it.
+    /// Waits until the connection is lost, and returns the reason. Meanwhile records in the health whether the broker
+    /// blocks it.
     pub(super) async fn watch(&self, link: Link, connection: &Connection, events: impl Stream<Item = Event>) -> String {
         let mut events = std::pin::pin!(events);
         let mut watchdog = tokio::time::interval(WATCHDOG_INTERVAL);
@@ -168,7 +169,7 @@ impl Dial {
     }
 }
 
-/// One attempt at one URL whose virtual host has to belong to a database.
+/// Tries one URL once. Its virtual host must belong to the database.
 pub(super) async fn open_for(
     url: &str,
     name: &str,
@@ -182,7 +183,7 @@ pub(super) async fn open_for(
     Ok(connection)
 }
 
-/// One attempt at one URL.
+/// Tries one URL once.
 pub(super) async fn open(url: &str, name: &str, heartbeat: Option<Duration>) -> Result<Connection, CheckError> {
     install_tls_provider();
     let mut uri = parse(url)?;
@@ -202,12 +203,12 @@ pub(super) async fn open(url: &str, name: &str, heartbeat: Option<Duration>) -> 
     }
 }
 
-/// Closes without waiting for a broker that does not answer.
+/// Closes a connection. Does not wait long for the answer.
 pub(super) async fn close(connection: &Connection) {
     let _ = timeout(Duration::from_secs(2), connection.close(200, "OK".into())).await;
 }
 
-/// Reads a URL. An empty path means the default virtual host, as people expect who end a URL with a slash.
+/// Parses a URL. An empty path is the default virtual host, as users expect of a URL that ends with a slash.
 pub(super) fn parse(url: &str) -> Result<AMQPUri, CheckError> {
     let mut uri: AMQPUri = url.parse().map_err(|reason: String| {
         let hidden = masked_text(url);
@@ -230,7 +231,7 @@ pub(super) fn masked(uri: &AMQPUri) -> String {
     format!("{scheme}://{}@{}:{}/{vhost}", authority.userinfo.username, authority.host, authority.port)
 }
 
-/// A text that is no URL, without what may be a password.
+/// Masks what may be a password in a text that is not a URL.
 fn masked_text(text: &str) -> String {
     match (text.find("://"), text.rfind('@')) {
         (Some(scheme), Some(at)) if scheme < at => format!("{}***{}", &text[..scheme + 3], &text[at..]),
@@ -239,12 +240,12 @@ fn masked_text(text: &str) -> String {
     }
 }
 
-/// Something came that the library cannot read, and it has ended the connection over it.
+/// Whether the library has ended the connection because of an unreadable message.
 fn is_unreadable(error: &lapin::Error) -> bool {
     matches!(error.kind(), ErrorKind::ParsingError(_))
 }
 
-/// What an error says, in one line.
+/// The text of an error, in one line.
 pub(super) fn reason(error: &lapin::Error) -> String {
     if let ErrorKind::ProtocolError(error) = error.kind() {
         error.get_message().to_string()
@@ -255,12 +256,12 @@ pub(super) fn reason(error: &lapin::Error) -> String {
     }
 }
 
-/// The broker has an entity of that name with other properties.
+/// Whether the broker has an entity of that name with other properties.
 pub(super) fn is_other_kind(error: &lapin::Error) -> bool {
     is_soft(error, AMQPSoftError::PRECONDITIONFAILED)
 }
 
-/// There is no entity of that name.
+/// Whether there is no entity of that name.
 pub(super) fn is_absent(error: &lapin::Error) -> bool {
     is_soft(error, AMQPSoftError::NOTFOUND)
 }
@@ -285,11 +286,11 @@ fn classify(uri: &AMQPUri, url: String, error: &lapin::Error) -> CheckError {
     }
 }
 
-/// Several TLS providers may be compiled in, and rustls takes none by itself then.
+/// Selects the TLS provider: if several are compiled in, rustls does not choose one.
 fn install_tls_provider() {
     static ONCE: std::sync::Once = std::sync::Once::new();
     ONCE.call_once(|| {
-        // Another part of the program may have been first; then its choice stands.
+        // If another part of the program was first, its choice is kept.
         let _ = rustls::crypto::ring::default_provider().install_default();
     });
 }
@@ -299,7 +300,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn no_text_about_a_url_contains_its_password() {
+    fn no_error_about_a_url_contains_its_password() {
         let uri = parse("amqp://ann:s3cret@host:5671/vh").unwrap();
         assert_eq!(masked(&uri), "amqp://ann@host:5671/vh");
         for url in ["amqp:ann:s3cret@host", "http://ann:s3cret@host", "amqp://ann:s3cret@host:port/", "ann:s3cret@host"]

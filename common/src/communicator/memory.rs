@@ -1,28 +1,29 @@
-//! A broker in this program's memory: the same queues, settlements and answers, without a network and without a disk.
+//! A broker in this program's memory, with the same queues, settlements and replies, but without network and disk.
 //!
-//! What it holds is lost with the program, as everything on a broker may be; the database knows what was queued.
+//! Its messages are lost when the program ends. Messages on any broker may be lost; the database knows the queued
+//! processes.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use tokio_util::sync::CancellationToken;
 
-use super::control::{Ask, Asker, answer, control_request};
+use super::ask::{Ask, Asker, answer, control_request};
 use super::delivery::{Settlement, Ticket, Verdict};
 use super::envelope::{CONTROL_QUEUE, DIRECT_REPLY, Envelope, bad_queue_name};
-use super::intake::{Order, Wanted, acquire, finish};
 use super::publish::{Job, Target};
+use super::wanted::{Order, Wanted, acquire, finish};
 use super::weighted_round_robin::WeightedRoundRobin;
 use super::{ControlRequest, Delivery, Down, PublishError, RequestError, Settle};
 use crate::message::{Event, Reply, Task};
 
-/// Requests that the worker has not taken yet, bounded as a broker's queue length is; more are refused.
+/// Most control messages that wait for the worker; more are refused.
 const N_CONTROLS_MAX: usize = 1024;
 
-/// Messages in one queue: some 300 bytes each, so a full queue costs 300 MB; more are refused.
+/// Most messages in one queue; more are refused. A message has some 300 bytes, so a full queue takes 300 MB.
 const N_MESSAGES_MAX: usize = 1_000_000;
 
-/// The ends of all of the communicator's channels.
+/// The ends of the communicator's channels.
 pub(super) struct Ends {
     pub(super) own_queue: Option<String>,
     pub(super) jobs: mpsc::Receiver<Job>,
@@ -41,11 +42,11 @@ struct Memory {
     wanted: Wanted,
     credits: WeightedRoundRobin,
     queues: BTreeMap<String, VecDeque<Stored>>,
-    /// Delivered and not settled, by ticket.
+    /// The delivered messages that are not settled, by ticket.
     unsettled: HashMap<u64, (String, Stored)>,
     last_ticket: u64,
     controls: VecDeque<ControlRequest>,
-    /// Broadcasts that wait to be recorded.
+    /// The broadcasts that wait to be recorded.
     broadcasts: VecDeque<Stored>,
     requests: HashMap<String, Asker>,
     permit: Option<OwnedSemaphorePermit>,
@@ -57,7 +58,7 @@ struct Stored {
     redelivered: bool,
 }
 
-/// Serves until it shall stop.
+/// Serves until `stop`.
 pub(super) async fn run(mut ends: Ends, stop: CancellationToken) {
     let mut memory = Memory { own_queue: ends.own_queue.take(), ..Memory::default() };
     let mut announced = Vec::new();
@@ -75,7 +76,7 @@ pub(super) async fn run(mut ends: Ends, stop: CancellationToken) {
             Some(Job { target, messages, done, .. }) = ends.jobs.recv() => {
                 let _ = done.send(memory.store(target, messages));
             }
-            // Nobody can listen here.
+            // There are no listeners.
             Some(_) = async { Some(ends.events.recv_many(&mut announced, 64).await).filter(|&n| n > 0) } => {
                 announced.clear();
             }
@@ -118,7 +119,7 @@ impl Memory {
             match stored.envelope.read_task() {
                 Ok(task) => room.send(self.delivery(task, queue, stored, permit, &ends.settle_tx)),
                 Err(error) => {
-                    put_aside(&queue, &error);
+                    log_dead_letter(&queue, &error);
                     self.permit = Some(permit);
                 }
             }
@@ -154,7 +155,7 @@ impl Memory {
         Ticket::Memory(self.last_ticket)
     }
 
-    /// Whether a request waits for the worker; a broadcast that has to be recorded becomes one when nothing else does.
+    /// Whether a control message waits for the worker. If none does, takes the next broadcast that has to be recorded.
     fn next_control(&mut self, ends: &Ends) -> bool {
         if self.controls.is_empty()
             && self.wanted.control
@@ -175,7 +176,7 @@ impl Memory {
         let Some((queue, stored)) = self.unsettled.remove(&ticket) else { return };
         match settlement.verdict {
             Verdict::Ack => {}
-            Verdict::Dead(reason) => put_aside(&queue, &reason),
+            Verdict::Dead(reason) => log_dead_letter(&queue, &reason),
             Verdict::GiveBack => {
                 let stored = Stored { redelivered: true, ..stored };
                 if queue == CONTROL_QUEUE {
@@ -200,7 +201,7 @@ impl Memory {
             return Err(PublishError::Unroutable { queue, reason });
         }
         if self.depth(&queue) + messages.len() > N_MESSAGES_MAX {
-            return Err(Down(format!("the queue holds {N_MESSAGES_MAX} messages and takes no more")).into());
+            return Err(Down(format!("the queue has {N_MESSAGES_MAX} messages, its limit")).into());
         }
         let stored = messages.into_iter().map(|envelope| Stored { envelope, redelivered: false });
         self.queues.entry(queue).or_default().extend(stored);
@@ -228,7 +229,7 @@ impl Memory {
             Ask::Reply { to, body, done } => {
                 if let Some(id) = &to.correlation_id {
                     let reply = Reply::decode(&body, to.encoding())
-                        .unwrap_or_else(|error| Reply::refusal(format!("the answer cannot be read: {error}")));
+                        .unwrap_or_else(|error| Reply::refusal(format!("unreadable reply: {error}")));
                     answer(&mut self.requests, id, reply);
                 }
                 let _ = done.send(Ok(()));
@@ -270,7 +271,7 @@ impl Memory {
         if self.controls.len() >= N_CONTROLS_MAX {
             return Err(Down(format!("{N_CONTROLS_MAX} requests wait for the worker")));
         }
-        // This program has written it just now, so it can be read.
+        // This program has just encoded it, so it is readable.
         if let Ok(control) = envelope.read_control() {
             self.controls.push_back(control_request(control, from_broadcast, envelope));
         }
@@ -278,7 +279,7 @@ impl Memory {
     }
 }
 
-/// There is no one who could look at dead letters later, so the log has to do.
-fn put_aside(queue: &str, reason: &str) {
-    tracing::warn!(queue, "a message is put aside: {reason}");
+/// Logs a dead letter: its queue would be lost with the program.
+fn log_dead_letter(queue: &str, reason: &str) {
+    tracing::warn!(queue, "message dead-lettered: {reason}");
 }

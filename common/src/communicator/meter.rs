@@ -1,14 +1,14 @@
-//! Counts what goes over the connections since the start.
+//! Counters of the traffic on the connections since the start.
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use crate::message::Traffic;
 
-/// The counters; [`Traffic`] says what each means.
+/// The counters. [`Traffic`] gives the meaning of each.
 #[derive(Debug, Default)]
 pub(super) struct Meter {
-    told: AtomicU64,
-    told_bytes: AtomicU64,
+    published: AtomicU64,
+    published_bytes: AtomicU64,
     delivered: AtomicU64,
     ack_frames: AtomicU64,
     event_messages: AtomicU64,
@@ -16,9 +16,9 @@ pub(super) struct Meter {
 }
 
 impl Meter {
-    pub(super) fn told(&self, n_bytes: usize) {
-        self.told.fetch_add(1, Relaxed);
-        self.told_bytes.fetch_add(n_bytes as u64, Relaxed);
+    pub(super) fn published(&self, n_bytes: usize) {
+        self.published.fetch_add(1, Relaxed);
+        self.published_bytes.fetch_add(n_bytes as u64, Relaxed);
     }
 
     pub(super) fn delivered(&self) {
@@ -39,8 +39,8 @@ impl Meter {
 
     pub(super) fn read(&self) -> Traffic {
         Traffic {
-            told: self.told.load(Relaxed),
-            told_bytes: self.told_bytes.load(Relaxed),
+            published: self.published.load(Relaxed),
+            published_bytes: self.published_bytes.load(Relaxed),
             delivered: self.delivered.load(Relaxed),
             ack_frames: self.ack_frames.load(Relaxed),
             event_messages: self.event_messages.load(Relaxed),

@@ -1,29 +1,29 @@
-//! How deeply the headers of a message are nested, found out without going down into them.
+//! Determines how deeply the headers of a message are nested, without recursion.
 //!
-//! The parser of headers calls itself for each list in a list, and a frame of 128 KiB has room for some 26,000 of them: that is
-//! more than the stack of a thread holds.
+//! The library's parser of headers recurses for each nested list. A frame of 128 KiB can have some 26,000 of them,
+//! which overflow the stack of a thread.
 
-/// Deepest nesting that is read. RabbitMQ's own headers have three levels.
+/// Deepest nesting that is accepted. RabbitMQ's own headers have three levels.
 const DEPTH_MAX: usize = 64;
 
-/// The properties before the headers, and the headers, as bits of the flags.
+/// The flags of the properties up to the headers.
 const CONTENT_TYPE: u16 = 0x8000;
 const CONTENT_ENCODING: u16 = 0x4000;
 const HEADERS: u16 = 0x2000;
 
-/// A table or a list that is being read.
+/// An open table or list.
 struct Open {
     end: usize,
     has_keys: bool,
 }
 
-/// Whether the headers among the properties of a message are nested too deeply to be parsed. What is no AMQP at all is not;
-/// the parser finds that out at the same place.
+/// Whether the headers among the properties of a message are nested too deeply to be parsed. False for malformed
+/// properties, which the parser rejects at the same position.
 pub(super) fn is_too_deep(properties: &[u8]) -> bool {
     find(properties) == Some(true)
 }
 
-/// `None` where the bytes end, or mean nothing.
+/// Returns `None` for truncated or malformed properties.
 fn find(properties: &[u8]) -> Option<bool> {
     let mut reader = Reader { bytes: properties, at: 0 };
     let flags = u16::from_be_bytes(reader.take()?);
@@ -88,7 +88,7 @@ impl Reader<'_> {
         self.skip(n_bytes.into())
     }
 
-    /// Where that ends whose length comes now.
+    /// Reads a length, and returns the end of the item that follows.
     fn end_of_long(&mut self) -> Option<usize> {
         let n_bytes = u32::from_be_bytes(self.take()?) as usize;
         self.at.checked_add(n_bytes).filter(|end| *end <= self.bytes.len())
@@ -113,9 +113,9 @@ mod tests {
     }
 
     #[test]
-    fn headers_are_too_deep_exactly_beyond_the_limit() {
+    fn headers_are_too_deep_only_beyond_the_limit() {
         for opening in [b'A', b'F'] {
-            // The headers are a level themselves.
+            // The header table is a level itself.
             let deepest = nested(opening, DEPTH_MAX - 1);
             assert!(!is_too_deep(&deepest) && parse_properties(&deepest[..]).is_ok());
             assert!(is_too_deep(&nested(opening, DEPTH_MAX)));
@@ -124,7 +124,7 @@ mod tests {
     }
 
     #[test]
-    fn what_has_no_headers_or_is_cut_off_is_not_too_deep() {
+    fn absent_and_truncated_headers_are_not_too_deep() {
         let deep = nested(b'A', 10_000);
         assert!(!is_too_deep(&[]) && !is_too_deep(&[0, 0]) && !is_too_deep(&deep[..deep.len() / 2]));
         assert!(parse_properties(&deep[..deep.len() / 2]).is_err());

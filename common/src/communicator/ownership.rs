@@ -1,8 +1,9 @@
-//! A virtual host belongs to one database: tasks name rows, and requests to all mean every row.
+//! Binds a virtual host to one database, since tasks name rows, and a request to all processes means every row.
 //!
-//! The queue `baton.database`, which never has a message, says to which one. Its dead-letter routing key is the identity of the
-//! database, and a broker refuses to declare a queue that is there with another one. So the first program of a fleet takes the
-//! virtual host, and a program of another fleet is told so, without a race and without any right but that to declare.
+//! The queue `baton.database`, which never has a message, names the database: its dead-letter routing key is the
+//! identity of the database, and a broker refuses to declare an existing queue with another key. So the first program
+//! of a fleet takes the virtual host, and a program of another fleet gets an error. This has no race, and needs only
+//! the permission to declare queues.
 
 use lapin::options::QueueDeclareOptions;
 use lapin::types::{AMQPValue, FieldTable};
@@ -15,14 +16,14 @@ use super::CheckError;
 use super::envelope::short;
 use super::link::{ANSWER_LIMIT, close, is_other_kind, masked, parse, reason};
 
-/// The queue that says to which database a virtual host belongs.
+/// The queue that names the database of a virtual host.
 pub(super) const DATABASE_QUEUE: &str = "baton.database";
 
-/// Takes the virtual host of a connection for a database, or finds that this has been done. A connection to that of another
-/// database is closed.
+/// Binds the virtual host of a connection to a database, or verifies that it is bound to it. Closes a connection to the
+/// virtual host of another database.
 ///
-/// Where the broker does not let this user declare queues, or does not answer, nothing is known; then the connection is used,
-/// as those who only publish need no more rights than that.
+/// If the user may not declare queues, or the broker does not answer, the owner is unknown and the connection is used:
+/// a program that only publishes needs no other permission.
 ///
 /// # Errors
 /// [`CheckError::OtherDatabase`].
@@ -39,7 +40,7 @@ pub(super) async fn take(connection: &Connection, url: &str, database: Uuid) -> 
             Err(CheckError::OtherDatabase { url: masked(&uri), vhost: uri.vhost })
         }
         Ok(Err(error)) => {
-            debug!(error = reason(&error), "to which database the virtual host belongs is not known");
+            debug!(error = reason(&error), "the database of the virtual host is unknown");
             Ok(())
         }
         Ok(Ok(())) | Err(_) => Ok(()),
@@ -50,7 +51,7 @@ async fn declare(channel: &Channel, database: Uuid) -> lapin::Result<()> {
     let mut arguments = FieldTable::default();
     let text = |text: String| AMQPValue::LongString(text.into());
     arguments.insert("x-queue-type".into(), text("quorum".to_owned()));
-    // A routing key needs an exchange. Nothing is ever dead-lettered by a queue that is never published to.
+    // A dead-letter routing key requires an exchange. The queue never has a message to dead-letter.
     arguments.insert("x-dead-letter-exchange".into(), text(String::new()));
     arguments.insert("x-dead-letter-routing-key".into(), text(database.to_string()));
     let options = QueueDeclareOptions { durable: true, ..QueueDeclareOptions::default() };

@@ -1,10 +1,10 @@
-//! Takes out of a queue what the AMQP library cannot read.
+//! Dead-letters messages that the AMQP library cannot read.
 //!
-//! A short text of a message (its id, its type…) shall be UTF-8, and RabbitMQ does not look. The library ends its whole
-//! connection over one that is not, as [`super::guard`] makes it do over headers that are nested too deeply, and the message
-//! would be the first of the next connection, for ever. So it is fetched
-//! here over a plain connection, frame by frame, put aside like everything that nobody can use, and acknowledged. What was
-//! fetched besides goes back to its place when the connection closes.
+//! The short strings of a message (its id, its type…) must be UTF-8, which RabbitMQ does not check. The library closes
+//! its connection over any other string, and, because of [`super::guard`], over headers that are nested too deeply. The
+//! message would then be the first on the next connection, forever. So this module fetches it over a separate
+//! connection, frame by frame, dead-letters it and acknowledges it. Other fetched messages are requeued when the
+//! connection closes.
 
 use std::io;
 
@@ -20,20 +20,20 @@ use super::nesting::is_too_deep;
 use super::publish::{Job, bury};
 use crate::message::SIZE_BYTES_MAX;
 
-/// Messages of one queue that are looked at. What has just ended a connection was among its prefetch, which is smaller,
-/// and stands at the front again.
+/// Most messages of one queue that are examined. The message that ended a connection was in its prefetch, which is
+/// smaller, and is at the head of the queue again.
 const LOOK_MAX: usize = 1024;
 
-/// A frame is never larger: RabbitMQ offers 128 KiB, and that is taken.
+/// Largest frame that is read. RabbitMQ negotiates 128 KiB.
 const FRAME_BYTES_MAX: usize = 16 * 1024 * 1024;
 
-/// The frame types, and the end of each frame.
+/// The frame types, and the end byte of each frame.
 const METHOD: u8 = 1;
 const HEADER: u8 = 2;
 const BODY: u8 = 3;
 const FRAME_END: u8 = 0xce;
 
-/// Class and method.
+/// Class and method ids.
 type Method = (u16, u16);
 const START: Method = (10, 10);
 const START_OK: Method = (10, 11);
@@ -50,28 +50,26 @@ const GET_OK: Method = (60, 71);
 const GET_EMPTY: Method = (60, 72);
 const ACK: Method = (60, 80);
 
-/// Puts aside what cannot be read among the first messages of a queue; says how many those were.
+/// Dead-letters the unreadable messages among the first of a queue, and returns their number.
 ///
 /// # Errors
-/// What the broker or the network said; whatever was not acknowledged is still in the queue.
-pub(super) async fn put_aside(url: &str, queue: &str, publish_tx: &mpsc::Sender<Job>) -> io::Result<usize> {
+/// The error of the broker or the network. A message that was not acknowledged is still in the queue.
+pub(super) async fn bury_unreadable(url: &str, queue: &str, publish_tx: &mpsc::Sender<Job>) -> io::Result<usize> {
     let mut plain = Plain::connect(url).await?;
     let mut n_found = 0;
     for _ in 0..LOOK_MAX {
         let Some(fetched) = plain.get(queue).await? else { break };
         if !fetched.is_readable {
-            tracing::warn!(queue, "a message that cannot be read goes to the dead letters");
+            tracing::warn!(queue, "unreadable message dead-lettered");
             let letter = Envelope { body: fetched.body, ..Envelope::default() };
-            let letter = letter.buried(
-                "a text among its properties, or its routing key, is not UTF-8, or its headers are nested too deeply",
-                queue,
-            );
+            let letter = letter
+                .buried("a property or the routing key is not UTF-8, or the headers are nested too deeply", queue);
             bury(publish_tx, letter).await.map_err(io::Error::other)?;
             plain.ack(fetched.tag).await?;
             n_found += 1;
         }
     }
-    // Without an orderly end the last acknowledgement might not be read before the socket closes.
+    // Without a proper close the broker might not read the last acknowledgement before the socket closes.
     plain.close().await?;
     Ok(n_found)
 }
@@ -80,7 +78,7 @@ trait Stream: AsyncRead + AsyncWrite + Unpin + Send {}
 
 impl<T: AsyncRead + AsyncWrite + Unpin + Send> Stream for T {}
 
-/// A connection with one channel, spoken by hand.
+/// A connection with one channel, without the library.
 struct Plain {
     stream: Box<dyn Stream>,
 }
@@ -112,7 +110,7 @@ impl Plain {
         put_short(&mut start_ok, "en_US")?;
         plain.method(0, START_OK, &start_ok).await?;
         let (_, tuned) = plain.answer(&[TUNE]).await?;
-        // What the broker offers, but for the heartbeat: this is over in a moment.
+        // The broker's values without the heartbeat, since the connection is short.
         let mut tune_ok = tuned.get(..6).ok_or_else(cut)?.to_vec();
         tune_ok.extend([0, 0]);
         plain.method(0, TUNE_OK, &tune_ok).await?;
@@ -126,7 +124,7 @@ impl Plain {
         Ok(plain)
     }
 
-    /// The next message of the queue; `None` when there is none.
+    /// Fetches the next message of the queue; `None` if it is empty.
     async fn get(&mut self, queue: &str) -> io::Result<Option<Fetched>> {
         let mut get = vec![0, 0];
         put_short(&mut get, queue)?;
@@ -150,7 +148,7 @@ impl Plain {
         while n_read < n_bytes {
             let part = self.frame(BODY).await?;
             n_read += part.len();
-            // What is larger than any message may be is only counted.
+            // Bytes beyond the size limit are only counted.
             if body.len() + part.len() <= SIZE_BYTES_MAX {
                 body.extend(part);
             }
@@ -169,7 +167,7 @@ impl Plain {
         put_short(&mut close, "OK")?;
         close.extend([0; 4]);
         self.method(0, CLOSE, &close).await?;
-        // The answer is the last that comes, or the end of the stream.
+        // Reads until close-ok or the end of the stream.
         while self.any_frame().await.is_ok_and(|frame| !frame.payload.starts_with(&[0, 10, 0, 51])) {}
         Ok(())
     }
@@ -186,7 +184,7 @@ impl Plain {
         self.stream.flush().await
     }
 
-    /// The answer, which must be one of these methods, and its arguments.
+    /// Reads the next method, which must be one of these, with its arguments.
     async fn answer(&mut self, expected: &[Method]) -> io::Result<(Method, Vec<u8>)> {
         let payload = self.frame(METHOD).await?;
         let mut rest = &payload[..];
@@ -204,7 +202,7 @@ impl Plain {
         Err(io::Error::other(text))
     }
 
-    /// The payload of the next frame, which must be of this kind.
+    /// Reads the payload of the next frame, which must be of this type.
     async fn frame(&mut self, kind: u8) -> io::Result<Vec<u8>> {
         let frame = self.any_frame().await?;
         if frame.kind == kind { Ok(frame.payload) } else { Err(cut()) }
@@ -228,7 +226,7 @@ impl Plain {
 }
 
 fn cut() -> io::Error {
-    io::Error::new(io::ErrorKind::InvalidData, "this is not AMQP 0-9-1")
+    io::Error::new(io::ErrorKind::InvalidData, "not AMQP 0-9-1")
 }
 
 fn take<const N: usize>(rest: &mut &[u8]) -> io::Result<[u8; N]> {
@@ -237,7 +235,7 @@ fn take<const N: usize>(rest: &mut &[u8]) -> io::Result<[u8; N]> {
     Ok(*head)
 }
 
-/// Steps over a short text; says whether it is UTF-8.
+/// Skips a short string. Returns whether it is UTF-8.
 fn is_short_text(rest: &mut &[u8]) -> io::Result<bool> {
     let [n_bytes] = take(rest)?;
     let (text, tail) = rest.split_at_checked(usize::from(n_bytes)).ok_or_else(cut)?;
@@ -265,7 +263,7 @@ mod tests {
     use super::*;
     use crate::fuzz;
 
-    /// Takes messages until there is none, or what came is no AMQP; says which of them could be read.
+    /// Fetches messages until the queue is empty or the input is not AMQP. Returns which of them are readable.
     fn fetched(bytes: Vec<u8>) -> Vec<bool> {
         let mut plain = Plain { stream: Box::new(Script(bytes)) };
         let read = async {
@@ -281,12 +279,12 @@ mod tests {
     }
 
     #[test]
-    fn any_bytes_as_what_a_broker_says() {
+    fn any_bytes_from_a_broker_are_handled() {
         fuzz::run("poison", |input| drop(fetched(input.to_vec())));
     }
 
     #[test]
-    fn what_is_not_utf8_or_nested_too_deeply_is_unreadable() {
+    fn a_message_that_is_not_utf8_or_nested_too_deeply_is_unreadable() {
         let seed = |name: &str| {
             let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fuzz/poison");
             std::fs::read(std::path::Path::new(folder).join(name)).unwrap()

@@ -1,4 +1,4 @@
-//! The connection that publishes: tasks, dead letters and state changes.
+//! The publish connection: tasks, dead letters and events.
 
 use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
@@ -19,30 +19,29 @@ use super::{Down, PublishError};
 use crate::border;
 use crate::message::{Encoding, Event, Events, VERSION};
 
-/// Jobs that publish at the same time, each on a channel of its own, so that a returned message can only belong to the
-/// job on whose channel it came back, and a queue without a majority holds up no other.
+/// Most jobs that publish at the same time, each on its own channel. A returned message then belongs to the job of its
+/// channel, and a queue without a quorum does not delay other queues.
 const N_LANES: usize = 8;
 
-/// Messages of one job that are written together; twice as many are unconfirmed. Confirms come in batches of a disk write;
-/// beyond some hundreds nothing is gained.
+/// Messages of one job that are written together; up to twice as many are unconfirmed. Confirms arrive in batches, one
+/// for each disk write; more than some hundreds gain nothing.
 const N_PAGE: usize = 250;
 
-/// Pause before messages that the broker refused are sent again. A queue finds its leader within some 100 ms.
+/// Pause before messages that the broker rejected are sent again. A queue elects a leader within some 100 ms.
 const REFUSED_PAUSE: Duration = Duration::from_millis(100);
 
-/// Pause before a queue that does not exist is declared. If it was deleted just now, its consumers have to be cancelled
-/// first (which takes RabbitMQ some 50 ms): consumers that find a new queue of the same name are moved to it in silence
-/// and then get nothing.
+/// Pause before an absent queue is declared. If it was just deleted, its consumers must be cancelled first, which takes
+/// RabbitMQ some 50 ms: it silently moves consumers to a new queue of the same name, and then delivers nothing to them.
 const DELETED_PAUSE: Duration = Duration::from_millis(250);
 
-/// Pause between two messages about state changes, in which the next ones gather. Whoever only looks does not see it, and
-/// a busy worker costs the broker some hundred messages a second and not thousands.
+/// Pause between two messages with events, during which the next events gather. It is too short for observers to
+/// notice, and a busy worker publishes some hundred messages per second instead of thousands.
 const EVENT_PAUSE: Duration = Duration::from_millis(10);
 
-/// State changes in one message: some 100 bytes each, so a message stays far below the limit.
+/// Most events in one message. An event has some 100 bytes, so a message stays far below the size limit.
 const N_EVENTS_MAX: usize = 512;
 
-/// Messages to publish.
+/// A batch of messages to publish.
 pub(super) struct Job {
     pub(super) target: Target,
     pub(super) messages: Vec<Envelope>,
@@ -50,11 +49,11 @@ pub(super) struct Job {
     pub(super) done: oneshot::Sender<Result<(), PublishError>>,
 }
 
-/// A page of messages that are published and not yet confirmed.
+/// The page of messages that is published and not yet confirmed.
 ///
-/// The library says of each message when it is written. Whoever waits for that before giving it the next pays a system
-/// call and two changes of threads for each; what is given together is written together. The broker confirms in the same
-/// order, nearly always: whoever waits for the youngest is woken once, and not once for each.
+/// Waiting for each message to be written costs a system call and two thread switches per message; messages of a page
+/// are written together. The broker confirms almost always in order, so the wait for the youngest message wakes once
+/// per page.
 pub(super) struct Window<T> {
     unconfirmed: Vec<(T, PublisherConfirm)>,
 }
@@ -64,8 +63,8 @@ impl<T> Window<T> {
         Self { unconfirmed: Vec::new() }
     }
 
-    /// Publishes a page, and waits for the confirms of the page before it. Each publish gives back what its confirmation is
-    /// given with.
+    /// Publishes a page, and waits for the confirms of the previous page. Each publish returns a value that is returned
+    /// with its confirmation.
     pub(super) async fn push(
         &mut self,
         page: impl IntoIterator<Item = impl Future<Output = lapin::Result<(T, PublisherConfirm)>>>,
@@ -90,14 +89,14 @@ async fn confirmed<T>(page: Vec<(T, PublisherConfirm)>) -> lapin::Result<Vec<(T,
     Ok(confirmed)
 }
 
-/// Where a job's messages go.
+/// The target of a job.
 #[derive(Clone, Debug)]
 pub(super) enum Target {
     /// A task queue, by its name without the prefix.
     Task(String),
     /// `baton.dead`.
     Dead,
-    /// Any other queue, by its name; it is not declared if it is absent.
+    /// Any other queue, by its name. It is not declared if it is absent.
     Queue(String),
 }
 
@@ -110,7 +109,7 @@ impl Target {
         }
     }
 
-    /// What is declared if nothing takes the messages.
+    /// The item to declare if the messages are returned.
     fn item(&self) -> Option<Item> {
         match self {
             Target::Task(queue) => Some(Item::TaskQueue(queue.clone())),
@@ -120,7 +119,7 @@ impl Target {
     }
 }
 
-/// Puts a letter into `baton.dead`.
+/// Publishes a letter to `baton.dead`.
 pub(super) async fn bury(publish_tx: &mpsc::Sender<Job>, letter: Envelope) -> Result<(), PublishError> {
     let (done, answer) = oneshot::channel();
     let job = Job { target: Target::Dead, messages: vec![letter], deadline: Instant::now() + ANSWER_LIMIT, done };
@@ -128,7 +127,7 @@ pub(super) async fn bury(publish_tx: &mpsc::Sender<Job>, letter: Envelope) -> Re
     answer.await.unwrap_or_else(|_| Err(PublishError::Unknown("the communicator has ended".to_owned())))
 }
 
-/// Keeps the connection for ever, until it shall be closed.
+/// Keeps the connection open, and reopens it, until it is to be closed.
 pub(super) async fn run(dial: Arc<Dial>, mut jobs: mpsc::Receiver<Job>, mut events: mpsc::Receiver<Event>) {
     let mut backoff = Backoff::new();
     let mut has_failed = false;
@@ -136,7 +135,7 @@ pub(super) async fn run(dial: Arc<Dial>, mut jobs: mpsc::Receiver<Job>, mut even
         let connection = tokio::select! {
             connection = dial.connect(Link::Publish) => connection,
             () = dial.close.cancelled() => break,
-            // Whoever asks before the first attempt has ended waits for that; afterwards nobody waits.
+            // Jobs wait for the first result of connecting. Later jobs are refused at once.
             () = refuse(&mut jobs, &dial.health), if has_failed => break,
         };
         let error = match connection {
@@ -163,7 +162,7 @@ pub(super) async fn run(dial: Arc<Dial>, mut jobs: mpsc::Receiver<Job>, mut even
     dial.health.down(Link::Publish, None);
 }
 
-/// Answers that the broker is not there, for as long as it is not; returns when nobody can ask any more.
+/// Answers jobs with [`Down`] while there is no connection. Returns when no sender is left.
 async fn refuse(jobs: &mut mpsc::Receiver<Job>, health: &HealthState) {
     while let Some(job) = jobs.recv().await {
         let down = health.refusal(Link::Publish).unwrap_or_else(|| Down("not connected".to_owned()));
@@ -171,7 +170,7 @@ async fn refuse(jobs: &mut mpsc::Receiver<Job>, health: &HealthState) {
     }
 }
 
-/// Publishes until the connection is gone (and says why) or shall be closed.
+/// Publishes until the connection is lost (and returns the reason) or is to be closed.
 async fn session(
     dial: &Dial,
     connection: &Connection,
@@ -193,9 +192,9 @@ async fn session(
                     confirmed_at = Instant::now();
                     idle.push(channel);
                 }
-                // Nothing else was confirmed meanwhile; another host may do better.
+                // No other job was confirmed meanwhile; another node may be healthy.
                 Worked::Silent { since } if dial.has_others() && confirmed_at < since => {
-                    return Some("the host confirms nothing; trying another".to_owned());
+                    return Some("the node confirms nothing; trying another".to_owned());
                 }
                 Worked::Silent { .. } | Worked::Failed => {}
             },
@@ -207,7 +206,7 @@ async fn session(
             () = dial.close.cancelled() => break,
         }
     }
-    // What was asked before the end is still done: jobs under way, jobs that wait, and the last announcements.
+    // Jobs in progress, jobs that wait and the last events are still published.
     while let Ok(job) = jobs.try_recv() {
         running.push(Box::pin(work(dial, connection, idle.pop(), job)));
     }
@@ -215,7 +214,7 @@ async fn session(
         while let Some(channel) = running.next().await {
             drop(channel);
         }
-        // It may have ended in the loop above, and a fused future that has ended never comes back again.
+        // A fused future that has ended in the loop above never completes again.
         if !announcing.is_terminated() {
             announcing.await;
         }
@@ -224,18 +223,18 @@ async fn session(
     None
 }
 
-/// What became of a job.
+/// The outcome of a job.
 enum Worked {
-    /// All of it is stored; the lane's channel can be used again.
+    /// All messages are stored. The channel can be reused.
     Confirmed(Channel),
-    /// There was no confirm in time.
+    /// No confirm arrived in time.
     Silent {
         since: Instant,
     },
     Failed,
 }
 
-/// One job on one lane.
+/// Runs one job on one lane.
 async fn work(dial: &Dial, connection: &Connection, lane: Option<Channel>, job: Job) -> Worked {
     let Job { target, messages, deadline, done } = job;
     let since = Instant::now();
@@ -250,7 +249,7 @@ async fn work(dial: &Dial, connection: &Connection, lane: Option<Channel>, job: 
         _ = health.wait_for(|health| health.blocked) => (Err(blocked(dial)), false),
     };
     if let Target::Task(queue) = &target {
-        // A queue without a leader answers nothing, while everything else on the broker does.
+        // A queue without a leader confirms nothing, while other queues do.
         dial.health.mute(&task_queue(queue), matches!(outcome, Err(PublishError::Unknown(_))));
     }
     let (outcome, worked) = match outcome {
@@ -261,14 +260,15 @@ async fn work(dial: &Dial, connection: &Connection, lane: Option<Channel>, job: 
     worked
 }
 
-/// A publish under an alarm is neither refused nor confirmed: it lies in the socket until the alarm ends.
+/// The error of a publish during an alarm: it is neither rejected nor confirmed, since the broker does not read the
+/// socket.
 fn blocked(dial: &Dial) -> PublishError {
     let reason =
-        dial.health.refusal(Link::Publish).map_or_else(|| "broker blocks publishers".to_owned(), |down| down.0);
+        dial.health.refusal(Link::Publish).map_or_else(|| "the broker blocks publishers".to_owned(), |down| down.0);
     PublishError::Unknown(reason)
 }
 
-/// Publishes until everything is confirmed, on a lane that can be used again afterwards.
+/// Publishes until all messages are confirmed. Returns the lane's channel for the next job.
 pub(super) async fn job_on_lane(
     dial: &Dial,
     connection: &Connection,
@@ -302,11 +302,11 @@ pub(super) async fn job_on_lane(
             return Ok(channel);
         }
         if returned.is_empty() {
-            // A quorum queue that has no leader yet, or is full. Only the deadline ends this.
-            tracing::debug!(key, "the broker refused {} messages, they are sent again", refused.len());
+            // The quorum queue has no leader yet, or is full. Only the deadline ends the retries.
+            tracing::debug!(key, "the broker rejected {} messages; sending them again", refused.len());
             sleep(REFUSED_PAUSE).await;
         } else if was_declared {
-            return Err(unroutable("it is declared but takes no messages; is its binding gone?".to_owned()));
+            return Err(unroutable("it is declared, but messages are returned; is its binding missing?".to_owned()));
         } else if let Some(item) = target.item() {
             sleep(DELETED_PAUSE).await;
             ensure(connection, &dial.health, &[item]).await.map_err(unroutable)?;
@@ -314,7 +314,7 @@ pub(super) async fn job_on_lane(
         } else {
             return Err(unroutable("it does not exist".to_owned()));
         }
-        // A return that carries no id of ours says only that something came back: then everything is sent again.
+        // A returned message without one of our ids cannot be matched; then all messages are sent again.
         let is_ours = |id: &Option<String>| rest.iter().any(|message| message.message_id == *id);
         if returned.iter().all(is_ours) {
             rest.retain(|message| returned.contains(&message.message_id) || refused.contains(&message.message_id));
@@ -322,9 +322,9 @@ pub(super) async fn job_on_lane(
     }
 }
 
-/// A channel with confirms, and what is published to declared.
+/// Opens a channel with confirms, and declares the exchange and the dead-letter queue.
 pub(super) async fn open_lane(dial: &Dial, connection: &Connection) -> Result<Channel, Down> {
-    // Here and not once per connection: a lane is opened anew when its exchange was deleted, too.
+    // Not once per connection, since a lane is also reopened after its exchange was deleted.
     let _ = ensure(connection, &dial.health, &[Item::TaskExchange, Item::DeadQueue]).await;
     let open = async {
         let channel = connection.create_channel().await?;
@@ -355,11 +355,10 @@ impl Answer {
     }
 }
 
-/// Publishes all and waits for every confirm.
+/// Publishes all messages and waits for every confirm.
 ///
-/// lapin may attach a returned message to the wrong confirm, but never to that of a message which is published when all of
-/// these are confirmed: a return precedes its own confirm. So the ids are gathered over all of them, and only then anything
-/// is decided.
+/// lapin may attach a returned message to the confirm of another message of this batch, but not of a later batch, since
+/// a return precedes its own confirm. So the ids are collected over the whole batch before they are evaluated.
 async fn publish_all<'a>(
     dial: &Dial,
     channel: &Channel,
@@ -367,7 +366,7 @@ async fn publish_all<'a>(
     messages: &[&'a Envelope],
 ) -> Result<Answer, PublishError> {
     let (exchange, key) = target.address();
-    // Without `mandatory` the broker confirms messages that it discards.
+    // Without `mandatory` the broker confirms unroutable messages and discards them.
     let options = BasicPublishOptions { mandatory: true, ..BasicPublishOptions::default() };
     let publish = async |message: &'a Envelope| {
         let properties = message.properties(true);
@@ -383,14 +382,14 @@ async fn publish_all<'a>(
     }
     answer.add(window.rest().await.map_err(lost)?);
     if let Target::Task(_) = target {
-        let is_told = |id| !answer.returned.contains(id) && !answer.refused.contains(id);
-        let told = messages.iter().filter(|message| is_told(&message.message_id));
-        told.for_each(|message| dial.health.meter.told(message.body.len()));
+        let is_stored = |id| !answer.returned.contains(id) && !answer.refused.contains(id);
+        let stored = messages.iter().filter(|message| is_stored(&message.message_id));
+        stored.for_each(|message| dial.health.meter.published(message.body.len()));
     }
     Ok(answer)
 }
 
-/// Publishes state changes as they gather; returns when the communicator has ended and all are said.
+/// Publishes events as they gather. Returns when the communicator has ended and all are published.
 async fn announce(dial: &Dial, connection: &Connection, events: &mut mpsc::Receiver<Event>) {
     let mut channel: Option<Channel> = None;
     loop {
@@ -414,19 +413,20 @@ async fn announce(dial: &Dial, connection: &Connection, events: &mut mpsc::Recei
                 match timeout(ANSWER_LIMIT, announce_state(dial, connection, channel.take(), &state, events)).await {
                     Ok(Ok(channel)) => Some(channel),
                     Ok(Err(error)) => {
-                        tracing::debug!("state changes were not announced: {}", reason(&error));
+                        tracing::debug!("events not announced: {}", reason(&error));
                         None
                     }
                     Err(_) => None,
                 };
         }
-        // Not when it ends: then the rest is said at once.
+        // At the end the rest is published at once.
         let _ = timeout(EVENT_PAUSE, dial.close.cancelled()).await;
     }
 }
 
-/// One message. While its confirm is under way, the next events gather; nobody's work waits for it. Without a confirm the
-/// last events were lost at a shutdown: the library sends publishes after everything else, a close included.
+/// Publishes one message with events, and waits for its confirm while the next events gather. No process waits for
+/// this. Without the confirm the last events would be lost at a shutdown, since the library sends publishes last, even
+/// after a close.
 async fn announce_state(
     dial: &Dial,
     connection: &Connection,

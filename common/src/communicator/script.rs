@@ -1,4 +1,4 @@
-//! For tests: a peer that has said everything already.
+//! For tests: a peer whose data has already arrived.
 
 use std::io;
 use std::pin::Pin;
@@ -6,7 +6,7 @@ use std::task::{Context, Poll};
 
 use futures_util::{AsyncRead, AsyncWrite};
 
-/// What it has said; it listens to nothing.
+/// The data of the peer. Writes to it are discarded.
 pub(super) struct Script(pub(super) Vec<u8>);
 
 impl AsyncRead for Script {

@@ -1,4 +1,4 @@
-//! Settles deliveries on behalf of workers: acknowledges, puts aside, gives back.
+//! Settles deliveries for workers: acknowledges, dead-letters, gives back.
 
 use std::sync::Arc;
 
@@ -17,19 +17,19 @@ use super::link::ANSWER_LIMIT;
 use super::publish::{Job, bury};
 use crate::border;
 
-/// Pause before a dead letter is tried again.
+/// Pause before a dead letter is published again.
 const BURY_PAUSE: Duration = Duration::from_secs(1);
 
-/// Settlements under way at once. Each only writes a frame; more wait in the channel.
+/// Most settlements in progress. Each only writes a frame; more wait in the channel.
 const N_UNDER_WAY_MAX: usize = 1024;
 
-/// How long acknowledgements wait for others of the same channel. Nobody waits for one, except the broker for room to
-/// deliver more, and so they do not wait when there are many. Each frame is an entry in the log of a quorum queue; without
-/// this pause a busy broker answers each small acknowledgement with as few deliveries, which are claimed and acknowledged
-/// as few again.
+/// How long acknowledgements wait for others of the same channel. Each frame is an entry in the log of a quorum queue.
+/// Without this pause a busy broker answers each small acknowledgement with as few deliveries, which are then claimed
+/// and acknowledged in as small batches. Only the broker waits for acknowledgements, before it delivers more, so many
+/// of them are sent at once.
 const ACK_PAUSE: Duration = Duration::from_millis(10);
 
-/// Settles until told to stop, and then what had been asked before.
+/// Settles until `stop`, and then settles what still waits.
 pub(super) async fn run(
     mut settlements: mpsc::Receiver<Settlement>,
     publish_tx: mpsc::Sender<Job>,
@@ -61,7 +61,7 @@ pub(super) async fn run(
     waiting.acknowledge(health, &running);
     let rest = async {
         while let Some(unfinished) = running.next().await {
-            // What was just given back may have been the gap before it.
+            // A delivery that was just given back may have been the gap before it.
             if let Some(ledger) = unfinished {
                 waiting.add(&ledger);
                 sleep(ACK_PAUSE).await;
@@ -69,7 +69,7 @@ pub(super) async fn run(
             }
         }
     };
-    // What cannot be settled now comes again to another worker.
+    // A message that is not settled is delivered again.
     let _ = timeout(ANSWER_LIMIT, rest).await;
 }
 
@@ -80,7 +80,7 @@ async fn until(moment: Option<Instant>) {
     }
 }
 
-/// Channels on which something is done with and not acknowledged.
+/// The channels with completed deliveries that are not acknowledged.
 #[derive(Default)]
 struct Waiting {
     ledgers: Vec<Arc<Ledger>>,
@@ -88,7 +88,7 @@ struct Waiting {
 }
 
 impl Waiting {
-    /// Something of this channel is done with.
+    /// Adds a channel with a completed delivery.
     fn add(&mut self, ledger: &Arc<Ledger>) {
         if !self.ledgers.iter().any(|known| Arc::ptr_eq(known, ledger)) {
             self.ledgers.push(Arc::clone(ledger));
@@ -96,7 +96,7 @@ impl Waiting {
         }
     }
 
-    /// Begins to settle all of these; acknowledgements may wait for others.
+    /// Begins to settle all of these. Acknowledgements may wait for others.
     fn settle<'a>(
         &mut self,
         gathered: &mut Vec<Settlement>,
@@ -113,7 +113,7 @@ impl Waiting {
                     self.add(receipt.ledger());
                 }
                 Verdict::Dead(reason) => running.push(Box::pin(async move {
-                    put_aside(receipt, envelope, &reason, &origin, publish_tx).await;
+                    dead_letter(receipt, envelope, &reason, &origin, publish_tx).await;
                     None
                 })),
                 Verdict::GiveBack => running.push(Box::pin(async move {
@@ -143,9 +143,10 @@ impl Waiting {
     }
 }
 
-/// Publishes to `baton.dead`, then acknowledges. While that fails the message stays unacknowledged and takes up its
-/// part of the prefetch, so a flood of garbage stops coming in; it is not requeued, as it would be back at once.
-pub(super) async fn put_aside(
+/// Dead-letters a message: publishes it to `baton.dead`, then acknowledges it. While that fails, the message stays
+/// unacknowledged and occupies part of the prefetch, so a flood of invalid messages stops. It is not requeued, since it
+/// would be delivered again at once.
+pub(super) async fn dead_letter(
     receipt: Receipt,
     envelope: Envelope,
     reason: &str,
@@ -159,7 +160,7 @@ pub(super) async fn put_aside(
                 border!("letter-published");
                 return receipt.ack().await;
             }
-            Err(error) => tracing::warn!(origin, "a dead letter was not accepted, it is tried again: {error}"),
+            Err(error) => tracing::warn!(origin, "dead letter not accepted, publishing it again: {error}"),
         }
         sleep(BURY_PAUSE).await;
     }

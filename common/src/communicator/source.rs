@@ -1,4 +1,4 @@
-//! One queue that is consumed: its channel, its consumer, and the delivery at its head.
+//! A consumed queue: its channel, its consumer, and the delivery at its head.
 
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -16,33 +16,33 @@ use super::ledger::{Ledger, Receipt};
 use super::link::{ANSWER_LIMIT, reason};
 use super::topology::{Item, ensure};
 
-/// Pause before a queue that could not be consumed is tried again: someone has to put it right first.
+/// Pause before a queue that could not be consumed is tried again. An operator has to fix the cause first.
 const RETRY_PAUSE: Duration = Duration::from_secs(5);
 
-/// What a source is made from; enough to open it again.
+/// Everything that is needed to open a source.
 #[derive(Clone, Debug)]
 pub(super) struct Plan {
-    /// The name on the broker.
+    /// The name of the queue on the broker.
     pub(super) queue: String,
-    /// What must exist before.
+    /// The items that must exist first.
     pub(super) items: Vec<Item>,
     pub(super) tag: String,
     pub(super) prefetch: u16,
 }
 
-/// A queue that is consumed, or was and will be.
+/// A queue that is consumed, or is to be consumed again.
 pub(super) struct Source {
     pub(super) plan: Plan,
     state: State,
     head: Option<Head>,
     n_arrived: u64,
-    /// It may have more deliveries than it asks for, if it is opened anew.
+    /// Whether its prefetch is smaller than the free slots allow; opening it again would raise the prefetch.
     pub(super) is_narrow: bool,
-    /// What had arrived when it was last seen that more should have.
+    /// `n_arrived` at the last look that suspected a stall.
     n_arrived_at_look: Option<u64>,
 }
 
-/// The next delivery of a source, not yet looked at.
+/// The next delivery of a source, not yet decoded.
 pub(super) struct Head {
     pub(super) redelivered: bool,
     pub(super) envelope: Envelope,
@@ -50,20 +50,20 @@ pub(super) struct Head {
 }
 
 enum State {
-    /// Not consumed. The channel stays open for the settlements that are still to come.
+    /// Not consumed. The channel stays open for pending settlements.
     Idle(Option<Line>),
-    /// Somebody opens it at the moment.
+    /// It is being opened.
     Opening,
     Live(Line, Consumer),
 }
 
-/// A channel and what it has delivered.
+/// A channel and its unsettled deliveries.
 pub(super) struct Line {
     channel: Channel,
     ledger: Arc<Ledger>,
 }
 
-/// The outcome of opening: the channel and its consumer. A channel that could not be used is given up.
+/// The outcome of opening: the channel and its consumer. An unusable channel is dropped.
 pub(super) type Opened = Result<(Line, Consumer), NotOpened>;
 
 /// Why a queue is not consumed.
@@ -71,7 +71,7 @@ pub(super) type Opened = Result<(Line, Consumer), NotOpened>;
 pub(super) enum NotOpened {
     /// The broker answers, but not for this queue.
     Silent,
-    /// Somebody has to put something right first.
+    /// The broker refuses; an operator has to fix the cause.
     Refused,
 }
 
@@ -80,12 +80,12 @@ impl Source {
         Source { plan, state: State::Idle(None), head: None, n_arrived: 0, is_narrow: false, n_arrived_at_look: None }
     }
 
-    /// The same, to be opened by another plan the next time.
+    /// The source with another plan for the next time it is opened.
     pub(super) fn with_plan(self, plan: Plan) -> Self {
         Source { plan, ..self }
     }
 
-    /// The task queue's name without its prefix, if it is one.
+    /// The name without the prefix, if it is a task queue.
     pub(super) fn task_queue(&self) -> Option<&str> {
         match self.plan.items.last() {
             Some(Item::TaskQueue(name)) => Some(name),
@@ -109,7 +109,7 @@ impl Source {
         self.head.take()
     }
 
-    /// Begins to open it: the future is the caller's to drive, and its outcome goes to [`Source::opened`].
+    /// Begins to open it. The caller drives the future and passes its outcome to [`Source::opened`].
     pub(super) fn open(
         &mut self,
         connection: Arc<Connection>,
@@ -125,11 +125,11 @@ impl Source {
                 Ok(opened) => return Ok(opened),
                 Err(not_opened) => not_opened,
             };
-            // Without a connection nothing is known about the queue.
+            // After the loss of the connection the error says nothing about the queue.
             if connection.status().connected() {
                 health.problem(&plan.queue, Some(error));
             }
-            // What is silent has taken its time.
+            // A silent queue has already taken the time limit.
             if why == NotOpened::Refused {
                 sleep(RETRY_PAUSE).await;
             }
@@ -144,7 +144,7 @@ impl Source {
         };
     }
 
-    /// Ready once the head is there (true), or once the consumer has ended (false) and the source is idle.
+    /// Becomes ready when the head has arrived (true), or when the consumer has ended (false) and the source is idle.
     pub(super) fn poll_head(&mut self, cx: &mut Context<'_>) -> Poll<bool> {
         let State::Live(line, consumer) = &mut self.state else { return Poll::Pending };
         if self.head.is_some() {
@@ -163,20 +163,20 @@ impl Source {
                 if let Some(Err(error)) = ended {
                     tracing::warn!(queue = self.plan.queue, "consumer ended: {}", reason(&error));
                 } else {
-                    tracing::warn!(queue = self.plan.queue, "consumer was cancelled by the broker");
+                    tracing::warn!(queue = self.plan.queue, "the broker cancelled the consumer");
                 }
-                // A new one takes its place: what the broker still knows about this queue on this channel may be stale.
+                // A new channel replaces it, since the broker's state of this queue on this channel may be stale.
                 self.state = State::Idle(None);
                 Poll::Ready(false)
             }
         }
     }
 
-    /// Ends a consumer that gets nothing although messages wait for it, or of which the queue knows nothing.
+    /// Ends a stalled consumer: one that receives nothing although messages are ready, or that the queue does not know.
     ///
-    /// RabbitMQ moves the consumers of a quorum queue that was deleted and declared again to the new one by itself,
-    /// says nothing, and delivers nothing to them any more. And a node that is cut off from the queue's leader keeps its
-    /// consumers, and says that the queue is empty and has none.
+    /// RabbitMQ silently moves the consumers of a quorum queue that was deleted and declared again to the new queue,
+    /// and delivers nothing to them. A node that is partitioned from the queue's leader keeps its consumers, and
+    /// reports an empty queue without consumers.
     pub(super) fn end_if_stalled(&mut self, Seen { n_ready, n_consumers, .. }: &Seen) {
         let has_room = match &self.state {
             State::Live(line, _) => line.ledger.len() < usize::from(self.plan.prefetch) && self.head.is_none(),
@@ -189,13 +189,13 @@ impl Source {
         let is_stalled = self.n_arrived_at_look == Some(self.n_arrived);
         self.n_arrived_at_look = Some(self.n_arrived);
         if is_stalled {
-            tracing::warn!(queue = self.plan.queue, n_ready, n_consumers, "consumer gets nothing, it is made anew");
+            tracing::warn!(queue = self.plan.queue, n_ready, n_consumers, "stalled consumer replaced");
             self.state = State::Idle(None);
             self.n_arrived_at_look = None;
         }
     }
 
-    /// Cancels the consumer and gives back what nobody has taken yet.
+    /// Cancels the consumer, and gives back the deliveries that were not handed over.
     pub(super) async fn pause(&mut self) {
         self.is_narrow = false;
         let state = std::mem::replace(&mut self.state, State::Idle(None));
@@ -209,7 +209,7 @@ impl Source {
             head.receipt.give_back().await;
         }
         if is_cancelled {
-            // After the broker's answer nothing more comes, so the end of the stream is near.
+            // After the broker's answer no more deliveries arrive, so the stream ends soon.
             while let Ok(Some(Ok(delivery))) = timeout(ANSWER_LIMIT, consumer.next()).await {
                 line.ledger.enter(delivery.delivery_tag, delivery.acker).give_back().await;
             }
@@ -218,15 +218,15 @@ impl Source {
     }
 }
 
-/// What the broker says of a queue.
+/// The state of a queue on the broker.
 pub(super) struct Seen {
     pub(super) queue: String,
-    /// The messages that are ready.
+    /// Number of ready messages.
     pub(super) n_ready: u32,
     n_consumers: u32,
 }
 
-/// What the broker says of these queues, as far as it answers.
+/// Asks for the state of these queues. Skips queues without an answer.
 pub(super) async fn look(connection: Arc<Connection>, queues: Vec<String>) -> Vec<Seen> {
     let mut seen = Vec::new();
     let Ok(Ok(channel)) = timeout(ANSWER_LIMIT, connection.create_channel()).await else { return seen };
@@ -237,7 +237,7 @@ pub(super) async fn look(connection: Arc<Connection>, queues: Vec<String>) -> Ve
             Ok(Ok(answer)) => {
                 seen.push(Seen { queue, n_ready: answer.message_count(), n_consumers: answer.consumer_count() });
             }
-            // An absent queue has ended the channel, and its consumer, too.
+            // An absent queue has closed the channel. Its consumer has ended, too.
             Ok(Err(_)) | Err(_) => break,
         }
     }
@@ -270,8 +270,8 @@ async fn open(
         let consumer = channel.basic_consume(short(queue), short(&plan.tag), options, FieldTable::default()).await?;
         Ok::<_, lapin::Error>((line, consumer))
     };
-    // A quorum queue without a leader keeps the channel waiting for half a minute, and goes on doing so when it has found
-    // one; another channel is served at once. The given up one closes when its last handle goes.
+    // A quorum queue without a leader blocks the channel for half a minute, even after it has elected one. A new
+    // channel is served at once. The dropped channel closes with its last handle.
     match timeout(ANSWER_LIMIT, consume).await {
         Ok(Ok(opened)) => {
             health.problem(queue, None);
@@ -280,8 +280,8 @@ async fn open(
         Ok(Err(error)) => Err((NotOpened::Refused, format!("queue {queue}: {}", reason(&error)))),
         Err(_) => {
             let text = format!(
-                "queue {queue}: the broker answers, but not for this queue; has it no leader? \
-                 `rabbitmq-queues quorum_status {queue}` says so"
+                "queue {queue}: no answer for this queue, though the broker answers; to see if it has a leader, run \
+                 `rabbitmq-queues quorum_status {queue}`"
             );
             Err((NotOpened::Silent, text))
         }

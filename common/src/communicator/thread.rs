@@ -1,4 +1,4 @@
-//! The communicator's thread: its runtime, who runs on it, and in which order they end.
+//! The communicator's thread: its runtime, its tasks, and the order in which they end.
 
 use std::sync::Arc;
 
@@ -6,13 +6,13 @@ use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use super::control::{self, Ask};
+use super::ask::Ask;
 use super::delivery::Settlement;
 use super::health::{HealthState, Link};
-use super::intake::{self, Order};
 use super::link::Dial;
 use super::publish::{self, Job};
-use super::{Broker, ControlRequest, Delivery, Options, memory, settle};
+use super::wanted::Order;
+use super::{Broker, ControlRequest, Delivery, Options, control, intake, memory, settle};
 use crate::message::Event;
 
 /// The ends of the channels between the thread and the rest of the program.
@@ -38,13 +38,13 @@ pub(super) fn start(options: Options, work: Work) -> std::thread::JoinHandle<()>
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()
-            .expect("the operating system gives a runtime its descriptors");
+            .expect("the operating system provides file descriptors for a runtime");
         runtime.block_on(run(options, work));
     };
     std::thread::Builder::new()
         .name("baton-communicator".to_owned())
         .spawn(run)
-        .expect("the operating system gives a thread")
+        .expect("the operating system provides a thread")
 }
 
 async fn run(options: Options, work: Work) {
@@ -78,13 +78,12 @@ async fn run_amqp(options: Options, urls: Vec<String>, work: Work) {
     connections.spawn(publish::run(Arc::clone(&dial), jobs, events));
     connections.spawn(control::run(Arc::clone(&dial), control));
     connections.spawn(intake::run(dial, intake));
-    // The order of the end: settle what was asked, which needs the connections; then publish and answer what was asked;
-    // then close.
+    // The shutdown order: settle, which needs the connections; then publish and reply what waits; then close.
     settle::run(settlements, jobs_tx, &health, stop).await;
     close.cancel();
     while let Some(ended) = connections.join_next().await {
         if let Err(error) = ended {
-            tracing::error!("a connection of the communicator has panicked: {error}");
+            tracing::error!("a connection of the communicator panicked: {error}");
         }
     }
 }

@@ -1,5 +1,5 @@
-//! Declares what Baton needs on the broker. Queues have their type and no other argument, since arguments can never be
-//! changed; limits are policies.
+//! Declares the exchanges and queues of Baton. A queue has its type as the only argument, since arguments cannot be
+//! changed later; limits belong in policies.
 
 use std::time::Duration;
 
@@ -14,7 +14,7 @@ use super::envelope::{
 use super::health::HealthState;
 use super::link::{ANSWER_LIMIT, is_other_kind, reason};
 
-/// Something that must exist on the broker.
+/// An exchange or queue that must exist on the broker.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Item {
     /// `baton.task`.
@@ -29,11 +29,11 @@ pub(super) enum Item {
     ControlQueue,
     /// A task queue, by its name without the prefix, bound to `baton.task`.
     TaskQueue(String),
-    /// A worker's own queue, which goes when its connection goes.
+    /// A worker's control queue, which is deleted with its connection.
     OwnQueue(String),
 }
 
-/// What everybody relies on, outsiders too: it is there as soon as any program of Baton has been.
+/// The items that other programs also rely on. Every program of Baton declares them.
 pub(super) const BASE: [Item; 5] =
     [Item::TaskExchange, Item::BroadcastExchange, Item::EventExchange, Item::DeadQueue, Item::ControlQueue];
 
@@ -75,15 +75,15 @@ impl Item {
     }
 }
 
-/// Declares all of these. One that cannot be declared is written on the health with its remedy and keeps up no other.
+/// Declares these items. A failure is recorded in the health with its remedy, and does not prevent the others.
 ///
 /// # Errors
-/// The text about the last one that could not be declared.
+/// The problem of the last item that could not be declared.
 pub(super) async fn ensure(connection: &Connection, health: &HealthState, items: &[Item]) -> Result<(), String> {
     let mut outcome = Ok(());
     let mut channel = None;
     for item in items {
-        // A refused declaration closes its channel, so declarations never share one with messages.
+        // A rejected declaration closes its channel, so declarations never share a channel with messages.
         let declared = async {
             let usable = match channel.take() {
                 Some(channel) => channel,
@@ -101,7 +101,7 @@ pub(super) async fn ensure(connection: &Connection, health: &HealthState, items:
         if let Some(problem) = &problem {
             outcome = Err(problem.clone());
         }
-        // Without a connection nothing is known about the item.
+        // After the loss of the connection the error says nothing about the item.
         if problem.is_none() || connection.status().connected() {
             health.problem(&item.name(), problem);
         }
@@ -115,7 +115,9 @@ pub(super) async fn ensure(connection: &Connection, health: &HealthState, items:
 fn explain(item: &Item, error: &lapin::Error) -> String {
     let (name, text) = (item.name(), reason(error));
     if is_other_kind(error) {
-        format!("{name} exists with other properties ({text}): delete it once it is empty, and Baton declares it anew")
+        format!(
+            "{name} exists with other properties ({text}); delete it once it is empty, then Baton declares it again"
+        )
     } else {
         format!("{name} cannot be declared: {text}")
     }

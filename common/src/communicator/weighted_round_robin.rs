@@ -1,11 +1,12 @@
-//! Which of several queues is next: high, normal and low share 16:4:1.
+//! Chooses the next of several queues: high, normal and low share 16:4:1.
 
-/// The share of each class. Quorum queues have no priorities before RabbitMQ 4, and strict ones would starve `low`.
+/// The weight of each class. Quorum queues have no priorities before RabbitMQ 4, and strict priorities would starve
+/// `low`.
 const WEIGHT_HIGH: u32 = 16;
 const WEIGHT_NORMAL: u32 = 4;
 const WEIGHT_LOW: u32 = 1;
 
-/// What each queue may still take in this round.
+/// The remaining credit of each queue in this round.
 #[derive(Debug, Default)]
 pub(super) struct WeightedRoundRobin {
     left: Vec<Share>,
@@ -19,14 +20,14 @@ struct Share {
 }
 
 impl WeightedRoundRobin {
-    /// A full round for these queues; their order is what `pick` refers to.
+    /// Starts a round with these queues. `pick` returns an index into them.
     pub(super) fn new<'a>(queues: impl IntoIterator<Item = &'a str>) -> Self {
         let left = queues.into_iter().map(|queue| Share { weight: weight(queue), credit: weight(queue) }).collect();
         WeightedRoundRobin { left, last_idx: 0 }
     }
 
-    /// The next queue among those that have something. The heaviest first, those of one weight in turn; an empty queue
-    /// keeps its credit and holds up nobody.
+    /// Picks the next queue among the ready ones: the one with the largest weight, queues of equal weight in turn. An
+    /// empty queue keeps its credit and does not block others.
     pub(super) fn pick(&mut self, is_ready: impl Fn(usize) -> bool) -> Option<usize> {
         let n_queues = self.left.len();
         let ready: Vec<usize> = (0..n_queues).filter(|&idx| is_ready(idx)).collect();
@@ -49,11 +50,11 @@ impl WeightedRoundRobin {
     }
 }
 
-/// The part of a queue among deliveries in hand, where a queue of normal priority may have `normal`.
+/// The prefetch of a queue, given the prefetch of a queue of normal priority.
 ///
-/// When tasks are so short that the broker cannot fill up what was acknowledged, it is these parts and not the credits
-/// that decide what comes; so they stand in the same ratio.
-pub(super) fn share_of(queue: &str, normal: u16) -> u16 {
+/// If tasks are so short that the broker cannot refill the prefetch in time, the prefetches determine the shares
+/// instead of the credits. So they have the same ratio.
+pub(super) fn prefetch_of(queue: &str, normal: u16) -> u16 {
     let share = u32::from(normal) * weight(queue) / WEIGHT_NORMAL;
     u16::try_from(share).unwrap_or(u16::MAX).max(1)
 }

@@ -1,4 +1,4 @@
-//! What can go wrong with objects, by what whoever asked for them does next.
+//! Errors of the object store, by what the caller does next.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -6,103 +6,105 @@ use std::path::{Path, PathBuf};
 use super::location::Location;
 use crate::digest::Digest;
 
-/// Why something was not put, got or listed. No text contains keys, nor what a server echoes of a request.
+/// Why an operation on the object store failed. The text never contains keys or a server's echo of the request.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The configuration names no usable place. Correct it.
+    /// The configuration names no usable store. Correct it.
     #[error("{reason}")]
     Config {
-        /// What is wrong, and what to write instead.
+        /// The problem and its remedy.
         reason: String,
     },
-    /// The folder of objects cannot be used. Correct its rights, make room, or name another one.
+    /// The folder of the store cannot be used. Correct its permissions, free space, or configure another folder.
     #[error(
-        "cannot use the folder of objects {}; make it writable for this user, make room there, or name another one in \
-         `objects.url`", .path.display()
+        "cannot use the object store in folder {}; make it writable for this user, free space there, or configure another \
+         folder in `objects.url`", .path.display()
     )]
     Folder {
         /// The folder.
         path: PathBuf,
-        /// What the system says.
+        /// The system's error.
         source: io::Error,
     },
-    /// A file outside of the store cannot be read or written.
+    /// A file outside the store cannot be read or written.
     #[error("cannot use {}", .path.display())]
     File {
         /// The file.
         path: PathBuf,
-        /// What the system says.
+        /// The system's error.
         source: io::Error,
     },
-    /// Somebody writes to the file. Wait for that, and put it again.
-    #[error("{} was changed while it was read; try again when nobody writes to it", .path.display())]
+    /// The file is being written. Put it again when it no longer changes.
+    #[error("{} changed while it was read; try again when no program writes to it", .path.display())]
     Changed {
         /// The file.
         path: PathBuf,
     },
     /// The store has no such object.
     #[error(
-        "there is no object {digest} in {location}; was it removed, or is `objects.url` another one than that of whoever put it?"
+        "object {digest} is not in {location}; it was removed, or it was put into another store than that of `objects.url`"
     )]
     Absent {
-        /// Its name.
+        /// The digest of the object.
         digest: Digest,
-        /// Where it was looked for.
+        /// The location of the store.
         location: String,
     },
-    /// The content is not what its name says. Remove it, and put it again.
+    /// The content does not match the digest. Remove the object, and put it again.
     #[error(
-        "the object {digest} is damaged: its content has another SHA-256; remove it, and submit what needs it again"
+        "object {digest} is damaged: its content has another SHA-256; remove it, and submit the processes that need it again"
     )]
     Damaged {
-        /// Its name.
+        /// The digest of the object.
         digest: Digest,
     },
-    /// It is larger than its reader takes in.
-    #[error("the object {digest} has {size} bytes; at most {limit} are taken in here")]
+    /// The object exceeds the reader's limit.
+    #[error("object {digest} has {size} bytes, which exceeds the limit of {limit}")]
     TooLarge {
-        /// Its name.
+        /// The digest of the object.
         digest: Digest,
         /// Its length in bytes.
         size: u64,
         /// The most bytes.
         limit: u64,
     },
-    /// An object is not the manifest that it should be. Nothing but a newer program or another submission helps.
-    #[error("the object is no manifest that this program reads: {reason}")]
+    /// The object is not a readable manifest. Use a newer program, or submit again.
+    #[error("the object is not a manifest that this program can read: {reason}")]
     Manifest {
-        /// What is wrong with it.
+        /// The problem.
         reason: String,
     },
-    /// The bucket is not there. Make it, or correct its name.
-    #[error("there is no bucket `{bucket}`; make it, or correct `objects.url`, `objects.endpoint` or `objects.region`")]
+    /// The bucket does not exist. Create it, or correct its name.
+    #[error(
+        "bucket `{bucket}` does not exist; create it, or correct `objects.url`, `objects.endpoint` or `objects.region`"
+    )]
     NoBucket {
-        /// Its name.
+        /// The name of the bucket.
         bucket: String,
     },
-    /// The server does not accept the keys, or they may not do this.
+    /// The server rejects the keys, or the keys lack the permission.
     #[error(
-        "the server of bucket `{bucket}` refuses this ({code}); check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and what \
-         they may do there"
+        "the server of bucket `{bucket}` denied access ({code}); check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and the \
+         permissions of the key"
     )]
     Refused {
         /// The bucket.
         bucket: String,
-        /// The server's word for it.
+        /// The server's error code.
         code: String,
     },
-    /// The server did not answer, or not sensibly. Try again.
-    #[error("{location} cannot be used now: {reason}")]
+    /// The server did not answer, or answered with an unexpected error. Try again.
+    #[error("{location} is unavailable: {reason}")]
     Unreachable {
-        /// What was asked.
+        /// The location of the store.
         location: String,
-        /// What went wrong.
+        /// The reason.
         reason: String,
     },
 }
 
 impl Error {
-    /// Whether trying again later may help.
+    /// Whether the operation may succeed later.
     pub fn is_transient(&self) -> bool {
         match self {
             Error::Unreachable { .. } => true,
@@ -124,7 +126,7 @@ impl Error {
     }
 }
 
-/// What the store's answer means.
+/// Classifies an error of the store.
 pub(super) fn of_store(error: object_store::Error, location: &Location) -> Error {
     let bucket = match location {
         Location::Folder(path) => {
@@ -137,7 +139,7 @@ pub(super) fn of_store(error: object_store::Error, location: &Location) -> Error
     if code == Some("NoSuchBucket") {
         return Error::NoBucket { bucket };
     }
-    #[expect(clippy::wildcard_enum_match_arm, reason = "a foreign enum that grows; the rest is told as it is")]
+    #[expect(clippy::wildcard_enum_match_arm, reason = "a foreign enum that grows; the others are reported unchanged")]
     match error {
         object_store::Error::NotFound { .. } => Error::NoBucket { bucket },
         object_store::Error::PermissionDenied { .. } => {
@@ -147,7 +149,7 @@ pub(super) fn of_store(error: object_store::Error, location: &Location) -> Error
             Error::Refused { bucket, code: code.unwrap_or("Unauthorized").to_owned() }
         }
         _ => {
-            // A body is the server's, and may echo the request.
+            // The body comes from the server, and may echo the request.
             let first_line = text.split(['\n', '<']).next().unwrap_or_default().trim_end_matches([' ', ':']);
             let reason = code.unwrap_or(first_line).to_owned();
             Error::Unreachable { location: location.to_string(), reason }
@@ -155,12 +157,12 @@ pub(super) fn of_store(error: object_store::Error, location: &Location) -> Error
     }
 }
 
-/// Whether the server says that it is the bucket that is missing.
+/// Whether the server reports that the bucket does not exist.
 pub(super) fn names_no_bucket(error: &object_store::Error) -> bool {
     code(&innermost(error).to_string()) == Some("NoSuchBucket")
 }
 
-/// The code in the XML of an error of S3.
+/// The code in the XML of an S3 error.
 fn code(text: &str) -> Option<&str> {
     let (_, rest) = text.split_once("<Code>")?;
     rest.split_once("</Code>").map(|(code, _)| code)
@@ -174,7 +176,7 @@ fn innermost(error: &object_store::Error) -> &(dyn std::error::Error + 'static) 
     inner
 }
 
-/// The system's error, without the library's words around it.
+/// The system's error, without the text of the library.
 fn innermost_io(error: &object_store::Error) -> io::Error {
     let inner = innermost(error);
     match inner.downcast_ref::<io::Error>().and_then(io::Error::raw_os_error) {

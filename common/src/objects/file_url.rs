@@ -1,4 +1,4 @@
-//! `file://` URLs (RFC 8089): in a URL a path is percent-encoded, byte by byte.
+//! `file://` URLs (RFC 8089), in which the bytes of a path are percent-encoded.
 
 use std::ffi::OsString;
 use std::fmt::Write as _;
@@ -18,14 +18,14 @@ pub(super) fn of_path(path: &Path) -> String {
     url
 }
 
-/// The path in a URL, without `file://`; `None` if a `%` is not followed by two hexadecimal digits.
+/// Decodes the path of a URL, given without `file://`; `None` if a `%` is not followed by two hexadecimal digits.
 pub(super) fn to_path(encoded: &str) -> Option<PathBuf> {
     let mut bytes = Vec::with_capacity(encoded.len());
     let mut rest = encoded.bytes();
     while let Some(byte) = rest.next() {
         if byte == b'%' {
             let digits = [rest.next()?, rest.next()?];
-            // A sign would be taken for part of the number.
+            // The number parser would also accept a sign.
             if !digits.iter().all(u8::is_ascii_hexdigit) {
                 return None;
             }
@@ -42,7 +42,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_path_comes_back_from_its_url() {
+    fn a_path_round_trips_through_its_url() {
         for path in ["/a b", "/a%20b", "/a?b#c", "/ä/\u{1}", "/plain-1.2_3~"] {
             let url = of_path(Path::new(path));
             assert!(url.is_ascii() && !url.contains([' ', '?', '#']), "{url}");

@@ -1,4 +1,4 @@
-//! Where objects are: from the configuration to a folder or a bucket.
+//! The location of the store: opens the folder or bucket of the configuration.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -14,13 +14,13 @@ use super::{DEFAULT_FOLDER, Error, file_url};
 use crate::config;
 use crate::secrets;
 
-/// How long a connection to the server may take.
+/// Time limit for a connection to the server.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How long the server may be silent, and how long one part of an object may take: 8 MiB at half a megabit a second.
+/// Time limit without data from the server, and for one part of an object: 8 MiB at half a megabit per second.
 const READ_TIMEOUT: Duration = Duration::from_secs(120);
 
-/// How often and for how long a request is repeated that the server did not answer. Callers have retries of their own.
+/// Most retries, and their time limit, of a request without an answer. Callers retry themselves, too.
 const RETRIES_MAX: usize = 4;
 const RETRY_TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -30,13 +30,13 @@ pub(super) enum Location {
     Bucket {
         name: String,
         prefix: Key,
-        /// For people; empty for AWS's own.
+        /// The server, for people; empty for AWS.
         endpoint: String,
     },
 }
 
 impl Location {
-    /// Before every key.
+    /// The prefix of every key.
     pub(super) fn prefix(&self) -> Key {
         match self {
             Location::Folder(_) => Key::default(),
@@ -55,7 +55,7 @@ impl fmt::Display for Location {
     }
 }
 
-/// The folder that the configuration names, if it names one.
+/// The folder that the configuration names; `None` for a bucket.
 pub(super) fn folder(config: &config::Objects) -> Result<Option<PathBuf>, Error> {
     let url = config.url.as_deref().unwrap_or(DEFAULT_FOLDER);
     let path = match url.split_once("://") {
@@ -64,19 +64,18 @@ pub(super) fn folder(config: &config::Objects) -> Result<Option<PathBuf>, Error>
             let path = file_url::to_path(path);
             return path
                 .map(Some)
-                .ok_or_else(|| wrong("`objects.url` has a `%` without two hexadecimal digits behind it"));
+                .ok_or_else(|| wrong("`objects.url` has a `%` without two hexadecimal digits after it"));
         }
         Some(("s3", _)) => return Ok(None),
         Some(_) => return Err(wrong("`objects.url` must be a folder, file:///FOLDER, or s3://BUCKET/PREFIX")),
     };
     if path.is_empty() {
-        return Err(wrong("`objects.url` is empty; name a folder, or s3://BUCKET/PREFIX"));
+        return Err(wrong("`objects.url` is empty; set a folder, or s3://BUCKET/PREFIX"));
     }
     config::from_home(Path::new(path)).map(Some).map_err(|problem| wrong(&format!("`objects.url` {problem}")))
 }
 
-/// Moves a file within a file system, young, and so that neither its content nor its name can be lost afterwards. False if
-/// it cannot be moved there.
+/// Moves a file within a file system, durably and with a new modification time. Returns false if it cannot be moved.
 pub(super) fn move_durably(from: &Path, to: &Path) -> std::io::Result<bool> {
     let folder = to.parent().unwrap_or(Path::new("/"));
     std::fs::create_dir_all(folder)?;
@@ -92,7 +91,7 @@ pub(super) fn move_durably(from: &Path, to: &Path) -> std::io::Result<bool> {
     Ok(true)
 }
 
-/// A folder has to be there.
+/// Opens the store. A folder must exist.
 pub(super) fn open(config: &config::Objects) -> Result<(Arc<dyn ObjectStore>, Location), Error> {
     let Some(path) = folder(config)? else {
         let url = config.url.as_deref().unwrap_or_default();
@@ -110,12 +109,12 @@ fn bucket(config: &config::Objects, path: &str) -> Result<(Arc<dyn ObjectStore>,
     let is_name = !name.is_empty() && name.chars().all(|c| c.is_ascii_alphanumeric() || ".-_".contains(c));
     if !is_name {
         return Err(wrong(
-            "`objects.url` names no bucket; write s3://BUCKET/PREFIX, and the server in `objects.endpoint`",
+            "`objects.url` names no bucket; set s3://BUCKET/PREFIX, and the server in `objects.endpoint`",
         ));
     }
-    let prefix =
-        Key::parse(prefix.trim_matches('/')).map_err(|_| wrong("the prefix in `objects.url` has an empty part"))?;
-    // The first to do so wins; which one it is makes no difference.
+    let prefix = Key::parse(prefix.trim_matches('/'))
+        .map_err(|_| wrong("the prefix in `objects.url` has an empty component"))?;
+    // An error means that a provider is installed already.
     let _ = rustls::crypto::ring::default_provider().install_default();
 
     let mut builder = AmazonS3Builder::from_env().with_bucket_name(name).with_disable_bulk_delete(true);
@@ -125,7 +124,7 @@ fn bucket(config: &config::Objects, path: &str) -> Result<(Arc<dyn ObjectStore>,
         }
     }
     if let Some(endpoint) = &config.endpoint {
-        // The second wins over the first, and the environment may have set either.
+        // The second overrides the first, and the environment may have set either.
         builder = builder.with_endpoint(endpoint).with_config(AmazonS3ConfigKey::S3Endpoint, endpoint);
     }
     if let Some(region) = &config.region {
@@ -135,9 +134,7 @@ fn bucket(config: &config::Objects, path: &str) -> Result<(Arc<dyn ObjectStore>,
     let endpoint = value(AmazonS3ConfigKey::S3Endpoint).or_else(|| value(AmazonS3ConfigKey::Endpoint));
     let endpoint = endpoint.unwrap_or_default();
     if endpoint.contains('@') {
-        return Err(wrong(
-            "`objects.endpoint` must not contain keys; they belong into AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
-        ));
+        return Err(wrong("`objects.endpoint` must not contain keys; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"));
     }
     let has_keys = [
         AmazonS3ConfigKey::AccessKeyId,
@@ -147,32 +144,32 @@ fn bucket(config: &config::Objects, path: &str) -> Result<(Arc<dyn ObjectStore>,
     ]
     .into_iter()
     .any(|key| value(key).is_some());
-    // A machine of AWS is given keys by AWS; nobody gives any to others.
+    // AWS provides keys to its own machines; any other server needs keys.
     if !endpoint.is_empty() && !has_keys {
         return Err(wrong("no keys for `objects.url`; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"));
     }
     let may_be_plain = value(AmazonS3ConfigKey::Client(ClientConfigKey::AllowHttp)).as_deref() == Some("true");
     if endpoint.starts_with("http://") && !is_loopback(&endpoint) && !may_be_plain {
         return Err(wrong(&format!(
-            "`{endpoint}` is not encrypted; use https://, or set AWS_ALLOW_HTTP=true if nobody else is on that network"
+            "`{endpoint}` is not encrypted; use https://, or set AWS_ALLOW_HTTP=true in a trusted network"
         )));
     }
     let options = ClientOptions::new()
         .with_allow_http(endpoint.starts_with("http://"))
         .with_connect_timeout(CONNECT_TIMEOUT)
         .with_read_timeout(READ_TIMEOUT)
-        // A large object may take as long as it needs.
+        // A large object may take any time.
         .with_timeout_disabled();
     let retry = RetryConfig { max_retries: RETRIES_MAX, retry_timeout: RETRY_TIMEOUT, ..RetryConfig::default() };
     let store = builder
         .with_client_options(options)
         .with_retry(retry)
         .build()
-        .map_err(|error| wrong(&format!("`objects` cannot be used: {error}")))?;
+        .map_err(|error| wrong(&format!("invalid `objects`: {error}")))?;
     Ok((Arc::new(store), Location::Bucket { name: name.to_owned(), prefix, endpoint }))
 }
 
-/// Removes files that the store's library has begun to write, and gives their number: it calls them `NAME#N`.
+/// Removes unfinished files of the store's library, which are named `NAME#N`, and returns their number.
 pub(super) fn remove_leftovers(root: &Path, age: Duration) -> std::io::Result<u64> {
     let folders = match std::fs::read_dir(root) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(0),
@@ -191,7 +188,7 @@ pub(super) fn remove_leftovers(root: &Path, age: Duration) -> std::io::Result<u6
                 .to_str()
                 .and_then(|name| name.split_once('#'))
                 .is_some_and(|(digest, number)| digest.len() == 62 && number.parse::<u32>().is_ok());
-            // It may have been finished, or removed, by now.
+            // It may have been completed or removed by now.
             let is_old =
                 || Ok::<_, std::io::Error>(file.metadata()?.modified()?.elapsed().is_ok_and(|found| found >= age));
             if is_leftover && is_old().unwrap_or(false) && std::fs::remove_file(file.path()).is_ok() {

@@ -1,4 +1,4 @@
-//! Manifests: the files of a tree by their digests, themselves kept as an object.
+//! Manifests: the files of a tree with their digests. A manifest is stored as an object.
 
 use std::collections::BTreeSet;
 
@@ -8,18 +8,19 @@ use super::{Error, Objects};
 use crate::digest::Digest;
 use crate::relative::{self, BytePath};
 
-/// The version of a manifest whose paths are all UTF-8 and that has no empty folder.
+/// Version of a manifest with only UTF-8 paths and without empty folders.
 const VERSION: u32 = 1;
 
-/// That of the others, and the newest that this program reads. Programs that know only the first would lose folders.
+/// Version of other manifests, and the newest that this program reads. A program that knows only the first would lose
+/// folders.
 const VERSION_OF_BYTES: u32 = 2;
 
-/// Largest manifest that is read: a tree of some hundred thousand files.
+/// Largest manifest: a tree of some hundred thousand files.
 const BYTES_MAX: u64 = 64 << 20;
 
 /// The files of a tree, and its empty folders.
 ///
-/// No two have one path, and none lies below a file, so they can be laid out in a folder in any order.
+/// Paths are unique, and no path lies below a file, so the entries can be written to a folder in any order.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Manifest {
     entries: Vec<Entry>,
@@ -30,9 +31,9 @@ pub struct Manifest {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "WrittenEntry", into = "WrittenEntry")]
 pub struct Entry {
-    /// Where it is, relative to the tree's folder; it stays within that.
+    /// The path relative to the tree's folder; it does not lead out of it.
     pub path: BytePath,
-    /// Its content.
+    /// The digest of its content.
     pub digest: Digest,
     /// Its length in bytes.
     pub size: u64,
@@ -40,7 +41,7 @@ pub struct Entry {
     pub executable: bool,
 }
 
-/// `path_hex` is there if the path is not UTF-8, and is the path then; `path` is for people.
+/// If the path is not UTF-8, `path_hex` has its bytes, and `path` is only for people.
 #[derive(Serialize, Deserialize)]
 struct WrittenEntry {
     path: String,
@@ -52,7 +53,7 @@ struct WrittenEntry {
     executable: bool,
 }
 
-/// The path of a folder, as that of an entry.
+/// The path of a folder, as in an entry.
 #[derive(Serialize, Deserialize)]
 struct WrittenFolder {
     path: String,
@@ -81,7 +82,7 @@ struct Version {
     version: u32,
 }
 
-/// How a path is written: as a text, and by its bytes if it is not UTF-8.
+/// The written form of a path: its text, and its bytes in hexadecimal if it is not UTF-8.
 pub fn written(path: &BytePath) -> (String, Option<String>) {
     match path.as_str() {
         Some(text) => (text.to_owned(), None),
@@ -92,7 +93,7 @@ pub fn written(path: &BytePath) -> (String, Option<String>) {
 fn read(path: String, path_hex: Option<String>) -> Result<BytePath, String> {
     match path_hex {
         None => Ok(path.into()),
-        Some(hex) => BytePath::from_hex(&hex).ok_or_else(|| format!("{hex:?} are no bytes")),
+        Some(hex) => BytePath::from_hex(&hex).ok_or_else(|| format!("`{hex}` is not hexadecimal")),
     }
 }
 
@@ -113,18 +114,18 @@ impl TryFrom<WrittenEntry> for Entry {
 }
 
 impl Manifest {
-    /// The manifest of these files, in the order of their paths.
+    /// Makes a manifest of these files, in the order of their paths.
     ///
     /// # Errors
-    /// [`Error::Manifest`] when a path leaves the folder, stands there twice, or lies below another file.
+    /// [`Error::Manifest`] if a path leads out of the folder, is duplicate, or lies below another file.
     pub fn new(entries: Vec<Entry>) -> Result<Self, Error> {
         Self::with_folders(entries, Vec::new())
     }
 
-    /// The same with folders in which nothing is.
+    /// Makes a manifest of these files and empty folders.
     ///
     /// # Errors
-    /// As [`Self::new`].
+    /// Those of [`Self::new`].
     pub fn with_folders(mut entries: Vec<Entry>, mut folders: Vec<BytePath>) -> Result<Self, Error> {
         entries.sort_by(|one, other| one.path.cmp(&other.path));
         folders.sort();
@@ -132,13 +133,13 @@ impl Manifest {
         for entry in &entries {
             check(&entry.path)?;
             if !files.insert(entry.path.as_bytes()) {
-                return Err(wrong(format!("the path {} stands there twice", entry.path)));
+                return Err(wrong(format!("duplicate path {}", entry.path)));
             }
         }
         for folder in &folders {
             check(folder)?;
             if files.contains(folder.as_bytes()) {
-                return Err(wrong(format!("{folder} is a file and a folder")));
+                return Err(wrong(format!("{folder} is both a file and a folder")));
             }
         }
         for path in entries.iter().map(|entry| &entry.path).chain(&folders) {
@@ -152,32 +153,32 @@ impl Manifest {
         Ok(Self { entries, folders })
     }
 
-    /// Its files, in the order of their paths.
+    /// The files in the order of their paths.
     pub fn entries(&self) -> &[Entry] {
         &self.entries
     }
 
-    /// Its empty folders, in the order of their paths.
+    /// The empty folders in the order of their paths.
     pub fn folders(&self) -> &[BytePath] {
         &self.folders
     }
 
-    /// Its files and its empty folders by value, in the order of their paths.
+    /// The files and the empty folders by value, in the order of their paths.
     pub fn into_parts(self) -> (Vec<Entry>, Vec<BytePath>) {
         (self.entries, self.folders)
     }
 
-    /// Whether there is nothing in it.
+    /// Whether it has neither files nor folders.
     pub fn is_empty(&self) -> bool {
         self.entries.is_empty() && self.folders.is_empty()
     }
 
-    /// The bytes of all its files.
+    /// Total size of the files in bytes.
     pub fn total_bytes(&self) -> u64 {
         self.entries.iter().map(|entry| entry.size).sum()
     }
 
-    /// The version of its form, which is higher than 1 only if programs that know no other would lose something.
+    /// The version of its written form: higher than 1 only if programs that know no other would lose content.
     pub fn version(&self) -> u32 {
         let is_plain = self.folders.is_empty() && self.entries.iter().all(|entry| entry.path.as_str().is_some());
         if is_plain { VERSION } else { VERSION_OF_BYTES }
@@ -196,7 +197,9 @@ impl Manifest {
     fn from_bytes(bytes: &[u8]) -> Result<Self, Error> {
         let Version { version } = serde_json::from_slice(bytes).map_err(|error| wrong(error.to_string()))?;
         if !(VERSION..=VERSION_OF_BYTES).contains(&version) {
-            return Err(wrong(format!("it is of version {version}, and this program reads {VERSION_OF_BYTES}")));
+            return Err(wrong(format!(
+                "it has version {version}, and this program reads versions up to {VERSION_OF_BYTES}"
+            )));
         }
         let found: Read = serde_json::from_slice(bytes).map_err(|error| wrong(error.to_string()))?;
         let folders = found.folders.into_iter().map(|folder| read(folder.path, folder.path_hex).map_err(wrong));
@@ -209,23 +212,23 @@ fn check(path: &BytePath) -> Result<(), Error> {
 }
 
 impl Objects {
-    /// Puts a manifest, unless the store has it.
+    /// Puts a manifest, unless the store already has it.
     ///
     /// # Errors
-    /// [`Error::Manifest`] when it is larger than anybody reads, and what the store answers.
+    /// [`Error::Manifest`] if it exceeds the size limit, and the errors of the store.
     pub async fn put_manifest(&self, manifest: &Manifest) -> Result<Digest, Error> {
         let bytes = manifest.to_bytes();
         if bytes.len() as u64 > BYTES_MAX {
             let n_files = manifest.entries.len();
-            return Err(wrong(format!("{n_files} files are too many for one; put them into an archive")));
+            return Err(wrong(format!("{n_files} files are too many for one manifest; put them into an archive")));
         }
         self.put_bytes(bytes).await
     }
 
-    /// Gets a manifest and checks it.
+    /// Gets and checks a manifest.
     ///
     /// # Errors
-    /// [`Error::Manifest`] when it is none, or has paths that leave its folder; and those of [`Objects::get_bytes`].
+    /// [`Error::Manifest`] if it is not a manifest or has invalid paths, and those of [`Objects::get_bytes`].
     pub async fn get_manifest(&self, digest: Digest) -> Result<Manifest, Error> {
         Manifest::from_bytes(&self.get_bytes(digest, BYTES_MAX).await?)
     }
@@ -244,20 +247,20 @@ mod tests {
     }
 
     #[test]
-    fn it_comes_back_from_its_bytes_in_the_order_of_its_paths() {
+    fn a_manifest_round_trips_in_the_order_of_its_paths() {
         let manifest = Manifest::new(["b", "a/c", "a/b", "a-b"].map(entry).to_vec()).unwrap();
         let paths: Vec<&str> = manifest.entries().iter().filter_map(|entry| entry.path.as_str()).collect();
         assert_eq!(paths, ["a-b", "a/b", "a/c", "b"]);
         assert_eq!(Manifest::from_bytes(&manifest.to_bytes()).unwrap(), manifest);
         assert_eq!(manifest.total_bytes(), 4);
-        // The order of the files makes no other manifest.
+        // The manifest does not depend on the order of the files.
         let again = Manifest::new(["a/b", "b", "a-b", "a/c"].map(entry).to_vec()).unwrap();
         assert_eq!(again.to_bytes(), manifest.to_bytes());
     }
 
-    /// Manifests are stored: what is written must be read by later versions.
+    /// Manifests are stored, so later versions must read this form.
     #[test]
-    fn its_written_form_stays_as_it_is() {
+    fn the_written_form_does_not_change() {
         let digest = "87428fc522803d31065e7bce3cf03fe475096631e5e07bbd7a0fde60c4cf25c7";
         let text = format!(
             "{{\"version\":1,\"entries\":[{{\"path\":\"a\\n\",\"digest\":\"{digest}\",\"size\":2,\"executable\":true}}]}}"
@@ -271,7 +274,7 @@ mod tests {
     }
 
     #[test]
-    fn names_that_are_not_utf_8_and_empty_folders_come_back_by_their_bytes() {
+    fn names_that_are_not_utf8_and_empty_folders_round_trip() {
         let digest = "ca978112ca1bbdcafac231b39a23dc4da786eff8147c4e72b9807785afee48bb";
         let text = format!(
             "{{\"version\":2,\"entries\":[{{\"path\":\"caf\\\\xe9\",\"path_hex\":\"636166e9\",\
@@ -290,7 +293,7 @@ mod tests {
     }
 
     #[test]
-    fn a_manifest_that_leaves_its_folder_is_refused() {
+    fn a_manifest_that_leads_out_of_its_folder_is_rejected() {
         for paths in [
             ["../a", "b"],
             ["/etc/passwd", "b"],

@@ -1,11 +1,15 @@
-//! A store in a folder.
+//! Tests of a store in a folder.
 
 use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::SystemTime;
 
 use futures_util::TryStreamExt;
+use uuid::Uuid;
 
+use super::put::{PART_BYTES_MIN, PARTS_MAX, part_len};
 use super::*;
 
 fn open(folder: &Path) -> Objects {
@@ -24,7 +28,7 @@ fn parts(folder: &Path) -> usize {
 }
 
 #[tokio::test]
-async fn what_is_put_is_got_verified_and_sent_once() {
+async fn an_object_is_sent_once_and_verified_when_read() {
     let dir = tempfile::tempdir().unwrap();
     let objects = open(&dir.path().join("objects"));
     let large = vec![7; usize::try_from(PART_BYTES_MIN).unwrap() * 2 + 11];
@@ -39,13 +43,13 @@ async fn what_is_put_is_got_verified_and_sent_once() {
         assert!(objects.has(digest).await.unwrap());
 
         assert_eq!(objects.get_bytes(digest, size).await.unwrap(), bytes);
-        let told = Arc::new(AtomicU64::new(0));
-        let count = Arc::clone(&told);
+        let reported = Arc::new(AtomicU64::new(0));
+        let count = Arc::clone(&reported);
         let progress = move |n_bytes| {
             count.fetch_add(n_bytes, Ordering::Relaxed);
         };
         assert_eq!(objects.get_file(digest, &target, progress).await.unwrap(), size);
-        assert_eq!((std::fs::read(&target).unwrap().as_slice(), told.load(Ordering::Relaxed)), (bytes, size));
+        assert_eq!((std::fs::read(&target).unwrap().as_slice(), reported.load(Ordering::Relaxed)), (bytes, size));
         assert_eq!(parts(dir.path()), 0);
         assert_eq!(std::fs::read(objects.local_path(digest).unwrap()).unwrap(), bytes);
         assert_eq!(objects.url(digest), format!("file://{}", objects.local_path(digest).unwrap().display()));
@@ -66,7 +70,7 @@ async fn what_is_put_is_got_verified_and_sent_once() {
 }
 
 #[tokio::test]
-async fn owners_are_those_that_marked_themselves_and_are_no_objects() {
+async fn owners_are_the_marked_databases_and_are_not_listed_as_objects() {
     let dir = tempfile::tempdir().unwrap();
     let objects = open(dir.path());
     assert!(objects.owners().await.unwrap().is_empty());
@@ -84,7 +88,7 @@ async fn owners_are_those_that_marked_themselves_and_are_no_objects() {
 }
 
 #[tokio::test]
-async fn an_empty_store_lists_nothing_and_strangers_are_passed_over() {
+async fn an_empty_store_lists_nothing_and_foreign_files_are_skipped() {
     let dir = tempfile::tempdir().unwrap();
     let objects = open(dir.path());
     assert!(objects.list().try_collect::<Vec<_>>().await.unwrap().is_empty());
@@ -96,7 +100,7 @@ async fn an_empty_store_lists_nothing_and_strangers_are_passed_over() {
 }
 
 #[tokio::test]
-async fn damage_is_found_and_leaves_no_file() {
+async fn damage_is_detected_and_leaves_no_file() {
     let dir = tempfile::tempdir().unwrap();
     let objects = open(&dir.path().join("objects"));
     let digest = objects.put_bytes(b"content".to_vec()).await.unwrap();
@@ -105,7 +109,7 @@ async fn damage_is_found_and_leaves_no_file() {
     let target = dir.path().join("target");
     assert!(matches!(objects.get_file(digest, &target, |_| ()).await, Err(Error::Damaged { .. })));
     assert!(!target.exists() && parts(dir.path()) == 0);
-    // What was cut short is not taken for the whole.
+    // A truncated object is not taken for the whole one.
     write(&objects.local_path(digest).unwrap(), b"cont");
     assert_eq!(objects.put_bytes(b"content".to_vec()).await.unwrap(), digest);
     assert_eq!(objects.get_bytes(digest, 7).await.unwrap(), b"content");
@@ -113,7 +117,7 @@ async fn damage_is_found_and_leaves_no_file() {
 }
 
 #[tokio::test]
-async fn what_was_old_is_young_again_once_it_is_put_again() {
+async fn an_old_object_is_young_again_after_another_put() {
     let dir = tempfile::tempdir().unwrap();
     let objects = open(dir.path());
     let digest = objects.put_bytes(b"content".to_vec()).await.unwrap();
@@ -125,7 +129,7 @@ async fn what_was_old_is_young_again_once_it_is_put_again() {
 }
 
 #[tokio::test]
-async fn a_file_that_grows_or_vanishes_is_refused() {
+async fn a_file_that_changes_or_is_absent_is_rejected() {
     let dir = tempfile::tempdir().unwrap();
     let objects = open(&dir.path().join("objects"));
     let path = dir.path().join("file");
@@ -133,7 +137,7 @@ async fn a_file_that_grows_or_vanishes_is_refused() {
     let bytes = vec![1; usize::try_from(size).unwrap()];
     write(&path, &bytes);
     let before = Digest::of(&bytes);
-    // It was hashed; then somebody wrote to it, and then it is read again.
+    // The file changes between the hash and the second read.
     let mut later = bytes.clone();
     later[3] = 2;
     write(&path, &later);
@@ -146,7 +150,7 @@ async fn a_file_that_grows_or_vanishes_is_refused() {
 }
 
 #[tokio::test]
-async fn many_put_the_same_at_once() {
+async fn concurrent_puts_of_one_object_succeed() {
     let dir = tempfile::tempdir().unwrap();
     let objects = open(dir.path());
     let puts = (0..32).map(|_| objects.put_bytes(vec![9; 100_000]));
@@ -157,7 +161,7 @@ async fn many_put_the_same_at_once() {
 }
 
 #[tokio::test]
-async fn a_folder_that_cannot_be_used_is_named_with_the_remedy() {
+async fn an_unusable_folder_is_named_with_the_remedy() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("file");
     write(&file, b"");
@@ -168,7 +172,7 @@ async fn a_folder_that_cannot_be_used_is_named_with_the_remedy() {
     let folder = dir.path().join("objects");
     let objects = open(&folder);
     std::fs::set_permissions(&folder, std::fs::Permissions::from_mode(0o500)).unwrap();
-    // The administrator may write anyway.
+    // The root user may write anyway.
     let is_refused = std::fs::write(folder.join("probe"), b"").is_err();
     let put = objects.put_bytes(b"x".to_vec()).await;
     std::fs::set_permissions(&folder, std::fs::Permissions::from_mode(0o700)).unwrap();
@@ -181,7 +185,7 @@ async fn a_folder_that_cannot_be_used_is_named_with_the_remedy() {
 }
 
 #[tokio::test]
-async fn what_was_cut_short_is_passed_over_and_removed_when_it_is_old() {
+async fn the_leftover_of_an_interrupted_put_is_skipped_and_removed_when_old() {
     let dir = tempfile::tempdir().unwrap();
     let objects = open(dir.path());
     assert_eq!(objects.remove_leftovers(Duration::ZERO).await.unwrap(), 0);
@@ -197,7 +201,7 @@ async fn what_was_cut_short_is_passed_over_and_removed_when_it_is_old() {
 }
 
 #[tokio::test]
-async fn a_link_in_the_place_of_a_file_is_replaced_and_not_followed() {
+async fn a_symbolic_link_as_target_is_replaced_and_not_followed() {
     let dir = tempfile::tempdir().unwrap();
     let objects = open(&dir.path().join("objects"));
     let digest = objects.put_bytes(b"content".to_vec()).await.unwrap();
@@ -217,7 +221,7 @@ async fn a_link_in_the_place_of_a_file_is_replaced_and_not_followed() {
 }
 
 #[test]
-fn parts_are_few_enough_and_large_enough() {
+fn parts_respect_the_limits_of_number_and_size() {
     for size in [PART_BYTES_MIN, PART_BYTES_MIN + 1, 70 << 30, 5 << 40] {
         let len = part_len(size);
         assert!(len >= PART_BYTES_MIN && size.div_ceil(len) <= PARTS_MAX, "{size}");
@@ -226,7 +230,7 @@ fn parts_are_few_enough_and_large_enough() {
 }
 
 #[test]
-fn urls_that_name_no_place_are_refused_with_the_remedy() {
+fn invalid_urls_are_rejected_with_the_remedy() {
     for (url, endpoint, expected) in [
         ("http://example.org/objects", None, "s3://BUCKET/PREFIX"),
         ("file://relative", None, "file:///FOLDER"),
@@ -234,7 +238,7 @@ fn urls_that_name_no_place_are_refused_with_the_remedy() {
         ("s3://", None, "names no bucket"),
         ("s3:///prefix", None, "names no bucket"),
         ("s3://key:secret@bucket/x", None, "names no bucket"),
-        ("s3://bucket/a//b", Some("https://s3.example.org"), "empty part"),
+        ("s3://bucket/a//b", Some("https://s3.example.org"), "empty component"),
         ("s3://bucket", Some("https://key:secret@s3.example.org"), "AWS_ACCESS_KEY_ID"),
     ] {
         let config = config::Objects { url: Some(url.into()), endpoint: endpoint.map(str::to_owned), region: None };

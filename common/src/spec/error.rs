@@ -1,26 +1,28 @@
-//! What is wrong with a document: lines for the person who wrote it.
+//! The problems of a document, for its author.
 
 use std::fmt;
 
-/// The document is not a spec. Nothing but another document helps.
+use crate::unique_keys::DuplicateKey;
+
+/// The document is not a valid spec.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Error {
     problems: Vec<Problem>,
 }
 
-/// One thing that is wrong, with what to write instead. Its text is one line.
+/// One problem, with its remedy. The text is one line.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Problem {
-    /// The line, from 1; `None` for what concerns the whole document or did not come from a text.
+    /// The line, from 1; `None` for a problem of the whole document, or if the document has no text.
     pub line: Option<u32>,
-    /// The column, from 1; only for what the parser could not read.
+    /// The column, from 1; only for syntax errors.
     pub column: Option<u32>,
-    /// What is wrong, with the key.
+    /// The problem, with the key.
     pub text: String,
 }
 
 impl Error {
-    /// Everything that is wrong, in the order of the lines; at least one.
+    /// All problems in the order of their lines; at least one.
     pub fn problems(&self) -> &[Problem] {
         &self.problems
     }
@@ -43,6 +45,12 @@ impl From<Problem> for Error {
     }
 }
 
+impl From<DuplicateKey> for Error {
+    fn from(duplicate: DuplicateKey) -> Self {
+        Problem::at(None, duplicate.to_string()).into()
+    }
+}
+
 impl std::error::Error for Error {}
 
 impl fmt::Display for Error {
@@ -59,7 +67,7 @@ impl fmt::Display for Error {
 
 impl fmt::Display for Problem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // What users wrote stands in the text: it must not break the line nor reach a terminal as a command.
+        // The text quotes the document. It must not contain line breaks or terminal escape sequences.
         let text = self.text.replace(char::is_control, "\u{fffd}");
         match (self.line, self.column) {
             (Some(line), Some(column)) => write!(f, "line {line}, column {column}: {text}"),

@@ -1,4 +1,4 @@
-//! What a program on a site has beyond one on the worker's own machine: the site, its needs, its files.
+//! The part of a spec that only programs on a site have: the site, its resources, its files.
 
 use std::collections::BTreeMap;
 
@@ -6,14 +6,14 @@ use serde::{Deserialize, Serialize};
 
 use crate::digest::Digest;
 
-/// The folder of each sandbox that belongs to Baton: the program's streams, and how it ended.
+/// The folder in each sandbox that is reserved for Baton: it has the program's streams and its result.
 pub const RESERVED: &str = ".baton";
 
-/// The folder below [`RESERVED`] in which files of the client wait that go on to another place: by paths that need not be
-/// UTF-8, and with empty folders and executable bits.
+/// The folder below [`RESERVED`] for files of the client that are moved on to another scope. It keeps paths that are
+/// not UTF-8, empty folders and executable bits.
 pub const WAITING: &str = "in";
 
-/// Options that would make a job another one than Baton looks for, or none.
+/// Options with which Baton could not find the job again, or would start no job or several.
 const OPTIONS_OF_BATON: [&str; 16] = [
     "array",
     "chdir",
@@ -33,30 +33,31 @@ const OPTIONS_OF_BATON: [&str; 16] = [
     "wrap",
 ];
 
-/// Longest name of an option.
+/// Longest name of a launcher option.
 const OPTION_BYTES_MAX: usize = 128;
 
-/// Whether an option of a launcher, by its long name, may stand in `native`.
+/// Checks that a launcher option, by its long name, is allowed in `native`.
 ///
 /// # Errors
-/// Why not.
+/// The reason why not.
 pub fn check_option(name: &str) -> Result<(), String> {
     let is_plain = name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_".contains(&byte));
     if name.is_empty() || name.len() > OPTION_BYTES_MAX || !is_plain || name.starts_with('-') {
-        return Err("must be an option's long name without the `--` before it, such as `account`".to_owned());
+        return Err("must be the long name of an option without `--`, such as `account`".to_owned());
     }
-    // Launchers take the beginning of a name for the whole if no other name begins so. Of one letter, that is job-name's.
+    // Launchers accept an unambiguous prefix of an option's name. The only one of a single letter is `j` for
+    // `job-name`.
     let is_short_for = |option: &str| option.starts_with(name) && (name.len() > 1 || name == "j");
     if let Some(option) = OPTIONS_OF_BATON.iter().find(|option| is_short_for(option)) {
-        return Err(format!("is not for `native`: Baton sets or forbids `{option}`, by which it finds the job again"));
+        return Err(format!("is not allowed in `native`: Baton sets or forbids `{option}`"));
     }
     Ok(())
 }
 
-/// Whether an option of a launcher may have this value.
+/// Checks the value of a launcher option.
 ///
 /// # Errors
-/// Why not.
+/// The reason why it is invalid.
 pub fn check_option_value(value: &str) -> Result<(), String> {
     if value.chars().any(char::is_control) {
         return Err("must be one line without control characters".to_owned());
@@ -64,87 +65,88 @@ pub fn check_option_value(value: &str) -> Result<(), String> {
     Ok(())
 }
 
-/// Whether a session's name can be the name of its folder at a site.
+/// Checks that the name of a session is a valid folder name at a site.
 ///
 /// # Errors
-/// Why not.
+/// The reason why not.
 pub fn check_session(name: &str) -> Result<(), String> {
     let is_folder = !name.is_empty() && name != "." && name != ".." && !name.contains(['/', '\0']);
-    if is_folder { Ok(()) } else { Err(format!("must name a folder of its own; {name:?} does not")) }
+    if is_folder { Ok(()) } else { Err(format!("must be a valid folder name; {name:?} is not")) }
 }
 
-/// Where and with what a program runs that a site's launcher starts.
+/// The site, resources and files of a program that a site's launcher starts.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct OnSite {
     /// The site's name (`at`).
     pub at: String,
-    /// What the launcher is asked for.
+    /// The resources to request from the launcher (`needs`).
     pub needs: Needs,
-    /// Options passed to the launcher as they are, by their long names (`native`).
+    /// Launcher options by their long names, passed unchanged (`native`).
     pub native: BTreeMap<String, String>,
-    /// Shell lines before the program, such as `module load` (`pre`).
+    /// Shell lines that run before the program, such as `module load` (`pre`).
     pub pre: Vec<String>,
-    /// What is there before the program starts (`in`). What the client sends is captured when it is submitted: most of it
-    /// goes into [`OnSite::staged`], and nothing of [`Scope::Client`] is left here.
+    /// The files to stage in before the program starts (`in`). The client's files are captured at submission: most go
+    /// into [`OnSite::staged`], and no [`Scope::Client`] remains here.
     pub inputs: Vec<Input>,
-    /// The manifest of what the client sent into the sandbox, with paths relative to that; see
+    /// The manifest of the client's files for the sandbox, with paths relative to the sandbox; see
     /// [`crate::objects::Manifest`].
     pub staged: Option<Digest>,
     /// The version of that manifest.
     #[serde(skip_serializing_if = "is_one")]
     pub staged_version: u32,
-    /// What is kept when it has ended (`out`).
+    /// The files to keep when the program has ended (`out`).
     pub outputs: Vec<Output>,
-    /// The file whose JSON object becomes the process's values, relative to its sandbox (`values`).
+    /// The file with the JSON object that becomes the values of the process, relative to its sandbox (`values`).
     pub values: Option<String>,
 }
 
-/// What the launcher is asked for; what is `None` is left to its defaults. The time is [`super::Spec::time`].
+/// The resources to request from the launcher; `None` is the launcher's default. The time limit is
+/// [`super::Spec::time`].
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Needs {
-    /// Nodes.
+    /// Number of nodes.
     pub nodes: Option<u32>,
-    /// Tasks of a parallel program.
+    /// Number of tasks of a parallel program.
     pub ranks: Option<u32>,
-    /// Cores for each rank.
+    /// Cores per rank.
     pub cpus: Option<u32>,
-    /// Memory of each node in bytes.
+    /// Memory per node in bytes.
     pub mem: Option<u64>,
-    /// GPUs of each node.
+    /// GPUs per node.
     pub gpus: Option<u32>,
 }
 
-/// A line of `in`.
+/// An entry of `in`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Input {
-    /// Where it comes from. A folder stands for its content.
+    /// The source. A folder stands for its content.
     pub from: Location,
-    /// Where it goes: a file for a file; for a folder and an archive, the folder that takes in the content.
+    /// The target: a file for a file; for a folder or an archive, the folder for its content.
     pub to: Location,
-    /// How it gets there.
+    /// The method of the transfer.
     #[serde(default)]
     pub how: How,
-    /// That it is missing is no failure.
+    /// Whether the source may be missing.
     #[serde(default)]
     pub optional: bool,
 }
 
-/// A line of `out`.
+/// An entry of `out`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Output {
-    /// What is kept: a file, a folder (with `/` at its end), or a [`glob`] of files, relative to the sandbox.
+    /// The source: a file, a folder (with a trailing `/`), or a [`glob`] of files, relative to the sandbox.
     pub from: String,
-    /// Where it goes: the object store, or in a scope of the site a file for a file, and a folder for a folder or a glob.
+    /// The target: the object store; or in a scope of the site, a file for a file and a folder for a folder or a glob.
     pub to: Location,
-    /// How it gets to a scope of the site.
+    /// The method of the transfer to a scope of the site.
     #[serde(default)]
     pub how: How,
-    /// After which ends.
+    /// The ends after which it is kept.
     #[serde(default)]
     pub when: When,
-    /// That nothing matches is no failure.
+    /// Whether the source may be missing, or the glob match nothing.
     #[serde(default)]
     pub optional: bool,
 }
@@ -152,47 +154,47 @@ pub struct Output {
 /// A path in a scope.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Location {
-    /// What the path is relative to.
+    /// The scope that the path is relative to.
     pub scope: Scope,
-    /// Relative, without `..` and `.`. A folder ends with `/`, and the scope's own folder is empty. For [`Scope::Store`] a
-    /// digest, or empty for "under its own digest".
+    /// The path: relative, without `..` and `.`; with a trailing `/` for a folder, and empty for the scope's own
+    /// folder. For [`Scope::Store`] a digest, or empty for a file that is stored under its own digest.
     pub path: String,
 }
 
-/// What a path is relative to.
+/// The folder or store that a path is relative to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Scope {
-    /// The folder of the document, on the machine of whoever submits; captured then.
+    /// The folder of the document on the client's machine; captured at submission.
     Client,
     /// The sandbox of the try.
     Task,
-    /// A folder of the site that all processes of a session share.
+    /// A folder of the site that the processes of a session share.
     Session,
-    /// A folder of the site that everything there shares.
+    /// A folder of the site that all processes share.
     Resource,
     /// The object store, by digest.
     Store,
 }
 
-/// How a file gets from one place to another.
+/// The method of a transfer.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum How {
-    /// A link where the source is shared and does not change, else a copy.
+    /// A link if the source is shared and does not change, else a copy.
     #[default]
     Auto,
-    /// A copy of its own.
+    /// A copy.
     Copy,
     /// A symbolic link.
     Link,
-    /// The source is gone afterwards.
+    /// A move, which removes the source.
     Move,
-    /// An archive (tar, also compressed by gzip) whose content is put into the folder.
+    /// Unpacks a tar archive, which may be compressed with gzip, into the folder.
     Unpack,
 }
 
-/// After which ends an output is kept.
+/// The ends after which an output is kept.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum When {
@@ -205,7 +207,7 @@ pub enum When {
     Always,
 }
 
-#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde asks so")]
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference")]
 fn is_one(number: &u32) -> bool {
     *number == 1
 }
@@ -227,36 +229,36 @@ impl Default for OnSite {
 }
 
 impl OnSite {
-    /// Whether something is still to be captured from whoever submits it.
+    /// Whether files of the client are still to be captured.
     pub fn needs_client(&self) -> bool {
         self.inputs.iter().any(|input| input.from.scope == Scope::Client)
     }
 }
 
 impl Output {
-    /// Whether several files may be meant.
+    /// Whether the source is a pattern.
     pub fn is_glob(&self) -> bool {
         self.from.contains(['*', '?', '[', ']', '{', '}', '\\'])
     }
 }
 
 impl Location {
-    /// Whether it is a folder: that of the scope, or one below it.
+    /// Whether the location is a folder: the scope's own or one below it.
     pub fn is_folder(&self) -> bool {
         self.path.is_empty() || self.path.ends_with('/')
     }
 }
 
-/// The pattern of an output: `*` and `?` do not match `/`, `**` does, and `\` takes a sign's meaning away.
+/// Parses the pattern of an output: `*` and `?` do not match `/`, `**` does, and `\` escapes the next character.
 ///
 /// # Errors
-/// What is wrong with it.
+/// The syntax error.
 pub fn glob(pattern: &str) -> Result<globset::Glob, globset::Error> {
     globset::GlobBuilder::new(pattern).literal_separator(true).backslash_escape(true).build()
 }
 
 impl Scope {
-    /// Before `://` in documents.
+    /// The word before `://` in documents.
     pub fn word(self) -> &'static str {
         match self {
             Scope::Client => "client",

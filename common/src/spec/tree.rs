@@ -1,4 +1,4 @@
-//! A document as a tree of values that know their lines; the one shape that YAML, JSON, TOML and messages come to.
+//! A document as a tree of values with their lines: the common form of YAML, JSON, TOML and messages.
 
 use std::cell::Cell;
 use std::collections::BTreeSet;
@@ -12,17 +12,17 @@ use serde_saphyr::{MessageFormatter, Spanned, UserMessageFormatter};
 use toml::de::{DeTable, DeValue};
 
 use super::error::Problem;
+use crate::unique_keys::DuplicateKey;
 
-/// Longest text of a document, and the most that its values may amount to.
-/// A spec travels in every task message and stands in every row; data belongs into files.
+/// Largest text of a document, and largest total size of its values. Each row has a spec, so data belongs in files.
 pub(super) const BYTES_MAX: usize = 1024 * 1024;
 
-/// Deepest nesting, from the document itself. The keys of a spec need four levels; the rest is room for `with`.
-/// The YAML parser sets the limit: it takes 41 KiB of stack for a level without optimization (measured), and the
-/// threads of the runtime have 2 MiB.
+/// Deepest nesting of a document. The keys of a spec need four levels; the rest is for `with`. The YAML parser
+/// determines the limit: it takes 41 KiB of stack per level without optimization (measured), and the runtime's threads
+/// have 2 MiB.
 pub(super) const DEPTH_MAX: usize = 24;
 
-/// A value and its line: that of its key in a map, its own in a list.
+/// A value and its line: the line of the key in a map, or of the element in a list.
 #[derive(Debug)]
 pub(super) struct Node {
     pub(super) line: Option<u32>,
@@ -36,12 +36,12 @@ pub(super) enum Content {
     Number(Number),
     Text(String),
     List(Vec<Node>),
-    /// No key stands twice in it.
+    /// The keys are unique.
     Map(Vec<(String, Node)>),
 }
 
 /// # Errors
-/// The first thing that is not YAML, or is more than this program takes in.
+/// The first syntax error, or an exceeded limit.
 pub(super) fn from_yaml(text: &str) -> Result<Node, Problem> {
     let options = serde_saphyr::options! {
         budget: serde_saphyr::budget! {
@@ -63,7 +63,7 @@ pub(super) fn from_yaml(text: &str) -> Result<Node, Problem> {
 }
 
 /// # Errors
-/// The first thing that is not JSON.
+/// The first syntax error, or an exceeded limit.
 pub(super) fn from_json(text: &str) -> Result<Node, Problem> {
     let line = Cell::new(1);
     let mut deserializer = serde_json::Deserializer::from_reader(LineCounter { rest: text.as_bytes(), line: &line });
@@ -72,9 +72,9 @@ pub(super) fn from_json(text: &str) -> Result<Node, Problem> {
         .and_then(|node| deserializer.end().map(|()| node))
         .map_err(|error| {
             let text = error.to_string();
-            let place = format!(" at line {} column {}", error.line(), error.column());
-            let text = text.strip_suffix(&place).unwrap_or(&text);
-            // At the end of the text the parser counts the column from 0.
+            let position = format!(" at line {} column {}", error.line(), error.column());
+            let text = text.strip_suffix(&position).unwrap_or(&text);
+            // At the end of the text the parser counts columns from 0.
             let column = narrow(error.column().max(1));
             Problem { line: narrow(error.line()), column, text: text.to_owned() }
         })?;
@@ -82,7 +82,7 @@ pub(super) fn from_json(text: &str) -> Result<Node, Problem> {
 }
 
 /// # Errors
-/// The first thing that is not TOML.
+/// The first syntax error, or an exceeded limit.
 pub(super) fn from_toml(text: &str) -> Result<Node, Problem> {
     let lines = LineStarts::of(text);
     let table = DeTable::parse(text).map_err(|error| {
@@ -97,16 +97,16 @@ pub(super) fn from_toml(text: &str) -> Result<Node, Problem> {
 }
 
 /// # Errors
-/// The value is nested too deeply, or too large.
+/// The value is nested too deeply or too large.
 pub(super) fn from_value(value: Value) -> Result<Node, Problem> {
     within_limit(Node { line: None, content: value_content(value) })
 }
 
 impl Node {
-    /// What the value is, for errors.
+    /// The type of the value, for errors.
     pub(super) fn what(&self) -> &'static str {
         match &self.content {
-            Content::Null => "nothing",
+            Content::Null => "null",
             Content::Bool(_) => "a boolean",
             Content::Number(_) => "a number",
             Content::Text(_) => "text",
@@ -128,7 +128,7 @@ impl Node {
         }
     }
 
-    /// The bytes of the node's text and one for each value in it.
+    /// The size of the node: the bytes of its texts, and 1 for each value.
     fn weigh(&self, depth_left: usize) -> Result<usize, Problem> {
         let below = || {
             let text = format!("the document is nested more than {DEPTH_MAX} levels deep");
@@ -155,7 +155,8 @@ impl Node {
     }
 }
 
-/// Each parser has a depth of its own, aliases make a document larger than its text, and a value has no text at all.
+/// Checks depth and size again, since each parser has its own depth limit, aliases make a document larger than its
+/// text, and a value from a message has no text.
 fn within_limit(node: Node) -> Result<Node, Problem> {
     if node.weigh(DEPTH_MAX)? > BYTES_MAX {
         return Err(Problem::at(None, "the document is larger than 1 MiB; put data into files"));
@@ -169,38 +170,34 @@ fn narrow(count: usize) -> Option<u32> {
 
 fn yaml_problem(error: &serde_saphyr::Error) -> Problem {
     use serde_saphyr::Error as Yaml;
-    // What is wrong within an alias is told where the alias stands.
+    // A problem within an aliased value is reported at the alias.
     let location = error.location().filter(|location| location.line() > 0);
     let line = location.and_then(|location| u32::try_from(location.line()).ok());
     let column = location.and_then(|location| u32::try_from(location.column()).ok());
     let cause = if let Yaml::AliasError { error, .. } = error { error } else { error };
     #[expect(
         clippy::wildcard_enum_match_arm,
-        reason = "a foreign enum of a hundred variants; the rest speaks for itself"
+        reason = "a foreign enum of a hundred variants; the others have suitable texts"
     )]
     let text = match cause {
         Yaml::MultipleDocuments { .. } => {
-            "a second document begins here; one document is one process: give each process a file of its own".to_owned()
+            "a second document starts here; put each process into a separate file".to_owned()
         }
-        Yaml::DuplicateMappingKey { key: Some(key), .. } => duplicate(key),
-        Yaml::MergeKeyNotAllowed { .. } => "merge keys (`<<`) are not supported; write the keys out".to_owned(),
+        Yaml::DuplicateMappingKey { key: Some(key), .. } => DuplicateKey(key.clone()).to_string(),
+        Yaml::MergeKeyNotAllowed { .. } => "merge keys (`<<`) are not supported; repeat the keys instead".to_owned(),
         Yaml::RecursiveReferencesRequireWeakTypes { .. } => "an alias contains itself".to_owned(),
         Yaml::NonFiniteFloat { .. } => NOT_FINITE.to_owned(),
         Yaml::Budget { .. } | Yaml::AliasReplayLimitExceeded { .. } | Yaml::AliasReplayStackDepthExceeded { .. } => {
-            "the document, its aliases written out, is nested too deeply or too large; at most 1 MiB".to_owned()
+            "the document with its aliases expanded is nested too deeply or larger than the limit of 1 MiB".to_owned()
         }
         other => UserMessageFormatter.format_message(other).into_owned(),
     };
     Problem { line, column, text }
 }
 
-const NOT_FINITE: &str = "infinite numbers and NaN are not supported";
+const NOT_FINITE: &str = "infinity and NaN are not supported";
 
-fn duplicate(key: &str) -> String {
-    format!("the key `{key}` stands here twice; keep one of them")
-}
-
-/// The content of a YAML node; [`Spanned`] takes types, not seeds.
+/// The content of a YAML node. [`Spanned`] takes types, not seeds.
 struct Yaml(Content);
 
 impl<'de> Deserialize<'de> for Yaml {
@@ -209,7 +206,7 @@ impl<'de> Deserialize<'de> for Yaml {
     }
 }
 
-/// Reads a node: the line comes from the counter under the JSON parser, or from the YAML parser.
+/// Reads a node. Its line comes from the counter below the JSON parser, or from the YAML parser.
 #[derive(Clone, Copy)]
 struct Seed<'a> {
     json_line: Option<&'a Cell<u32>>,
@@ -292,7 +289,7 @@ impl<'de> de::Visitor<'de> for ContentVisitor<'_> {
                 },
             };
             if !seen.insert(key.clone()) {
-                return Err(de::Error::custom(duplicate(&key)));
+                return Err(de::Error::custom(DuplicateKey(key)));
             }
             let node = map.next_value_seed(Seed { json_line: self.json_line })?;
             entries.push((key, Node { line, content: node.content }));
@@ -301,7 +298,7 @@ impl<'de> de::Visitor<'de> for ContentVisitor<'_> {
     }
 }
 
-/// Tells the line that the JSON parser has come to: it takes one byte at a time and looks ahead by one at most.
+/// Counts the lines that the JSON parser has read. The parser reads single bytes and looks ahead by at most one.
 struct LineCounter<'a> {
     rest: &'a [u8],
     line: &'a Cell<u32>,
@@ -311,12 +308,12 @@ impl io::Read for LineCounter<'_> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let n_read = io::Read::read(&mut self.rest, buffer)?;
         let n_breaks = buffer[..n_read].iter().filter(|byte| **byte == b'\n').count();
-        self.line.set(self.line.get() + narrow(n_breaks).expect("a document has at most a MiB"));
+        self.line.set(self.line.get() + narrow(n_breaks).expect("a document has at most 1 MiB"));
         Ok(n_read)
     }
 }
 
-/// The offsets at which lines begin, to turn the TOML parser's offsets into lines.
+/// The offsets at which lines start, to convert the TOML parser's offsets to lines.
 struct LineStarts(Vec<usize>);
 
 impl LineStarts {
@@ -361,7 +358,7 @@ fn toml_content(value: DeValue<'_>, line: Option<u32>, lines: &LineStarts) -> Re
             let number = float.as_str().parse().ok().and_then(Number::from_f64);
             number.map(Content::Number).ok_or_else(|| Problem::at(line, NOT_FINITE))
         }
-        DeValue::Datetime(_) => Err(Problem::at(line, "a date is given as text; put quotes around it")),
+        DeValue::Datetime(_) => Err(Problem::at(line, "dates must be text; put quotes around it")),
         DeValue::Array(array) => {
             let mut nodes = Vec::with_capacity(array.len());
             for value in array {

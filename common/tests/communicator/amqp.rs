@@ -1,4 +1,4 @@
-//! Against a real RabbitMQ, each test in a virtual host of its own.
+//! Tests against a real RabbitMQ, each in its own virtual host.
 
 use std::collections::HashSet;
 use std::time::Duration;
@@ -15,13 +15,13 @@ use lapin::types::FieldTable;
 use tokio::time::timeout;
 
 use crate::broker::{Vhost, counts, header};
-use crate::{LIMIT, eventually, go_on, many, options, receive, slots, start, task};
+use crate::{LIMIT, continue_task, eventually, many, options, receive, slots, start, task};
 
 const OWN: &str = "baton.worker.w1.0";
 
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
-async fn what_is_told_is_delivered_with_its_trace_and_gone_once_acknowledged() {
+async fn a_task_is_delivered_with_its_trace_and_removed_once_acknowledged() {
     let vhost = Vhost::new();
     let (communicator, mut incoming) = start(&vhost.broker(), "w1", None).await;
     communicator.consume(vec!["default".into()], slots(4)).await;
@@ -43,7 +43,7 @@ async fn what_is_told_is_delivered_with_its_trace_and_gone_once_acknowledged() {
 
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
-async fn many_tasks_are_told_at_once_and_counted() {
+async fn many_tasks_are_published_at_once_and_counted() {
     let vhost = Vhost::new();
     let (communicator, _incoming) = start(&vhost.broker(), "cli", None).await;
     assert_eq!(communicator.depth("default").await.unwrap(), 0);
@@ -57,10 +57,10 @@ async fn many_tasks_are_told_at_once_and_counted() {
     communicator.shutdown().await;
 }
 
-/// Of those that are acknowledged together only the first is told to whoever acknowledges.
+/// Of the deliveries that are acknowledged together, only the first notifies the acknowledger.
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
-async fn each_is_acknowledged_however_long_after_the_one_before() {
+async fn deliveries_are_acknowledged_after_any_pause() {
     let vhost = Vhost::new();
     let (communicator, mut incoming) = start(&vhost.broker(), "w1", None).await;
     communicator.publish("default", many(5).1).await.unwrap();
@@ -69,7 +69,7 @@ async fn each_is_acknowledged_however_long_after_the_one_before() {
     for _ in 0..5 {
         taken.push(Some(task(&mut incoming).await));
     }
-    // The last but one before the one before it, and both beside others.
+    // In this order, and together with others.
     for (n_left, idxs) in [(4, vec![0]), (3, vec![1]), (2, vec![3]), (0, vec![2, 4])] {
         for idx in idxs {
             taken[idx].take().unwrap().settle.ack().await;
@@ -81,7 +81,7 @@ async fn each_is_acknowledged_however_long_after_the_one_before() {
 
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
-async fn thousands_are_settled_in_any_order_and_each_comes_once() {
+async fn thousands_of_tasks_are_settled_in_any_order_and_delivered_once() {
     const COUNT: usize = 6_000;
     let vhost = Vhost::new();
     let (communicator, mut incoming) = start(&vhost.broker(), "w1", None).await;
@@ -91,11 +91,11 @@ async fn thousands_are_settled_in_any_order_and_each_comes_once() {
     let mut settling = tokio::task::JoinSet::new();
     while pids.len() < COUNT {
         let delivery = task(&mut incoming).await;
-        assert!(!delivery.redelivered, "a channel has closed");
+        assert!(!delivery.redelivered, "a channel was closed");
         let n_turns = delivery.task.pid().to_string().bytes().last().unwrap() % 16;
         assert!(pids.insert(delivery.task.pid()));
         settling.spawn(async move {
-            // Each lets a different number of others go first.
+            // Each yields a different number of times.
             for _ in 0..n_turns {
                 tokio::task::yield_now().await;
             }
@@ -106,23 +106,23 @@ async fn thousands_are_settled_in_any_order_and_each_comes_once() {
     settling.join_all().await;
     counts(&vhost, "baton.task.default", 0, 0).await;
     let traffic = communicator.traffic();
-    assert_eq!((traffic.told, traffic.delivered), (COUNT as u64, COUNT as u64));
-    assert!(traffic.ack_frames < COUNT as u64 / 4, "{} frames have acknowledged {COUNT}", traffic.ack_frames);
+    assert_eq!((traffic.published, traffic.delivered), (COUNT as u64, COUNT as u64));
+    assert!(traffic.ack_frames < COUNT as u64 / 4, "{} frames acknowledged {COUNT}", traffic.ack_frames);
     communicator.shutdown().await;
 }
 
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
-async fn an_absent_queue_is_declared_and_every_concurrent_tell_arrives() {
+async fn an_absent_queue_is_declared_and_every_concurrent_publish_arrives() {
     let vhost = Vhost::new();
     let (communicator, mut incoming) = start(&vhost.broker(), "cli", None).await;
     let (pids, tasks) = many(200);
-    let tells = tasks.into_iter().enumerate().map(|(n, told)| {
+    let publishes = tasks.into_iter().enumerate().map(|(n, task)| {
         let communicator = &communicator;
-        async move { communicator.publish(["a", "b", "c"][n % 3], vec![told]).await }
+        async move { communicator.publish(["a", "b", "c"][n % 3], vec![task]).await }
     });
-    for told in futures_util::future::join_all(tells).await {
-        told.unwrap();
+    for published in futures_util::future::join_all(publishes).await {
+        published.unwrap();
     }
     communicator.consume(["a", "b", "c"].map(str::to_owned).to_vec(), slots(64)).await;
     let mut arrived = HashSet::new();
@@ -136,16 +136,16 @@ async fn an_absent_queue_is_declared_and_every_concurrent_tell_arrives() {
 
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
-async fn what_can_never_be_told_is_refused_at_once() {
+async fn an_unpublishable_task_is_rejected_at_once() {
     let vhost = Vhost::new();
     let (communicator, _incoming) = start(&vhost.broker(), "cli", None).await;
     let spec = Some(serde_json::Value::String("x".repeat(3 * 1024 * 1024)));
-    let huge = Task::Launch { pid: Pid::generate(), spec, wait: false, announced_at: None };
+    let huge = Task::Launch { pid: Pid::generate(), spec: spec.map(Ok), wait: false, announced_at: None };
     let outcome = communicator.publish("default", vec![TaskMessage { task: huge, traceparent: None }]).await;
     assert!(matches!(outcome, Err(PublishError::TooLarge(_))), "{outcome:?}");
-    let outcome = communicator.publish(&"x".repeat(300), vec![go_on(Pid::generate())]).await;
+    let outcome = communicator.publish(&"x".repeat(300), vec![continue_task(Pid::generate())]).await;
     assert!(matches!(outcome, Err(PublishError::Unroutable { .. })), "{outcome:?}");
-    communicator.publish("default", vec![go_on(Pid::generate())]).await.unwrap();
+    communicator.publish("default", vec![continue_task(Pid::generate())]).await.unwrap();
 }
 
 #[tokio::test]
@@ -164,7 +164,7 @@ async fn a_launch_written_by_hand_is_delivered_and_answered_by_another_program()
         .with_content_type("application/json".into())
         .with_reply_to("answers".into())
         .with_correlation_id("mine".into());
-    // Publishing before the queue is bound would lose the message, as it is not mandatory here.
+    // This publish is not mandatory, so the queue must be bound first.
     eventually("the queue is bound", async || {
         let bindings = vhost.http("GET", "bindings/{vhost}/e/baton.task/q/baton.task.default", None);
         (bindings.as_array().is_some_and(|bindings| !bindings.is_empty()), bindings)
@@ -184,7 +184,7 @@ async fn a_launch_written_by_hand_is_delivered_and_answered_by_another_program()
 
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
-async fn what_cannot_be_read_lands_among_the_dead_with_its_reason() {
+async fn an_unreadable_message_is_dead_lettered_with_the_reason() {
     let vhost = Vhost::new();
     let (communicator, mut incoming) = start(&vhost.broker(), "w1", Some(OWN)).await;
     communicator.publish("default", many(1).1).await.unwrap();
@@ -218,7 +218,7 @@ async fn what_cannot_be_read_lands_among_the_dead_with_its_reason() {
 
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
-async fn a_request_is_answered_and_an_unreadable_one_is_refused_and_put_aside() {
+async fn a_request_is_answered_and_an_unreadable_one_is_refused_and_dead_lettered() {
     let vhost = Vhost::new();
     let (worker, mut incoming) = start(&vhost.broker(), "w1", Some(OWN)).await;
     let (asker, _incoming) = start(&vhost.broker(), "cli", None).await;
@@ -249,7 +249,7 @@ async fn a_request_is_answered_and_an_unreadable_one_is_refused_and_put_aside() 
 
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
-async fn a_worker_that_has_gone_is_unroutable_and_one_that_is_silent_times_out() {
+async fn a_request_to_a_gone_worker_is_unroutable_and_one_to_a_silent_worker_times_out() {
     let vhost = Vhost::new();
     let (worker, mut incoming) = start(&vhost.broker(), "w1", Some(OWN)).await;
     let (asker, _incoming) = start(&vhost.broker(), "cli", None).await;
@@ -258,7 +258,7 @@ async fn a_worker_that_has_gone_is_unroutable_and_one_that_is_silent_times_out()
     let silent = asker.request(OWN, Control::Drain, Duration::from_millis(100)).await;
     assert!(matches!(silent, Err(RequestError::TimedOut(_))), "{silent:?}");
     worker.shutdown().await;
-    eventually("its queue has gone", async || (!asker.ping(OWN).await.unwrap(), ())).await;
+    eventually("its queue is deleted", async || (!asker.ping(OWN).await.unwrap(), ())).await;
     let gone = futures_util::future::join_all((0..50).map(|_| asker.request(OWN, Control::Drain, LIMIT))).await;
     for outcome in gone {
         assert_eq!(outcome, Err(RequestError::Unroutable(OWN.to_owned())));
@@ -311,7 +311,7 @@ async fn a_broadcast_from_outside_reaches_every_worker_and_is_recorded_by_one() 
 
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
-async fn state_changes_are_gathered_into_few_messages() {
+async fn events_are_gathered_into_few_messages() {
     let vhost = Vhost::new();
     let (communicator, _incoming) = start(&vhost.broker(), "w1", None).await;
     let event = |n: i64| Event {
@@ -351,7 +351,7 @@ async fn full_queues_share_by_weight() {
     let vhost = Vhost::new();
     let (communicator, mut incoming) = start(&vhost.broker(), "w1", None).await;
     let queues = ["default.high", "default", "default.low"];
-    // Nothing is left in the broker: how soon it sends what follows decides nothing.
+    // The broker has no messages left, so its speed does not matter.
     let all_in_hand = async || {
         for queue in queues {
             eventually("everything has been delivered", async || {
@@ -361,7 +361,7 @@ async fn full_queues_share_by_weight() {
             .await;
         }
     };
-    // More than the channel to the worker takes; what comes behind them waits for its turn.
+    // More than the channel to the worker holds; the following tasks wait for their turn.
     const FIRST: usize = 80;
     communicator.publish("default.high", many(FIRST).1).await.unwrap();
     communicator.consume(vec!["default".into()], slots(1_000)).await;
@@ -377,17 +377,17 @@ async fn full_queues_share_by_weight() {
             counts[queues.iter().position(|queue| *queue == delivery.queue).unwrap()] += 1;
         }
         delivery.settle.ack().await;
-        // What the broker has sent may still be on its way. Whoever is slower than that has some of each to choose from.
+        // Deliveries of the broker may still be in transit. After this pause there are deliveries of each class.
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
-    // 160, 40 and 10, but for where in its turn it was after the first ones. The exact turns are tested where they are
-    // decided.
+    // Roughly 160, 40 and 10: the position in the round after the first deliveries is unknown. The unit tests check
+    // exact rounds.
     assert!(counts[0] > 3 * counts[1] && counts[1] > 3 * counts[2] && counts[2] > 5, "{counts:?}");
 }
 
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
-async fn a_full_worker_gives_back_what_it_has_in_hand_and_takes_again_when_it_is_free() {
+async fn a_full_worker_gives_back_its_prefetched_tasks_and_consumes_again_when_it_is_free() {
     let vhost = Vhost::new();
     let (full, mut of_full) = start(&vhost.broker(), "w1", None).await;
     let slots_of_full = slots(1);
@@ -408,7 +408,7 @@ async fn a_full_worker_gives_back_what_it_has_in_hand_and_takes_again_when_it_is
     held.settle.ack().await;
     drop(held.permit);
     let last = Pid::generate();
-    full.publish("default.low", vec![go_on(last)]).await.unwrap();
+    full.publish("default.low", vec![continue_task(last)]).await.unwrap();
     let delivery = task(&mut of_full).await;
     assert_eq!(delivery.task.pid(), last);
     delivery.settle.ack().await;
@@ -419,7 +419,7 @@ async fn a_full_worker_gives_back_what_it_has_in_hand_and_takes_again_when_it_is
 
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
-async fn after_stopping_everything_but_what_was_taken_is_back_in_the_queue() {
+async fn after_stop_consuming_all_tasks_that_were_not_taken_are_in_the_queue() {
     let vhost = Vhost::new();
     let (communicator, mut incoming) = start(&vhost.broker(), "w1", None).await;
     communicator.publish("default", many(200).1).await.unwrap();
@@ -439,15 +439,15 @@ async fn after_stopping_everything_but_what_was_taken_is_back_in_the_queue() {
 
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
-async fn a_wrong_password_and_other_mistakes_are_named_without_the_password() {
+async fn configuration_errors_are_named_without_the_password() {
     let vhost = Vhost::new();
     let wrong = vhost.url.replace("guest:guest@", "guest:s3cret@");
     let (communicator, _incoming) =
         baton_common::communicator::Communicator::start(options(Broker::Amqp(vec![wrong.clone()]), "w1", None));
     let down = communicator.wait_connected(Duration::from_secs(1)).await.unwrap_err().0;
-    assert!(down.contains("refuses the credentials of user guest") && !down.contains("s3cret"), "{down}");
-    let told = communicator.publish("default", many(1).1).await.unwrap_err();
-    assert!(matches!(&told, PublishError::Down(down) if down.0.contains("credentials")), "{told:?}");
+    assert!(down.contains("rejected the credentials of user guest") && !down.contains("s3cret"), "{down}");
+    let error = communicator.publish("default", many(1).1).await.unwrap_err();
+    assert!(matches!(&error, PublishError::Down(down) if down.0.contains("credentials")), "{error:?}");
     communicator.shutdown().await;
 
     let check = async |url: &str| Broker::check(&[url.to_owned()], None).await.remove(0);

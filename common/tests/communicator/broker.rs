@@ -1,4 +1,4 @@
-//! A virtual host per test on the shared broker, and a broker of one's own for those tests that kill it.
+//! A virtual host for each test on the shared broker, and a private broker for tests that kill it.
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -13,7 +13,7 @@ use tokio::time::{Instant, sleep, timeout};
 
 use crate::{LIMIT, eventually};
 
-/// A virtual host of its own, which goes when the test ends.
+/// A virtual host that is deleted when the test ends.
 pub(crate) struct Vhost {
     name: String,
     management: String,
@@ -36,7 +36,7 @@ impl Vhost {
         Broker::Amqp(vec![self.url.clone()])
     }
 
-    /// A call of the management API; `{vhost}` stands for this one.
+    /// Calls the management API. `{vhost}` in the path stands for this virtual host.
     pub(crate) fn http(&self, method: &str, path: &str, body: Option<&str>) -> serde_json::Value {
         let path = path.replace("{vhost}", &self.name);
         let mut curl = Command::new("curl");
@@ -50,7 +50,7 @@ impl Vhost {
         serde_json::from_slice(&output.stdout).unwrap_or_default()
     }
 
-    /// A plain AMQP channel, as a program that is not Baton has it.
+    /// A plain AMQP channel, as of another program.
     pub(crate) async fn stranger(&self) -> Stranger {
         Stranger::connect(&self.url).await
     }
@@ -62,7 +62,7 @@ impl Drop for Vhost {
     }
 }
 
-/// A program that speaks AMQP and is not Baton.
+/// Another program that speaks AMQP.
 pub(crate) struct Stranger {
     pub(crate) channel: Channel,
     _connection: Connection,
@@ -91,7 +91,7 @@ impl Stranger {
         self.channel.basic_consume(queue.into(), "".into(), options, FieldTable::default()).await.unwrap()
     }
 
-    /// The first messages of a queue, taken for good, once for each queue.
+    /// Consumes and acknowledges the first messages of a queue. To be called once for each queue.
     pub(crate) async fn take(&self, queue: &str, n_messages: usize) -> Vec<lapin::message::Delivery> {
         let mut consumer = self.consume(queue).await;
         let mut messages = Vec::new();
@@ -111,7 +111,7 @@ pub(crate) fn header(message: &lapin::message::Delivery, name: &str) -> String {
     headers.inner()[name].as_long_string().unwrap().to_string()
 }
 
-/// A broker of one's own, to be killed.
+/// A private broker that can be killed.
 pub(crate) struct OwnBroker {
     folder: tempfile::TempDir,
     port: u16,
@@ -177,7 +177,7 @@ impl OwnBroker {
         }
     }
 
-    /// One of the broker's own programs, with the environment they all share.
+    /// One of the broker's programs, in its environment.
     fn command(&self, program: &str) -> Command {
         let home = self.folder.path();
         let distribution = std::fs::read_to_string(self.path("distribution")).unwrap();
@@ -200,14 +200,14 @@ impl OwnBroker {
         command
     }
 
-    /// `rabbitmqctl`; what it says.
+    /// Runs `rabbitmqctl`, and returns its output.
     pub(crate) fn control(&self, arguments: &[&str]) -> String {
         let output = self.command("rabbitmqctl").args(arguments).output().unwrap();
         assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
         String::from_utf8_lossy(&output.stdout).into_owned()
     }
 
-    /// What the broker knows of its queues and consumers, for a test that has failed.
+    /// The queues and consumers of the broker, for a failed test.
     pub(crate) fn report(&self) -> String {
         let queues = ["list_queues", "name", "messages_ready", "messages_unacknowledged", "consumers", "leader"];
         let channels = ["list_channels", "name", "prefetch_count", "messages_unacknowledged", "messages_unconfirmed"];
@@ -217,14 +217,14 @@ impl OwnBroker {
         format!("{}\n{}\n{}", self.control(&queues), self.control(&channels), leaders.join("\n"))
     }
 
-    /// Waits until the broker knows its queues after a SIGKILL, too. The directory of its quorum queues lies in tables that
-    /// it writes to disk some time after a declaration; killed before that, RabbitMQ 3.10 begins such a queue anew, without
-    /// its messages or without a leader, although it had confirmed them.
+    /// Waits until the broker's queues survive a SIGKILL. The directory of quorum queues is in tables that are written
+    /// to disk some time after a declaration. If RabbitMQ 3.10 is killed before that, it starts such a queue without
+    /// its confirmed messages, or without a leader.
     pub(crate) fn save_directory(&self) {
         self.control(&["eval", "[ok = dets:sync(Table) || Table <- dets:all()]."]);
     }
 
-    /// SIGKILL to the server and its helpers, as a power cut would be.
+    /// Kills the server and its helpers with SIGKILL, like a power failure.
     pub(crate) fn kill(&mut self) {
         if let Some(mut server) = self.server.take() {
             let group = format!("-{}", server.id());
@@ -250,7 +250,7 @@ impl Drop for OwnBroker {
     }
 }
 
-/// A port that nobody listens on and that the system gives to no outgoing connection meanwhile.
+/// A port without a listener, which the system does not use for outgoing connections.
 fn free_port() -> u16 {
     loop {
         let dice = u16::try_from(uuid::Uuid::new_v4().as_u128() % 12_000).unwrap();
@@ -260,7 +260,7 @@ fn free_port() -> u16 {
     }
 }
 
-/// Waits until the queue holds so many messages that are ready and so many that are out.
+/// Waits until the queue has this number of ready and of unacknowledged messages.
 pub(crate) async fn counts(vhost: &Vhost, queue: &str, n_ready: u64, n_unacked: u64) {
     eventually(&format!("{queue} has {n_ready} ready and {n_unacked} unacknowledged messages"), async || {
         let queue = vhost.http("GET", &format!("queues/{{vhost}}/{queue}"), None);

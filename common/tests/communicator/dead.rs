@@ -1,4 +1,4 @@
-//! Dead letters on a real RabbitMQ: looked at, replayed, thrown away, and never lost.
+//! Dead letters on a real RabbitMQ: inspected, replayed, discarded, and never lost.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -22,7 +22,7 @@ async fn open(vhost: &Vhost) -> DeadLetters {
     DeadLetters::open(vec![vhost.url.clone()]).await.unwrap()
 }
 
-/// Everything that can be seen, without its being kept.
+/// The ids of all visible letters, which are not kept.
 async fn ids(vhost: &Vhost) -> Vec<LetterId> {
     let mut letters = open(vhost).await;
     let mut ids = Vec::new();
@@ -49,15 +49,15 @@ fn from(origin: &str) -> BasicProperties {
     BasicProperties::default().with_headers(table([("x-baton-origin", long(origin))]))
 }
 
-/// Somebody who publishes by hand and waits until the broker has it; `baton.dead` is there.
-async fn somebody(vhost: &Vhost) -> Stranger {
+/// Another program, which publishes with confirms. `baton.dead` exists.
+async fn publisher(vhost: &Vhost) -> Stranger {
     open(vhost).await.close().await.unwrap();
     let stranger = vhost.stranger().await;
     stranger.channel.confirm_select(ConfirmSelectOptions::default()).await.unwrap();
     stranger
 }
 
-/// Publishes letters by hand: the body of each is its number.
+/// Publishes letters by hand. The body of each is its number.
 async fn put(stranger: &Stranger, n_letters: usize, properties: BasicProperties) {
     let mut confirms = Vec::new();
     for n in 0..n_letters {
@@ -78,7 +78,7 @@ fn number(letter: &Letter) -> i64 {
     }
 }
 
-/// The numbers of the first letters, which are only looked at.
+/// The numbers of the first letters, which are only inspected.
 async fn look(vhost: &Vhost, n_letters: usize) -> Vec<i64> {
     let mut letters = open(vhost).await;
     let mut seen = Vec::new();
@@ -93,7 +93,7 @@ async fn look(vhost: &Vhost, n_letters: usize) -> Vec<i64> {
 
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
-async fn looking_keeps_every_letter_and_its_place_with_and_without_the_policy() {
+async fn inspection_keeps_every_letter_and_the_order_with_and_without_the_policy() {
     let all: Vec<i64> = (0..300).collect();
     for policy in [None, Some(r#"{"pattern": "^baton\\.dead$", "definition": {"delivery-limit": 1000000}}"#)] {
         let vhost = Vhost::new();
@@ -101,11 +101,11 @@ async fn looking_keeps_every_letter_and_its_place_with_and_without_the_policy() 
         if let Some(policy) = policy {
             apply(&vhost, policy).await;
         }
-        put(&somebody(&vhost).await, 300, from("baton.task.default")).await;
+        put(&publisher(&vhost).await, 300, from("baton.task.default")).await;
         for _ in 0..3 {
             assert_eq!(look(&vhost, 1000).await, all, "{policy:?}");
         }
-        // Without a farewell, as when the command is killed.
+        // Without a close, as when the command is killed.
         let mut letters = open(&vhost).await;
         for _ in 0..100 {
             first(&mut letters).await;
@@ -135,10 +135,10 @@ async fn apply(vhost: &Vhost, policy: &str) {
 
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
-async fn looking_again_and_again_loses_nothing_although_the_broker_counts() {
+async fn repeated_inspection_loses_no_letter_although_the_broker_counts() {
     let vhost = Vhost::new();
-    let stranger = somebody(&vhost).await;
-    // As RabbitMQ 4 has it where no policy says otherwise.
+    let stranger = publisher(&vhost).await;
+    // The default of RabbitMQ 4.
     apply(&vhost, r#"{"pattern": "^baton\\.dead$", "definition": {"delivery-limit": 20}}"#).await;
     let copies = AMQPValue::FieldArray(vec![long("baton.dead")].into());
     let foreign = BasicProperties::default().with_headers(table([("BCC", copies.clone()), ("CC", copies)]));
@@ -148,7 +148,7 @@ async fn looking_again_and_again_loses_nothing_although_the_broker_counts() {
     for _ in 0..40 {
         assert_eq!(ids(&vhost).await.into_iter().collect::<BTreeSet<_>>(), before.iter().copied().collect());
     }
-    // Without that care, the same number of looks leaves nothing.
+    // Without that protection, the same number of inspections removes all letters.
     for _ in 0..25 {
         let look = vhost.stranger().await;
         while look.channel.basic_get(DEAD.into(), BasicGetOptions::default()).await.unwrap().is_some() {}
@@ -159,7 +159,7 @@ async fn looking_again_and_again_loses_nothing_although_the_broker_counts() {
 
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
-async fn a_letter_keeps_its_properties_through_burial_and_replay_and_goes_nowhere_else() {
+async fn a_letter_keeps_its_properties_and_is_replayed_only_to_its_queue() {
     let vhost = Vhost::new();
     let (worker, mut incoming) = start(&vhost.broker(), "w1", None).await;
     worker.consume(vec!["default".into()], slots(4)).await;
@@ -214,7 +214,7 @@ async fn a_letter_keeps_its_properties_through_burial_and_replay_and_goes_nowher
 
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
-async fn a_refused_request_names_the_workers_queue_and_is_kept_once_that_has_gone() {
+async fn a_refused_request_names_the_workers_queue_and_is_kept_if_the_queue_is_gone() {
     const OWN: &str = "baton.worker.w1.0";
     let vhost = Vhost::new();
     let (worker, mut incoming) = start(&vhost.broker(), "w1", Some(OWN)).await;
@@ -232,24 +232,24 @@ async fn a_refused_request_names_the_workers_queue_and_is_kept_once_that_has_gon
     };
     let (id, replayed) = replay().await;
     assert_eq!(replayed, Replayed::To(OWN.into()));
-    // Nothing was mended, so it comes back under another id.
+    // The cause persists, so the message is dead-lettered again with another id.
     counts(&vhost, DEAD, 1, 0).await;
     worker.shutdown().await;
     let (again, replayed) = replay().await;
     assert_ne!(id, again);
     let Replayed::Kept(why @ Kept::NotTaken { .. }) = replayed else { panic!("{replayed:?}") };
-    assert_eq!(why.to_string(), "queue baton.worker.w1.0 does not take it: it does not exist");
+    assert_eq!(why.to_string(), "queue baton.worker.w1.0 does not accept it: it does not exist");
     assert_eq!(ids(&vhost).await, [again]);
     assert!(incoming.controls.recv().await.is_none());
 }
 
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
-async fn a_task_queue_that_has_gone_is_declared_and_a_broadcast_is_recorded_after_all() {
+async fn a_replay_declares_an_absent_task_queue_and_a_replayed_broadcast_is_recorded() {
     let vhost = Vhost::new();
     let (worker, mut incoming) = start(&vhost.broker(), "w1", None).await;
     worker.publish("gone", many(1).1).await.unwrap();
-    let stranger = somebody(&vhost).await;
+    let stranger = publisher(&vhost).await;
     stranger.channel.queue_delete("baton.task.gone".into(), QueueDeleteOptions::default()).await.unwrap();
     let pid = Pid::generate();
     let body = format!(r#"{{"version": 1, "type": "continue", "pid": "{pid}"}}"#);
@@ -273,14 +273,14 @@ async fn a_task_queue_that_has_gone_is_declared_and_a_broadcast_is_recorded_afte
 
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
-async fn what_rabbitmq_has_dead_lettered_itself_goes_back_to_its_queue() {
+async fn a_message_that_rabbitmq_dead_lettered_is_replayed_to_its_queue() {
     let vhost = Vhost::new();
-    let (teller, _incoming) = start(&vhost.broker(), "cli", None).await;
+    let (publisher, _incoming) = start(&vhost.broker(), "cli", None).await;
     let policy = r#"{"pattern": "^baton\\.task", "definition":
         {"dead-letter-exchange": "", "dead-letter-routing-key": "baton.dead"}}"#;
     vhost.http("PUT", "policies/{vhost}/baton-task", Some(policy));
     let (pids, tasks) = many(1);
-    teller.publish("default.high", tasks).await.unwrap();
+    publisher.publish("default.high", tasks).await.unwrap();
     let stranger = vhost.stranger().await;
     eventually("the queue is dead-lettered by the policy", async || {
         let queue = vhost.http("GET", "queues/{vhost}/baton.task.default.high", None);
@@ -289,7 +289,7 @@ async fn what_rabbitmq_has_dead_lettered_itself_goes_back_to_its_queue() {
     .await;
     for _ in 0..2 {
         let taken = stranger.channel.basic_get("baton.task.default.high".into(), BasicGetOptions::default()).await;
-        let taken = taken.unwrap().expect("it was told, or replayed");
+        let taken = taken.unwrap().expect("it was published or replayed");
         taken.acker.reject(BasicRejectOptions { requeue: false }).await.unwrap();
         let mut id = Vec::new();
         eventually("it is dead", async || {
@@ -297,7 +297,7 @@ async fn what_rabbitmq_has_dead_lettered_itself_goes_back_to_its_queue() {
             (id.len() == 1, id.clone())
         })
         .await;
-        // The id is the same however often somebody looks.
+        // The id does not depend on the number of inspections.
         assert_eq!(ids(&vhost).await, id);
         let mut letters = open(&vhost).await;
         let letter = first(&mut letters).await;
@@ -312,9 +312,9 @@ async fn what_rabbitmq_has_dead_lettered_itself_goes_back_to_its_queue() {
 
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
-async fn what_is_discarded_is_gone_and_everything_else_stays() {
+async fn only_discarded_letters_are_removed() {
     let vhost = Vhost::new();
-    let stranger = somebody(&vhost).await;
+    let stranger = publisher(&vhost).await;
     put(&stranger, 100, BasicProperties::default()).await;
     let mut letters = open(&vhost).await;
     while let Some(letter) = letters.next().await.unwrap() {
@@ -331,16 +331,16 @@ async fn what_is_discarded_is_gone_and_everything_else_stays() {
 
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
-async fn all_that_come_back_at_once_are_replayed_once_each() {
+async fn letters_that_return_at_once_are_replayed_once_each() {
     let vhost = Vhost::new();
     let (worker, mut incoming) = start(&vhost.broker(), "w1", None).await;
     worker.consume(vec!["default".into()], slots(64)).await;
-    let stranger = somebody(&vhost).await;
+    let stranger = publisher(&vhost).await;
     let body = format!(r#"{{"version": 1, "type": "continue", "pid": "{}"}}"#, Pid::generate());
     for _ in 0..100 {
         stranger.publish_with("", DEAD, from("baton.task.default"), body.as_bytes()).await;
     }
-    // The worker can use none of them, and buries each as soon as it comes.
+    // The worker can use none of them, and dead-letters each at once.
     let replay = async {
         let mut letters = open(&vhost).await;
         let mut n_replayed = 0;
@@ -365,9 +365,9 @@ async fn all_that_come_back_at_once_are_replayed_once_each() {
 
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
-async fn letters_that_are_foreign_or_malformed_are_read_and_kept() {
+async fn foreign_and_malformed_letters_are_read_and_kept() {
     let vhost = Vhost::new();
-    let stranger = somebody(&vhost).await;
+    let stranger = publisher(&vhost).await;
     let nested = AMQPValue::FieldArray(vec![AMQPValue::FieldTable(table([("b", AMQPValue::Void)]))].into());
     let odd = BasicProperties::default()
         .with_priority(9)
@@ -416,7 +416,7 @@ async fn letters_that_are_foreign_or_malformed_are_read_and_kept() {
 #[ignore = "needs services: run tests/run"]
 async fn ten_thousand_letters_and_large_ones_are_listed_in_little_memory() {
     let vhost = Vhost::new();
-    let stranger = somebody(&vhost).await;
+    let stranger = publisher(&vhost).await;
     let large = vec![b'x'; SIZE_BYTES_MAX];
     for n in 0..96 {
         stranger.publish_with("", DEAD, from(&format!("baton.task.q{n}")), &large).await;
@@ -433,7 +433,7 @@ async fn ten_thousand_letters_and_large_ones_are_listed_in_little_memory() {
     counts(&vhost, DEAD, 10_096, 0).await;
 }
 
-/// The most memory that this test's process has had.
+/// Peak memory of this process.
 fn peak_memory_mb() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap();
     let line = status.lines().find(|line| line.starts_with("VmHWM:")).unwrap();
@@ -442,12 +442,12 @@ fn peak_memory_mb() -> u64 {
 
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
-async fn a_refusal_of_one_letter_stops_no_other() {
+async fn a_refusal_of_one_letter_does_not_stop_others() {
     let vhost = Vhost::new();
-    let stranger = somebody(&vhost).await;
+    let stranger = publisher(&vhost).await;
     stranger.publish_with("", DEAD, from("baton.control"), b"1").await;
     stranger.publish_with("", DEAD, from("baton.task.default"), b"2").await;
-    // This user may publish tasks, and nothing by the default exchange.
+    // This user may publish tasks, but not to the default exchange.
     vhost.http("PUT", "users/{vhost}", Some(r#"{"password": "p", "tags": ""}"#));
     let rights = r#"{"configure": "^baton\\.", "write": "^baton\\.", "read": "^baton\\."}"#;
     vhost.http("PUT", "permissions/{vhost}/{vhost}", Some(rights));
@@ -468,9 +468,9 @@ async fn a_refusal_of_one_letter_stops_no_other() {
 
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
-async fn a_connection_that_is_lost_loses_no_letter() {
+async fn a_lost_connection_loses_no_letter() {
     let vhost = Vhost::new();
-    let stranger = somebody(&vhost).await;
+    let stranger = publisher(&vhost).await;
     put(&stranger, 50, from("baton.task.default")).await;
     let mut letters = open(&vhost).await;
     let letter = first(&mut letters).await;
@@ -488,10 +488,10 @@ async fn a_connection_that_is_lost_loses_no_letter() {
     vhost.http("DELETE", &format!("connections/{name}"), None);
     counts(&vhost, DEAD, 50, 0).await;
     assert!(matches!(letters.replay(letter).await, Err(Error::Lost(_))));
-    // What has come before is still handed out, and cannot be settled.
+    // Letters that arrived before are still returned, but cannot be settled.
     let lost = loop {
         match letters.next().await {
-            Ok(letter) => assert!(letters.discard(letter.expect("not all can be had")).await.is_err()),
+            Ok(letter) => assert!(letters.discard(letter.expect("not all letters are left")).await.is_err()),
             Err(error) => break error,
         }
     };
@@ -505,17 +505,17 @@ async fn a_connection_that_is_lost_loses_no_letter() {
 
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
-async fn a_burial_that_has_to_be_repeated_is_one_letter_and_no_reason_is_too_long() {
+async fn a_repeated_dead_lettering_makes_one_letter_with_a_bounded_reason() {
     let vhost = Vhost::new();
     let (worker, mut incoming) = start(&vhost.broker(), "w1", None).await;
     worker.consume(vec!["default".into()], slots(1)).await;
     worker.publish("default", many(1).1).await.unwrap();
     let delivery = task(&mut incoming).await;
-    // Deleted, so that the first attempt is returned.
+    // Deleted, so that the first publish is returned.
     let stranger = vhost.stranger().await;
     stranger.channel.queue_delete(DEAD.into(), QueueDeleteOptions::default()).await.unwrap();
     delivery.settle.dead(&"too long ".repeat(100_000)).await;
-    // A queue is listed some time before it can be consumed from; a letter that is there shows that it can.
+    // A queue is listed some time before it can be consumed. A letter in it shows that it can.
     eventually("the letter is in a queue that was declared again", async || {
         let queues = vhost.http("GET", "queues/{vhost}", None);
         let holds = |queue: &serde_json::Value| queue["name"] == DEAD && queue["messages_ready"] == 1;
@@ -530,11 +530,11 @@ async fn a_burial_that_has_to_be_repeated_is_one_letter_and_no_reason_is_too_lon
 
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
-async fn headers_that_are_nearly_too_large_to_be_kept_fit_into_a_frame() {
+async fn headers_just_below_the_size_limit_fit_into_a_frame() {
     let vhost = Vhost::new();
     let (worker, mut incoming) = start(&vhost.broker(), "w1", None).await;
     worker.consume(vec!["default".into()], slots(1)).await;
-    // Its queue is there when this has come.
+    // After this delivery its queue exists.
     worker.publish("default", many(1).1).await.unwrap();
     task(&mut incoming).await.settle.ack().await;
     let stranger = vhost.stranger().await;
@@ -543,7 +543,7 @@ async fn headers_that_are_nearly_too_large_to_be_kept_fit_into_a_frame() {
     let properties = BasicProperties::default().with_content_type("application/json".into()).with_headers(headers);
     stranger.publish_with("", "baton.task.default", properties, b"{").await;
     let dead = stranger.take(DEAD, 1).await.remove(0);
-    // As the worker has read it: with a reason of its own, and not as what has ended a connection.
+    // The worker has read it and gives its own reason; it has not ended the connection.
     let reason = header(&dead, "x-baton-reason");
     assert!(reason.contains("malformed JSON"), "{reason}");
     assert_eq!(header(&dead, "note"), note);

@@ -1,4 +1,4 @@
-//! What happens when something breaks: the broker, a queue, a channel, a declaration.
+//! Faults of the broker, of a queue, of a channel, and of a declaration.
 
 use std::collections::HashSet;
 use std::time::Duration;
@@ -10,39 +10,39 @@ use lapin::types::FieldTable;
 use tokio::time::{Instant, timeout};
 
 use crate::broker::{OwnBroker, Vhost, counts};
-use crate::{LIMIT, eventually, go_on, many, slots, start, task};
+use crate::{LIMIT, continue_task, eventually, many, slots, start, task};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[ignore = "needs services: run tests/run"]
-async fn a_broker_that_is_killed_loses_nothing_that_was_confirmed() {
+async fn a_killed_broker_loses_no_confirmed_task() {
     let mut broker = OwnBroker::start().await;
     let (worker, mut incoming) = start(&broker.broker(), "w1", Some("baton.worker.w1.0")).await;
-    let (teller, _incoming) = start(&broker.broker(), "cli", None).await;
+    let (publisher, _incoming) = start(&broker.broker(), "cli", None).await;
     worker.consume(vec!["default".into()], slots(16)).await;
-    // 2,000 tasks are told one by one; the broker is killed when a quarter has arrived.
-    let tell = async {
+    // 2,000 tasks are published one by one. The broker is killed when a quarter has arrived.
+    let publish = async {
         let mut confirmed = Vec::new();
-        let mut n_tells = 0;
+        let mut n_publishes = 0;
         while confirmed.len() < 2000 {
             let pids: Vec<Pid> = (0..10).map(|_| Pid::generate()).collect();
-            let tasks: Vec<TaskMessage> = pids.iter().map(|&pid| go_on(pid)).collect();
-            n_tells += 1;
-            match teller.publish("default", tasks).await {
+            let tasks: Vec<TaskMessage> = pids.iter().map(|&pid| continue_task(pid)).collect();
+            n_publishes += 1;
+            match publisher.publish("default", tasks).await {
                 Ok(()) => confirmed.extend(pids),
                 Err(PublishError::Down(_)) => {
-                    let _ = teller.wait_connected(Duration::from_secs(1)).await;
+                    let _ = publisher.wait_connected(Duration::from_secs(1)).await;
                 }
                 Err(PublishError::Unknown(_)) => {}
                 Err(error @ (PublishError::Unroutable { .. } | PublishError::TooLarge(_))) => panic!("{error}"),
             }
-            assert!(n_tells < 10_000, "only {} tasks were confirmed", confirmed.len());
+            assert!(n_publishes < 10_000, "only {} tasks were confirmed", confirmed.len());
         }
         confirmed
     };
     let (arrived_tx, mut arrived_rx) = tokio::sync::mpsc::channel(10_000);
     let deliver = async {
         loop {
-            // The limit is the one of the whole test: the broker starts again meanwhile.
+            // The time limit is that of the test, since the broker restarts meanwhile.
             let delivery = incoming.tasks.recv().await.expect("the channel is open");
             let _ = arrived_tx.send(delivery.task.pid()).await;
             delivery.settle.ack().await;
@@ -59,7 +59,7 @@ async fn a_broker_that_is_killed_loses_nothing_that_was_confirmed() {
         arrived
     };
     let (confirmed, mut arrived) = tokio::select! {
-        both = async { tokio::join!(tell, follow) } => both,
+        both = async { tokio::join!(publish, follow) } => both,
         () = async { timeout(Duration::from_secs(120), deliver).await.unwrap() } => unreachable!(),
     };
     let missing = |arrived: &HashSet<Pid>| confirmed.iter().filter(|pid| !arrived.contains(pid)).count();
@@ -78,14 +78,14 @@ async fn a_broker_that_is_killed_loses_nothing_that_was_confirmed() {
         arrived.insert(delivery.task.pid());
         delivery.settle.ack().await;
     }
-    // Its other connections may still be waiting for their next attempt.
+    // Its other connections may still wait for their next attempt.
     worker.wait_connected(LIMIT).await.unwrap();
-    teller.wait_connected(LIMIT).await.unwrap();
-    assert!(teller.ping("baton.worker.w1.0").await.unwrap(), "the control queue is there again");
+    publisher.wait_connected(LIMIT).await.unwrap();
+    assert!(publisher.ping("baton.worker.w1.0").await.unwrap(), "the control queue exists again");
 
-    // The prefetch holds after the restart: what is out is at most what one consumer may have.
+    // The prefetch still applies after the restart: one consumer bounds the unacknowledged messages.
     let (_, tasks) = many(100);
-    teller.publish("default", tasks).await.unwrap();
+    publisher.publish("default", tasks).await.unwrap();
     let mut held = Vec::new();
     while held.len() < 16 {
         held.push(task(&mut incoming).await);
@@ -100,12 +100,12 @@ async fn a_broker_that_is_killed_loses_nothing_that_was_confirmed() {
     .await;
     drop(held);
     worker.shutdown().await;
-    teller.shutdown().await;
+    publisher.shutdown().await;
 }
 
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
-async fn an_absent_broker_is_no_error_and_is_found_when_it_comes() {
+async fn an_absent_broker_is_no_error_and_is_found_when_it_starts() {
     let mut broker = OwnBroker::start().await;
     broker.kill();
     let (communicator, mut incoming) = baton_common::communicator::Communicator::start(crate::options(
@@ -115,9 +115,9 @@ async fn an_absent_broker_is_no_error_and_is_found_when_it_comes() {
     ));
     communicator.consume(vec!["default".into()], slots(1)).await;
     let down = communicator.wait_connected(Duration::from_millis(500)).await.unwrap_err();
-    assert!(down.0.contains("cannot be reached"), "{down}");
-    let told = communicator.publish("default", many(1).1).await;
-    assert!(matches!(told, Err(PublishError::Down(_))), "{told:?}");
+    assert!(down.0.contains("cannot reach broker"), "{down}");
+    let published = communicator.publish("default", many(1).1).await;
+    assert!(matches!(published, Err(PublishError::Down(_))), "{published:?}");
     assert!(communicator.depth("default").await.is_err());
     broker.start_server().await;
     communicator.wait_connected(LIMIT).await.unwrap();
@@ -128,21 +128,21 @@ async fn an_absent_broker_is_no_error_and_is_found_when_it_comes() {
 
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
-async fn a_queue_that_is_purged_or_deleted_costs_only_what_was_in_it() {
+async fn purging_or_deleting_a_queue_loses_only_its_messages() {
     let vhost = Vhost::new();
     let (communicator, mut incoming) = start(&vhost.broker(), "w1", None).await;
     communicator.publish("default", many(100).1).await.unwrap();
     vhost.http("DELETE", "queues/{vhost}/baton.task.default/contents", None);
     communicator.consume(vec!["default".into()], slots(2)).await;
     let first = Pid::generate();
-    communicator.publish("default", vec![go_on(first)]).await.unwrap();
+    communicator.publish("default", vec![continue_task(first)]).await.unwrap();
     let delivery = task(&mut incoming).await;
     assert_eq!(delivery.task.pid(), first);
-    // Deleted while it is consumed and while a delivery of it is out.
+    // Deleted while it is consumed and has an unacknowledged delivery.
     let stranger = vhost.stranger().await;
     stranger.channel.queue_delete("baton.task.default".into(), QueueDeleteOptions::default()).await.unwrap();
     let second = Pid::generate();
-    communicator.publish("default", vec![go_on(second)]).await.unwrap();
+    communicator.publish("default", vec![continue_task(second)]).await.unwrap();
     delivery.settle.ack().await;
     drop(delivery.permit);
     let delivery = task(&mut incoming).await;
@@ -153,7 +153,7 @@ async fn a_queue_that_is_purged_or_deleted_costs_only_what_was_in_it() {
 
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
-async fn connections_that_the_broker_closes_are_rebuilt_and_old_deliveries_are_harmless() {
+async fn closed_connections_are_reopened_and_old_deliveries_are_harmless() {
     let vhost = Vhost::new();
     let (communicator, mut incoming) = start(&vhost.broker(), "baton-worker w1", Some("baton.worker.w1.0")).await;
     communicator.consume(vec!["default".into()], slots(4)).await;
@@ -181,7 +181,7 @@ async fn connections_that_the_broker_closes_are_rebuilt_and_old_deliveries_are_h
     for (name, _) in &names {
         vhost.http("DELETE", &format!("connections/{}", name.replace(' ', "%20").replace('>', "%3E")), None);
     }
-    // The delivery comes again, over a new connection; the old one's acknowledgement reaches nobody.
+    // The message is delivered again over a new connection. The acknowledgement of the old delivery has no effect.
     let again = task(&mut incoming).await;
     assert_eq!(again.task.pid(), old.task.pid());
     assert!(again.redelivered);
@@ -190,7 +190,7 @@ async fn connections_that_the_broker_closes_are_rebuilt_and_old_deliveries_are_h
     again.settle.ack().await;
     counts(&vhost, "baton.task.default", 0, 0).await;
     let (pids, tasks) = many(50);
-    eventually("tasks can be told again", async || {
+    eventually("tasks can be published again", async || {
         let outcome = communicator.publish("default", tasks.clone()).await;
         (outcome.is_ok(), outcome)
     })
@@ -235,14 +235,14 @@ async fn a_queue_with_other_properties_is_named_with_its_remedy_and_the_others_r
 
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
-async fn under_an_alarm_tells_fail_fast_and_acknowledgements_go_through() {
+async fn during_an_alarm_publishes_fail_fast_and_acknowledgements_arrive() {
     let broker = OwnBroker::start().await;
     let (communicator, mut incoming) = start(&broker.broker(), "w1", Some("baton.worker.w1.0")).await;
     communicator.consume(vec!["default".into()], slots(4)).await;
     communicator.publish("default", many(4).1).await.unwrap();
     let held = [task(&mut incoming).await, task(&mut incoming).await, task(&mut incoming).await];
     broker.control(&["set_vm_memory_high_watermark", "0.00001"]);
-    // The broker says that it blocks a connection only once that has published.
+    // The broker reports the block only after a publish on the connection.
     let since = Instant::now();
     let first = communicator.publish("default", many(1).1).await;
     assert!(matches!(first, Err(PublishError::Unknown(_))), "{first:?}");
@@ -274,7 +274,7 @@ async fn under_an_alarm_tells_fail_fast_and_acknowledgements_go_through() {
 
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
-async fn a_channel_that_the_broker_closes_for_a_late_acknowledgement_is_opened_anew() {
+async fn a_channel_that_the_broker_closes_for_a_late_acknowledgement_is_reopened() {
     let broker = OwnBroker::start().await;
     broker.control(&["eval", "application:set_env(rabbit, consumer_timeout, 2000)."]);
     broker.control(&["eval", "application:set_env(rabbit, channel_tick_interval, 1000)."]);

@@ -1,4 +1,4 @@
-//! The broker in memory keeps the same promises.
+//! The broker in memory has the same guarantees.
 
 use std::time::Duration;
 
@@ -8,16 +8,16 @@ use baton_common::message::{Control, Reply};
 use baton_common::select::Select;
 use baton_common::state::Desired;
 
-use crate::{eventually, go_on, many, receive, slots, start, task};
+use crate::{continue_task, eventually, many, receive, slots, start, task};
 
 const OWN: &str = "baton.worker.w1.0";
 
 #[tokio::test]
-async fn what_is_told_is_delivered_with_a_slot_and_gone_once_acknowledged() {
+async fn a_task_is_delivered_with_a_slot_and_removed_once_acknowledged() {
     let (communicator, mut incoming) = start(&Broker::InProcess, "w1", Some(OWN)).await;
     let slots = slots(1);
     let pid = Pid::generate();
-    communicator.publish("default", vec![go_on(pid)]).await.unwrap();
+    communicator.publish("default", vec![continue_task(pid)]).await.unwrap();
     assert_eq!(communicator.depth("default").await.unwrap(), 1);
     communicator.consume(vec!["default".into()], slots.clone()).await;
     let delivery = task(&mut incoming).await;
@@ -31,10 +31,10 @@ async fn what_is_told_is_delivered_with_a_slot_and_gone_once_acknowledged() {
 }
 
 #[tokio::test]
-async fn what_is_given_back_comes_again_and_what_is_dead_does_not() {
+async fn a_requeued_task_is_delivered_again_and_a_dead_letter_is_not() {
     let (communicator, mut incoming) = start(&Broker::InProcess, "w1", Some(OWN)).await;
     communicator.consume(vec!["default".into()], slots(1)).await;
-    communicator.publish("default.low", vec![go_on(Pid::generate())]).await.unwrap();
+    communicator.publish("default.low", vec![continue_task(Pid::generate())]).await.unwrap();
     let first = task(&mut incoming).await;
     assert!(!first.redelivered);
     drop(first.permit);
@@ -44,7 +44,7 @@ async fn what_is_given_back_comes_again_and_what_is_dead_does_not() {
     second.settle.dead("no such process").await;
     drop(second.permit);
     let last = Pid::generate();
-    communicator.publish("default.low", vec![go_on(last)]).await.unwrap();
+    communicator.publish("default.low", vec![continue_task(last)]).await.unwrap();
     assert_eq!(task(&mut incoming).await.task.pid(), last);
 }
 
@@ -53,7 +53,7 @@ async fn a_full_worker_leaves_tasks_in_the_queue() {
     let (communicator, mut incoming) = start(&Broker::InProcess, "w1", Some(OWN)).await;
     communicator.consume(vec!["default".into()], slots(1)).await;
     for queue in ["default.high", "default", "default.low"] {
-        communicator.publish(queue, vec![go_on(Pid::generate())]).await.unwrap();
+        communicator.publish(queue, vec![continue_task(Pid::generate())]).await.unwrap();
     }
     let held = task(&mut incoming).await;
     let depths = async || {
@@ -121,7 +121,7 @@ async fn a_broadcast_arrives_and_is_recorded_by_one() {
 }
 
 #[tokio::test]
-async fn after_the_last_handle_is_gone_nothing_comes_in_any_more() {
+async fn after_the_last_handle_is_dropped_no_message_arrives() {
     let (communicator, mut incoming) = start(&Broker::InProcess, "w1", Some(OWN)).await;
     drop(communicator);
     eventually("the channel is closed", async || (incoming.tasks.recv().await.is_none(), ())).await;

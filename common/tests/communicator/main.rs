@@ -1,7 +1,7 @@
 //! The communicator against a real RabbitMQ and against the broker in memory.
 //!
 //! Tests that need a broker take its URL from `BATON_TEST_AMQP` and its management API from `BATON_TEST_MANAGEMENT`;
-//! each makes a virtual host of its own. The restart test starts a broker of its own.
+//! each creates its own virtual host. The restart test starts its own broker.
 
 #![expect(clippy::unwrap_used, reason = "a test's helpers fail as tests do")]
 
@@ -20,7 +20,7 @@ use baton_common::message::Task;
 use tokio::sync::{Semaphore, mpsc};
 use tokio::time::{Instant, sleep, timeout};
 
-/// Longest wait for anything that must happen.
+/// Time limit for each expected result.
 const LIMIT: Duration = Duration::from_secs(20);
 
 fn options(broker: Broker, name: &str, control_queue: Option<&str>) -> Options {
@@ -50,13 +50,13 @@ fn slots(n_slots: usize) -> Arc<Semaphore> {
     Arc::new(Semaphore::new(n_slots))
 }
 
-fn go_on(pid: Pid) -> TaskMessage {
+fn continue_task(pid: Pid) -> TaskMessage {
     TaskMessage { task: Task::Continue { pid, announced_at: Some(1) }, traceparent: None }
 }
 
 fn many(n_tasks: usize) -> (Vec<Pid>, Vec<TaskMessage>) {
     let pids: Vec<Pid> = (0..n_tasks).map(|_| Pid::generate()).collect();
-    let tasks = pids.iter().map(|&pid| go_on(pid)).collect();
+    let tasks = pids.iter().map(|&pid| continue_task(pid)).collect();
     (pids, tasks)
 }
 
@@ -68,7 +68,7 @@ async fn task(incoming: &mut Incoming) -> Delivery {
     receive("a task", &mut incoming.tasks).await
 }
 
-/// Asks again and again until it holds; a panic says what did not and what was seen last.
+/// Repeats the probe until it succeeds. The panic at the time limit names the expectation and the last result.
 async fn eventually<T: std::fmt::Debug>(what: &str, mut probe: impl AsyncFnMut() -> (bool, T)) {
     let deadline = Instant::now() + LIMIT;
     loop {

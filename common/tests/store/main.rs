@@ -8,7 +8,7 @@ use std::time::Duration;
 use baton_common::id::{Incarnation, Pid, RequestId};
 use baton_common::select::Select;
 use baton_common::spec::{self, Format};
-use baton_common::state::{Desired, Event, Live, Place, State};
+use baton_common::state::{Desired, Input, Live, Place, State};
 use baton_common::store::blob::{Checkpoint, Outcome};
 use baton_common::store::control::{Answer, Controlled, Request};
 use baton_common::store::query::{Filter, WorkerState};
@@ -455,7 +455,7 @@ async fn an_overdue_process_is_killed_with_the_reason(scene: Scene) {
 async fn every_transition_is_one_of_the_state_machine(scene: Scene) {
     // For each state and request, the database must agree with `State::next`.
     for setup in ["created", "running", "waiting", "paused created", "paused running", "paused waiting"] {
-        for (verb, event) in [(Desired::Run, Event::Play), (Desired::Pause, Event::Pause), (Desired::Kill, Event::Kill)]
+        for (verb, event) in [(Desired::Run, Input::Play), (Desired::Pause, Input::Pause), (Desired::Kill, Input::Kill)]
         {
             let pid = scene.submit("call: baton.noop").await;
             if setup.contains("running") {

@@ -134,8 +134,8 @@ impl Fleet {
         for row in &self.rows {
             let asked = bench.communicator.request(&row.control_queue, Control::Ping, ANSWER_LIMIT);
             let traffic = asked.await.ok()?.traffic?;
-            sum.told += traffic.told;
-            sum.told_bytes += traffic.told_bytes;
+            sum.published += traffic.published;
+            sum.published_bytes += traffic.published_bytes;
             sum.delivered += traffic.delivered;
             sum.ack_frames += traffic.ack_frames;
             sum.event_messages += traffic.event_messages;

@@ -66,7 +66,7 @@ async fn a_missing_or_refusing_server_is_named_without_its_password() {
 
     let wrong = scene.broker_url().replace("guest:guest", "guest:s3cret");
     let output = run(&[("BATON_BROKER_URL", &wrong)], &["doctor"]).await.exits(4);
-    assert!(output.stdout.contains("refuses the credentials of user guest"), "{output:?}");
+    assert!(output.stdout.contains("rejected the credentials of user guest"), "{output:?}");
     let output = run(&[("BATON_BROKER_URL", "amqp://127.0.0.1:9")], &["doctor"]).await.exits(7);
     assert!(output.stdout.contains("start RabbitMQ"), "{output:?}");
     let output = scene.baton(&["doctor"]).await.ok();
@@ -91,7 +91,7 @@ async fn a_worker_that_its_broker_does_not_let_in_is_named() {
     })
     .await;
     let doctor = scene.baton(&["doctor"]).await.exits(1);
-    assert!(doctor.stdout.contains("refuses the credentials of user guest"), "{doctor:?}");
+    assert!(doctor.stdout.contains("rejected the credentials of user guest"), "{doctor:?}");
     assert!(!doctor.stdout.contains("s3cret"), "{doctor:?}");
 }
 

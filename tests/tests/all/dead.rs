@@ -140,7 +140,7 @@ async fn letters_are_dropped_by_those_who_mean_it_and_what_is_refused_is_kept() 
     let (one, two) = (ids[0], ids[1]);
     assert!(run(&["dead", "list", "-n", "2"]).await.ok().stdout.ends_with("2 of 3\n"));
     let replay = run(&["dead", "replay", "--all"]).await.exits(5).stdout;
-    assert!(replay.contains("queue baton.worker.gone.1 does not take it: it does not exist"), "{replay}");
+    assert!(replay.contains("queue baton.worker.gone.1 does not accept it: it does not exist"), "{replay}");
     let absent = "01940000-0000-7000-8000-000000000000";
     let drop = run(&["dead", "drop", one, absent]).await.exits(9).stdout;
     assert!(drop.contains(&format!("{one}  dropped")) && drop.contains(&format!("{absent}  no such dead letter")));

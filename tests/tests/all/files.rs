@@ -374,6 +374,6 @@ async fn a_place_for_objects_that_cannot_be_used_is_named_with_the_remedy() {
     assert!(output.stderr.contains("is not encrypted"), "{output:?}");
     let file = desk.scene.spec("file", "").display().to_string();
     let output = run(&[("BATON_OBJECTS_URL", &format!("{file}/below"))]).await.exits(1);
-    assert!(output.stderr.contains("cannot use the folder of objects"), "{output:?}");
+    assert!(output.stderr.contains("cannot use the object store in folder"), "{output:?}");
     assert_eq!(desk.scene.count("true").await, 0);
 }

@@ -226,6 +226,15 @@ async fn what_nobody_can_use_is_in_the_dead_letter_queue_with_the_reason() {
         (
             "json",
             None,
+            format!(
+                r#"{{"version": 1, "type": "launch", "pid": "{pid}", "spec": {{"run": ["true"], "run": ["false"]}}}}"#
+            )
+            .into_bytes(),
+            "duplicate key `run`",
+        ),
+        (
+            "json",
+            None,
             json_launch(json!({"run": ["true"], "at": "cluster", "in": ["client://a"]})).into_bytes(),
             "the sender of a message has no folder",
         ),

@@ -138,7 +138,8 @@ fn launch(delivery: &Delivery) -> Result<Option<Box<NewProcess>>, String> {
         }
         None => return Err("pid: the id of a new process must be a UUID of version 7".to_owned()),
     }
-    let spec = spec::from_json_value(spec.clone()).map_err(|error| format!("spec: {error}"))?;
+    let spec = spec.clone().map_err(spec::Error::from).and_then(spec::from_json_value);
+    let spec = spec.map_err(|error| format!("spec: {error}"))?;
     if spec.on_site.as_ref().is_some_and(OnSite::needs_client) {
         let reason = "spec: `in` has files of client://, but the sender of a message has no folder here; put them into the \
                       object store and name them store://, or use `baton submit`";

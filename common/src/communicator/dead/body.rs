@@ -1,4 +1,4 @@
-//! A letter's body as a person can read it: whatever anybody has published.
+//! The body of a dead letter in a readable form, whatever it contains.
 
 use std::fmt;
 
@@ -8,28 +8,28 @@ use serde_json::{Map, Value};
 use super::hex;
 use crate::message::SIZE_BYTES_MAX;
 
-/// How much is shown of a body that is neither JSON nor MessagePack: enough to recognise whose it is.
+/// Most bytes that are shown of a body that is neither JSON nor MessagePack: enough to recognise its origin.
 const TEXT_BYTES_MAX: usize = 2048;
 const HEX_BYTES_MAX: usize = 512;
 
-/// Levels of nesting that are shown, as in the reader of JSON: each costs a frame of the stack.
+/// Deepest nesting of MessagePack that is shown, as in the JSON reader. Each level takes stack space.
 const DEPTH_MAX: usize = 128;
 
-/// A body as a person can read it.
+/// A body in a readable form.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Body {
     /// JSON.
     Json(Value),
-    /// A map in MessagePack. Of its byte strings, those of 16 bytes are shown as UUIDs, others in hexadecimal.
+    /// A map in MessagePack. Byte strings of 16 bytes are shown as UUIDs, others in hexadecimal.
     MessagePack(Value),
-    /// The beginning of some text.
+    /// The beginning of a text.
     Text(String),
-    /// The beginning of anything else, in hexadecimal.
+    /// The beginning of any other body, in hexadecimal.
     Hex(String),
 }
 
 impl Body {
-    /// Tries one after the other; what is larger than any message of Baton is only begun.
+    /// Reads a body as each of these in turn. Of a body above the size limit of messages only the beginning is read.
     pub(super) fn read(bytes: &[u8]) -> Self {
         if bytes.len() <= SIZE_BYTES_MAX {
             if let Ok(value) = serde_json::from_slice(bytes) {
@@ -42,7 +42,7 @@ impl Body {
         let head = &bytes[..bytes.len().min(TEXT_BYTES_MAX)];
         match std::str::from_utf8(head) {
             Ok(text) => Body::Text(text.to_owned()),
-            // A character that the cut went through is no reason to call it something else than text.
+            // The excerpt may end within a character of a text.
             Err(error) if error.error_len().is_none() && head.len() < bytes.len() => {
                 Body::Text(String::from_utf8_lossy(&head[..error.valid_up_to()]).into_owned())
             }
@@ -50,7 +50,7 @@ impl Body {
         }
     }
 
-    /// What it was read as: `json`, `msgpack`, `text` or `hex`.
+    /// The form: `json`, `msgpack`, `text` or `hex`.
     pub fn word(&self) -> &'static str {
         match self {
             Body::Json(_) => "json",
@@ -60,7 +60,7 @@ impl Body {
         }
     }
 
-    /// The text of a field of the message in it.
+    /// The text of a field of the message.
     pub(super) fn field(&self, name: &str) -> Option<String> {
         match self {
             Body::Json(value) | Body::MessagePack(value) => Some(value.get(name)?.as_str()?.to_owned()),
@@ -69,7 +69,7 @@ impl Body {
     }
 }
 
-/// The whole of these bytes; some text begins like MessagePack, too.
+/// Reads MessagePack that takes up all of the bytes, since some texts start like MessagePack.
 fn read_message_pack(bytes: &[u8]) -> Option<Value> {
     let mut rest = bytes;
     let mut reader = rmp_serde::Deserializer::new(&mut rest);
@@ -78,7 +78,7 @@ fn read_message_pack(bytes: &[u8]) -> Option<Value> {
     rest.is_empty().then_some(value)
 }
 
-/// Any value of MessagePack, as JSON shows it.
+/// Any MessagePack value as JSON.
 struct Shown(Value);
 
 impl<'de> Deserialize<'de> for Shown {
@@ -129,7 +129,7 @@ impl<'de> Visitor<'de> for ShownVisitor {
     }
 
     fn visit_newtype_struct<D: Deserializer<'de>>(self, deserializer: D) -> Result<Value, D::Error> {
-        // An extension: its kind and its bytes.
+        // An extension: its type and its bytes.
         deserializer.deserialize_any(ShownVisitor)
     }
 
@@ -147,7 +147,7 @@ impl<'de> Visitor<'de> for ShownVisitor {
             let name = match key {
                 Value::String(text) => text,
                 Value::Null | Value::Bool(_) | Value::Number(_) => key.to_string(),
-                Value::Array(_) | Value::Object(_) => return Err(A::Error::custom("a key that is no plain value")),
+                Value::Array(_) | Value::Object(_) => return Err(A::Error::custom("a key is an array or a map")),
             };
             map.insert(name, value);
         }
@@ -162,10 +162,10 @@ mod tests {
     use crate::message::{Encoding, Task};
 
     #[test]
-    fn a_message_is_shown_alike_in_both_encodings() {
+    fn both_encodings_of_a_message_are_shown_alike() {
         let pid = Pid::generate();
         let spec = serde_json::json!({"run": ["true"], "with": {"x": 1.5, "y": null, "z": -3}});
-        let task = Task::Launch { pid, spec: Some(spec.clone()), wait: true, announced_at: None };
+        let task = Task::Launch { pid, spec: Some(Ok(spec.clone())), wait: true, announced_at: None };
         for encoding in [Encoding::Json, Encoding::MessagePack] {
             let body = Body::read(&task.encode(encoding));
             let (Body::Json(value) | Body::MessagePack(value)) = &body else { panic!("{body:?}") };
@@ -176,7 +176,7 @@ mod tests {
     }
 
     #[test]
-    fn anything_else_is_an_excerpt_and_never_a_crash() {
+    fn any_other_body_is_shown_as_an_excerpt_without_a_panic() {
         let false_length = [0xdf, 0xff, 0xff, 0xff, 0xff];
         let extension = [0x81, 0xa1, b'x', 0xd4, 0x05, 0xaa];
         let number_key = [0x81, 0x07, 0xc4, 0x01, 0xff];

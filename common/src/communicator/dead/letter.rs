@@ -1,4 +1,4 @@
-//! What a dead letter says about itself, whoever has put it there: a worker of Baton, RabbitMQ, or somebody by hand.
+//! A dead letter, published by a worker, by RabbitMQ, or by hand.
 
 use std::collections::BTreeMap;
 
@@ -13,32 +13,32 @@ use super::hex;
 use crate::communicator::envelope::{DEAD_AT, DEAD_ID, DEAD_ORIGIN, DEAD_REASON, Envelope};
 use crate::id::LetterId;
 
-/// What RabbitMQ writes when it dead-letters a message itself, the last time first.
+/// The header that RabbitMQ writes when it dead-letters a message, with the last time first.
 const X_DEATH: &str = "x-death";
 
-/// How often a broker has given a message back. It changes whenever somebody looks.
+/// The header with the number of times a broker has requeued a message. Each inspection changes it.
 const N_RETURNS: &str = "x-delivery-count";
 
-/// Headers that do not belong to a letter itself: counts, and to whom else it went when it was published.
+/// Headers that are not part of the letter itself: counts, and other recipients of the message.
 const PASSING: [&str; 4] = [N_RETURNS, "x-acquired-count", "CC", "BCC"];
 
-/// A letter in hand. Dropped, it goes back when the [`super::DeadLetters`] are closed.
+/// A fetched letter. If it is dropped, it is requeued when the [`super::DeadLetters`] are closed.
 #[derive(Debug)]
 pub struct Letter {
-    /// What it is called. Copies of one burial have the same id, and so have equal letters that bear none.
+    /// Its id. Copies of a letter have the same id, and so do equal letters without an id of their own.
     pub id: LetterId,
-    /// When it was put there, in microseconds since 1970 by the clock of whoever did it.
+    /// When it was dead-lettered, in microseconds since 1970 by the clock of the program that did it.
     pub at: Option<i64>,
-    /// Why.
+    /// The reason.
     pub reason: Option<String>,
     /// The AMQP name of the queue that it came from.
     pub origin: Option<String>,
-    /// The message as it lies there, without its body.
+    /// The properties of the dead letter.
     properties: BasicProperties,
-    /// The message as it was before its death.
+    /// The original message.
     pub(super) envelope: Envelope,
     pub(super) acker: lapin::Acker,
-    /// Which page it came on; none if it was asked for alone.
+    /// The index of its page; `None` if it was fetched singly.
     pub(super) page_idx: Option<usize>,
 }
 
@@ -67,34 +67,34 @@ impl Letter {
         }
     }
 
-    /// The message's type: its property, or else what its body says.
+    /// The message type: its property, or else the field in its body.
     pub fn kind(&self) -> Option<String> {
         self.envelope.kind.clone().or_else(|| self.body().field("type"))
     }
 
-    /// The process that it is about, or else its id as a message.
+    /// The pid of its process, or else its message id.
     pub fn about(&self) -> Option<String> {
-        // Baton's own tasks have the pid there, and need not be read.
+        // The message id of Baton's own tasks is the pid, so their body is not decoded.
         let id = || self.envelope.message_id.clone();
         if self.envelope.is_own() { id() } else { self.body().field("pid").or_else(id) }
     }
 
-    /// The AMQP properties that it has, without the headers.
+    /// The AMQP properties without the headers.
     pub fn properties(&self) -> Map<String, Value> {
         shown_properties(&self.properties)
     }
 
-    /// Its headers.
+    /// The headers.
     pub fn headers(&self) -> Map<String, Value> {
         self.properties.headers().as_ref().map(shown_table).unwrap_or_default()
     }
 
-    /// Its body as a person can read it.
+    /// The body in a readable form.
     pub fn body(&self) -> Body {
         Body::read(&self.envelope.body)
     }
 
-    /// How many bytes its body has.
+    /// Size of the body in bytes.
     pub fn size_bytes(&self) -> usize {
         self.envelope.body.len()
     }
@@ -103,13 +103,13 @@ impl Letter {
         &self.envelope.body
     }
 
-    /// How often it was given back, as far as the broker says so.
+    /// The number of times it was requeued, if the broker reports it.
     pub(super) fn n_returns(&self) -> u64 {
         let count = self.properties.headers().as_ref().and_then(|headers| headers.inner().get(N_RETURNS));
         count.and_then(|count| shown(count).as_u64()).unwrap_or(0)
     }
 
-    /// The properties of the same letter as if nobody had ever looked at it.
+    /// The properties of the letter without the traces of inspections.
     pub(super) fn fresh(&self) -> BasicProperties {
         fresh(&self.properties)
     }
@@ -123,7 +123,7 @@ fn fresh(properties: &BasicProperties) -> BasicProperties {
     properties.clone().with_headers(headers.unwrap_or_default().into())
 }
 
-/// The id of a letter that bears none: of everything in it that stays the same.
+/// The id of a letter without one: a digest of its constant parts.
 fn digest_id(properties: &BasicProperties, body: &[u8]) -> LetterId {
     let properties = rmp_serde::to_vec(&fresh(properties)).expect("properties are plain data");
     let mut hasher = blake3::Hasher::new();
@@ -139,7 +139,7 @@ fn last_death(headers: &FieldTable) -> Option<&FieldTable> {
     }
 }
 
-/// A header that is a text and says something.
+/// A header that is a non-empty text.
 fn text(headers: &FieldTable, name: &str) -> Option<String> {
     match headers.inner().get(name) {
         Some(AMQPValue::LongString(text)) if !text.is_empty() => Some(text.to_string()),
@@ -181,7 +181,7 @@ fn shown_table(table: &FieldTable) -> Map<String, Value> {
     table.inner().iter().map(|(name, value)| (name.as_str().to_owned(), shown(value))).collect()
 }
 
-/// A value of a header, as JSON shows it.
+/// The value of a header as JSON.
 fn shown(value: &AMQPValue) -> Value {
     match value {
         AMQPValue::Boolean(value) => (*value).into(),
@@ -238,7 +238,7 @@ mod tests {
     }
 
     #[test]
-    fn a_burial_says_who_why_where_and_when_and_keeps_the_message() {
+    fn a_dead_letter_has_reason_origin_and_time_and_keeps_the_message() {
         let pid = Pid::generate();
         let sent = Envelope {
             reply_to: Some("answers".into()),
@@ -263,7 +263,7 @@ mod tests {
     }
 
     #[test]
-    fn a_letter_of_the_broker_comes_from_the_queue_of_its_last_death() {
+    fn the_origin_of_a_letter_from_the_broker_is_the_queue_of_its_last_death() {
         let death = |queue: &str| {
             AMQPValue::FieldTable(table([
                 ("queue", long(queue)),
@@ -279,11 +279,11 @@ mod tests {
         assert_eq!(letter.reason.as_deref(), Some("dead-lettered by the broker: delivery_limit"));
         assert_eq!(letter.at, Some(1_700_000_000_000_000));
         assert_eq!(letter.headers()["x-death"][0]["time"], "2023-11-14T22:13:20Z");
-        assert!(letter.envelope.headers.inner().is_empty(), "nothing that would make a broker do something else");
+        assert!(letter.envelope.headers.inner().is_empty(), "no header that changes the routing");
     }
 
     #[test]
-    fn malformed_headers_are_shown_and_believed_in_nothing() {
+    fn malformed_headers_are_shown_but_not_used() {
         let headers = table([
             (DEAD_ID, long("not an id")),
             (DEAD_AT, AMQPValue::Timestamp(u64::MAX)),
@@ -316,12 +316,12 @@ mod tests {
     }
 
     #[test]
-    fn any_bytes_as_the_properties_and_the_body_of_a_letter() {
+    fn any_bytes_as_properties_and_body_of_a_letter_are_handled() {
         fuzz::run("letter", read);
     }
 
     #[test]
-    fn the_id_of_a_letter_without_one_depends_on_what_stays() {
+    fn the_id_of_a_letter_without_one_depends_on_its_constant_parts() {
         let with = |count: i64, id: &str| {
             let headers = table([("x-delivery-count", AMQPValue::LongLongInt(count)), ("colour", long("red"))]);
             BasicProperties::default().with_headers(headers).with_message_id(id.into())

@@ -88,7 +88,7 @@ fn every_key_of_a_site_is_read() {
 }
 
 #[test]
-fn json_and_toml_mean_the_same_and_a_stored_spec_comes_back() {
+fn json_and_toml_are_equivalent_and_a_stored_spec_round_trips() {
     let json = json!({
         "run": ["x"], "at": "cluster", "in": ["client://a > b", {"from": "resource://c/", "to": "c"}],
         "out": [{"from": "*.out", "when": "always"}], "needs": {"mem": "500MB"}
@@ -110,7 +110,7 @@ fn json_and_toml_mean_the_same_and_a_stored_spec_comes_back() {
 }
 
 #[test]
-fn the_digest_differs_when_anything_of_a_site_differs() {
+fn every_difference_of_a_site_changes_the_digest() {
     let lines = [
         "at: a",
         "at: b",
@@ -153,8 +153,8 @@ fn memory_has_a_unit() {
 }
 
 #[test]
-fn each_mistake_about_a_site_is_told_with_its_line_and_its_remedy() {
-    let without = |key: &str| format!("`{key}` needs a site; name it in `at`, such as `at: cluster`");
+fn a_problem_with_a_site_is_reported_with_line_and_remedy() {
+    let without = |key: &str| format!("`{key}` requires a site; name one in `at`, such as `at: cluster`");
     for key in ["in: [client://a]", "out: [a]", "values: a", "native: {a: b}", "pre: [a]"] {
         let name = key.split(':').next().unwrap();
         for at in ["", "\nat: here"] {
@@ -162,7 +162,7 @@ fn each_mistake_about_a_site_is_told_with_its_line_and_its_remedy() {
             assert_eq!(found, format!("line 2: {}", without(name)), "{key}");
         }
         let found = complaint(&format!("call: x\n{key}"), Format::Yaml);
-        assert_eq!(found, format!("line 2: `{name}` applies to `run` and `script` only"), "{key}");
+        assert_eq!(found, format!("line 2: `{name}` applies only to `run` and `script`"), "{key}");
     }
     for key in ["nodes: 1", "ranks: 1", "cpus: 1", "mem: 1GiB", "gpus: 1"] {
         let name = key.split(':').next().unwrap();
@@ -171,38 +171,38 @@ fn each_mistake_about_a_site_is_told_with_its_line_and_its_remedy() {
     }
     let units = "KiB, MiB, GiB, TiB, kB, KB, MB, GB, TB";
     for (lines, expected) in [
-        ("needs: {nodes: 0}", "`needs.nodes` must be a whole number from 1 to 1000000".to_owned()),
-        ("needs: {ranks: 1.5}", "`needs.ranks` must be a whole number from 1 to 1000000".to_owned()),
-        ("needs: {gpus: -1}", "`needs.gpus` must be a whole number from 0 to 1000000".to_owned()),
-        ("needs: {mem: 32}", format!("`needs.mem` is wrong: `32` has no unit; write `32GiB`, or one of {units}")),
+        ("needs: {nodes: 0}", "`needs.nodes` must be an integer from 1 to 1000000".to_owned()),
+        ("needs: {ranks: 1.5}", "`needs.ranks` must be an integer from 1 to 1000000".to_owned()),
+        ("needs: {gpus: -1}", "`needs.gpus` must be an integer from 0 to 1000000".to_owned()),
+        ("needs: {mem: 32}", format!("`needs.mem` is invalid: `32` has no unit; write `32GiB`, or use one of {units}")),
         (
             "needs: {mem: 1.5GiB}",
-            format!("`needs.mem` is wrong: `1.5GiB` is no memory; write a whole number with {units}"),
+            format!("`needs.mem` is invalid: `1.5GiB` is not a size; write an integer with one of {units}"),
         ),
-        ("needs: {mem: lots}", format!("`needs.mem` is wrong: `lots` is no memory; write a whole number with {units}")),
-        ("needs: {mem: 0MB}", "`needs.mem` must be more than nothing and at most 1 EiB".to_owned()),
-        ("needs: {mem: 99999999999TB}", "`needs.mem` must be more than nothing and at most 1 EiB".to_owned()),
+        (
+            "needs: {mem: lots}",
+            format!("`needs.mem` is invalid: `lots` is not a size; write an integer with one of {units}"),
+        ),
+        ("needs: {mem: 0MB}", "`needs.mem` must be more than 0 and at most 1 EiB".to_owned()),
+        ("needs: {mem: 99999999999TB}", "`needs.mem` must be more than 0 and at most 1 EiB".to_owned()),
         (
             "native: {--account: a}",
-            "the key `native.--account` must be an option's long name without the `--` before it, such as `account`"
-                .to_owned(),
+            "the key `native.--account` must be the long name of an option without `--`, such as `account`".to_owned(),
         ),
         (
             "native: {job-name: a}",
-            "the key `native.job-name` is not for `native`: Baton sets or forbids `job-name`, by which it finds the job again"
-                .to_owned(),
+            "the key `native.job-name` is not allowed in `native`: Baton sets or forbids `job-name`".to_owned(),
         ),
         (
             "native: {arr: a}",
-            "the key `native.arr` is not for `native`: Baton sets or forbids `array`, by which it finds the job again"
-                .to_owned(),
+            "the key `native.arr` is not allowed in `native`: Baton sets or forbids `array`".to_owned(),
         ),
         ("native: {account: \"a\\nb\"}", "`native.account` must be one line without control characters".to_owned()),
         ("native: {nodes: 2}", "`native.nodes` must be text, not a number; put quotes around it".to_owned()),
         ("pre: module load", "`pre` must be a list of shell lines such as [module load gcc], not text".to_owned()),
-        ("pre: [a, \"b\\nc\"]", "`pre` has a line 1 that must not contain a line break; make it two".to_owned()),
+        ("pre: [a, \"b\\nc\"]", "`pre` line 1 must not contain a line break; split it".to_owned()),
         ("values: 'a/'", "`values` must be a file in task://, not `a/`".to_owned()),
-        ("values: ../a", "`values` `../a` leaves its folder by `..`".to_owned()),
+        ("values: ../a", "`values` `../a` leads out of its folder with `..`".to_owned()),
         ("values: session://a", "`values` must be a file in task://, not `session://a`".to_owned()),
     ] {
         let found = complaint(&format!("run: [x]\nat: a\n{lines}"), Format::Yaml);
@@ -210,67 +210,64 @@ fn each_mistake_about_a_site_is_told_with_its_line_and_its_remedy() {
     }
     assert_eq!(
         complaint("run: [x]\nat: a/b", Format::Yaml),
-        "line 2: `at` must be `here` or a site's name, 1 to 128 of A-Z, a-z, 0-9, `.`, `_` and `-`, not `a/b`"
+        "line 2: `at` must be `here` or the name of a site, of 1 to 128 characters of A-Z, a-z, 0-9, `.`, `_` and `-`, not `a/b`"
     );
     assert_eq!(
         complaint("call: x\nat: a", Format::Yaml),
-        "line 2: `at` names a site, which applies to `run` and `script` only; remove it"
+        "line 2: `at` with a site applies only to `run` and `script`; remove it"
     );
 }
 
 #[test]
-fn each_mistake_about_inputs_is_told() {
+fn a_problem_with_an_input_is_reported() {
     let digest = Digest::of(b"");
     let of_store = format!("store://{digest}");
     let of_store = of_store.as_str();
     let to_folder = format!("{{from: {of_store}, to: 'a/'}}");
     let scopes = "client://, task://, session://, resource://, store://";
     for (entry, expected) in [
-        ("a.txt", "`a.txt` has no scope; write `client://a.txt` for a file of yours"),
-        ("client://../a", "`client://../a` leaves its folder by `..`"),
-        ("client://a/../../b", "`client://a/../../b` leaves its folder by `..`"),
-        ("client:////etc/passwd", "`client:////etc/passwd` is absolute; a path is relative to its scope"),
-        ("client://a//b", "`client://a//b` has an empty part (`//`, or `/` at its end)"),
+        ("a.txt", "`a.txt` has no scope; write `client://a.txt` for a local file"),
+        ("client://../a", "`client://../a` leads out of its folder with `..`"),
+        ("client://a/../../b", "`client://a/../../b` leads out of its folder with `..`"),
+        ("client:////etc/passwd", "`client:////etc/passwd` is absolute; make it relative to its scope"),
+        ("client://a//b", "`client://a//b` has an empty component (`//` or a trailing `/`)"),
         ("\"client://a\\0b\"", "`client://a\u{fffd}b` contains a NUL byte"),
-        ("client://", "`client://` names no file; name one, or a folder with `/` at its end"),
-        ("client:///", "`client:///` names no file; name one, or a folder with `/` at its end"),
-        ("task://a", "`task://a`: nothing is in task:// before the program starts"),
-        ("store://abc", "`store://abc` must be store:// and a SHA-256 of 64 hexadecimal digits"),
-        (&to_folder, "`to` is a folder; name the file, since a digest is no name"),
+        ("client://", "`client://` names no file; add the path of a file, or of a folder with a trailing `/`"),
+        ("client:///", "`client:///` names no file; add the path of a file, or of a folder with a trailing `/`"),
+        ("task://a", "`task://a`: task:// is empty before the program starts"),
+        ("store://abc", "`store://abc` must be store:// followed by a SHA-256 of 64 lower-case hexadecimal digits"),
+        (&to_folder, "`to` is a folder; add a file name, since a digest is not a file name"),
         ("pilot://a", "`pilot://` is not supported by this version"),
         ("step://relax/a", "`step://` is not supported by this version"),
-        ("http://example.org/a", &format!("unknown scope `http://`; there are {scopes}")),
-        ("client://a > b > c", "`client://a > b > c` has more than one ` > `; write from, to and how as a map"),
-        ("client://a > /etc/a", "`/etc/a` is absolute; a path is relative to its scope"),
-        ("client://a > ../a", "`../a` leaves its folder by `..`"),
-        ("client://a > .baton/stdout", "`.baton/stdout`: `.baton` in task:// belongs to Baton; take another name"),
-        ("client://.baton/", "`client://.baton/`: `.baton` in task:// belongs to Baton; take another name"),
-        ("client://a > client://b", "`to` must not be client://; inputs go to task://, session:// or resource://"),
-        ("client://a > store://", "`to` must not be store://; inputs go to task://, session:// or resource://"),
-        (
-            "{from: client://a, how: move}",
-            "`how: move` needs a source on the site, session:// or resource://; leave `how` out",
-        ),
+        ("http://example.org/a", &format!("unknown scope `http://`; the scopes are {scopes}")),
+        ("client://a > b > c", "`client://a > b > c` has more than one ` > `; use a map with from, to and how"),
+        ("client://a > /etc/a", "`/etc/a` is absolute; make it relative to its scope"),
+        ("client://a > ../a", "`../a` leads out of its folder with `..`"),
+        ("client://a > .baton/stdout", "`.baton/stdout`: `.baton` in task:// is reserved for Baton; use another name"),
+        ("client://.baton/", "`client://.baton/`: `.baton` in task:// is reserved for Baton; use another name"),
+        ("client://a > client://b", "`to` must not be client://; use task://, session:// or resource://"),
+        ("client://a > store://", "`to` must not be store://; use task://, session:// or resource://"),
+        ("{from: client://a, how: move}", "`how: move` requires a source in session:// or resource://; remove `how`"),
         (
             &format!("{{from: {of_store}, to: a, how: link}}"),
-            "`how: link` needs a source on the site, session:// or resource://; leave `how` out",
+            "`how: link` requires a source in session:// or resource://; remove `how`",
         ),
         (
             "{from: resource://a/, to: 'task://', how: link}",
-            "`how: link` cannot put a folder in the place of task://; name a folder in `to`, or use copy",
+            "`how: link` cannot replace task:// itself; name a folder in `to`, or use copy",
         ),
-        ("{from: client://a/, how: unpack}", "`client://a/` is a folder; `how: unpack` needs an archive"),
-        ("client://a > session://a", "session:// needs the key `session`, which names it"),
+        ("{from: client://a/, how: unpack}", "`client://a/` is a folder; `how: unpack` requires an archive"),
+        ("client://a > session://a", "session:// requires the key `session`"),
     ] {
         let found = complaint(&format!("run: [x]\nat: a\nin:\n- {entry}"), Format::Yaml);
         assert_eq!(found, format!("line 4: entry 0 of `in`: {expected}"), "{entry}");
     }
-    assert!(complaint(&format!("run: [x]\nat: a\nin:\n- {of_store}"), Format::Yaml).contains("needs a `to`"));
+    assert!(complaint(&format!("run: [x]\nat: a\nin:\n- {of_store}"), Format::Yaml).contains("requires `to`"));
     for (entries, expected) in [
-        ("[client://x/a, client://a]", "entry 1 of `in`: another entry goes to `task://a` already"),
+        ("[client://x/a, client://a]", "entry 1 of `in`: another entry has the target `task://a`"),
         (
             "[client://a, client://b > a/b]",
-            "entry 1 of `in`: `task://a/b` lies below `task://a`, to which another entry goes",
+            "entry 1 of `in`: the target `task://a/b` lies below `task://a`, the target of another entry",
         ),
         ("[{to: a}]", "entry 0 of `in` has no `from`"),
         ("[{from: client://a, how: template}]", "`in.how` `template` is not supported by this version"),
@@ -283,36 +280,36 @@ fn each_mistake_about_inputs_is_told() {
         let found = complaint(&format!("run: [x]\nat: a\nin: {entries}"), Format::Yaml);
         assert_eq!(found, format!("line 3: {expected}"), "{entries}");
     }
-    // Each entry complains for itself.
+    // Each entry has its own problem.
     let found = complaint("run: [x]\nat: a\nin:\n- a\n- client://ok\n- client://../b", Format::Yaml);
     assert_eq!(found.lines().count(), 2, "{found}");
 }
 
 #[test]
-fn each_mistake_about_outputs_is_told() {
+fn a_problem_with_an_output_is_reported() {
     for (entry, expected) in [
-        ("client://a", "`client://a`: outputs come from task://, the program's own folder"),
-        ("/etc/passwd", "`/etc/passwd` is absolute; a path is relative to its scope"),
-        ("../a", "`../a` leaves its folder by `..`"),
-        ("task://.baton/stdout", "`task://.baton/stdout`: `.baton` in task:// belongs to Baton; take another name"),
-        (".", "`.` names no file; name one, a folder with `/` at its end, or `**` for all"),
-        ("a > b", "`to` has no scope: `b`; write `session://b`, or leave it out"),
+        ("client://a", "`client://a`: outputs must be in task://, the program's folder"),
+        ("/etc/passwd", "`/etc/passwd` is absolute; make it relative to its scope"),
+        ("../a", "`../a` leads out of its folder with `..`"),
+        ("task://.baton/stdout", "`task://.baton/stdout`: `.baton` in task:// is reserved for Baton; use another name"),
+        (".", "`.` names no file; add the path of a file, of a folder with a trailing `/`, or `**` for all files"),
+        ("a > b", "`to` has no scope: `b`; write `session://b`, or remove `to`"),
         (
             "a > client://b",
-            "`to` must not be client://: nobody waits there when the program ends; leave `to` out, and fetch it by `baton results PID --get DIR`",
+            "`to` must not be client://: the client may have gone when the program ends; remove `to`, and fetch the output with `baton results PID --get DIR`",
         ),
-        ("a > task://b", "`to` must not be task://; outputs go to store://, session:// or resource://"),
-        ("a > store://b", "`to` must be store:// and nothing more: the store names files by their content"),
-        ("{from: a, how: move}", "`how` applies to session:// and resource:// only; leave it out"),
+        ("a > task://b", "`to` must not be task://; use store://, session:// or resource://"),
+        ("a > store://b", "`to` must be store:// without a path, since the store names files by their content"),
+        ("{from: a, how: move}", "`how` applies only to targets in session:// and resource://; remove it"),
         (
             "{from: a, to: resource://a, how: link}",
-            "`how: link` would lead nowhere once the sandbox is removed; use copy or move",
+            "`how: link` would dangle once the sandbox is removed; use copy or move",
         ),
-        ("{from: a, to: resource://a, how: unpack}", "`how: unpack` applies to `in` only; use copy or move"),
-        ("'a[1'", "`a[1` is no pattern: unclosed character class; missing ']'"),
-        ("'*/'", "`*/`: a pattern is for files; write `*/**`"),
-        ("'*.out > resource://outs'", "several files may match `*.out`; end `to` with `/`"),
-        ("a > session://b", "session:// needs the key `session`, which names it"),
+        ("{from: a, to: resource://a, how: unpack}", "`how: unpack` applies only to `in`; use copy or move"),
+        ("'a[1'", "`a[1` is not a valid pattern: unclosed character class; missing ']'"),
+        ("'*/'", "`*/`: a pattern matches files only; write `*/**`"),
+        ("'*.out > resource://outs'", "`*.out` may match several files; add a trailing `/` to `to`"),
+        ("a > session://b", "session:// requires the key `session`"),
     ] {
         let found = complaint(&format!("run: [x]\nat: a\nout:\n- {entry}"), Format::Yaml);
         assert_eq!(found, format!("line 4: entry 0 of `out`: {expected}"), "{entry}");
@@ -322,7 +319,7 @@ fn each_mistake_about_outputs_is_told() {
 }
 
 #[test]
-fn patterns_stay_within_a_folder_unless_they_say_otherwise() {
+fn a_single_star_does_not_match_a_slash() {
     for (pattern, path, expected) in [
         ("*.chk", "a.chk", true),
         ("*.chk", "b/a.chk", false),

@@ -5,7 +5,10 @@ use serde_json::{Map, Value};
 /// The greatest size of the file, in bytes.
 pub(super) const BYTES_MAX: usize = 64 * 1024;
 
-/// Numbers that some programs write and that JSON does not have.
+/// Digits of a large integer that an error shows.
+const INTEGER_SHOWN_MAX: usize = 40;
+
+/// Numbers as some programs write them, which JSON does not have.
 const NO_NUMBERS: [&str; 7] = ["NaN", "nan", "Infinity", "-Infinity", "inf", "-inf", "Inf"];
 
 /// Parses the file.
@@ -18,7 +21,15 @@ pub(super) fn read(bytes: &[u8]) -> Result<Map<String, Value>, String> {
     }
     let bytes = bytes.strip_prefix("\u{feff}".as_bytes()).unwrap_or(bytes);
     match serde_json::from_slice(bytes) {
-        Ok(Value::Object(values)) => Ok(values),
+        Ok(Value::Object(values)) => match too_large_integer(bytes) {
+            Some((integer, line)) => {
+                let shown: String = integer.chars().take(INTEGER_SHOWN_MAX).collect();
+                Err(format!(
+                    "has the integer {shown} in line {line}, which does not fit in 64 bits; write it as a string"
+                ))
+            }
+            None => Ok(values),
+        },
         Ok(_) => Err("is JSON, but not an object; write {\"NAME\": VALUE}".to_owned()),
         Err(error) => {
             let line = bytes.split(|byte| *byte == b'\n').nth(error.line().saturating_sub(1)).unwrap_or_default();
@@ -33,7 +44,38 @@ pub(super) fn read(bytes: &[u8]) -> Result<Map<String, Value>, String> {
     }
 }
 
-/// Finds the word of [`NO_NUMBERS`] at a column of a line, counted from 1.
+/// The first integer in a valid JSON text that does not fit in 64 bits, with its line. `serde_json` reads such an
+/// integer as a float and loses digits.
+fn too_large_integer(json: &[u8]) -> Option<(&str, usize)> {
+    let is_of_number = |byte: &u8| byte.is_ascii_digit() || b"-+.eE".contains(byte);
+    let (mut at, mut line) = (0, 1);
+    while at < json.len() {
+        match json[at] {
+            b'"' => {
+                at += 1;
+                // In valid JSON a string has no line break.
+                while at < json.len() && json[at] != b'"' {
+                    at += if json[at] == b'\\' { 2 } else { 1 };
+                }
+            }
+            b'\n' => line += 1,
+            b'-' | b'0'..=b'9' => {
+                let len = json[at..].iter().take_while(|byte| is_of_number(byte)).count();
+                let number = std::str::from_utf8(&json[at..at + len]).ok()?;
+                let is_integer = !number.contains(['.', 'e', 'E']);
+                if is_integer && number.parse::<i64>().is_err() && number.parse::<u64>().is_err() {
+                    return Some((number, line));
+                }
+                at += len - 1;
+            }
+            _ => {}
+        }
+        at += 1;
+    }
+    None
+}
+
+/// The word of [`NO_NUMBERS`] at a column of a line, counted from 1.
 fn no_number(line: &[u8], column: usize) -> Option<&'static str> {
     let is_of_word = |byte: &u8| byte.is_ascii_alphanumeric() || b"-+._".contains(byte);
     let at = column.saturating_sub(1).min(line.len());
@@ -62,8 +104,18 @@ mod tests {
             let problem = read(text.as_bytes()).unwrap_err();
             assert!(problem.starts_with(expected), "{text}: {problem}");
         }
+        for (text, integer, line) in [
+            ("{\"a\": 18446744073709551616}", "18446744073709551616", 1),
+            ("{\"a\\\\\": \"x\\\"1\",\n\"b\": [-1.5, -9223372036854775809]}", "-9223372036854775809", 2),
+        ] {
+            let problem = read(text.as_bytes()).unwrap_err();
+            assert!(problem.starts_with(&format!("has the integer {integer} in line {line},")), "{text}: {problem}");
+        }
         assert!(read(b"{\"a\": \"\xff\"}").is_err());
         assert!(read(format!("{{\"a\": \"{}\"}}", "x".repeat(BYTES_MAX)).as_bytes()).is_err());
+        let exact = "{\"a\": [18446744073709551615, -9223372036854775808, 1e40], \"b\": \"18446744073709551616\"}";
+        let values = read(exact.as_bytes()).unwrap();
+        assert_eq!((&values["a"][0], &values["a"][1]), (&u64::MAX.into(), &i64::MIN.into()));
         assert_eq!(read("\u{feff}{\"a\": null}".as_bytes()).unwrap_or_default().len(), 1);
     }
 }
