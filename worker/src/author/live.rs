@@ -1,4 +1,5 @@
-//! What passes between a held process and its worker while it is held: what it does right now, and what it has to obey.
+//! The exchange between a held process and its worker: what the process does at the moment, and the orders that it has to
+//! obey.
 
 use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -11,31 +12,31 @@ use tokio::sync::Notify;
 /// What a held process has to obey before its next advance, or in the middle of one if it is urgent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Orders {
-    /// What the row said when it was last read.
+    /// What the operators want, as the row said when it was last read.
     pub(crate) desired: Desired,
-    /// Whether that is wanted at once.
+    /// Whether they want it at once.
     pub(crate) urgent: bool,
     /// Whether the worker stops.
     pub(crate) drain: Drain,
-    /// The lease is lost: drop everything and write nothing more.
+    /// The lease is lost: the process is dropped and writes nothing more.
     pub(crate) abandon: bool,
 }
 
-/// How urgently the worker wants its processes back in the queue.
+/// How urgently the worker returns its processes to the queue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Drain {
-    /// It does not.
+    /// Not at all.
     No,
     /// Before the next advance.
     Soon,
-    /// The grace has passed: drop the advance, and give it time to end what it runs.
+    /// The grace has passed: the advance is dropped and has time to clean up.
     Now,
-    /// Somebody is in a hurry: do not even wait for that.
+    /// At once, without time to clean up.
     AtOnce,
 }
 
-/// What a held process does right now, written on its thread and read on another; and what it has to obey, the other way
-/// round.
+/// The facts about a held process, written on its thread and read on others, and its orders, written on others and read on
+/// its thread.
 pub(crate) struct Live {
     facts: Mutex<Facts>,
     orders: Mutex<Orders>,
@@ -48,7 +49,7 @@ struct Facts {
     last_line: Option<String>,
     child: Option<u32>,
     memory_bytes: Option<u64>,
-    /// Most held processes have none.
+    /// Boxed, since most held processes have none.
     streams: Option<Box<Streams>>,
     left_as: Option<State>,
 }
@@ -62,7 +63,7 @@ pub(crate) const SLEEPING: &str = "sleeping";
 /// The stage of a fenced write.
 pub(crate) const WRITING: &str = "writing";
 
-/// Where the output of a process's program is while that runs.
+/// The files with the output of a running program.
 #[derive(Clone)]
 pub(crate) struct Streams {
     pub(crate) stdout: PathBuf,
@@ -74,12 +75,12 @@ impl Orders {
         Self { desired, urgent, drain: Drain::No, abandon: false }
     }
 
-    /// Whether there is anything to obey before the next advance.
+    /// Whether there is an order to obey before the next advance.
     pub(crate) fn are_any(&self) -> bool {
         self.abandon || self.desired != Desired::Run || self.drain != Drain::No
     }
 
-    /// Whether a running advance has to be dropped.
+    /// Whether an order interrupts a running advance.
     pub(crate) fn interrupts(&self) -> bool {
         self.abandon
             || self.desired == Desired::Kill
@@ -102,15 +103,15 @@ impl Live {
         Self { facts: Mutex::new(facts), orders: Mutex::new(orders), ordered: Notify::new() }
     }
 
-    /// What has to be obeyed now.
+    /// The present orders.
     pub(crate) fn orders(&self) -> Orders {
         *self.lock_orders()
     }
 
-    /// Waits until the orders are such.
+    /// Waits until the orders meet a condition.
     pub(crate) async fn until(&self, are_such: impl Fn(&Orders) -> bool) {
         loop {
-            // What is ordered between the look and the wait is not missed.
+            // An order between the look and the wait is not missed.
             let ordered = self.ordered.notified();
             if are_such(&self.orders()) {
                 return;
@@ -119,7 +120,7 @@ impl Live {
         }
     }
 
-    /// What the row says is desired.
+    /// Sets what the operators want, as the row says.
     pub(crate) fn wish(&self, desired: Desired, urgent: bool) {
         self.order(|orders| {
             orders.desired = desired;
@@ -127,7 +128,7 @@ impl Live {
         });
     }
 
-    /// Changes the orders, and wakes whoever waits for a change.
+    /// Changes the orders and wakes everything that waits for a change.
     pub(crate) fn order(&self, change: impl FnOnce(&mut Orders)) {
         let mut orders = self.lock_orders();
         let before = *orders;
@@ -162,17 +163,17 @@ impl Live {
         facts.memory_bytes = memory_bytes;
     }
 
-    /// The state in which the row has left this holder, by its own last write.
+    /// Sets the state in which the process left this holder, as its last write says.
     pub(crate) fn set_left_as(&self, state: State) {
         self.lock().left_as = Some(state);
     }
 
-    /// What a request has come to, now that the process has left this holder.
+    /// The effect of a request, now that the process has left this holder.
     pub(crate) fn effect(&self, verb: Desired) -> Effect {
         match self.lock().left_as {
             Some(State::Paused(_)) => Effect::Paused,
             Some(state @ (State::Finished | State::Excepted | State::Killed)) => Effect::ended(state),
-            // Back in the queue or asleep, since somebody has played it meanwhile or the worker stops.
+            // Queued or parked again, since an operator has played it meanwhile or the worker stops.
             Some(State::Created | State::Running | State::Waiting) => Effect::pending(verb),
             None => Effect::NotHeld,
         }
@@ -186,7 +187,7 @@ impl Live {
         self.lock().streams.as_deref().cloned()
     }
 
-    /// Whether an advance is under way, so that a pause has to wait for it.
+    /// Whether an advance is under way, which a pause has to wait for.
     pub(crate) fn is_advancing(&self) -> bool {
         !matches!(self.lock().stage.what, CLAIMED | SLEEPING | WRITING)
     }
@@ -196,7 +197,7 @@ impl Live {
         self.lock().stage.what == WRITING
     }
 
-    /// The answer to `status`.
+    /// The reply to `baton status`.
     pub(crate) fn status(&self, worker: &str, epoch: i64) -> Status {
         let facts = self.lock();
         Status {
@@ -213,12 +214,12 @@ impl Live {
     }
 
     fn lock(&self) -> MutexGuard<'_, Facts> {
-        // Plain data: a panic while it was written leaves nothing half-done that matters.
+        // Plain data: a panic during a write leaves nothing inconsistent.
         self.facts.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// How long a thing has been as it is.
+/// A value and the time of its last change.
 #[derive(Clone, Copy, Debug)]
 struct Since<T> {
     what: T,

@@ -18,9 +18,9 @@ const LINE_CHARS_MAX: usize = 200;
 /// The beginning and the end of a stream.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Capture {
-    /// The first [`HEAD_BYTES`], or all bytes if there are fewer.
+    /// The first `HEAD_BYTES`, or all if there are fewer.
     pub head: Vec<u8>,
-    /// The last [`TAIL_BYTES`] after the head.
+    /// The last `TAIL_BYTES` of what follows the head.
     pub tail: Vec<u8>,
     /// The length of the stream.
     pub total_bytes: u64,
