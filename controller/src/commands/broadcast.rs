@@ -91,7 +91,7 @@ pub(crate) async fn many(global: &Global, many: Many) -> Result<u8, Failure> {
     let control = Control::Obey { verb: request.verb, select, reason: request.reason.clone() };
     gather(broker, control, &mut outcome).await;
     if let Some(limit) = wait {
-        client.while_watching(obeyed(&client, id, limit)).await?;
+        client.while_watching(wait_applied(&client, id, limit)).await?;
     }
     let pending = client.store.pending(id).await?;
     for owner in pending.iter().filter_map(|pid| owners.get(pid)) {
@@ -177,7 +177,7 @@ async fn gather(broker: Option<&Communicator>, control: Control, outcome: &mut O
 }
 
 /// Waits until the request is applied to every process, or until the limit has passed.
-async fn obeyed(client: &Client, id: RequestId, limit: Duration) -> Result<(), Failure> {
+async fn wait_applied(client: &Client, id: RequestId, limit: Duration) -> Result<(), Failure> {
     let started = Instant::now();
     while !client.store.pending(id).await?.is_empty() && started.elapsed() < limit {
         tokio::time::sleep(LOOK).await;
