@@ -1,4 +1,4 @@
-//! Readers of maps that refuse a duplicate key.
+//! Readers of maps that detect a duplicate key.
 //!
 //! `serde_json` keeps the last value of a duplicate key. A sender that writes a key twice has made a mistake, and the
 //! value that is dropped may be the intended one.

@@ -70,7 +70,7 @@ struct Section {
     path: &'static str,
     entries: BTreeMap<String, Node>,
     /// Whether a key was rejected. It may be a misspelling of a key that is missing now.
-    has_refused: bool,
+    has_rejected: bool,
 }
 
 impl Reader {
@@ -131,7 +131,7 @@ impl Reader {
                 })
             }
             [] => {
-                if !document.has_refused {
+                if !document.has_rejected {
                     self.report(None, "the document has none of `run`, `script` and `call`; add one");
                 }
                 None
@@ -189,7 +189,7 @@ impl Reader {
 
     /// Checks the keys of a map, and that each has a value.
     fn section(&mut self, keys: &Keys, entries: Vec<(String, Node)>) -> Section {
-        let mut section = Section { path: keys.path, entries: BTreeMap::new(), has_refused: false };
+        let mut section = Section { path: keys.path, entries: BTreeMap::new(), has_rejected: false };
         for (key, node) in entries {
             let shown = joined(keys.path, &key);
             if keys.later.contains(&key.as_str()) {
@@ -203,7 +203,7 @@ impl Reader {
                 section.entries.insert(key, node);
                 continue;
             }
-            section.has_refused = true;
+            section.has_rejected = true;
         }
         section
     }
@@ -281,7 +281,7 @@ fn suggestion(keys: &Keys, key: &str) -> String {
         return format!("did you mean `{}`?", joined(keys.path, nearest));
     }
     let map = if keys.path.is_empty() { "a document".to_owned() } else { format!("`{}`", keys.path) };
-    format!("the keys of {map} are {}", keys.known.join(", "))
+    format!("the known keys of {map}: {}", keys.known.join(", "))
 }
 
 fn joined(path: &str, key: &str) -> String {

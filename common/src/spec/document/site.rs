@@ -143,7 +143,7 @@ impl Reader {
             },
             Content::Map(entries) => {
                 let mut section = self.section(keys, entries);
-                if !section.has("from") && !section.has_refused {
+                if !section.has("from") && !section.has_rejected {
                     self.report(line, format!("entry {entry_idx} of `{}` has no `from`", keys.path));
                 }
                 let to = self.take(&mut section, "to", text);

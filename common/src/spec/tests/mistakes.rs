@@ -20,7 +20,7 @@ fn a_problem_with_the_keys_or_the_work_is_reported_with_line_and_remedy() {
             "line 4: unknown key `retry.wait.frist`; did you mean `retry.wait.first`?",
         ),
         ("run: [x]\ntime: 2h", "line 2: unknown key `time`; did you mean `needs.time`?"),
-        ("run: [x]\nok: {zzzzzz: 1}", "line 2: unknown key `ok.zzzzzz`; the keys of `ok` are exit"),
+        ("run: [x]\nok: {zzzzzz: 1}", "line 2: unknown key `ok.zzzzzz`; the known keys of `ok`: exit"),
         ("run: [x]\nneeds: {disk: 1GiB}", "line 2: `needs.disk` is not supported by this version"),
         ("run: [x]\nretry: {rules: []}", "line 2: `retry.rules` is not supported by this version"),
         ("run: [x]\nname:", "line 2: `name` has no value; add one or remove the key"),
