@@ -15,7 +15,7 @@
 //! | ground | `error`, `blob`, `dialect`, `entity`, `lease`, `row`, `migration`, `connection`, `dedicated_connection`, `handle` |
 //! | shared | `request` (requests and their history), `select` (selections), `submit` (inserts) |
 //! | operations | `fenced` (claims and fenced writes), `control`, `sweep`, `job`, `site`, `worker`, `fleet`, `objects`, `prune`, `gc_roots` |
-//! | roof | `writer` (the group commit), `query`, `explain`, `measure`, `baseline` |
+//! | roof | `writer` (the group commit), `query`, `explain`, `measure`, `statements` (for benchmarks) |
 //!
 //! # SQL and entities
 //!
