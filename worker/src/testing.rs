@@ -73,15 +73,18 @@ use crate::author::facilities::{Facilities, Identity};
 use crate::author::live::{Live, Orders};
 use crate::author::process::{Advance, Context, Draft, Error, Interrupt, Process};
 use crate::author::registry::{AnyProcess, NotMade, Registry};
-use crate::execution::decide::{Ending, PARK_FROM, next_checkpoint, next_try, panic_text, panicked, state_of};
+use crate::execution::decide::{panic_text, panicked, state_of};
 use crate::execution::limits::Limits;
 use crate::site::Folders;
 
+mod commit;
 mod drive;
 mod golden;
+mod step;
 mod survival;
 
 pub use golden::{Golden, NotRestored, WRITE_GOLDEN};
+pub use step::{End, How, Step};
 pub use survival::{run_with_crash_after_every_advance, run_with_crash_in_every_advance};
 
 /// The kind of a process that is given by its type.
@@ -131,67 +134,6 @@ struct Held {
     context: Rc<Context>,
     process: Box<dyn AnyProcess>,
     checkpoint: Checkpoint,
-}
-
-/// What became of one advance.
-#[derive(Clone, Debug, PartialEq)]
-#[non_exhaustive]
-pub enum Step {
-    /// It is committed, and the next advance follows at once: [`Advance::Again`].
-    Again,
-    /// It is committed, and the next advance follows after this time: [`Advance::After`].
-    After(Duration),
-    /// It is committed, and the next advance follows after this time, which the process spends in memory:
-    /// [`Advance::Linger`].
-    Linger(Duration),
-    /// The process has ended.
-    Ended(End),
-    /// It failed with [`Error::Failed`], or the process finished with an exit code that is not in `ok.exit`; the spec's
-    /// `retry` allows another try after this pause.
-    Retried {
-        /// Why it failed.
-        reason: String,
-        /// The pause before the next try, without jitter.
-        pause: Duration,
-    },
-    /// It ended with [`Error::Interrupted`] or [`Error::Lacking`]. The process is queued, and no try was charged.
-    GivenBack {
-        /// Why.
-        reason: String,
-    },
-    /// It ended with [`Error::NotNow`]. The process is parked, for at most this time.
-    Waits(Duration),
-    /// It ended with [`Error::Stuck`]. The process is paused until [`Harness::play`].
-    Paused {
-        /// Why.
-        reason: String,
-    },
-}
-
-/// The end of a process.
-#[derive(Clone, Debug, PartialEq)]
-pub struct End {
-    /// How it ended.
-    pub how: How,
-    /// The exit code of [`Advance::Finished`].
-    pub exit: Option<i32>,
-    /// Whether the spec calls the exit code success.
-    pub ok: bool,
-    /// Why, where the exit code does not say it.
-    pub reason: Option<String>,
-    /// The values that the process returned.
-    pub values: Map<String, Value>,
-}
-
-/// How a process ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum How {
-    /// By itself, with [`Advance::Finished`].
-    Finished,
-    /// By an error.
-    Excepted,
-    /// By a kill.
-    Killed,
 }
 
 impl Harness {
@@ -526,131 +468,6 @@ impl Harness {
             Some(Ok(returned)) => Advanced::Returned(returned),
             Some(Err(panic)) => Advanced::Returned(Err(panicked(&panic_text(panic.as_ref())))),
         }
-    }
-
-    /// Makes an advance durable.
-    fn commit(&mut self, advance: &Advance) -> Step {
-        let Held { context, process, checkpoint } = self.held.as_mut().expect("it has just advanced");
-        let state = match process.save() {
-            Ok(state) => state,
-            Err(error) => return self.fail(error),
-        };
-        let next = next_checkpoint(checkpoint, advance, state, &mut context.draft.borrow_mut());
-        if let Some(reason) = self.limits.broken_by(&next)
-            && !matches!(advance, Advance::Finished { .. })
-        {
-            return Step::Ended(self.except(reason));
-        }
-        match *advance {
-            Advance::Again => {
-                self.keep(next);
-                Step::Again
-            }
-            Advance::After(pause) | Advance::Linger(pause) => {
-                self.keep(next);
-                self.row.wait = pause;
-                if !matches!(advance, Advance::After(_)) {
-                    return Step::Linger(pause);
-                }
-                if pause >= PARK_FROM {
-                    self.leave(pause);
-                }
-                Step::After(pause)
-            }
-            Advance::Finished { exit } => self.finish(exit, next),
-        }
-    }
-
-    fn finish(&mut self, exit: i32, checkpoint: Checkpoint) -> Step {
-        let Held { context, .. } = self.held.as_ref().expect("it has just advanced");
-        let ending = Ending::of(&self.spec, exit, &context.draft.borrow());
-        if let Some(failure) = ending.failure()
-            && let Some(step) = self.retry(&failure)
-        {
-            return step;
-        }
-        let values = checkpoint.values.clone();
-        self.keep(checkpoint);
-        let Ending { ok, reason, .. } = ending;
-        Step::Ended(self.end(End { how: How::Finished, exit: Some(exit), ok, reason, values }))
-    }
-
-    /// An advance has ended with an error.
-    fn fail(&mut self, error: Error) -> Step {
-        match error {
-            Error::NotNow(wait) => {
-                self.leave(wait.at_most);
-                Step::Waits(wait.at_most)
-            }
-            Error::Interrupted(reason) => {
-                self.leave(Duration::ZERO);
-                Step::GivenBack { reason }
-            }
-            Error::Lacking(shortage) => {
-                self.leave(Duration::ZERO);
-                Step::GivenBack { reason: shortage.to_string() }
-            }
-            Error::Failed(reason) => self.retry(&reason).unwrap_or_else(|| Step::Ended(self.except(reason))),
-            Error::Input(reason) => Step::Ended(self.except(reason)),
-            Error::Stuck(reason) => {
-                self.pause();
-                Step::Paused { reason }
-            }
-        }
-    }
-
-    /// Parks the process until its next try; `None` when there is none left.
-    fn retry(&mut self, reason: &str) -> Option<Step> {
-        let Held { checkpoint, .. } = self.held.as_ref().expect("it has just advanced");
-        let (checkpoint, pause) = next_try(&self.spec.retry, checkpoint, reason, 0.0)?;
-        self.keep(checkpoint);
-        self.row.try_number += 1;
-        self.leave(pause);
-        Some(Step::Retried { reason: reason.to_owned(), pause })
-    }
-
-    /// Stores a checkpoint.
-    fn keep(&mut self, checkpoint: Checkpoint) {
-        self.keep_log();
-        self.row.checkpoint = Some(checkpoint.to_bytes());
-        if let Some(held) = &mut self.held {
-            held.context.live.set_advances(checkpoint.advances);
-            held.checkpoint = checkpoint;
-        }
-    }
-
-    fn keep_log(&mut self) {
-        let Some(held) = &self.held else { return };
-        for output in held.context.draft.borrow_mut().take_outputs() {
-            let text = [output.head, output.tail].concat();
-            self.row.log = String::from_utf8_lossy(&text).into_owned();
-        }
-    }
-
-    /// The process leaves its holder in order and waits for this time.
-    fn leave(&mut self, wait: Duration) {
-        self.keep_log();
-        self.let_go();
-        self.row.wait = wait;
-    }
-
-    /// Drops what is in memory.
-    fn let_go(&mut self) {
-        // A process may hold timers or sockets of the runtime.
-        let _runtime = self.runtime.enter();
-        self.held = None;
-        let log = std::mem::take(&mut self.row.log);
-        self.row.earlier_log.push_str(&log);
-    }
-
-    fn except(&mut self, reason: String) -> End {
-        self.end(End { how: How::Excepted, exit: None, ok: false, reason: Some(reason), values: Map::new() })
-    }
-
-    fn end(&mut self, end: End) -> End {
-        self.leave(Duration::ZERO);
-        self.row.end = Some(end.clone());
-        end
     }
 }
 

@@ -54,15 +54,7 @@ pub(crate) async fn run(global: &Global, arguments: RunArguments, registry: Regi
     let objects = Objects::open(&objects_beside(&home))?;
     objects.add_owner(store.identity().await?).await?;
     let spec = if plan.files.is_empty() { spec } else { Box::pin(capture::capture(&spec, plan, &objects)).await? };
-    let (pid, is_resumed) = find_or_submit(&store, &spec, arguments.new).await?;
-    if is_resumed {
-        output::note(&format!("resuming {pid}; --new starts another process"));
-        let row = store.list(&Filter::of(vec![pid])).await?.pop();
-        if row.is_some_and(|row| is_stuck(&row)) {
-            // Whoever runs it again has seen to what it was paused for.
-            store.control(pid, &Request::new(Desired::Run, whoami())).await?;
-        }
-    }
+    let pid = resume_or_submit(&store, &spec, arguments.new).await?;
     let options = Options {
         name: WORKER.into(),
         host: host_name(),
@@ -112,7 +104,26 @@ pub(crate) async fn run(global: &Global, arguments: RunArguments, registry: Regi
     if is_stuck(&summary) {
         output::note("  to resume it, remove the cause and run the same command again");
     }
-    Ok(match summary.state {
+    Ok(exit_code(&summary))
+}
+
+/// Returns the process that this command follows: an unfinished one of the same spec, which resumes, or a new one.
+async fn resume_or_submit(store: &Store, spec: &Spec, is_new: bool) -> Result<Pid, Failure> {
+    let (pid, is_resumed) = find_or_submit(store, spec, is_new).await?;
+    if is_resumed {
+        output::note(&format!("resuming {pid}; --new starts another process"));
+        let row = store.list(&Filter::of(vec![pid])).await?.pop();
+        if row.is_some_and(|row| is_stuck(&row)) {
+            // A user who runs the command again has removed the cause of the pause.
+            store.control(pid, &Request::new(Desired::Run, whoami())).await?;
+        }
+    }
+    Ok(pid)
+}
+
+/// The exit code of the command: that of the process, if it has finished.
+fn exit_code(summary: &Summary) -> u8 {
+    match summary.state {
         State::Finished => {
             let code = summary.outcome.as_ref().and_then(|outcome| outcome.exit).unwrap_or(0);
             u8::try_from(code).unwrap_or(exit::PROCESS_FAILED)
@@ -120,7 +131,7 @@ pub(crate) async fn run(global: &Global, arguments: RunArguments, registry: Regi
         State::Excepted | State::Killed | State::Created | State::Running | State::Waiting | State::Paused(_) => {
             exit::PROCESS_FAILED
         }
-    })
+    }
 }
 
 /// Makes the home, where the values and variables of processes are, so that only its user can read it. A folder that is there
