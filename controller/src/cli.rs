@@ -64,7 +64,7 @@ pub(crate) struct Global {
     /// Output format
     #[arg(short, long, global = true, value_enum, default_value = "table")]
     pub(crate) output: Output,
-    /// Folder for the state of `baton run`; other commands use its database if no database is configured
+    /// Directory for the state of `baton run`; other commands use its database if no database is configured
     #[arg(long, global = true, env = "BATON_HOME", default_value = ".baton", value_name = "DIR")]
     pub(crate) home: PathBuf,
     #[command(flatten)]
@@ -89,8 +89,8 @@ pub(crate) enum Command {
   baton run examples/hello.yaml
   baton run job.yaml --new               start another process even if an unfinished one exists
 
-The exit code is that of the process. State is kept in .baton/ in the current directory, or in the folder that --home
-names.")]
+The exit code is that of the process. State is kept in .baton/ in the current directory, or in the directory set by
+--home.")]
     Run(RunArguments),
     /// Submit processes to the fleet
     #[command(after_help = "Examples:
@@ -121,11 +121,11 @@ the time of acceptance. The totals below the table stop counting at 10000.")]
   baton status PID
   baton list --state running -o ids | baton status -")]
     Status(Pids),
-    /// Explain why a process does not advance: the first unmet condition, with numbers
+    /// Explain why a process does not advance: print the first unmet condition, with details
     #[command(after_help = "Examples:
   baton explain PID
   baton list --state waiting -o ids | baton explain -
-  baton explain PID -o json              `condition` is a stable identifier; `facts` has the numbers
+  baton explain PID -o json              `condition` is a stable identifier; `facts` has the details
 
 Conditions: ended, kill_pending, pause_pending, paused, on_hold, holder_gone, holder_silent, blocks_its_thread,
 advancing, needs_other_worker, waits_for_retry, waits_for_timer, waits_for_job, waits_for_session, waits_for_room,
@@ -173,14 +173,14 @@ workers_silent, slots_taken, queued")]
     /// List workers
     #[command(after_help = "Examples:
   baton workers
-  baton workers w1                       also list the processes that it holds
+  baton workers w1                       also list the processes that the worker holds
   baton workers --all                    include workers that have stopped or died
   baton workers --watch                  refresh every second until Ctrl-C
   baton workers --watch -o json          print one line of JSON per refresh
 
 States: live; draining (claims no more processes); silent (has missed a heartbeat); gone (stopped, or declared dead).
-LEASE is the time since the last heartbeat. A worker that is silent for 10 s, as measured by another worker, loses its
-processes to the other workers.")]
+LEASE is the time since the last heartbeat. If a worker is silent for 10 s, as measured by another worker, the
+other workers take over its processes.")]
     Workers(WorkersArguments),
     /// List sites with their sessions, jobs, waiting processes and last error
     #[command(after_help = "Examples:
@@ -191,20 +191,20 @@ A site is `down` after a failure to reach it. Its processes wait, without using 
 SESSIONS counts the sessions of the whole fleet. WAIT-SESSION counts processes that wait for a session. WAIT-ROOM counts
 processes that wait until the site accepts another job.")]
     Sites(SitesArguments),
-    /// Open a shell in the folder of a process, at its site
+    /// Open a shell in the directory of a process, at its site
     #[command(after_help = "Examples:
   baton open PID
-  baton open PID --print                 print the command only")]
+  baton open PID --print                 only print the command")]
     Open(OpenArguments),
     /// Drain workers: they give back their processes and stop
     #[command(after_help = "Examples:
   baton drain w1 --reason 'new kernel'
-  baton drain w1 w2 --wait               wait until they have stopped; show what they still hold
+  baton drain w1 w2 --wait               wait until they have stopped; show the processes that they still hold
   baton drain 01940000-0000-7000-8000-000000000000   one incarnation, if several have the same name
 
 The request is written to the database first, so it also works while the broker is down: workers read it at their next
-heartbeat. A process returns to its queue before its next advance, or when the grace period of the worker is over. A
-worker that is started again, for example by a service manager, claims processes as usual.")]
+heartbeat. A process returns to its queue before its next advance, or when the grace period of the worker ends. If a
+service manager restarts a drained worker, the worker claims processes as usual.")]
     Drain(DrainArguments),
     /// Remove processes that ended long ago, with their attempts, outputs and history; workers may keep running
     #[command(after_help = "Examples:
@@ -216,9 +216,9 @@ Only processes that have ended are removed. Removal is permanent. It proceeds in
 command again.
 
 An external program may publish a launch a second time after its process was pruned. That launch must not run the
-process again. Therefore the database keeps the latest time up to which processes were pruned. A launch whose pid (a
-UUIDv7) was generated before that time, and whose process does not exist, is dead-lettered. Choose a duration that is
-longer than any launch waits in a queue.")]
+process again. Therefore the database stores the latest time up to which processes were pruned. A launch is
+dead-lettered if its pid (a UUIDv7) was generated before that time and its process does not exist. Set --older-than to
+more than the longest time that a launch may wait in a queue.")]
     Prune(PruneArguments),
     /// Remove unneeded objects from the object store
     #[command(after_help = "Examples:
@@ -226,8 +226,8 @@ longer than any launch waits in a queue.")]
   baton gc                               for cron, after `baton prune`
 
 A process needs its input files and its results until it is pruned. Objects that are younger than --older-than are kept,
-because a process that is being submitted or that is about to end may need them. Set it to less than a day only while no
-process is being submitted and none is ending.")]
+because a process that is being submitted or is about to end may need them. Set --older-than to less than a day only
+while no process is being submitted or about to end.")]
     Gc(GcArguments),
     /// Inspect, replay or drop dead letters: messages that no program could process
     #[command(
@@ -239,19 +239,19 @@ process is being submitted and none is ending.")]
   baton dead list -o ids | baton dead drop -"
     )]
     Dead(DeadCommand),
-    /// Measure the limits of this installation, the performance of Baton, and its cost
+    /// Measure the limits of this installation, and the performance and cost of Baton
     #[command(
         subcommand,
         after_help = "Examples:
-  baton bench limits --combined          the highest rates of broker and database
+  baton bench limits --combined          the maximum rates of broker and database
   baton bench throughput --workers 1     processes per second, and their ratio to the limits
   baton bench latency --workers 1 -o json
   baton bench throughput --workers 3 -n 50000 --no-limits
 
 A benchmark needs PostgreSQL and RabbitMQ. Both must otherwise be idle, because their counters cover the whole server.
-With --workers, the benchmark starts its own workers on its own queue. Without it, the workers that serve --queue do the
-work. At the end the benchmark removes its processes, queues and schema (`baton_bench_*`). A benchmark that is killed
-removes nothing."
+With --workers, the benchmark starts its own workers on its own queue. Without --workers, the workers that serve --queue
+run the processes. At the end, the benchmark removes its processes, queues and schema (`baton_bench_*`). If a benchmark
+is killed, it removes nothing."
     )]
     Bench(BenchCommand),
     /// Test a site, run commands there, and transfer files
@@ -277,7 +277,7 @@ The exit code is 0 if no check fails.")]
     #[command(after_help = "Example:
   baton completion bash > /etc/bash_completion.d/baton")]
     Completion {
-        /// Shell that the script is for
+        /// Shell for which to print the script
         shell: clap_complete::Shell,
     },
 }
@@ -316,7 +316,7 @@ pub(crate) struct ListArguments {
     /// Maximum number of processes to list; 0 means no limit
     #[arg(short = 'n', long, default_value_t = 50)]
     pub(crate) limit: u32,
-    /// List the processes that come after this one: the next page
+    /// List the page that follows this process
     #[arg(long, value_name = "PID")]
     pub(crate) after: Option<Pid>,
     #[command(flatten)]
@@ -328,7 +328,7 @@ pub(crate) struct PruneArguments {
     /// Remove only processes that ended at least this long ago, such as 12h or 30d
     #[arg(long, value_name = "DURATION", value_parser = duration::parse)]
     pub(crate) older_than: Duration,
-    /// Print the number of matches only
+    /// Only print the number of matches
     #[arg(long)]
     pub(crate) dry_run: bool,
     /// Do not ask for confirmation
@@ -345,7 +345,7 @@ pub(crate) struct PruneArguments {
 pub(crate) struct ResultsArguments {
     /// Process id
     pub(crate) pid: String,
-    /// Fetch all result files into this folder
+    /// Fetch all result files into this directory
     #[arg(long, value_name = "DIR")]
     pub(crate) get: Option<PathBuf>,
 }
@@ -355,7 +355,7 @@ pub(crate) struct GcArguments {
     /// Remove only objects that were stored at least this long ago, such as 12h or 30d
     #[arg(long, value_name = "DURATION", default_value = "1d", value_parser = duration::parse)]
     pub(crate) older_than: Duration,
-    /// Print the number and total size of the matches only
+    /// Only print the number and total size of the matches
     #[arg(long)]
     pub(crate) dry_run: bool,
 }

@@ -54,7 +54,7 @@ impl Failure {
         }
         let red = Style::new().bold().fg_color(Some(AnsiColor::Red.into()));
         let mut stderr = anstream::stderr();
-        // If standard error is closed, there is no place to report that.
+        // If standard error is closed, the error cannot be reported.
         let _ = writeln!(stderr, "{red}error{red:#}: {}", self.message);
         if let Some(remedy) = &self.remedy {
             let _ = writeln!(stderr, "  {remedy}");
@@ -154,7 +154,7 @@ impl From<dead::Error> for Failure {
                 "nothing is lost; remove the message in the management UI of RabbitMQ (Get messages, automatic ack)",
             ),
             dead::Error::Lost(_) => {
-                (exit::UNREACHABLE, "nothing is lost; run the command again when the broker is back")
+                (exit::UNREACHABLE, "nothing is lost; run the command again when the broker is reachable")
             }
         };
         Self::new(code, error.to_string()).with_remedy(remedy)
@@ -200,7 +200,7 @@ pub(crate) fn broker_remedy(error: &CheckError) -> (u8, &'static str) {
         }
         CheckError::Unreachable { .. } => (exit::UNREACHABLE, "start RabbitMQ, or correct the host and port"),
         CheckError::Credentials { .. } => {
-            (exit::REFUSED, "correct the user and password; the user guest can log in only from the host of the broker")
+            (exit::REFUSED, "correct the user and password; the user guest can log in only from the broker's host")
         }
         CheckError::NoVhost { .. } => (exit::REFUSED, "run `rabbitmqctl add_vhost` and `rabbitmqctl set_permissions`"),
         CheckError::OtherDatabase { .. } => (exit::CONFLICT, OTHER_DATABASE),

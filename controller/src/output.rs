@@ -79,7 +79,7 @@ pub(crate) fn confirm(verb: &str, total: u64) -> Result<(), Failure> {
         let error =
             format!("cannot ask for confirmation to {verb} {}: standard input is not a terminal", processes(total));
         return Err(Failure::new(exit::REFUSED, error)
-            .with_remedy("use `--yes` to confirm, or `--dry-run` to print the number of matches only"));
+            .with_remedy("use `--yes` to confirm, or `--dry-run` to only print the number of matches"));
     }
     note(&format!("{verb} {}? [y/N]", processes(total)));
     let mut answer = String::new();

@@ -116,7 +116,7 @@ impl Reader {
         Some(spec)
     }
 
-    /// Reads `run`, `script` or `call`, of which exactly one must be present.
+    /// Reads `run`, `script` or `call`. Exactly one of them must be present.
     fn work(&mut self, document: &mut Section) -> Option<Work> {
         let given: Vec<&str> = ["run", "script", "call"].into_iter().filter(|key| document.has(key)).collect();
         match given.as_slice() {
@@ -198,7 +198,7 @@ impl Reader {
                 let shown = shortened(&shown);
                 self.report(node.line, format!("unknown key `{shown}`; {}", suggestion(keys, &key)));
             } else if matches!(node.content, Content::Null) {
-                self.report(node.line, format!("`{shown}` has no value; add one or remove the key"));
+                self.report(node.line, format!("`{shown}` has no value; add a value or remove the key"));
             } else {
                 section.entries.insert(key, node);
                 continue;
@@ -216,7 +216,7 @@ impl Reader {
             Some(Node { content: Content::Map(entries), .. }) => entries,
             Some(node) => {
                 let known = keys.known.join(", ");
-                let text = format!("`{}` must be a map (with {known}), not {}", keys.path, node.what());
+                let text = format!("`{}` must be a map with the keys {known}, not {}", keys.path, node.what());
                 self.report(node.line, text);
                 Vec::new()
             }

@@ -59,16 +59,16 @@ pub(crate) struct FleetArguments {
     /// Number of workers to start; 0 uses the workers that serve --queue
     #[arg(long, default_value_t = 0, value_name = "N")]
     pub(crate) workers: u32,
-    /// Slots of each started worker [default: that of baton-worker]
+    /// Number of slots of each started worker [default: as baton-worker]
     #[arg(long, value_name = "N")]
     pub(crate) slots: Option<u32>,
-    /// Threads of each started worker that advance processes [default: that of baton-worker]
+    /// Number of threads that advance processes in each started worker [default: as baton-worker]
     #[arg(long, value_name = "N")]
     pub(crate) threads: Option<u16>,
-    /// Program of the started workers [default: baton-worker in the folder of this program]
+    /// Program to start as a worker [default: baton-worker in the directory of this program]
     #[arg(long, value_name = "PATH")]
     pub(crate) worker_program: Option<PathBuf>,
-    /// Queue of the existing workers
+    /// Queue that the existing workers serve
     #[arg(long, default_value = "default", value_name = "QUEUE")]
     pub(crate) queue: String,
     /// Do not measure the limits first
@@ -76,17 +76,17 @@ pub(crate) struct FleetArguments {
     pub(crate) no_limits: bool,
 }
 
-/// The workers that hold the processes of a benchmark. It always starts them, with slots for all processes.
+/// The workers that hold the processes of a benchmark. The benchmark always starts them, with slots for all processes.
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Workers")]
 pub(crate) struct HoldingArguments {
     /// Number of workers to start [default: the fewest that the benchmark needs]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_000))]
     pub(crate) workers: Option<u32>,
-    /// Threads of each started worker that advance processes [default: that of baton-worker]
+    /// Number of threads that advance processes in each started worker [default: as baton-worker]
     #[arg(long, value_name = "N")]
     pub(crate) threads: Option<u16>,
-    /// Program of the started workers [default: baton-worker in the folder of this program]
+    /// Program to start as a worker [default: baton-worker in the directory of this program]
     #[arg(long, value_name = "PATH")]
     pub(crate) worker_program: Option<PathBuf>,
 }
@@ -111,16 +111,16 @@ impl HoldingArguments {
 
 #[derive(Args, Debug)]
 pub(crate) struct LimitsArguments {
-    /// Also measure messages and rows together, as Baton uses them
+    /// Also measure messages and rows together, in the way Baton uses them
     #[arg(long)]
     pub(crate) combined: bool,
-    /// Number of processes at each point of --combined
+    /// Number of processes in each measurement of --combined
     #[arg(short = 'n', long, default_value_t = 20_000, value_name = "N")]
     pub(crate) count: u32,
-    /// Number of advances of each of these processes
+    /// Number of advances of each process of --combined
     #[arg(long, default_value_t = 1, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) steps: u32,
-    /// Time to measure each other point, such as 500ms or 2s
+    /// Duration of each other measurement, such as 500ms or 2s
     #[arg(long, default_value = "2s", value_parser = duration::parse, value_name = "DURATION")]
     pub(crate) each: Duration,
 }

@@ -12,7 +12,7 @@ const NOT_OF_A_FLEET: [&str; 8] = ["label", "session", "queue", "kind", "state",
 
 #[derive(Args, Debug)]
 pub(crate) struct PauseArguments {
-    /// Do not wait for the end of the advance: end the local program now and repeat the advance after `play`
+    /// Do not wait for the end of the advance: terminate the local program now, and repeat the advance after `play`
     #[arg(long)]
     pub(crate) now: bool,
     /// Pause the fleet: workers claim no more processes; held processes continue
@@ -33,8 +33,8 @@ pub(crate) struct PlayArguments {
 
 #[derive(Args, Debug)]
 pub(crate) struct KillArguments {
-    /// End the process in the database now; the worker ends the program when it receives the request, at the latest when
-    /// its lease expires
+    /// End the process in the database now; its worker terminates the program when it receives the request, or at the
+    /// latest when its lease expires
     #[arg(long)]
     pub(crate) force: bool,
     #[command(flatten)]
@@ -52,7 +52,7 @@ pub(crate) struct ControlArguments {
     /// Reason to record in the history of the process
     #[arg(long, value_name = "TEXT")]
     pub(crate) reason: Option<String>,
-    /// Print the number of matches only
+    /// Only print the number of matches
     #[arg(long)]
     pub(crate) dry_run: bool,
     /// Do not ask for confirmation; only `baton kill` with a selection asks

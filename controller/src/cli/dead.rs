@@ -25,7 +25,7 @@ does not run again.")]
     /// Drop dead letters permanently
     #[command(after_help = "Examples:
   baton dead drop ID
-  baton dead drop --all                  ask for confirmation first
+  baton dead drop --all                  drop all after confirmation
   baton dead drop --all --yes")]
     Drop(DropArguments),
 }
@@ -49,7 +49,7 @@ pub(crate) struct WhichLetters {
     /// Ids of dead letters; `-` reads them from standard input
     #[arg(required_unless_present = "all", conflicts_with = "all")]
     pub(crate) ids: Vec<String>,
-    /// All dead letters in the queue now
+    /// All dead letters that are in the queue now
     #[arg(long)]
     pub(crate) all: bool,
 }
@@ -58,7 +58,7 @@ pub(crate) struct WhichLetters {
 pub(crate) struct DropArguments {
     #[command(flatten)]
     pub(crate) which: WhichLetters,
-    /// Do not ask for confirmation before all are dropped
+    /// Do not ask for confirmation before dropping all dead letters
     #[arg(long)]
     pub(crate) yes: bool,
 }

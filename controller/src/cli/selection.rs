@@ -12,7 +12,7 @@ use crate::failure::Failure;
 /// Heading of these options in the help.
 pub(crate) const SELECTION: &str = "Selection (conditions are ANDed)";
 
-/// Which processes, by what they have in common. Conditions are ANDed.
+/// Conditions that select processes. Conditions are ANDed.
 #[derive(Args, Debug)]
 #[command(next_help_heading = SELECTION)]
 pub(crate) struct Selection {
@@ -39,10 +39,10 @@ pub(crate) struct Facts {
     /// Only processes in this session
     #[arg(long, value_name = "NAME")]
     pub(crate) session: Option<String>,
-    /// Only processes of this task queue, including its class: `default`, `default.high`
+    /// Only processes in this queue; the name includes the class: `default`, `default.high`
     #[arg(long, value_name = "QUEUE")]
     pub(crate) queue: Option<String>,
-    /// Only processes of this kind: `program`, `baton.count`…
+    /// Only processes of this kind: `program`, `job`, or the name of a Rust process such as `baton.count`
     #[arg(long, value_name = "KIND")]
     pub(crate) kind: Option<String>,
 }

@@ -17,22 +17,22 @@ The exit code is 0 if all tests pass, and 1 otherwise.")]
         /// Name of the site
         site: String,
     },
-    /// Run a command at a site, in the home folder of the user
+    /// Run a command at a site, in the home directory of the user
     #[command(after_help = "Examples:
   baton site exec cluster -- squeue --me
   baton site exec cluster -- 'du -sh jobs/* | tail -n 3'
   baton site exec cluster --timeout 1h -- make -C src
 
-A single word is passed to the shell at the site. Several words are a program and its arguments, passed without changes.
-Standard input is empty. The output (at most 16 MiB) is printed when the command has ended. The exit code is that of the
-command.")]
+A single argument is a command line for the shell at the site. Several arguments are a program and its arguments, which
+are passed unchanged. Standard input is empty. The output (at most 16 MiB) is printed after the command has ended. The
+exit code is that of the command.")]
     Exec(SiteExecArguments),
     /// Send a file to a site
     #[command(after_help = "Examples:
   baton site put cluster data.tar inputs/data.tar
   baton site put cluster data.tar /scratch/me/
 
-Missing folders are created. An interrupted transfer resumes. The sent file is verified by its SHA-256 digest.")]
+Missing directories are created. An interrupted transfer resumes. The sent file is verified by its SHA-256 digest.")]
     Put(SitePutArguments),
     /// Fetch a file from a site
     #[command(after_help = "Examples:
@@ -47,7 +47,7 @@ An interrupted transfer resumes. The fetched file is verified by its SHA-256 dig
 pub(crate) struct SiteExecArguments {
     /// Name of the site
     pub(crate) site: String,
-    /// Line for the shell at the site, or a program and its arguments
+    /// Command line for the shell at the site, or a program and its arguments
     #[arg(required = true, last = true)]
     pub(crate) command: Vec<String>,
     /// Time limit of the command, such as 30s or 1h30m
@@ -61,7 +61,7 @@ pub(crate) struct SitePutArguments {
     pub(crate) site: String,
     /// Local file
     pub(crate) from: PathBuf,
-    /// File at the site, or a folder if it ends with `/`; a relative path starts at the root of the site
+    /// File at the site, or a directory if it ends with `/`; a relative path is relative to the root of the site
     pub(crate) to: String,
 }
 
@@ -69,8 +69,8 @@ pub(crate) struct SitePutArguments {
 pub(crate) struct SiteGetArguments {
     /// Name of the site
     pub(crate) site: String,
-    /// File at the site; a relative path starts at the root of the site
+    /// File at the site; a relative path is relative to the root of the site
     pub(crate) from: String,
-    /// Local file or folder
+    /// Local file or directory
     pub(crate) to: PathBuf,
 }

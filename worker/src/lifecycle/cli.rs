@@ -27,8 +27,8 @@ use crate::local::user::{self, User};
 pub use crate::machine::causes::chain;
 use crate::machine::{handover, open_files};
 
-/// Default number of slots. A held process costs memory and, if it runs a program, a share of the machine. Of short
-/// processes, one or two hundred are always between delivery and acknowledgement, and each occupies a slot.
+/// Default number of slots. A held process costs memory and, if it runs a program, a share of the machine. If the
+/// processes are short, one or two hundred are always between delivery and acknowledgement, and each occupies a slot.
 const SLOTS: u32 = 400;
 
 /// Default grace. Service managers send KILL after 30 s or more.
@@ -37,10 +37,10 @@ const GRACE: Duration = Duration::from_secs(25);
 /// Pause between two attempts to reach the database at the start.
 const CONNECT_PAUSE: Duration = Duration::from_secs(1);
 
-/// Longest time for which a starting worker asks its broker which database the virtual host belongs to.
+/// Time limit for asking the broker, at the start, which database the virtual host belongs to.
 const CHECK_LIMIT: Duration = Duration::from_secs(3);
 
-/// Most database connections of one worker. A larger number is a typing error.
+/// Maximum number of database connections of one worker. A larger number is a typing error.
 const CONNECTIONS_MAX: u32 = 100;
 
 /// How long an idle thread of the blocking pool is kept. A probe of the worker's machine uses one every few seconds.
@@ -50,7 +50,7 @@ const BLOCKING_KEPT: Duration = Duration::from_secs(60);
 const HEADROOM_CHUNKS: usize = 160;
 const HEADROOM_CHUNK_BYTES: usize = 100 << 10;
 
-/// The smallest limit of open files with which a program of Baton works.
+/// The minimum number of open files that a program of Baton needs.
 const FILES_MIN: usize = 16;
 
 /// Options of every program.
@@ -72,7 +72,8 @@ pub struct Connection {
     /// File that contains the database's URL
     #[arg(long, global = true, env = "BATON_DATABASE_URL_FILE", value_name = "PATH")]
     pub database_url_file: Option<PathBuf>,
-    /// Object store for the files of processes: a folder, or s3://BUCKET/PREFIX [default: ~/.local/share/baton/objects]
+    /// Object store for the files of processes: a directory, or s3://BUCKET/PREFIX
+    /// [default: ~/.local/share/baton/objects]
     #[arg(long, global = true, env = "BATON_OBJECTS_URL", value_name = "URL")]
     pub objects_url: Option<String>,
 }
@@ -124,14 +125,14 @@ impl Connection {
   baton-worker --name gpu-1 --queue gpu --slots 4
 
 Signals:
-  TERM, INT  drain: take no more processes, let running advances finish within --grace, return all processes to the
-             queue, and exit with 0; an advance that exceeds the grace is interrupted and repeated by another worker
-  again      drain without waiting for the grace
+  TERM, INT  drain: claim no more processes, let running advances finish within --grace, give back all processes, and
+             exit with 0; an advance that exceeds the grace period is interrupted and repeated by another worker
+  a second   skip the grace period
 
 Exit codes:
   0 drained   1 failed   2 wrong command line or configuration   4 wrong credentials, or the schema is newer
   5 the virtual host belongs to another database
-A worker waits for a database or a broker that does not answer; it does not exit."
+If the database or the broker does not answer, the worker waits; it does not exit."
 )]
 struct Command {
     #[command(flatten)]
@@ -157,8 +158,8 @@ struct Command {
     /// User that runs the local programs; requires a worker that runs as root [default: the worker's user]
     #[arg(long, env = "BATON_WORKER_USER", value_name = "NAME")]
     user: Option<String>,
-    /// How long running advances may take to finish when the worker stops, and how long a local program has between TERM
-    /// and KILL [default: 25s]
+    /// Grace period: the time that advances have to finish when the worker stops, and that a local program has between
+    /// TERM and KILL [default: 25s]
     #[arg(long, env = "BATON_WORKER_GRACE", value_parser = duration::parse, value_name = "DURATION")]
     grace: Option<Duration>,
     /// Log filter: error, warn, info, debug, or a list such as baton_worker=debug
@@ -186,10 +187,11 @@ pub fn main(registry: Registry) -> ExitCode {
     }
 }
 
-/// Does what every program of Baton does first in `main`, before any thread starts: it acts as the shim of a local program if
-/// the program was started as one, and removes passwords from the environment and the command line, where other users of the
-/// machine could read them. For the latter it may start the program once more. Returns the arguments as they were given, with
-/// the URLs of the environment among them.
+/// The first steps of every program of Baton, in `main` before any thread starts.
+///
+/// Acts as the shim of a local program if the program was started as a shim. Removes passwords from the environment and
+/// the command line, where other users of the machine could read them; for this, it may execute the program again.
+/// Returns the original arguments with the URLs of the environment added.
 ///
 /// # Errors
 /// The exit code of the shim. Return it from `main`.
@@ -200,12 +202,12 @@ pub fn begin() -> Result<Vec<OsString>, ExitCode> {
     Ok(handover::begin())
 }
 
-/// The arguments of this program as they were given, without those of [`begin`].
+/// The original arguments of this program, without the arguments that [`begin`] adds.
 pub fn arguments() -> Vec<String> {
     handover::arguments()
 }
 
-/// Runs a worker with the arguments of [`begin`], of which the first names the program in the help.
+/// Runs a worker with the arguments of [`begin`]. The first argument is the name of the program in the help.
 pub fn run(arguments: Vec<OsString>, registry: Registry) -> ExitCode {
     keep_headroom();
     let command = Command::parse_from(arguments);
@@ -223,13 +225,13 @@ pub fn run(arguments: Vec<OsString>, registry: Registry) -> ExitCode {
         }
     };
     let code = runtime.block_on(serve(command, registry));
-    // A process that blocks its thread, or a closure on the blocking pool, does not keep the program from exiting.
+    // A process that blocks its thread, or a closure on the blocking pool, must not prevent the program from exiting.
     runtime.shutdown_timeout(Duration::from_secs(1));
     code
 }
 
-/// Lets the allocator keep some memory in reserve, so that a worker can still report a shortage of memory: an allocation that
-/// fails ends a program. Memory that is never written to costs nothing.
+/// Lets the allocator keep some memory in reserve, so that a worker can still report a shortage of memory. A failed
+/// allocation ends a program. Memory that is never written to costs nothing.
 fn keep_headroom() {
     let chunks: Vec<Vec<u8>> = (0..HEADROOM_CHUNKS).map(|_| Vec::with_capacity(HEADROOM_CHUNK_BYTES)).collect();
     // The allocator returns only memory above the last chunk in use.
@@ -247,7 +249,7 @@ pub fn runtime() -> io::Result<tokio::runtime::Runtime> {
     let build = || {
         tokio::runtime::Builder::new_multi_thread()
             .worker_threads(2)
-            // Where the system starts no further thread, blocking work needs an existing one.
+            // If the system cannot start another thread, blocking work needs an existing one.
             .thread_keep_alive(BLOCKING_KEPT)
             .enable_all()
             .build()
@@ -258,7 +260,7 @@ pub fn runtime() -> io::Result<tokio::runtime::Runtime> {
     let built = catch_unwind(build);
     std::panic::set_hook(hook);
     built.unwrap_or_else(|_| {
-        Err(io::Error::other("the system starts no thread; raise the limit on processes (`ulimit -u`, `pids.max`)"))
+        Err(io::Error::other("the system cannot start a thread; raise the process limit (`ulimit -u`, `pids.max`)"))
     })
 }
 
@@ -462,9 +464,9 @@ async fn open(location: Location, access: Access, stop: &Stop) -> Result<Store, 
 /// The remedy that is logged while a worker waits for the database.
 pub(crate) fn remedy_of(error: &StoreError) -> &'static str {
     if matches!(error, store::Error::Full(_)) {
-        "the worker starts when another program closes a connection; raise the server's max_connections for more workers"
+        "the worker starts when another program closes a connection; for more workers, raise the server's max_connections"
     } else {
-        "the worker waits until it answers"
+        "the worker waits until the database answers"
     }
 }
 

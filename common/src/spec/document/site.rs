@@ -28,7 +28,7 @@ const UNITS: [(&str, u64); 9] = [
     ("TB", 1_000_000_000_000),
 ];
 
-/// Most memory in a spec. More is a mistake.
+/// Maximum memory in a spec. More is a mistake.
 const MEM_MAX: u64 = 1 << 60;
 
 /// An entry of `in` or `out` as it is written.
@@ -155,15 +155,17 @@ impl Reader {
             }
             Content::Null | Content::Bool(_) | Content::Number(_) | Content::List(_) => {
                 let known = keys.known.join(", ");
-                let text =
-                    format!("entry {entry_idx} of `{}` must be text or a map (with {known}), not {what}", keys.path);
+                let text = format!(
+                    "entry {entry_idx} of `{}` must be text or a map with the keys {known}, not {what}",
+                    keys.path
+                );
                 self.report(line, text);
                 None
             }
         }
     }
 
-    /// Rejects two inputs with one target, and an input whose target lies below that of another.
+    /// Rejects two inputs with the same target, and an input whose target lies below that of another.
     fn reject_conflicting_targets(&mut self, inputs: &[(usize, Option<u32>, Input)]) {
         let mut files: BTreeSet<(&str, &str)> = BTreeSet::new();
         for (entry_idx, line, input) in inputs {
@@ -208,7 +210,9 @@ fn input(entry: Written) -> Read<Input> {
         }
     }
     if from.path.is_empty() {
-        return Err(format!("`{written}` names no file; add the path of a file, or of a folder with a trailing `/`"));
+        return Err(format!(
+            "`{written}` names no file; add the path of a file, or of a directory with a trailing `/`"
+        ));
     }
     let how = entry.how;
     let is_shared = matches!(from.scope, Scope::Session | Scope::Resource);
@@ -218,7 +222,7 @@ fn input(entry: Written) -> Read<Input> {
             return Err(format!("`how: {word}` requires a source in session:// or resource://; remove `how`"));
         }
         How::Unpack if from.is_folder() => {
-            return Err(format!("`{written}` is a folder; `how: unpack` requires an archive"));
+            return Err(format!("`{written}` is a directory; `how: unpack` requires an archive"));
         }
         How::Auto | How::Copy | How::Link | How::Move | How::Unpack => {}
     }
@@ -247,7 +251,7 @@ fn input(entry: Written) -> Read<Input> {
     if to.path.is_empty() && matches!(how, How::Link | How::Move) {
         let word = if how == How::Link { "link" } else { "move" };
         let scope = to.scope.word();
-        return Err(format!("`how: {word}` cannot replace {scope}:// itself; name a folder in `to`, or use copy"));
+        return Err(format!("`how: {word}` cannot replace {scope}:// itself; name a directory in `to`, or use copy"));
     }
     Ok(Input { from, to, how, optional: entry.is_optional })
 }
@@ -256,11 +260,11 @@ fn output(entry: Written) -> Read<Output> {
     let written = shortened(&entry.from);
     let from = location(&entry.from, Some(Scope::Task))?.expect("a scope is given");
     if from.scope != Scope::Task {
-        return Err(format!("`{written}`: outputs must be in task://, the program's folder"));
+        return Err(format!("`{written}`: outputs must be in task://, the program's sandbox"));
     }
     if from.path.is_empty() {
         return Err(format!(
-            "`{written}` names no file; add the path of a file, of a folder with a trailing `/`, or `**` for all files"
+            "`{written}` names no file; add the path of a file, of a directory with a trailing `/`, or `**` for all files"
         ));
     }
     let to = match &entry.to {
@@ -278,9 +282,7 @@ fn output(entry: Written) -> Read<Output> {
         Scope::Store | Scope::Session | Scope::Resource => {}
         Scope::Client => {
             let remedy = "remove `to`, and fetch the output with `baton results PID --get DIR`";
-            return Err(format!(
-                "`to` must not be client://: the client may have gone when the program ends; {remedy}"
-            ));
+            return Err(format!("`to` must not be client://: the client may be gone when the program ends; {remedy}"));
         }
         Scope::Task => return Err("`to` must not be task://; use store://, session:// or resource://".into()),
     }
@@ -313,7 +315,7 @@ fn completed(mut to: Location, is_folder: bool, name: impl FnOnce() -> Option<St
         (true, false) => to.path.push('/'),
         (false, true) => match name() {
             Some(name) => to.path.push_str(&name),
-            None => return Err("`to` is a folder; add a file name, since a digest is not a file name".into()),
+            None => return Err("`to` is a directory; add a file name, since a digest is not a file name".into()),
         },
         (true, true) | (false, false) => {}
     }

@@ -6,7 +6,7 @@ use super::super::tree::{Content, Node};
 use super::super::{JOB, PROGRAM, Priority, on_site};
 use crate::duration;
 
-/// Most tries. A larger number is a mistake.
+/// Maximum number of tries. A larger number is a mistake.
 const RETRY_MAX: u32 = 1000;
 /// Largest growth factor of the pauses.
 pub(super) const FACTOR_MAX: f64 = 1000.0;
@@ -105,7 +105,7 @@ pub(super) fn argv(node: Node) -> Read<Vec<String>> {
     }
     match argv.first().map(String::as_str) {
         None => Err("must not be empty; its first element is the program".to_owned()),
-        Some("") => Err("must not start with an empty text; the first element is the program".to_owned()),
+        Some("") => Err("must not start with an empty string; the first element is the program".to_owned()),
         Some(_) => Ok(argv),
     }
 }
@@ -137,7 +137,7 @@ pub(super) fn variable(name: &str, value: &str) -> Read<()> {
 pub(super) fn not_too_long(bytes: usize) -> Read<()> {
     if bytes > ARGUMENT_BYTES_MAX {
         return Err(format!(
-            "has {bytes} bytes; Linux limits an argument or variable to {ARGUMENT_BYTES_MAX}; use `stdin` or a file instead"
+            "has {bytes} bytes, but Linux allows {ARGUMENT_BYTES_MAX} for an argument or variable; use `stdin` or a file"
         ));
     }
     Ok(())
@@ -146,7 +146,7 @@ pub(super) fn not_too_long(bytes: usize) -> Read<()> {
 pub(super) fn name(node: Node) -> Read<String> {
     let name = text(node)?;
     if name.trim().is_empty() || name.len() > NAME_BYTES_MAX || name.chars().any(char::is_control) {
-        return Err(format!("must be 1 to {NAME_BYTES_MAX} bytes on one line"));
+        return Err(format!("must be one line of 1 to {NAME_BYTES_MAX} bytes"));
     }
     Ok(name)
 }

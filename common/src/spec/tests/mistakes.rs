@@ -23,8 +23,11 @@ fn a_problem_with_the_keys_or_the_work_is_reported_with_line_and_remedy() {
         ("run: [x]\nok: {zzzzzz: 1}", "line 2: unknown key `ok.zzzzzz`; the known keys of `ok`: exit"),
         ("run: [x]\nneeds: {disk: 1GiB}", "line 2: `needs.disk` is not supported by this version"),
         ("run: [x]\nretry: {rules: []}", "line 2: `retry.rules` is not supported by this version"),
-        ("run: [x]\nname:", "line 2: `name` has no value; add one or remove the key"),
-        ("run: [x]\nneeds: 2h", "line 2: `needs` must be a map (with time, nodes, ranks, cpus, mem, gpus), not text"),
+        ("run: [x]\nname:", "line 2: `name` has no value; add a value or remove the key"),
+        (
+            "run: [x]\nneeds: 2h",
+            "line 2: `needs` must be a map with the keys time, nodes, ranks, cpus, mem, gpus, not text",
+        ),
         // The work.
         ("name: x", "the document has none of `run`, `script` and `call`; add one"),
         ("# x", "the document is empty; add one of `run`, `script` and `call`"),
@@ -35,7 +38,7 @@ fn a_problem_with_the_keys_or_the_work_is_reported_with_line_and_remedy() {
         ),
         ("run: x y", "line 1: `run` must be a list such as [echo, hello], not text; use `script` for a shell command"),
         ("run: []", "line 1: `run` must not be empty; its first element is the program"),
-        ("run: ['', x]", "line 1: `run` must not start with an empty text; the first element is the program"),
+        ("run: ['', x]", "line 1: `run` must not start with an empty string; the first element is the program"),
         ("run:\n- sleep\n- 5", "line 1: `run` argument 1 (line 3) must be text, not a number; put quotes around it"),
         (
             "run: [\"a\\0\"]",
@@ -58,7 +61,7 @@ fn a_problem_with_the_keys_or_the_work_is_reported_with_line_and_remedy() {
 #[test]
 fn a_problem_with_a_value_is_reported_with_line_and_remedy() {
     assert_complaints(&[
-        ("run: [x]\nname: ''", "line 2: `name` must be 1 to 128 bytes on one line"),
+        ("run: [x]\nname: ''", "line 2: `name` must be one line of 1 to 128 bytes"),
         // A hint with the value would name another one: 3.1, and 7.
         ("run: [x]\nname: 3.10", "line 2: `name` must be text, not a number; put quotes around it"),
         ("run: [x]\nname: 007", "line 2: `name` must be text, not a number; put quotes around it"),
@@ -135,7 +138,7 @@ fn a_problem_with_a_duration_or_with_retry_is_reported_with_line_and_remedy() {
         ("run: [x]\nretry: {wait: 30}", "line 2: `retry.wait` is invalid: `30` has no unit; write `30s` for seconds"),
         (
             "run: [x]\nretry: {wait: [30]}",
-            "line 2: `retry.wait` must be a map (with first, factor, max, jitter), not a list",
+            "line 2: `retry.wait` must be a map with the keys first, factor, max, jitter, not a list",
         ),
     ]);
     assert!(

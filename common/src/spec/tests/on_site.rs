@@ -232,11 +232,11 @@ fn a_problem_with_an_input_is_reported() {
         ("client:////etc/passwd", "`client:////etc/passwd` is absolute; make it relative to its scope"),
         ("client://a//b", "`client://a//b` has an empty component (`//` or a trailing `/`)"),
         ("\"client://a\\0b\"", "`client://a\u{fffd}b` contains a NUL byte"),
-        ("client://", "`client://` names no file; add the path of a file, or of a folder with a trailing `/`"),
-        ("client:///", "`client:///` names no file; add the path of a file, or of a folder with a trailing `/`"),
+        ("client://", "`client://` names no file; add the path of a file, or of a directory with a trailing `/`"),
+        ("client:///", "`client:///` names no file; add the path of a file, or of a directory with a trailing `/`"),
         ("task://a", "`task://a`: task:// is empty before the program starts"),
         ("store://abc", "`store://abc` must be store:// followed by a SHA-256 of 64 lower-case hexadecimal digits"),
-        (&to_folder, "`to` is a folder; add a file name, since a digest is not a file name"),
+        (&to_folder, "`to` is a directory; add a file name, since a digest is not a file name"),
         ("pilot://a", "`pilot://` is not supported by this version"),
         ("step://relax/a", "`step://` is not supported by this version"),
         ("http://example.org/a", &format!("unknown scope `http://`; the scopes are {scopes}")),
@@ -254,9 +254,9 @@ fn a_problem_with_an_input_is_reported() {
         ),
         (
             "{from: resource://a/, to: 'task://', how: link}",
-            "`how: link` cannot replace task:// itself; name a folder in `to`, or use copy",
+            "`how: link` cannot replace task:// itself; name a directory in `to`, or use copy",
         ),
-        ("{from: client://a/, how: unpack}", "`client://a/` is a folder; `how: unpack` requires an archive"),
+        ("{from: client://a/, how: unpack}", "`client://a/` is a directory; `how: unpack` requires an archive"),
         ("client://a > session://a", "session:// requires the key `session`"),
     ] {
         let found = complaint(&format!("run: [x]\nat: a\nin:\n- {entry}"), Format::Yaml);
@@ -274,7 +274,7 @@ fn a_problem_with_an_input_is_reported() {
         ("[{from: client://a, how: cp}]", "`in.how` must be auto, copy, link, move or unpack, not `cp`"),
         ("[{from: client://a, when: ok}]", "unknown key `in.when`; did you mean `out.when`?"),
         ("[{from: client://a, optional: 1}]", "`in.optional` must be true or false, not a number"),
-        ("[[a]]", "entry 0 of `in` must be text or a map (with from, to, how, optional), not a list"),
+        ("[[a]]", "entry 0 of `in` must be text or a map with the keys from, to, how, optional, not a list"),
         ("client://a", "`in` must be a list of files such as [client://a.txt], not text"),
     ] {
         let found = complaint(&format!("run: [x]\nat: a\nin: {entries}"), Format::Yaml);
@@ -288,15 +288,15 @@ fn a_problem_with_an_input_is_reported() {
 #[test]
 fn a_problem_with_an_output_is_reported() {
     for (entry, expected) in [
-        ("client://a", "`client://a`: outputs must be in task://, the program's folder"),
+        ("client://a", "`client://a`: outputs must be in task://, the program's sandbox"),
         ("/etc/passwd", "`/etc/passwd` is absolute; make it relative to its scope"),
         ("../a", "`../a` leads out of its folder with `..`"),
         ("task://.baton/stdout", "`task://.baton/stdout`: `.baton` in task:// is reserved for Baton; use another name"),
-        (".", "`.` names no file; add the path of a file, of a folder with a trailing `/`, or `**` for all files"),
+        (".", "`.` names no file; add the path of a file, of a directory with a trailing `/`, or `**` for all files"),
         ("a > b", "`to` has no scope: `b`; write `session://b`, or remove `to`"),
         (
             "a > client://b",
-            "`to` must not be client://: the client may have gone when the program ends; remove `to`, and fetch the output with `baton results PID --get DIR`",
+            "`to` must not be client://: the client may be gone when the program ends; remove `to`, and fetch the output with `baton results PID --get DIR`",
         ),
         ("a > task://b", "`to` must not be task://; use store://, session:// or resource://"),
         ("a > store://b", "`to` must be store:// without a path, since the store names files by their content"),
