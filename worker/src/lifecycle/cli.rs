@@ -127,7 +127,7 @@ impl Connection {
 Signals:
   TERM, INT  drain: claim no more processes, let running advances finish within --grace, give back all processes, and
              exit with 0; an advance that exceeds the grace period is interrupted and repeated by another worker
-  a second   skip the grace period
+  repeated   skip the grace period
 
 Exit codes:
   0 drained   1 failed   2 wrong command line or configuration   4 wrong credentials, or the schema is newer
@@ -202,7 +202,7 @@ pub fn begin() -> Result<Vec<OsString>, ExitCode> {
     Ok(handover::begin())
 }
 
-/// The original arguments of this program, without the arguments that [`begin`] adds.
+/// The original arguments of this program, without the URLs that [`begin`] adds.
 pub fn arguments() -> Vec<String> {
     handover::arguments()
 }
