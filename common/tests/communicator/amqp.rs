@@ -196,7 +196,7 @@ async fn an_unreadable_message_is_dead_lettered_with_the_reason() {
         ("application/json", b"{\"version\": 1, \"type\": \"dance\"}", "unknown type `dance`"),
         ("application/json", b"{\"version\": 9, \"type\": \"launch\"}", "version 9 is newer"),
         ("text/plain", b"hello", "malformed MessagePack"),
-        ("application/json", &huge, "more than the limit"),
+        ("application/json", &huge, "exceed the limit"),
     ];
     for (content_type, body, _) in unusable {
         stranger.publish("baton.task", "default", content_type, body).await;
