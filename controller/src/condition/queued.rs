@@ -169,7 +169,7 @@ mod tests {
         let lacks = |what: &str| Some(Lacks { what: what.into(), text: "0 of 8 KiB are free".into() });
         let short = WorkerRow { lacks: lacks("disk space"), ..worker("w1", "default") };
         facts.workers = vec![short.clone(), WorkerRow { drain: true, ..worker("w2", "default") }];
-        let parts = ["w1 lacks disk space: 0 of 8 KiB are free; it takes nothing", "| free space"];
+        let parts = ["w1 lacks disk space: 0 of 8 KiB are free; it takes no processes meanwhile", "| free space"];
         is(&facts, &Ok(None), "workers_lack", &parts);
         facts.workers.push(WorkerRow { lacks: lacks("a fast disk"), ..worker("w3", "default") });
         is(&facts, &Ok(None), "queued", &["0 of 4 slots"]);
