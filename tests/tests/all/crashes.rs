@@ -225,6 +225,6 @@ async fn commits_whose_answers_are_lost_are_found_out() {
     assert!(since.elapsed() < Duration::from_secs(20), "{:?}", since.elapsed());
     let history = History::read(&scene, vec![]).await.accepting(&pids);
     history.check();
-    let given_back = scene.sql("SELECT count(*) FROM attempt WHERE reason LIKE '%never heard%'").await;
+    let given_back = scene.sql("SELECT count(*) FROM attempt WHERE reason LIKE '%answer to its claim was lost%'").await;
     assert_ne!(given_back.trim(), "0", "no claim was without its answer");
 }

@@ -50,7 +50,7 @@ async fn a_dead_letter_is_shown_with_its_reason_and_replayed_once_its_cause_is_m
     assert!(letter["reason"].as_str().unwrap().contains("no such process"), "{letter}");
     let id = letter["id"].as_str().unwrap();
     let table = scene.baton(&["dead", "list"]).await.ok().stdout;
-    assert!(table.contains(id) && table.contains(&pid) && table.ends_with("1 of 1\n"), "{table}");
+    assert!(table.contains(id) && table.contains(&pid) && table.ends_with("1 of 1 dead letters\n"), "{table}");
     let show = scene.baton(&["dead", "show", id, "-o", "json"]).await.ok().json();
     assert_eq!((&show[0]["body"]["pid"], &show[0]["body_encoding"]), (&pid.as_str().into(), &"json".into()));
     assert_eq!(show[0]["properties"]["content_type"], "application/json");
@@ -138,7 +138,7 @@ async fn letters_are_dropped_by_those_who_mean_it_and_what_is_refused_is_kept() 
     let ids: Vec<&str> = ids.lines().collect();
     assert_eq!(ids.len(), 3);
     let (one, two) = (ids[0], ids[1]);
-    assert!(run(&["dead", "list", "-n", "2"]).await.ok().stdout.ends_with("2 of 3\n"));
+    assert!(run(&["dead", "list", "-n", "2"]).await.ok().stdout.ends_with("2 of 3 dead letters\n"));
     let replay = run(&["dead", "replay", "--all"]).await.exits(5).stdout;
     assert!(replay.contains("queue baton.worker.gone.1 does not accept it: it does not exist"), "{replay}");
     let absent = "01940000-0000-7000-8000-000000000000";

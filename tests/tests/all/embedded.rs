@@ -212,7 +212,7 @@ async fn limits_of_time_and_of_progress_end_a_process_with_the_reason() {
     for (spec, code, reason) in [
         ("{script: sleep 60, needs: {time: 200ms}}", 143, "time limit of 200ms"),
         ("{call: baton.fail, with: {how: loop}}", 8, "without any progress"),
-        ("{call: baton.sleep, with: {for: 60s}, timeout: {total: 1s}}", 8, "`timeout.total` has passed"),
+        ("{call: baton.sleep, with: {for: 60s}, timeout: {total: 1s}}", 8, "`timeout.total` expired"),
     ] {
         let spec = home.spec(spec);
         let output = home.baton(&["run", &spec, "-o", "json"]).await.exits(code);

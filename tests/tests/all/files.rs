@@ -264,7 +264,7 @@ async fn what_no_process_needs_is_removed_and_nothing_else() {
     desk.scene.sql(&format!("DELETE FROM process WHERE id = '{pruned}' RETURNING 1")).await;
     desk.scene.sql(&format!("DELETE FROM spec WHERE id = '{pruned}' RETURNING 1")).await;
     let gone = desk.baton(&["gc", "--older-than", "1ms"]).await.ok().stdout;
-    assert!(gone.starts_with("are removed: 4 objects"), "{gone}");
+    assert!(gone.starts_with("removed: 4 objects"), "{gone}");
     assert_eq!(desk.n_objects(), 5);
     let to = desk.scene.path("fetched").display().to_string();
     desk.baton(&["results", &kept, "--get", &to]).await.ok();
@@ -363,7 +363,7 @@ async fn a_place_for_objects_that_cannot_be_used_is_named_with_the_remedy() {
     };
     let of_server = [("BATON_OBJECTS_URL", "s3://not-made/x"), ("AWS_ENDPOINT_URL", server.as_str())];
     let output = run(&[of_server, keys].concat()).await.exits(2);
-    assert!(output.stderr.contains("no bucket `not-made`; make it"), "{output:?}");
+    assert!(output.stderr.contains("bucket `not-made` does not exist; create it"), "{output:?}");
     let output = run(&of_server).await.exits(2);
     assert!(output.stderr.contains("AWS_ACCESS_KEY_ID"), "{output:?}");
     let nobody = [("BATON_OBJECTS_URL", "s3://b"), ("AWS_ENDPOINT_URL", "http://127.0.0.1:9")];

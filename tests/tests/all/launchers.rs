@@ -282,7 +282,7 @@ async fn an_answer_that_is_none_ends_nothing(kind: Kind) {
     if kind.is_list_gone {
         worker.says("the launcher does not answer").await;
         let explained = slurm.baton(&scene, &["explain", &pids[0]]).await.ok().stdout;
-        assert!(explained.contains("cannot be listed now: squeue: "), "{explained}");
+        assert!(explained.contains("the jobs at the site cannot be listed: squeue: "), "{explained}");
     }
     slurm.mend(command);
     std::fs::write(scene.path("go"), "").unwrap();

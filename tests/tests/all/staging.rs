@@ -561,7 +561,7 @@ async fn nothing_that_a_spec_names_reaches_what_is_batons() {
         let text = format!("at: plain\nsession: '{session}'\nrun: ['true']\n");
         let document = scene.spec("session.yaml", &text).display().to_string();
         let output = slurm.baton(&scene, &["submit", &document]).await.exits(2);
-        assert!(output.stderr.contains("must name a folder of its own"), "{output:?}");
+        assert!(output.stderr.contains("must be a valid folder name"), "{output:?}");
     }
     let _worker = slurm.worker(&scene, "w1", &[]).await;
     let victim = slurm.submit(&scene, "at: plain\nrun: ['true']\n", 1).await.remove(0);
