@@ -1,4 +1,4 @@
-//! A plain AMQP client, as a stranger would write one.
+//! A plain AMQP client, independent of Baton's own.
 
 use std::time::Duration;
 
@@ -25,8 +25,8 @@ impl Amqp {
         Self { channel, _connection: connection }
     }
 
-    /// Publishes a body and waits for the broker's confirm. There must be a queue for it: a worker that has just become
-    /// ready may not have declared its own yet, and the broker confirms what goes to none.
+    /// Publishes a body and waits for the broker's confirm. A queue for it must exist: a worker that has just become
+    /// ready may not have declared its queue yet, and the broker confirms unroutable messages.
     pub async fn publish(&self, exchange: &str, key: &str, body: &[u8], properties: BasicProperties) {
         let options = BasicPublishOptions { mandatory: true, ..BasicPublishOptions::default() };
         let published = self.channel.basic_publish(exchange.into(), key.into(), options, body, properties).await;
@@ -40,7 +40,7 @@ impl Amqp {
         self.publish(exchange, key, body.to_string().as_bytes(), properties).await;
     }
 
-    /// Takes a message out of a queue: its body and the text of a header.
+    /// Takes a message from a queue: its body and the text of a header.
     pub async fn get(&self, queue: &str, header: &str) -> Option<(Vec<u8>, Option<String>)> {
         let options = BasicGetOptions { no_ack: true };
         let message = self.channel.basic_get(queue.into(), options).await.expect("the queue is there")?;
@@ -50,14 +50,14 @@ impl Amqp {
         Some((message.data.clone(), header))
     }
 
-    /// How many messages are ready in a queue.
+    /// Returns the number of ready messages in a queue.
     pub async fn depth(&self, queue: &str) -> u32 {
         let options = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
         let queue = self.channel.queue_declare(queue.into(), options, FieldTable::default()).await;
         queue.expect("the queue is there").message_count()
     }
 
-    /// Publishes JSON with a reply queue of its own, and gives back so many answers.
+    /// Publishes JSON with a reply queue, and returns this many answers.
     pub async fn request(&self, exchange: &str, key: &str, body: &Value, answers: usize) -> Vec<Value> {
         let options = BasicConsumeOptions { no_ack: true, ..BasicConsumeOptions::default() };
         let mut replies = self

@@ -1,4 +1,4 @@
-//! Searches the model without one of its rules and prints a shortest way to the harm, or with all of them.
+//! Searches the model without one of its rules and prints a shortest trace to a violation, or searches with all rules.
 
 use std::io::Write as _;
 use std::process::ExitCode;
@@ -24,7 +24,7 @@ fn main() -> ExitCode {
         _ => return usage(),
     };
     let rules = Rules { without };
-    // Without a rule, the fewer faults the better the example.
+    // Without a rule, start with few faults: they give the simplest example.
     let least = if without.is_some() { 0 } else { faults_max };
     for faults_max in least..=faults_max {
         for work in [Work::Leaf, Work::Parent] {
@@ -59,6 +59,6 @@ fn usage() -> ExitCode {
 }
 
 fn say(text: &str) {
-    // Nobody reads on: nothing is lost by it.
+    // A closed pipe is harmless here.
     let _ = writeln!(std::io::stdout(), "{text}");
 }
