@@ -1,4 +1,4 @@
-//! The book and the other documents: every page is listed, every link leads somewhere, and the reference is complete.
+//! The book and the other documents: every page is listed, every link has a target, and the reference is complete.
 
 use std::collections::BTreeSet;
 use std::path::{Component, Path, PathBuf};
@@ -10,7 +10,7 @@ use tokio::process::Command;
 /// The pages of the book, relative to its source folder.
 const SOURCE: &str = "docs/src";
 
-/// Documents outside of the book.
+/// Documents outside the book.
 const DOCUMENTS: [&str; 8] = [
     "README.md",
     "ARCHITECTURE.md",
@@ -22,7 +22,7 @@ const DOCUMENTS: [&str; 8] = [
     "tests/FAULTS.md",
 ];
 
-/// The README is read in one sitting, the map of the source in two.
+/// Length limits: the README takes one sitting, the map of the source two.
 const README_BYTES_MAX: usize = 8 * 1024;
 const ARCHITECTURE_BYTES_MAX: usize = 12 * 1024;
 
@@ -35,7 +35,7 @@ pub(crate) fn read(document: &str) -> String {
     std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
 }
 
-/// Every page of the book below this folder, with its path from the root.
+/// Every page of the book below this folder, with its path relative to the root.
 pub(crate) fn pages(folder: &str) -> Vec<String> {
     let mut pages = Vec::new();
     for entry in std::fs::read_dir(root().join(folder)).unwrap().flatten() {
@@ -50,23 +50,23 @@ pub(crate) fn pages(folder: &str) -> Vec<String> {
     pages
 }
 
-/// Every document of the project, with its path from the root.
+/// Every document of the project, with its path relative to the root.
 pub(crate) fn documents() -> Vec<String> {
     DOCUMENTS.map(str::to_owned).into_iter().chain(pages(SOURCE)).collect()
 }
 
-/// The text outside of fenced blocks.
+/// The text outside fenced blocks.
 fn prose(text: &str) -> String {
     text.split("```").step_by(2).collect()
 }
 
-/// The targets of the links of a document.
+/// The link targets of a document.
 fn links(text: &str) -> Vec<String> {
     let text = prose(text);
     text.split("](").skip(1).map(|rest| rest.split(')').next().unwrap_or_default().to_owned()).collect()
 }
 
-/// A heading as the name of an anchor.
+/// The anchor name of a heading.
 fn anchor(heading: &str) -> String {
     let kept = heading.to_lowercase();
     kept.chars().filter(|c| c.is_alphanumeric() || " -_".contains(*c)).map(|c| if c == ' ' { '-' } else { c }).collect()
@@ -80,7 +80,7 @@ fn anchors(text: &str) -> BTreeSet<String> {
         .collect()
 }
 
-/// A path without `.` and `..`.
+/// The path without `.` and `..`.
 fn normal(path: &Path) -> PathBuf {
     let mut normal = PathBuf::new();
     for component in path.components() {
@@ -95,7 +95,7 @@ fn normal(path: &Path) -> PathBuf {
     normal
 }
 
-/// The words in backticks of a document, outside of fenced blocks.
+/// The words in backticks of a document, outside fenced blocks.
 pub(crate) fn quoted(text: &str) -> BTreeSet<String> {
     prose(text).split('`').skip(1).step_by(2).map(str::to_owned).collect()
 }
@@ -169,7 +169,7 @@ fn every_configuration_key_is_in_the_reference() {
     assert!(missing.is_empty(), "not in the reference: {missing:?}");
 }
 
-/// Keys stand in the source as `path: "retry", known: &["max", "wait"]`.
+/// The source lists keys as `path: "retry", known: &["max", "wait"]`.
 #[test]
 fn every_key_of_a_spec_is_in_the_reference() {
     let page = quoted(&read("docs/src/reference/spec.md"));
@@ -193,7 +193,7 @@ fn every_key_of_a_spec_is_in_the_reference() {
         }
     }
     assert!(known.len() > 40, "the keys of a spec are not read: {known:?}");
-    // These have keys of their own, which are listed.
+    // These have their own keys, which are listed.
     for parent in ["needs", "ok"] {
         known.remove(parent);
     }
@@ -201,14 +201,14 @@ fn every_key_of_a_spec_is_in_the_reference() {
     assert!(missing.is_empty(), "not in the reference: {missing:?}");
 }
 
-/// The commands that the help of a command lists.
+/// The commands in the help of a command.
 async fn commands(arguments: &[&str]) -> Vec<String> {
     let mut command = Command::new(programs().join("baton"));
     command.args(arguments).arg("--help");
     let help = output(command).await.ok().stdout;
     let Some((_, list)) = help.split_once("\nCommands:\n") else { return Vec::new() };
     let lines = list.lines().take_while(|line| !line.trim().is_empty());
-    // A line that goes on with the text of the one before begins further to the right.
+    // A continuation line is indented further.
     let names = lines.filter(|line| line.starts_with("  ") && !line.starts_with("   "));
     let names = names.filter_map(|line| line.split_whitespace().next()).filter(|name| *name != "help");
     names.map(|name| [arguments, &[name]].concat().join(" ")).collect()

@@ -1,4 +1,4 @@
-//! What operators live by: pause, play and kill, of one and of many, whatever holds the processes.
+//! The operators' requests: pause, play and kill, of one process and of many, in every place.
 
 use std::time::Duration;
 
@@ -7,7 +7,7 @@ use baton_tests::process::processes_in_environment;
 use baton_tests::scene::Scene;
 use baton_tests::witness::Witness;
 
-/// Waits until so many rows are like this.
+/// Waits until this many rows satisfy the condition.
 async fn becomes(scene: &Scene, condition: &str, count: usize) {
     eventually(condition, Duration::from_secs(20), async || {
         let now = scene.count(condition).await;
@@ -93,7 +93,7 @@ async fn the_fleet_takes_nothing_while_it_is_paused_and_says_so() {
     let newcomer = scene.worker("w2", &[]).await;
     newcomer.says("the fleet is paused").await;
     scene.submit("call: baton.noop", 3).await;
-    // Long enough for the head rule and a look at the database.
+    // Long enough for the head rule and a query.
     tokio::time::sleep(Duration::from_secs(4)).await;
     assert_eq!((scene.count("place = 0").await, scene.count("place = 1").await), (3, 1), "what is held goes on");
     scene.baton(&["play", "--fleet"]).await.ok();

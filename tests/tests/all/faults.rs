@@ -1,4 +1,4 @@
-//! Services that die, come back, come back empty: it costs time and nothing else. Each test has its own services.
+//! Services die, come back, or come back empty: this costs only time. Each test has its own services.
 
 use std::time::Duration;
 

@@ -1,4 +1,4 @@
-//! Outages that kill nobody: alarms, refusals, full disks, clocks that jump, and a database that has gone back in time.
+//! Outages that kill no worker: alarms, refusals, full disks, clock jumps, and a database rollback.
 
 use std::time::{Duration, Instant};
 
@@ -68,7 +68,7 @@ async fn a_queue_that_refuses_what_is_too_much_loses_nothing() {
     scene.submit("{call: baton.noop, hold: true}", 1).await;
     scene.policy("^baton[.]task[.]", r#"{"max-length": 10, "overflow": "reject-publish"}"#).await;
     let spec = scene.spec("noop.yaml", "call: baton.noop").display().to_string();
-    // The broker applies a policy some time after it has taken it.
+    // The broker applies a policy some time after it has accepted it.
     let mut pids: Vec<String> = Vec::new();
     eventually("the queue refuses some", Duration::from_secs(60), async || {
         let submitted = scene.baton(&["submit", &spec, "--count", "1500", "-o", "ids"]).await.ok();
@@ -119,7 +119,7 @@ async fn a_full_disk_below_the_database_is_no_false_success_and_costs_only_time(
     assert!(refused.code != 0, "{refused:?}");
     let accepted = refused.stdout.lines().count();
     std::fs::remove_file(filler).unwrap();
-    // It may have ended itself when it could not write its log.
+    // PostgreSQL may have exited when it could not write its log.
     blocking(|| busy.scene.services().start_database()).await;
     let is_there = busy.scene.count("id IN (SELECT id FROM spec WHERE kind = 'baton.noop')").await;
     assert!(is_there as usize >= accepted, "{is_there} of {accepted} that were accepted are there");
@@ -151,14 +151,14 @@ async fn a_worker_whose_clock_jumps_keeps_its_lease() {
     busy.check().await;
 }
 
-/// The lost time holds acknowledged work, so nobody takes anything until a person has looked.
+/// The lost time includes acknowledged work, so no worker takes anything until a person has checked.
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs services: run tests/run"]
 async fn a_database_that_has_gone_back_in_time_is_refused_until_a_person_says_otherwise() {
     let busy = Busy::new().await;
     let scene = &busy.scene;
     blocking(|| scene.services().save_database()).await;
-    // What is lost of the last second a worker need not notice.
+    // A worker need not notice a loss within the last second.
     let beats = async || scene.sql("SELECT min(beat) FROM worker").await.trim().parse::<u64>().unwrap();
     let saved = beats().await;
     eventually("every worker has beaten since", Duration::from_secs(30), async || {
@@ -221,7 +221,7 @@ async fn a_request_over_a_silent_broker_is_obeyed_and_says_that_nobody_was_told(
     History::read(&scene, vec![]).await.accepting(&[pid]).check();
 }
 
-/// Everything that a dead worker held is freed in pages, and taken by the one that is left.
+/// What a dead worker held is freed in pages, and taken by the remaining worker.
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
 async fn thousands_of_leases_that_end_at_once_are_taken_over_in_pages() {

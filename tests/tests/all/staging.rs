@@ -1,4 +1,4 @@
-//! Files that go to a site before a job and come back after it.
+//! Files that are staged to a site before a job and back after it.
 
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
@@ -23,7 +23,7 @@ async fn end(scene: &Scene, pid: &str) -> serde_json::Value {
     scene.show(pid).await
 }
 
-/// Bytes that compress badly and repeat nowhere.
+/// Bytes that compress badly and do not repeat.
 fn noise(len: usize) -> Vec<u8> {
     let mut state = 0x9e37_79b9_7f4a_7c15_u64;
     (0..len)
@@ -103,8 +103,8 @@ out:
     );
 }
 
-/// The first worker dies when all is staged, the second when all is collected, and the program fails once: each of them
-/// finds again what was moved before it.
+/// The first worker dies after stage-in, the second after stage-out, and the program fails once: each successor finds
+/// what was moved before it.
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
 async fn what_is_moved_or_copied_again_is_the_same() {
@@ -195,7 +195,7 @@ async fn what_leads_out_of_its_scope_is_refused() {
     };
     tar(&["-cf", "link.tar", "-C", "bad", "link"]);
     tar(&["-cPf", "above.tar", "-C", "bad", "../secret"]);
-    // Names that a line-wise reader would take for others.
+    // Names that a line-based reader would misread.
     std::fs::create_dir_all(scene.path("strange")).unwrap();
     symlink("/etc/hostname", scene.path("strange/blank ")).unwrap();
     tar(&["-cf", "blank.tar", "-C", "strange", "."]);
@@ -229,7 +229,7 @@ async fn what_leads_out_of_its_scope_is_refused() {
     }
     assert!(!scene.path("new").exists(), "a folder was made out of the scope");
     assert!(!scene.path("site/r/plain/new").exists(), "a file was put through a link");
-    // A link that the program makes keeps nothing that is not its own.
+    // A link that the program makes cannot capture files outside its scope.
     let spec = format!("at: plain\nscript: ln -s {} stolen\nout: [stolen]\n", scene.path("secret").display());
     let pid = slurm.submit(&scene, &spec, 1).await.remove(0);
     let shown = end(&scene, &pid).await;
@@ -243,8 +243,8 @@ async fn what_leads_out_of_its_scope_is_refused() {
     assert!(reason.contains("leads out of its scope") && !shown.to_string().contains("secret"), "{shown:#}");
 }
 
-/// What a sandbox has from others is theirs: what takes its name in the sandbox replaces it there only. An archive of
-/// another sandbox brings no end of a program that has not run.
+/// Shared files in a sandbox are not modified: a file with the same name replaces them only in the sandbox. An archive
+/// of another sandbox cannot fake the end of a program that has not run.
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
 async fn what_takes_the_place_of_something_shared_leaves_that_as_it_is() {
@@ -291,14 +291,14 @@ in:
         let reason = shown["reason"].as_str().unwrap_or_default();
         assert!(shown["state"] == "excepted" && reason.contains("belongs to Baton"), "{input}: {shown:#}");
     }
-    // In a folder of its own it is nobody's but the program's.
+    // In its own subfolder, it belongs to the program.
     let spec =
         "at: plain\nrun: [cat, old/.baton/done.json]\nin: [{from: client://sandbox.tar, to: old/, how: unpack}]\n";
     let pid = slurm.submit(&scene, spec, 1).await.remove(0);
     assert_eq!(end(&scene, &pid).await["exit"], 0);
 }
 
-/// The connection is cut again and again at the same number of bytes: only what goes on where it was comes to an end.
+/// The connection is cut repeatedly after the same number of bytes: only a transfer that resumes completes.
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
 async fn a_file_that_was_cut_goes_on_where_it_was() {
@@ -310,7 +310,7 @@ async fn a_file_that_was_cut_goes_on_where_it_was() {
     let large = noise(40_000_000);
     write(&scene.path("large"), &large);
     proxy.set(Fault::CutAfter(24_000_000));
-    // What comes back is another file, which nobody has yet.
+    // The output is another file, which no store has yet.
     let spec = "at: plain\nscript: 'echo said; { cat large; echo; } > back'\nin: [client://large]\nout: [back]\n";
     let pid = slurm.submit(&scene, spec, 1).await.remove(0);
     let shown = end(&scene, &pid).await;
@@ -322,7 +322,7 @@ async fn a_file_that_was_cut_goes_on_where_it_was() {
     assert!(slurm.sshd.logged("Accepted publickey") > 2, "not both were cut");
 }
 
-/// A connection that takes and gives nothing any more, without an end, in each stage of a job's life.
+/// A connection stalls without ending, in each stage of a job's life.
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
 async fn a_connection_that_stalls_costs_only_time() {
@@ -338,7 +338,7 @@ async fn a_connection_that_stalls_costs_only_time() {
         "at: plain\nscript: 'echo ran >> {}; sleep 2; {{ cat large; echo; }} > back'\nin: [client://large]\nout: [back]\n",
         scene.path("runs").display()
     );
-    // It is being sent; it is being submitted; it runs; it is being fetched.
+    // Being sent; being submitted; running; being fetched.
     let moments = [
         "SELECT count(*) FROM job",
         "SELECT 1 - count(*) FROM job WHERE external_id IS NULL",
@@ -381,7 +381,7 @@ async fn a_full_disk_at_the_site_is_waited_for_and_said_with_its_words() {
     let mount =
         |arguments: &[&str]| Command::new(arguments[0]).args(&arguments[1..]).arg(&site).status().unwrap().success();
     if !mount(&["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs"]) {
-        // Only root can make a small disk; the runs of the project are by root.
+        // Only root can make a small disk; the project's test runs are as root.
         assert!(!rustix_is_root(), "no disk in memory");
         return;
     }
@@ -402,7 +402,7 @@ async fn a_full_disk_at_the_site_is_waited_for_and_said_with_its_words() {
     assert_eq!((&shown["exit"], &shown["failures"]), (&0.into(), &0.into()), "{shown:#}");
 }
 
-/// What leads out of a scope is refused at the way back, too; a disk that is full there pauses.
+/// A scope that leads outside is refused at stage-out, too; a full disk there pauses the process.
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
 async fn a_scope_that_leads_out_is_refused_and_a_full_one_is_waited_for() {
@@ -438,7 +438,7 @@ async fn a_scope_that_leads_out_is_refused_and_a_full_one_is_waited_for() {
     assert_eq!(n_marks, 1, "nobody else's `baton gc` removes results");
 }
 
-/// A file that something of the program still writes is taken when it is done, and the process is not paused for it.
+/// A file that is still being written is taken when it is complete, and does not pause the process.
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
 async fn an_output_that_grows_is_taken_when_it_has_grown() {
@@ -465,7 +465,7 @@ async fn paused(scene: &Scene, pid: &str) -> String {
     scene.show(pid).await["paused_reason"].as_str().unwrap_or_default().to_lowercase()
 }
 
-/// What a job has made is not thrown away because it finds no room here.
+/// The outputs of a job are not thrown away when this machine has no room.
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
 async fn results_without_room_pause_the_process_until_there_is_some() {
@@ -478,7 +478,7 @@ async fn results_without_room_pause_the_process_until_there_is_some() {
         Command::new("mount").args(options).arg(&objects).status().unwrap().success()
     };
     if !mount("size=4m") {
-        // Only root can make a small disk; the runs of the project are by root.
+        // Only root can make a small disk; the project's test runs are as root.
         assert!(!rustix_is_root(), "no disk in memory");
         return;
     }
@@ -508,7 +508,7 @@ fn rustix_is_root() -> bool {
     std::fs::metadata("/proc/self").is_ok_and(|own| own.uid() == 0)
 }
 
-/// Another key than the one that is known is never accepted; what waits goes on when the right one is back.
+/// A changed host key is never accepted; waiting processes resume when the right key is back.
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
 async fn a_host_that_shows_another_key_is_not_used() {
@@ -535,7 +535,7 @@ async fn a_host_that_shows_another_key_is_not_used() {
     assert_eq!(shown["exit"], 0, "{shown:#}");
 }
 
-/// The way of a spec that was stored by a program that checked less.
+/// Changes a stored spec, as if a program with fewer checks had stored it.
 async fn store_spec(scene: &Scene, pid: &str, change: impl FnOnce(&mut Spec)) {
     let body = scene.sql(&format!("SELECT encode(body, 'hex') FROM spec WHERE id = '{pid}'")).await;
     let bytes: Vec<u8> = body
@@ -551,7 +551,7 @@ async fn store_spec(scene: &Scene, pid: &str, change: impl FnOnce(&mut Spec)) {
     assert_eq!(scene.sql(&sql).await.trim(), "1");
 }
 
-/// One process must not write how another has ended, nor read or move what Baton keeps of it.
+/// A process must not write how another has ended, nor read or move Baton's files of it.
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
 async fn nothing_that_a_spec_names_reaches_what_is_batons() {
@@ -569,7 +569,7 @@ async fn nothing_that_a_spec_names_reaches_what_is_batons() {
     let forged = scene.path(&format!("site/p/{victim}/1/.baton/done.json"));
     let before = std::fs::read(&forged).unwrap();
 
-    // Sessions and links that stand there already.
+    // Sessions and links that already exist.
     let held =
         "at: plain\nhold: true\nsession: one\nscript: echo mine > made\nout: [{from: made, to: 'session://TO'}]\n";
     let to = format!("p/{victim}/1/.baton/done.json");

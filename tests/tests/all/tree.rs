@@ -8,7 +8,7 @@ use crate::book::{documents, quoted, read};
 
 mod imports;
 
-/// The rooms of the worker from the ground up: each imports from itself and from those before it.
+/// The modules of the worker from the bottom up: each imports only from itself and from the ones before it.
 const WORKER_ROOMS: [&str; 11] = [
     "machine",
     "author",
@@ -27,7 +27,7 @@ fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace").to_owned()
 }
 
-/// Every Rust file of the workspace, with its path from the root.
+/// Every Rust file of the workspace, with its path relative to the root.
 fn sources() -> Vec<(String, String)> {
     let mut files = Vec::new();
     let mut folders = ["common", "worker", "controller", "tests", "examples"].map(|name| root().join(name)).to_vec();
@@ -46,7 +46,7 @@ fn sources() -> Vec<(String, String)> {
     files
 }
 
-/// The files that use a crate, outside of tests.
+/// The files outside tests that use a crate.
 fn users(name: &str) -> Vec<String> {
     let used = [format!("use {name}::"), format!("{name}::")];
     let is_word = |text: &str, at: usize| {
@@ -84,7 +84,7 @@ fn every_wire_is_known_in_one_place_only() {
     }
 }
 
-/// `CANCELLED` is missing here: Baton records the same word itself.
+/// `CANCELLED` is not listed: Baton itself records the same word.
 #[test]
 fn only_the_launcher_for_slurm_names_the_states_of_its_jobs() {
     let states = "BOOT_FAIL COMPLETED DEADLINE FAILED NODE_FAIL OUT_OF_MEMORY PENDING PREEMPTED TIMEOUT";
@@ -118,7 +118,7 @@ fn a_room_of_the_worker_imports_from_itself_and_from_those_below_it() {
     assert!(up.is_empty(), "imports of what is above:\n{}", up.join("\n"));
 }
 
-/// For the worker, the order of its rooms says more.
+/// The order of the worker's modules is a stronger rule.
 #[test]
 fn no_modules_of_a_crate_import_each_other_in_a_circle() {
     let sources = sources();
@@ -142,7 +142,7 @@ fn assert_no_circle(imports: &[Import]) {
     assert!(circle.is_empty(), "imports in a circle:\n{}", circle.join("\n"));
 }
 
-/// Whether a module imports another one, by others or itself.
+/// Whether a module imports another one, directly or indirectly.
 fn leads(imports: &[Import], from: &str, to: &str) -> bool {
     let mut seen = HashSet::from([from]);
     let mut next = vec![from];
@@ -175,7 +175,7 @@ fn every_dependency_comes_from_the_public_registry() {
 
 #[test]
 fn nothing_names_a_developers_machine() {
-    // Put together here, so that this file does not name them itself.
+    // Joined here, so that this file does not contain the words.
     let mut words = vec!["/ro".to_owned() + "ot/", "/tmp/w".to_owned() + "t/", "/work/ma".to_owned() + "in"];
     words.push("/work/sha".to_owned() + "red");
     words.extend(mirrors());
@@ -199,7 +199,7 @@ fn quoted_in_documents() -> Vec<(String, String)> {
     documents().into_iter().flat_map(words).collect()
 }
 
-/// Names in the documents that have words joined by `_` are those of tests, statements and files.
+/// Words joined by `_` in the documents name tests, statements and files.
 #[test]
 fn every_test_that_the_documents_name_is_there() {
     let sources: Vec<(String, String)> = texts().into_iter().filter(|(path, _)| path.ends_with(".rs")).collect();
@@ -212,7 +212,7 @@ fn every_test_that_the_documents_name_is_there() {
     assert!(missing.is_empty(), "{missing:#?}");
 }
 
-/// What ends in `.rs`, and what begins with a folder of the root, is a path. The former may leave out its first folders.
+/// A word that ends in `.rs` or begins with a folder of the root is a path. The former may omit its first folders.
 #[test]
 fn every_file_that_the_documents_name_is_there() {
     let paths: HashSet<String> = texts().into_iter().map(|(path, _)| path).collect();
@@ -236,7 +236,7 @@ fn every_file_that_the_documents_name_is_there() {
     assert!(missing.is_empty(), "{missing:#?}");
 }
 
-/// Every text file of the repository, with its path from the root.
+/// Every text file of the repository, with its path relative to the root.
 fn texts() -> Vec<(String, String)> {
     let mut files = Vec::new();
     let mut folders = vec![root()];
@@ -257,7 +257,7 @@ fn texts() -> Vec<(String, String)> {
     files
 }
 
-/// Hosts of registries that this machine uses instead of the public ones, from the settings of Cargo and pip.
+/// Hosts of registry mirrors on this machine, from the settings of Cargo and pip.
 fn mirrors() -> Vec<String> {
     let home = std::env::var_os("HOME").map(PathBuf::from).unwrap_or_default();
     let cargo = std::env::var_os("CARGO_HOME").map_or_else(|| home.join(".cargo"), PathBuf::from);
