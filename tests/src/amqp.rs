@@ -19,7 +19,7 @@ pub struct Amqp {
 impl Amqp {
     /// Connects.
     pub async fn connect(url: &str) -> Self {
-        let connection = Connection::connect(url, ConnectionProperties::default()).await.expect("the broker is there");
+        let connection = Connection::connect(url, ConnectionProperties::default()).await.expect("the broker answers");
         let channel = connection.create_channel().await.expect("a channel");
         channel.confirm_select(ConfirmSelectOptions::default()).await.expect("confirms");
         Self { channel, _connection: connection }
@@ -31,7 +31,7 @@ impl Amqp {
         let options = BasicPublishOptions { mandatory: true, ..BasicPublishOptions::default() };
         let published = self.channel.basic_publish(exchange.into(), key.into(), options, body, properties).await;
         let confirmed = published.expect("the channel is open").await.expect("confirmed");
-        assert!(confirmed.take_message().is_none(), "no queue takes what goes to {exchange:?} with the key {key:?}");
+        assert!(confirmed.take_message().is_none(), "unroutable: exchange {exchange:?}, key {key:?}");
     }
 
     /// Publishes JSON.
@@ -43,7 +43,7 @@ impl Amqp {
     /// Takes a message from a queue: its body and the text of a header.
     pub async fn get(&self, queue: &str, header: &str) -> Option<(Vec<u8>, Option<String>)> {
         let options = BasicGetOptions { no_ack: true };
-        let message = self.channel.basic_get(queue.into(), options).await.expect("the queue is there")?;
+        let message = self.channel.basic_get(queue.into(), options).await.expect("the queue exists")?;
         let header = message.properties.headers().as_ref().and_then(|headers| {
             headers.inner().get(header).and_then(|value| value.as_long_string()).map(ToString::to_string)
         });
@@ -54,7 +54,7 @@ impl Amqp {
     pub async fn depth(&self, queue: &str) -> u32 {
         let options = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
         let queue = self.channel.queue_declare(queue.into(), options, FieldTable::default()).await;
-        queue.expect("the queue is there").message_count()
+        queue.expect("the queue exists").message_count()
     }
 
     /// Publishes JSON with a reply queue, and returns this many answers.
@@ -73,7 +73,7 @@ impl Amqp {
         let mut values = Vec::new();
         while values.len() < answers {
             let reply = tokio::time::timeout(Duration::from_secs(20), replies.next()).await;
-            let reply = reply.expect("an answer in time").expect("the stream goes on").expect("a delivery");
+            let reply = reply.expect("an answer in time").expect("the stream is open").expect("a delivery");
             assert_eq!(reply.properties.correlation_id().as_ref().map(|id| id.as_str()), Some("7"));
             values.push(serde_json::from_slice(&reply.data).expect("JSON, since the request was"));
         }

@@ -29,7 +29,7 @@ pub async fn eventually<T, E: Debug>(what: &str, limit: Duration, mut probe: imp
     loop {
         match probe().await {
             Ok(value) => return value,
-            Err(seen) => assert!(started.elapsed() < limit, "not within {limit:?}: {what}; last seen: {seen:?}"),
+            Err(seen) => assert!(started.elapsed() < limit, "timed out after {limit:?}: {what}; last seen: {seen:?}"),
         }
         tokio::time::sleep(Duration::from_millis(50)).await;
     }

@@ -66,7 +66,7 @@ impl Operator {
         let pid: Pid = pid.parse().expect("a pid");
         let request = Request::new(verb, &*self.name);
         let turn = self.turns.acquire().await.expect("it is never closed");
-        let Answer::Recorded(row) = self.store.control(pid, &request).await.expect("the database takes it") else {
+        let Answer::Recorded(row) = self.store.control(pid, &request).await.expect("the database accepts it") else {
             return None;
         };
         drop(turn);

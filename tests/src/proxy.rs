@@ -239,7 +239,7 @@ mod tests {
         proxy.set(Fault::Pass);
         let mut swallowed = [0; 3];
         stream.read_exact(&mut swallowed).await.unwrap();
-        assert_eq!(&swallowed, b"two", "nothing is lost when the hole closes");
+        assert_eq!(&swallowed, b"two", "nothing is lost after the black hole ends");
         drop((stream, other));
         crate::eventually("no connection is open", Duration::from_secs(10), async || match proxy.n_open() {
             0 => Ok(()),

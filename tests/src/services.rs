@@ -105,7 +105,7 @@ impl Services {
     pub fn fill_disk(&self) -> PathBuf {
         let folder = self.private.as_ref().expect("only private services can be broken").path();
         let filler = folder.join("postgres/disk/filler");
-        let file = std::fs::File::create(&filler).expect("the disk is there");
+        let file = std::fs::File::create(&filler).expect("the disk exists");
         let zeros = vec![0; 1 << 20];
         for len in [1 << 20, 1 << 12] {
             while std::io::Write::write_all(&mut &file, &zeros[..len]).is_ok() {}
@@ -161,7 +161,7 @@ impl Services {
         let script = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("services/{service}.sh"));
         let mut command = Command::new(script);
         command.arg(arguments[0]).arg(&folder).args(&arguments[1..]);
-        let output = command.output().expect("the script is there");
+        let output = command.output().expect("the script exists");
         assert!(
             output.status.success(),
             "{service} {arguments:?}: {}{}",
@@ -210,7 +210,7 @@ pub fn programs() -> PathBuf {
     match std::env::var_os("BATON_TEST_BIN_DIR") {
         Some(folder) => PathBuf::from(folder),
         None => {
-            let test = std::env::current_exe().expect("a test has a file");
+            let test = std::env::current_exe().expect("a test has a path");
             test.parent().and_then(Path::parent).expect("target/debug/deps").to_owned()
         }
     }

@@ -189,5 +189,5 @@ fn run(folder: &Path, arguments: &[&str]) {
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("services/slurm.sh");
     let status =
         Command::new(script).arg(arguments[0]).arg(folder).args(&arguments[1..]).env("SLURM_CPUS", "64").status();
-    assert!(status.expect("the script is there").success(), "slurm.sh {}", arguments[0]);
+    assert!(status.expect("the script exists").success(), "slurm.sh {}", arguments[0]);
 }

@@ -59,16 +59,16 @@ impl Sshd {
             quoted("known_hosts")
         );
         let path = self.file("baton.toml");
-        std::fs::write(&path, text).expect("the folder is ours");
-        let mut config = baton_common::config::Config::load(Some(&path)).expect("it is right");
-        config.ssh.remove("it").expect("it is there")
+        std::fs::write(&path, text).expect("own folder");
+        let mut config = baton_common::config::Config::load(Some(&path)).expect("the configuration is valid");
+        config.ssh.remove("it").expect("the section exists")
     }
 
     /// Adds a key to the known hosts.
     pub fn know(&self, host: &str, key: &str) {
         let known = std::fs::read_to_string(self.file("known_hosts")).unwrap_or_default();
         let key = std::fs::read_to_string(self.file(key)).expect("a public key");
-        std::fs::write(self.file("known_hosts"), format!("{known}{host} {key}")).expect("the folder is ours");
+        std::fs::write(self.file("known_hosts"), format!("{known}{host} {key}")).expect("own folder");
     }
 
     /// Counts the occurrences of this text in its log.
@@ -96,7 +96,7 @@ impl Sshd {
     pub fn let_in(&self, key: &Path) {
         let known = std::fs::read_to_string(self.file("authorized_keys")).expect("the script has written it");
         let key = std::fs::read_to_string(key).expect("a public key");
-        std::fs::write(self.file("authorized_keys"), known + &key).expect("the folder is ours");
+        std::fs::write(self.file("authorized_keys"), known + &key).expect("own folder");
     }
 }
 
@@ -110,5 +110,5 @@ fn run(folder: &Path, arguments: &[&str], extra: &str) {
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("services/sshd.sh");
     let mut command = Command::new(script);
     command.arg(arguments[0]).arg(folder).args(&arguments[1..]).env("SSHD_EXTRA", extra);
-    assert!(command.status().expect("the script is there").success(), "sshd.sh {arguments:?}");
+    assert!(command.status().expect("the script exists").success(), "sshd.sh {arguments:?}");
 }

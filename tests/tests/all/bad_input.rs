@@ -85,7 +85,7 @@ async fn a_worker_that_its_broker_does_not_let_in_is_named() {
     scene.baton(&["list"]).await.ok();
     let wrong = scene.broker_url().replace("guest:guest", "guest:s3cret");
     let _worker = scene.worker_with(&[("BATON_BROKER_URL", &wrong)], "w1", &[]);
-    baton_tests::eventually("it is named", std::time::Duration::from_secs(30), async || {
+    baton_tests::eventually("the fault is named", std::time::Duration::from_secs(30), async || {
         let workers = scene.baton(&["workers"]).await;
         if workers.stdout.contains("lacks a broker") { Ok(()) } else { Err(workers) }
     })

@@ -104,7 +104,7 @@ pub(crate) fn quoted(text: &str) -> BTreeSet<String> {
 fn every_page_is_in_the_summary_once() {
     let summary = links(&read("docs/src/SUMMARY.md"));
     let listed: BTreeSet<String> = summary.iter().map(|page| format!("{SOURCE}/{page}")).collect();
-    assert_eq!(listed.len(), summary.len(), "a page stands twice in SUMMARY.md");
+    assert_eq!(listed.len(), summary.len(), "a page is listed twice in SUMMARY.md");
     let pages: BTreeSet<String> = pages(SOURCE).into_iter().filter(|page| !page.ends_with("/SUMMARY.md")).collect();
     assert_eq!(listed, pages);
 }
@@ -165,8 +165,8 @@ fn every_configuration_key_is_in_the_reference() {
             missing.extend(keys.into_iter().filter(|key| !page.contains(key)));
         }
     }
-    assert!(!section.is_empty(), "the documented configuration is not read");
-    assert!(missing.is_empty(), "not in the reference: {missing:?}");
+    assert!(!section.is_empty(), "the documented configuration was not found");
+    assert!(missing.is_empty(), "missing in the reference: {missing:?}");
 }
 
 /// The source lists keys as `path: "retry", known: &["max", "wait"]`.
@@ -192,13 +192,13 @@ fn every_key_of_a_spec_is_in_the_reference() {
             }
         }
     }
-    assert!(known.len() > 40, "the keys of a spec are not read: {known:?}");
+    assert!(known.len() > 40, "the keys of a spec were not found: {known:?}");
     // These have their own keys, which are listed.
     for parent in ["needs", "ok"] {
         known.remove(parent);
     }
     let missing: Vec<_> = known.into_iter().filter(|key| !page.contains(key)).collect();
-    assert!(missing.is_empty(), "not in the reference: {missing:?}");
+    assert!(missing.is_empty(), "missing in the reference: {missing:?}");
 }
 
 /// The commands in the help of a command.
@@ -225,7 +225,7 @@ async fn the_reference_has_every_command_and_no_other() {
         }
         known.extend(below);
     }
-    assert!(known.len() > 25, "the commands are not read: {known:?}");
+    assert!(known.len() > 25, "the commands were not found: {known:?}");
     let page = read("docs/src/reference/cli.md");
     let rows = page.lines().filter_map(|line| line.strip_prefix("| `baton ")?.split('`').next());
     let is_name = |word: &&str| word.chars().all(|c| c.is_ascii_lowercase());
@@ -258,5 +258,5 @@ async fn every_column_of_the_database_is_in_the_reference() {
         }
     }
     assert!(columns.lines().count() > 80, "{columns}");
-    assert!(missing.is_empty(), "not in the reference: {missing:?}");
+    assert!(missing.is_empty(), "missing in the reference: {missing:?}");
 }

@@ -49,7 +49,7 @@ impl Busy {
     }
 
     pub(crate) async fn has_advanced(&self, lines: usize) {
-        eventually("it is in the middle", Duration::from_secs(60), async || {
+        eventually("the fleet is at work", Duration::from_secs(60), async || {
             let now = self.witness().lines();
             if now >= lines { Ok(()) } else { Err(now) }
         })
@@ -64,7 +64,7 @@ impl Busy {
     /// no worker was restarted.
     pub(crate) async fn finishes(&mut self) {
         let before = self.witness().lines();
-        eventually("it goes on", GOES_ON, async || {
+        eventually("work advances", GOES_ON, async || {
             let now = self.witness().lines();
             let is_done = now >= self.pids.len() * ADVANCES as usize;
             if now > before || is_done { Ok(()) } else { Err(now) }

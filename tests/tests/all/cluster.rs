@@ -67,7 +67,7 @@ async fn a_killed_leader_and_a_node_that_is_cut_off_cost_only_time() {
 
     // It comes back as a follower; the next victim is the current leader.
     let cut_off = leader(&scene, killed, QUEUE).await;
-    assert_ne!(cut_off, killed, "a node that comes back follows");
+    assert_ne!(cut_off, killed, "a restarted node is a follower");
     let host = urls[cut_off - 1].rsplit('@').next().and_then(|rest| rest.split('/').next()).unwrap();
     let leavings = || workers.iter().map(|worker| worker.log().matches(host).count()).sum::<usize>();
     let n_left = leavings();
@@ -82,7 +82,7 @@ async fn a_killed_leader_and_a_node_that_is_cut_off_cost_only_time() {
     let late = ["--broker-url", &urls[cut_off - 1], "submit", &late, "--count", "20"];
     let ((), submitted) = tokio::join!(moved, scene.baton(&late));
     submitted.ok();
-    assert!(leavings() > n_left, "nobody was at the node that was cut off and left it");
+    assert!(leavings() > n_left, "no connection left the isolated node");
 
     let all = format!("3|4|{}", PROCESSES + 20);
     eventually("all have finished", Duration::from_secs(60), async || {
@@ -93,7 +93,7 @@ async fn a_killed_leader_and_a_node_that_is_cut_off_cost_only_time() {
     Witness::read(&scene.path("witness")).check(&pids, ADVANCES, &BTreeSet::new());
     assert_eq!(History::read(&scene, vec![]).await.violations(), Vec::<String>::new());
     let attempts = scene.sql("SELECT how, count(*), max(epoch) FROM attempt GROUP BY 1").await;
-    assert_eq!(attempts.trim(), format!("ok|{}|1", PROCESSES + 20), "a process has changed hands");
+    assert_eq!(attempts.trim(), format!("ok|{}|1", PROCESSES + 20), "a process had more than one lease");
     for worker in &mut workers {
         assert!(!worker.log().contains("declared gone"), "{}", worker.log());
         assert_eq!(worker.terminate().await.code(), Some(0));

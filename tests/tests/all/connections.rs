@@ -61,7 +61,7 @@ async fn a_busy_worker_has_four_connections_and_an_idle_one_two() {
         most = most.max(n_connections(&scene, &name).await);
     }
     assert!((3..=4).contains(&most), "{most}");
-    eventually("it has two", LIMIT, async || {
+    eventually("it has two connections", LIMIT, async || {
         let count = n_connections(&scene, &name).await;
         if count == 2 { Ok(()) } else { Err(count) }
     })
@@ -81,7 +81,7 @@ async fn a_worker_without_a_connection_says_so_and_starts_when_one_is_free() {
     let url = role(&scene, 3).await;
     let taken = [greedy(&url), greedy(&url), greedy(&url)];
     let user = url.split(['/', '@']).nth(2).unwrap();
-    eventually("all are taken", LIMIT, async || {
+    eventually("all connections are taken", LIMIT, async || {
         let count = scene.sql(&format!("SELECT count(*) FROM pg_stat_activity WHERE usename = '{user}'")).await;
         if count.trim() == "3" { Ok(()) } else { Err(count) }
     })
@@ -97,7 +97,7 @@ async fn a_worker_without_a_connection_says_so_and_starts_when_one_is_free() {
     let mut list = scene.command(&["list"]);
     list.env("BATON_DATABASE_URL", &url).stderr(std::fs::File::create(&said).unwrap()).stdout(Stdio::null());
     let mut list = list.kill_on_drop(true).spawn().unwrap();
-    eventually("the command says what it waits for", LIMIT, async || {
+    eventually("the command prints what it waits for", LIMIT, async || {
         let text = std::fs::read_to_string(&said).unwrap();
         if text.contains("max_connections") && text.contains("waiting") { Ok(()) } else { Err(text) }
     })
@@ -173,7 +173,7 @@ async fn a_worker_whose_database_is_gone_stops_and_names_the_cause() {
     let mut worker = scene.worker("w1", &["--grace", "2s"]).await;
     scene.submit("{run: [sleep, '600']}", 2).await;
     scene.submit("{call: baton.count, with: {advances: 100000, every: 50ms}}", 5).await;
-    eventually("all are held", LIMIT, async || {
+    eventually("all processes are held", LIMIT, async || {
         let n_held = scene.count("place = 1").await;
         if n_held == 7 { Ok(()) } else { Err(n_held) }
     })

@@ -44,7 +44,7 @@ async fn worker_crashes(border: &str, passes: &[u32]) {
             let mut dead = scene.worker("dead", &["--slots", "4"]).await;
             // The others may all have ended between the check and the kill.
             let long = scene.submit(&count(50, "100ms"), 1).await.remove(0);
-            eventually("it holds the long one", Duration::from_secs(20), async || {
+            eventually("the worker holds the long process", Duration::from_secs(20), async || {
                 let n_held = scene.count(&format!("id = '{long}' AND place = 1")).await;
                 if n_held > 0 { Ok(()) } else { Err(n_held) }
             })
@@ -58,7 +58,7 @@ async fn worker_crashes(border: &str, passes: &[u32]) {
             scene.amqp().await.publish("baton.task", "default", b"garbage", <_>::default()).await;
         }
         let status = worker.ended(Duration::from_secs(30)).await;
-        assert_eq!(status.signal(), Some(ABORTED), "it has not ended at the border: {status:?}");
+        assert_eq!(status.signal(), Some(ABORTED), "no crash at the border: {status:?}");
     }
     let _last = scene.worker("w1", &["--slots", "20"]).await;
     all_end(&scene).await;
@@ -93,7 +93,7 @@ async fn command_crashes(scene: &Scene, border: &str, pass: u32, arguments: &[&s
     let failpoints = format!("{border}={}*off->return", pass - 1);
     let output = scene.baton_in(scene.folder(), &[("FAILPOINTS", &failpoints)], arguments).await;
     // The code -1 stands for an end by a signal.
-    assert_eq!((output.code, output.stdout.as_str()), (-1, ""), "it has not ended at the border: {}", output.stderr);
+    assert_eq!((output.code, output.stdout.as_str()), (-1, ""), "no crash at the border: {}", output.stderr);
 }
 
 /// `baton submit` crashes: what it has committed runs, and the rest was not accepted. The first page has 100 processes;
@@ -173,7 +173,7 @@ async fn a_request_crashes() {
     let _worker = scene.worker("w1", &[]).await;
     let pid = scene.submit("{call: baton.count, with: {advances: 100000, every: 50ms}}", 1).await.remove(0);
     for (verb, state) in [("pause", "paused"), ("play", "running"), ("kill", "killed")] {
-        eventually("it is there", Duration::from_secs(20), async || {
+        eventually("the process exists", Duration::from_secs(20), async || {
             let now = scene.show(&pid).await["state"].clone();
             if verb == "play" || now == "running" { Ok(()) } else { Err(now) }
         })
@@ -226,5 +226,5 @@ async fn commits_whose_answers_are_lost_are_found_out() {
     let history = History::read(&scene, vec![]).await.accepting(&pids);
     history.check();
     let given_back = scene.sql("SELECT count(*) FROM attempt WHERE reason LIKE '%never heard%'").await;
-    assert_ne!(given_back.trim(), "0", "no claim was without its answer");
+    assert_ne!(given_back.trim(), "0", "no claim lost its answer");
 }

@@ -66,7 +66,7 @@ async fn a_dead_letter_is_shown_with_its_reason_and_replayed_once_its_cause_is_m
     let spec = json!({"call": "baton.noop", "hold": true});
     amqp.publish_json("baton.task", "default", &json!({"version": 1, "type": "launch", "pid": pid, "spec": spec}))
         .await;
-    eventually("the process is there", Duration::from_secs(20), async || {
+    eventually("the process exists", Duration::from_secs(20), async || {
         let show = scene.baton(&["show", &pid]).await;
         if show.code == 0 { Ok(()) } else { Err(show) }
     })
@@ -191,7 +191,7 @@ async fn a_letter_that_cannot_be_read_is_taken_away_by_the_broker_and_costs_no_o
     assert!(refused.stderr.contains("not UTF-8") && refused.stderr.contains("management UI"), "{refused:?}");
     let vhost = scene.queues().await[0]["vhost"].as_str().unwrap().to_owned();
     let take = r#"{"count": 1, "ackmode": "ack_requeue_false", "encoding": "auto"}"#;
-    eventually("the broker takes it away", Duration::from_secs(20), async || {
+    eventually("the broker removes it", Duration::from_secs(20), async || {
         let taken = scene.manage("POST", &format!("queues/{vhost}/baton.dead/get"), take).await;
         if taken.contains("first") { Ok(()) } else { Err(taken) }
     })

@@ -135,7 +135,7 @@ async fn it_crashes_at_each_border_of_a_commit_and_goes_on_where_it_was() {
         ));
         let first =
             home.command(&["run", &spec]).env("FAILPOINTS", format!("{border}=1*return")).output().await.unwrap();
-        assert_eq!(first.status.code(), None, "{border}: it has not crashed: {first:?}");
+        assert_eq!(first.status.code(), None, "{border}: no crash: {first:?}");
         let list = home.baton(&["list", "-o", "ids"]).await.ok().stdout;
         assert_eq!(list.lines().count(), 1, "{border}: {list}");
         // If the end was committed, the process has ended, and the same file starts a new one.

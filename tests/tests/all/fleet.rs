@@ -60,7 +60,7 @@ async fn a_killed_worker_loses_nothing_and_no_committed_advance_is_repeated() {
     let _second = scene.worker("w2", &["--slots", "200"]).await;
     scene.consumed_by("baton.task.default", 2).await;
     let pids = scene.submit(&count_spec(50, "200ms", &witness), 200).await;
-    eventually("both workers are in the middle", Duration::from_secs(30), async || {
+    eventually("both workers are at work", Duration::from_secs(30), async || {
         let now = Witness::read(&witness);
         if now.workers().len() == 2 && now.lines() > 2_000 { Ok(()) } else { Err(now.lines()) }
     })
@@ -71,7 +71,7 @@ async fn a_killed_worker_loses_nothing_and_no_committed_advance_is_repeated() {
     let killed_at = Instant::now();
     let lost: BTreeSet<String> = held.lines().map(str::to_owned).collect();
     assert!(!lost.is_empty(), "the killed worker held nothing");
-    eventually("somebody else holds them", Duration::from_secs(15), async || {
+    eventually("another worker holds them", Duration::from_secs(15), async || {
         let rest = scene.count("owner IN (SELECT id FROM worker WHERE name = 'w1')").await;
         if rest == 0 { Ok(()) } else { Err(rest) }
     })
@@ -119,7 +119,7 @@ async fn a_frozen_worker_writes_nothing_more_ends_its_programs_and_goes_on_as_a_
         text.lines().filter(|line| line.ends_with(&format!("{epoch}frozen"))).count()
     };
     let before = lines_of_frozen(" 1 ");
-    eventually("the other runs the program", Duration::from_secs(20), async || {
+    eventually("the other worker runs the program", Duration::from_secs(20), async || {
         let now = processes_with("sleep 1733");
         // The shell and its sleep, of one worker only: the shim of the frozen worker has ended the first program.
         if now.len() == 2 || now.len() == 1 { Ok(()) } else { Err(now) }
@@ -127,7 +127,7 @@ async fn a_frozen_worker_writes_nothing_more_ends_its_programs_and_goes_on_as_a_
     .await;
     frozen.thaw();
     frozen.says("was declared gone").await;
-    eventually("it is ready again", Duration::from_secs(20), async || {
+    eventually("the frozen worker is ready again", Duration::from_secs(20), async || {
         let count = frozen.log().matches("worker ready").count();
         if count == 2 { Ok(()) } else { Err(count) }
     })
@@ -136,7 +136,7 @@ async fn a_frozen_worker_writes_nothing_more_ends_its_programs_and_goes_on_as_a_
     let after = lines_of_frozen(" 1 ");
     assert!(
         (before..=before + 1).contains(&after),
-        "the frozen worker has advanced what it had lost: {before} {after}"
+        "the frozen worker advanced a process that it had lost: {before} {after}"
     );
     // As a new incarnation it takes work again.
     let all = lines_of_frozen(" ");
@@ -146,7 +146,7 @@ async fn a_frozen_worker_writes_nothing_more_ends_its_programs_and_goes_on_as_a_
     assert!(processes_with("sleep 1733").is_empty());
     count_becomes(&scene, "state = 4", 310, 90).await;
     History::read(&scene, vec![]).await.accepting(&pids).check();
-    assert!(lines_of_frozen(" ") > all, "it takes no work any more");
+    assert!(lines_of_frozen(" ") > all, "the worker takes no more work");
 }
 
 #[tokio::test]
@@ -218,7 +218,7 @@ async fn control_reaches_processes_wherever_they_are() {
     let lines = Witness::read(&witness).lines();
     assert_eq!(scene.count("place = 2 AND state = 3").await, 1);
     scene.baton(&["play", "--wait", &held]).await.ok();
-    eventually("it goes on", Duration::from_secs(10), async || {
+    eventually("it advances", Duration::from_secs(10), async || {
         let now = Witness::read(&witness).lines();
         if now > lines + 3 { Ok(()) } else { Err(now) }
     })

@@ -302,7 +302,7 @@ async fn a_fleet_without_a_shared_object_store_says_so_and_fails_nothing() {
     // Only the wrong worker remains: the process waits, and resumes when a worker with the right store starts.
     right.terminate().await;
     let pid = slurm.submit(&scene, text, 1).await.remove(0);
-    let told = eventually("it is explained", LIMIT, async || {
+    let told = eventually("the cause is explained", LIMIT, async || {
         let text = slurm.baton(&scene, &["explain", &pid]).await.ok().stdout;
         if text.contains("that the fleet shares") { Ok(text) } else { Err(text) }
     })

@@ -124,7 +124,7 @@ async fn a_submission_that_takes_effect_late_is_adopted_or_runs_nothing(kind: Ki
         let pids = slurm.submit(&scene, &spec, 1).await;
         finished(&scene, &pids, LIMIT).await;
         eventually(
-            "the late job has come",
+            "the late job has started",
             LIMIT,
             async || {
                 if came.exists() { Ok(()) } else { Err(slurm.jobs("all")) }
@@ -147,7 +147,7 @@ async fn many_jobs_are_watched_by_one_list(kind: Kind) {
     let (path, spec) = witness(&scene, kind.at, "while [ ! -e go ]; do sleep 0.5; done; sleep 1");
     let spec = spec.replace("[ ! -e go ]", &format!("[ ! -e {} ]", scene.path("go").display()));
     let pids = slurm.submit(&scene, &spec, 16).await;
-    eventually("all are known there, and parked here", LIMIT, async || {
+    eventually("all jobs are known and all processes parked", LIMIT, async || {
         let known = scene.sql("SELECT count(*) FROM job WHERE external_id IS NOT NULL AND status <> ''").await;
         let parked = scene.count("place = 2").await;
         if (known.trim(), parked) == ("16", 16) { Ok(()) } else { Err((known, parked)) }
@@ -157,10 +157,10 @@ async fn many_jobs_are_watched_by_one_list(kind: Kind) {
     let (before, first) = (slurm.sshd.logged("Starting session"), polled().await);
     for _ in 0..3 {
         let last = polled().await;
-        eventually("it is looked at again", LIMIT, async || if polled().await == last { Err(()) } else { Ok(()) })
+        eventually("the site is polled again", LIMIT, async || if polled().await == last { Err(()) } else { Ok(()) })
             .await;
     }
-    assert_eq!(slurm.sshd.logged("Starting session"), before, "a look needs no command of its own; since {first}");
+    assert_eq!(slurm.sshd.logged("Starting session"), before, "a poll starts no separate command; since {first}");
     std::fs::write(scene.path("go"), "").unwrap();
     finished(&scene, &pids, LIMIT).await;
     assert_eq!(runs(&path), 16);
@@ -278,7 +278,7 @@ async fn an_answer_that_is_none_ends_nothing(kind: Kind) {
         slurm.replace(command, answer);
         tokio::time::sleep(Duration::from_millis(2500)).await;
     }
-    assert_eq!(scene.count("place = 3").await, 0, "an answer that was none has ended a process");
+    assert_eq!(scene.count("place = 3").await, 0, "an invalid answer ended a process");
     if kind.is_list_gone {
         worker.says("the launcher does not answer").await;
         let explained = slurm.baton(&scene, &["explain", &pids[0]]).await.ok().stdout;
@@ -375,7 +375,7 @@ async fn the_accounting_says_how_a_forgotten_job_has_ended() {
     // The site is polled while it has a job.
     let (_, spec) = witness(&scene, "cluster", "sleep 3");
     slurm.submit(&scene, &spec, 1).await;
-    eventually("it is ended", LIMIT, async || {
+    eventually("the job is cancelled", LIMIT, async || {
         let jobs = slurm.jobs("RUNNING");
         if jobs.iter().any(|job| job.contains(&pids[0])) { Err(jobs) } else { Ok(()) }
     })
@@ -420,7 +420,8 @@ async fn a_job_whose_submission_was_taken_for_refused_runs_nothing() {
     );
     let pids = slurm.submit(&scene, &spec, 1).await;
     ended(&scene, &pids, LIMIT).await;
-    eventually("the job has come", LIMIT, async || if came.exists() { Ok(()) } else { Err(slurm.jobs("all")) }).await;
+    eventually("the job has started", LIMIT, async || if came.exists() { Ok(()) } else { Err(slurm.jobs("all")) })
+        .await;
     slurm.is_empty().await;
     assert_eq!(runs(&path), 0, "{:?}", slurm.jobs("all"));
     let shown = scene.show(&pids[0]).await;

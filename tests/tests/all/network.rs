@@ -97,7 +97,7 @@ async fn broken_broker_connections_cost_no_lease_and_no_advance() {
     let counting = Counting::new(scene).await;
     for _ in 0..3 {
         proxy.reset();
-        eventually("the worker has connected again", Duration::from_secs(30), async || match proxy.n_open() {
+        eventually("the worker has reconnected", Duration::from_secs(30), async || match proxy.n_open() {
             open if open >= connections => Ok(()),
             open => Err(open),
         })
@@ -137,7 +137,7 @@ async fn worker_cut_off_from_the_database_is_replaced_and_does_nothing_more_unde
     let counting = Counting::new(scene).await;
     let mut other = counting.scene.worker("other", &[]).await;
     proxy.set(Fault::Blackhole);
-    eventually("the other has taken over", Duration::from_secs(40), async || {
+    eventually("the other worker has taken over", Duration::from_secs(40), async || {
         let rest =
             counting.scene.sql("SELECT name, count(*) FROM process JOIN worker w ON w.id = owner GROUP BY 1").await;
         if rest.contains("other|") && !rest.contains("cut-off|") { Ok(()) } else { Err(rest) }

@@ -39,7 +39,7 @@ async fn alarms_of_memory_and_disk_hold_nobody_up() {
         assert!(submitted.stderr.contains("warning"), "{submitted:?}");
         blocking(|| scene.services().control_broker(&end)).await;
         let pids = submitted.stdout.lines().map(|pid| format!("'{pid}'")).collect::<Vec<_>>().join(",");
-        eventually("they are run", Duration::from_secs(60), async || {
+        eventually("they have run", Duration::from_secs(60), async || {
             let rest = scene.count(&format!("id IN ({pids}) AND place <> 3")).await;
             if rest == 0 { Ok(()) } else { Err(rest) }
         })
@@ -99,7 +99,7 @@ async fn sessions_of_the_database_that_are_ended_cost_only_time() {
     }
     busy.finishes().await;
     let logs = busy.logs();
-    assert!(logs.contains("sending it again"), "no commit was in the middle: {logs}");
+    assert!(logs.contains("sending it again"), "no commit was in progress: {logs}");
     assert!(!logs.contains("declared gone"), "{logs}");
 }
 
@@ -122,7 +122,7 @@ async fn a_full_disk_below_the_database_is_no_false_success_and_costs_only_time(
     // PostgreSQL may have exited when it could not write its log.
     blocking(|| busy.scene.services().start_database()).await;
     let is_there = busy.scene.count("id IN (SELECT id FROM spec WHERE kind = 'baton.noop')").await;
-    assert!(is_there as usize >= accepted, "{is_there} of {accepted} that were accepted are there");
+    assert!(is_there as usize >= accepted, "{is_there} of {accepted} accepted processes exist");
     busy.scene.sql("DELETE FROM process WHERE id IN (SELECT id FROM spec WHERE kind = 'baton.noop')").await;
     busy.scene.sql("DELETE FROM journal WHERE pid IN (SELECT id FROM spec WHERE kind = 'baton.noop')").await;
     busy.scene.sql("DELETE FROM attempt WHERE pid IN (SELECT id FROM spec WHERE kind = 'baton.noop')").await;
@@ -161,7 +161,7 @@ async fn a_database_that_has_gone_back_in_time_is_refused_until_a_person_says_ot
     // A worker need not notice a loss within the last second.
     let beats = async || scene.sql("SELECT min(beat) FROM worker").await.trim().parse::<u64>().unwrap();
     let saved = beats().await;
-    eventually("every worker has beaten since", Duration::from_secs(30), async || {
+    eventually("every worker has sent a heartbeat since", Duration::from_secs(30), async || {
         let now = beats().await;
         if now >= saved + 3 { Ok(()) } else { Err(now) }
     })
@@ -172,7 +172,7 @@ async fn a_database_that_has_gone_back_in_time_is_refused_until_a_person_says_ot
         if reason.contains("database rollback detected") { Ok(()) } else { Err((reason, busy.logs())) }
     })
     .await;
-    eventually("nobody holds anything", Duration::from_secs(30), async || {
+    eventually("no process is held", Duration::from_secs(30), async || {
         let n_held = scene.count("place = 1").await;
         if n_held == 0 { Ok(()) } else { Err(n_held) }
     })
@@ -232,7 +232,7 @@ async fn thousands_of_leases_that_end_at_once_are_taken_over_in_pages() {
     let held_by = async |name: &str| {
         scene.count(&format!("place = 1 AND owner IN (SELECT id FROM worker WHERE name = '{name}')")).await
     };
-    eventually("the first holds all", Duration::from_secs(60), async || {
+    eventually("the first worker holds all", Duration::from_secs(60), async || {
         let n_held = held_by("w1").await;
         if n_held == HELD { Ok(()) } else { Err(n_held) }
     })
@@ -240,7 +240,7 @@ async fn thousands_of_leases_that_end_at_once_are_taken_over_in_pages() {
     let second = scene.worker("w2", &["--slots", "3000"]).await;
     let before_kb = second.memory_kb();
     first.kill();
-    eventually("the second holds all", Duration::from_secs(40), async || {
+    eventually("the second worker holds all", Duration::from_secs(40), async || {
         let n_held = held_by("w2").await;
         if n_held == HELD { Ok(()) } else { Err(n_held) }
     })

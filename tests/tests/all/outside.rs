@@ -39,7 +39,7 @@ async fn a_python_script_launches_a_process_with_one_message() {
     let _worker = scene.worker("w1", &[]).await;
     let pid = new_pid();
     let script = scene.spec("launch.py", LAUNCH);
-    eventually("the exchange is there", Duration::from_secs(20), async || {
+    eventually("the exchange exists", Duration::from_secs(20), async || {
         let mut command = Command::new("/usr/bin/python3");
         command.arg(&script).arg(scene.broker_url()).arg(&pid);
         let output = output(command).await;
@@ -86,7 +86,7 @@ async fn messages_that_the_library_cannot_read_go_to_the_dead_letters_and_stop_n
     })
     .await;
     let amqp = scene.amqp().await;
-    eventually("each is put aside, once", Duration::from_secs(30), async || {
+    eventually("each is dead-lettered once", Duration::from_secs(30), async || {
         let tasks = amqp.depth("baton.task.default").await;
         let depths = (amqp.depth("baton.dead").await, tasks, amqp.depth("baton.control").await);
         if depths == (5, 0, 0) { Ok(()) } else { Err(depths) }
@@ -337,7 +337,7 @@ async fn what_the_database_does_not_store_does_not_come_again_and_again() {
         json!({"version": 1, "type": "launch", "pid": new_pid(), "spec": spec})
     };
     amqp.publish_json("baton.task", "default", &launch("unstorable")).await;
-    let (_, why) = eventually("it is a dead letter", Duration::from_secs(20), async || {
+    let (_, why) = eventually("a dead letter exists", Duration::from_secs(20), async || {
         amqp.get("baton.dead", "x-baton-reason").await.ok_or("nothing in baton.dead")
     })
     .await;

@@ -123,7 +123,7 @@ async fn kill_against_end() {
         })
         .await;
     let (killed, finished) = race.judge(answers).await;
-    assert!(killed > 0 && finished > 0, "{killed} killed, {finished} finished: that was no race");
+    assert!(killed > 0 && finished > 0, "{killed} killed, {finished} finished: the timing was not close");
 }
 
 /// Alternates `pause` and `play`, with delays below a limit.
@@ -175,7 +175,7 @@ async fn two_operators_at_once() {
         })
         .await;
     let (killed, finished) = race.judge(answers).await;
-    assert!(killed > 0 && finished > 0, "{killed} killed, {finished} finished: that was no race");
+    assert!(killed > 0 && finished > 0, "{killed} killed, {finished} finished: the timing was not close");
 }
 
 #[tokio::test]
@@ -200,7 +200,7 @@ async fn requests_against_takeover() {
     });
     let ((), answers) = tokio::join!(deaths, requests);
     let (killed, finished) = race.judge(answers).await;
-    assert!(killed > 0 && finished > 0, "{killed} killed, {finished} finished: that was no race");
+    assert!(killed > 0 && finished > 0, "{killed} killed, {finished} finished: the timing was not close");
 }
 
 #[tokio::test]

@@ -165,12 +165,12 @@ fn every_block_runs_or_says_why_not() {
         for block in blocks(&document) {
             let place = format!("{document}:{}", block.line);
             let is_known = ["sh", "yaml", "toml", "json", "text"].contains(&block.language.as_str());
-            assert!(is_known, "{place}: no test knows blocks of `{}`", block.language);
+            assert!(is_known, "{place}: unknown block language `{}`", block.language);
             let is_command = |line: &str| ["$ ", "baton ", "docker "].iter().any(|begin| line.starts_with(begin));
             let hides = block.language == "text" && block.text.lines().any(is_command);
             assert!(!hides, "{place}: a command in a block of `text` would not run");
             if let Some(excuse) = block.excuse {
-                assert!(excuse.len() > 10, "{place}: say why it is not run");
+                assert!(excuse.len() > 10, "{place}: give the reason why it does not run");
                 n_not_run += 1;
             }
         }
@@ -213,7 +213,7 @@ fn every_configuration_and_message_of_the_book_is_read() {
             }
         }
     }
-    assert!(n_configs > 0 && n_messages > 2, "blocks are not found");
+    assert!(n_configs > 0 && n_messages > 2, "blocks were not found");
 }
 
 #[tokio::test]
@@ -224,7 +224,7 @@ async fn the_python_program_of_the_reference_launches_a_process() {
     let scene = Scene::new().await;
     let _worker = scene.worker("w1", &[]).await;
     let text = program.text.replace(BROKER, &scene.broker_url());
-    assert_ne!(text, program.text, "the broker's URL is not found");
+    assert_ne!(text, program.text, "the broker's URL was not found");
     let script = scene.spec("launch.py", &text);
     // A worker is ready before it declares its exchanges.
     eventually("the process has finished", Duration::from_secs(30), async || {

@@ -75,7 +75,7 @@ async fn is_named(scene: &Scene, worker: &str, lacks: &str) {
 }
 
 async fn is_well(scene: &Scene, worker: &str) {
-    eventually(&format!("{worker} is well again"), Duration::from_secs(30), async || {
+    eventually(&format!("{worker} has recovered"), Duration::from_secs(30), async || {
         let workers = scene.baton(&["workers", worker, "-o", "json"]).await.json();
         if workers[0]["lacks"] == Value::Null { Ok(()) } else { Err(workers) }
     })
@@ -129,7 +129,7 @@ async fn a_worker_without_disk_inodes_or_the_right_to_write_leaves_all_to_the_he
         scene.submit("run: ['true']", 20).await;
         count += 20;
         all_finish(&scene, count).await;
-        assert_eq!(attempts_of(&scene, &name).await, n_attempts, "it takes nothing");
+        assert_eq!(attempts_of(&scene, &name).await, n_attempts, "the worker takes nothing");
 
         // Without the healthy worker they stay queued, and the reason is shown.
         healthy.terminate().await;

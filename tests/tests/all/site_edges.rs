@@ -136,18 +136,18 @@ async fn a_submission_that_is_refused_for_now_waits_and_says_why() {
     );
     let pids = slurm.submit(&scene, &spec, 3).await;
     for pid in &pids {
-        eventually("it says why it waits", LIMIT, async || {
+        eventually("the reason of the wait is shown", LIMIT, async || {
             let explained = slurm.baton(&scene, &["explain", pid]).await.ok().stdout;
             if explained.contains("QOSMaxSubmitJobPerUserLimit") { Ok(()) } else { Err(explained) }
         })
         .await;
     }
-    eventually("lists say it, too", LIMIT, async || {
+    eventually("lists show the reason", LIMIT, async || {
         let listed = slurm.baton(&scene, &["list"]).await.ok().stdout;
         if listed.contains("refused by cluster") { Ok(()) } else { Err(listed) }
     })
     .await;
-    assert_eq!(scene.sql("SELECT count(*) FROM job").await.trim(), "0", "nothing is there, and no room is taken");
+    assert_eq!(scene.sql("SELECT count(*) FROM job").await.trim(), "0", "no job exists, and no slot is taken");
     std::fs::write(&go, "").unwrap();
     finished(&scene, &pids, LIMIT).await;
     assert_eq!((runs(&path), scene.count("try = 1").await), (3, 3));
@@ -200,7 +200,7 @@ async fn jobs_of_others_do_not_blind_the_watch_whatever_they_are_called() {
     );
     let running = slurm.jobs("RUNNING").join("\n");
     for id in foreign {
-        assert!(running.contains(&format!("{id} ")), "a job of others was ended: {id} of {running}");
+        assert!(running.contains(&format!("{id} ")), "a foreign job was ended: {id} of {running}");
     }
 }
 

@@ -310,7 +310,7 @@ async fn a_job_that_comes_after_its_try_was_given_up_fails_nothing() {
     let pids = slurm.submit(&scene, &spec, 1).await;
     first.ended(LIMIT).await;
     std::fs::write(&go, "").unwrap();
-    eventually("the late job has come", LIMIT, async || {
+    eventually("the late job has started", LIMIT, async || {
         if slurm.jobs("COMPLETED").is_empty() { Err(slurm.jobs("all")) } else { Ok(()) }
     })
     .await;
@@ -372,7 +372,7 @@ async fn a_scheduler_that_is_away_or_talks_nonsense_costs_only_time() {
     worker.says("the launcher does not answer").await;
     pids.extend(slurm.submit(&scene, &spec, 2).await);
     tokio::time::sleep(Duration::from_secs(8)).await;
-    assert_eq!(scene.count("place = 3").await, 0, "an answer that was none has ended a process");
+    assert_eq!(scene.count("place = 3").await, 0, "an invalid answer ended a process");
     slurm.start_controller();
     for answer in ["echo hello", "exit 0", "echo '1|ASLEEP|x|1|N/A|None'", "head -c 100000 /dev/zero"] {
         slurm.replace("squeue", answer);
@@ -423,7 +423,7 @@ async fn a_session_that_is_killed_costs_only_time() {
     eventually("some run", LIMIT, async || if runs(&path) > 3 { Ok(()) } else { Err(()) }).await;
     slurm.sshd.kill();
     tokio::time::sleep(Duration::from_secs(4)).await;
-    assert_eq!(scene.count("place = 1").await, 0, "what waits for a site is held");
+    assert_eq!(scene.count("place = 1").await, 0, "a process that waits for a site is held");
     slurm.start_login();
     finished(&scene, &pids, LIMIT).await;
     assert_eq!(runs(&path), 20);

@@ -41,8 +41,8 @@ async fn an_unknown_host_is_an_error_with_its_fingerprint_and_what_to_do() {
         "{error}"
     );
     assert!(!error.is_of_transport());
-    assert_eq!(std::fs::read(sshd.file("known_hosts")).unwrap(), b"", "no key is ever learnt");
-    assert_eq!(sshd.logged("Accepted"), 0, "nothing was said to a stranger");
+    assert_eq!(std::fs::read(sshd.file("known_hosts")).unwrap(), b"", "no host key is added");
+    assert_eq!(sshd.logged("Accepted"), 0, "no login to an unknown host");
 
     std::fs::write(sshd.file("known_hosts"), known).unwrap();
     key_gen(&["-qHf", sshd.file("known_hosts").to_str().unwrap()]);
@@ -220,7 +220,7 @@ async fn a_certificate_that_openssh_names_is_shown_with_its_key() {
     works(&section).await;
     section.key = Some(server.sshd.file("id_ed25519"));
     let error = connect(&section).await.unwrap_err();
-    assert!(!error.to_string().contains("certificate"), "it is that of another key: {error}");
+    assert!(!error.to_string().contains("certificate"), "the certificate is for another key: {error}");
 }
 
 /// A private agent for the test.
@@ -275,7 +275,7 @@ async fn an_encrypted_key_needs_an_agent_that_has_it() {
     agent.add(&open);
     works(&section).await;
     assert_eq!(sshd.logged("Accepted publickey"), 1);
-    assert_eq!(sshd.logged("Failed publickey"), 0, "no other key was shown");
+    assert_eq!(sshd.logged("Failed publickey"), 0, "no other key was offered");
 
     section.key = Some(sshd.file("id_locked.pub"));
     works(&section).await;
@@ -532,7 +532,7 @@ async fn a_server_that_takes_no_more_connections_is_tried_again_later() {
     let error = connect(&section).await.unwrap_err();
     assert!(matches!(error, Error::Unreachable { .. }) && error.is_of_transport(), "{error}");
     drop(waiting);
-    eventually("there is a place", LIMIT, async || connect(&section).await.map(drop)).await;
+    eventually("the server accepts connections", LIMIT, async || connect(&section).await.map(drop)).await;
 }
 
 #[tokio::test]

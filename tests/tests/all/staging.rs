@@ -139,9 +139,9 @@ retry: {max: 2, wait: 1s}
     let read = |path: &str| std::fs::read_to_string(scene.path(&format!("site/s/one/{path}"))).unwrap();
     assert_eq!(["all/a/x", "all/b/x", "checkpoints/c.chk", "tree/leaf"].map(read), ["a\n", "b\n", "c\n", "leaf\n"]);
     let left = Command::new("find").arg(scene.path("site/s")).args(["-name", ".baton-*"]).output().unwrap().stdout;
-    assert!(left.is_empty(), "files that are not whole: {}", String::from_utf8_lossy(&left));
+    assert!(left.is_empty(), "incomplete files: {}", String::from_utf8_lossy(&left));
     let results = slurm.baton(&scene, &["results", &pid]).await.ok().stdout;
-    assert!(results.contains("c.chk"), "what is moved is a result as well: {results}");
+    assert!(results.contains("c.chk"), "a moved file is a result as well: {results}");
 }
 
 #[tokio::test]
@@ -227,8 +227,8 @@ async fn what_leads_out_of_its_scope_is_refused() {
             "{input}: {shown:#}"
         );
     }
-    assert!(!scene.path("new").exists(), "a folder was made out of the scope");
-    assert!(!scene.path("site/r/plain/new").exists(), "a file was put through a link");
+    assert!(!scene.path("new").exists(), "a folder was created outside the scope");
+    assert!(!scene.path("site/r/plain/new").exists(), "a file was written through a link");
     // A link that the program makes cannot capture files outside its scope.
     let spec = format!("at: plain\nscript: ln -s {} stolen\nout: [stolen]\n", scene.path("secret").display());
     let pid = slurm.submit(&scene, &spec, 1).await.remove(0);
@@ -277,7 +277,7 @@ in:
     assert_eq!([read("site/r/shared"), read("site/r/new/more")], ["shared\n", "more\n"]);
     let cached = std::fs::read_dir(scene.path("site/cache")).unwrap().map(|entry| entry.unwrap());
     let modes: Vec<u32> = cached.map(|entry| entry.metadata().unwrap().permissions().mode() & 0o777).collect();
-    assert_eq!(modes, [0o444; 2], "what the cache has is nobody's to write to");
+    assert_eq!(modes, [0o444; 2], "files in the cache are read-only");
 
     std::fs::create_dir_all(scene.path("other/.baton/started")).unwrap();
     write(&scene.path("other/.baton/done.json"), r#"{"exit":0,"phase":"program","started_at":1,"ended_at":2}"#);
@@ -315,11 +315,11 @@ async fn a_file_that_was_cut_goes_on_where_it_was() {
     let pid = slurm.submit(&scene, spec, 1).await.remove(0);
     let shown = end(&scene, &pid).await;
     assert_eq!(shown["exit"], 0, "{shown:#}");
-    assert_eq!(shown["attempts"].as_array().unwrap().len(), 1, "a wait was not written: {shown:#}");
+    assert_eq!(shown["attempts"].as_array().unwrap().len(), 1, "a wait left an attempt: {shown:#}");
     assert_eq!(slurm.baton(&scene, &["logs", &pid]).await.ok().stdout, "said\n");
     slurm.baton(&scene, &["results", &pid, "--get", "results"]).await.ok();
     assert!(std::fs::read(scene.path("results/back")).unwrap() == [&large[..], b"\n"].concat());
-    assert!(slurm.sshd.logged("Accepted publickey") > 2, "not both were cut");
+    assert!(slurm.sshd.logged("Accepted publickey") > 2, "not both transfers were cut");
 }
 
 /// A connection stalls without ending, in each stage of a job's life.
@@ -354,7 +354,7 @@ async fn a_connection_that_stalls_costs_only_time() {
         let _ = std::fs::remove_file(scene.path("runs"));
         let pid = slurm.submit(&scene, &spec, 1).await.remove(0);
         let part = scene.path("site/cache");
-        eventually("it is that moment", LIMIT, async || {
+        eventually("the stage is reached", LIMIT, async || {
             let is_there = scene.sql(moment).await.trim() == "0";
             if is_there && (idx > 0 || part.exists()) { Ok(()) } else { Err(scene.sql("SELECT * FROM job").await) }
         })
@@ -382,13 +382,13 @@ async fn a_full_disk_at_the_site_is_waited_for_and_said_with_its_words() {
         |arguments: &[&str]| Command::new(arguments[0]).args(&arguments[1..]).arg(&site).status().unwrap().success();
     if !mount(&["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs"]) {
         // Only root can make a small disk; the project's test runs are as root.
-        assert!(!rustix_is_root(), "no disk in memory");
+        assert!(!rustix_is_root(), "tmpfs cannot be mounted");
         return;
     }
     let worker = slurm.worker(&scene, "w1", &[]).await;
     write(&scene.path("large"), noise(6_000_000));
     let pid = slurm.submit(&scene, "at: plain\nrun: ['true']\nin: [client://large]\n", 1).await.remove(0);
-    let why = eventually("it waits for room", LIMIT, async || {
+    let why = eventually("the process waits for room", LIMIT, async || {
         let explained = slurm.baton(&scene, &["explain", &pid, "-o", "json"]).await.json();
         let is_refused = explained[0]["condition"] == "refused_by_site";
         if is_refused { Ok(explained.to_string()) } else { Err(explained) }
@@ -423,7 +423,7 @@ async fn a_scope_that_leads_out_is_refused_and_a_full_one_is_waited_for() {
     assert!(!scene.path("elsewhere/made").exists());
     let full = scene.path("site/s/one/full");
     if !Command::new("mount").args(["-t", "tmpfs", "-o", "size=1m", "tmpfs"]).arg(&full).status().unwrap().success() {
-        assert!(!rustix_is_root(), "no disk in memory");
+        assert!(!rustix_is_root(), "tmpfs cannot be mounted");
         return;
     }
     let pid = slurm.submit(&scene, &spec("full"), 1).await.remove(0);
@@ -479,7 +479,7 @@ async fn results_without_room_pause_the_process_until_there_is_some() {
     };
     if !mount("size=4m") {
         // Only root can make a small disk; the project's test runs are as root.
-        assert!(!rustix_is_root(), "no disk in memory");
+        assert!(!rustix_is_root(), "tmpfs cannot be mounted");
         return;
     }
     let _worker = slurm.worker(&scene, "w1", &[]).await;
@@ -521,7 +521,7 @@ async fn a_host_that_shows_another_key_is_not_used() {
     std::fs::write(slurm.sshd.file("known_hosts"), known.replace(&key(&ours), &key(&other))).unwrap();
     let _worker = slurm.worker(&scene, "w1", &[]).await;
     let pid = slurm.submit(&scene, "at: plain\nrun: ['true']\n", 1).await.remove(0);
-    let told = eventually("it is explained", LIMIT, async || {
+    let told = eventually("the cause is explained", LIMIT, async || {
         let text = slurm.baton(&scene, &["explain", &pid]).await.ok().stdout;
         if text.contains("is unreachable") { Ok(text) } else { Err(text) }
     })
@@ -575,7 +575,7 @@ async fn nothing_that_a_spec_names_reaches_what_is_batons() {
     let to = format!("p/{victim}/1/.baton/done.json");
     let stored = slurm.submit(&scene, &held.replace("TO", &to), 1).await.remove(0);
     store_spec(&scene, &stored, |spec| spec.session = Some("..".to_owned())).await;
-    assert_eq!(scene.show(&stored).await["spec"]["session"], "..", "it can still be looked at");
+    assert_eq!(scene.show(&stored).await["spec"]["session"], "..", "the stored spec can still be shown");
     slurm.baton(&scene, &["play", &stored]).await.ok();
     let sandbox = scene.path(&format!("site/p/{victim}/1"));
     std::fs::create_dir_all(scene.path("site/s")).unwrap();

@@ -475,7 +475,7 @@ async fn a_file_goes_on_where_it_was_cut() {
         assert!(matches!(error, Error::Broken(_)) && error.is_of_transport(), "{error}");
         assert!(session.is_broken() && !target.exists());
         proxy.set(Fault::Pass);
-        eventually("nothing of it goes on", LIMIT, async || {
+        eventually("nothing of it is still running", LIMIT, async || {
             let left = processes_about(&part);
             if left.is_empty() { Ok(()) } else { Err(left) }
         })

@@ -42,7 +42,7 @@ fn sources() -> Vec<(String, String)> {
             }
         }
     }
-    assert!(files.len() > 30, "the tree is elsewhere");
+    assert!(files.len() > 30, "sources were not found");
     files
 }
 
@@ -91,7 +91,7 @@ fn only_the_launcher_for_slurm_names_the_states_of_its_jobs() {
     for (path, text) in sources() {
         if path.starts_with("worker/src/") && !path.starts_with("worker/src/site/launcher/slurm/") {
             let named = states.split(' ').find(|state| text.contains(&format!("\"{state}\"")));
-            assert_eq!(named, None, "{path} names a state of Slurm");
+            assert_eq!(named, None, "{path} names a Slurm state");
         }
     }
 }
@@ -109,13 +109,13 @@ fn common_knows_neither_worker_nor_controller_and_worker_knows_no_controller() {
 #[test]
 fn a_room_of_the_worker_imports_from_itself_and_from_those_below_it() {
     let (src, sources) = ("worker/src/", sources());
-    assert_eq!(tops(src, &sources), WORKER_ROOMS.map(str::to_owned).into(), "each room has its place in the order");
+    assert_eq!(tops(src, &sources), WORKER_ROOMS.map(str::to_owned).into(), "every module is in the order");
     let height = |room: &str| WORKER_ROOMS.iter().position(|known| *known == room);
     let imports = imports(src, &sources);
-    assert!(imports.len() > 100, "imports are not read");
+    assert!(imports.len() > 100, "imports were not found");
     let up: Vec<String> =
         imports.iter().filter(|import| height(&import.from) < height(&import.to)).map(Import::to_string).collect();
-    assert!(up.is_empty(), "imports of what is above:\n{}", up.join("\n"));
+    assert!(up.is_empty(), "imports of higher modules:\n{}", up.join("\n"));
 }
 
 /// The order of the worker's modules is a stronger rule.
@@ -124,7 +124,7 @@ fn no_modules_of_a_crate_import_each_other_in_a_circle() {
     let sources = sources();
     for src in ["common/src/", "controller/src/"] {
         let imports = imports(src, &sources);
-        assert!(imports.len() > 30, "imports are not read");
+        assert!(imports.len() > 30, "imports were not found");
         assert_no_circle(&imports);
     }
 }
@@ -132,14 +132,14 @@ fn no_modules_of_a_crate_import_each_other_in_a_circle() {
 #[test]
 fn no_files_of_the_store_import_each_other_in_a_circle() {
     let imports = imports_of_files("common/src/", "store", &sources());
-    assert!(imports.len() > 100, "imports are not read");
+    assert!(imports.len() > 100, "imports were not found");
     assert_no_circle(&imports);
 }
 
 fn assert_no_circle(imports: &[Import]) {
     let is_circular = |import: &&Import| leads(imports, &import.to, &import.from);
     let circle: Vec<String> = imports.iter().filter(is_circular).map(Import::to_string).collect();
-    assert!(circle.is_empty(), "imports in a circle:\n{}", circle.join("\n"));
+    assert!(circle.is_empty(), "cyclic imports:\n{}", circle.join("\n"));
 }
 
 /// Whether a module imports another one, directly or indirectly.
@@ -170,7 +170,7 @@ fn every_dependency_comes_from_the_public_registry() {
     let public = r#"source = "registry+https://github.com/rust-lang/crates.io-index""#;
     let offences: Vec<_> =
         lock.lines().filter(|line| line.starts_with("source = ") && *line != public).map(str::to_owned).collect();
-    assert!(offences.is_empty(), "Cargo.lock names another registry than the public one: {offences:?}");
+    assert!(offences.is_empty(), "Cargo.lock names a registry other than the public one: {offences:?}");
 }
 
 #[test]
@@ -207,7 +207,7 @@ fn every_test_that_the_documents_name_is_there() {
     let is_test =
         |name: &str| name.matches('_').count() >= 2 && name.chars().all(|c| c == '_' || c.is_ascii_lowercase());
     let named = quoted_in_documents();
-    assert!(named.iter().filter(|(_, name)| is_test(name)).count() > 100, "the documents are not read");
+    assert!(named.iter().filter(|(_, name)| is_test(name)).count() > 100, "no test names were found");
     let missing: Vec<_> = named.iter().filter(|(_, name)| is_test(name) && !is_there(name)).collect();
     assert!(missing.is_empty(), "{missing:#?}");
 }
@@ -232,7 +232,7 @@ fn every_file_that_the_documents_name_is_there() {
             missing.push(format!("{document}: {name}"));
         }
     }
-    assert!(n_paths > 100, "the documents are not read");
+    assert!(n_paths > 100, "no paths were found");
     assert!(missing.is_empty(), "{missing:#?}");
 }
 

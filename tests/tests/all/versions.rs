@@ -87,7 +87,7 @@ async fn a_checkpoint_of_another_shape_is_kept_and_a_damaged_one_is_the_end() {
     let shown = scene.show(reshaped).await;
     assert_eq!((&shown["advances"], &shown["values"]["advances"]), (&6.into(), &6.into()), "{shown}");
     let runs = Witness::read(&witness);
-    assert!(runs.lines() >= 7, "all of the one, some of the other");
+    assert!(runs.lines() >= 7, "all of one version, some of the other");
 }
 
 /// Checks that the commands of both versions handle rows of both versions.
@@ -134,7 +134,7 @@ async fn a_fleet_is_upgraded_worker_by_worker_under_load() {
     let mut new = vec![scene.worker_of(&program, "new1", slots).await];
     // The earlier ones may have ended by now.
     pids.extend(scene.submit(&counting("1s"), 50).await);
-    eventually("an old worker meets what a new one has advanced", Duration::from_secs(20), async || {
+    eventually("an old worker reads a checkpoint of a new one", Duration::from_secs(20), async || {
         let logs: Vec<String> = old.iter().map(Worker::log).collect();
         if logs.iter().any(|log| log.contains("its checkpoint: version 4 is newer")) { Ok(()) } else { Err(logs) }
     })

@@ -289,7 +289,7 @@ async fn watched(scene: &Scene, more: &[&str], split: &str) -> (Vec<String>, Opt
         let text = std::fs::read_to_string(&path).unwrap();
         text.split_terminator(split).map(str::to_owned).collect()
     };
-    eventually("three looks", Duration::from_secs(20), async || {
+    eventually("three tables", Duration::from_secs(20), async || {
         let now = parts();
         if now.len() >= 3 { Ok(()) } else { Err(now) }
     })

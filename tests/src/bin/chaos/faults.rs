@@ -206,7 +206,7 @@ impl Fault {
             Fault::FullDisk => {
                 let filler = tokio::task::block_in_place(|| services.fill_disk());
                 sleep(short + Duration::from_secs(1)).await;
-                std::fs::remove_file(filler).expect("it was made");
+                std::fs::remove_file(filler).expect("the file exists");
                 // PostgreSQL exits when it cannot write its log.
                 blocking(|| services.start_database());
             }

@@ -138,7 +138,7 @@ impl Load {
             hearts.map(|(pid, _)| pid.clone()).collect::<Vec<_>>()
         });
         for arguments in [vec!["play", "--fleet"], vec!["play", "--all", "--yes"]] {
-            baton_tests::eventually("the fleet can be asked", Duration::from_secs(60), async || {
+            baton_tests::eventually("the fleet accepts requests", Duration::from_secs(60), async || {
                 let output = fleet.scene.baton(&arguments).await;
                 if output.code == 0 { Ok(()) } else { Err(output) }
             })
