@@ -1,7 +1,7 @@
-"""Reads what `tests/bench/sites` has measured.
+"""Evaluates the measurements of `tests/bench/sites`.
 
-    sites.py well < LIST      how many of `baton list -o json` have finished with exit 0
-    sites.py samples FILE     looks, and the most of each thing that was looked at
+    sites.py well < LIST      the number of processes of `baton list -o json` that finished with exit 0
+    sites.py samples FILE     the number of samples, and the maximum of each value
     sites.py files FILE       the table of times, and the promises about them; exit code 1 if one is broken
 """
 

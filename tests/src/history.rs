@@ -204,7 +204,7 @@ impl Process {
         let mut requests = BTreeSet::new();
         for event in &self.events {
             if event.outcome.is_none() {
-                violation(format!("lost {}: nobody obeyed it", event.what));
+                violation(format!("lost {}: it was never obeyed", event.what));
             }
             if event.request.as_ref().is_some_and(|request| !requests.insert(request)) {
                 violation(format!("double apply: {} was written twice for one request", event.what));
@@ -227,7 +227,7 @@ impl Process {
             }
         }
         if kill.is_none() && self.state == "killed" {
-            violation("nobody killed it".to_owned());
+            violation("killed without an applied kill".to_owned());
         }
         self.check_pauses(violation);
         for pair in self.attempts.windows(2) {
@@ -263,10 +263,10 @@ impl Process {
         }
         let last = self.events.iter().rfind(|event| event.outcome.as_deref() == Some("applied"));
         if self.state == "paused" && last.is_some_and(|event| event.what != "pause") {
-            violation("play undone: it is paused, and nobody asked for that since".to_owned());
+            violation("play undone: it is paused, but the last applied request is no pause".to_owned());
         }
         if !self.is_ended() && last.is_some_and(|event| event.what == "kill") {
-            violation("kill undone: it lives".to_owned());
+            violation("kill undone: it has not ended".to_owned());
         }
     }
 }

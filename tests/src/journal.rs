@@ -136,7 +136,7 @@ pub(crate) fn check(
     let holdings = holdings(versions);
     for attempt in attempts {
         match holdings.get(&attempt.epoch) {
-            None => violation(format!("I8: an attempt has epoch {}, and nobody held it under that", attempt.epoch)),
+            None => violation(format!("I8: an attempt has epoch {}, but no version was held under it", attempt.epoch)),
             Some(holding) if holding.owner != attempt.worker => {
                 violation(format!("I8: the attempt of epoch {} names another worker", attempt.epoch));
             }
@@ -192,7 +192,7 @@ pub(crate) fn check(
             holdings[&epoch].left.is_none() || matches!(how(epoch), Some("lost" | "drained" | "killed" | "paused"));
         if !is_cut_off || (count > 1 && !was_asked) {
             violation(format!(
-                "I3: {count} advances made under epoch {epoch} were not recorded, which was not cut off"
+                "I3: {count} advances made under epoch {epoch} were not recorded, although it was not cut off"
             ));
         }
     }

@@ -158,7 +158,7 @@ impl Drop for Worker {
     }
 }
 
-#[expect(clippy::print_stderr, reason = "what a failed test shows")]
+#[expect(clippy::print_stderr, reason = "prints the log of a failed test")]
 fn eprintln(text: &str) {
     eprintln!("{text}");
 }

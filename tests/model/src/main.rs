@@ -7,7 +7,7 @@ use baton_common::state::Desired;
 use baton_model::rule::{Rule, Rules};
 use baton_model::{Found, REQUESTS, Scenario, Work, search};
 
-const USAGE: &str = "usage: baton-model [RULE]\n\nWithout RULE all rules are in force. Rules that can be taken away:\n";
+const USAGE: &str = "usage: baton-model [RULE]\n\nWithout RULE all rules are in force. Rules that can be removed:\n";
 
 /// Faults in a search, unless BATON_MODEL_FAULTS says otherwise.
 const FAULTS_MAX: u8 = 2;

@@ -1,6 +1,6 @@
 //! The protocol holds in every order of actions, and fails without any one of its rules.
 
-#![expect(clippy::print_stdout, reason = "how much was searched")]
+#![expect(clippy::print_stdout, reason = "prints the size of the search")]
 
 use baton_common::state::Desired::{self, Kill, Pause, Run};
 use baton_model::Work::{self, Leaf, Parent};

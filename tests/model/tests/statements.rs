@@ -1,6 +1,6 @@
 //! The model's statements match those of the store: after any sequence of operations, both have the same row.
 
-#![expect(clippy::unwrap_used, reason = "a test fails by it")]
+#![expect(clippy::unwrap_used, reason = "a test may panic")]
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -122,7 +122,7 @@ async fn start_worker(store: &Store) -> Writer {
     let worker = NewWorker { name, host, os_pid: 1, version, queues: vec!["default".into()], slots: 8, sites: vec![] };
     store.register(me, &worker).await.unwrap();
     let (writer, task) = Writer::new(store, me, &Arc::new(Semaphore::new(8))).await.unwrap();
-    #[expect(clippy::disallowed_methods, reason = "it ends with the test's runtime")]
+    #[expect(clippy::disallowed_methods, reason = "the task ends with the test's runtime")]
     tokio::task::spawn(task);
     writer
 }

@@ -195,7 +195,7 @@ impl fmt::Display for Report {
     }
 }
 
-#[expect(clippy::cast_precision_loss, reason = "for people")]
+#[expect(clippy::cast_precision_loss, reason = "a rounded figure for people")]
 fn kb_as_mb(kb: u64) -> f64 {
     kb as f64 / 1024.0
 }
