@@ -20,8 +20,7 @@ static ALLOCATOR: &StatsAlloc<System> = &INSTRUMENTED_SYSTEM;
 
 const COUNT: u32 = 500;
 
-/// Allocations of a process with one advance: its message, its claim with the spec, its end, and its events. Measured:
-/// 138.
+/// Allocations of a process with one advance: its message, its claim with the spec, its end, its events. Measured: 138.
 const OF_A_LAUNCH_MAX: f64 = 175.0;
 
 /// Allocations of an advance and its checkpoint. Measured: 22.
