@@ -1,7 +1,7 @@
--- Fills an empty schema with n processes that ended, n that are parked, n that are queued and a thousand that are held.
+-- Fills an empty schema with n ended, n parked and n queued processes, and a thousand held ones.
 --     psql URL -v n=1000000 -f fill.sql
--- What ended came first and what is queued came last, over thirty days, so that a list of the newest that walks through
--- ids one by one to find what it is asked for shows.
+-- The oldest processes have ended and the newest are queued, over thirty days. A list of the newest processes in one
+-- state is therefore slow if it scans the ids one by one.
 \set ON_ERROR_STOP 1
 
 CREATE FUNCTION pg_temp.uuid_v7(micros bigint, k bigint) RETURNS uuid LANGUAGE sql IMMUTABLE AS $$
@@ -14,13 +14,13 @@ FROM (SELECT (extract(epoch FROM now()) * 1000000)::bigint AS us) now,
      generate_series(0::bigint, 3 * :n + 999) k,
      LATERAL (SELECT now.us - 86400000000::bigint * 30 + 86400000000::bigint * 30 / (3 * :n + 1000) * k AS at) t;
 
--- Twenty live workers, forty that are gone.
+-- Twenty live workers, and forty that are gone.
 INSERT INTO worker (id, name, host, os_pid, version, queues, slots, load, drain, beat, beat_at, started_at, gone_at)
 SELECT pg_temp.uuid_v7(now_us - 86400000000::bigint * 40, i), 'w' || i, 'host', 1, '0', 'default', 200, 0, false, 1, now_us,
        now_us - 86400000000::bigint * 40, CASE WHEN i > 20 THEN now_us - i * 1000000 END
 FROM generate_series(1, 60) i, (SELECT now_us FROM r LIMIT 1) r;
 
--- Half of the parked are paused, some of them in a sleep whose end has come; half wait for a year.
+-- Half of the parked processes are paused, some of them in a sleep that is over; half wait for a year.
 INSERT INTO process (id, place, state, before, epoch, owner, claimed_at, seq, checkpoint, desired, urgent, control, woken,
                      wake_at, queue, told_at, try, deaths, queue_deadline, total_deadline, changed_at, ended_at, outcome)
 SELECT id, (ARRAY[3, 2, 0, 1])[part + 1],
@@ -39,8 +39,8 @@ SELECT id, (ARRAY[3, 2, 0, 1])[part + 1],
        CASE WHEN part = 0 THEN decode('0183a465786974cd0000a66f6bc3a6726561736f6ec0', 'hex') END
 FROM r;
 
--- The body is `run: [echo, hello]` as Baton writes it.
--- Every process bears `campaign` = si, a thousand share each `batch`, and three bear `rare`.
+-- The body is `run: [echo, hello]` as Baton serialises it.
+-- Every process has the label `campaign` = si. Each `batch` has a thousand processes. Three processes have `rare`.
 INSERT INTO spec (id, name, kind, body, digest, labels, session, created_by, created_at, traceparent, queue)
 SELECT id, 'job-' || k % 1000, CASE WHEN k % 3 < 2 THEN 'program' ELSE 'baton.count' END, decode('018aa46e616d65a36a6f62a47768617481a372756e81a46172677692a46563686fa568656c6c6fa47661727380a76f6b' ||
          '5f657869749100a5726574727982a36d617801a47761697484a56669727374a23173a6666163746f72cb400000000000' ||

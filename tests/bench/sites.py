@@ -1,7 +1,7 @@
-"""Reads what `tests/bench/sites` has measured.
+"""Evaluates the measurements of `tests/bench/sites`.
 
-    sites.py well < LIST      how many of `baton list -o json` have finished with exit 0
-    sites.py samples FILE     looks, and the most of each thing that was looked at
+    sites.py well < LIST      the number of processes of `baton list -o json` that finished with exit 0
+    sites.py samples FILE     the number of samples, and the maximum of each value
     sites.py files FILE       the table of times, and the promises about them; exit code 1 if one is broken
 """
 
@@ -10,7 +10,7 @@ import statistics
 import sys
 from pathlib import Path
 
-# Whoever brings files to a site and back by other means, and what is promised not to be slower.
+# The tools that Baton is promised not to be slower than, by measurement.
 AGAINST = {"small": ["scp -r", "tar | ssh"], "large": ["scp -r"]}
 WHAT = {"small": "1,000 files of 10 KB", "large": "one file of 1 GiB"}
 WAY = {"to": "to the site", "back": "back from it"}
@@ -22,14 +22,14 @@ def well():
 
 def samples(path):
     rows = [[int(word) for word in line.split()] for line in Path(path).read_text().splitlines()]
-    # One that was cut when the sampling ended.
+    # The last line was cut when sampling ended.
     rows = [row for row in rows if len(row) == 6]
     first = 0
     logins = rows[0][2]
     for row in rows:
         while row[0] - rows[first][0] > 60_000:
             first += 1
-        # What came between two looks counts for both.
+        # An event between two samples counts for both.
         before = rows[first - 1][2] if first else 0
         logins = max(logins, row[2] - before)
     most = [max(row[idx] for row in rows) for idx in range(6)]

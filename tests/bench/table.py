@@ -44,7 +44,7 @@ print(f"| single commits | {limits['commits_per_s']:,.0f}/s | {limits['commit_ms
 of_one = [f"{reports['latency']['limits'][f'{step}_ms']:.2f}" for step in ("accept", "confirm", "claim", "end")]
 print(f"| one process alone: accept, confirm, claim, end, in turns with those of Baton | | {', '.join(of_one)} ms |")
 print()
-# Each against the limits of its own run.
+# Each is compared with the limits of its own run.
 print("| Baton | rate | of messages | of both together | its rows, of rows |\n|---|---|---|---|---|")
 for name, text in (
     ("throughput1", "processes of one advance, 1 worker"),
@@ -60,7 +60,7 @@ rows, most = ratios["rows_per_s"], ratios["rows_per_s"] / ratios["combined_per_s
 print()
 print(f"Advances alone are {share(ratios['advances_to_rows_per_s'])} of the rows that fenced updates change. The rows of the plain loop over messages")
 print(f"and rows of such processes, which does nothing else, are {share(most)}; those of Baton, {share(rows)}.")
-# Both limits take all processors, so what has both takes the sum of their times.
+# Both limits use all processors, so work that needs both takes the sum of their times.
 n_rows = reports["advances"]["per_process"]["rows"]
 message_in_rows = of_ten["rows_per_s"] / of_ten["messages_per_s"]
 free = 1 / (n_rows + message_in_rows)

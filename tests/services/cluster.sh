@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# A private cluster of three RabbitMQ nodes on loopback. A node is an instance of rabbitmq.sh in DIR/1, DIR/2 or DIR/3 and
-# can be killed, started and asked there; they share a cookie and a port mapper.
+# A private cluster of three RabbitMQ nodes on loopback. A node is an instance of rabbitmq.sh in DIR/1, DIR/2 or DIR/3,
+# where it can be killed, started and queried. The nodes share a cookie and a port mapper.
 #
-#   cluster.sh start DIR          start the nodes that do not run
-#   cluster.sh kill DIR           SIGKILL to all
-#   cluster.sh split DIR NODE     cut a node off from the others, until it starts again; clients still reach it
-#   cluster.sh env DIR            the addresses as shell assignments, the nodes' separated by commas
+#   cluster.sh start DIR          start the nodes that are not running
+#   cluster.sh kill DIR           SIGKILL all nodes
+#   cluster.sh split DIR NODE     isolate a node from the others until it restarts; clients still reach it
+#   cluster.sh env DIR            print the addresses as shell assignments, those of the nodes separated by commas
 set -euo pipefail
 . "$(dirname "$0")/lib.sh"
 
@@ -26,7 +26,7 @@ prepare() {
     echo $((port + 4 * (node - 1))) >"$dir/$node/port"
     echo $((port + 3)) >"$dir/$node/epmd-port"
     cp -p "$dir/cookie" "$dir/$node/.erlang.cookie"
-    # A split is to last until it is healed, whatever a node thinks of it.
+    # A split must last until it is healed, so nodes do not act on it themselves.
     echo "cluster_partition_handling = ignore" >"$dir/$node/more.conf"
   done
   for node in 2 3; do
@@ -44,7 +44,7 @@ start() {
   for pid in "${pids[@]}"; do wait "$pid"; done
 }
 
-# With another cookie for them it neither finds its former peers nor lets them in, while rabbitmqctl still has the old one.
+# With a new cookie the node neither finds its former peers nor accepts them; rabbitmqctl still has the old one.
 split() { # NODE
   local peer terms=
   for peer in 1 2 3; do

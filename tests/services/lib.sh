@@ -1,6 +1,6 @@
-# What the service scripts share. Sourced, never run.
+# Functions that the service scripts share. Sourced, never run.
 
-# True while the process that a pid file names is there. A zombie counts as gone: some init processes reap late.
+# Succeeds while the process that a pid file names exists. A zombie counts as gone: some init processes reap late.
 running() {
   local pid state
   pid=$(cat "$1" 2>/dev/null) && [ -n "$pid" ] || return 1
@@ -8,7 +8,7 @@ running() {
   [ -n "$state" ] && [ "$state" != Z ]
 }
 
-# Waits until the process of a pid file is gone; after the limit (seconds) its whole process group is killed.
+# Waits until the process of a pid file is gone; after the limit (seconds), kills its whole process group.
 await_end() {
   local file=$1 tries=$(($2 * 20))
   while running "$file"; do
@@ -22,7 +22,7 @@ await_end() {
 
 listening() { (exec 3<>"/dev/tcp/127.0.0.1/$1") 2>/dev/null; }
 
-# The first of N consecutive free ports, below the range from which the kernel takes ports for outgoing connections.
+# Prints the first of N consecutive free ports, below the kernel's range for outgoing connections.
 free_ports() {
   local count=$1 first port
   while :; do
@@ -33,19 +33,19 @@ free_ports() {
   done
 }
 
-# The port of an instance: what was asked for, else what it had before, else N free ones.
+# Sets the port of an instance: the requested one, else the previous one, else N free ones.
 settle_port() { # DIR PORT COUNT
   if [ -n "$2" ]; then echo "$2" >"$1/port"; elif [ ! -s "$1/port" ]; then free_ports "$3" >"$1/port"; fi
   cat "$1/port"
 }
 
-# An Erlang cookie of its own.
+# Creates an Erlang cookie for one instance.
 new_cookie() { # FILE
   od -An -N16 -tx8 /dev/urandom | tr -d ' \n' >"$1"
   chmod 400 "$1"
 }
 
-# Erlang's port mapper, in the foreground, because a server would otherwise leave a detached one behind that nobody stops.
+# Starts Erlang's port mapper in the foreground. Otherwise the server leaves a detached one running.
 start_epmd() { # DIR PORT
   running "$1/epmd.pid" && return
   setsid epmd -address 127.0.0.1 -port "$2" </dev/null >"$1/epmd.out" 2>&1 &

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# A private PostgreSQL on loopback with full durability (fsync and synchronous_commit on), as root or as any other user.
+# A private PostgreSQL on loopback with full durability (fsync and synchronous_commit on), as root or as any user.
 #
-#   postgres.sh start DIR [PORT]   start it, or do nothing if it runs; keeps its port from one start to the next
+#   postgres.sh start DIR [PORT]   start it unless it runs; keeps its port across starts
 #   postgres.sh stop DIR           clean stop
-#   postgres.sh kill DIR           SIGKILL to the server and all its backends; `start` recovers what was committed
+#   postgres.sh kill DIR           SIGKILL the server and all its backends; `start` recovers what was committed
 #   postgres.sh restart DIR        clean stop, start
-#   postgres.sh save DIR           clean stop, keeps a copy of its data, start
+#   postgres.sh save DIR           clean stop, copy its data, start
 #   postgres.sh restore DIR        SIGKILL, start with the copy
-#   postgres.sh disk DIR MB        before the first start: its data go to a disk in memory of this size (needs root)
-#   postgres.sh end DIR            SIGKILL, and takes that disk away
-#   postgres.sh env DIR            its address as a shell assignment
+#   postgres.sh disk DIR MB        before the first start: puts its data on a disk in memory of this size (needs root)
+#   postgres.sh end DIR            SIGKILL, and remove that disk
+#   postgres.sh env DIR            print its address as a shell assignment
 set -euo pipefail
 . "$(dirname "$0")/lib.sh"
 
@@ -19,7 +19,7 @@ dir=$(cd "$dir" && pwd)
 bin=$(ls -d /usr/lib/postgresql/*/bin | sort -V | tail -n 1)
 pid_file=$dir/data/postmaster.pid
 
-# PostgreSQL refuses to run as root: the packaged user does it instead, from a directory that it may enter.
+# PostgreSQL refuses to run as root: the packaged user runs it, from a directory that it can enter.
 unprivileged() {
   if [ "$(id -u)" = 0 ]; then
     (cd / && exec setpriv --reuid=postgres --regid=postgres --init-groups env HOME="$dir" "$@")
@@ -28,7 +28,7 @@ unprivileged() {
   fi
 }
 
-# The first line of postmaster.pid is the pid, and the rest is not.
+# The first line of postmaster.pid is the pid; the other lines are not used.
 running_server() {
   local pid
   pid=$(head -n 1 "$pid_file" 2>/dev/null) && echo "$pid" >"$dir/server.pid" && running "$dir/server.pid"
@@ -39,7 +39,7 @@ create() {
     { cat "$dir/initdb.log" >&2; exit 1; }
   # Not an argument of the server, so that a test can change it.
   echo 'max_connections = 300' | unprivileged tee -a "$dir/data/postgresql.conf" >/dev/null
-  # Single-user mode, because there is no server yet.
+  # Single-user mode, because no server runs yet.
   echo 'create database baton' | unprivileged "$bin/postgres" --single -D "$dir/data" postgres >>"$dir/initdb.log" 2>&1
 }
 
@@ -48,7 +48,7 @@ start() {
   running_server && return
   [ "$(id -u)" = 0 ] && chown postgres "$dir"
   port=$(settle_port "$dir" "${1:-}" 1)
-  # On a small disk its log stays small.
+  # On a small disk the WAL stays small.
   local disk=
   if [ -d "$dir/disk" ]; then disk='-c max_wal_size=64MB -c min_wal_size=32MB'; fi
   [ -s "$dir/data/PG_VERSION" ] || create
@@ -65,7 +65,7 @@ stop() { # MODE
   unprivileged "$bin/pg_ctl" stop -s -w -t 60 -D "$dir/data" -m "$1"
 }
 
-# The server is frozen first, so that it starts no new backend while the old ones are being killed.
+# Freezes the server first, so that it starts no new backend while the others are being killed.
 kill_server() {
   running_server || return 0
   local server child
@@ -74,14 +74,14 @@ kill_server() {
   for child in $(cat "/proc/$server/task/$server/children"); do kill -KILL "$child" 2>/dev/null || true; done
   kill -KILL "$server"
   await_end "$dir/server.pid" 10
-  # PostgreSQL takes a dead server that nobody has reaped yet for a live one; this script knows better.
+  # PostgreSQL takes a dead server that is not reaped yet for a live one, so its pid file must go.
   rm -f "$pid_file" "$dir"/.s.PGSQL.*
 }
 
 make_disk() { # MB
   mkdir "$dir/disk"
   mount -t tmpfs -o "size=${1}m" tmpfs "$dir/disk"
-  # The server makes its own folder there, and the link leads to it.
+  # The server creates its own folder there; the link points to it.
   mkdir -m 700 "$dir/disk/data"
   chown -R postgres "$dir/disk"
   ln -s disk/data "$dir/data"

@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# A private RabbitMQ with its management plugin, on loopback, without systemd, as root or as any other user.
+# A private RabbitMQ with its management plugin, on loopback, without systemd, as root or as any user.
 #
-#   rabbitmq.sh start DIR [PORT]     start it, or do nothing if it runs; keeps its ports from one start to the next
-#   rabbitmq.sh stop DIR             clean stop (the management plugin takes several seconds for it)
-#   rabbitmq.sh kill DIR             SIGKILL; `start` brings the durable queues back
-#   rabbitmq.sh restart-empty DIR    SIGKILL, forget everything that was stored, start
+#   rabbitmq.sh start DIR [PORT]     start it unless it runs; keeps its ports across starts
+#   rabbitmq.sh stop DIR             clean stop (takes several seconds because of the management plugin)
+#   rabbitmq.sh kill DIR             SIGKILL; `start` restores the durable queues
+#   rabbitmq.sh restart-empty DIR    SIGKILL, delete everything that was stored, start
 #   rabbitmq.sh ctl DIR ARGS...      rabbitmqctl on this instance
-#   rabbitmq.sh env DIR              its addresses as shell assignments
+#   rabbitmq.sh env DIR              print its addresses as shell assignments
 #
 # Ports: AMQP at PORT, management at PORT+1, Erlang distribution at PORT+2, port mapper (epmd) at PORT+3.
 #
-# A node of a cluster (cluster.sh) has more in its folder: `epmd-port`, the port mapper that it shares and neither starts nor
-# stops, and `more.conf`, settings of its own.
+# The folder of a cluster node (cluster.sh) has two more files: `epmd-port`, the shared port mapper, which the node
+# neither starts nor stops, and `more.conf`, additional settings.
 set -euo pipefail
 . "$(dirname "$0")/lib.sh"
 
@@ -19,10 +19,10 @@ verb=${1:?verb} dir=${2:?directory}
 mkdir -p "$dir"
 dir=$(cd "$dir" && pwd)
 
-# The programs in /usr/sbin are wrappers which change to the user rabbitmq and lose the environment.
+# The programs in /usr/sbin are wrappers that change to the user rabbitmq and drop the environment.
 bin=/usr/lib/rabbitmq/bin
 
-# What the server and rabbitmqctl have to agree on. A home of its own gives the instance its own Erlang cookie.
+# Settings that the server and rabbitmqctl must share. A separate home gives the instance its own Erlang cookie.
 settings() {
   port=$(cat "$dir/port")
   export HOME=$dir RABBITMQ_BASE=$dir
@@ -32,7 +32,7 @@ settings() {
   export RABBITMQ_ENABLED_PLUGINS_FILE=$dir/plugins RABBITMQ_PID_FILE=$dir/server.pid
   export RABBITMQ_DIST_PORT=$((port + 2)) ERL_EPMD_ADDRESS=127.0.0.1
   export ERL_EPMD_PORT=$(cat "$dir/epmd-port" 2>/dev/null || echo $((port + 3)))
-  # Few schedulers that do not spin: several of these share a small machine with the tests.
+  # Few schedulers that do not spin: several instances share a small machine with the tests.
   export RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS="+S 2:2 +sbwt none +sbwtdcpu none +sbwtdio none -kernel inet_dist_use_interface {127,0,0,1}"
   export RABBITMQ_CTL_ERL_ARGS="+S 1:1 +sbwt none"
 }
@@ -44,18 +44,18 @@ configure() {
 listeners.tcp.1 = 127.0.0.1:$port
 management.tcp.ip = 127.0.0.1
 management.tcp.port = $((port + 1))
-# The counters that tests read (publish, redeliver) come from these statistics; rates and histories are not needed.
+# Tests read counters (publish, redeliver) from these statistics; rates and histories are not needed.
 collect_statistics_interval = 1000
 management.rates_mode = basic
 disk_free_limit.absolute = 50MB
-# The log of quorum queues may take 512 MB, and as much again while it is written to their own files.
+# The log of quorum queues may take 512 MB, and twice that while it is written to the queues' own files.
 vm_memory_high_watermark.absolute = 2GB
 CONF
   [ ! -e "$dir/more.conf" ] || cat "$dir/more.conf" >>"$dir/rabbitmq.conf"
   [ -s "$dir/.erlang.cookie" ] || new_cookie "$dir/.erlang.cookie"
 }
 
-# A port that is open may still refuse: the management plugin listens before it can answer.
+# An open port may still refuse: the management plugin listens before it can answer.
 answers() { curl -sf -o "$dir/overview" -u guest:guest "http://127.0.0.1:$1/api/overview"; }
 
 start() {
@@ -79,7 +79,7 @@ start() {
   done
 }
 
-# The group is the start script with the server below it; the server's own pid gets the clean stop.
+# The group is the start script and the server below it; a clean stop signals the server's own pid.
 stop_server() {
   running "$dir/group.pid" && [ -s "$dir/server.pid" ] && kill -TERM "$(cat "$dir/server.pid")" 2>/dev/null
   await_end "$dir/group.pid" 30

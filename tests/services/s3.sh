@@ -1,23 +1,23 @@
 #!/usr/bin/env bash
-# A private S3 server on loopback, in memory: moto, in an environment of Python of its own.
+# A private S3 server on loopback, in memory: moto in its own Python environment.
 #
-#   s3.sh install       make that environment, unless it is there
-#   s3.sh start DIR     start it, or do nothing if it runs; keeps its port from one start to the next
-#   s3.sh kill DIR      SIGKILL; what it had is gone
-#   s3.sh env DIR       its address and keys as shell assignments
+#   s3.sh install       create that environment unless it exists
+#   s3.sh start DIR     start it unless it runs; keeps its port across starts
+#   s3.sh kill DIR      SIGKILL; its data is lost
+#   s3.sh env DIR       print its address and keys as shell assignments
 set -euo pipefail
 . "$(dirname "$0")/lib.sh"
 
 python=${BATON_TEST_S3_PYTHON:-${XDG_CACHE_HOME:-$HOME/.cache}/baton-moto-5}
 
-# Made elsewhere and renamed at its end, so that one that was interrupted is not taken for whole.
+# Created elsewhere and renamed when complete, so that an interrupted installation is not used.
 install() {
   [ ! -x "$python/bin/moto_server" ] || return 0
   echo "installing moto into $python"
   rm -rf "$python"
   python3 -m venv "$python.new"
   "$python.new/bin/python" -m pip install --quiet --disable-pip-version-check 'moto[server]>=5,<6'
-  # A script of pip names the environment's own place in its first line.
+  # A script of pip has the path of its environment in the first line.
   sed -i "1s|$python.new|$python|" "$python.new/bin/moto_server"
   mv "$python.new" "$python"
 }
@@ -50,7 +50,7 @@ case $verb in
     await_end "$dir/server.pid" 10
     ;;
   env)
-    # The server takes any keys.
+    # The server accepts any keys.
     echo "BATON_TEST_S3=http://127.0.0.1:$(cat "$dir/port") AWS_ACCESS_KEY_ID=test AWS_SECRET_ACCESS_KEY=s3cret" ;;
   *) echo "s3.sh: unknown verb $verb" >&2; exit 2 ;;
 esac

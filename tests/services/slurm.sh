@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# A private Slurm on loopback: controller, nodes on this machine, and an authentication daemon of its own. No accounting.
+# A private Slurm on loopback: controller, nodes on this machine, and its own authentication daemon. No accounting.
 #
-#   slurm.sh start DIR              start it, or do nothing if it runs; SLURM_NODES (1) of SLURM_CPUS (4) cores each,
-#                                   which may be more than there are
-#   slurm.sh stop DIR               ends all its jobs, then its daemons
-#   slurm.sh stop-controller DIR    clean stop: one that is killed forgets jobs that it has just accepted
-#   slurm.sh start-controller DIR   with the jobs that it knew
-#   slurm.sh env DIR                SLURM_CONF as a shell assignment
+#   slurm.sh start DIR              start it unless it runs; SLURM_NODES (1) nodes of SLURM_CPUS (4) cores each,
+#                                   which may exceed the cores of this machine
+#   slurm.sh stop DIR               cancel all jobs, then stop the daemons
+#   slurm.sh stop-controller DIR    clean stop: a killed controller forgets jobs that it has just accepted
+#   slurm.sh start-controller DIR   start it with the jobs that it had
+#   slurm.sh env DIR                print SLURM_CONF as a shell assignment
 set -euo pipefail
 . "$(dirname "$0")/lib.sh"
 
@@ -91,7 +91,7 @@ start() {
   local port node
   port=$(settle_port "$dir" '' $((nodes + 1)))
   [ -s "$SLURM_CONF" ] || configure "$port"
-  # munged minds that the folders above its own may be open to all.
+  # --force: munged objects to parent folders that are open to all.
   daemon munged munged -F --force --key-file="$dir/munge.key" --socket="$dir/munge/socket" \
     --pid-file="$dir/munge/pid" --log-file="$dir/munge/log" --seed-file="$dir/munge/seed"
   local tries=100

@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
-# A private OpenSSH server on loopback, for whoever starts it. Nobody can log in but by the keys in its folder.
+# A private OpenSSH server on loopback that runs as the current user. Only the keys in its folder can log in.
 #
-#   sshd.sh start DIR [PORT]   start it, or do nothing if it runs; keeps its keys and its port from one start to the next
-#   sshd.sh stop DIR           no new connections; those that are open live on
-#   sshd.sh kill DIR           SIGKILL to the server, its connections and their commands; not to those of a stopped one
-#   sshd.sh disk DIR MB        makes DIR/disk a disk in memory of this size (needs root)
-#   sshd.sh end DIR            SIGKILL, and takes that disk away
+#   sshd.sh start DIR [PORT]   start it unless it runs; keeps its keys and its port across starts
+#   sshd.sh stop DIR           accept no new connections; open ones stay
+#   sshd.sh kill DIR           SIGKILL the server, its connections and their commands; not those left by `stop`
+#   sshd.sh disk DIR MB        make DIR/disk a disk in memory of this size (needs root)
+#   sshd.sh end DIR            SIGKILL, and remove that disk
 #
-# SSHD_EXTRA holds further lines of its configuration, separated by semicolons; they win over the ones below.
-# The folder has host_ed25519 and host_ecdsa (the server's), id_ed25519, id_rsa and id_locked (a user's; the last one's
-# passphrase is "sesame"), id_stranger (that nobody lets in), known_hosts, ssh_config (with the host `login`) and sshd.log.
+# SSHD_EXTRA holds further lines of its configuration, separated by semicolons; they override the lines below.
+# The folder has host_ed25519 and host_ecdsa (host keys), id_ed25519, id_rsa and id_locked (user keys; the passphrase of
+# id_locked is "sesame"), id_stranger (a key without access), known_hosts, ssh_config (with the host `login`) and
+# sshd.log.
 set -euo pipefail
 . "$(dirname "$0")/lib.sh"
 
@@ -76,11 +77,11 @@ start() {
   create
   port=$(settle_port "$dir" "${1:-}" 1)
   configure "$port"
-  # The init script makes it in other cases.
+  # The init script creates it otherwise.
   [ "$(id -u)" != 0 ] || mkdir -p -m 0755 /run/sshd
-  # It starts itself again by its whole path.
+  # sshd re-executes itself by its absolute path.
   /usr/sbin/sshd -f "$dir/sshd_config" -E "$dir/sshd.log"
-  # It writes its pid when it listens.
+  # sshd writes its pid when it listens.
   for _ in $(seq 200); do
     running "$pid_file" && return
     sleep 0.05
@@ -89,7 +90,7 @@ start() {
   exit 1
 }
 
-# A process and everything below it, so that a connection dies before its commands and tells nobody of their end.
+# Kills a process before its children, so that a connection dies before its commands and does not report their end.
 tree() {
   local child
   echo "$1"

@@ -1,4 +1,4 @@
-//! A plain AMQP client, as a stranger would write one.
+//! A plain AMQP client, independent of Baton's own.
 
 use std::time::Duration;
 
@@ -19,19 +19,19 @@ pub struct Amqp {
 impl Amqp {
     /// Connects.
     pub async fn connect(url: &str) -> Self {
-        let connection = Connection::connect(url, ConnectionProperties::default()).await.expect("the broker is there");
+        let connection = Connection::connect(url, ConnectionProperties::default()).await.expect("the broker answers");
         let channel = connection.create_channel().await.expect("a channel");
         channel.confirm_select(ConfirmSelectOptions::default()).await.expect("confirms");
         Self { channel, _connection: connection }
     }
 
-    /// Publishes a body and waits for the broker's confirm. There must be a queue for it: a worker that has just become
-    /// ready may not have declared its own yet, and the broker confirms what goes to none.
+    /// Publishes a body and waits for the broker's confirm. A queue for it must exist: a worker that has just become
+    /// ready may not have declared its queue yet, and the broker confirms unroutable messages.
     pub async fn publish(&self, exchange: &str, key: &str, body: &[u8], properties: BasicProperties) {
         let options = BasicPublishOptions { mandatory: true, ..BasicPublishOptions::default() };
         let published = self.channel.basic_publish(exchange.into(), key.into(), options, body, properties).await;
         let confirmed = published.expect("the channel is open").await.expect("confirmed");
-        assert!(confirmed.take_message().is_none(), "no queue takes what goes to {exchange:?} with the key {key:?}");
+        assert!(confirmed.take_message().is_none(), "unroutable: exchange {exchange:?}, key {key:?}");
     }
 
     /// Publishes JSON.
@@ -40,24 +40,24 @@ impl Amqp {
         self.publish(exchange, key, body.to_string().as_bytes(), properties).await;
     }
 
-    /// Takes a message out of a queue: its body and the text of a header.
+    /// Takes a message from a queue: its body and the text of a header.
     pub async fn get(&self, queue: &str, header: &str) -> Option<(Vec<u8>, Option<String>)> {
         let options = BasicGetOptions { no_ack: true };
-        let message = self.channel.basic_get(queue.into(), options).await.expect("the queue is there")?;
+        let message = self.channel.basic_get(queue.into(), options).await.expect("the queue exists")?;
         let header = message.properties.headers().as_ref().and_then(|headers| {
             headers.inner().get(header).and_then(|value| value.as_long_string()).map(ToString::to_string)
         });
         Some((message.data.clone(), header))
     }
 
-    /// How many messages are ready in a queue.
+    /// Returns the number of ready messages in a queue.
     pub async fn depth(&self, queue: &str) -> u32 {
         let options = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
         let queue = self.channel.queue_declare(queue.into(), options, FieldTable::default()).await;
-        queue.expect("the queue is there").message_count()
+        queue.expect("the queue exists").message_count()
     }
 
-    /// Publishes JSON with a reply queue of its own, and gives back so many answers.
+    /// Publishes JSON with a reply queue, and returns this many answers.
     pub async fn request(&self, exchange: &str, key: &str, body: &Value, answers: usize) -> Vec<Value> {
         let options = BasicConsumeOptions { no_ack: true, ..BasicConsumeOptions::default() };
         let mut replies = self
@@ -73,7 +73,7 @@ impl Amqp {
         let mut values = Vec::new();
         while values.len() < answers {
             let reply = tokio::time::timeout(Duration::from_secs(20), replies.next()).await;
-            let reply = reply.expect("an answer in time").expect("the stream goes on").expect("a delivery");
+            let reply = reply.expect("an answer in time").expect("the stream is open").expect("a delivery");
             assert_eq!(reply.properties.correlation_id().as_ref().map(|id| id.as_str()), Some("7"));
             values.push(serde_json::from_slice(&reply.data).expect("JSON, since the request was"));
         }

@@ -1,13 +1,13 @@
-//! Numbers that are random, and the same for the same seed.
+//! Random numbers that are the same for the same seed.
 
 /// Marsaglia's xorshift64.
 #[derive(Clone, Debug)]
 pub struct Dice(u64);
 
 impl Dice {
-    /// Dice that fall as those with this seed did.
+    /// Creates dice from a seed.
     pub fn seeded(seed: u64) -> Self {
-        // The generator stays at zero, and nearby seeds begin alike.
+        // Zero would stay zero, and nearby seeds begin alike.
         let mut dice = Self(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
         for _ in 0..8 {
             dice.next(2);
@@ -15,18 +15,18 @@ impl Dice {
         dice
     }
 
-    /// A seed that nobody has used.
+    /// Returns a new seed.
     pub fn seed() -> u64 {
         uuid::Uuid::new_v4().as_u64_pair().0 >> 32
     }
 
-    /// The dice of one of many, whatever the others throw.
+    /// Returns dice for one of many users, independent of what the others throw.
     #[must_use]
     pub fn of(&self, idx: usize) -> Self {
         Self::seeded(self.0 ^ (idx as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15))
     }
 
-    /// A number below `end`.
+    /// Returns a number below `end`.
     pub fn next(&mut self, end: u64) -> u64 {
         self.0 ^= self.0 << 13;
         self.0 ^= self.0 >> 7;
@@ -34,16 +34,16 @@ impl Dice {
         self.0 % end
     }
 
-    /// One of these.
+    /// Returns one of the elements.
     ///
     /// # Panics
-    /// If there is none.
+    /// If there are none.
     pub fn pick<'a, T>(&mut self, among: &'a [T]) -> &'a T {
         let idx = usize::try_from(self.next(among.len() as u64)).expect("below a length");
         &among[idx]
     }
 
-    /// A time of at least `from_ms` and less than `to_ms` milliseconds.
+    /// Returns a time of at least `from_ms` and less than `to_ms` milliseconds.
     pub fn time(&mut self, from_ms: u64, to_ms: u64) -> std::time::Duration {
         std::time::Duration::from_millis(from_ms + self.next(to_ms - from_ms))
     }

@@ -1,8 +1,8 @@
-//! The history of processes, as the database, their operators and their witness tell it, and whether it keeps the promises.
+//! The history of processes from the database, their operators and their witness, and whether it keeps the promises.
 //!
-//! What is checked here: a request that was answered as applied stands in the history and is never undone; none is applied
-//! twice or after the end; none is left over; between a pause and the next `play` nothing runs; one lease at a time; what
-//! was accepted is there. Where a [`journal`] was kept, each step of each process is checked as well.
+//! The checks are: a request that was answered as applied is in the history and is never undone; none is applied twice
+//! or after the end; none is left over; between a pause and the next `play` nothing runs; only one lease exists at a
+//! time; what was accepted exists. With a [`journal`], each step of each process is checked as well.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -12,12 +12,12 @@ use crate::journal::{self, Version};
 use crate::scene::Scene;
 use crate::witness;
 
-/// One process, after everything has come to rest.
+/// A process at rest.
 #[derive(Clone, Debug, Default)]
 pub struct Process {
     /// The word of its state.
     pub state: String,
-    /// The requests about it, in the order in which they were written.
+    /// The requests about it, in the order in which they were recorded.
     pub events: Vec<Event>,
     /// Its attempts, by epoch.
     pub attempts: Vec<Attempt>,
@@ -32,37 +32,37 @@ pub struct Process {
 pub struct Event {
     /// Its id.
     pub id: String,
-    /// The request to many that it was part of.
+    /// The request to many processes that it belongs to.
     pub request: Option<String>,
     /// `pause`, `play` or `kill`.
     pub what: String,
-    /// When it was written, in microseconds.
+    /// When it was recorded, in microseconds.
     pub at: i64,
     /// `applied`, `superseded` or `ended`.
     pub outcome: Option<String>,
-    /// When that was.
+    /// When it was settled, in microseconds.
     pub settled_at: Option<i64>,
 }
 
-/// One holding that left a row.
+/// A holding that has left an attempt row.
 #[derive(Clone, Debug)]
 pub struct Attempt {
-    /// The number of the lease.
+    /// The epoch of the lease.
     pub epoch: i64,
     /// The incarnation that held it.
     pub worker: String,
     /// When it was claimed, in microseconds.
     pub started_at: i64,
-    /// When it ended.
+    /// When it ended, in microseconds.
     pub ended_at: i64,
     /// How it ended.
     pub how: String,
 }
 
-/// What an operator was answered.
+/// The answer that an operator received.
 #[derive(Clone, Debug)]
 pub struct Answered {
-    /// The request's event.
+    /// The id of the recorded request.
     pub event: String,
     /// The process.
     pub pid: String,
@@ -72,22 +72,22 @@ pub struct Answered {
     pub applied: bool,
 }
 
-/// Everything that is known.
+/// All that is known.
 #[derive(Clone, Debug, Default)]
 pub struct History {
     /// By pid.
     pub processes: BTreeMap<String, Process>,
-    /// What operators were answered.
+    /// The answers that operators received.
     pub answers: Vec<Answered>,
     /// The names of the incarnations.
     pub workers: BTreeMap<String, String>,
-    /// What was accepted, as the client was told.
+    /// The pids that the client was told are accepted.
     pub accepted: Vec<String>,
 }
 
 impl History {
-    /// Reads what the database knows, all of it as it is at one moment, and what the witness file of the scene says. Where
-    /// there is a witness, everything must have come to rest.
+    /// Reads the database as of one moment, and the witness file of the scene. If there is a witness, all processes
+    /// must be at rest.
     pub async fn read(scene: &Scene, answers: Vec<Answered>) -> Self {
         let mut history = Self { answers, ..Self::default() };
         let journal = journal::select(scene).await;
@@ -141,7 +141,7 @@ impl History {
         history
     }
 
-    /// The same, and these were accepted.
+    /// Adds pids that were accepted.
     #[must_use]
     pub fn accepting(mut self, pids: &[String]) -> Self {
         self.accepted.extend_from_slice(pids);
@@ -151,7 +151,7 @@ impl History {
     /// Fails unless every promise was kept.
     ///
     /// # Panics
-    /// With everything that breaks one.
+    /// With every violation.
     pub fn check(&self) {
         let violations = self.violations();
         assert!(
@@ -166,7 +166,7 @@ impl History {
         self.processes.entry(text(row, "pid")).or_default()
     }
 
-    /// Everything that breaks a promise, in words; empty when nothing does.
+    /// Returns every violation as text; empty if there is none.
     pub fn violations(&self) -> Vec<String> {
         let mut violations = Vec::new();
         for (pid, process) in &self.processes {
@@ -204,7 +204,7 @@ impl Process {
         let mut requests = BTreeSet::new();
         for event in &self.events {
             if event.outcome.is_none() {
-                violation(format!("lost {}: nobody obeyed it", event.what));
+                violation(format!("lost {}: it was never obeyed", event.what));
             }
             if event.request.as_ref().is_some_and(|request| !requests.insert(request)) {
                 violation(format!("double apply: {} was written twice for one request", event.what));
@@ -227,7 +227,7 @@ impl Process {
             }
         }
         if kill.is_none() && self.state == "killed" {
-            violation("nobody killed it".to_owned());
+            violation("killed without an applied kill".to_owned());
         }
         self.check_pauses(violation);
         for pair in self.attempts.windows(2) {
@@ -237,7 +237,7 @@ impl Process {
         }
     }
 
-    /// From the moment at which a pause is applied to the next `play`, nothing begins and nothing ends by itself.
+    /// From the time at which a pause is applied to the next `play`, nothing begins and nothing ends by itself.
     fn check_pauses(&self, violation: &mut dyn FnMut(String)) {
         for (idx, pause) in self.events.iter().enumerate() {
             let (Some(paused_at), "pause", Some("applied")) =
@@ -245,7 +245,7 @@ impl Process {
             else {
                 continue;
             };
-            // What was written after the pause but before its holder obeyed has superseded it, so the next is later.
+            // A request between the pause and its execution has superseded the pause, so the next one is later.
             let next = self.events[idx + 1..].iter().find(|event| event.what != "pause" && event.at >= paused_at);
             let until = next.map_or(i64::MAX, |event| event.at);
             for attempt in &self.attempts {
@@ -263,15 +263,15 @@ impl Process {
         }
         let last = self.events.iter().rfind(|event| event.outcome.as_deref() == Some("applied"));
         if self.state == "paused" && last.is_some_and(|event| event.what != "pause") {
-            violation("play undone: it is paused, and nobody asked for that since".to_owned());
+            violation("play undone: it is paused, but the last applied request is no pause".to_owned());
         }
         if !self.is_ended() && last.is_some_and(|event| event.what == "kill") {
-            violation("kill undone: it lives".to_owned());
+            violation("kill undone: it has not ended".to_owned());
         }
     }
 }
 
-/// The rows of several queries, all as they are at one moment.
+/// The rows of several queries, all as of one moment.
 async fn rows<const N: usize>(scene: &Scene, queries: [&str; N]) -> [Vec<Value>; N] {
     let mut sql = "BEGIN ISOLATION LEVEL REPEATABLE READ;".to_owned();
     for (idx, query) in queries.iter().enumerate() {

@@ -1,5 +1,5 @@
-//! Every version of every process's row, kept by a trigger of the test, and whether each step from one to the next was
-//! allowed. The trigger sees what the database committed, whoever wrote it and whatever they believed.
+//! Every version of every process's row, recorded by a trigger of the test, and a check of each step from one version
+//! to the next. The trigger sees what the database committed, regardless of the writer.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -9,7 +9,7 @@ use serde_json::Value;
 use crate::history::{Attempt, number};
 use crate::scene::Scene;
 
-/// The places of a row, by the numbers in the database.
+/// The places, as the database stores them.
 const QUEUED: i64 = Place::Queued.code() as i64;
 const HELD: i64 = Place::Held.code() as i64;
 const PARKED: i64 = Place::Parked.code() as i64;
@@ -19,14 +19,14 @@ const ENDED: i64 = Place::Ended.code() as i64;
 const WAITING: i64 = State::Waiting.code() as i64;
 const PAUSED: i64 = State::Paused(Live::Running).code() as i64;
 
-/// What may be desired.
+/// The desired states.
 const RUN: i64 = Desired::Run.code() as i64;
 const KILL: i64 = Desired::Kill.code() as i64;
 
 /// One version of a row.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Version {
-    /// It was deleted.
+    /// Whether it was deleted.
     pub deleted: bool,
     /// The code of its place.
     pub place: i64,
@@ -34,27 +34,27 @@ pub struct Version {
     pub state: i64,
     /// The code of the state to which it returns from a pause.
     pub before: i64,
-    /// The number of its last lease.
+    /// The epoch of its last lease.
     pub epoch: i64,
-    /// Who holds it.
+    /// Its holder.
     pub owner: Option<String>,
-    /// How many advances are recorded.
+    /// The number of recorded advances.
     pub seq: i64,
     /// A digest of the checkpoint.
     pub checkpoint: Option<String>,
     /// A digest of the outcome.
     pub outcome: Option<String>,
-    /// The code of what is desired.
+    /// The code of the desired state.
     pub desired: i64,
-    /// Whether a wake-up has not been seen yet.
+    /// Whether it has a wake-up that is not handled yet.
     pub woken: bool,
-    /// Whether it has a time to wake at.
+    /// Whether it has a time to wake up.
     pub is_timed: bool,
-    /// Whether it has, or may have, a job at a site, which a kill has to end first.
+    /// Whether it has, or may have, a job at a site that a kill must end first.
     pub outside: bool,
 }
 
-/// The trigger and its table, in the schema that the search path names.
+/// The trigger and its table, in the schema of the search path.
 const KEEP: &str = "
     CREATE TABLE journal (n bigserial PRIMARY KEY, pid uuid NOT NULL, deleted boolean NOT NULL, place bigint, state bigint, before bigint,
         epoch bigint, owner uuid, seq bigint, checkpoint text, outcome text, desired bigint, woken boolean, is_timed boolean,
@@ -74,14 +74,14 @@ const KEEP: &str = "
     CREATE TRIGGER keep_journal AFTER INSERT OR UPDATE OR DELETE ON process
         FOR EACH ROW EXECUTE FUNCTION keep_journal();";
 
-/// Begins to keep the journal; nothing may have been submitted before.
+/// Starts the journal; call it before anything is submitted.
 pub async fn keep(scene: &Scene) {
     // Any command creates the tables.
     scene.baton(&["list"]).await.ok();
     scene.sql(KEEP).await;
 }
 
-/// The query for all versions: none, if no journal was kept.
+/// The query for all versions; no rows if no journal exists.
 pub(crate) async fn select(scene: &Scene) -> &'static str {
     let is_kept = scene.sql("SELECT to_regclass('journal') IS NOT NULL").await.trim() == "t";
     // The row is locked from before the trigger until the commit, so `n` is the order of a process's commits.
@@ -110,17 +110,17 @@ pub(crate) fn version(row: &Value) -> Version {
     }
 }
 
-/// A holding, as the versions have it.
+/// A holding, according to the versions.
 struct Holding<'a> {
     owner: &'a str,
     /// The advances that were recorded under it.
     recorded: BTreeSet<i64>,
-    /// What the row was when it left the holder.
+    /// The row when it left the holder.
     left: Option<&'a Version>,
 }
 
-/// Checks all versions of one process against each other, its attempts, and the advances that its witness saw: pairs of
-/// advance and epoch, with the name of the worker.
+/// Checks all versions of one process against each other, against its attempts, and against the advances that its
+/// witness saw (advance, epoch and name of the worker).
 pub(crate) fn check(
     versions: &[Version],
     attempts: &[Attempt],
@@ -136,7 +136,7 @@ pub(crate) fn check(
     let holdings = holdings(versions);
     for attempt in attempts {
         match holdings.get(&attempt.epoch) {
-            None => violation(format!("I8: an attempt has epoch {}, and nobody held it under that", attempt.epoch)),
+            None => violation(format!("I8: an attempt has epoch {}, but no version was held under it", attempt.epoch)),
             Some(holding) if holding.owner != attempt.worker => {
                 violation(format!("I8: the attempt of epoch {} names another worker", attempt.epoch));
             }
@@ -145,7 +145,7 @@ pub(crate) fn check(
     }
     let how = |epoch: i64| attempts.iter().find(|attempt| attempt.epoch == epoch).map(|attempt| attempt.how.as_str());
     for (epoch, holding) in &holdings {
-        // An ordinary wait ends a holding without leaving an attempt.
+        // An ordinary wait ends a holding without an attempt row.
         let waits = |left: &Version| left.state == WAITING || (left.state == PAUSED && left.before == WAITING);
         if let Some(left) = holding.left
             && !(left.place == PARKED && waits(left))
@@ -192,7 +192,7 @@ pub(crate) fn check(
             holdings[&epoch].left.is_none() || matches!(how(epoch), Some("lost" | "drained" | "killed" | "paused"));
         if !is_cut_off || (count > 1 && !was_asked) {
             violation(format!(
-                "I3: {count} advances made under epoch {epoch} were not recorded, which was not cut off"
+                "I3: {count} advances made under epoch {epoch} were not recorded, although it was not cut off"
             ));
         }
     }
@@ -242,7 +242,7 @@ fn check_version(version: &Version, violation: &mut dyn FnMut(String)) {
     if (place == HELD) != version.owner.is_some() {
         violation(format!("I5: place {place} and owner {:?} do not go together", version.owner));
     }
-    // A worker has to end the job before the kill is obeyed.
+    // A worker has to end the job before it obeys the kill.
     let is_killing = desired == KILL && version.outside;
     if place == QUEUED && desired != RUN && !is_killing {
         violation("I7: it is queued although that is not desired".to_owned());
@@ -317,7 +317,7 @@ mod tests {
         assert!(violations.iter().any(|violation| violation.contains(what)), "{what} is not in {violations:?}");
     }
 
-    /// Taken over in the middle of its second advance.
+    /// A process that was taken over in the middle of its second advance.
     fn taken_over() -> Vec<Version> {
         let freed = Version { epoch: 1, seq: 1, state: 1, ..queued() };
         vec![queued(), held(1, "a", 0), held(1, "a", 1), freed, held(2, "b", 1), held(2, "b", 2), left(2, ENDED, 4, 3)]

@@ -1,7 +1,8 @@
 //! The harness of the end-to-end tests: real services, real workers, real kills.
 //!
-//! `tests/run` starts the shared services and names them in the environment. A [`scene::Scene`] is one test's part of them: a
-//! virtual host, a schema and a folder. Tests that break a service start their own with [`services::Services::private`].
+//! `tests/run` starts the shared services and names them in the environment. A [`scene::Scene`] is the part that one
+//! test uses: a virtual host, a schema and a folder. Tests that break a service start their own with
+//! [`services::Services::private`].
 
 pub mod amqp;
 pub mod dice;
@@ -19,7 +20,7 @@ pub mod witness;
 use std::fmt::Debug;
 use std::time::{Duration, Instant};
 
-/// Asks `probe` again and again until it says `Ok`, and fails with the last thing it saw.
+/// Calls `probe` until it returns `Ok`; on a timeout fails with the last `Err`.
 ///
 /// # Panics
 /// After `limit`.
@@ -28,7 +29,7 @@ pub async fn eventually<T, E: Debug>(what: &str, limit: Duration, mut probe: imp
     loop {
         match probe().await {
             Ok(value) => return value,
-            Err(seen) => assert!(started.elapsed() < limit, "not within {limit:?}: {what}; last seen: {seen:?}"),
+            Err(seen) => assert!(started.elapsed() < limit, "timed out after {limit:?}: {what}; last seen: {seen:?}"),
         }
         tokio::time::sleep(Duration::from_millis(50)).await;
     }

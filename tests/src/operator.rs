@@ -1,4 +1,4 @@
-//! An operator who asks as the CLI does: the row first, then its holder.
+//! An operator who sends requests as the CLI does: to the row first, then to its holder.
 
 use std::time::Duration;
 
@@ -14,18 +14,18 @@ use tokio::sync::Semaphore;
 use crate::history::Answered;
 use crate::scene::Scene;
 
-/// How long a holder may take to answer; a frozen one never does.
+/// The time in which a holder must answer; a frozen one never does.
 const LIMIT: Duration = Duration::from_secs(1);
 
-/// Connections of a store that is opened by itself.
+/// Connections of the operator's store.
 const CONNECTIONS: usize = 4;
 
-/// One operator with connections of their own.
+/// An operator with separate connections.
 pub struct Operator {
     name: String,
     store: Store,
     communicator: Communicator,
-    /// Those who ask at once wait here for a connection, and on a busy machine for longer than the store lets them.
+    /// Concurrent requests wait here for a connection; on a busy machine they wait longer than the store allows.
     turns: Semaphore,
 }
 
@@ -48,31 +48,31 @@ impl Operator {
         Self { name: name.to_owned(), store, communicator, turns: Semaphore::new(CONNECTIONS) }
     }
 
-    /// The database, as operators see it.
+    /// The operator's connection to the database.
     pub fn store(&self) -> &Store {
         &self.store
     }
 
-    /// The broker, as operators see it.
+    /// The operator's connection to the broker.
     pub fn communicator(&self) -> &Communicator {
         &self.communicator
     }
 
-    /// Asks one process for something; `None` when the answer is that it has ended or is dying.
+    /// Sends a request to one process; `None` if it has ended or is being killed.
     ///
     /// # Panics
-    /// If the database does not take it.
+    /// If the database fails.
     pub async fn ask(&self, pid: &str, verb: Desired) -> Option<Answered> {
         let pid: Pid = pid.parse().expect("a pid");
         let request = Request::new(verb, &*self.name);
         let turn = self.turns.acquire().await.expect("it is never closed");
-        let Answer::Recorded(row) = self.store.control(pid, &request).await.expect("the database takes it") else {
+        let Answer::Recorded(row) = self.store.control(pid, &request).await.expect("the database accepts it") else {
             return None;
         };
         drop(turn);
         if let Some((queue, told)) = row.announced {
             let task = Task::Continue { pid, announced_at: Some(told.announced_at) };
-            // What is not told, the head rule tells.
+            // The head rule announces what is not published here.
             let _ = self.communicator.publish(&queue, vec![TaskMessage { task, traceparent: None }]).await;
         }
         let mut effect = row.effect;

@@ -1,4 +1,4 @@
-//! Real workers, and what is done to them.
+//! Real workers, and what tests do to them.
 
 use std::fs::File;
 use std::os::unix::process::CommandExt;
@@ -11,7 +11,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use crate::eventually;
 use crate::scene::Scene;
 
-/// A running `baton-worker` with a root, a home and a temporary folder of its own.
+/// A running `baton-worker` with its own root, home and temporary folder.
 pub struct Worker {
     child: Child,
     log: PathBuf,
@@ -19,7 +19,7 @@ pub struct Worker {
     pub name: String,
 }
 
-/// Takes everything out of a command's environment but what programs need to run at all.
+/// Removes everything from a command's environment except what programs need to run.
 pub fn clean_environment(command: &mut tokio::process::Command) {
     clean(command.as_std_mut());
 }
@@ -44,7 +44,7 @@ impl Worker {
         let mut command = Command::new(program);
         clean(&mut command);
         if program.ends_with("own-process") {
-            // Its worker is a sub-command.
+            // The worker of this program is a sub-command.
             command.arg("worker");
         }
         let file = File::options().create(true).append(true).open(&log).expect("own folder");
@@ -67,12 +67,12 @@ impl Worker {
         Self { child, log, name: name.to_owned() }
     }
 
-    /// Waits until it has started: what it declares at the broker may come a moment later.
+    /// Waits until it has started. It may declare its queues at the broker a moment later.
     pub async fn ready(&self) {
         self.says("worker ready").await;
     }
 
-    /// Waits until its log contains this.
+    /// Waits until its log contains this text.
     pub async fn says(&self, text: &str) {
         eventually(&format!("{} says {text:?}", self.name), Duration::from_secs(30), async || {
             let log = self.log();
@@ -86,40 +86,40 @@ impl Worker {
         std::fs::read_to_string(&self.log).unwrap_or_default()
     }
 
-    /// SIGKILL.
+    /// Sends SIGKILL.
     pub fn kill(&mut self) {
         self.signal(Signal::KILL);
         let _ = self.child.wait();
     }
 
-    /// SIGSTOP.
+    /// Sends SIGSTOP.
     pub fn freeze(&self) {
         self.signal(Signal::STOP);
     }
 
-    /// SIGCONT.
+    /// Sends SIGCONT.
     pub fn thaw(&self) {
         self.signal(Signal::CONT);
     }
 
-    /// SIGTERM.
+    /// Sends SIGTERM.
     pub fn ask_to_end(&self) {
         self.signal(Signal::TERM);
     }
 
-    /// SIGTERM, and the exit that follows.
+    /// Sends SIGTERM, and waits for the exit.
     pub async fn terminate(&mut self) -> ExitStatus {
         self.ask_to_end();
         self.ended(Duration::from_secs(60)).await
     }
 
-    /// The exit, when it comes.
+    /// Waits for the exit.
     pub async fn ended(&mut self, limit: Duration) -> ExitStatus {
         let child = &mut self.child;
         eventually("the worker ends", limit, async || child.try_wait().expect("own child").ok_or("it runs")).await
     }
 
-    /// Whether it has ended.
+    /// Whether it has exited.
     pub fn has_ended(&mut self) -> bool {
         self.child.try_wait().expect("own child").is_some()
     }
@@ -136,14 +136,14 @@ impl Worker {
         line.split_whitespace().nth(1).and_then(|text| text.parse().ok()).expect("a number")
     }
 
-    /// How many files it has open.
+    /// The number of its open files.
     pub fn open_files(&self) -> usize {
         std::fs::read_dir(format!("/proc/{}/fd", self.os_pid())).expect("it runs").count()
     }
 
     fn signal(&self, signal: Signal) {
         let pid = i32::try_from(self.os_pid()).ok().and_then(Pid::from_raw).expect("a pid");
-        // It may have ended by itself.
+        // It may have exited by itself.
         let _ = kill_process(pid, signal);
     }
 }
@@ -158,7 +158,7 @@ impl Drop for Worker {
     }
 }
 
-#[expect(clippy::print_stderr, reason = "what a failed test shows")]
+#[expect(clippy::print_stderr, reason = "prints the log of a failed test")]
 fn eprintln(text: &str) {
     eprintln!("{text}");
 }
@@ -168,12 +168,12 @@ fn tail(log: &str) -> String {
     lines[lines.len().saturating_sub(60)..].join("\n")
 }
 
-/// The processes whose command line contains this text.
+/// Returns the processes whose command line contains this text.
 pub fn processes_with(text: &str) -> Vec<u32> {
     processes_where("cmdline", text)
 }
 
-/// The processes that have this text in their environment: everything that a program of this variable has started.
+/// Returns the processes with this text in their environment: all that a program with this variable has started.
 pub fn processes_in_environment(text: &str) -> Vec<u32> {
     processes_where("environ", text)
 }

@@ -11,10 +11,10 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
-/// Bytes that are moved at once.
+/// The number of bytes moved at once.
 const PIECE_LEN: usize = 16 * 1024;
 
-/// The target is on this machine: it answers at once or is down.
+/// The timeout of a connect. The target is on this machine: it answers at once or is down.
 const CONNECT_LIMIT: Duration = Duration::from_secs(5);
 
 /// What the proxy does with connections.
@@ -22,17 +22,17 @@ const CONNECT_LIMIT: Duration = Duration::from_secs(5);
 pub enum Fault {
     /// Moves everything.
     Pass,
-    /// Moves nothing, and accepts new connections: the peer looks dead without having said so.
+    /// Moves nothing, but accepts new connections: the peer looks dead without an error.
     Blackhole,
-    /// Resets new connections; those that are open live on.
+    /// Resets new connections; open ones stay.
     Refuse,
-    /// Resets a connection once so many bytes have gone through it, in both directions together.
+    /// Resets a connection after this many bytes, counted in both directions together.
     CutAfter(usize),
 }
 
-/// A proxy in front of one address. It ends, with its connections, when it is dropped.
+/// A proxy in front of one address. Dropping it closes its connections.
 ///
-/// It runs in the test's runtime: do not block that.
+/// It runs in the test's runtime: do not block the runtime.
 #[derive(Debug)]
 pub struct Proxy {
     address: SocketAddr,
@@ -41,7 +41,7 @@ pub struct Proxy {
     _listening: JoinSet<()>,
 }
 
-/// What all connections are told.
+/// The instruction to all connections.
 #[derive(Clone, Copy, Debug)]
 struct Order {
     fault: Fault,
@@ -50,10 +50,10 @@ struct Order {
 }
 
 impl Proxy {
-    /// Listens on a free port, before `target`, the `host:port` of any URL such as a scene's.
+    /// Listens on a free port in front of `target`, the `host:port` of any URL such as a scene's.
     ///
     /// # Panics
-    /// If there is no address in the target.
+    /// If the target has no address.
     pub async fn start(target: &str) -> Self {
         let target = authority(target).to_owned();
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("loopback has a free port");
@@ -65,29 +65,29 @@ impl Proxy {
         Self { address, order, open, _listening: listening }
     }
 
-    /// Where it listens.
+    /// The address on which it listens.
     #[must_use]
     pub fn address(&self) -> SocketAddr {
         self.address
     }
 
-    /// A URL that leads through the proxy instead of directly.
+    /// Returns the URL with the proxy as its host.
     #[must_use]
     pub fn through(&self, url: &str) -> String {
         url.replacen(authority(url), &self.address.to_string(), 1)
     }
 
-    /// What happens from now on, to open connections as well.
+    /// Sets the fault, for open connections as well.
     pub fn set(&self, fault: Fault) {
         self.order.send_modify(|order| order.fault = fault);
     }
 
-    /// Resets all connections that are open.
+    /// Resets all open connections.
     pub fn reset(&self) {
         self.order.send_modify(|order| order.resets += 1);
     }
 
-    /// How many connections are open.
+    /// The number of open connections.
     #[must_use]
     pub fn n_open(&self) -> usize {
         self.open.load(Ordering::Relaxed)
@@ -119,7 +119,7 @@ async fn listen(listener: TcpListener, target: String, orders: watch::Receiver<O
     }
 }
 
-/// Serves one connection until a side closes it or it is to be reset.
+/// Serves one connection until a side closes it or it must be reset.
 async fn serve(mut client: TcpStream, target: &str, orders: watch::Receiver<Order>) {
     let first = orders.borrow().resets;
     let Ok(Ok(mut server)) = tokio::time::timeout(CONNECT_LIMIT, TcpStream::connect(target)).await else {
@@ -146,13 +146,13 @@ async fn serve(mut client: TcpStream, target: &str, orders: watch::Receiver<Orde
     }
 }
 
-/// Returns when the connection is to be reset at once.
+/// Returns when the connection must be reset at once.
 async fn cut(orders: &mut watch::Receiver<Order>, first: u64) {
-    // An error means that the proxy is being dropped, which ends its connections as well.
+    // An error means that the proxy is being dropped, which closes its connections as well.
     orders.wait_for(|order| order.resets > first).await.ok();
 }
 
-/// The connection is broken or to be cut, in both directions.
+/// The connection is broken or must be cut, in both directions.
 struct Broken;
 
 /// Moves bytes in one direction until the sender closes it.
@@ -170,7 +170,7 @@ async fn pump(
             return Err(Broken);
         }
         if len == 0 {
-            // The other direction may go on. If it is gone as well, there is nothing to close.
+            // The other direction may still be open. If it is closed as well, there is nothing to close.
             to.shutdown().await.ok();
             return Ok(());
         }
@@ -193,7 +193,7 @@ mod tests {
 
     use super::*;
 
-    /// How long an answer that does not come is waited for.
+    /// How long to wait for an answer that does not come.
     const SHORT: Duration = Duration::from_millis(300);
 
     #[test]
@@ -203,7 +203,7 @@ mod tests {
         assert_eq!(authority("127.0.0.1:80"), "127.0.0.1:80");
     }
 
-    /// A server that sends back what it gets.
+    /// A server that echoes its input.
     async fn echo(servers: &mut JoinSet<()>) -> String {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap().to_string();
@@ -239,7 +239,7 @@ mod tests {
         proxy.set(Fault::Pass);
         let mut swallowed = [0; 3];
         stream.read_exact(&mut swallowed).await.unwrap();
-        assert_eq!(&swallowed, b"two", "nothing is lost when the hole closes");
+        assert_eq!(&swallowed, b"two", "nothing is lost after the black hole ends");
         drop((stream, other));
         crate::eventually("no connection is open", Duration::from_secs(10), async || match proxy.n_open() {
             0 => Ok(()),

@@ -1,4 +1,4 @@
-//! One test's part of the services.
+//! The part of the services that one test uses.
 
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -12,17 +12,17 @@ use crate::eventually;
 use crate::process::{Worker, clean_environment};
 use crate::services::{Services, folder, programs};
 
-/// How long a command of the CLI may take.
+/// The time limit of a CLI command.
 const COMMAND_LIMIT: Duration = Duration::from_secs(180);
 
-/// A virtual host, a schema and a folder, gone with this unless the test fails.
+/// A virtual host, a schema and a folder, removed on drop unless the test fails.
 pub struct Scene {
     services: Services,
     name: String,
     folder: tempfile::TempDir,
 }
 
-/// What a command of the CLI said.
+/// The output of a CLI command.
 #[derive(Debug)]
 pub struct Output {
     /// Its exit code.
@@ -34,24 +34,24 @@ pub struct Output {
 }
 
 impl Scene {
-    /// A scene on the shared services.
+    /// Creates a scene on the shared services.
     pub async fn new() -> Self {
         Self::on(Services::shared()).await
     }
 
-    /// A scene on services of its own, which it may break.
+    /// Creates a scene on private services, which the test may break.
     pub async fn private() -> Self {
         let services = tokio::task::spawn_blocking(Services::private).await.expect("no panic");
         Self::on(services).await
     }
 
-    /// A scene on services of its own, whose database has a disk of so many megabytes.
+    /// Creates a scene on private services whose database has a disk of this size.
     pub async fn on_small_disk(megabytes: u32) -> Self {
         let services = tokio::task::spawn_blocking(move || Services::on_small_disk(megabytes)).await.expect("no panic");
         Self::on(services).await
     }
 
-    /// A scene on services of its own, with a broker of three nodes.
+    /// Creates a scene on private services with a broker of three nodes.
     pub async fn cluster() -> Self {
         let services = tokio::task::spawn_blocking(Services::cluster).await.expect("no panic");
         Self::on(services).await
@@ -65,19 +65,19 @@ impl Scene {
         scene
     }
 
-    /// Makes the virtual host; needed again after the broker was restarted empty.
+    /// Creates the virtual host; needed again after the broker was restarted empty.
     pub async fn make_vhost(&self) {
         self.manage("PUT", &format!("vhosts/{}", self.name), "").await;
         let rights = r#"{"configure": ".*", "write": ".*", "read": ".*"}"#;
         self.manage("PUT", &format!("permissions/{}/guest", self.name), rights).await;
     }
 
-    /// The services below.
+    /// The services of the scene.
     pub fn services(&self) -> &Services {
         &self.services
     }
 
-    /// The virtual host's URL, with a short heartbeat; of a cluster that of every node.
+    /// The virtual host's URL, with a short heartbeat; for a cluster the URLs of all nodes.
     pub fn broker_url(&self) -> String {
         self.broker_urls().join(",")
     }
@@ -92,7 +92,7 @@ impl Scene {
         format!("{}?options=-csearch_path%3D{}", self.services.database, self.name)
     }
 
-    /// A folder of the test's own.
+    /// The folder of the test.
     pub fn folder(&self) -> &Path {
         self.folder.path()
     }
@@ -114,39 +114,39 @@ impl Scene {
         self.worker_of("baton-worker", name, arguments).await
     }
 
-    /// Starts a worker that is another program, and waits until it is ready.
+    /// Starts a worker from another program, and waits until it is ready.
     pub async fn worker_of(&self, program: &str, name: &str, arguments: &[&str]) -> Worker {
         let worker = Worker::start(self, &programs().join(program), &[], name, arguments);
         worker.ready().await;
         worker
     }
 
-    /// Starts a worker that is another program, and need not become ready.
+    /// Starts a worker from another program, without waiting until it is ready.
     pub fn start_of(&self, program: &str, name: &str, arguments: &[&str]) -> Worker {
         Worker::start(self, &programs().join(program), &[], name, arguments)
     }
 
-    /// Starts a worker with more variables, which need not let it become ready.
+    /// Starts a worker with additional environment variables, without waiting until it is ready.
     pub fn worker_with(&self, variables: &[(&str, &str)], name: &str, arguments: &[&str]) -> Worker {
         Worker::start(self, &programs().join("baton-worker"), variables, name, arguments)
     }
 
-    /// Runs a command of the CLI.
+    /// Runs a CLI command.
     pub async fn baton(&self, arguments: &[&str]) -> Output {
         self.baton_in(self.folder(), &[], arguments).await
     }
 
-    /// Runs a command of the CLI in a folder, with more variables.
+    /// Runs a CLI command in a folder, with additional environment variables.
     pub async fn baton_in(&self, folder: &Path, variables: &[(&str, &str)], arguments: &[&str]) -> Output {
         output(self.command_in(folder, variables, arguments)).await
     }
 
-    /// Runs a command of a CLI that is another program.
+    /// Runs a command of another CLI program.
     pub async fn baton_of(&self, program: &Path, arguments: &[&str]) -> Output {
         output(self.command_of(program, self.folder(), &[], arguments)).await
     }
 
-    /// A command of the CLI that is not started yet.
+    /// Returns a CLI command that is not started yet.
     pub fn command(&self, arguments: &[&str]) -> Command {
         self.command_in(self.folder(), &[], arguments)
     }
@@ -170,7 +170,7 @@ impl Scene {
         command
     }
 
-    /// Submits a spec and gives back the pids.
+    /// Submits a spec and returns the pids.
     pub async fn submit(&self, text: &str, count: u32) -> Vec<String> {
         let spec = self.spec(&format!("{}.yaml", uuid::Uuid::now_v7().simple()), text);
         let count = count.to_string();
@@ -178,18 +178,18 @@ impl Scene {
         output.stdout.lines().map(str::to_owned).collect()
     }
 
-    /// Everything about a process.
+    /// Returns everything about a process.
     pub async fn show(&self, pid: &str) -> Value {
         self.baton(&["show", pid, "-o", "json"]).await.ok().json()[0].clone()
     }
 
-    /// How many processes are in each state; asked of the database itself, which is quicker than a command.
+    /// Returns the number of processes in each state, from the database, which is quicker than a command.
     pub async fn count(&self, condition: &str) -> u64 {
         let text = self.sql(&format!("SELECT count(*) FROM process WHERE {condition}")).await;
         text.trim().parse().expect("a count")
     }
 
-    /// Runs SQL in the schema; rows are lines, columns separated by `|`.
+    /// Runs SQL in the schema; each row is a line, with columns separated by `|`.
     pub async fn sql(&self, sql: &str) -> String {
         self.psql(&self.database_url(), sql).await
     }
@@ -200,12 +200,12 @@ impl Scene {
         String::from_utf8_lossy(&output.stdout).into_owned()
     }
 
-    /// Asks the management API.
+    /// Sends a request to the management API.
     pub async fn manage(&self, method: &str, path: &str, body: &str) -> String {
         self.manage_at(1, method, path, body).await
     }
 
-    /// Asks the management API of a node, from 1.
+    /// Sends a request to the management API of a node, counted from 1.
     pub async fn manage_at(&self, node: usize, method: &str, path: &str, body: &str) -> String {
         let url = format!("{}/api/{path}", self.services.management[node - 1]);
         let output = Command::new("curl")
@@ -235,7 +235,7 @@ impl Scene {
         assert!(answer.contains("\"routed\":true"), "{answer}");
     }
 
-    /// Deletes a queue of the virtual host with what is in it.
+    /// Deletes a queue of the virtual host and its messages.
     pub async fn delete_queue(&self, queue: &str) {
         self.manage("DELETE", &format!("queues/{}/{queue}", self.name), "").await;
     }
@@ -250,12 +250,12 @@ impl Scene {
         }
     }
 
-    /// The queues of the virtual host, as the management API sees them.
+    /// Returns the queues of the virtual host, from the management API.
     pub async fn queues(&self) -> Vec<Value> {
         serde_json::from_str(&self.manage("GET", &format!("queues/{}", self.name), "").await).expect("a list")
     }
 
-    /// A queue as the management API of a node sees it.
+    /// Returns a queue, from the management API of a node.
     pub async fn queue_at(&self, node: usize, queue: &str) -> Value {
         let text = self.manage_at(node, "GET", &format!("queues/{}/{queue}", self.name), "").await;
         serde_json::from_str(&text).expect("an object")
@@ -267,7 +267,7 @@ impl Scene {
         self.manage("PUT", &format!("policies/{}/test", self.name), &body).await;
     }
 
-    /// Waits until a task queue has as many consumers: a worker is ready before it consumes.
+    /// Waits until a task queue has this many consumers: a worker is ready before it consumes.
     pub async fn consumed_by(&self, queue: &str, workers: u64) {
         eventually("all workers consume", Duration::from_secs(20), async || {
             let queues = self.queues().await;
@@ -277,25 +277,25 @@ impl Scene {
         .await;
     }
 
-    /// A plain AMQP client.
+    /// Connects a plain AMQP client.
     pub async fn amqp(&self) -> Amqp {
         Amqp::connect(&self.broker_urls()[0]).await
     }
 }
 
 impl Output {
-    /// The same, if the exit code is 0.
+    /// Returns itself if the exit code is 0.
     ///
     /// # Panics
-    /// If it is not.
+    /// On any other exit code.
     pub fn ok(self) -> Self {
         self.exits(0)
     }
 
-    /// The same, if the exit code is this.
+    /// Returns itself if the exit code is `code`.
     ///
     /// # Panics
-    /// If it is not.
+    /// On any other exit code.
     pub fn exits(self, code: i32) -> Self {
         assert_eq!(self.code, code, "stdout: {}\nstderr: {}", self.stdout, self.stderr);
         self
@@ -304,7 +304,7 @@ impl Output {
     /// Its standard output as JSON.
     ///
     /// # Panics
-    /// If it is none.
+    /// If it is not JSON.
     pub fn json(&self) -> Value {
         serde_json::from_str(&self.stdout).unwrap_or_else(|error| panic!("{error}: {}", self.stdout))
     }
@@ -316,7 +316,7 @@ impl Drop for Scene {
     }
 }
 
-/// Runs a command to its end.
+/// Runs a command until it exits.
 pub async fn output(mut command: Command) -> Output {
     command.kill_on_drop(true);
     let running = tokio::time::timeout(COMMAND_LIMIT, command.output());

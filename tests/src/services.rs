@@ -3,9 +3,9 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// Where the services are.
+/// The addresses of the services.
 pub struct Services {
-    /// AMQP without a virtual host: `amqp://guest:guest@127.0.0.1:PORT`; one for each node of a cluster.
+    /// AMQP URLs without a virtual host, `amqp://guest:guest@127.0.0.1:PORT`, one for each node of a cluster.
     pub amqp: Vec<String>,
     /// The management API of each node: `http://127.0.0.1:PORT`.
     pub management: Vec<String>,
@@ -17,10 +17,10 @@ pub struct Services {
 }
 
 impl Services {
-    /// The ones that `tests/run` has started. Nobody may break them.
+    /// Returns the services that `tests/run` has started. Tests must not break them.
     ///
     /// # Panics
-    /// When there are none.
+    /// If there are none.
     pub fn shared() -> Self {
         let name = |name: &str| std::env::var(name).unwrap_or_else(|_| panic!("{name} is not set; run tests/run"));
         Self {
@@ -32,17 +32,17 @@ impl Services {
         }
     }
 
-    /// Services of the caller's own, stopped when this is dropped.
+    /// Starts private services, which are stopped on drop.
     pub fn private() -> Self {
         Self::begin("rabbitmq", &[])
     }
 
-    /// The same, and the database is on a disk of so many megabytes.
+    /// Starts private services whose database is on a disk of this size.
     pub fn on_small_disk(megabytes: u32) -> Self {
         Self::begin("rabbitmq", &["disk", &megabytes.to_string()])
     }
 
-    /// The same with a broker of three nodes, 1 to 3.
+    /// Starts private services with a broker of three nodes, 1 to 3.
     pub fn cluster() -> Self {
         Self::begin("cluster", &[])
     }
@@ -76,22 +76,22 @@ impl Services {
         self.broker("kill");
     }
 
-    /// Starts RabbitMQ again, with what it had stored.
+    /// Starts RabbitMQ again with its stored data.
     pub fn start_broker(&self) {
         self.broker("start");
     }
 
-    /// Kills RabbitMQ and starts it without anything it had stored; virtual hosts included.
+    /// Kills RabbitMQ and starts it without its stored data, including virtual hosts.
     pub fn restart_broker_empty(&self) {
         self.broker("restart-empty");
     }
 
-    /// Runs `rabbitmqctl` on it.
+    /// Runs `rabbitmqctl` on this broker.
     pub fn control_broker(&self, arguments: &[&str]) {
         self.script("rabbitmq", &[&["ctl"], arguments].concat());
     }
 
-    /// Keeps a copy of everything that the database has; it is stopped for that.
+    /// Copies the data of the database, which is stopped for that.
     pub fn save_database(&self) {
         self.postgres("save");
     }
@@ -101,11 +101,11 @@ impl Services {
         self.postgres("restore");
     }
 
-    /// Fills the small disk on which the database is, and says with which file.
+    /// Fills the small disk of the database, and returns the path of the file that fills it.
     pub fn fill_disk(&self) -> PathBuf {
         let folder = self.private.as_ref().expect("only private services can be broken").path();
         let filler = folder.join("postgres/disk/filler");
-        let file = std::fs::File::create(&filler).expect("the disk is there");
+        let file = std::fs::File::create(&filler).expect("the disk exists");
         let zeros = vec![0; 1 << 20];
         for len in [1 << 20, 1 << 12] {
             while std::io::Write::write_all(&mut &file, &zeros[..len]).is_ok() {}
@@ -123,7 +123,7 @@ impl Services {
         self.postgres("start");
     }
 
-    /// Stops and starts PostgreSQL in order.
+    /// Stops PostgreSQL cleanly and starts it.
     pub fn restart_database(&self) {
         self.postgres("restart");
     }
@@ -133,12 +133,12 @@ impl Services {
         self.script_in("rabbitmq", &format!("cluster/{node}"), &["kill"]);
     }
 
-    /// Starts a node of the cluster again, with what it had stored.
+    /// Starts a node of the cluster again with its stored data.
     pub fn start_node(&self, node: usize) {
         self.script_in("rabbitmq", &format!("cluster/{node}"), &["start"]);
     }
 
-    /// Cuts a node off from the others; clients reach it as before.
+    /// Isolates a node from the others; clients still reach it.
     pub fn split_node(&self, node: usize) {
         self.script("cluster", &["split", &node.to_string()]);
     }
@@ -161,7 +161,7 @@ impl Services {
         let script = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("services/{service}.sh"));
         let mut command = Command::new(script);
         command.arg(arguments[0]).arg(&folder).args(&arguments[1..]);
-        let output = command.output().expect("the script is there");
+        let output = command.output().expect("the script exists");
         assert!(
             output.status.success(),
             "{service} {arguments:?}: {}{}",
@@ -178,7 +178,7 @@ impl Drop for Services {
             self.broker("kill");
             self.postgres("end");
         } else if let Some(folder) = &self.private {
-            // After a failure the scripts' own checks must not hide it.
+            // The scripts' own checks must not hide a test failure.
             for (service, verb) in [(self.broker, "kill"), ("postgres", "end")] {
                 let script = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("services/{service}.sh"));
                 let _ = Command::new(script).arg(verb).arg(folder.path().join(service)).status();
@@ -187,20 +187,20 @@ impl Drop for Services {
     }
 }
 
-/// A new folder, gone with the value. It is in the one of the run, if there is one: `tests/run` ends what a test that was
-/// killed has left running there.
+/// Creates a folder that is removed on drop. It is in the folder of the run, if there is one: `tests/run` stops what a
+/// killed test has left running there.
 pub(crate) fn folder(prefix: &str) -> tempfile::TempDir {
     let parent = std::env::var_os("BATON_TEST_RUN").map_or_else(std::env::temp_dir, PathBuf::from);
     let mut folder = tempfile::Builder::new();
-    // PostgreSQL runs as another user than root and must be able to enter it.
+    // PostgreSQL runs as a user other than root and must be able to enter it.
     folder.prefix(prefix).permissions(std::os::unix::fs::PermissionsExt::from_mode(0o755));
     folder.tempdir_in(parent).expect("a folder can be made")
 }
 
-/// The folder of the same programs as the next version, which `tests/run` builds.
+/// The folder with the programs of the next version, which `tests/run` builds.
 ///
 /// # Panics
-/// When there is none.
+/// If there is none.
 pub fn programs_of_next_version() -> PathBuf {
     PathBuf::from(std::env::var_os("BATON_TEST_NEXT_DIR").expect("BATON_TEST_NEXT_DIR is not set; run tests/run"))
 }
@@ -210,7 +210,7 @@ pub fn programs() -> PathBuf {
     match std::env::var_os("BATON_TEST_BIN_DIR") {
         Some(folder) => PathBuf::from(folder),
         None => {
-            let test = std::env::current_exe().expect("a test has a file");
+            let test = std::env::current_exe().expect("a test has a path");
             test.parent().and_then(Path::parent).expect("target/debug/deps").to_owned()
         }
     }

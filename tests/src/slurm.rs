@@ -11,10 +11,10 @@ use crate::scene::{Output, Scene};
 use crate::services::folder;
 use crate::sshd::Sshd;
 
-/// Commands that a test may put something else in the place of, as they are found over SSH.
+/// Commands that a test may replace, as found over SSH.
 const COMMANDS: [&str; 6] = ["sbatch", "squeue", "sacct", "scancel", "timeout", "cat"];
 
-/// A login node with Slurm behind it: the site `cluster`. Gone when this is dropped.
+/// A login node with Slurm behind it: the site `cluster`. Stopped on drop.
 pub struct Slurm {
     folder: tempfile::TempDir,
     /// Its login node.
@@ -24,14 +24,14 @@ pub struct Slurm {
 }
 
 impl Slurm {
-    /// Starts it. `site` and `ssh` are further lines of the sections `[sites.cluster]` and `[ssh.login]`, `sshd` of the
-    /// server's configuration.
+    /// Starts it. `site` and `ssh` are additional lines of the sections `[sites.cluster]` and `[ssh.login]`; `sshd`
+    /// holds additional lines of the server's configuration.
     pub fn start(scene: &Scene, site: &str, ssh: &str, sshd: &str) -> Self {
         let folder = folder("baton-slurm-");
         let bin = folder.path().join("bin");
         std::fs::create_dir_all(&bin).expect("own folder");
         run(folder.path(), &["start"]);
-        // Only the first line of `SetEnv` counts, so it has all of them.
+        // Only the first line of `SetEnv` counts, so it has all variables.
         let extra = format!(
             "SetEnv SHLVL=5 SLURM_CONF={} PATH={}:/usr/local/bin:/usr/bin:/bin;{sshd}",
             folder.path().join("slurm.conf").display(),
@@ -43,7 +43,7 @@ impl Slurm {
         slurm
     }
 
-    /// Writes the configuration, with the login node under this address.
+    /// Writes the configuration, with this address of the login node.
     pub fn configure(&self, scene: &Scene, address: &str, site: &str, ssh: &str) {
         let (host, port) = address.rsplit_once(':').expect("host:port");
         self.sshd.know(&format!("[{host}]:{port}"), "host_ed25519.pub");
@@ -85,13 +85,13 @@ impl Slurm {
         worker
     }
 
-    /// Starts a worker that is another program.
+    /// Starts a worker from another program.
     pub async fn worker_of(&self, scene: &Scene, program: &str, name: &str, arguments: &[&str]) -> Worker {
         let config = self.config.display().to_string();
         scene.worker_of(program, name, &[&["--config", &config], arguments].concat()).await
     }
 
-    /// What `squeue` lists in the states that are named, `%i %j %T` in each line.
+    /// Returns what `squeue` lists for these states, `%i %j %T` on each line.
     pub fn jobs(&self, states: &str) -> Vec<String> {
         let mut command = Command::new("squeue");
         command.env("SLURM_CONF", self.folder.path().join("slurm.conf")).args(["-h", "-t", states, "-o", "%i %j %T"]);
@@ -100,7 +100,7 @@ impl Slurm {
         String::from_utf8_lossy(&output.stdout).lines().map(str::to_owned).collect()
     }
 
-    /// Waits until no job is there any more.
+    /// Waits until there are no jobs.
     pub async fn is_empty(&self) {
         eventually("Slurm has no job", Duration::from_secs(60), async || {
             let jobs = self.jobs("PENDING,RUNNING,COMPLETING,SUSPENDED");
@@ -109,9 +109,9 @@ impl Slurm {
         .await;
     }
 
-    /// Puts a shell script in the place of a command, as it is found over SSH; in it, `$REAL` is the true one.
+    /// Replaces a command, as found over SSH, with a shell script; in it, `$REAL` is the real command.
     pub fn replace(&self, command: &str, script: &str) {
-        assert!(COMMANDS.contains(&command), "none of those");
+        assert!(COMMANDS.contains(&command), "{command} cannot be replaced");
         let path = self.folder.path().join("bin").join(command);
         let part = path.with_extension("part");
         std::fs::write(&part, format!("#!/bin/sh\nREAL=/usr/bin/{command}\n{script}\n")).expect("own folder");
@@ -119,22 +119,22 @@ impl Slurm {
         std::fs::rename(&part, &path).expect("own folder");
     }
 
-    /// Takes that back.
+    /// Restores a replaced command.
     pub fn mend(&self, command: &str) {
         std::fs::remove_file(self.folder.path().join("bin").join(command)).expect("it was replaced");
     }
 
-    /// A file of its own folder.
+    /// Returns a file of its folder.
     pub fn file(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
     }
 
-    /// Starts the login node again that was killed.
+    /// Starts the killed login node again.
     pub fn start_login(&self) {
         self.sshd.start_again(&self.extra);
     }
 
-    /// Loses its node with the job that runs there, which comes back by itself.
+    /// Takes down its node and the running job, which Slurm requeues.
     pub fn lose_node(&self) {
         let mut command = Command::new("scontrol");
         command.env("SLURM_CONF", self.folder.path().join("slurm.conf"));
@@ -142,7 +142,7 @@ impl Slurm {
         assert!(command.status().expect("Slurm is installed").success());
     }
 
-    /// Has it start all jobs again, whatever they asked for.
+    /// Requeues all jobs, regardless of their settings.
     pub fn requeue_all(&self) {
         let ids = self.jobs("RUNNING").into_iter().filter_map(|line| line.split(' ').next().map(str::to_owned));
         for id in ids {
@@ -154,23 +154,23 @@ impl Slurm {
         }
     }
 
-    /// Stops its controller; jobs run on.
+    /// Stops its controller; jobs continue to run.
     pub fn stop_controller(&self) {
         run(self.folder.path(), &["stop-controller"]);
     }
 
-    /// Starts the controller again, with the jobs that it knew.
+    /// Starts the controller again with the jobs that it had.
     pub fn start_controller(&self) {
         run(self.folder.path(), &["start-controller"]);
     }
 
-    /// Runs a command of the CLI with the site's configuration.
+    /// Runs a CLI command with the site's configuration.
     pub async fn baton(&self, scene: &Scene, arguments: &[&str]) -> Output {
         let config = self.config.display().to_string();
         scene.baton_in(scene.folder(), &[("BATON_CONFIG", &config)], arguments).await
     }
 
-    /// Submits a spec and gives back the pids.
+    /// Submits a spec and returns the pids.
     pub async fn submit(&self, scene: &Scene, text: &str, count: u32) -> Vec<String> {
         let spec = scene.spec(&format!("{}.yaml", uuid::Uuid::now_v7().simple()), text);
         let (spec, count) = (spec.display().to_string(), count.to_string());
@@ -189,5 +189,5 @@ fn run(folder: &Path, arguments: &[&str]) {
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("services/slurm.sh");
     let status =
         Command::new(script).arg(arguments[0]).arg(folder).args(&arguments[1..]).env("SLURM_CPUS", "64").status();
-    assert!(status.expect("the script is there").success(), "slurm.sh {}", arguments[0]);
+    assert!(status.expect("the script exists").success(), "slurm.sh {}", arguments[0]);
 }

@@ -7,7 +7,7 @@ use baton_common::config::Ssh;
 
 use crate::services::folder;
 
-/// A server of the caller's own, killed when this is dropped.
+/// A private server, killed on drop.
 #[derive(Debug)]
 pub struct Sshd {
     folder: tempfile::TempDir,
@@ -15,18 +15,18 @@ pub struct Sshd {
 }
 
 impl Sshd {
-    /// Starts one.
+    /// Starts a server.
     ///
     /// # Panics
-    /// When there is no OpenSSH.
+    /// If OpenSSH is not installed.
     pub fn start() -> Self {
         Self::with("")
     }
 
-    /// Starts one with further lines of its configuration, separated by semicolons.
+    /// Starts a server with additional lines of its configuration, separated by semicolons.
     ///
     /// # Panics
-    /// When there is no OpenSSH.
+    /// If OpenSSH is not installed.
     pub fn with(extra: &str) -> Self {
         let folder = folder("baton-sshd-");
         run(folder.path(), &["start"], extra);
@@ -34,22 +34,22 @@ impl Sshd {
         Self { port: port.trim().parse().expect("a port"), folder }
     }
 
-    /// A file of its folder; see `tests/services/sshd.sh`.
+    /// Returns a file of its folder; see `tests/services/sshd.sh`.
     pub fn file(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
     }
 
-    /// `host:port`.
+    /// Returns `host:port`.
     pub fn address(&self) -> String {
         format!("127.0.0.1:{}", self.port)
     }
 
-    /// How to reach it without anything of the machine's own configuration.
+    /// Returns the settings for a connection, without the machine's own configuration.
     pub fn section(&self) -> Ssh {
         self.section_by("127.0.0.1", self.port)
     }
 
-    /// The same by another address, such as that of a proxy.
+    /// Returns the settings for another address, such as that of a proxy.
     pub fn section_by(&self, host: &str, port: u16) -> Ssh {
         let quoted = |name: &str| format!("'{}'", self.file(name).display());
         self.know(&format!("[{host}]:{port}"), "host_ed25519.pub");
@@ -59,44 +59,44 @@ impl Sshd {
             quoted("known_hosts")
         );
         let path = self.file("baton.toml");
-        std::fs::write(&path, text).expect("the folder is ours");
-        let mut config = baton_common::config::Config::load(Some(&path)).expect("it is right");
-        config.ssh.remove("it").expect("it is there")
+        std::fs::write(&path, text).expect("own folder");
+        let mut config = baton_common::config::Config::load(Some(&path)).expect("the configuration is valid");
+        config.ssh.remove("it").expect("the section exists")
     }
 
-    /// Adds a key to the file of known hosts.
+    /// Adds a key to the known hosts.
     pub fn know(&self, host: &str, key: &str) {
         let known = std::fs::read_to_string(self.file("known_hosts")).unwrap_or_default();
         let key = std::fs::read_to_string(self.file(key)).expect("a public key");
-        std::fs::write(self.file("known_hosts"), format!("{known}{host} {key}")).expect("the folder is ours");
+        std::fs::write(self.file("known_hosts"), format!("{known}{host} {key}")).expect("own folder");
     }
 
-    /// How often its log has this text.
+    /// Counts the occurrences of this text in its log.
     pub fn logged(&self, text: &str) -> usize {
         std::fs::read_to_string(self.file("sshd.log")).unwrap_or_default().matches(text).count()
     }
 
-    /// Kills it with all of its connections.
+    /// Kills it with all its connections.
     pub fn kill(&self) {
         run(self.folder.path(), &["kill"], "");
     }
 
-    /// Starts it again, with the same keys and the same port, and other lines of its configuration.
+    /// Starts it again with the same keys and port, and other lines of its configuration.
     pub fn start_again(&self, extra: &str) {
         run(self.folder.path(), &["start"], extra);
     }
 
-    /// A disk of one megabyte; needs root.
+    /// Creates a disk of one megabyte; needs root.
     pub fn small_disk(&self) -> PathBuf {
         run(self.folder.path(), &["disk", "1"], "");
         self.file("disk")
     }
 
-    /// Lets another user's key in, too.
+    /// Authorizes another user key.
     pub fn let_in(&self, key: &Path) {
         let known = std::fs::read_to_string(self.file("authorized_keys")).expect("the script has written it");
         let key = std::fs::read_to_string(key).expect("a public key");
-        std::fs::write(self.file("authorized_keys"), known + &key).expect("the folder is ours");
+        std::fs::write(self.file("authorized_keys"), known + &key).expect("own folder");
     }
 }
 
@@ -110,5 +110,5 @@ fn run(folder: &Path, arguments: &[&str], extra: &str) {
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("services/sshd.sh");
     let mut command = Command::new(script);
     command.arg(arguments[0]).arg(folder).args(&arguments[1..]).env("SSHD_EXTRA", extra);
-    assert!(command.status().expect("the script is there").success(), "sshd.sh {arguments:?}");
+    assert!(command.status().expect("the script exists").success(), "sshd.sh {arguments:?}");
 }

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
-/// Every advance that ran, and under which leases.
+/// Every advance that ran, and the leases under which it ran.
 pub struct Witness {
     runs: BTreeMap<(String, u64), Vec<(u64, String)>>,
 }
@@ -12,7 +12,7 @@ impl Witness {
     /// Reads the file.
     ///
     /// # Panics
-    /// When a line is not whole: lines of several workers must not mix.
+    /// If a line is incomplete: lines of several workers must not mix.
     pub fn read(path: &Path) -> Self {
         let mut runs: BTreeMap<(String, u64), Vec<(u64, String)>> = BTreeMap::new();
         for (pid, advance, epoch, worker) in lines(path) {
@@ -22,11 +22,11 @@ impl Witness {
         Self { runs }
     }
 
-    /// Checks the promise for these processes: each advance ran, and none that was committed ran again. An advance may
-    /// stand twice only where a holder died (`lost` names those processes), and then one a process.
+    /// Checks the promise for these processes: each advance ran, and no committed advance ran again. An advance may
+    /// appear twice only where a holder died (`lost` names those processes), and only one advance of each process may.
     ///
     /// # Panics
-    /// When the promise is broken.
+    /// If the promise is broken.
     pub fn check(&self, pids: &[String], advances: u64, lost: &BTreeSet<String>) {
         let mut repeated: BTreeMap<&str, u64> = BTreeMap::new();
         for pid in pids {
@@ -48,22 +48,22 @@ impl Witness {
         }
     }
 
-    /// The workers that made an advance.
+    /// The workers that ran an advance.
     pub fn workers(&self) -> BTreeSet<String> {
         self.runs.values().flatten().map(|(_, worker)| worker.clone()).collect()
     }
 
-    /// How many lines there are.
+    /// The number of lines.
     pub fn lines(&self) -> usize {
         self.runs.values().map(Vec::len).sum()
     }
 }
 
-/// The lines of the file, none if there is none: pid, advance, epoch, name of the worker. One that is being written does
-/// not count yet: where it crosses the end of a page, a reader may see its beginning alone.
+/// The lines of the file, empty if it does not exist: pid, advance, epoch, name of the worker. A line that is being
+/// written does not count yet: when it crosses a page boundary, a reader may see only its beginning.
 ///
 /// # Panics
-/// When a line is not whole.
+/// If a line is incomplete.
 pub(crate) fn lines(path: &Path) -> Vec<(String, i64, i64, String)> {
     let text = std::fs::read_to_string(path).unwrap_or_default();
     let line = |line: &str| {

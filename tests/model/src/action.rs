@@ -1,54 +1,54 @@
-//! Everything that can happen next, with the words for a trace.
+//! Every action that can happen next, with its text for a trace.
 
 use std::fmt;
 
 use crate::Scenario;
 
-/// What happens. Where `worker`, `process` or `name` mean nothing to a kind they are 0.
+/// An action. `worker`, `process` and `number` are 0 for a kind that does not use them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Action {
-    /// What.
+    /// The kind of action.
     pub kind: Kind,
-    /// Which worker.
+    /// The worker, if any.
     pub worker: usize,
-    /// Which process.
+    /// The process, if any.
     pub process: usize,
-    /// Which submission, or which incarnation of the worker.
+    /// The name of a submission, or an incarnation of the worker.
     pub number: u8,
 }
 
-/// The kinds of actions. Those from [`Kind::Crash`] on are faults, of which there is a limited number.
+/// The kinds of actions. Those from [`Kind::Crash`] on are faults, whose number is limited.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Kind {
     /// The operator makes the next request.
     Ask,
-    /// A sweep publishes again what has no message.
+    /// A sweep publishes a message for a queued process that has none.
     Tell,
     /// A sweep frees what a gone worker holds.
     Free,
-    /// Somebody declares a dead or frozen incarnation gone.
+    /// A dead or frozen incarnation is declared gone.
     Declare,
     /// A worker takes a message.
     Take,
-    /// It claims.
+    /// It claims the process.
     Claim,
-    /// It acknowledges.
+    /// It acknowledges the message.
     Acknowledge,
     /// It reads at its beat what is desired.
     Read,
-    /// It learns at its beat that it is gone, and starts anew.
+    /// It learns at its beat that it is gone, and starts a new incarnation.
     Notice,
-    /// It gives back what it holds by the database and does not know of.
+    /// It gives back a process that it holds by the database but does not know of.
     GiveBack,
     /// A dead worker starts again.
     Restart,
-    /// A frozen worker goes on.
+    /// A frozen worker resumes.
     Continue,
     /// A worker records the intent of a new submission.
     Intend,
     /// It sends the submission.
     Submit,
-    /// The submission reaches the far end.
+    /// The submission reaches the site.
     Land,
     /// A worker takes the name of an open submission, or finds its job.
     Adopt,
@@ -62,9 +62,9 @@ pub enum Kind {
     Cancel,
     /// It inserts the child.
     Spawn,
-    /// It asks the child to end.
+    /// It kills the child.
     KillChild,
-    /// It looks whether what the process waits for has come.
+    /// It checks whether the event that the process waits for has occurred.
     Look,
     /// It parks the process.
     Park,
@@ -72,30 +72,30 @@ pub enum Kind {
     Pause,
     /// It ends the process.
     End,
-    /// It wakes the parent of the child that it has ended before.
+    /// It wakes the parent of the child that it has ended.
     Wake,
     /// A worker dies.
     Crash,
     /// A worker freezes.
     Stop,
-    /// A worker that lives is declared gone.
+    /// A live worker is declared gone.
     DeclareFalsely,
-    /// A claim is committed, and its answer is lost.
+    /// A claim is committed, but the answer is lost.
     ClaimUnknown,
-    /// The broker does not hear an acknowledgement.
+    /// An acknowledgement is lost.
     LoseAcknowledgement,
     /// A message is lost, or was never published.
     LoseMessage,
-    /// A message is there twice, or once more long after.
+    /// A message is duplicated, or redelivered long after.
     Duplicate,
     /// The queue is purged.
     Purge,
-    /// A submission never reaches the far end.
+    /// A submission never reaches the site.
     LoseSubmission,
 }
 
 impl Kind {
-    /// All of them.
+    /// All kinds.
     pub const ALL: [Kind; 36] = [
         Kind::Ask,
         Kind::Tell,
@@ -135,29 +135,29 @@ impl Kind {
         Kind::LoseSubmission,
     ];
 
-    /// Whether it is a fault.
+    /// Returns whether the action is a fault.
     pub fn is_fault(self) -> bool {
         self >= Kind::Crash
     }
 }
 
 impl Action {
-    /// Something that nobody in particular does.
+    /// Creates an action without a worker or process.
     pub fn of(kind: Kind) -> Self {
         Action { kind, worker: 0, process: 0, number: 0 }
     }
 
-    /// Something about a process.
+    /// Creates an action about a process.
     pub fn about(kind: Kind, process: usize) -> Self {
         Action { process, ..Action::of(kind) }
     }
 
-    /// Something that a worker does, or that happens to it.
+    /// Creates an action that a worker takes, or that happens to it.
     pub fn by(kind: Kind, worker: usize, process: usize) -> Self {
         Action { worker, process, ..Action::of(kind) }
     }
 
-    /// What happens, as a sentence.
+    /// Describes the action in a sentence.
     pub fn sentence(&self, scenario: &Scenario) -> String {
         Sentence { action: self, scenario }.to_string()
     }
@@ -182,28 +182,30 @@ impl fmt::Display for Sentence<'_> {
             Kind::Claim => write!(f, "{worker} claims the {process}"),
             Kind::Acknowledge => write!(f, "{worker} acknowledges the message for the {process}"),
             Kind::Read => write!(f, "{worker} reads at its beat what is desired of the {process}"),
-            Kind::Notice => write!(f, "{worker} learns at its beat that it is gone, drops everything and starts anew"),
-            Kind::GiveBack => write!(f, "{worker} gives back the {process}, which it holds and does not know of"),
+            Kind::Notice => {
+                write!(f, "{worker} learns at its beat that it is gone, drops everything and starts a new incarnation")
+            }
+            Kind::GiveBack => write!(f, "{worker} gives back the {process}, which it holds without knowing"),
             Kind::Restart => write!(f, "{worker} starts again"),
-            Kind::Continue => write!(f, "{worker} goes on where it was frozen"),
+            Kind::Continue => write!(f, "{worker} resumes"),
             Kind::Intend => write!(f, "{worker} records the intent of a new submission of the {process}"),
             Kind::Submit => write!(f, "{worker} sends the submission of the {process}"),
-            Kind::Land => write!(f, "submission {number} reaches the far end"),
+            Kind::Land => write!(f, "submission {number} reaches the site"),
             Kind::Adopt => write!(f, "{worker} takes the name of the {process}'s open submission, or finds its job"),
             Kind::Record => write!(f, "{worker} records the job of the {process}"),
             Kind::JobEnds => write!(f, "job {number} ends"),
             Kind::Report => write!(f, "the watcher reports the end of job {number} and wakes the {process}"),
             Kind::Cancel => write!(f, "{worker} cancels the job of the {process}"),
             Kind::Spawn => write!(f, "{worker} inserts the child of the {process}"),
-            Kind::KillChild => write!(f, "{worker} asks the child of the {process} to end"),
-            Kind::Look => write!(f, "{worker} looks whether what the {process} waits for has come"),
+            Kind::KillChild => write!(f, "{worker} kills the child of the {process}"),
+            Kind::Look => write!(f, "{worker} checks whether the {process} still has to wait"),
             Kind::Park => write!(f, "{worker} parks the {process}"),
             Kind::Pause => write!(f, "{worker} pauses the {process}"),
             Kind::End => write!(f, "{worker} ends the {process}"),
             Kind::Wake => write!(f, "{worker} wakes the parent of the child that it has ended"),
             Kind::Crash => write!(f, "FAULT: {worker} dies"),
             Kind::Stop => write!(f, "FAULT: {worker} freezes"),
-            Kind::DeclareFalsely => write!(f, "FAULT: {worker} is declared gone although it lives"),
+            Kind::DeclareFalsely => write!(f, "FAULT: {worker} is declared gone although it is alive"),
             Kind::ClaimUnknown => {
                 write!(f, "FAULT: {worker} claims the {process}, and the answer to its commit is lost")
             }
@@ -211,9 +213,9 @@ impl fmt::Display for Sentence<'_> {
                 write!(f, "FAULT: {worker}'s acknowledgement of the message for the {process} is lost")
             }
             Kind::LoseMessage => write!(f, "FAULT: a message for the {process} is lost"),
-            Kind::Duplicate => write!(f, "FAULT: a message for the {process} comes once more"),
+            Kind::Duplicate => write!(f, "FAULT: a message for the {process} is delivered once more"),
             Kind::Purge => f.write_str("FAULT: the queue is purged"),
-            Kind::LoseSubmission => write!(f, "FAULT: submission {number} is lost on its way"),
+            Kind::LoseSubmission => write!(f, "FAULT: submission {number} is lost in flight"),
         }
     }
 }

@@ -1,8 +1,8 @@
-//! A model of the protocol: claim, lease, park, wake, control, takeover, and an effect outside that is made once.
+//! A model of the protocol: claim, lease, park, wake, control, takeover, and an external effect that is made once.
 //!
 //! Two workers share one process (a leaf with an external submission, or a parent with a child) while an operator makes
-//! requests and a few faults happen at the worst moments. Every order of events is searched. What holds at every
-//! moment is in [`property`], the rules that can be taken away in [`rule`].
+//! requests and a few faults happen at the worst moments. The search covers every order of actions. The invariants are
+//! in [`property`], and the rules that can be removed in [`rule`].
 
 pub mod action;
 pub mod property;
@@ -32,19 +32,19 @@ pub enum Work {
     Parent,
 }
 
-/// What happens besides the work itself.
+/// What happens in addition to the work itself.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Scenario {
     /// What the first process does.
     pub work: Work,
-    /// What the operator asks of it, one after the other, each at any time.
+    /// What the operator requests, in this order, each at any time.
     pub requests: Vec<Desired>,
-    /// How many faults may happen, 3 at most.
+    /// The maximum number of faults, at most 3.
     pub faults_max: u8,
 }
 
 impl Scenario {
-    /// What a trace calls a process.
+    /// The name of a process in a trace.
     pub fn name(&self, process: usize) -> &'static str {
         match (self.work, process) {
             (Work::Leaf, _) => "leaf",
@@ -69,43 +69,43 @@ pub const REQUESTS: [&[Desired]; 6] = [
 pub struct Baton {
     scenario: Scenario,
     rules: Rules,
-    /// Kinds of actions that were taken, a bit each.
+    /// The kinds of actions that were taken, one bit each.
     taken: Arc<AtomicU64>,
-    /// A violation was found.
+    /// Whether a violation was found.
     is_violated: Arc<AtomicBool>,
 }
 
 impl Baton {
-    /// Lets only the first violation count. The checker goes on for some states after it, and would report a later one
-    /// of the same property, whose way is longer.
+    /// Records only the first violation. The checker continues for some states after it, and would report a later
+    /// violation of the same property, with a longer trace.
     fn is_first(&self, holds: bool) -> bool {
         holds || self.is_violated.swap(true, Ordering::Relaxed)
     }
 }
 
-/// What a search has found.
+/// The result of a search.
 #[derive(Debug)]
 pub struct Found {
-    /// How many different moments there are; those up to the first violation if there is one.
+    /// The number of different states; up to the first violation if there is one.
     pub n_states: usize,
-    /// The longest of the shortest ways to a moment.
+    /// The depth of the search: the longest of the shortest traces to a state.
     pub depth: usize,
-    /// What kinds of actions were taken.
+    /// The kinds of actions that were taken.
     pub taken: Vec<Kind>,
-    /// What is violated, with a shortest way there; nothing in a protocol that holds.
+    /// The violated property, with a shortest trace to it; `None` if the protocol holds.
     pub violation: Option<(&'static str, Vec<String>)>,
 }
 
-/// How many faults a search is to have: `BATON_MODEL_FAULTS`, or `otherwise`.
+/// The number of faults in a search: `BATON_MODEL_FAULTS`, or `otherwise`.
 pub fn faults_max(otherwise: u8) -> u8 {
     let faults = std::env::var("BATON_MODEL_FAULTS").ok().and_then(|text| text.parse().ok());
     faults.unwrap_or(otherwise).min(FAULTS_MAX)
 }
 
-/// More faults make more incarnations than a moment has bits for.
+/// More faults create more incarnations than a state has bits for.
 const FAULTS_MAX: u8 = 3;
 
-/// Searches every order of events, breadth first, up to the first violation.
+/// Searches every order of actions, breadth first, up to the first violation.
 pub fn search(scenario: &Scenario, rules: Rules) -> Found {
     let taken = Arc::new(AtomicU64::new(0));
     let model = Baton { scenario: scenario.clone(), rules, taken: Arc::clone(&taken), is_violated: Arc::default() };

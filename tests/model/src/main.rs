@@ -1,4 +1,4 @@
-//! Searches the model without one of its rules and prints a shortest way to the harm, or with all of them.
+//! Searches the model without one of its rules and prints a shortest trace to a violation, or searches with all rules.
 
 use std::io::Write as _;
 use std::process::ExitCode;
@@ -7,7 +7,7 @@ use baton_common::state::Desired;
 use baton_model::rule::{Rule, Rules};
 use baton_model::{Found, REQUESTS, Scenario, Work, search};
 
-const USAGE: &str = "usage: baton-model [RULE]\n\nWithout RULE all rules are in force. Rules that can be taken away:\n";
+const USAGE: &str = "usage: baton-model [RULE]\n\nWithout RULE all rules are in force. Rules that can be removed:\n";
 
 /// Faults in a search, unless BATON_MODEL_FAULTS says otherwise.
 const FAULTS_MAX: u8 = 2;
@@ -24,7 +24,7 @@ fn main() -> ExitCode {
         _ => return usage(),
     };
     let rules = Rules { without };
-    // Without a rule, the fewer faults the better the example.
+    // Without a rule, start with few faults: they give the simplest example.
     let least = if without.is_some() { 0 } else { faults_max };
     for faults_max in least..=faults_max {
         for work in [Work::Leaf, Work::Parent] {
@@ -59,6 +59,6 @@ fn usage() -> ExitCode {
 }
 
 fn say(text: &str) {
-    // Nobody reads on: nothing is lost by it.
+    // A closed pipe is harmless here.
     let _ = writeln!(std::io::stdout(), "{text}");
 }

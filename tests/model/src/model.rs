@@ -1,4 +1,4 @@
-//! What can happen at a moment, and what it changes.
+//! The possible actions in a state, and their effects.
 
 use std::sync::atomic::Ordering;
 
@@ -11,7 +11,7 @@ use crate::rule::Rule;
 use crate::state::{Alive, CHILD, Delivery, FIRST, Hand, State, Step, Worker, bit};
 use crate::{Baton, property, work};
 
-/// So many claims or tries are never reached, which [`property::WITHIN_BOUNDS`] says; names are bits of 16.
+/// Epochs and tries never reach this number, as [`property::WITHIN_BOUNDS`] checks; names are bits of 16.
 const NUMBER_MAX: u8 = 15;
 
 impl Model for Baton {
@@ -63,7 +63,7 @@ impl Model for Baton {
 }
 
 impl Baton {
-    /// Whether the search is about to be cut off, which only that of a protocol without one of its rules may be.
+    /// Whether the search is about to be cut off, which is allowed only for a protocol without one of its rules.
     pub(crate) fn is_at_bound(&self, state: &State) -> bool {
         self.rules.without.is_none()
             && state.rows.iter().flatten().any(|row| row.epoch == NUMBER_MAX || row.try_number == NUMBER_MAX)
@@ -101,7 +101,7 @@ impl Baton {
             push(Kind::Read);
         }
         let next = work::next(self.scenario.work, process, hand, self.rules);
-        // Who has sent a submission waits until it has arrived or is surely lost.
+        // The sender of a submission waits until it has arrived or is surely lost.
         let waits = next == Kind::Adopt
             && hand.step == Step::Sent
             && hand.desired == Desired::Run
@@ -245,7 +245,7 @@ impl Baton {
         }
     }
 
-    /// The statement that asks, in one transaction with all that follows from it.
+    /// The statement that records a request, in one transaction with all its consequences.
     fn control(&self, state: &mut State, process: usize, verb: Desired) {
         let is_outside = state.is_outside(process);
         if state.rows[process].is_some() {
@@ -297,7 +297,7 @@ impl Baton {
         }
     }
 
-    /// What a worker does at the far end.
+    /// The worker's actions at the site.
     fn reach_out(&self, state: &mut State, worker: usize, process: usize, kind: Kind) {
         let held = *hand(state, worker, process);
         let name = bit(work::name(&held, self.rules));
@@ -318,7 +318,7 @@ impl Baton {
         hand(state, worker, process).step = step;
     }
 
-    /// What each transaction does besides, and what follows from its commit.
+    /// The side effects of each transaction, and the consequences of its commit.
     fn settle(&self, last: &State, state: &mut State, action: Action) {
         if state.has_ended(CHILD) && !last.has_ended(CHILD) {
             if action.kind == Kind::End && !self.rules.keep(Rule::WakeWithTheEnd) {
@@ -344,7 +344,7 @@ impl Baton {
     }
 }
 
-/// Starts, declarations and what they lead to; all but faults.
+/// Starts, declarations and their consequences, without faults.
 fn actions_of_life(state: &State, worker: usize, actions: &mut Vec<Action>) {
     let Worker { alive, generation, owes_wake, .. } = state.workers[worker];
     match alive {
@@ -367,7 +367,7 @@ fn actions_of_life(state: &State, worker: usize, actions: &mut Vec<Action>) {
     }
 }
 
-/// What happens at the far end; all but faults.
+/// Actions at the site, without faults.
 fn actions_of_site(state: &State, actions: &mut Vec<Action>) {
     let site = &state.site;
     for number in 0..=NUMBER_MAX {
@@ -425,7 +425,7 @@ fn faults(state: &State, actions: &mut Vec<Action>) {
     }
 }
 
-/// Whether a gone worker holds it.
+/// Whether a gone worker holds the row.
 fn is_orphan(state: &State, row: &Row) -> bool {
     row.place == Place::Held && row.owner.is_some_and(|owner| state.is_gone(owner))
 }

@@ -1,4 +1,4 @@
-//! What must hold at every moment, in the words of the invariants of `docs/src/internals/protocol.md`.
+//! The invariants, in the words of `docs/src/internals/protocol.md`.
 
 use baton_common::state::{Desired, Place, State as Life};
 use stateright::{Model, Property};
@@ -35,7 +35,7 @@ pub enum Invariant {
 }
 
 impl Invariant {
-    /// What it says.
+    /// The text of the invariant.
     pub fn text(self) -> &'static str {
         match self {
             Invariant::NoDeadEnd => {
@@ -55,10 +55,10 @@ impl Invariant {
     }
 }
 
-/// The name of the property that says that the search was not cut off.
+/// The name of the property that the search was not cut off.
 pub const WITHIN_BOUNDS: &str = "epochs and tries stay below the model's bound";
 
-/// All of them.
+/// All properties.
 pub(crate) fn all() -> Vec<Property<Baton>> {
     fn always(invariant: Invariant, condition: fn(&Baton, &State) -> bool) -> Property<Baton> {
         Property::always(invariant.text(), condition)

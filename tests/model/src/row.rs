@@ -1,24 +1,24 @@
-//! A process's row, and the statements that change it, as `common/src/store` has them.
+//! A process's row and the statements that change it, as in `common/src/store`.
 
 use baton_common::state::{Desired, Live, Place, State};
 
 use crate::rule::{Rule, Rules};
 
-/// One start of a worker: the worker and how often it has started anew.
+/// An incarnation: a worker and how often it has restarted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Incarnation {
-    /// Which worker, 0 or 1.
+    /// The worker, 0 or 1.
     pub worker: usize,
-    /// How many incarnations it had before.
+    /// The number of its earlier incarnations.
     pub generation: u8,
 }
 
-/// How far a process has come, which is its checkpoint.
+/// The progress of a process, which is its checkpoint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Stage {
     /// Nothing is done yet.
     Fresh,
-    /// A submission under this name is decided, and nothing is known of it.
+    /// A submission under this name is decided; its outcome is unknown.
     Intended(u8),
     /// The job of this name is known.
     Submitted(u8),
@@ -29,55 +29,55 @@ pub enum Stage {
 /// A row of `process`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Row {
-    /// Where it is.
+    /// Its place.
     pub place: Place,
-    /// Its state, with what it was before a pause.
+    /// Its state, including the state before a pause.
     pub state: State,
-    /// Its last lease.
+    /// The epoch of its last lease.
     pub epoch: u8,
-    /// Who holds it.
+    /// Its holder.
     pub owner: Option<Incarnation>,
-    /// What operators want.
+    /// What operators desire.
     pub desired: Desired,
-    /// Something that it waits for has come since the last write.
+    /// Something that it waits for has occurred since the last write.
     pub woken: bool,
     /// Its last checkpoint.
     pub checkpoint: Stage,
-    /// The last try that was decided.
+    /// The number of the last try that was decided.
     pub try_number: u8,
 }
 
-/// What a holder's write does besides.
+/// What a holder's write does in addition to the checkpoint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verb {
-    /// It goes on.
+    /// Continues.
     Keep,
-    /// It waits for a fact; `killing` when it knows that a kill is desired, and waits for what is outside to end.
+    /// Waits for an event. `killing` means that a kill is desired and the process waits for external work to end.
     Park {
         /// See above.
         killing: bool,
     },
-    /// It was asked to pause.
+    /// Pauses on request.
     Pause,
-    /// It lets go of it.
+    /// Gives the process back.
     GiveBack,
-    /// It has come to an end.
+    /// Ends the process.
     End(State),
 }
 
 /// A holder's write.
 #[derive(Clone, Copy, Debug)]
 pub struct Write {
-    /// Under which lease.
+    /// The lease under which it is written.
     pub epoch: u8,
-    /// A new checkpoint.
+    /// The new checkpoint, if any.
     pub checkpoint: Option<Stage>,
-    /// And then.
+    /// What else the write does.
     pub verb: Verb,
 }
 
 impl Row {
-    /// Accepted, and queued.
+    /// Creates the row of a process that is accepted and queued.
     pub fn accepted() -> Self {
         Row {
             place: Place::Queued,
@@ -91,7 +91,7 @@ impl Row {
         }
     }
 
-    /// Takes the lease; says whether it got it.
+    /// Takes the lease; returns whether it succeeded.
     pub fn claim(&mut self, me: Incarnation, rules: Rules) -> bool {
         let free = self.place == Place::Queued || !rules.keep(Rule::ClaimOnlyQueued);
         if !free || self.place == Place::Ended {
@@ -108,7 +108,7 @@ impl Row {
         true
     }
 
-    /// Applies a holder's write; says whether its lease was good for it.
+    /// Applies a holder's write; returns whether its lease was valid.
     pub fn write(&mut self, write: Write, rules: Rules) -> bool {
         let epoch_fits = self.epoch == write.epoch || !rules.keep(Rule::FenceByEpoch);
         let place_fits = self.place == Place::Held || !rules.keep(Rule::FenceByPlace);
@@ -144,7 +144,7 @@ impl Row {
         true
     }
 
-    /// Something that it waits for has come.
+    /// Records that something that the process waits for has occurred.
     pub fn wake(&mut self, rules: Rules) {
         if self.place == Place::Ended {
             return;
@@ -160,8 +160,8 @@ impl Row {
         }
     }
 
-    /// An operator, or the holder of its parent, asks for something. What is held only learns what is desired. `outside`
-    /// says whether something of it lives outside the database, so that a worker has to end it.
+    /// Records a request of an operator or of the parent's holder. For a held process only the desired state changes.
+    /// `outside` tells whether it has external work, which a worker has to end.
     pub fn control(&mut self, verb: Desired, outside: bool, rules: Rules) {
         if self.place == Place::Ended || (self.desired == Desired::Kill && verb != Desired::Kill) {
             return;
@@ -182,7 +182,7 @@ impl Row {
         }
     }
 
-    /// Its holder is gone.
+    /// Frees the process of a gone holder.
     pub fn free(&mut self, outside: bool, rules: Rules) {
         self.owner = None;
         (self.place, self.state) = (Place::Queued, State::Running);

@@ -1,44 +1,44 @@
-//! The rules of the protocol that can be taken away, to see that each is needed and that the model would notice.
+//! The rules of the protocol that can be removed, to show that each is needed and that the model notices.
 
-/// A rule. A model without one must come to harm; one with all of them must not.
+/// A rule. A model without one must violate an invariant; a model with all of them must not.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Rule {
-    /// A claim takes only what is queued.
+    /// A claim takes only a queued process.
     ClaimOnlyQueued,
-    /// A holder's write says its epoch.
+    /// A holder's write checks its epoch.
     FenceByEpoch,
-    /// A holder's write says that the row is held.
+    /// A holder's write checks that the row is held.
     FenceByPlace,
-    /// A message is acknowledged after the claim is committed.
+    /// A message is acknowledged only after the claim is committed.
     ClaimThenAcknowledge,
-    /// A process that was woken while it parked stays held.
+    /// A process that is woken while it parks stays held.
     ParkSeesWoken,
     /// Every statement that takes a row out of `held` applies what is desired.
     LeavingHeldObeys,
-    /// The write that pauses asks the row whether a pause is still desired.
+    /// The write that pauses checks whether a pause is still desired.
     PauseAsksTheRow,
-    /// A wake-up does not start what is paused.
+    /// A wake-up does not start a paused process.
     WakeRespectsPause,
-    /// `play` queues what was woken while it was paused.
+    /// `play` queues a process that was woken while paused.
     PlayLooksAtWoken,
-    /// What a gone worker holds is freed again and again.
+    /// What a gone worker holds is freed repeatedly.
     FreeRepeats,
     /// A child's end and its parent's wake-up are one transaction.
     WakeWithTheEnd,
-    /// What is queued and has no message is told again.
+    /// A queued process without a message is announced again.
     HeadRule,
-    /// A worker gives back what it holds by the database and does not know of.
+    /// A worker gives back a process that it holds by the database but does not know of.
     GiveBackUnknown,
-    /// A submission is named by its try, which changes only when a new one is decided.
+    /// A submission is named after its try, which changes only when a new submission is decided.
     TokenByTry,
     /// The intent is recorded before the effect is made.
     IntentFirst,
-    /// The far end takes each name once, and whoever finds an open intent takes its name first.
+    /// The site takes each name once, and a worker that finds an open intent takes its name first.
     FarEndLock,
 }
 
 impl Rule {
-    /// All of them.
+    /// All rules.
     pub const ALL: [Rule; 16] = [
         Rule::ClaimOnlyQueued,
         Rule::FenceByEpoch,
@@ -58,7 +58,7 @@ impl Rule {
         Rule::FarEndLock,
     ];
 
-    /// What the command line calls it.
+    /// The name of the rule on the command line.
     pub fn word(self) -> &'static str {
         match self {
             Rule::ClaimOnlyQueued => "claim-only-queued",
@@ -80,21 +80,21 @@ impl Rule {
         }
     }
 
-    /// The rule of this name.
+    /// Returns the rule of this name.
     pub fn from_word(word: &str) -> Option<Rule> {
         Rule::ALL.into_iter().find(|rule| rule.word() == word)
     }
 }
 
-/// The rules that are in force: all, or all but one.
+/// The rules in force: all, or all but one.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Rules {
-    /// The one that is not.
+    /// The rule that is not in force.
     pub without: Option<Rule>,
 }
 
 impl Rules {
-    /// Whether it is in force.
+    /// Returns whether the rule is in force.
     pub fn keep(self, rule: Rule) -> bool {
         self.without != Some(rule)
     }

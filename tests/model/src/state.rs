@@ -1,4 +1,4 @@
-//! Everything that there is at one moment: rows, messages, workers and what they have in memory, the far end.
+//! The state of the model: rows, messages, workers and their memory, the site.
 
 use std::hash::{DefaultHasher, Hash, Hasher};
 
@@ -11,49 +11,49 @@ pub const FIRST: usize = 0;
 /// The parent's child.
 pub const CHILD: usize = 1;
 
-/// One moment.
+/// A state of the model.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct State {
-    /// The database: the first process, and its child once there is one.
+    /// The database: the first process, and its child if it exists.
     pub rows: [Option<Row>; 2],
-    /// Incarnations that are declared gone, a bit each.
+    /// The incarnations that are declared gone, one bit each.
     pub gone: u8,
-    /// The queue: whether a message for each process is in it. A second copy there would do nothing that it does not
-    /// do as well when it comes after the first was taken.
+    /// The queue: whether it has a message for each process. A second copy has no other effect than a copy that comes
+    /// after the first was taken.
     pub messages: [bool; 2],
-    /// For each process, that its only message was lost by the broker.
+    /// For each process, whether the broker lost its only message.
     pub lost: [bool; 2],
     /// The workers.
     pub workers: [Worker; 2],
-    /// Where the leaf's work runs.
+    /// The site where the leaf's work runs.
     pub site: Site,
-    /// How many of the operator's requests are made.
+    /// The number of requests that the operator has made.
     pub n_asked: usize,
-    /// What the operator wants now.
+    /// What the operator desires now.
     pub asked: Desired,
-    /// How many faults have happened.
+    /// The number of faults so far.
     pub n_faults: u8,
-    /// What must never happen and cannot be seen in a single moment.
+    /// A violation that a single state does not show.
     pub harm: Harm,
 }
 
-/// What has gone wrong in a step.
+/// A violation in a step.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Harm {
     /// A write under an older epoch has changed a row.
     pub older_wrote: bool,
-    /// A holder wrote a checkpoint that did not go on from the last one.
+    /// A holder wrote a checkpoint that does not continue the last one.
     pub gap: bool,
     /// A row changed after its end.
     pub end_changed: bool,
 }
 
-/// Whether a worker does anything.
+/// Whether a worker acts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Alive {
     /// It runs.
     Up,
-    /// It is frozen, with all that it has in memory.
+    /// It is frozen, with everything in its memory.
     Stopped,
     /// It is dead.
     Down,
@@ -62,17 +62,19 @@ pub enum Alive {
 /// A worker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Worker {
-    /// Whether it does anything.
+    /// Whether it acts.
     pub alive: Alive,
-    /// How many incarnations it had before this one.
+    /// The number of its earlier incarnations.
     pub generation: u8,
-    /// What it does with a message of each process.
+    /// What it does with the message of each process.
     pub deliveries: [Delivery; 2],
-    /// What it holds, or thinks that it holds.
+    /// What it holds, or believes to hold.
     pub hands: [Option<Hand>; 2],
-    /// It has claimed although it is gone. It may once, before its beat tells it; for ever would be without end.
+    /// It has claimed although it is gone. It may do so once before its beat reports it; more would make the search
+    /// infinite.
     pub claimed_late: bool,
-    /// It has ended the child and still has to wake the parent; never so while [`crate::rule::Rule::WakeWithTheEnd`] holds.
+    /// It has ended the child and still has to wake the parent; impossible while [`crate::rule::Rule::WakeWithTheEnd`]
+    /// holds.
     pub owes_wake: bool,
 }
 
@@ -83,7 +85,7 @@ pub enum Delivery {
     None,
     /// It is about to claim.
     Taken,
-    /// It is about to claim, and the broker has forgotten the message.
+    /// It is about to claim, and the broker no longer has the message.
     TakenAndAcknowledged,
     /// It has claimed, and is about to acknowledge.
     Claimed,
@@ -92,11 +94,11 @@ pub enum Delivery {
 /// A process in a worker's memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Hand {
-    /// The lease.
+    /// The epoch of the lease.
     pub epoch: u8,
-    /// The last checkpoint that it knows of.
+    /// The last checkpoint that it knows.
     pub checkpoint: Stage,
-    /// The last try that it knows of.
+    /// The last try that it knows.
     pub try_number: u8,
     /// What was desired when it last read the row.
     pub desired: Desired,
@@ -109,38 +111,38 @@ pub struct Hand {
 pub enum Step {
     /// Nothing.
     Begin,
-    /// It has itself decided the submission that is open.
+    /// It has itself decided the open submission.
     Decided,
     /// It has sent the submission.
     Sent,
-    /// Nobody can make the open submission any more.
+    /// The open submission can no longer be made.
     Burnt,
     /// The open submission was made.
     Found,
-    /// It has looked whether what the process waits for has come.
+    /// It has checked whether the event that the process waits for has occurred.
     Looked(bool),
-    /// It has asked the child to end.
+    /// It has killed the child.
     AskedChild,
     /// The job is cancelled.
     Cancelled,
 }
 
-/// The far end. Each set has a bit for a name.
+/// The site. Each set has a bit for each name.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Site {
-    /// Submissions on their way.
+    /// Submissions in flight.
     pub flying: u16,
     /// Names that are taken.
     pub locked: u16,
-    /// Names under which a job was made.
+    /// Names under which a job was created.
     pub made: u16,
-    /// Those whose job has ended.
+    /// Names whose job has ended.
     pub ended: u16,
-    /// Those whose end the watcher has reported.
+    /// Names whose end the watcher has reported.
     pub reported: u16,
-    /// Jobs that were made, of whatever name.
+    /// The number of jobs that were created, under any name.
     pub n_made: u8,
-    /// Names that were recorded as intents before.
+    /// Names that were recorded as intents.
     pub intended: u16,
 }
 
@@ -150,7 +152,7 @@ pub fn bit(name: u8) -> u16 {
 }
 
 impl Worker {
-    /// One that has just started.
+    /// A worker that has just started.
     pub fn fresh(generation: u8) -> Self {
         Worker {
             alive: Alive::Up,
@@ -164,7 +166,7 @@ impl Worker {
 }
 
 impl State {
-    /// The first process is accepted and told; nothing else has happened.
+    /// The first process is accepted and announced; nothing else has happened.
     pub fn first() -> Self {
         State {
             rows: [Some(Row::accepted()), None],
@@ -180,22 +182,22 @@ impl State {
         }
     }
 
-    /// The present incarnation of a worker.
+    /// Returns the current incarnation of a worker.
     pub fn incarnation(&self, worker: usize) -> Incarnation {
         Incarnation { worker, generation: self.workers[worker].generation }
     }
 
-    /// Whether it is declared gone.
+    /// Returns whether the incarnation is declared gone.
     pub fn is_gone(&self, incarnation: Incarnation) -> bool {
         self.gone & incarnation_bit(incarnation) != 0
     }
 
-    /// Declares it gone.
+    /// Declares the incarnation gone.
     pub fn declare(&mut self, incarnation: Incarnation) {
         self.gone |= incarnation_bit(incarnation);
     }
 
-    /// Whether something of the process lives outside its row, so that it cannot be ended in the database alone.
+    /// Returns whether the process has work outside its row, so that the database alone cannot end it.
     pub fn is_outside(&self, process: usize) -> bool {
         match self.rows[process].map(|row| row.checkpoint) {
             Some(Stage::Intended(_) | Stage::Submitted(_)) => true,
@@ -204,17 +206,17 @@ impl State {
         }
     }
 
-    /// Whether the process has ended.
+    /// Returns whether the process has ended.
     pub fn has_ended(&self, process: usize) -> bool {
         self.rows[process].is_some_and(|row| row.place == Place::Ended)
     }
 
-    /// A message for the process.
+    /// Adds a message for the process.
     pub fn publish(&mut self, process: usize) {
         self.messages[process] = true;
     }
 
-    /// Gives a worker's messages back to the queue, as the broker does when its connection ends.
+    /// Requeues a worker's messages, as the broker does when its connection ends.
     pub fn requeue(&mut self, worker: usize) {
         for process in [FIRST, CHILD] {
             let delivery = &mut self.workers[worker].deliveries[process];
@@ -226,7 +228,7 @@ impl State {
         }
     }
 
-    /// Whether a message stands for the process, in the queue or with a worker.
+    /// Returns whether a message stands for the process, in the queue or with a worker.
     pub fn is_told(&self, process: usize) -> bool {
         let in_hand = |worker: &Worker| match worker.deliveries[process] {
             Delivery::Taken | Delivery::TakenAndAcknowledged => true,
@@ -236,7 +238,7 @@ impl State {
     }
 }
 
-/// The workers are alike: a moment and the same with their names exchanged count as one.
+/// Workers are interchangeable: a state and its mirror image count as one.
 impl Hash for State {
     fn hash<H: Hasher>(&self, hasher: &mut H) {
         let (here, there) = (self.digest(), self.exchanged().digest());
@@ -262,8 +264,8 @@ impl State {
         state
     }
 
-    /// Forgets numbers that nothing depends on, so that moments that differ in them only are one: earlier incarnations
-    /// that hold nothing, and how many leases there were before those that anybody remembers.
+    /// Removes numbers on which nothing depends, so that states that differ only in them are one: earlier incarnations
+    /// that hold nothing, and the number of leases before the oldest one that is still remembered.
     pub fn forget(&mut self) {
         for worker in 0..self.workers.len() {
             let me = self.incarnation(worker);

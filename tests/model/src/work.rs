@@ -1,4 +1,4 @@
-//! What a worker does next with a process that it holds, from nothing but what it has in memory.
+//! Decides what a worker does next with a process that it holds, from its memory alone.
 
 use baton_common::state::{Desired, State as Life};
 
@@ -8,7 +8,7 @@ use crate::row::{Stage, Verb};
 use crate::rule::{Rule, Rules};
 use crate::state::{CHILD, Hand, Step};
 
-/// The next thing that the holder of a process does.
+/// Returns the next action of the holder of a process.
 pub(crate) fn next(work: Work, process: usize, hand: &Hand, rules: Rules) -> Kind {
     match hand.desired {
         Desired::Pause => Kind::Pause,
@@ -50,7 +50,7 @@ fn next_of_waiting(step: Step) -> Kind {
     }
 }
 
-/// Whatever lives outside is ended first.
+/// External work is ended first.
 fn next_of_killed(hand: &Hand) -> Kind {
     match (hand.checkpoint, hand.step) {
         (_, Step::Cancelled) | (Stage::Fresh, _) | (Stage::Intended(_), Step::Burnt) => Kind::End,
@@ -63,7 +63,7 @@ fn next_of_killed(hand: &Hand) -> Kind {
     }
 }
 
-/// The name of the job, or of the submission that is open or would be the next.
+/// The name of the job, or of the open or next submission.
 pub(crate) fn name(hand: &Hand, rules: Rules) -> u8 {
     match hand.checkpoint {
         Stage::Submitted(name) => name,
@@ -73,7 +73,7 @@ pub(crate) fn name(hand: &Hand, rules: Rules) -> u8 {
     }
 }
 
-/// How a holder's write leaves the process.
+/// The effect of a holder's write on the process.
 pub(crate) fn verb(kind: Kind, desired: Desired) -> Verb {
     let killed = desired == Desired::Kill;
     if kind == Kind::Park {

@@ -1,6 +1,6 @@
-//! The protocol holds in every order of events, and without any one of its rules it does not.
+//! The protocol holds in every order of actions, and fails without any one of its rules.
 
-#![expect(clippy::print_stdout, reason = "how much was searched")]
+#![expect(clippy::print_stdout, reason = "prints the size of the search")]
 
 use baton_common::state::Desired::{self, Kill, Pause, Run};
 use baton_model::Work::{self, Leaf, Parent};
@@ -9,8 +9,8 @@ use baton_model::property::Invariant;
 use baton_model::rule::{Rule, Rules};
 use baton_model::{REQUESTS, Scenario, search};
 
-/// Searches all sequences of requests. Asserts that nothing is violated, that there was much to search, and that all kinds
-/// of actions but these were taken: a model that cannot do something proves nothing about it.
+/// Searches all sequences of requests. Asserts that nothing is violated, that the search was large, and that all kinds
+/// of actions but `never` were taken: a model that cannot do something proves nothing about it.
 fn holds(work: Work, never: &[Kind]) {
     let mut untaken = Kind::ALL.to_vec();
     for requests in REQUESTS {

@@ -1,6 +1,6 @@
-//! The model's statements are those of the store: whatever is done to a process, in whatever order, both say the same of it.
+//! The model's statements match those of the store: after any sequence of operations, both have the same row.
 
-#![expect(clippy::unwrap_used, reason = "a test fails by it")]
+#![expect(clippy::unwrap_used, reason = "a test may panic")]
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -20,22 +20,22 @@ use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 use tokio::sync::Semaphore;
 
-/// Something that is done to the process.
+/// An operation on the process.
 #[derive(Clone, Debug)]
 enum Step {
-    /// Its message comes to the worker.
+    /// A worker receives its message.
     Claim,
-    /// A holder writes, `n_old` leases ago.
+    /// A holder writes, under a lease `n_old` epochs ago.
     Write { n_old: u8, verb: Verb },
-    /// An operator asks.
+    /// An operator makes a request.
     Ask(Desired),
-    /// What it waits for comes.
+    /// Something that it waits for occurs.
     Wake,
-    /// Its worker dies, and another one frees what it held.
+    /// Its worker dies, and another worker frees what it held.
     Die,
 }
 
-/// A death without a checkpoint counts, and the fifth ends the process, which the model leaves out.
+/// A death without a checkpoint counts, and the fifth one ends the process; the model omits this.
 const DEATHS_MAX: usize = 4;
 
 fn steps() -> impl Strategy<Value = Vec<Step>> {
@@ -90,7 +90,7 @@ impl Real {
             Step::Write { n_old, verb } => {
                 let verb = match verb {
                     Verb::Keep => writer::Verb::Keep,
-                    // It is due at once, and so sleeps until the sweep comes.
+                    // The process is due at once, and so sleeps until the sweep runs.
                     Verb::Park { .. } => writer::Verb::Park { wake_in: Duration::ZERO },
                     Verb::Pause => writer::Verb::Pause,
                     Verb::GiveBack => writer::Verb::GiveBack,
@@ -108,7 +108,7 @@ impl Real {
                 self.store.wake_due().await.unwrap();
             }
             Step::Die => {
-                // In SQLite whoever registers is alone.
+                // In SQLite, a worker that registers is the only one.
                 self.writer = start_worker(&self.store).await;
                 self.store.free().await.unwrap();
             }
@@ -122,7 +122,7 @@ async fn start_worker(store: &Store) -> Writer {
     let worker = NewWorker { name, host, os_pid: 1, version, queues: vec!["default".into()], slots: 8, sites: vec![] };
     store.register(me, &worker).await.unwrap();
     let (writer, task) = Writer::new(store, me, &Arc::new(Semaphore::new(8))).await.unwrap();
-    #[expect(clippy::disallowed_methods, reason = "it ends with the test's runtime")]
+    #[expect(clippy::disallowed_methods, reason = "the task ends with the test's runtime")]
     tokio::task::spawn(task);
     writer
 }
@@ -134,13 +134,13 @@ fn model_step(row: &mut Row, step: &Step) {
             row.claim(Incarnation { worker: 0, generation: 0 }, rules);
         }
         Step::Write { n_old, verb } => {
-            // There is no lease before the first.
+            // Before the first lease there is none.
             if let Some(epoch) = row.epoch.checked_sub(*n_old) {
                 row.write(Write { epoch, checkpoint: None, verb: *verb }, rules);
             }
         }
         Step::Ask(verb) => row.control(*verb, false, rules),
-        // The sweep of the timers sees only what sleeps.
+        // The sweep of the timers sees only sleeping processes.
         Step::Wake if row.place == Place::Parked && row.state == State::Waiting => row.wake(rules),
         Step::Die if row.place == Place::Held => row.free(false, rules),
         Step::Wake | Step::Die => {}

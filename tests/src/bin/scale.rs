@@ -1,8 +1,9 @@
-//! Times what must stay quick in a database of millions of rows. `tests/bench/scale` fills one and runs this.
+//! Times the operations that must stay quick in a database of millions of rows. `tests/bench/scale` fills one and runs
+//! this.
 //!
 //!     scale DATABASE_URL N
 
-#![expect(clippy::print_stdout, reason = "the table is what it is for")]
+#![expect(clippy::print_stdout, reason = "prints a table")]
 
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -15,7 +16,7 @@ use baton_common::store::control::Request;
 use baton_common::store::{Location, Store};
 use baton_tests::services::programs;
 
-/// Calls of which the median counts, after one that warms up.
+/// The number of calls whose median counts, after a warm-up call.
 const CALLS: usize = 5;
 
 type Failure = Box<dyn std::error::Error>;
@@ -32,7 +33,7 @@ async fn main() -> Result<(), Failure> {
     once(&store, n).await
 }
 
-/// The wall clock of `baton`, from its start to its end.
+/// The wall-clock time of `baton`, from start to exit.
 fn commands(url: &str) -> Result<(), Failure> {
     let lists = [
         "",
@@ -118,7 +119,7 @@ async fn statements(store: &Store) -> Result<(), Failure> {
     Ok(())
 }
 
-/// What can be done only once.
+/// Operations that can be done only once.
 async fn once(store: &Store, n: u64) -> Result<(), Failure> {
     println!();
     let select = Select { session: Some("night".into()), ..Select::default() };
@@ -178,7 +179,7 @@ fn print(name: &str, time: Duration) {
     println!("{name:<48}{:>9.1}", time.as_secs_f64() * 1e3);
 }
 
-/// Runs the command without a broker, and gives what it printed.
+/// Runs the command without a broker, and returns its output.
 fn baton(url: &str, words: &[&str]) -> Result<String, Failure> {
     let mut command = Command::new(programs().join("baton"));
     command.args(words).env_clear().env("BATON_DATABASE_URL", url).current_dir(Path::new("/")).stdin(Stdio::null());

@@ -1,4 +1,4 @@
-//! What is wrong is said in one clear line with the remedy and the right exit code, and nothing is half-done.
+//! Bad input gives one clear line with the remedy and the right exit code, and has no partial effect.
 
 use baton_tests::scene::Scene;
 
@@ -53,13 +53,13 @@ async fn a_missing_or_refusing_server_is_named_without_its_password() {
     run(&[("BATON_DATABASE_URL", "mysql://x")], &["list"]).await.exits(2);
     let output = run(&[("BATON_DATABASE_URL", "postgres://u:s3cret#x@127.0.0.1:9/x")], &["list"]).await.exits(2);
     assert!(output.stderr.contains("%23"), "{output:?}");
-    // A log that cannot be written ends nothing.
+    // An unwritable log does not fail a command.
     let mut list = scene.command(&["list"]);
     list.env("BATON_LOG", "trace").stdout(std::process::Stdio::null());
     list.stderr(std::fs::File::options().write(true).open("/dev/full").unwrap());
     assert!(list.status().await.unwrap().success());
 
-    // Without a broker a submit is as durable as with one, and says so.
+    // Without a broker a submit is just as durable, and prints that the announcement is missing.
     let output = run(&[("BATON_BROKER_URL", "amqp://u:s3cret@127.0.0.1:9/x")], &["submit", &spec]).await.ok();
     assert!(output.stderr.contains("recorded, but not announced"), "{output:?}");
     assert_eq!(scene.count("place = 0").await, 1);
@@ -85,7 +85,7 @@ async fn a_worker_that_its_broker_does_not_let_in_is_named() {
     scene.baton(&["list"]).await.ok();
     let wrong = scene.broker_url().replace("guest:guest", "guest:s3cret");
     let _worker = scene.worker_with(&[("BATON_BROKER_URL", &wrong)], "w1", &[]);
-    baton_tests::eventually("it is named", std::time::Duration::from_secs(30), async || {
+    baton_tests::eventually("the fault is named", std::time::Duration::from_secs(30), async || {
         let workers = scene.baton(&["workers"]).await;
         if workers.stdout.contains("lacks a broker") { Ok(()) } else { Err(workers) }
     })

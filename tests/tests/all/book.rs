@@ -1,4 +1,4 @@
-//! The book and the other documents: every page is listed, every link leads somewhere, and the reference is complete.
+//! The book and the other documents: every page is listed, every link has a target, and the reference is complete.
 
 use std::collections::BTreeSet;
 use std::path::{Component, Path, PathBuf};
@@ -10,7 +10,7 @@ use tokio::process::Command;
 /// The pages of the book, relative to its source folder.
 const SOURCE: &str = "docs/src";
 
-/// Documents outside of the book.
+/// Documents outside the book.
 const DOCUMENTS: [&str; 8] = [
     "README.md",
     "ARCHITECTURE.md",
@@ -22,7 +22,7 @@ const DOCUMENTS: [&str; 8] = [
     "tests/FAULTS.md",
 ];
 
-/// The README is read in one sitting, the map of the source in two.
+/// Length limits: the README takes one sitting, the map of the source two.
 const README_BYTES_MAX: usize = 8 * 1024;
 const ARCHITECTURE_BYTES_MAX: usize = 12 * 1024;
 
@@ -35,7 +35,7 @@ pub(crate) fn read(document: &str) -> String {
     std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
 }
 
-/// Every page of the book below this folder, with its path from the root.
+/// Every page of the book below this folder, with its path relative to the root.
 pub(crate) fn pages(folder: &str) -> Vec<String> {
     let mut pages = Vec::new();
     for entry in std::fs::read_dir(root().join(folder)).unwrap().flatten() {
@@ -50,23 +50,23 @@ pub(crate) fn pages(folder: &str) -> Vec<String> {
     pages
 }
 
-/// Every document of the project, with its path from the root.
+/// Every document of the project, with its path relative to the root.
 pub(crate) fn documents() -> Vec<String> {
     DOCUMENTS.map(str::to_owned).into_iter().chain(pages(SOURCE)).collect()
 }
 
-/// The text outside of fenced blocks.
+/// The text outside fenced blocks.
 fn prose(text: &str) -> String {
     text.split("```").step_by(2).collect()
 }
 
-/// The targets of the links of a document.
+/// The link targets of a document.
 fn links(text: &str) -> Vec<String> {
     let text = prose(text);
     text.split("](").skip(1).map(|rest| rest.split(')').next().unwrap_or_default().to_owned()).collect()
 }
 
-/// A heading as the name of an anchor.
+/// The anchor name of a heading.
 fn anchor(heading: &str) -> String {
     let kept = heading.to_lowercase();
     kept.chars().filter(|c| c.is_alphanumeric() || " -_".contains(*c)).map(|c| if c == ' ' { '-' } else { c }).collect()
@@ -80,7 +80,7 @@ fn anchors(text: &str) -> BTreeSet<String> {
         .collect()
 }
 
-/// A path without `.` and `..`.
+/// The path without `.` and `..`.
 fn normal(path: &Path) -> PathBuf {
     let mut normal = PathBuf::new();
     for component in path.components() {
@@ -95,7 +95,7 @@ fn normal(path: &Path) -> PathBuf {
     normal
 }
 
-/// The words in backticks of a document, outside of fenced blocks.
+/// The words in backticks of a document, outside fenced blocks.
 pub(crate) fn quoted(text: &str) -> BTreeSet<String> {
     prose(text).split('`').skip(1).step_by(2).map(str::to_owned).collect()
 }
@@ -104,7 +104,7 @@ pub(crate) fn quoted(text: &str) -> BTreeSet<String> {
 fn every_page_is_in_the_summary_once() {
     let summary = links(&read("docs/src/SUMMARY.md"));
     let listed: BTreeSet<String> = summary.iter().map(|page| format!("{SOURCE}/{page}")).collect();
-    assert_eq!(listed.len(), summary.len(), "a page stands twice in SUMMARY.md");
+    assert_eq!(listed.len(), summary.len(), "a page is listed twice in SUMMARY.md");
     let pages: BTreeSet<String> = pages(SOURCE).into_iter().filter(|page| !page.ends_with("/SUMMARY.md")).collect();
     assert_eq!(listed, pages);
 }
@@ -165,11 +165,11 @@ fn every_configuration_key_is_in_the_reference() {
             missing.extend(keys.into_iter().filter(|key| !page.contains(key)));
         }
     }
-    assert!(!section.is_empty(), "the documented configuration is not read");
-    assert!(missing.is_empty(), "not in the reference: {missing:?}");
+    assert!(!section.is_empty(), "the documented configuration was not found");
+    assert!(missing.is_empty(), "missing in the reference: {missing:?}");
 }
 
-/// Keys stand in the source as `path: "retry", known: &["max", "wait"]`.
+/// The source lists keys as `path: "retry", known: &["max", "wait"]`.
 #[test]
 fn every_key_of_a_spec_is_in_the_reference() {
     let page = quoted(&read("docs/src/reference/spec.md"));
@@ -192,23 +192,23 @@ fn every_key_of_a_spec_is_in_the_reference() {
             }
         }
     }
-    assert!(known.len() > 40, "the keys of a spec are not read: {known:?}");
-    // These have keys of their own, which are listed.
+    assert!(known.len() > 40, "the keys of a spec were not found: {known:?}");
+    // These have their own keys, which are listed.
     for parent in ["needs", "ok"] {
         known.remove(parent);
     }
     let missing: Vec<_> = known.into_iter().filter(|key| !page.contains(key)).collect();
-    assert!(missing.is_empty(), "not in the reference: {missing:?}");
+    assert!(missing.is_empty(), "missing in the reference: {missing:?}");
 }
 
-/// The commands that the help of a command lists.
+/// The commands in the help of a command.
 async fn commands(arguments: &[&str]) -> Vec<String> {
     let mut command = Command::new(programs().join("baton"));
     command.args(arguments).arg("--help");
     let help = output(command).await.ok().stdout;
     let Some((_, list)) = help.split_once("\nCommands:\n") else { return Vec::new() };
     let lines = list.lines().take_while(|line| !line.trim().is_empty());
-    // A line that goes on with the text of the one before begins further to the right.
+    // A continuation line is indented further.
     let names = lines.filter(|line| line.starts_with("  ") && !line.starts_with("   "));
     let names = names.filter_map(|line| line.split_whitespace().next()).filter(|name| *name != "help");
     names.map(|name| [arguments, &[name]].concat().join(" ")).collect()
@@ -225,7 +225,7 @@ async fn the_reference_has_every_command_and_no_other() {
         }
         known.extend(below);
     }
-    assert!(known.len() > 25, "the commands are not read: {known:?}");
+    assert!(known.len() > 25, "the commands were not found: {known:?}");
     let page = read("docs/src/reference/cli.md");
     let rows = page.lines().filter_map(|line| line.strip_prefix("| `baton ")?.split('`').next());
     let is_name = |word: &&str| word.chars().all(|c| c.is_ascii_lowercase());
@@ -258,5 +258,5 @@ async fn every_column_of_the_database_is_in_the_reference() {
         }
     }
     assert!(columns.lines().count() > 80, "{columns}");
-    assert!(missing.is_empty(), "not in the reference: {missing:?}");
+    assert!(missing.is_empty(), "missing in the reference: {missing:?}");
 }

@@ -1,4 +1,4 @@
-//! A fleet in the middle of its work, on services of its own, for tests that break them.
+//! A fleet at work on private services, for tests that break them.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -13,7 +13,7 @@ use baton_tests::witness::Witness;
 pub(crate) const PROCESSES: u32 = 500;
 const ADVANCES: u64 = 40;
 
-/// Within so long of a fault's end something advances again.
+/// Work must advance within this time after a fault.
 const GOES_ON: Duration = Duration::from_secs(10);
 
 /// Two workers in the middle of their work.
@@ -28,7 +28,7 @@ impl Busy {
         Self::with(Scene::private().await, &[]).await
     }
 
-    /// The same, whose workers have more variables.
+    /// Like `new`, with additional environment variables for the workers.
     pub(crate) async fn with(scene: Scene, variables: &[(&str, &str)]) -> Self {
         journal::keep(&scene).await;
         let mut workers = Vec::new();
@@ -49,7 +49,7 @@ impl Busy {
     }
 
     pub(crate) async fn has_advanced(&self, lines: usize) {
-        eventually("it is in the middle", Duration::from_secs(60), async || {
+        eventually("the fleet is at work", Duration::from_secs(60), async || {
             let now = self.witness().lines();
             if now >= lines { Ok(()) } else { Err(now) }
         })
@@ -60,11 +60,11 @@ impl Busy {
         Witness::read(&self.scene.path("witness"))
     }
 
-    /// Right after a fault's end: something advances soon, all finish, nothing is lost or repeated, and no worker was
-    /// started again.
+    /// Checks the fleet right after a fault: work advances soon, all processes finish, nothing is lost or repeated, and
+    /// no worker was restarted.
     pub(crate) async fn finishes(&mut self) {
         let before = self.witness().lines();
-        eventually("it goes on", GOES_ON, async || {
+        eventually("work advances", GOES_ON, async || {
             let now = self.witness().lines();
             let is_done = now >= self.pids.len() * ADVANCES as usize;
             if now > before || is_done { Ok(()) } else { Err(now) }
@@ -81,7 +81,7 @@ impl Busy {
         }
     }
 
-    /// The same, and each process had one lease from its beginning to its end.
+    /// Checks the same as `finishes`, and that each process had a single lease from beginning to end.
     pub(crate) async fn check(mut self) {
         self.finishes().await;
         self.witness().check(&self.pids, ADVANCES, &BTreeSet::new());
@@ -92,13 +92,13 @@ impl Busy {
         }
     }
 
-    /// What its workers have logged.
+    /// The logs of its workers.
     pub(crate) fn logs(&self) -> String {
         self.workers.iter().map(Worker::log).collect()
     }
 }
 
-/// Runs what blocks the thread.
+/// Runs code that blocks the thread.
 pub(crate) async fn blocking(work: impl FnOnce() + Send) {
     tokio::task::block_in_place(work);
 }

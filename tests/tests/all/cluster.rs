@@ -1,4 +1,4 @@
-//! A broker of three nodes, of which one is killed and another cut off; hosts that are dead; messages that the broker drops.
+//! A broker of three nodes, with one node killed or isolated; dead hosts; messages that the broker drops.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -14,10 +14,10 @@ const PROCESSES: u32 = 500;
 const ADVANCES: u64 = 12;
 const QUEUE: &str = "baton.task.default";
 
-/// How soon work that is queued is taken up again, whatever happens to one node.
+/// Queued work is taken within this time, whatever happens to one node.
 const GOES_ON: Duration = Duration::from_secs(10);
 
-/// The node, from 1, that leads a queue, as another node sees it.
+/// The node, counted from 1, that leads a queue, according to another node.
 async fn leader(scene: &Scene, seen_from: usize, queue: &str) -> usize {
     eventually("the queue has a leader", Duration::from_secs(20), async || {
         let queue = scene.queue_at(seen_from, queue).await;
@@ -31,7 +31,7 @@ async fn leader(scene: &Scene, seen_from: usize, queue: &str) -> usize {
     .await
 }
 
-/// Waits until so many more processes have been taken for the first time.
+/// Waits until this many more processes are in their first attempt.
 async fn are_taken(scene: &Scene, more: u64) {
     let before = scene.count("epoch > 0").await;
     eventually("queued processes are taken", GOES_ON, async || {
@@ -46,7 +46,7 @@ async fn are_taken(scene: &Scene, more: u64) {
 async fn a_killed_leader_and_a_node_that_is_cut_off_cost_only_time() {
     let scene = Scene::cluster().await;
     let urls = scene.broker_urls();
-    // Each worker begins with another node.
+    // Each worker connects to a different node first.
     let mut workers = Vec::new();
     for (idx, name) in ["w1", "w2", "w3"].into_iter().enumerate() {
         let hosts = [&urls[idx..], &urls[..idx]].concat().join(",");
@@ -65,9 +65,9 @@ async fn a_killed_leader_and_a_node_that_is_cut_off_cost_only_time() {
     are_taken(&scene, 20).await;
     tokio::task::block_in_place(|| scene.services().start_node(killed));
 
-    // It comes back as a follower; the next to go is whoever leads now.
+    // It comes back as a follower; the next victim is the current leader.
     let cut_off = leader(&scene, killed, QUEUE).await;
-    assert_ne!(cut_off, killed, "a node that comes back follows");
+    assert_ne!(cut_off, killed, "a restarted node is a follower");
     let host = urls[cut_off - 1].rsplit('@').next().and_then(|rest| rest.split('/').next()).unwrap();
     let leavings = || workers.iter().map(|worker| worker.log().matches(host).count()).sum::<usize>();
     let n_left = leavings();
@@ -77,12 +77,12 @@ async fn a_killed_leader_and_a_node_that_is_cut_off_cost_only_time() {
         let consumers = scene.queue_at(killed, QUEUE).await["consumers"].clone();
         if consumers == 3 { Ok(()) } else { Err(consumers) }
     });
-    // Whoever reaches only that node is as sure of a submit as with no broker at all.
+    // A submit that reaches only the isolated node is as durable as one without a broker.
     let late = scene.spec("late.yaml", "call: baton.noop").display().to_string();
     let late = ["--broker-url", &urls[cut_off - 1], "submit", &late, "--count", "20"];
     let ((), submitted) = tokio::join!(moved, scene.baton(&late));
     submitted.ok();
-    assert!(leavings() > n_left, "nobody was at the node that was cut off and left it");
+    assert!(leavings() > n_left, "no connection left the isolated node");
 
     let all = format!("3|4|{}", PROCESSES + 20);
     eventually("all have finished", Duration::from_secs(60), async || {
@@ -93,7 +93,7 @@ async fn a_killed_leader_and_a_node_that_is_cut_off_cost_only_time() {
     Witness::read(&scene.path("witness")).check(&pids, ADVANCES, &BTreeSet::new());
     assert_eq!(History::read(&scene, vec![]).await.violations(), Vec::<String>::new());
     let attempts = scene.sql("SELECT how, count(*), max(epoch) FROM attempt GROUP BY 1").await;
-    assert_eq!(attempts.trim(), format!("ok|{}|1", PROCESSES + 20), "a process has changed hands");
+    assert_eq!(attempts.trim(), format!("ok|{}|1", PROCESSES + 20), "a process had more than one lease");
     for worker in &mut workers {
         assert!(!worker.log().contains("declared gone"), "{}", worker.log());
         assert_eq!(worker.terminate().await.code(), Some(0));
@@ -115,7 +115,7 @@ async fn hosts_that_are_dead_or_silent_are_passed_over_and_named() {
     scene.consumed_by(QUEUE, 1).await;
     let spec = scene.spec("noop.yaml", "call: baton.noop").display().to_string();
     let variables = [("BATON_BROKER_URL", hosts.as_str())];
-    // Whether the command reaches the good host before it stops waiting depends on the machine; that it succeeds does not.
+    // Whether the command reaches the good host before its timeout depends on the machine; its success does not.
     scene.baton_in(scene.folder(), &variables, &["submit", &spec, "--wait", "--timeout", "60s"]).await.ok();
 
     let doctor = scene.baton_in(scene.folder(), &variables, &["doctor", "-o", "json"]).await.ok();
@@ -143,7 +143,7 @@ async fn what_the_delivery_limit_drops_is_told_again() {
     let scene = Scene::new().await;
     scene.policy("^baton[.]task[.]", &format!(r#"{{"delivery-limit": {LIMIT}}}"#)).await;
     let proxy = Proxy::start(&scene.broker_url()).await;
-    // With one slot, which is taken: what is delivered to this worker lies there until it is given back, or is cut off.
+    // Its only slot is taken: deliveries to this worker stay there until they are given back or the connection is cut.
     let mut worker = scene.worker("w1", &["--slots", "1", "--broker-url", &proxy.through(&scene.broker_url())]).await;
     let holder = scene.submit("{call: baton.count, with: {advances: 100000, every: 100ms}}", 1).await.remove(0);
     eventually("the slot is taken", Duration::from_secs(20), async || {

@@ -1,4 +1,4 @@
-//! What the fleet takes of the database's connections, and what it does when there is none left.
+//! The database connections that a fleet uses, and its behaviour when none is left.
 
 use std::process::Stdio;
 use std::time::Duration;
@@ -11,7 +11,7 @@ use tokio::process::{Child, Command};
 
 const LIMIT: Duration = Duration::from_secs(60);
 
-/// The database's URL for a role that may have so many connections and nothing else than this schema.
+/// The database's URL for a role with a connection limit and rights on this schema only.
 async fn role(scene: &Scene, n_connections: u32) -> String {
     let schema = scene.sql("SELECT current_schema").await.trim().to_owned();
     let user = format!("few_{schema}");
@@ -26,14 +26,14 @@ async fn role(scene: &Scene, n_connections: u32) -> String {
     scene.database_url().replacen("://baton@", &format!("://{user}@"), 1)
 }
 
-/// A program that takes a connection until it is dropped: the server closes that of a client that has nothing to ask.
+/// A program that holds a connection until it is dropped; the server then closes it, since the client is idle.
 fn greedy(url: &str) -> Child {
     let mut psql = Command::new("psql");
     psql.arg(url).kill_on_drop(true).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
     psql.spawn().unwrap()
 }
 
-/// How many connections bear a worker's name.
+/// The number of connections with a worker's name.
 async fn n_connections(scene: &Scene, worker: &str) -> u32 {
     let sql = format!("SELECT count(*) FROM pg_stat_activity WHERE application_name = 'baton-worker {worker}'");
     scene.sql(&sql).await.trim().parse().unwrap()
@@ -51,17 +51,17 @@ async fn all_have_finished(scene: &Scene, count: usize) {
 #[ignore = "needs services: run tests/run"]
 async fn a_busy_worker_has_four_connections_and_an_idle_one_two() {
     let scene = Scene::new().await;
-    // Connections are counted by the worker's name on a server that other tests use as well.
+    // Connections are counted by the worker's name, since other tests use the same server.
     let name = format!("w-{}", scene.sql("SELECT current_schema").await.trim());
     let _worker = scene.worker(&name, &["--slots", "100"]).await;
     let pids = scene.submit("{call: baton.count, with: {advances: 40, every: 20ms}}", 500).await;
     let mut most = 0;
-    // Each look is a program that is started, so there are not many.
+    // Each check starts a program, so there are few checks.
     while scene.count("state = 4").await < pids.len() as u64 {
         most = most.max(n_connections(&scene, &name).await);
     }
     assert!((3..=4).contains(&most), "{most}");
-    eventually("it has two", LIMIT, async || {
+    eventually("it has two connections", LIMIT, async || {
         let count = n_connections(&scene, &name).await;
         if count == 2 { Ok(()) } else { Err(count) }
     })
@@ -81,7 +81,7 @@ async fn a_worker_without_a_connection_says_so_and_starts_when_one_is_free() {
     let url = role(&scene, 3).await;
     let taken = [greedy(&url), greedy(&url), greedy(&url)];
     let user = url.split(['/', '@']).nth(2).unwrap();
-    eventually("all are taken", LIMIT, async || {
+    eventually("all connections are taken", LIMIT, async || {
         let count = scene.sql(&format!("SELECT count(*) FROM pg_stat_activity WHERE usename = '{user}'")).await;
         if count.trim() == "3" { Ok(()) } else { Err(count) }
     })
@@ -92,12 +92,12 @@ async fn a_worker_without_a_connection_says_so_and_starts_when_one_is_free() {
     worker.says("no connection left").await;
     worker.says("max_connections").await;
     assert!(!worker.has_ended());
-    // A command waits as well, and says for what.
+    // A command waits as well, and prints the reason.
     let said = scene.path("said");
     let mut list = scene.command(&["list"]);
     list.env("BATON_DATABASE_URL", &url).stderr(std::fs::File::create(&said).unwrap()).stdout(Stdio::null());
     let mut list = list.kill_on_drop(true).spawn().unwrap();
-    eventually("the command says what it waits for", LIMIT, async || {
+    eventually("the command prints what it waits for", LIMIT, async || {
         let text = std::fs::read_to_string(&said).unwrap();
         if text.contains("max_connections") && text.contains("waiting") { Ok(()) } else { Err(text) }
     })
@@ -108,12 +108,12 @@ async fn a_worker_without_a_connection_says_so_and_starts_when_one_is_free() {
     assert!(worker.terminate().await.success());
 }
 
-/// The others have less than they may have at this moment, and would lack it later.
+/// The other workers do not use all their connections now, and would lack them later.
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs services: run tests/run"]
 async fn one_worker_more_than_fits_waits_until_another_leaves() {
     let scene = Scene::private().await;
-    // 13 beside those of superusers.
+    // 13, not counting those reserved for superusers.
     scene.sql("ALTER SYSTEM SET max_connections = 16").await;
     tokio::task::block_in_place(|| scene.services().restart_database());
     let first = scene.worker("w1", &[]).await;
@@ -140,7 +140,7 @@ async fn one_worker_more_than_fits_waits_until_another_leaves() {
     assert!(worker.terminate().await.success());
 }
 
-/// The writer of a worker whose role may have no more connections uses those for everything else.
+/// The writer's connections also serve everything else if the worker's role has no more.
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
 async fn too_few_connections_slow_down_and_stop_nobody() {
@@ -173,7 +173,7 @@ async fn a_worker_whose_database_is_gone_stops_and_names_the_cause() {
     let mut worker = scene.worker("w1", &["--grace", "2s"]).await;
     scene.submit("{run: [sleep, '600']}", 2).await;
     scene.submit("{call: baton.count, with: {advances: 100000, every: 50ms}}", 5).await;
-    eventually("all are held", LIMIT, async || {
+    eventually("all processes are held", LIMIT, async || {
         let n_held = scene.count("place = 1").await;
         if n_held == 7 { Ok(()) } else { Err(n_held) }
     })

@@ -1,4 +1,4 @@
-//! What operators live by: pause, play and kill, of one and of many, whatever holds the processes.
+//! The operators' requests: pause, play and kill, of one process and of many, in every place.
 
 use std::time::Duration;
 
@@ -7,7 +7,7 @@ use baton_tests::process::processes_in_environment;
 use baton_tests::scene::Scene;
 use baton_tests::witness::Witness;
 
-/// Waits until so many rows are like this.
+/// Waits until this many rows satisfy the condition.
 async fn becomes(scene: &Scene, condition: &str, count: usize) {
     eventually(condition, Duration::from_secs(20), async || {
         let now = scene.count(condition).await;
@@ -52,7 +52,7 @@ async fn a_broadcast_reaches_what_is_held_queued_and_parked_and_every_worker_ans
     let played = scene.baton(&["play", "--label", "kind=held", "-o", "json"]).await.ok().json();
     assert_eq!(played["selected"], 80);
     becomes(&scene, "place = 1", 80).await;
-    eventually("they go on", Duration::from_secs(10), async || {
+    eventually("they advance again", Duration::from_secs(10), async || {
         let now = Witness::read(&witness).lines();
         if now > before { Ok(()) } else { Err(now) }
     })
@@ -93,9 +93,9 @@ async fn the_fleet_takes_nothing_while_it_is_paused_and_says_so() {
     let newcomer = scene.worker("w2", &[]).await;
     newcomer.says("the fleet is paused").await;
     scene.submit("call: baton.noop", 3).await;
-    // Long enough for the head rule and a look at the database.
+    // Long enough for the head rule and a query.
     tokio::time::sleep(Duration::from_secs(4)).await;
-    assert_eq!((scene.count("place = 0").await, scene.count("place = 1").await), (3, 1), "what is held goes on");
+    assert_eq!((scene.count("place = 0").await, scene.count("place = 1").await), (3, 1), "held processes advance");
     scene.baton(&["play", "--fleet"]).await.ok();
     becomes(&scene, "state = 4", 3).await;
     let history = scene.sql("SELECT what, outcome, by_whom, reason FROM event ORDER BY at").await;
@@ -156,7 +156,7 @@ async fn force_ends_what_a_frozen_worker_holds_and_nothing_of_it_is_left() {
     assert_eq!(output[0]["outcome"], "killed");
     let shown = scene.show(&pid).await;
     assert_eq!((&shown["state"], &shown["attempts"][0]["how"]), (&"killed".into(), &"killed".into()));
-    eventually("the program is gone, although nobody could be told", Duration::from_secs(30), async || {
+    eventually("the program is gone, although no notification was possible", Duration::from_secs(30), async || {
         let running = processes_in_environment(&mark);
         if running.is_empty() { Ok(()) } else { Err(running) }
     })
@@ -179,7 +179,7 @@ async fn a_kill_leaves_nothing_not_even_of_what_hides_nor_its_lock() {
     );
     let spec = format!("{{script: \"{hide}\", vars: {{MARK: {mark}}}}}");
     let pid = scene.submit(&spec, 1).await.remove(0);
-    eventually("it hides", Duration::from_secs(10), async || {
+    eventually("the program is detached", Duration::from_secs(10), async || {
         let status = scene.baton(&["status", &pid, "-o", "json"]).await.ok().json();
         let line = status[0]["live"]["last_line"].clone();
         if line == "hidden" { Ok(()) } else { Err(status) }
@@ -189,5 +189,5 @@ async fn a_kill_leaves_nothing_not_even_of_what_hides_nor_its_lock() {
     scene.baton(&["kill", &pid, "--wait"]).await.ok();
     assert_eq!(processes_in_environment(&mark), Vec::<u32>::new());
     let locked = tokio::process::Command::new("flock").args(["-n", lock.to_str().unwrap(), "true"]).status().await;
-    assert!(locked.unwrap().success(), "somebody holds the lock");
+    assert!(locked.unwrap().success(), "a process holds the lock");
 }

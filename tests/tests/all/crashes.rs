@@ -1,5 +1,5 @@
-//! A program that ends as if by SIGKILL at each border between a commit, a message, an acknowledgement and what happens
-//! outside. Whatever it was about to do is done by whoever comes next, and nothing is done twice that was recorded.
+//! A program crashes as if by SIGKILL at each border between a commit, a message, an acknowledgement and an external
+//! effect. Another program then completes the work, and nothing that was recorded is done twice.
 
 use std::collections::BTreeSet;
 use std::ops::RangeInclusive;
@@ -12,20 +12,20 @@ use baton_tests::history::History;
 use baton_tests::journal;
 use baton_tests::scene::Scene;
 
-/// Short advances, which are made in memory.
+/// Processes with short advances, which stay in memory.
 const QUICK: u32 = 10;
 
-/// Advances between which they are parked.
+/// Processes that are parked between advances.
 const SLEEPY: u32 = 4;
 
 /// Local programs.
 const PROGRAMS: u32 = 3;
 
-/// SIGABRT, by which a program ends at a border.
+/// SIGABRT, which ends a program at a border.
 const ABORTED: i32 = 6;
 
-/// A worker crashes at a border, each time that it is started, at the given numbers of its passing there; after that one
-/// comes that does not. A client has submitted everything before.
+/// A worker crashes at a border each time it is started, on the given passes; then a worker starts that does not crash.
+/// A client has submitted everything before.
 async fn worker_crashes(border: &str, passes: &[u32]) {
     let scene = Scene::new().await;
     journal::keep(&scene).await;
@@ -34,17 +34,17 @@ async fn worker_crashes(border: &str, passes: &[u32]) {
         format!("{{call: baton.count, with: {{advances: {advances}, every: {every}, witness: {}}}}}", witness.display())
     };
     let mut pids = scene.submit(&count(6, "20ms"), QUICK).await;
-    // Those that fell asleep in one commit wake in one. They sleep three times, so that a worker wakes some twice after another
-    // has died over the first.
+    // Processes that are parked in one commit wake in one. They sleep three times, so that some are woken twice after
+    // another worker has died on the first wake-up.
     pids.extend(scene.submit(&count(4, "1100ms"), SLEEPY).await);
     let ran = scene.path("ran");
     pids.extend(scene.submit(&format!("script: 'echo ran >> {}'", ran.display()), PROGRAMS).await);
     for pass in passes {
         if border == "free-committed" {
             let mut dead = scene.worker("dead", &["--slots", "4"]).await;
-            // The others may all have ended between a look and the kill.
+            // The others may all have ended between the check and the kill.
             let long = scene.submit(&count(50, "100ms"), 1).await.remove(0);
-            eventually("it holds the long one", Duration::from_secs(20), async || {
+            eventually("the worker holds the long process", Duration::from_secs(20), async || {
                 let n_held = scene.count(&format!("id = '{long}' AND place = 1")).await;
                 if n_held > 0 { Ok(()) } else { Err(n_held) }
             })
@@ -58,7 +58,7 @@ async fn worker_crashes(border: &str, passes: &[u32]) {
             scene.amqp().await.publish("baton.task", "default", b"garbage", <_>::default()).await;
         }
         let status = worker.ended(Duration::from_secs(30)).await;
-        assert_eq!(status.signal(), Some(ABORTED), "it has not ended at the border: {status:?}");
+        assert_eq!(status.signal(), Some(ABORTED), "no crash at the border: {status:?}");
     }
     let _last = scene.worker("w1", &["--slots", "20"]).await;
     all_end(&scene).await;
@@ -69,13 +69,13 @@ async fn worker_crashes(border: &str, passes: &[u32]) {
         history.processes.len()
     );
     let n_ran = std::fs::read_to_string(&ran).unwrap().lines().count();
-    // A program whose end was not recorded runs again: what it does outside happens at least once.
+    // A program whose end was not recorded runs again: its external effects happen at least once.
     let n_repeated = if border.starts_with("program-") { passes.len() * PROGRAMS as usize } else { 0 };
     let at_most = PROGRAMS as usize + n_repeated + repeated_holdings(&history);
     assert!((PROGRAMS as usize..=at_most).contains(&n_ran), "{n_ran} programs ran");
 }
 
-/// How many holdings were cut off by the death of their worker.
+/// The number of holdings that the death of their worker cut off.
 fn repeated_holdings(history: &History) -> usize {
     history.processes.values().flat_map(|process| &process.attempts).filter(|attempt| attempt.how == "lost").count()
 }
@@ -88,17 +88,17 @@ async fn all_end(scene: &Scene) {
     .await;
 }
 
-/// A command of the CLI that crashes at a border.
+/// A CLI command that crashes at a border.
 async fn command_crashes(scene: &Scene, border: &str, pass: u32, arguments: &[&str]) {
     let failpoints = format!("{border}={}*off->return", pass - 1);
     let output = scene.baton_in(scene.folder(), &[("FAILPOINTS", &failpoints)], arguments).await;
-    // A code of -1 stands for an end by a signal.
-    assert_eq!((output.code, output.stdout.as_str()), (-1, ""), "it has not ended at the border: {}", output.stderr);
+    // The code -1 stands for an end by a signal.
+    assert_eq!((output.code, output.stdout.as_str()), (-1, ""), "no crash at the border: {}", output.stderr);
 }
 
-/// `baton submit` crashes; what it has committed is run, and what it has not committed was not accepted. The first page has
-/// 100 processes; how large the others are, the broker's speed decides. What is published before its queue is there, the first
-/// two pages or so, the broker returns, and it is published twice.
+/// `baton submit` crashes: what it has committed runs, and the rest was not accepted. The first page has 100 processes;
+/// the size of the others depends on the broker's speed. The broker returns what is published before its queue exists,
+/// about the first two pages, and it is published again.
 async fn submit_crashes(border: &str, pass: u32, committed: RangeInclusive<u64>) {
     let scene = Scene::new().await;
     journal::keep(&scene).await;
@@ -112,7 +112,7 @@ async fn submit_crashes(border: &str, pass: u32, committed: RangeInclusive<u64>)
     assert_eq!(scene.count("state = 4 AND epoch = 1").await, n_committed);
 }
 
-/// Names the tests, and with them the borders that are tested.
+/// Names the tests, and thereby the borders that are tested.
 macro_rules! crashes {
     (worker { $($worker:ident $at:literal $passes:expr;)* } client { $($client:ident $border:literal $body:expr;)* }) => {
         $(
@@ -166,14 +166,14 @@ crashes! {
     }
 }
 
-/// The holder learns of the request at its next beat.
+/// The holder learns of the request at its next heartbeat.
 async fn a_request_crashes() {
     let scene = Scene::new().await;
     journal::keep(&scene).await;
     let _worker = scene.worker("w1", &[]).await;
     let pid = scene.submit("{call: baton.count, with: {advances: 100000, every: 50ms}}", 1).await.remove(0);
     for (verb, state) in [("pause", "paused"), ("play", "running"), ("kill", "killed")] {
-        eventually("it is there", Duration::from_secs(20), async || {
+        eventually("the process exists", Duration::from_secs(20), async || {
             let now = scene.show(&pid).await["state"].clone();
             if verb == "play" || now == "running" { Ok(()) } else { Err(now) }
         })
@@ -188,7 +188,7 @@ async fn a_request_crashes() {
     History::read(&scene, vec![]).await.check();
 }
 
-/// Pages that are committed are obeyed, and the same command again does the rest.
+/// Committed pages are obeyed, and the same command handles the rest when it is repeated.
 async fn a_request_to_many_crashes() {
     let scene = Scene::new().await;
     journal::keep(&scene).await;
@@ -203,7 +203,7 @@ async fn a_request_to_many_crashes() {
     History::read(&scene, vec![]).await.accepting(&pids).check();
 }
 
-/// The answers to some commits are lost: the worker sends them again, and learns at its next beats what it holds.
+/// The answers to some commits are lost: the worker repeats them, and learns at its next heartbeats what it holds.
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
 async fn commits_whose_answers_are_lost_are_found_out() {
@@ -226,5 +226,5 @@ async fn commits_whose_answers_are_lost_are_found_out() {
     let history = History::read(&scene, vec![]).await.accepting(&pids);
     history.check();
     let given_back = scene.sql("SELECT count(*) FROM attempt WHERE reason LIKE '%answer to its claim was lost%'").await;
-    assert_ne!(given_back.trim(), "0", "no claim was without its answer");
+    assert_ne!(given_back.trim(), "0", "no claim lost its answer");
 }

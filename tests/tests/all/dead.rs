@@ -1,4 +1,4 @@
-//! `baton dead`: what nobody could use is looked at, sent again once the cause is mended, or thrown away.
+//! `baton dead`: dead letters are inspected, replayed once the cause is fixed, or deleted.
 
 use std::time::Duration;
 
@@ -19,7 +19,7 @@ async fn dead(scene: &Scene) -> Vec<Value> {
     scene.baton(&["dead", "list", "-o", "json"]).await.ok().json().as_array().unwrap().clone()
 }
 
-/// Waits until one letter is dead that fulfils this.
+/// Waits until exactly one dead letter exists that satisfies the probe.
 async fn one_dead(scene: &Scene, what: &str, probe: impl Fn(&Value) -> bool) -> Value {
     eventually(what, Duration::from_secs(20), async || {
         let letters = dead(scene).await;
@@ -40,7 +40,7 @@ async fn a_dead_letter_is_shown_with_its_reason_and_replayed_once_its_cause_is_m
     let scene = Scene::new().await;
     let _worker = scene.worker("w1", &[]).await;
     let amqp = scene.amqp().await;
-    // The queue is there once somebody has submitted to it, or a worker serves it.
+    // The queue exists once a process was submitted to it, or a worker serves it.
     scene.submit("call: baton.noop", 1).await;
     let pid = new_pid();
     amqp.publish_json("baton.task", "default", &json!({"version": 1, "type": "continue", "pid": pid})).await;
@@ -57,7 +57,7 @@ async fn a_dead_letter_is_shown_with_its_reason_and_replayed_once_its_cause_is_m
     assert_eq!(show[0]["headers"]["x-baton-dead-id"], id);
     assert!(scene.baton(&["dead", "show", id]).await.ok().stdout.contains("x-baton-reason"));
 
-    // Nothing is mended yet, so it comes back as another letter.
+    // The cause is not fixed yet, so it comes back as another letter.
     let replay = scene.baton(&["dead", "replay", id]).await.ok().stdout;
     assert_eq!(replay, format!("{id}  replayed to baton.task.default\n"));
     let again = one_dead(&scene, "it comes back", |letter| letter["id"] != id).await;
@@ -66,7 +66,7 @@ async fn a_dead_letter_is_shown_with_its_reason_and_replayed_once_its_cause_is_m
     let spec = json!({"call": "baton.noop", "hold": true});
     amqp.publish_json("baton.task", "default", &json!({"version": 1, "type": "launch", "pid": pid, "spec": spec}))
         .await;
-    eventually("the process is there", Duration::from_secs(20), async || {
+    eventually("the process exists", Duration::from_secs(20), async || {
         let show = scene.baton(&["show", &pid]).await;
         if show.code == 0 { Ok(()) } else { Err(show) }
     })
@@ -89,10 +89,10 @@ async fn a_launch_that_is_replayed_again_and_again_runs_once() {
     let with = json!({"advances": 3, "every": "200ms", "witness": witness});
     let launch = json!({"version": 1, "type": "launch", "pid": pid, "spec": {"call": "baton.count", "with": with}});
     let bury = async || amqp.publish("", "baton.dead", launch.to_string().as_bytes(), from("baton.task.default")).await;
-    // Whoever looks declares the queue; a worker that has just started may not have done so yet, and the broker confirms
-    // what goes to no queue.
+    // `dead list` declares the queue. A worker that has just started may not have declared it yet, and the broker
+    // confirms unroutable messages.
     assert_eq!(dead(&scene).await, Vec::<Value>::new());
-    // Two copies: what a crash between publishing and acknowledging leaves. They are one letter.
+    // Two copies, as after a crash between publish and acknowledgement. They are one letter.
     bury().await;
     bury().await;
     let ids = scene.baton(&["dead", "list", "-o", "ids"]).await.ok().stdout;
@@ -170,7 +170,7 @@ async fn letters_are_dropped_by_those_who_mean_it_and_what_is_refused_is_kept() 
     assert_eq!(dead(&scene).await, Vec::<Value>::new());
 }
 
-/// A message id that is not UTF-8, which AMQP's libraries refuse to send as a rule.
+/// A message id that is not UTF-8; AMQP libraries usually refuse to send it.
 const UNREADABLE: &str = r#"
 import sys, pika
 connection = pika.BlockingConnection(pika.URLParameters(sys.argv[1]))
@@ -191,7 +191,7 @@ async fn a_letter_that_cannot_be_read_is_taken_away_by_the_broker_and_costs_no_o
     assert!(refused.stderr.contains("not UTF-8") && refused.stderr.contains("management UI"), "{refused:?}");
     let vhost = scene.queues().await[0]["vhost"].as_str().unwrap().to_owned();
     let take = r#"{"count": 1, "ackmode": "ack_requeue_false", "encoding": "auto"}"#;
-    eventually("the broker takes it away", Duration::from_secs(20), async || {
+    eventually("the broker removes it", Duration::from_secs(20), async || {
         let taken = scene.manage("POST", &format!("queues/{vhost}/baton.dead/get"), take).await;
         if taken.contains("first") { Ok(()) } else { Err(taken) }
     })

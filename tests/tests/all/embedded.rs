@@ -1,4 +1,4 @@
-//! `baton run`: nothing installed but Baton.
+//! `baton run`: only Baton is installed.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -111,7 +111,7 @@ async fn killed_in_the_middle_of_a_count_it_goes_on_where_it_was() {
     let output = home.baton(&["run", &spec]).await.ok();
     assert!(output.stderr.contains("resuming"), "{output:?}");
     let pid = pid.unwrap().trim().to_owned();
-    // Each of the two kills may have cost one advance that was not committed yet.
+    // Each of the two kills may have cost one uncommitted advance.
     let lines = Witness::read(&witness).lines();
     assert!((40..=42).contains(&lines), "{lines}");
     let show = home.baton(&["show", &pid, "-o", "json"]).await.ok().json();
@@ -121,7 +121,8 @@ async fn killed_in_the_middle_of_a_count_it_goes_on_where_it_was() {
     assert_ne!(again.stdout.trim(), pid);
 }
 
-/// As if by SIGKILL at each border of a commit, then as if its answer were lost. `fault` is what happens at the second pass.
+/// A crash as if by SIGKILL at each border of a commit, then a lost answer to the commit. `fault` happens on the second
+/// pass.
 #[tokio::test]
 async fn it_crashes_at_each_border_of_a_commit_and_goes_on_where_it_was() {
     for border in ["submit-committed", "claim-committed", "advance-made", "checkpoint-committed", "departure-committed"]
@@ -134,10 +135,10 @@ async fn it_crashes_at_each_border_of_a_commit_and_goes_on_where_it_was() {
         ));
         let first =
             home.command(&["run", &spec]).env("FAILPOINTS", format!("{border}=1*return")).output().await.unwrap();
-        assert_eq!(first.status.code(), None, "{border}: it has not crashed: {first:?}");
+        assert_eq!(first.status.code(), None, "{border}: no crash: {first:?}");
         let list = home.baton(&["list", "-o", "ids"]).await.ok().stdout;
         assert_eq!(list.lines().count(), 1, "{border}: {list}");
-        // A process whose end was committed has ended, and the same file is a new one.
+        // If the end was committed, the process has ended, and the same file starts a new one.
         home.baton(&["run", &spec]).await.ok();
         let ids = home.baton(&["list", "-o", "ids", "-n", "0"]).await.ok().stdout;
         let pids: Vec<String> = ids.lines().map(str::to_owned).collect();
@@ -230,7 +231,7 @@ async fn programs_get_their_input_and_variables_and_their_output_is_kept() {
     assert_eq!((logs.stdout.as_str(), logs.stderr.as_str()), ("in\nred\n", "oops\n"));
 }
 
-/// The files of an embedded database are beside it, for `run` and for the commands that look there.
+/// The files of an embedded database are next to it, for `run` and for the commands that use it.
 #[tokio::test]
 async fn files_of_a_process_are_kept_beside_the_database() {
     let home = Home::new();
@@ -252,7 +253,7 @@ async fn files_of_a_process_are_kept_beside_the_database() {
     assert_eq!(stored["young"]["objects"], 4, "two contents and two manifests: {stored}");
 }
 
-/// The place that is configured is a fleet's: a run neither puts there what it needs, nor looks there for what it has.
+/// The configured object store belongs to a fleet: a run neither stores files there nor reads them from there.
 #[tokio::test]
 async fn files_of_a_run_are_beside_its_database_whatever_is_configured() {
     let home = Home::new();
@@ -274,7 +275,7 @@ async fn files_of_a_run_are_beside_its_database_whatever_is_configured() {
     assert!(!home.path("configured").exists() && !home.path("named").exists());
 }
 
-/// A run whose results have no place ends, and the next one goes on where it was: the program does not run again.
+/// A run that cannot store its results ends, and the next one resumes: the program does not run again.
 #[tokio::test]
 async fn results_without_a_place_end_the_run_and_the_next_one_collects_them() {
     let home = Home::new();

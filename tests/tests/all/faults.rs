@@ -1,4 +1,4 @@
-//! Services that die, come back, come back empty: it costs time and nothing else. Each test has its own services.
+//! Services die, come back, or come back empty: this costs only time. Each test has its own services.
 
 use std::time::Duration;
 
@@ -81,7 +81,7 @@ async fn a_fleet_without_its_broker_takes_work_and_orders_from_the_database() {
         assert!(output.stderr.contains("warning"), "{}", output.stderr);
         state_is(pid, state).await;
     }
-    eventually("the others have finished", Duration::from_secs(20), async || {
+    eventually("the other processes have finished", Duration::from_secs(20), async || {
         let n_finished = scene.count("place = 3 AND state = 4").await;
         if n_finished == noops.len() as u64 { Ok(()) } else { Err(n_finished) }
     })

@@ -1,4 +1,4 @@
-//! Files that go with processes: captured when they are submitted, listed, fetched, and removed when nobody needs them.
+//! Files of processes: captured on submission, listed, fetched, and removed when nothing needs them.
 
 use std::path::{Path, PathBuf};
 
@@ -9,7 +9,7 @@ use baton_common::store::blob::Outcome;
 use baton_tests::scene::{Output, Scene};
 use serde_json::{Value, json};
 
-/// A scene with a document, files beside it, and a folder for objects that is not there yet.
+/// A scene with a document, files next to it, and a folder for objects that does not exist yet.
 struct Desk {
     scene: Scene,
 }
@@ -17,7 +17,7 @@ struct Desk {
 impl Desk {
     async fn new(files: &[(&str, &str)]) -> Self {
         let scene = Scene::new().await;
-        // Whoever connects first makes the schema, in which is then seen that nothing was stored.
+        // The first connection creates the schema; the test then checks that nothing was stored.
         scene.baton(&["list"]).await.ok();
         std::fs::create_dir(scene.path("desk")).unwrap();
         for (name, content) in files {
@@ -41,7 +41,7 @@ impl Desk {
         Objects::open(&config::Objects { url, ..config::Objects::default() }).unwrap()
     }
 
-    /// From another folder than the document's.
+    /// Runs a command in a folder other than the document's.
     async fn baton(&self, arguments: &[&str]) -> Output {
         let folder = self.objects_folder().display().to_string();
         self.scene.baton_in(self.scene.folder(), &[("BATON_OBJECTS_URL", &folder)], arguments).await
@@ -58,7 +58,7 @@ impl Desk {
         self.baton(&["submit", &document, "-o", "ids"]).await.ok().stdout.trim().to_owned()
     }
 
-    /// Ends a process as a worker would that has run it on a site and kept these files.
+    /// Ends a process as a worker does after it ran at a site and left these files.
     async fn end(&self, pid: &str, files: &[(&str, &str)]) {
         let objects = self.objects();
         let mut entries = Vec::new();
@@ -104,7 +104,7 @@ async fn what_is_submitted_depends_on_the_client_no_more() {
     assert_eq!(files, [("a.txt", b"a".to_vec()), ("data/b.txt", b"b".to_vec()), ("data/same.txt", b"a".to_vec())]);
     // Three contents and the manifest.
     assert_eq!(desk.n_objects(), 4);
-    // The same once more needs nothing more.
+    // A second, identical submission stores nothing more.
     let desk_again = desk.scene.path("desk");
     std::fs::create_dir_all(desk_again.join("data")).unwrap();
     for (name, content) in [("a.txt", "a"), ("data/b.txt", "b"), ("data/same.txt", "a"), ("c.tgz", "c")] {
@@ -127,7 +127,7 @@ async fn what_is_missing_is_told_at_once_before_anything_is_stored() {
     assert!(!desk.objects_folder().exists());
     assert_eq!(desk.scene.count("true").await, 0);
 
-    // A site that the configuration does not have, if it has any.
+    // A site that is missing in a configuration with sites.
     let sites = "[sites.clutter]\ntransport = 'local'\nlauncher = 'fork'\nroot = '/x'\n[sites.farm]\n\
                  transport = 'local'\nlauncher = 'fork'\nroot = '/x'\n";
     let config = desk.scene.spec("sites.toml", sites).display().to_string();
@@ -224,7 +224,7 @@ async fn results_are_listed_and_fetched_once() {
     assert_eq!(std::fs::read_to_string(desk.scene.path("fetched/a.out")).unwrap(), "result");
     assert_eq!(files_below(&desk.scene.path("fetched")), 3);
 
-    // What is damaged is not taken.
+    // A damaged object is not accepted.
     std::fs::write(url, "RESULT").unwrap();
     let other = desk.scene.path("other").display().to_string();
     let damaged = desk.baton(&["results", &pid, "--get", &other]).await.exits(1);
@@ -272,7 +272,7 @@ async fn what_no_process_needs_is_removed_and_nothing_else() {
         assert!(objects.has(Digest::of(content.as_bytes())).await.unwrap(), "{content}");
     }
 
-    // Where it is not known what a process needs, nothing is removed.
+    // If the needs of a process are unknown, nothing is removed.
     objects.put_bytes(b"stray".to_vec()).await.unwrap();
     desk.scene.sql("UPDATE spec SET body = '\\xff80' RETURNING 1").await;
     let refused = desk.baton(&["gc", "--older-than", "1ms"]).await.exits(4);
@@ -280,7 +280,7 @@ async fn what_no_process_needs_is_removed_and_nothing_else() {
     assert!(objects.has(stray).await.unwrap());
 }
 
-/// Two databases by mistake share a place, as those of a test and of production may.
+/// Two databases share an object store by mistake, such as those of a test and of production.
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
 async fn what_another_database_may_need_is_not_removed() {
@@ -312,7 +312,7 @@ async fn what_another_database_may_need_is_not_removed() {
     assert!(!desk.objects().has(stray).await.unwrap());
     refuses(by_other(&gc).await, "another database").await;
 
-    // Whoever was first knows as little of what the other needs.
+    // The first owner does not know what the other database needs, either.
     let document = desk.document(&format!("{JOB}in: [client://b]"));
     by_other(&["submit", &document]).await.ok();
     let refused = desk.baton(&gc).await;

@@ -1,4 +1,4 @@
-//! The fleet as its users know it: submit, workers that die, stop, freeze and drain, control.
+//! The fleet as users see it: submit, control, and workers that die, stop, freeze and drain.
 
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
@@ -11,7 +11,7 @@ use baton_tests::scene::Scene;
 use baton_tests::witness::Witness;
 use serde_json::Value;
 
-/// Waits until so many processes fulfil an SQL condition.
+/// Waits until this many processes satisfy an SQL condition.
 async fn count_becomes(scene: &Scene, condition: &str, count: u64, limit: u64) {
     eventually(&format!("{count} processes with {condition}"), Duration::from_secs(limit), async || {
         let now = scene.count(condition).await;
@@ -60,7 +60,7 @@ async fn a_killed_worker_loses_nothing_and_no_committed_advance_is_repeated() {
     let _second = scene.worker("w2", &["--slots", "200"]).await;
     scene.consumed_by("baton.task.default", 2).await;
     let pids = scene.submit(&count_spec(50, "200ms", &witness), 200).await;
-    eventually("both workers are in the middle", Duration::from_secs(30), async || {
+    eventually("both workers are at work", Duration::from_secs(30), async || {
         let now = Witness::read(&witness);
         if now.workers().len() == 2 && now.lines() > 2_000 { Ok(()) } else { Err(now.lines()) }
     })
@@ -71,7 +71,7 @@ async fn a_killed_worker_loses_nothing_and_no_committed_advance_is_repeated() {
     let killed_at = Instant::now();
     let lost: BTreeSet<String> = held.lines().map(str::to_owned).collect();
     assert!(!lost.is_empty(), "the killed worker held nothing");
-    eventually("somebody else holds them", Duration::from_secs(15), async || {
+    eventually("another worker holds them", Duration::from_secs(15), async || {
         let rest = scene.count("owner IN (SELECT id FROM worker WHERE name = 'w1')").await;
         if rest == 0 { Ok(()) } else { Err(rest) }
     })
@@ -82,7 +82,7 @@ async fn a_killed_worker_loses_nothing_and_no_committed_advance_is_repeated() {
     History::read(&scene, vec![]).await.accepting(&pids).check();
     let how = how_attempts_ended(&scene).await;
     assert!(how.contains("lost|"), "{how}");
-    // The limit is the slow verdict's; the fast one needs two to three seconds.
+    // The limit allows for the slow detection; the fast one needs two to three seconds.
     assert!(taken_over_in < Duration::from_secs(15), "{taken_over_in:?}");
 }
 
@@ -113,21 +113,21 @@ async fn a_frozen_worker_writes_nothing_more_ends_its_programs_and_goes_on_as_a_
         if rest == 0 { Ok(()) } else { Err(rest) }
     })
     .await;
-    // Under its first lease: what it claims as a new incarnation has another epoch.
+    // Epoch 1 only: what it claims as a new incarnation has another epoch.
     let lines_of_frozen = |epoch: &str| {
         let text = std::fs::read_to_string(&witness).unwrap();
         text.lines().filter(|line| line.ends_with(&format!("{epoch}frozen"))).count()
     };
     let before = lines_of_frozen(" 1 ");
-    eventually("the other runs the program", Duration::from_secs(20), async || {
+    eventually("the other worker runs the program", Duration::from_secs(20), async || {
         let now = processes_with("sleep 1733");
-        // The shell and its sleep, of one worker only: the shim of the frozen one has ended the first.
+        // The shell and its sleep, of one worker only: the shim of the frozen worker has ended the first program.
         if now.len() == 2 || now.len() == 1 { Ok(()) } else { Err(now) }
     })
     .await;
     frozen.thaw();
     frozen.says("was declared gone").await;
-    eventually("it is ready again", Duration::from_secs(20), async || {
+    eventually("the frozen worker is ready again", Duration::from_secs(20), async || {
         let count = frozen.log().matches("worker ready").count();
         if count == 2 { Ok(()) } else { Err(count) }
     })
@@ -136,7 +136,7 @@ async fn a_frozen_worker_writes_nothing_more_ends_its_programs_and_goes_on_as_a_
     let after = lines_of_frozen(" 1 ");
     assert!(
         (before..=before + 1).contains(&after),
-        "the frozen worker has advanced what it had lost: {before} {after}"
+        "the frozen worker advanced a process that it had lost: {before} {after}"
     );
     // As a new incarnation it takes work again.
     let all = lines_of_frozen(" ");
@@ -146,7 +146,7 @@ async fn a_frozen_worker_writes_nothing_more_ends_its_programs_and_goes_on_as_a_
     assert!(processes_with("sleep 1733").is_empty());
     count_becomes(&scene, "state = 4", 310, 90).await;
     History::read(&scene, vec![]).await.accepting(&pids).check();
-    assert!(lines_of_frozen(" ") > all, "it takes no work any more");
+    assert!(lines_of_frozen(" ") > all, "the worker takes no more work");
 }
 
 #[tokio::test]
@@ -181,7 +181,7 @@ async fn a_drained_worker_gives_everything_back_at_no_charge() {
 async fn parked_processes_occupy_nothing() {
     let scene = Scene::new().await;
     let worker = scene.worker("w1", &["--slots", "50"]).await;
-    // The first thousand show what taking them up needs; the others must need nothing more.
+    // The first thousand show the cost of taking them; the others must add nothing.
     scene.submit("{call: baton.sleep, with: {for: 10m}}", 1_000).await;
     count_becomes(&scene, "place = 2 AND state = 2", 1_000, 60).await;
     let (memory_kb, files) = (worker.memory_kb(), worker.open_files());
@@ -218,7 +218,7 @@ async fn control_reaches_processes_wherever_they_are() {
     let lines = Witness::read(&witness).lines();
     assert_eq!(scene.count("place = 2 AND state = 3").await, 1);
     scene.baton(&["play", "--wait", &held]).await.ok();
-    eventually("it goes on", Duration::from_secs(10), async || {
+    eventually("it advances", Duration::from_secs(10), async || {
         let now = Witness::read(&witness).lines();
         if now > lines + 3 { Ok(()) } else { Err(now) }
     })
@@ -281,7 +281,7 @@ async fn a_process_that_blocks_its_thread_costs_only_its_thread() {
     assert!(scene.baton(&["workers"]).await.ok().stdout.contains(&blocking));
     let pause = scene.baton(&["pause", "--wait", &other, "-o", "json"]).await.ok().json();
     assert_eq!((&pause[0]["outcome"], &pause[0]["nudged"]), (&"paused".into(), &true.into()));
-    // Longer than many heartbeats of ten seconds: the connection lives, and the blocking process ends in peace.
+    // Much longer than the heartbeat of ten seconds: the connection stays open, and the blocking process ends normally.
     scene.baton(&["watch", &blocking, "--timeout", "90s"]).await.ok();
     assert!(!worker.log().contains("broker: "), "{}", worker.log());
     assert_eq!(scene.show(&blocking).await["attempts"].as_array().unwrap().len(), 1);
@@ -293,7 +293,7 @@ async fn a_process_that_kills_its_workers_is_excepted_after_five_deaths() {
     let scene = Scene::new().await;
     let pid = scene.submit("{call: baton.fail, with: {how: abort}}", 1).await.remove(0);
     for _ in 0..5 {
-        // A worker that starts under the name of a dead one frees at once what that held.
+        // A worker that starts under the name of a dead one frees at once what that worker held.
         let mut worker = scene.worker("w1", &[]).await;
         worker.ended(Duration::from_secs(60)).await;
     }
@@ -310,8 +310,8 @@ async fn a_process_that_kills_its_workers_is_excepted_after_five_deaths() {
 #[ignore = "needs services: run tests/run"]
 async fn suspects_go_on_one_after_the_other_without_a_pause() {
     let scene = Scene::new().await;
-    // While one is held, the messages of the others come to nothing; with the head rule alone, one would go on in two
-    // seconds at best.
+    // While one is held, the messages of the others are dropped. With the head rule alone, at best one would run every
+    // two seconds.
     scene.submit("{call: baton.block, with: {for: 2s}}", 1).await;
     scene.submit("call: baton.noop", 30).await;
     scene.submit("{call: baton.count, with: {advances: 3, every: 600s}}", 10).await;

@@ -1,4 +1,5 @@
-//! What a program leaves is kept whole, or what is missing is named; and a fleet keeps it where all find it.
+//! All outputs of a program are kept, or the missing ones are named; a fleet keeps them where all its members find
+//! them.
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
@@ -23,7 +24,7 @@ async fn end(scene: &Scene, pid: &str) -> Value {
     scene.show(pid).await
 }
 
-/// A tree by the bytes of its paths: of a file its content and whether it is executable, of a folder nothing.
+/// A tree by the bytes of its paths: the content and executable bit of each file, nothing for a folder.
 fn tree(folder: &Path) -> BTreeMap<Vec<u8>, Option<(Vec<u8>, bool)>> {
     fn walk(root: &Path, folder: &Path, found: &mut BTreeMap<Vec<u8>, Option<(Vec<u8>, bool)>>) {
         for entry in std::fs::read_dir(folder).unwrap() {
@@ -72,7 +73,7 @@ async fn every_file_and_folder_comes_through_by_its_bytes() {
         std::fs::create_dir_all(path.parent().unwrap()).unwrap();
         std::fs::write(&path, name).unwrap();
     }
-    // Large ones go another way.
+    // Large files take another path.
     let large = vec![7; 1_500_000];
     for name in [b"large \xfd\n".as_slice(), &[b'L'; 255]] {
         std::fs::write(folder.join(OsStr::from_bytes(name)), &large).unwrap();
@@ -116,12 +117,12 @@ out:
     assert!(
         listed.as_array().unwrap().iter().any(|entry| entry["path"] == "made/empty/deep" && entry["folder"] == true)
     );
-    // What is there already is left.
+    // Existing files are not fetched again.
     let again = slurm.baton(&scene, &["results", &pid, "--get", "results", "-o", "json"]).await.ok().json();
     assert_eq!(again["fetched"], 0, "{again}");
 }
 
-/// The reason names each; the others are kept, and a program that has ended well does not run again for them.
+/// The reason names each missing output. The others are kept, and a program that ended well does not run again.
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
 async fn what_cannot_be_kept_is_named_and_costs_nothing_else() {
@@ -162,7 +163,7 @@ async fn what_cannot_be_kept_is_named_and_costs_nothing_else() {
     assert_eq!(paths, ["d/a", "d/fine", "log"]);
     assert_eq!(std::fs::read_to_string(scene.path("site/s/one/log")).unwrap(), "log\n");
 
-    // Values that are no JSON, with all that is there beside them.
+    // Values that are not JSON; the other outputs are kept.
     for (written, told) in [
         ("{\"a\": 1,\\n\"b\": NaN}", "has `NaN` in line 2, which JSON does not have"),
         ("{\"a\": -Infinity}", "has `-Infinity` in line 1"),
@@ -176,7 +177,7 @@ async fn what_cannot_be_kept_is_named_and_costs_nothing_else() {
         slurm.baton(&scene, &["results", &pid]).await.ok();
     }
 
-    // A program that has failed is tried again; what it should have left is told beside its exit.
+    // A failed program is retried; the reason names a missing output after the exit code.
     std::fs::remove_file(&runs).unwrap();
     let outs = "out: [{from: d/, when: always}, {from: f, when: error}, never]";
     let script = "mkdir d; mkfifo d/pipe; echo kept > f; exit 3";
@@ -188,7 +189,8 @@ async fn what_cannot_be_kept_is_named_and_costs_nothing_else() {
     assert!(listed.contains(" f "), "{listed}");
 }
 
-/// A folder that is not looked into may hold what is asked for. An input that Baton has linked into the sandbox is no output.
+/// A folder that is not searched may hold the requested file. An input that Baton has linked into the sandbox is not an
+/// output.
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
 async fn what_a_folder_hides_is_named_and_a_linked_input_is_not() {
@@ -246,7 +248,7 @@ async fn a_program_that_empties_its_own_folder_has_its_own_end() {
         .await;
         let shown = scene.show(&pid).await;
         let reason = shown["reason"].as_str().unwrap_or_default();
-        // The job's script makes the folder anew for the end, so a program that ended well is not run again.
+        // The job's script creates the folder again at the end, so a program that ended well is not run again.
         assert!(shown["state"] == "excepted" && shown["exit"] == 0, "{shown:#}");
         assert!(reason.starts_with("output: nothing in the sandbox matches `x`"), "{shown:#}");
         assert_eq!((&shown["try"], &shown["failures"]), (&1.into(), &0.into()), "{shown:#}");
@@ -254,8 +256,8 @@ async fn a_program_that_empties_its_own_folder_has_its_own_end() {
     assert_eq!(std::fs::read_to_string(&runs).unwrap().lines().count(), 2);
 }
 
-/// Each machine has its own default folder. The worker that has another store than the client leaves what has files to the
-/// one that has the same.
+/// Each machine has its own default folder. A worker whose store differs from the client's leaves processes with files
+/// to a worker that has the client's store.
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
 async fn a_fleet_without_a_shared_object_store_says_so_and_fails_nothing() {
@@ -286,7 +288,7 @@ async fn a_fleet_without_a_shared_object_store_says_so_and_fails_nothing() {
     assert!(workers.stdout.contains("wrong does not run processes with files"), "{workers:?}");
     assert!(workers.stdout.contains("BATON_OBJECTS_URL"), "{workers:?}");
 
-    // A client with a store of its own.
+    // A client with another store.
     let document = scene.spec("job.yaml", text).display().to_string();
     let (config, mine) = (scene.path("baton.toml").display().to_string(), scene.path("mine").display().to_string());
     let variables = [("BATON_CONFIG", config.as_str()), ("BATON_OBJECTS_URL", mine.as_str())];
@@ -297,10 +299,10 @@ async fn a_fleet_without_a_shared_object_store_says_so_and_fails_nothing() {
     assert!(doctor.stdout.contains("that the fleet shares"), "{doctor:?}");
     assert_eq!(scene.count("true").await, 10, "nothing more is submitted");
 
-    // Only the wrong one is left: it waits, and goes on when a worker with the right store is there.
+    // Only the wrong worker remains: the process waits, and resumes when a worker with the right store starts.
     right.terminate().await;
     let pid = slurm.submit(&scene, text, 1).await.remove(0);
-    let told = eventually("it is explained", LIMIT, async || {
+    let told = eventually("the cause is explained", LIMIT, async || {
         let text = slurm.baton(&scene, &["explain", &pid]).await.ok().stdout;
         if text.contains("that the fleet shares") { Ok(text) } else { Err(text) }
     })

@@ -1,4 +1,4 @@
-//! What every launcher has to do, on the real thing: the same tests for each of them.
+//! The conformance tests of the launchers: every launcher passes the same tests on a real site.
 
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
@@ -13,17 +13,17 @@ use crate::sites::{ended, finished, runs, witness};
 
 const LIMIT: Duration = Duration::from_secs(60);
 
-/// A launcher, and what differs in breaking it.
+/// A launcher, and how to break it.
 struct Kind {
     /// Its site.
     at: &'static str,
-    /// The command that its lists come from, and answers of it that are none.
+    /// The command that prints its lists, and invalid answers of it.
     list: (&'static str, &'static [&'static str]),
     /// Whether the last of them is a failure of the list itself.
     is_list_gone: bool,
-    /// The shortest time limit that it keeps.
+    /// The shortest time limit that it enforces.
     time: &'static str,
-    /// Loses the job of a witness that nobody has ended: its machine is gone, or its processes are.
+    /// Loses the job of a witness without ending it: takes away its machine or its processes.
     lose: fn(&Slurm, &Path),
 }
 
@@ -40,7 +40,7 @@ const SLURM: Kind = Kind {
 
 const FORK: Kind = Kind {
     at: "plain",
-    // Other files are read as they are: what is broken is the list alone.
+    // Other files are read as usual: only the list is broken.
     list: ("cat", &["case $1 in */started/job) echo hello ;; *) exec $REAL \"$@\" ;; esac", "exit 3"]),
     is_list_gone: false,
     time: "2s",
@@ -54,7 +54,7 @@ const FORK: Kind = Kind {
     },
 };
 
-/// Submits by way of this, the first time: `$REAL "$@"` is the submission.
+/// Runs `how` in place of the first submission; `$REAL "$@"` is the submission.
 fn submit_by(slurm: &Slurm, how: &str) {
     let first = slurm.file("first");
     let _ = std::fs::remove_dir(&first);
@@ -67,7 +67,7 @@ fn submit_by(slurm: &Slurm, how: &str) {
     );
 }
 
-/// Every program of a witness has gone.
+/// Waits until every program of a witness is gone.
 async fn all_gone(path: &Path) {
     eventually("every program is gone", LIMIT, async || {
         let pids = std::fs::read_to_string(path).unwrap_or_default();
@@ -113,7 +113,7 @@ async fn a_submission_that_takes_effect_late_is_adopted_or_runs_nothing(kind: Ki
         let (path, spec) = witness(&scene, kind.at, "sleep 1");
         let _ = std::fs::remove_file(&path);
         let came = slurm.file(&format!("came-{late}"));
-        // Its job comes when everybody has given it up.
+        // Its job starts after it was given up.
         submit_by(
             &slurm,
             &format!(
@@ -124,7 +124,7 @@ async fn a_submission_that_takes_effect_late_is_adopted_or_runs_nothing(kind: Ki
         let pids = slurm.submit(&scene, &spec, 1).await;
         finished(&scene, &pids, LIMIT).await;
         eventually(
-            "the late job has come",
+            "the late job has started",
             LIMIT,
             async || {
                 if came.exists() { Ok(()) } else { Err(slurm.jobs("all")) }
@@ -139,7 +139,7 @@ async fn a_submission_that_takes_effect_late_is_adopted_or_runs_nothing(kind: Ki
     }
 }
 
-/// While jobs wait and run, no command is started for any of them.
+/// While jobs wait and run, no command is started for a single job.
 async fn many_jobs_are_watched_by_one_list(kind: Kind) {
     let scene = Scene::new().await;
     let slurm = Slurm::start(&scene, "", "", "");
@@ -147,7 +147,7 @@ async fn many_jobs_are_watched_by_one_list(kind: Kind) {
     let (path, spec) = witness(&scene, kind.at, "while [ ! -e go ]; do sleep 0.5; done; sleep 1");
     let spec = spec.replace("[ ! -e go ]", &format!("[ ! -e {} ]", scene.path("go").display()));
     let pids = slurm.submit(&scene, &spec, 16).await;
-    eventually("all are known there, and parked here", LIMIT, async || {
+    eventually("all jobs are known and all processes parked", LIMIT, async || {
         let known = scene.sql("SELECT count(*) FROM job WHERE external_id IS NOT NULL AND status <> ''").await;
         let parked = scene.count("place = 2").await;
         if (known.trim(), parked) == ("16", 16) { Ok(()) } else { Err((known, parked)) }
@@ -157,22 +157,22 @@ async fn many_jobs_are_watched_by_one_list(kind: Kind) {
     let (before, first) = (slurm.sshd.logged("Starting session"), polled().await);
     for _ in 0..3 {
         let last = polled().await;
-        eventually("it is looked at again", LIMIT, async || if polled().await == last { Err(()) } else { Ok(()) })
+        eventually("the site is polled again", LIMIT, async || if polled().await == last { Err(()) } else { Ok(()) })
             .await;
     }
-    assert_eq!(slurm.sshd.logged("Starting session"), before, "a look needs no command of its own; since {first}");
+    assert_eq!(slurm.sshd.logged("Starting session"), before, "a poll starts no separate command; since {first}");
     std::fs::write(scene.path("go"), "").unwrap();
     finished(&scene, &pids, LIMIT).await;
     assert_eq!(runs(&path), 16);
 }
 
-/// Of a running job, and in the middle of its submission.
+/// Kills running jobs, and jobs whose submission is in progress.
 async fn a_kill_leaves_no_job(kind: Kind) {
     let scene = Scene::new().await;
     let slurm = Slurm::start(&scene, "submit_timeout = '3s'\nsettle = '6s'", "", "");
     let _worker = slurm.worker(&scene, "w1", &[]).await;
     let (path, mut spec) = witness(&scene, kind.at, "sleep 600");
-    // What keeps the time may give the program a group of its own.
+    // The timeout program may put the program into another process group.
     writeln!(spec, "needs: {{time: 20m}}").unwrap();
     let mut all = slurm.submit(&scene, &spec, 3).await;
     all_run(&path, 3).await;
@@ -199,7 +199,7 @@ async fn a_kill_leaves_no_job(kind: Kind) {
     assert_eq!(scene.count("state = 6").await, 5, "{}", scene.sql("SELECT * FROM process").await);
     slurm.is_empty().await;
     all_gone(&path).await;
-    // What was still on its way has come by now.
+    // Any submission in flight has arrived by now.
     tokio::time::sleep(Duration::from_secs(4)).await;
     slurm.is_empty().await;
     all_gone(&path).await;
@@ -224,7 +224,7 @@ async fn a_time_limit_is_kept_and_said(kind: Kind) {
     all_gone(&path).await;
 }
 
-/// What its program has done is not known, so a second run of it is for the spec to ask for.
+/// It is unknown what its program has done, so only the spec can request a second run.
 async fn a_job_that_the_site_loses_after_its_program_has_started_costs_a_try(kind: Kind) {
     let scene = Scene::new().await;
     let slurm = Slurm::start(&scene, "submit_timeout = '3s'\nsettle = '5s'", "", "");
@@ -251,7 +251,7 @@ async fn a_job_that_the_site_loses_after_its_program_has_started_costs_a_try(kin
     }
 }
 
-/// A job is lost while the lines before its program run: it is submitted again at no charge.
+/// A job is lost before its program starts: it is submitted again at no charge.
 async fn a_job_that_the_site_loses_before_its_program_starts_is_submitted_again(kind: Kind) {
     let scene = Scene::new().await;
     let slurm = Slurm::start(&scene, "submit_timeout = '3s'\nsettle = '5s'", "", "");
@@ -278,7 +278,7 @@ async fn an_answer_that_is_none_ends_nothing(kind: Kind) {
         slurm.replace(command, answer);
         tokio::time::sleep(Duration::from_millis(2500)).await;
     }
-    assert_eq!(scene.count("place = 3").await, 0, "an answer that was none has ended a process");
+    assert_eq!(scene.count("place = 3").await, 0, "an invalid answer ended a process");
     if kind.is_list_gone {
         worker.says("the launcher does not answer").await;
         let explained = slurm.baton(&scene, &["explain", &pids[0]]).await.ok().stdout;
@@ -290,17 +290,17 @@ async fn an_answer_that_is_none_ends_nothing(kind: Kind) {
     assert_eq!((runs(&path), scene.count("try = 1").await), (3, 3));
 }
 
-/// Programs that run at a site, all of them started.
+/// Running programs at a site.
 struct Running {
     worker: Worker,
     slurm: Slurm,
-    /// What they write when they start.
+    /// The file that they write when they start.
     path: PathBuf,
     pids: Vec<String>,
     scene: Scene,
 }
 
-/// Starts so many at a site with these lines, each of which does `more`.
+/// Starts `count` programs at a site with these configuration lines, each of which runs `more`.
 async fn running(lines: &str, at: &str, more: impl FnOnce(&Scene) -> String, count: u32) -> Running {
     let scene = Scene::new().await;
     let slurm = Slurm::start(&scene, lines, "", "");
@@ -315,7 +315,7 @@ fn wait_for_go(scene: &Scene) -> String {
     format!("while [ ! -e {} ]; do sleep 0.5; done", scene.path("go").display())
 }
 
-/// The script's shell is gone, and its program is not.
+/// The script's shell is gone, but its program is not.
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
 async fn a_program_that_outlives_its_shell_is_no_lost_job() {
@@ -328,7 +328,7 @@ async fn a_program_that_outlives_its_shell_is_no_lost_job() {
     .await;
     let shell = id.split('.').next().unwrap();
     assert!(std::process::Command::new("kill").args(["-KILL", shell]).status().unwrap().success());
-    // Several looks, none of which may take it for lost.
+    // Several polls, none of which may treat it as lost.
     tokio::time::sleep(Duration::from_secs(8)).await;
     assert_eq!((runs(&path), scene.sql("SELECT try FROM process").await.trim()), (1, "1"));
     slurm.baton(&scene, &["kill", &pids[0]]).await.ok();
@@ -337,7 +337,7 @@ async fn a_program_that_outlives_its_shell_is_no_lost_job() {
     all_accounted_for(&scene).await;
 }
 
-/// Slurm's list is empty for much longer than a job may be missing: the controller itself says nothing of the job's end.
+/// Slurm's list is empty for much longer than a job may be missing, but the controller itself does not report the end.
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
 async fn an_empty_list_loses_no_job() {
@@ -358,7 +358,8 @@ async fn an_empty_list_loses_no_job() {
     assert_eq!((runs(&path), scene.count("try = 1").await), (2, 2));
 }
 
-/// What the controller has forgotten the accounting knows. One that comes back after it was taken for gone is ended.
+/// The accounting knows jobs that the controller has forgotten. A job that reappears after it was recorded as gone is
+/// cancelled.
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
 async fn the_accounting_says_how_a_forgotten_job_has_ended() {
@@ -371,17 +372,17 @@ async fn the_accounting_says_how_a_forgotten_job_has_ended() {
     let shown = scene.show(&pids[0]).await;
     assert!(shown["reason"].as_str().unwrap().contains("the job was cancelled at the site"), "{shown:#}");
     slurm.mend("squeue");
-    // The site is looked at as long as there is a job.
+    // The site is polled while it has a job.
     let (_, spec) = witness(&scene, "cluster", "sleep 3");
     slurm.submit(&scene, &spec, 1).await;
-    eventually("it is ended", LIMIT, async || {
+    eventually("the job is cancelled", LIMIT, async || {
         let jobs = slurm.jobs("RUNNING");
         if jobs.iter().any(|job| job.contains(&pids[0])) { Err(jobs) } else { Ok(()) }
     })
     .await;
 }
 
-/// A kill when `scancel` fails and the list is empty: the job is ended as soon as it can be.
+/// A kill when `scancel` fails and the list is empty: the job is ended as soon as possible.
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
 async fn a_job_that_could_not_be_cancelled_is_not_taken_for_gone() {
@@ -400,7 +401,7 @@ async fn a_job_that_could_not_be_cancelled_is_not_taken_for_gone() {
     all_accounted_for(&scene).await;
 }
 
-/// `sbatch` is refused, as it says, and its job comes all the same: it runs nothing.
+/// `sbatch` reports a rejection, but its job starts all the same: it runs nothing.
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
 async fn a_job_whose_submission_was_taken_for_refused_runs_nothing() {
@@ -419,14 +420,15 @@ async fn a_job_whose_submission_was_taken_for_refused_runs_nothing() {
     );
     let pids = slurm.submit(&scene, &spec, 1).await;
     ended(&scene, &pids, LIMIT).await;
-    eventually("the job has come", LIMIT, async || if came.exists() { Ok(()) } else { Err(slurm.jobs("all")) }).await;
+    eventually("the job has started", LIMIT, async || if came.exists() { Ok(()) } else { Err(slurm.jobs("all")) })
+        .await;
     slurm.is_empty().await;
     assert_eq!(runs(&path), 0, "{:?}", slurm.jobs("all"));
     let shown = scene.show(&pids[0]).await;
     assert!(shown["reason"].as_str().unwrap().contains("a word that nobody knows"), "{shown:#}");
 }
 
-/// An option that Slurm does not know is the spec's failure, and said; a value may have blanks.
+/// An option that Slurm does not know is a failure of the spec, and reported; a value may have blanks.
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
 async fn an_option_that_slurm_refuses_is_told_and_one_with_blanks_is_not() {
@@ -444,7 +446,7 @@ async fn an_option_that_slurm_refuses_is_told_and_one_with_blanks_is_not() {
     finished(&scene, &pids, LIMIT).await;
 }
 
-/// Slurm starts the job again, since its first run was cut: its program does not start a second time in the same try.
+/// Slurm requeues the job after its first run was cut off: its program does not start a second time in the same try.
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
 async fn a_job_that_slurm_starts_again_runs_its_program_once_a_try() {
@@ -468,7 +470,7 @@ async fn a_job_that_slurm_starts_again_runs_its_program_once_a_try() {
     all_accounted_for(&scene).await;
 }
 
-/// Makes a test of each of these for each of the launchers.
+/// Makes each of these a test of each launcher.
 macro_rules! conform {
     ($($name:ident)*) => {
         mod slurm {

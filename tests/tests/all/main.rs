@@ -1,6 +1,6 @@
 //! Baton from the outside: real programs on real services.
 
-#![expect(clippy::unwrap_used, reason = "a test fails by it")]
+#![expect(clippy::unwrap_used, reason = "a test may panic")]
 
 mod bad_input;
 mod book;

@@ -1,4 +1,4 @@
-//! Connections that break, and connections that fall silent without breaking.
+//! Connections that break, and connections that become silent without breaking.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -38,7 +38,7 @@ impl Counting {
         Witness::read(&self.scene.path("witness"))
     }
 
-    /// Waits for so many more advances.
+    /// Waits for this many more advances.
     async fn goes_on(&self, more: usize) {
         let before = self.witness().lines();
         eventually(&format!("{more} more advances"), Duration::from_secs(30), async || {
@@ -66,7 +66,7 @@ impl Counting {
     }
 }
 
-/// No worker advanced a process after another one had begun to.
+/// Checks that no worker advanced a process after another worker had begun to.
 fn assert_epochs_only_grow(witness: &Path) {
     let mut newest: BTreeMap<String, u64> = BTreeMap::new();
     for line in std::fs::read_to_string(witness).unwrap().lines() {
@@ -97,7 +97,7 @@ async fn broken_broker_connections_cost_no_lease_and_no_advance() {
     let counting = Counting::new(scene).await;
     for _ in 0..3 {
         proxy.reset();
-        eventually("the worker has connected again", Duration::from_secs(30), async || match proxy.n_open() {
+        eventually("the worker has reconnected", Duration::from_secs(30), async || match proxy.n_open() {
             open if open >= connections => Ok(()),
             open => Err(open),
         })
@@ -124,7 +124,7 @@ async fn silent_broker_stops_no_process_that_is_held() {
     counting.witness().check(&counting.pids, ADVANCES, &BTreeSet::new());
     assert_eq!(counting.attempts().await, format!("ok|{PROCESSES}|1"));
     assert_eq!(worker.terminate().await.code(), Some(0));
-    // What the worker had not acknowledged would be in the queue again.
+    // Unacknowledged deliveries would be in the queue again.
     assert_eq!(counting.scene.amqp().await.depth("baton.task.default").await, 0);
 }
 
@@ -137,7 +137,7 @@ async fn worker_cut_off_from_the_database_is_replaced_and_does_nothing_more_unde
     let counting = Counting::new(scene).await;
     let mut other = counting.scene.worker("other", &[]).await;
     proxy.set(Fault::Blackhole);
-    eventually("the other has taken over", Duration::from_secs(40), async || {
+    eventually("the other worker has taken over", Duration::from_secs(40), async || {
         let rest =
             counting.scene.sql("SELECT name, count(*) FROM process JOIN worker w ON w.id = owner GROUP BY 1").await;
         if rest.contains("other|") && !rest.contains("cut-off|") { Ok(()) } else { Err(rest) }

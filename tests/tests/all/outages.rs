@@ -1,4 +1,4 @@
-//! Outages that kill nobody: alarms, refusals, full disks, clocks that jump, and a database that has gone back in time.
+//! Outages that kill no worker: alarms, refusals, full disks, clock jumps, and a database rollback.
 
 use std::time::{Duration, Instant};
 
@@ -39,7 +39,7 @@ async fn alarms_of_memory_and_disk_hold_nobody_up() {
         assert!(submitted.stderr.contains("warning"), "{submitted:?}");
         blocking(|| scene.services().control_broker(&end)).await;
         let pids = submitted.stdout.lines().map(|pid| format!("'{pid}'")).collect::<Vec<_>>().join(",");
-        eventually("they are run", Duration::from_secs(60), async || {
+        eventually("they have run", Duration::from_secs(60), async || {
             let rest = scene.count(&format!("id IN ({pids}) AND place <> 3")).await;
             if rest == 0 { Ok(()) } else { Err(rest) }
         })
@@ -68,7 +68,7 @@ async fn a_queue_that_refuses_what_is_too_much_loses_nothing() {
     scene.submit("{call: baton.noop, hold: true}", 1).await;
     scene.policy("^baton[.]task[.]", r#"{"max-length": 10, "overflow": "reject-publish"}"#).await;
     let spec = scene.spec("noop.yaml", "call: baton.noop").display().to_string();
-    // The broker applies a policy some time after it has taken it.
+    // The broker applies a policy some time after it has accepted it.
     let mut pids: Vec<String> = Vec::new();
     eventually("the queue refuses some", Duration::from_secs(60), async || {
         let submitted = scene.baton(&["submit", &spec, "--count", "1500", "-o", "ids"]).await.ok();
@@ -99,7 +99,7 @@ async fn sessions_of_the_database_that_are_ended_cost_only_time() {
     }
     busy.finishes().await;
     let logs = busy.logs();
-    assert!(logs.contains("sending it again"), "no commit was in the middle: {logs}");
+    assert!(logs.contains("sending it again"), "no commit was in progress: {logs}");
     assert!(!logs.contains("declared gone"), "{logs}");
 }
 
@@ -119,10 +119,10 @@ async fn a_full_disk_below_the_database_is_no_false_success_and_costs_only_time(
     assert!(refused.code != 0, "{refused:?}");
     let accepted = refused.stdout.lines().count();
     std::fs::remove_file(filler).unwrap();
-    // It may have ended itself when it could not write its log.
+    // PostgreSQL may have exited when it could not write its log.
     blocking(|| busy.scene.services().start_database()).await;
     let is_there = busy.scene.count("id IN (SELECT id FROM spec WHERE kind = 'baton.noop')").await;
-    assert!(is_there as usize >= accepted, "{is_there} of {accepted} that were accepted are there");
+    assert!(is_there as usize >= accepted, "{is_there} of {accepted} accepted processes exist");
     busy.scene.sql("DELETE FROM process WHERE id IN (SELECT id FROM spec WHERE kind = 'baton.noop')").await;
     busy.scene.sql("DELETE FROM journal WHERE pid IN (SELECT id FROM spec WHERE kind = 'baton.noop')").await;
     busy.scene.sql("DELETE FROM attempt WHERE pid IN (SELECT id FROM spec WHERE kind = 'baton.noop')").await;
@@ -151,17 +151,17 @@ async fn a_worker_whose_clock_jumps_keeps_its_lease() {
     busy.check().await;
 }
 
-/// The lost time holds acknowledged work, so nobody takes anything until a person has looked.
+/// The lost time includes acknowledged work, so no worker takes anything until a person has checked.
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs services: run tests/run"]
 async fn a_database_that_has_gone_back_in_time_is_refused_until_a_person_says_otherwise() {
     let busy = Busy::new().await;
     let scene = &busy.scene;
     blocking(|| scene.services().save_database()).await;
-    // What is lost of the last second a worker need not notice.
+    // A worker need not notice a loss within the last second.
     let beats = async || scene.sql("SELECT min(beat) FROM worker").await.trim().parse::<u64>().unwrap();
     let saved = beats().await;
-    eventually("every worker has beaten since", Duration::from_secs(30), async || {
+    eventually("every worker has sent a heartbeat since", Duration::from_secs(30), async || {
         let now = beats().await;
         if now >= saved + 3 { Ok(()) } else { Err(now) }
     })
@@ -172,7 +172,7 @@ async fn a_database_that_has_gone_back_in_time_is_refused_until_a_person_says_ot
         if reason.contains("database rollback detected") { Ok(()) } else { Err((reason, busy.logs())) }
     })
     .await;
-    eventually("nobody holds anything", Duration::from_secs(30), async || {
+    eventually("no process is held", Duration::from_secs(30), async || {
         let n_held = scene.count("place = 1").await;
         if n_held == 0 { Ok(()) } else { Err(n_held) }
     })
@@ -221,7 +221,7 @@ async fn a_request_over_a_silent_broker_is_obeyed_and_says_that_nobody_was_told(
     History::read(&scene, vec![]).await.accepting(&[pid]).check();
 }
 
-/// Everything that a dead worker held is freed in pages, and taken by the one that is left.
+/// What a dead worker held is freed in pages, and taken by the remaining worker.
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
 async fn thousands_of_leases_that_end_at_once_are_taken_over_in_pages() {
@@ -232,7 +232,7 @@ async fn thousands_of_leases_that_end_at_once_are_taken_over_in_pages() {
     let held_by = async |name: &str| {
         scene.count(&format!("place = 1 AND owner IN (SELECT id FROM worker WHERE name = '{name}')")).await
     };
-    eventually("the first holds all", Duration::from_secs(60), async || {
+    eventually("the first worker holds all", Duration::from_secs(60), async || {
         let n_held = held_by("w1").await;
         if n_held == HELD { Ok(()) } else { Err(n_held) }
     })
@@ -240,7 +240,7 @@ async fn thousands_of_leases_that_end_at_once_are_taken_over_in_pages() {
     let second = scene.worker("w2", &["--slots", "3000"]).await;
     let before_kb = second.memory_kb();
     first.kill();
-    eventually("the second holds all", Duration::from_secs(40), async || {
+    eventually("the second worker holds all", Duration::from_secs(40), async || {
         let n_held = held_by("w2").await;
         if n_held == HELD { Ok(()) } else { Err(n_held) }
     })

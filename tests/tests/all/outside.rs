@@ -1,4 +1,4 @@
-//! Strangers on the broker: plain AMQP clients, copies, and messages that nobody can use.
+//! Foreign messages on the broker: plain AMQP clients, copies, and messages that nothing can use.
 
 use std::time::Duration;
 
@@ -39,7 +39,7 @@ async fn a_python_script_launches_a_process_with_one_message() {
     let _worker = scene.worker("w1", &[]).await;
     let pid = new_pid();
     let script = scene.spec("launch.py", LAUNCH);
-    eventually("the exchange is there", Duration::from_secs(20), async || {
+    eventually("the exchange exists", Duration::from_secs(20), async || {
         let mut command = Command::new("/usr/bin/python3");
         command.arg(&script).arg(scene.broker_url()).arg(&pid);
         let output = output(command).await;
@@ -86,7 +86,7 @@ async fn messages_that_the_library_cannot_read_go_to_the_dead_letters_and_stop_n
     })
     .await;
     let amqp = scene.amqp().await;
-    eventually("each is put aside, once", Duration::from_secs(30), async || {
+    eventually("each is dead-lettered once", Duration::from_secs(30), async || {
         let tasks = amqp.depth("baton.task.default").await;
         let depths = (amqp.depth("baton.dead").await, tasks, amqp.depth("baton.control").await);
         if depths == (5, 0, 0) { Ok(()) } else { Err(depths) }
@@ -155,7 +155,7 @@ async fn a_launch_is_acknowledged_only_once_it_is_in_the_database() {
     let scene = Scene::new().await;
     journal::keep(&scene).await;
     let mut worker = scene.worker("w1", &[]).await;
-    // The queue is there once somebody has submitted to it.
+    // The queue exists once a process was submitted to it.
     let before = scene.submit("call: baton.noop", 1).await.remove(0);
     ends(&scene, &before, "finished").await;
     let lock = "BEGIN; LOCK TABLE spec IN SHARE ROW EXCLUSIVE MODE; SELECT pg_sleep(3600)";
@@ -292,7 +292,7 @@ async fn a_person_pauses_and_plays_the_fleet_by_a_json_message() {
     };
     becomes(running, 20).await;
     becomes("state = 2", 20).await;
-    // As the form of the management UI sends it, twice by a hasty person.
+    // As the form of the management UI sends it, twice in a row.
     let message = json!({"version": 1, "type": "pause", "select": {}, "reason": "maintenance"}).to_string();
     let form = json!({
         "routing_key": "",
@@ -327,7 +327,7 @@ async fn what_the_database_does_not_store_does_not_come_again_and_again() {
              CREATE TRIGGER {name} BEFORE INSERT ON {table} FOR EACH ROW WHEN ({condition}) EXECUTE FUNCTION {name}();"
         )
     };
-    // The first two are values that can never be stored; the third is a right that somebody may grant later.
+    // The first two values can never be stored; the third is a permission that may be granted later.
     scene.sql(&refuse("no_such_name", "22021", "spec", "NEW.name = 'unstorable'")).await;
     scene.sql(&refuse("no_such_end", "22021", "attempt", "NEW.reason = 'exit 7'")).await;
     scene.sql(&refuse("no_right", "42501", "spec", "NEW.name = 'forbidden'")).await;
@@ -337,7 +337,7 @@ async fn what_the_database_does_not_store_does_not_come_again_and_again() {
         json!({"version": 1, "type": "launch", "pid": new_pid(), "spec": spec})
     };
     amqp.publish_json("baton.task", "default", &launch("unstorable")).await;
-    let (_, why) = eventually("it is a dead letter", Duration::from_secs(20), async || {
+    let (_, why) = eventually("a dead letter exists", Duration::from_secs(20), async || {
         amqp.get("baton.dead", "x-baton-reason").await.ok_or("nothing in baton.dead")
     })
     .await;
@@ -367,7 +367,7 @@ async fn a_broadcast_that_has_lost_its_target_kills_no_process() {
     let worker = scene.worker("w1", &[]).await;
     let amqp = scene.amqp().await;
     scene.submit("{call: baton.sleep, with: {for: 1h}, labels: {campaign: si}}", 5).await;
-    // Conditions that are there and empty match no process; what is not a selection is a dead letter.
+    // Conditions that are present but empty match no process; an invalid selection is a dead letter.
     let empty = [json!({"pids": []}), json!({"labels": {}}), json!({"states": []}), json!({"session": ""})];
     for select in &empty {
         amqp.publish_json("baton.broadcast", "", &json!({"version": 1, "type": "kill", "select": select})).await;
@@ -383,7 +383,7 @@ async fn a_broadcast_that_has_lost_its_target_kills_no_process() {
         let recorded = scene.sql("SELECT count(*) FROM event WHERE pid IS NULL AND outcome = 'recorded'").await;
         let recorded: usize = recorded.trim().parse().unwrap();
         let n_dead = scene.baton(&["dead", "list", "-o", "ids"]).await.stdout.lines().count();
-        // Both copies of what cannot be read: that of the worker and that of `baton.control`.
+        // Both copies of the unreadable message: that of the worker and that of `baton.control`.
         if recorded == empty.len() && n_dead > unusable.len() { Ok(()) } else { Err((recorded, n_dead)) }
     })
     .await;
@@ -397,7 +397,7 @@ async fn a_broadcast_that_has_lost_its_target_kills_no_process() {
         assert_eq!(scene.baton(&arguments).await.code, 2, "{arguments:?}");
     }
     assert_eq!(scene.baton(&["pause", "--fleet", "--dry-run"]).await.code, 2);
-    // The command line joins commands by `-`: no ids are no processes.
+    // Commands on the command line are piped through `-`: no ids select no processes.
     let baton = |arguments: &'static [&'static str]| scene.baton(arguments);
     assert_eq!(baton(&["kill", "--yes", "--session", ""]).await.code, 0);
     assert_eq!(baton(&["kill", "--yes", "--label", "campaign=si", "--label", "campaign=ge"]).await.code, 2);
@@ -419,7 +419,7 @@ async fn a_virtual_host_of_another_database_is_refused_with_the_remedy() {
     assert!(worker.log().contains("belongs to another database"), "{}", worker.log());
     let doctor = other.baton_in(other.folder(), &mixed, &["doctor"]).await.exits(5);
     assert!(doctor.stdout.contains("delete the queue `baton.database`"), "{doctor:?}");
-    // Nor does a command send anything there: what it asks for is recorded in its own database.
+    // A command sends nothing there, either: its request is recorded in its own database.
     let spec = other.spec("noop.yaml", "call: baton.noop").display().to_string();
     let submit = other.baton_in(other.folder(), &mixed, &["submit", &spec]).await;
     assert!(submit.stderr.contains("belongs to another database"), "{submit:?}");

@@ -1,4 +1,4 @@
-//! Lists of many, page by page, and what has ended long ago goes away.
+//! Lists of many processes, page by page, and pruning of processes that ended long ago.
 
 use std::collections::HashSet;
 use std::time::Duration;
@@ -46,7 +46,7 @@ async fn what_has_ended_is_pruned_and_its_launch_does_not_run_again() {
     let _worker = scene.worker("w1", &[]).await;
     let amqp = scene.amqp().await;
     let live = scene.submit("{call: baton.noop, hold: true}", 1).await.remove(0);
-    // The exchange is there once somebody has submitted something that is told.
+    // The exchange exists once a process was submitted and announced.
     let other = scene.submit("call: baton.noop", 1).await.remove(0);
     let launch = |spec: Value| {
         let pid = Pid::generate().to_string();

@@ -1,7 +1,7 @@
-//! Requests against everything that a process does at the same moment. Each process is a round; the history is the judge.
+//! Requests that race with everything that a process does. Each process is a round; its history decides.
 //!
-//! A short form of it runs with all other tests. `BATON_RACE_ROUNDS` is how many processes each race has, and
-//! `BATON_RACE_SEED` repeats the delays of a former run.
+//! A short form runs with all other tests. `BATON_RACE_ROUNDS` is the number of processes in each race, and
+//! `BATON_RACE_SEED` repeats the delays of an earlier run.
 
 use std::cell::Cell;
 use std::time::Duration;
@@ -16,10 +16,10 @@ use baton_tests::process::Worker;
 use baton_tests::scene::Scene;
 use futures_util::StreamExt;
 
-/// Requests under way at once.
+/// The number of concurrent requests.
 const UNDER_WAY: usize = 48;
 
-/// Delays and verbs that the dice decide.
+/// Random delays and verbs.
 trait Throw {
     async fn pause(&mut self, limit_ms: u64);
     fn verb(&mut self) -> Desired;
@@ -43,7 +43,7 @@ fn rounds() -> u32 {
     std::env::var("BATON_RACE_ROUNDS").ok().and_then(|rounds| rounds.parse().ok()).unwrap_or(200)
 }
 
-/// A fleet, its processes, and what its operators were answered.
+/// A fleet, its processes, and the answers that its operators received.
 struct Race {
     scene: Scene,
     operators: [Operator; 2],
@@ -63,7 +63,7 @@ impl Race {
         (Self { scene, operators, pids, seed, dice: Dice::seeded(seed) }, workers)
     }
 
-    /// Lets every process have its requests, many processes at a time.
+    /// Sends the requests of every process, many processes at a time.
     async fn run(&self, requests: impl AsyncFn(&[Operator; 2], &str, Dice) -> Vec<Option<Answered>>) -> Vec<Answered> {
         let requests = &requests;
         let (operators, dice) = (&self.operators, &self.dice);
@@ -75,7 +75,8 @@ impl Race {
         answered.into_iter().flatten().flatten().collect()
     }
 
-    /// Lets go on what is paused, waits for the end of all, and judges; gives how many were killed and how many finished.
+    /// Plays what is paused, waits until all have ended, and checks the history; returns how many were killed and
+    /// finished.
     async fn judge(&self, answers: Vec<Answered>) -> (usize, usize) {
         eventually("every request is obeyed", Duration::from_secs(60), async || {
             let rest = self.scene.sql("SELECT count(*) FROM event WHERE outcome IS NULL AND pid IS NOT NULL").await;
@@ -105,8 +106,8 @@ impl Race {
 async fn kill_against_end() {
     let spec = "{call: baton.count, hold: true, with: {advances: 3, every: 10ms}}";
     let (race, _workers) = Race::new(spec).await;
-    // A kill that came in time lets the next ones come later, and one that came too late earlier, down to the moment of the
-    // `play` itself: so they keep to the end, however slow the machine makes a request.
+    // A kill that came in time delays the next ones, and one that came too late advances them, at most to the time of
+    // the `play` itself. They thus stay close to the end, however slow the machine makes a request.
     let delay_us = Cell::new(50_000);
     let answers = race
         .run(async |operators, pid, mut dice| {
@@ -122,10 +123,10 @@ async fn kill_against_end() {
         })
         .await;
     let (killed, finished) = race.judge(answers).await;
-    assert!(killed > 0 && finished > 0, "{killed} killed, {finished} finished: that was no race");
+    assert!(killed > 0 && finished > 0, "{killed} killed, {finished} finished: the timing was not close");
 }
 
-/// One pause after another `play`, with delays below a limit.
+/// Alternates `pause` and `play`, with delays below a limit.
 async fn pause_and_play(spec: &str, verbs: &[Desired], delay_max_ms: u64) {
     let (race, _workers) = Race::new(spec).await;
     let answers = race
@@ -174,7 +175,7 @@ async fn two_operators_at_once() {
         })
         .await;
     let (killed, finished) = race.judge(answers).await;
-    assert!(killed > 0 && finished > 0, "{killed} killed, {finished} finished: that was no race");
+    assert!(killed > 0 && finished > 0, "{killed} killed, {finished} finished: the timing was not close");
 }
 
 #[tokio::test]
@@ -199,7 +200,7 @@ async fn requests_against_takeover() {
     });
     let ((), answers) = tokio::join!(deaths, requests);
     let (killed, finished) = race.judge(answers).await;
-    assert!(killed > 0 && finished > 0, "{killed} killed, {finished} finished: that was no race");
+    assert!(killed > 0 && finished > 0, "{killed} killed, {finished} finished: the timing was not close");
 }
 
 #[tokio::test]

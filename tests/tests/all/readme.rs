@@ -1,9 +1,9 @@
-//! The commands and specs of the README and of the guide run as they are written.
+//! The commands and specs of the README and of the guide run as written.
 //!
-//! Blocks of `sh` are run in order, a page in one shell, against a fleet of its own. Blocks of `yaml` are specs: a first line
-//! `# NAME.yaml` names the file that the commands use, and each of them passes `baton submit --dry-run`. Blocks of `toml` are
-//! configurations, those of `json` messages. The site `cluster` is a folder of this machine. A block that cannot run here has a
-//! reason in the line before it: `<!-- not run: REASON -->`.
+//! Blocks of `sh` run in order against one fleet for each page, in one shell. Blocks of `yaml` are specs: a first line
+//! `# NAME.yaml` names the file that the commands use, and each spec passes `baton submit --dry-run`. Blocks of `toml`
+//! are configurations, those of `json` messages. The site `cluster` is a folder of this machine. A block that cannot
+//! run here has a reason in the line before it: `<!-- not run: REASON -->`.
 
 use std::time::Duration;
 
@@ -17,19 +17,19 @@ use tokio::process::Command;
 
 use crate::book::{documents, pages, read, root};
 
-/// Blocks that do not run. A new one needs a reason, and this number.
+/// The number of blocks that do not run. A new one needs a reason, and a change of this number.
 const N_NOT_RUN: usize = 6;
 
-/// The servers of the compose file, for which those of a scene stand in.
+/// The servers of the compose file, which the servers of a scene replace.
 const BROKER: &str = "amqp://baton:baton@127.0.0.1:5672/%2f";
 const DATABASE: &str = "postgres://baton:baton@127.0.0.1:5432/baton";
 
 struct Block {
     language: String,
     text: String,
-    /// The line of its fence, from 1.
+    /// The line of its opening fence, counted from 1.
     line: usize,
-    /// Why it is not run.
+    /// The reason why it does not run, if any.
     excuse: Option<String>,
 }
 
@@ -57,7 +57,7 @@ fn blocks(document: &str) -> Vec<Block> {
     blocks
 }
 
-/// The documents whose blocks are run.
+/// The documents whose blocks run.
 fn walked() -> Vec<String> {
     [vec!["README.md".to_owned()], pages("docs/src/guide")].concat()
 }
@@ -133,7 +133,7 @@ async fn a_page_runs_as_it_is_written(document: &str) {
     drop(worker);
 }
 
-/// Writes a spec with the files that it sends, and checks it.
+/// Writes a spec with its input files, and checks it.
 async fn check_spec(scene: &Scene, document: &str, block: &Block) {
     let first = block.text.lines().next().unwrap_or_default();
     let name = first.strip_prefix("# ").filter(|name| name.ends_with(".yaml")).unwrap_or("unnamed.yaml");
@@ -165,12 +165,12 @@ fn every_block_runs_or_says_why_not() {
         for block in blocks(&document) {
             let place = format!("{document}:{}", block.line);
             let is_known = ["sh", "yaml", "toml", "json", "text"].contains(&block.language.as_str());
-            assert!(is_known, "{place}: no test knows blocks of `{}`", block.language);
+            assert!(is_known, "{place}: unknown block language `{}`", block.language);
             let is_command = |line: &str| ["$ ", "baton ", "docker "].iter().any(|begin| line.starts_with(begin));
             let hides = block.language == "text" && block.text.lines().any(is_command);
             assert!(!hides, "{place}: a command in a block of `text` would not run");
             if let Some(excuse) = block.excuse {
-                assert!(excuse.len() > 10, "{place}: say why it is not run");
+                assert!(excuse.len() > 10, "{place}: give the reason why it does not run");
                 n_not_run += 1;
             }
         }
@@ -213,7 +213,7 @@ fn every_configuration_and_message_of_the_book_is_read() {
             }
         }
     }
-    assert!(n_configs > 0 && n_messages > 2, "blocks are not found");
+    assert!(n_configs > 0 && n_messages > 2, "blocks were not found");
 }
 
 #[tokio::test]
@@ -224,9 +224,9 @@ async fn the_python_program_of_the_reference_launches_a_process() {
     let scene = Scene::new().await;
     let _worker = scene.worker("w1", &[]).await;
     let text = program.text.replace(BROKER, &scene.broker_url());
-    assert_ne!(text, program.text, "the broker's URL is not found");
+    assert_ne!(text, program.text, "the broker's URL was not found");
     let script = scene.spec("launch.py", &text);
-    // A worker is ready before its exchanges are there.
+    // A worker is ready before it declares its exchanges.
     eventually("the process has finished", Duration::from_secs(30), async || {
         let mut command = Command::new("/usr/bin/python3");
         command.arg(&script);

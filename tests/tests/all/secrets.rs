@@ -1,4 +1,4 @@
-//! What programs can learn of their worker: no password, no open file, and nothing of another user.
+//! What programs can learn from their worker: no password, no open file, and nothing that another user owns.
 
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
@@ -10,7 +10,7 @@ use baton_tests::process::processes_with;
 use baton_tests::scene::Scene;
 use baton_tests::services::programs;
 
-/// A script that starts a worker; `$PROGRAM` is one that every user may execute.
+/// A script that starts a worker; `$PROGRAM` is a program that every user may execute.
 fn wrapper(scene: &Scene, name: &str, commands: &str) -> String {
     let program = scene.path(&format!("{name}-worker"));
     fs::copy(programs().join("baton-worker"), &program).unwrap();
@@ -22,7 +22,7 @@ fn wrapper(scene: &Scene, name: &str, commands: &str) -> String {
     script.to_str().unwrap().to_owned()
 }
 
-/// Runs a script as a process, and gives back what it wrote.
+/// Runs a script as a process, and returns its output.
 async fn output_of(scene: &Scene, script: &str) -> String {
     let pid = scene.submit(&format!("{{script: {}}}", serde_json::to_string(script).unwrap()), 1).await.remove(0);
     scene.baton(&["watch", &pid, "--timeout", "60s"]).await.ok();
@@ -45,7 +45,7 @@ async fn no_program_reads_the_passwords_of_its_worker_even_as_the_same_user() {
     let seen = output_of(&scene, &spy).await;
     assert!(seen.starts_with("60112\n") && seen.contains("--database-url (hidden)"), "{seen}");
     assert!(!seen.contains("read "), "{seen}");
-    // Root may read the environment, in which nothing is left.
+    // Root may read the environment, but it contains no secret.
     let url = scene.database_url();
     for file in ["environ", "cmdline"] {
         let text = String::from_utf8_lossy(&fs::read(format!("{of_worker}/{file}")).unwrap()).into_owned();
@@ -60,11 +60,11 @@ async fn what_a_worker_has_inherited_reaches_no_program() {
     let wrapper = wrapper(&scene, "heir", "exec 5</etc/hostname 77</etc/hostname\nexec $PROGRAM \"$@\"");
     let worker = scene.worker_of(&wrapper, "heir", &[]).await;
     let seen = output_of(&scene, "ls /proc/$$/fd | tr '\\n' ' '").await;
-    // The shell reads its script from the last one.
+    // The shell reads its script from descriptor 10.
     assert!(seen.split_whitespace().all(|number| number.len() == 1 && number != "5" || number == "10"), "{seen}");
     let open = fs::read_dir(format!("/proc/{}/fd", worker.os_pid())).unwrap().flatten();
     let targets: Vec<PathBuf> = open.filter_map(|entry| fs::read_link(entry.path()).ok()).collect();
-    // It may hold a lock.
+    // The worker closes none of its inherited files: one may hold a lock.
     assert!(targets.contains(&PathBuf::from("/etc/hostname")), "{targets:?}");
 }
 
@@ -84,7 +84,7 @@ async fn programs_run_as_the_user_that_the_worker_is_told_and_reach_nothing_of_r
     assert!(seen.starts_with(&format!("nobody\n{groups}nobody /nonexistent\n")), "{seen}");
     assert!(seen.ends_with("nobody\nnobody\nnobody\n"), "{seen}");
 
-    // Neither the shim nor the worker follows what the program has put in the place of Baton's files.
+    // Neither the shim nor the worker follows the links that the program has put in place of Baton's files.
     let secret = scene.path("secret");
     fs::write(&secret, "of root").unwrap();
     fs::set_permissions(&secret, fs::Permissions::from_mode(0o600)).unwrap();
@@ -151,7 +151,7 @@ async fn a_worker_that_may_not_run_programs_as_another_user_says_so_and_ends() {
 async fn what_baton_run_keeps_is_its_users_alone() {
     let scene = Scene::new().await;
     let spec = scene.spec("hello.yaml", "run: [echo, hello]").display().to_string();
-    // One that an earlier version has made.
+    // A folder that an earlier version has created.
     let home = scene.path(".baton");
     fs::create_dir(&home).unwrap();
     fs::write(home.join("baton.db"), "").unwrap();

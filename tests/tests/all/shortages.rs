@@ -1,4 +1,4 @@
-//! Workers whose machine lacks something: no process pays for it, the worker is named, and it comes back by itself.
+//! Workers whose machine lacks a resource: no process pays for it, the worker is named, and it recovers by itself.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -14,12 +14,12 @@ use baton_tests::services::programs;
 use rustix::process::{Pid, Resource, Rlimit, getrlimit, prlimit};
 use serde_json::Value;
 
-/// How long a shortage may stay unknown.
+/// A shortage must be noticed within this time.
 const NAMED: Duration = Duration::from_secs(10);
 const LIMIT: Duration = Duration::from_secs(120);
 const COUNT: u32 = 200;
 
-/// A small file system, which is gone at the end.
+/// A small file system that is unmounted at the end.
 struct Mount(PathBuf);
 
 impl Mount {
@@ -36,13 +36,13 @@ impl Mount {
         assert!(Command::new("mount").args(["-o", &options]).arg(&self.0).status().unwrap().success());
     }
 
-    /// Takes all space or all inodes.
+    /// Uses up all space or all inodes.
     fn fill(&self, what: &str) {
         let script = match what {
             "disk space" => "head -c 100000000 /dev/zero > \"$0/filler\"",
             _ => "mkdir \"$0/fillers\" && i=0; while : > \"$0/fillers/$i\"; do i=$((i + 1)); done",
         };
-        // It ends by the error.
+        // It ends with the error.
         drop(Command::new("sh").args(["-c", script]).arg(&self.0).output().unwrap());
     }
 
@@ -75,14 +75,14 @@ async fn is_named(scene: &Scene, worker: &str, lacks: &str) {
 }
 
 async fn is_well(scene: &Scene, worker: &str) {
-    eventually(&format!("{worker} is well again"), Duration::from_secs(30), async || {
+    eventually(&format!("{worker} has recovered"), Duration::from_secs(30), async || {
         let workers = scene.baton(&["workers", worker, "-o", "json"]).await.json();
         if workers[0]["lacks"] == Value::Null { Ok(()) } else { Err(workers) }
     })
     .await;
 }
 
-/// All have finished, and none has been charged.
+/// Waits until all have finished, and checks that none was charged.
 async fn all_finish(scene: &Scene, count: u32) {
     eventually("all have finished", LIMIT, async || {
         let n_finished = scene.count(&format!("state = {}", State::Finished.code())).await;
@@ -129,9 +129,9 @@ async fn a_worker_without_disk_inodes_or_the_right_to_write_leaves_all_to_the_he
         scene.submit("run: ['true']", 20).await;
         count += 20;
         all_finish(&scene, count).await;
-        assert_eq!(attempts_of(&scene, &name).await, n_attempts, "it takes nothing");
+        assert_eq!(attempts_of(&scene, &name).await, n_attempts, "the worker takes nothing");
 
-        // Without the healthy one they stay queued, and say why.
+        // Without the healthy worker they stay queued, and the reason is shown.
         healthy.terminate().await;
         let pid = scene.submit("run: ['true']", 1).await.remove(0);
         count += 1;
@@ -164,7 +164,7 @@ async fn a_worker_whose_root_cannot_be_used_is_named_before_it_takes_anything() 
     all_finish(&scene, u32::try_from(pids.len()).unwrap()).await;
 }
 
-/// A worker as a user without rights, with a limit of processes.
+/// A worker of an unprivileged user with a process limit.
 fn short_of_processes(scene: &Scene, name: &str, limit: u32, uid: u32) -> PathBuf {
     let program = scene.path(&format!("{name}-worker"));
     fs::copy(programs().join("baton-worker"), &program).unwrap();
@@ -178,7 +178,7 @@ fn short_of_processes(scene: &Scene, name: &str, limit: u32, uid: u32) -> PathBu
     fs::write(&wrapper, script).unwrap();
     fs::set_permissions(&wrapper, fs::Permissions::from_mode(0o755)).unwrap();
     let mut folder: &Path = scene.folder();
-    // Where its folders are private, the user cannot start its program.
+    // If its folders are private, the user cannot start its program.
     while let Some(parent) = folder.parent() {
         let mode = fs::metadata(folder).unwrap().permissions().mode();
         assert!(mode & 0o001 != 0, "{} cannot be entered", folder.display());

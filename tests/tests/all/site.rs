@@ -1,4 +1,4 @@
-//! `baton site`, and the sessions that workers have with a site, on a real OpenSSH server.
+//! `baton site`, and the sessions of workers with a site, on a real OpenSSH server.
 
 use std::fs::Permissions;
 use std::os::unix::fs::PermissionsExt;
@@ -15,10 +15,10 @@ use tokio::process::Command;
 
 use crate::sites::finished;
 
-/// How long a job may take from its submission to its end on a busy machine.
+/// The time from submission to end that a job may take on a busy machine.
 const LIMIT: Duration = Duration::from_secs(40);
 
-/// A server whose user's home is a folder of the test, and sites on it.
+/// A server whose user has a folder of the test as home, and sites on it.
 struct Sites {
     sshd: Sshd,
 }
@@ -100,7 +100,7 @@ async fn a_file_is_below_the_root_and_the_same_when_it_comes_back() {
         sites.baton(&["get", site, "folder/data.txt", "back"]).await.ok();
         assert!(std::fs::read_to_string(sites.file("back/data.txt")).unwrap() == content);
 
-        // What an earlier try has left may be of another file.
+        // The part of an earlier try may belong to another file.
         std::fs::write(sites.file(site).join("wrong.txt.part"), "other\n").unwrap();
         let output = sites.baton(&["put", site, "data.txt", "wrong.txt"]).await.exits(1);
         assert!(output.stderr.contains("wrong.txt differed from the source"), "{output:?}");
@@ -151,7 +151,7 @@ async fn what_is_wrong_has_its_own_exit_code() {
     assert!(output.stderr.contains("SHA256:") && output.stderr.contains("ssh-keyscan"), "{output:?}");
 }
 
-/// The only session that the fleet may have is too old, and who uses it needs it for long.
+/// The only session that the fleet may have is too old, and its user needs it for a long time.
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
 async fn an_old_session_that_is_in_use_keeps_nobody_from_its_site() {

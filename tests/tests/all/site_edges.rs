@@ -1,4 +1,4 @@
-//! What a spec, a scheduler or other jobs may do to a job at a site, on the real thing.
+//! What a spec, a scheduler or other jobs may do to a job at a real site.
 
 use std::fmt::Write as _;
 use std::path::Path;
@@ -15,7 +15,7 @@ const LIMIT: Duration = Duration::from_secs(60);
 
 const BOTH: [&str; 2] = ["cluster", "plain"];
 
-/// Submits each of some specs to both launchers, in the order of the specs.
+/// Submits each spec to both launchers, in the order of the specs.
 async fn submit_to_both(scene: &Scene, slurm: &Slurm, specs: &[String]) -> Vec<(String, String)> {
     let mut pids = Vec::new();
     for spec in specs {
@@ -33,7 +33,7 @@ async fn shown(scene: &Scene, pid: &str) -> (String, i64, i64, String) {
     (text("state"), shown["exit"].as_i64().unwrap_or(-1), shown["try"].as_i64().unwrap_or(-1), text("reason"))
 }
 
-/// Its exit and its outputs come back, whatever its environment does to the commands of a shell.
+/// The exit and the outputs come back, whatever the environment does to the commands of a shell.
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
 async fn a_path_set_for_the_program_does_not_break_the_job() {
@@ -115,7 +115,7 @@ vars: {my-var: "1 $HOME", "X; touch f; Y": "it's", "a b": ""}
     }
 }
 
-/// The process waits, says why, and is submitted as the same try when it is accepted.
+/// The process waits, shows the reason, and is submitted as the same try when it is accepted.
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
 async fn a_submission_that_is_refused_for_now_waits_and_says_why() {
@@ -136,25 +136,25 @@ async fn a_submission_that_is_refused_for_now_waits_and_says_why() {
     );
     let pids = slurm.submit(&scene, &spec, 3).await;
     for pid in &pids {
-        eventually("it says why it waits", LIMIT, async || {
+        eventually("the reason of the wait is shown", LIMIT, async || {
             let explained = slurm.baton(&scene, &["explain", pid]).await.ok().stdout;
             if explained.contains("QOSMaxSubmitJobPerUserLimit") { Ok(()) } else { Err(explained) }
         })
         .await;
     }
-    eventually("lists say it, too", LIMIT, async || {
+    eventually("lists show the reason", LIMIT, async || {
         let listed = slurm.baton(&scene, &["list"]).await.ok().stdout;
         if listed.contains("refused by cluster") { Ok(()) } else { Err(listed) }
     })
     .await;
-    assert_eq!(scene.sql("SELECT count(*) FROM job").await.trim(), "0", "nothing is there, and no room is taken");
+    assert_eq!(scene.sql("SELECT count(*) FROM job").await.trim(), "0", "no job exists, and no slot is taken");
     std::fs::write(&go, "").unwrap();
     finished(&scene, &pids, LIMIT).await;
     assert_eq!((runs(&path), scene.count("try = 1").await), (3, 3));
     slurm.is_empty().await;
 }
 
-/// A process that waits so is killed at once, and one that is refused for good fails once.
+/// A process that waits for acceptance is killed at once, and one that is rejected permanently fails once.
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
 async fn a_refusal_that_stays_fails_and_a_kill_does_not_wait_for_one_that_passes() {
@@ -180,7 +180,7 @@ async fn a_refusal_that_stays_fails_and_a_kill_does_not_wait_for_one_that_passes
     assert!(reason.contains("QOSMaxWallDurationPerJobLimit"), "{reason}");
 }
 
-/// Jobs of the same user, outside of Baton, whose names look like lines of a list.
+/// Jobs of the same user, outside Baton, whose names look like lines of a list.
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
 async fn jobs_of_others_do_not_blind_the_watch_whatever_they_are_called() {
@@ -200,7 +200,7 @@ async fn jobs_of_others_do_not_blind_the_watch_whatever_they_are_called() {
     );
     let running = slurm.jobs("RUNNING").join("\n");
     for id in foreign {
-        assert!(running.contains(&format!("{id} ")), "a job of others was ended: {id} of {running}");
+        assert!(running.contains(&format!("{id} ")), "a foreign job was ended: {id} of {running}");
     }
 }
 
@@ -212,7 +212,7 @@ fn submit_foreign(slurm: &Slurm, name: &str) -> String {
     String::from_utf8(output.stdout).unwrap().trim().to_owned()
 }
 
-/// A program may write to the file of its own job, and to no other.
+/// A program may write to the file of its own job only.
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
 async fn a_program_that_overwrites_what_its_job_left_blinds_nobody() {
@@ -227,7 +227,7 @@ async fn a_program_that_overwrites_what_its_job_left_blinds_nobody() {
     assert_eq!((runs(&path), scene.count("try = 1").await), (3, 3));
 }
 
-/// The time is over only if it is; one that ignores the signal is ended, too, and says so.
+/// Only a real timeout counts as one; a program that ignores the signal is killed, and this is reported.
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
 async fn an_exit_124_is_no_time_limit_and_a_killed_program_has_one() {

@@ -12,10 +12,10 @@ use baton_tests::slurm::Slurm;
 use baton_tests::sshd::Sshd;
 use tokio::io::AsyncWriteExt;
 
-/// How long a few jobs may take from their submission to their end on a busy machine.
+/// The time from submission to end that a few jobs may take on a busy machine.
 const LIMIT: Duration = Duration::from_secs(60);
 
-/// Borders of a job's life; at each of them a worker dies here, in a test of its own.
+/// Borders of a job's life; at each of them a worker dies, in a separate test.
 macro_rules! borders {
     ($($name:ident: $border:literal)*) => {
         pub(crate) const BORDERS: &[&str] = &[$($border),*];
@@ -44,14 +44,14 @@ borders! {
     cancelled: "job-cancelled"
 }
 
-/// A program that says that it has run, in a file that all of them share.
+/// A program that records its run in a file that all of them share.
 pub(crate) fn witness(scene: &Scene, at: &str, more: &str) -> (PathBuf, String) {
     let path = scene.path("runs");
     let script = format!("echo $$ >> {}; {more}", path.display());
     (path, format!("at: {at}\nscript: |\n  {script}\n"))
 }
 
-/// Programs that have run so far.
+/// The number of programs that have run so far.
 pub(crate) fn runs(path: &Path) -> usize {
     std::fs::read_to_string(path).unwrap_or_default().lines().count()
 }
@@ -64,7 +64,7 @@ pub(crate) async fn ended(scene: &Scene, pids: &[String], limit: Duration) {
     .await;
 }
 
-/// All have ended as finished with exit 0.
+/// All have finished with exit 0.
 pub(crate) async fn finished(scene: &Scene, pids: &[String], limit: Duration) {
     ended(scene, pids, limit).await;
     for pid in pids {
@@ -73,7 +73,7 @@ pub(crate) async fn finished(scene: &Scene, pids: &[String], limit: Duration) {
     }
 }
 
-/// A file system shows the file late in which the script says how its program ended.
+/// A file system shows the file with the program's exit late.
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
 async fn an_end_that_shows_late_is_waited_for() {
@@ -88,7 +88,7 @@ async fn an_end_that_shows_late_is_waited_for() {
     assert_eq!((runs(&path), scene.sql("SELECT try FROM process").await.trim()), (1, "1"));
 }
 
-/// What a job has left cannot be read, since its file system is away: it is not taken for nothing.
+/// The outputs of a job cannot be read, since its file system is unavailable: they are not treated as missing.
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
 async fn a_sandbox_that_is_away_pauses_its_process() {
@@ -155,7 +155,7 @@ needs: {{time: 5m, cpus: 1}}
     drop(worker);
 }
 
-/// At each border a worker dies, and another goes on: the program runs once, and no job is left.
+/// At each border a worker dies, and another one takes over: the program runs once, and no job is left.
 async fn a_worker_that_dies_at_any_border_costs_no_second_run(border: &str) {
     let scene = Scene::new().await;
     let slurm = Slurm::start(&scene, "submit_timeout = '3s'\nsettle = '3s'", "min_reconnect = '1s'", "");
@@ -170,7 +170,7 @@ async fn a_worker_that_dies_at_any_border_costs_no_second_run(border: &str) {
     let (path, spec) = witness(&scene, "cluster", if is_killed { "sleep 600" } else { "sleep 1" });
     let pids = slurm.submit(&scene, &spec, 1).await;
     if border == "job-never" {
-        // Somebody else has to have left an intent without a submission.
+        // Another worker must have left an intent without a submission.
         let mut before = slurm.worker(&scene, "job-never-0", &[("FAILPOINTS", "job-intended=return")]).await;
         before.ended(LIMIT).await;
     }
@@ -194,13 +194,13 @@ async fn a_worker_that_dies_at_any_border_costs_no_second_run(border: &str) {
     History::read(&scene, vec![]).await.accepting(&pids).check();
 }
 
-/// Its lines come from the site, while a worker sees to what it has left, and from the database, and each of them once.
+/// The lines come from the site while a worker collects the outputs, and from the database, but each only once.
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
 async fn whoever_follows_a_job_sees_each_line_once() {
     let scene = Scene::new().await;
     let slurm = Slurm::start(&scene, "", "", "");
-    // The worker holds it for several looks before its end.
+    // The worker delays the end for several polls.
     let _worker = slurm.worker(&scene, "w1", &[("FAILPOINTS", "job-collected=sleep(4000)")]).await;
     let spec = "at: plain
 script: |
@@ -213,7 +213,7 @@ out: [made]
     assert_eq!((logs.stdout, logs.stderr), (lines("line"), lines("wrong")));
 }
 
-/// The streams of each try begin anew, and what the one before has written last is not left out.
+/// The streams of each try start from the beginning, and the last lines of the previous try are not lost.
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
 async fn whoever_follows_a_job_sees_its_second_try_from_the_beginning() {
@@ -231,7 +231,7 @@ retry: {max: 2, wait: 1s}
     assert_eq!(logs.stdout, of_try(1) + &of_try(2));
 }
 
-/// The mark of its end and both streams come in one answer of the site, whole or not, and none takes a byte of the next.
+/// One answer of the site has the end marker and both streams, complete or cut; none takes a byte of the next.
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
 async fn of_what_a_job_writes_the_beginning_and_the_end_are_kept() {
@@ -250,7 +250,7 @@ async fn of_what_a_job_writes_the_beginning_and_the_end_are_kept() {
             "b".repeat(PART - 2)
         ),
     };
-    // Where a program writes nothing to its standard output, Baton's own lines about the job may stand there.
+    // If a program writes nothing to its standard output, Baton's own lines about the job may appear there.
     let lengths = [(3, 100_000), (2 * PART, 3), (2 * PART + 1, 0)];
     let stream = |n_bytes| if n_bytes == 0 { "true".to_owned() } else { write(n_bytes) };
     let mut pids = Vec::new();
@@ -267,7 +267,7 @@ async fn of_what_a_job_writes_the_beginning_and_the_end_are_kept() {
     }
 }
 
-/// Two workers in a row die with the try given up, while its process is being killed: nobody waits for ever.
+/// Two workers in a row die after the try is given up, while its process is being killed: nothing waits for ever.
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
 async fn a_kill_of_an_unanswered_submission_ends_whoever_dies_over_it() {
@@ -290,7 +290,7 @@ async fn a_kill_of_an_unanswered_submission_ends_whoever_dies_over_it() {
     slurm.is_empty().await;
 }
 
-/// Its worker dies when the try is given up, and the job comes, and ends, before another looks.
+/// Its worker dies when the try is given up, and the job starts and ends before another worker looks.
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
 async fn a_job_that_comes_after_its_try_was_given_up_fails_nothing() {
@@ -310,7 +310,7 @@ async fn a_job_that_comes_after_its_try_was_given_up_fails_nothing() {
     let pids = slurm.submit(&scene, &spec, 1).await;
     first.ended(LIMIT).await;
     std::fs::write(&go, "").unwrap();
-    eventually("the late job has come", LIMIT, async || {
+    eventually("the late job has started", LIMIT, async || {
         if slurm.jobs("COMPLETED").is_empty() { Err(slurm.jobs("all")) } else { Ok(()) }
     })
     .await;
@@ -320,7 +320,8 @@ async fn a_job_that_comes_after_its_try_was_given_up_fails_nothing() {
     assert_eq!((&shown["try"], &shown["failures"], runs(&path)), (&2.into(), &0.into(), 1), "{shown:#}");
 }
 
-/// Its script has taken the try and died before it could say what it is: neither the process nor its kill waits for ever.
+/// The job's script took the try and died before it could identify itself: neither the process nor its kill waits for
+/// ever.
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
 async fn a_script_that_dies_before_its_mark_holds_nobody_up() {
@@ -357,7 +358,7 @@ async fn a_forced_kill_is_made_up_for_when_the_site_is_back() {
     slurm.is_empty().await;
 }
 
-/// The controller is away for a while, says nonsense, and comes back; jobs end meanwhile.
+/// The controller is away for a while, gives invalid answers, and comes back; jobs end meanwhile.
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
 async fn a_scheduler_that_is_away_or_talks_nonsense_costs_only_time() {
@@ -371,7 +372,7 @@ async fn a_scheduler_that_is_away_or_talks_nonsense_costs_only_time() {
     worker.says("the launcher does not answer").await;
     pids.extend(slurm.submit(&scene, &spec, 2).await);
     tokio::time::sleep(Duration::from_secs(8)).await;
-    assert_eq!(scene.count("place = 3").await, 0, "an answer that was none has ended a process");
+    assert_eq!(scene.count("place = 3").await, 0, "an invalid answer ended a process");
     slurm.start_controller();
     for answer in ["echo hello", "exit 0", "echo '1|ASLEEP|x|1|N/A|None'", "head -c 100000 /dev/zero"] {
         slurm.replace("squeue", answer);
@@ -382,7 +383,7 @@ async fn a_scheduler_that_is_away_or_talks_nonsense_costs_only_time() {
     assert_eq!(runs(&path), 7);
 }
 
-/// Three workers, a limit of jobs, two sessions: nothing is exceeded, and what waits is parked.
+/// Three workers, a limit of jobs, two sessions: no limit is exceeded, and waiting processes are parked.
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
 async fn a_fleet_keeps_to_the_limits_of_a_site() {
@@ -410,7 +411,7 @@ async fn a_fleet_keeps_to_the_limits_of_a_site() {
     assert!(opened <= 2, "{opened} sessions");
 }
 
-/// The session is killed, and the site is away for a while, while jobs run.
+/// The session is killed, and the site is unreachable for a while, while jobs run.
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
 async fn a_session_that_is_killed_costs_only_time() {
@@ -422,14 +423,14 @@ async fn a_session_that_is_killed_costs_only_time() {
     eventually("some run", LIMIT, async || if runs(&path) > 3 { Ok(()) } else { Err(()) }).await;
     slurm.sshd.kill();
     tokio::time::sleep(Duration::from_secs(4)).await;
-    assert_eq!(scene.count("place = 1").await, 0, "what waits for a site is held");
+    assert_eq!(scene.count("place = 1").await, 0, "a process that waits for a site is held");
     slurm.start_login();
     finished(&scene, &pids, LIMIT).await;
     assert_eq!(runs(&path), 20);
     drop(worker);
 }
 
-/// Whoever recorded the intent to submit, and then found all channels taken that the server allows, has submitted nothing.
+/// A worker that recorded the intent to submit, and then found no free channel, has submitted nothing.
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
 async fn a_submission_that_the_server_refuses_a_channel_is_made_later_as_the_same_try() {
@@ -444,7 +445,7 @@ async fn a_submission_that_the_server_refuses_a_channel_is_made_later_as_the_sam
     History::read(&scene, vec![]).await.accepting(&pids).check();
 }
 
-/// One slot for three workers; the one that has it dies.
+/// One slot for three workers; the holder dies.
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
 async fn a_slot_moves_when_its_worker_dies() {
@@ -465,8 +466,8 @@ async fn a_slot_moves_when_its_worker_dies() {
     assert_ne!(scene.sql(sql).await.trim(), owner);
 }
 
-/// The login shell here knows words and quotes, and no more than that: what any of them knows. OpenSSH's configuration is
-/// found in the home folder.
+/// The login shell here knows only words and quotes, which every shell knows. OpenSSH's configuration is in the home
+/// folder.
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
 async fn a_shell_opens_in_the_folder_of_a_process_whatever_the_login_shell_is() {

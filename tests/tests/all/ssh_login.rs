@@ -1,4 +1,4 @@
-//! Who is let in by a real OpenSSH server, and which server we believe.
+//! Logins to a real OpenSSH server, and which host keys Baton trusts.
 
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -41,8 +41,8 @@ async fn an_unknown_host_is_an_error_with_its_fingerprint_and_what_to_do() {
         "{error}"
     );
     assert!(!error.is_of_transport());
-    assert_eq!(std::fs::read(sshd.file("known_hosts")).unwrap(), b"", "no key is ever learnt");
-    assert_eq!(sshd.logged("Accepted"), 0, "nothing was said to a stranger");
+    assert_eq!(std::fs::read(sshd.file("known_hosts")).unwrap(), b"", "no host key is added");
+    assert_eq!(sshd.logged("Accepted"), 0, "no login to an unknown host");
 
     std::fs::write(sshd.file("known_hosts"), known).unwrap();
     key_gen(&["-qHf", sshd.file("known_hosts").to_str().unwrap()]);
@@ -77,7 +77,7 @@ async fn an_authority_that_is_known_vouches_for_a_host() {
         key_gen(&["-qt", "ed25519", "-N", "", "-f", file.to_str().unwrap()]);
     }
     let certificate = sshd.file("host_ed25519-cert.pub");
-    // The server shows its key with a certificate by somebody, made with these options.
+    // The server presents its key with a certificate by this authority, made with these options.
     let show = |by: &Path, options: &[&str]| {
         let public = sshd.file("host_ed25519.pub");
         let always = ["-qs", by.to_str().unwrap(), "-I", "login"];
@@ -122,14 +122,14 @@ async fn an_authority_that_is_known_vouches_for_a_host() {
         assert!(text.contains(&fingerprint(&sshd.file("host_ed25519.pub"))) && text.contains("line 1"), "{text}");
     }
 
-    // By another authority, it is the host's key that counts.
+    // With a certificate of another authority, the host's key is checked.
     show(&other, &["-h", "-n", "127.0.0.1"]);
     let error = connect(&section).await.unwrap_err();
     assert!(matches!(&error, Error::UnknownHostKey { remedy, .. } if remedy.contains("ssh-keyscan")), "{error}");
     std::fs::write(sshd.file("known_hosts"), known).unwrap();
     sshd.know("@cert-authority *", "authority.pub");
     works(&section).await;
-    // A server without a certificate shows its key.
+    // A server without a certificate presents its key.
     sshd.kill();
     sshd.start_again("");
     works(&section).await;
@@ -168,7 +168,7 @@ async fn keys_of_every_kind_are_let_in_and_others_are_not() {
     assert!(matches!(connect(&section).await, Err(Error::Refused { .. })));
 }
 
-/// A server that lets nobody in but by a certificate of an authority.
+/// A server that accepts only certificates of an authority.
 struct CertifiedOnly {
     sshd: Sshd,
     authority: PathBuf,
@@ -184,7 +184,7 @@ impl CertifiedOnly {
         Self { sshd, authority }
     }
 
-    /// Writes a certificate of a user's key beside it.
+    /// Writes a certificate of a user's key next to the key.
     fn certify(&self, key: &str) -> PathBuf {
         let user = String::from_utf8(Command::new("id").arg("-un").output().unwrap().stdout).unwrap();
         let public = self.sshd.file(&format!("{key}.pub"));
@@ -220,10 +220,10 @@ async fn a_certificate_that_openssh_names_is_shown_with_its_key() {
     works(&section).await;
     section.key = Some(server.sshd.file("id_ed25519"));
     let error = connect(&section).await.unwrap_err();
-    assert!(!error.to_string().contains("certificate"), "it is that of another key: {error}");
+    assert!(!error.to_string().contains("certificate"), "the certificate is for another key: {error}");
 }
 
-/// An agent of the test's own.
+/// A private agent for the test.
 struct Agent {
     process: Child,
     socket: PathBuf,
@@ -275,12 +275,12 @@ async fn an_encrypted_key_needs_an_agent_that_has_it() {
     agent.add(&open);
     works(&section).await;
     assert_eq!(sshd.logged("Accepted publickey"), 1);
-    assert_eq!(sshd.logged("Failed publickey"), 0, "no other key was shown");
+    assert_eq!(sshd.logged("Failed publickey"), 0, "no other key was offered");
 
     section.key = Some(sshd.file("id_locked.pub"));
     works(&section).await;
 
-    // Without a named key, the agent shows all that it has.
+    // Without a named key, the agent offers all its keys.
     section.key = None;
     works(&section).await;
     agent.add(&sshd.file("id_rsa"));
@@ -292,7 +292,7 @@ async fn an_encrypted_key_needs_an_agent_that_has_it() {
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
 async fn a_certificate_of_the_agent_is_shown_before_its_key() {
-    // After one that it does not accept, the server hears no other.
+    // After one rejected key, the server accepts no other.
     let server = CertifiedOnly::start("MaxAuthTries 1");
     let sshd = &server.sshd;
     let mut section = sshd.section();
@@ -309,7 +309,7 @@ async fn a_certificate_of_the_agent_is_shown_before_its_key() {
         works(&section).await;
     }
 
-    // The agent has the key alone, and its certificate lies beside the file.
+    // The agent has only the key; its certificate is next to the key file.
     Command::new("ssh-add").arg("-qD").env("SSH_AUTH_SOCK", &agent.socket).status().unwrap();
     agent.add(&sshd.file("id_rsa"));
     server.certify("id_rsa");
@@ -379,7 +379,7 @@ async fn machines_on_the_way_lead_there_and_are_checked_as_well() {
     works(&section).await;
     assert_eq!(target.logged("Accepted publickey"), 1);
 
-    // By OpenSSH's configuration, where the first is on the way to the second.
+    // With OpenSSH's configuration: the first host is the jump host of the second.
     let config = target.file("config");
     let host = |name: &str, sshd: &Sshd, jump: &str| {
         let port = sshd.section().port.unwrap();
@@ -391,7 +391,7 @@ async fn machines_on_the_way_lead_there_and_are_checked_as_well() {
     (section.host, section.port, section.jump) = ("three".to_owned(), None, None);
     let session = connect(&section).await.unwrap();
     session.exec("true", b"", LIMIT).await.unwrap().ok().unwrap();
-    // The first let us in as well before the second was known.
+    // The first host accepted a login before the second was known, too.
     assert_eq!([&first, &second, &target].map(|sshd| sshd.logged("Accepted publickey")), [3, 2, 2]);
     first.kill();
     assert!(matches!(session.exec("true", b"", LIMIT).await, Err(Error::Broken(_))));
@@ -405,12 +405,12 @@ async fn machines_on_the_way_lead_there_and_are_checked_as_well() {
     assert!(matches!(error, Error::Unreachable { .. }) && error.is_of_transport(), "{error}");
 }
 
-/// OpenSSH's configuration of a machine `target`, with a `ProxyCommand`.
+/// An OpenSSH configuration of a host `target` with a `ProxyCommand`.
 struct ProxyConfig {
     file: PathBuf,
-    /// A program that connects to a machine by itself: host, port, and for how many seconds it stays when that has ended.
+    /// A program that connects to a host: the arguments are host, port, and the seconds that it stays after the end.
     relay: String,
-    /// Where it writes its number.
+    /// The file with its pid.
     pid: PathBuf,
 }
 
@@ -432,7 +432,7 @@ impl ProxyConfig {
         std::fs::write(&self.file, text).unwrap();
     }
 
-    /// Whether the program runs whose number was written last.
+    /// Whether the program whose pid was written last is running.
     fn is_running(&self) -> bool {
         let pid = std::fs::read_to_string(&self.pid).unwrap();
         std::fs::read_to_string(format!("/proc/{}/stat", pid.trim())).is_ok_and(|stat| !stat.contains(") Z "))
@@ -453,7 +453,7 @@ async fn a_proxy_command_leads_there_and_ends_with_the_session() {
     let through_gate = format!("exec ssh -F {} -W %h:%p login", gate.file("ssh_config").display());
     for command in [
         format!("sh -c 'echo $$ > {}; {through_gate}'", config.pid.display()),
-        // This one stays when its connection has ended.
+        // This program stays after its connection has ended.
         format!("{} %h %p 60", config.relay),
     ] {
         config.write(&target, &command);
@@ -501,7 +501,7 @@ async fn a_proxy_command_leads_to_the_nearest_machine_only() {
     let mut section = config.section(&target);
     config.write(&target, "false");
     assert!(connect(&section).await.is_err());
-    // What the section itself says of the way counts.
+    // The section's own setting has precedence.
     section.jump = Some("none".to_owned());
     works(&section).await;
 
@@ -532,7 +532,7 @@ async fn a_server_that_takes_no_more_connections_is_tried_again_later() {
     let error = connect(&section).await.unwrap_err();
     assert!(matches!(error, Error::Unreachable { .. }) && error.is_of_transport(), "{error}");
     drop(waiting);
-    eventually("there is a place", LIMIT, async || connect(&section).await.map(drop)).await;
+    eventually("the server accepts connections", LIMIT, async || connect(&section).await.map(drop)).await;
 }
 
 #[tokio::test]

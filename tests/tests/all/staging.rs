@@ -1,4 +1,4 @@
-//! Files that go to a site before a job and come back after it.
+//! Files that are staged to a site before a job and back after it.
 
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
@@ -23,7 +23,7 @@ async fn end(scene: &Scene, pid: &str) -> serde_json::Value {
     scene.show(pid).await
 }
 
-/// Bytes that compress badly and repeat nowhere.
+/// Bytes that compress badly and do not repeat.
 fn noise(len: usize) -> Vec<u8> {
     let mut state = 0x9e37_79b9_7f4a_7c15_u64;
     (0..len)
@@ -103,8 +103,8 @@ out:
     );
 }
 
-/// The first worker dies when all is staged, the second when all is collected, and the program fails once: each of them
-/// finds again what was moved before it.
+/// The first worker dies after stage-in, the second after stage-out, and the program fails once: each successor finds
+/// what was moved before it.
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
 async fn what_is_moved_or_copied_again_is_the_same() {
@@ -139,9 +139,9 @@ retry: {max: 2, wait: 1s}
     let read = |path: &str| std::fs::read_to_string(scene.path(&format!("site/s/one/{path}"))).unwrap();
     assert_eq!(["all/a/x", "all/b/x", "checkpoints/c.chk", "tree/leaf"].map(read), ["a\n", "b\n", "c\n", "leaf\n"]);
     let left = Command::new("find").arg(scene.path("site/s")).args(["-name", ".baton-*"]).output().unwrap().stdout;
-    assert!(left.is_empty(), "files that are not whole: {}", String::from_utf8_lossy(&left));
+    assert!(left.is_empty(), "incomplete files: {}", String::from_utf8_lossy(&left));
     let results = slurm.baton(&scene, &["results", &pid]).await.ok().stdout;
-    assert!(results.contains("c.chk"), "what is moved is a result as well: {results}");
+    assert!(results.contains("c.chk"), "a moved file is a result as well: {results}");
 }
 
 #[tokio::test]
@@ -195,7 +195,7 @@ async fn what_leads_out_of_its_scope_is_refused() {
     };
     tar(&["-cf", "link.tar", "-C", "bad", "link"]);
     tar(&["-cPf", "above.tar", "-C", "bad", "../secret"]);
-    // Names that a line-wise reader would take for others.
+    // Names that a line-based reader would misread.
     std::fs::create_dir_all(scene.path("strange")).unwrap();
     symlink("/etc/hostname", scene.path("strange/blank ")).unwrap();
     tar(&["-cf", "blank.tar", "-C", "strange", "."]);
@@ -227,9 +227,9 @@ async fn what_leads_out_of_its_scope_is_refused() {
             "{input}: {shown:#}"
         );
     }
-    assert!(!scene.path("new").exists(), "a folder was made out of the scope");
-    assert!(!scene.path("site/r/plain/new").exists(), "a file was put through a link");
-    // A link that the program makes keeps nothing that is not its own.
+    assert!(!scene.path("new").exists(), "a folder was created outside the scope");
+    assert!(!scene.path("site/r/plain/new").exists(), "a file was written through a link");
+    // A link that the program makes cannot capture files outside its scope.
     let spec = format!("at: plain\nscript: ln -s {} stolen\nout: [stolen]\n", scene.path("secret").display());
     let pid = slurm.submit(&scene, &spec, 1).await.remove(0);
     let shown = end(&scene, &pid).await;
@@ -243,8 +243,8 @@ async fn what_leads_out_of_its_scope_is_refused() {
     assert!(reason.contains("leads out of its scope") && !shown.to_string().contains("secret"), "{shown:#}");
 }
 
-/// What a sandbox has from others is theirs: what takes its name in the sandbox replaces it there only. An archive of
-/// another sandbox brings no end of a program that has not run.
+/// Shared files in a sandbox are not modified: a file with the same name replaces them only in the sandbox. An archive
+/// of another sandbox cannot fake the end of a program that has not run.
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
 async fn what_takes_the_place_of_something_shared_leaves_that_as_it_is() {
@@ -277,7 +277,7 @@ in:
     assert_eq!([read("site/r/shared"), read("site/r/new/more")], ["shared\n", "more\n"]);
     let cached = std::fs::read_dir(scene.path("site/cache")).unwrap().map(|entry| entry.unwrap());
     let modes: Vec<u32> = cached.map(|entry| entry.metadata().unwrap().permissions().mode() & 0o777).collect();
-    assert_eq!(modes, [0o444; 2], "what the cache has is nobody's to write to");
+    assert_eq!(modes, [0o444; 2], "files in the cache are read-only");
 
     std::fs::create_dir_all(scene.path("other/.baton/started")).unwrap();
     write(&scene.path("other/.baton/done.json"), r#"{"exit":0,"phase":"program","started_at":1,"ended_at":2}"#);
@@ -291,14 +291,14 @@ in:
         let reason = shown["reason"].as_str().unwrap_or_default();
         assert!(shown["state"] == "excepted" && reason.contains("belongs to Baton"), "{input}: {shown:#}");
     }
-    // In a folder of its own it is nobody's but the program's.
+    // In its own subfolder, it belongs to the program.
     let spec =
         "at: plain\nrun: [cat, old/.baton/done.json]\nin: [{from: client://sandbox.tar, to: old/, how: unpack}]\n";
     let pid = slurm.submit(&scene, spec, 1).await.remove(0);
     assert_eq!(end(&scene, &pid).await["exit"], 0);
 }
 
-/// The connection is cut again and again at the same number of bytes: only what goes on where it was comes to an end.
+/// The connection is cut repeatedly after the same number of bytes: only a transfer that resumes completes.
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
 async fn a_file_that_was_cut_goes_on_where_it_was() {
@@ -310,19 +310,19 @@ async fn a_file_that_was_cut_goes_on_where_it_was() {
     let large = noise(40_000_000);
     write(&scene.path("large"), &large);
     proxy.set(Fault::CutAfter(24_000_000));
-    // What comes back is another file, which nobody has yet.
+    // The output is another file, which no store has yet.
     let spec = "at: plain\nscript: 'echo said; { cat large; echo; } > back'\nin: [client://large]\nout: [back]\n";
     let pid = slurm.submit(&scene, spec, 1).await.remove(0);
     let shown = end(&scene, &pid).await;
     assert_eq!(shown["exit"], 0, "{shown:#}");
-    assert_eq!(shown["attempts"].as_array().unwrap().len(), 1, "a wait was not written: {shown:#}");
+    assert_eq!(shown["attempts"].as_array().unwrap().len(), 1, "a wait left an attempt: {shown:#}");
     assert_eq!(slurm.baton(&scene, &["logs", &pid]).await.ok().stdout, "said\n");
     slurm.baton(&scene, &["results", &pid, "--get", "results"]).await.ok();
     assert!(std::fs::read(scene.path("results/back")).unwrap() == [&large[..], b"\n"].concat());
-    assert!(slurm.sshd.logged("Accepted publickey") > 2, "not both were cut");
+    assert!(slurm.sshd.logged("Accepted publickey") > 2, "not both transfers were cut");
 }
 
-/// A connection that takes and gives nothing any more, without an end, in each stage of a job's life.
+/// A connection stalls without ending, in each stage of a job's life.
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
 async fn a_connection_that_stalls_costs_only_time() {
@@ -338,7 +338,7 @@ async fn a_connection_that_stalls_costs_only_time() {
         "at: plain\nscript: 'echo ran >> {}; sleep 2; {{ cat large; echo; }} > back'\nin: [client://large]\nout: [back]\n",
         scene.path("runs").display()
     );
-    // It is being sent; it is being submitted; it runs; it is being fetched.
+    // Being sent; being submitted; running; being fetched.
     let moments = [
         "SELECT count(*) FROM job",
         "SELECT 1 - count(*) FROM job WHERE external_id IS NULL",
@@ -354,7 +354,7 @@ async fn a_connection_that_stalls_costs_only_time() {
         let _ = std::fs::remove_file(scene.path("runs"));
         let pid = slurm.submit(&scene, &spec, 1).await.remove(0);
         let part = scene.path("site/cache");
-        eventually("it is that moment", LIMIT, async || {
+        eventually("the stage is reached", LIMIT, async || {
             let is_there = scene.sql(moment).await.trim() == "0";
             if is_there && (idx > 0 || part.exists()) { Ok(()) } else { Err(scene.sql("SELECT * FROM job").await) }
         })
@@ -381,14 +381,14 @@ async fn a_full_disk_at_the_site_is_waited_for_and_said_with_its_words() {
     let mount =
         |arguments: &[&str]| Command::new(arguments[0]).args(&arguments[1..]).arg(&site).status().unwrap().success();
     if !mount(&["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs"]) {
-        // Only root can make a small disk; the runs of the project are by root.
-        assert!(!rustix_is_root(), "no disk in memory");
+        // Only root can make a small disk; the project's test runs are as root.
+        assert!(!rustix_is_root(), "tmpfs cannot be mounted");
         return;
     }
     let worker = slurm.worker(&scene, "w1", &[]).await;
     write(&scene.path("large"), noise(6_000_000));
     let pid = slurm.submit(&scene, "at: plain\nrun: ['true']\nin: [client://large]\n", 1).await.remove(0);
-    let why = eventually("it waits for room", LIMIT, async || {
+    let why = eventually("the process waits for room", LIMIT, async || {
         let explained = slurm.baton(&scene, &["explain", &pid, "-o", "json"]).await.json();
         let is_refused = explained[0]["condition"] == "refused_by_site";
         if is_refused { Ok(explained.to_string()) } else { Err(explained) }
@@ -402,7 +402,7 @@ async fn a_full_disk_at_the_site_is_waited_for_and_said_with_its_words() {
     assert_eq!((&shown["exit"], &shown["failures"]), (&0.into(), &0.into()), "{shown:#}");
 }
 
-/// What leads out of a scope is refused at the way back, too; a disk that is full there pauses.
+/// A scope that leads outside is refused at stage-out, too; a full disk there pauses the process.
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
 async fn a_scope_that_leads_out_is_refused_and_a_full_one_is_waited_for() {
@@ -423,7 +423,7 @@ async fn a_scope_that_leads_out_is_refused_and_a_full_one_is_waited_for() {
     assert!(!scene.path("elsewhere/made").exists());
     let full = scene.path("site/s/one/full");
     if !Command::new("mount").args(["-t", "tmpfs", "-o", "size=1m", "tmpfs"]).arg(&full).status().unwrap().success() {
-        assert!(!rustix_is_root(), "no disk in memory");
+        assert!(!rustix_is_root(), "tmpfs cannot be mounted");
         return;
     }
     let pid = slurm.submit(&scene, &spec("full"), 1).await.remove(0);
@@ -438,7 +438,7 @@ async fn a_scope_that_leads_out_is_refused_and_a_full_one_is_waited_for() {
     assert_eq!(n_marks, 1, "nobody else's `baton gc` removes results");
 }
 
-/// A file that something of the program still writes is taken when it is done, and the process is not paused for it.
+/// A file that is still being written is taken when it is complete, and does not pause the process.
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
 async fn an_output_that_grows_is_taken_when_it_has_grown() {
@@ -465,7 +465,7 @@ async fn paused(scene: &Scene, pid: &str) -> String {
     scene.show(pid).await["paused_reason"].as_str().unwrap_or_default().to_lowercase()
 }
 
-/// What a job has made is not thrown away because it finds no room here.
+/// The outputs of a job are not thrown away when this machine has no room.
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
 async fn results_without_room_pause_the_process_until_there_is_some() {
@@ -478,8 +478,8 @@ async fn results_without_room_pause_the_process_until_there_is_some() {
         Command::new("mount").args(options).arg(&objects).status().unwrap().success()
     };
     if !mount("size=4m") {
-        // Only root can make a small disk; the runs of the project are by root.
-        assert!(!rustix_is_root(), "no disk in memory");
+        // Only root can make a small disk; the project's test runs are as root.
+        assert!(!rustix_is_root(), "tmpfs cannot be mounted");
         return;
     }
     let _worker = slurm.worker(&scene, "w1", &[]).await;
@@ -508,7 +508,7 @@ fn rustix_is_root() -> bool {
     std::fs::metadata("/proc/self").is_ok_and(|own| own.uid() == 0)
 }
 
-/// Another key than the one that is known is never accepted; what waits goes on when the right one is back.
+/// A changed host key is never accepted; waiting processes resume when the right key is back.
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
 async fn a_host_that_shows_another_key_is_not_used() {
@@ -521,7 +521,7 @@ async fn a_host_that_shows_another_key_is_not_used() {
     std::fs::write(slurm.sshd.file("known_hosts"), known.replace(&key(&ours), &key(&other))).unwrap();
     let _worker = slurm.worker(&scene, "w1", &[]).await;
     let pid = slurm.submit(&scene, "at: plain\nrun: ['true']\n", 1).await.remove(0);
-    let told = eventually("it is explained", LIMIT, async || {
+    let told = eventually("the cause is explained", LIMIT, async || {
         let text = slurm.baton(&scene, &["explain", &pid]).await.ok().stdout;
         if text.contains("is unreachable") { Ok(text) } else { Err(text) }
     })
@@ -535,7 +535,7 @@ async fn a_host_that_shows_another_key_is_not_used() {
     assert_eq!(shown["exit"], 0, "{shown:#}");
 }
 
-/// The way of a spec that was stored by a program that checked less.
+/// Changes a stored spec, as if a program with fewer checks had stored it.
 async fn store_spec(scene: &Scene, pid: &str, change: impl FnOnce(&mut Spec)) {
     let body = scene.sql(&format!("SELECT encode(body, 'hex') FROM spec WHERE id = '{pid}'")).await;
     let bytes: Vec<u8> = body
@@ -551,7 +551,7 @@ async fn store_spec(scene: &Scene, pid: &str, change: impl FnOnce(&mut Spec)) {
     assert_eq!(scene.sql(&sql).await.trim(), "1");
 }
 
-/// One process must not write how another has ended, nor read or move what Baton keeps of it.
+/// A process must not write how another has ended, nor read or move Baton's files of it.
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
 async fn nothing_that_a_spec_names_reaches_what_is_batons() {
@@ -569,13 +569,13 @@ async fn nothing_that_a_spec_names_reaches_what_is_batons() {
     let forged = scene.path(&format!("site/p/{victim}/1/.baton/done.json"));
     let before = std::fs::read(&forged).unwrap();
 
-    // Sessions and links that stand there already.
+    // Sessions and links that already exist.
     let held =
         "at: plain\nhold: true\nsession: one\nscript: echo mine > made\nout: [{from: made, to: 'session://TO'}]\n";
     let to = format!("p/{victim}/1/.baton/done.json");
     let stored = slurm.submit(&scene, &held.replace("TO", &to), 1).await.remove(0);
     store_spec(&scene, &stored, |spec| spec.session = Some("..".to_owned())).await;
-    assert_eq!(scene.show(&stored).await["spec"]["session"], "..", "it can still be looked at");
+    assert_eq!(scene.show(&stored).await["spec"]["session"], "..", "the stored spec can still be shown");
     slurm.baton(&scene, &["play", &stored]).await.ok();
     let sandbox = scene.path(&format!("site/p/{victim}/1"));
     std::fs::create_dir_all(scene.path("site/s")).unwrap();

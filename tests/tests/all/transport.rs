@@ -1,4 +1,4 @@
-//! Commands and files to a site's machine, by a real OpenSSH server and on this machine.
+//! Commands and files on a site's machine, through a real OpenSSH server and on this machine.
 
 use std::fs::Permissions;
 use std::io::Write;
@@ -18,10 +18,10 @@ use tokio_util::sync::PollSender;
 
 const LIMIT: Duration = Duration::from_secs(20);
 
-/// A limit that is to be passed.
+/// A limit that is meant to be exceeded.
 const SHORT: Duration = Duration::from_millis(200);
 
-/// The server, and a session of each kind; what holds for one has to hold for the other.
+/// The server, and a session of each kind; both must behave the same.
 async fn both() -> (Sshd, [Session; 2]) {
     let sshd = Sshd::start();
     let session = connect(&sshd.section()).await.unwrap();
@@ -30,7 +30,7 @@ async fn both() -> (Sshd, [Session; 2]) {
 
 fn nothing(_: u64) {}
 
-/// Bytes that are nowhere alike.
+/// Bytes without repetition.
 fn content(len: u32) -> Vec<u8> {
     (0..len).map(|i| (i.wrapping_mul(2_654_435_761) >> 13) as u8).collect()
 }
@@ -58,7 +58,7 @@ async fn a_command_gets_its_input_and_gives_back_its_outputs_and_its_end() {
         assert_eq!(output.ok().unwrap_err().to_string(), "the command ended with exit code 7: wrong",);
         let output = session.exec("kill -TERM $$", b"", LIMIT).await.unwrap();
         assert_eq!((output.exit, output.signal.as_deref()), (None, Some("TERM")));
-        // It does not read what it is given.
+        // The command does not read its input.
         let output = session.exec("echo done", &content(5_000_000), LIMIT).await.unwrap();
         assert_eq!(output.ok().unwrap(), b"done\n");
         let home = session.exec("pwd -P", b"", LIMIT).await.unwrap().ok().unwrap();
@@ -69,7 +69,7 @@ async fn a_command_gets_its_input_and_gives_back_its_outputs_and_its_end() {
     }
 }
 
-/// A command, and what it has written to its standard output.
+/// The output of a command, and the bytes of its standard output.
 async fn received(session: &Session, command: &str) -> (Output, Vec<u8>) {
     let (pieces_tx, mut pieces) = mpsc::channel(1);
     let receiving = session.receive(command, PollSender::new(pieces_tx));
@@ -125,7 +125,7 @@ async fn commands_that_end_by_their_limit_use_up_no_channels() {
     let mut refusals = 0;
     for i in 0..20 {
         let error = session.exec("sleep 30", b"", SHORT).await.unwrap_err();
-        // Root's commands are not ended by a signal from here, but a second or two later.
+        // A signal from here does not end root's commands; they end a second or two later.
         let is_refused = matches!(error, Error::NoChannel(_)) && i >= 2;
         assert!(is_refused || matches!(error, Error::TimedOut { .. }), "{error}");
         refusals += u32::from(is_refused);
@@ -188,7 +188,7 @@ async fn what_the_login_shell_prints_is_no_output() {
     assert!(matches!(error, Error::Refused { .. }) && error.to_string().contains("nobody may log in"), "{error}");
 }
 
-/// A farewell after a command, and another exit, change nothing of its output, its exit or a digest.
+/// Text after a command, and another exit code, do not change its output, its exit or a digest.
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
 async fn what_a_login_prints_after_a_command_is_no_output() {
@@ -223,7 +223,7 @@ async fn what_a_login_prints_after_a_command_is_no_output() {
     assert_eq!((output.exit, output.stdout.as_slice()), (Some(4), &b"data"[..]));
 }
 
-/// The server counts a channel until it is closed, whenever its owner has given it up.
+/// The server counts a channel until it is closed, even after its owner has given it up.
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
 async fn one_channel_is_enough_for_one_thing_after_the_other() {
@@ -251,7 +251,7 @@ async fn a_file_goes_there_and_back() {
         std::fs::write(&source, &content).unwrap();
         for session in &sessions {
             let there = sshd.file("odd").join(name);
-            // What is there already is replaced.
+            // An existing file is replaced.
             std::fs::write(&there, "old").unwrap();
             let put = session.put(&source, text(&there), &nothing).await.unwrap();
             assert_eq!(put, Digest::of(&content), "{name}");
@@ -284,7 +284,7 @@ async fn a_file_that_cannot_be_is_an_error_that_names_it() {
         ] {
             let error = result.unwrap_err();
             assert!(matches!(&error, Error::File { path, .. } if path.ends_with(name)), "{name}: {error}");
-            // The system's words, or those of the shell there.
+            // The system's message, or that of the remote shell.
             let said = error.to_string().to_lowercase();
             assert!(said.contains("no such file") || said.contains("nonexistent"), "{error}");
             assert!(!error.is_of_transport());
@@ -333,10 +333,10 @@ async fn a_digest_is_that_of_the_file_there_and_not_of_what_was_sent() {
 #[tokio::test]
 #[ignore = "needs services: run tests/run"]
 async fn a_digest_takes_no_more_than_the_plainest_tools() {
-    // Large enough to be hashed while it grows, if there is a Python that does.
+    // Large enough to be hashed while it grows, if a suitable Python exists.
     let content = content(20_000_000);
     let python = |script: &str| format!("#!/bin/sh\n{script}\n");
-    // As if it were so old that it lacked something.
+    // Simulates an old Python that lacks a function.
     let old = "program=\"import os\ndel os.pread\n$4\"; shift 4; exec /usr/bin/python3 -I -S -c \"$program\" \"$@\"";
     let wrapped = r#"/usr/bin/python3 "$@"; exit"#;
     let with_sha256sum = [None, Some("printf hello"), Some("exit 1"), Some("kill -KILL $$"), Some(old), Some(wrapped)]
@@ -378,7 +378,7 @@ async fn unknown(_: Digest) -> Result<bool, Error> {
 async fn what_is_known_already_does_not_come() {
     let (sshd, sessions) = both().await;
     let (source, here) = (sshd.file("source"), sshd.file("here"));
-    // One of them ends where what is written at once ends.
+    // One length ends at the boundary of a single write.
     for len in [1_000, 4 << 20, 20_000_000] {
         std::fs::write(&source, content(len)).unwrap();
         for session in &sessions {
@@ -406,7 +406,7 @@ async fn a_file_that_changes_while_it_comes_has_another_digest_here_than_there()
         assert_eq!(got, (Digest::of(&content(20_000_000)), Some(came)));
         assert_ne!(got.0, came);
 
-        // It grows when its length has been asked for, and nothing has come yet.
+        // It grows after its length was requested and before anything has arrived.
         let grow = |bytes| {
             if bytes == 0 {
                 let mut file = std::fs::OpenOptions::new().append(true).open(&source).unwrap();
@@ -429,7 +429,7 @@ async fn a_file_that_changes_while_it_comes_has_another_digest_here_than_there()
 #[ignore = "needs services: run tests/run"]
 async fn a_part_that_another_makes_meanwhile_holds_nobody_up() {
     let tools = tempfile::tempdir().unwrap();
-    // As if another began the same file right after this one has got its name.
+    // Simulates another transfer that starts on the same file right after this one was renamed.
     let mv = tools.path().join("mv");
     std::fs::write(&mv, "#!/bin/sh\n/usr/bin/mv \"$@\" && echo other > \"$2\"\n").unwrap();
     std::fs::set_permissions(&mv, Permissions::from_mode(0o755)).unwrap();
@@ -475,7 +475,7 @@ async fn a_file_goes_on_where_it_was_cut() {
         assert!(matches!(error, Error::Broken(_)) && error.is_of_transport(), "{error}");
         assert!(session.is_broken() && !target.exists());
         proxy.set(Fault::Pass);
-        eventually("nothing of it goes on", LIMIT, async || {
+        eventually("nothing of it is still running", LIMIT, async || {
             let left = processes_about(&part);
             if left.is_empty() { Ok(()) } else { Err(left) }
         })
@@ -487,7 +487,7 @@ async fn a_file_goes_on_where_it_was_cut() {
         let first = Mutex::new(None);
         let copied = copy(&session, &|bytes| _ = first.lock().unwrap().get_or_insert(bytes)).await.unwrap();
         assert_eq!(copied, Digest::of(&content));
-        // The server may have gone on for a while with what it had got.
+        // The server may have continued for a while with the data that it had received.
         let first = first.into_inner().unwrap().unwrap();
         assert!((cut_at..40_000_000).contains(&first), "{first}");
         assert!(std::fs::read(&target).unwrap() == content && !part.exists());

@@ -8,7 +8,7 @@ use crate::book::{documents, quoted, read};
 
 mod imports;
 
-/// The rooms of the worker from the ground up: each imports from itself and from those before it.
+/// The modules of the worker from the bottom up: each imports only from itself and from the ones before it.
 const WORKER_ROOMS: [&str; 11] = [
     "machine",
     "author",
@@ -27,7 +27,7 @@ fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace").to_owned()
 }
 
-/// Every Rust file of the workspace, with its path from the root.
+/// Every Rust file of the workspace, with its path relative to the root.
 fn sources() -> Vec<(String, String)> {
     let mut files = Vec::new();
     let mut folders = ["common", "worker", "controller", "tests", "examples"].map(|name| root().join(name)).to_vec();
@@ -42,11 +42,11 @@ fn sources() -> Vec<(String, String)> {
             }
         }
     }
-    assert!(files.len() > 30, "the tree is elsewhere");
+    assert!(files.len() > 30, "sources were not found");
     files
 }
 
-/// The files that use a crate, outside of tests.
+/// The files outside tests that use a crate.
 fn users(name: &str) -> Vec<String> {
     let used = [format!("use {name}::"), format!("{name}::")];
     let is_word = |text: &str, at: usize| {
@@ -84,14 +84,14 @@ fn every_wire_is_known_in_one_place_only() {
     }
 }
 
-/// `CANCELLED` is missing here: Baton records the same word itself.
+/// `CANCELLED` is not listed: Baton itself records the same word.
 #[test]
 fn only_the_launcher_for_slurm_names_the_states_of_its_jobs() {
     let states = "BOOT_FAIL COMPLETED DEADLINE FAILED NODE_FAIL OUT_OF_MEMORY PENDING PREEMPTED TIMEOUT";
     for (path, text) in sources() {
         if path.starts_with("worker/src/") && !path.starts_with("worker/src/site/launcher/slurm/") {
             let named = states.split(' ').find(|state| text.contains(&format!("\"{state}\"")));
-            assert_eq!(named, None, "{path} names a state of Slurm");
+            assert_eq!(named, None, "{path} names a Slurm state");
         }
     }
 }
@@ -109,22 +109,22 @@ fn common_knows_neither_worker_nor_controller_and_worker_knows_no_controller() {
 #[test]
 fn a_room_of_the_worker_imports_from_itself_and_from_those_below_it() {
     let (src, sources) = ("worker/src/", sources());
-    assert_eq!(tops(src, &sources), WORKER_ROOMS.map(str::to_owned).into(), "each room has its place in the order");
+    assert_eq!(tops(src, &sources), WORKER_ROOMS.map(str::to_owned).into(), "every module is in the order");
     let height = |room: &str| WORKER_ROOMS.iter().position(|known| *known == room);
     let imports = imports(src, &sources);
-    assert!(imports.len() > 100, "imports are not read");
+    assert!(imports.len() > 100, "imports were not found");
     let up: Vec<String> =
         imports.iter().filter(|import| height(&import.from) < height(&import.to)).map(Import::to_string).collect();
-    assert!(up.is_empty(), "imports of what is above:\n{}", up.join("\n"));
+    assert!(up.is_empty(), "imports of higher modules:\n{}", up.join("\n"));
 }
 
-/// For the worker, the order of its rooms says more.
+/// The order of the worker's modules is a stronger rule.
 #[test]
 fn no_modules_of_a_crate_import_each_other_in_a_circle() {
     let sources = sources();
     for src in ["common/src/", "controller/src/"] {
         let imports = imports(src, &sources);
-        assert!(imports.len() > 30, "imports are not read");
+        assert!(imports.len() > 30, "imports were not found");
         assert_no_circle(&imports);
     }
 }
@@ -132,17 +132,17 @@ fn no_modules_of_a_crate_import_each_other_in_a_circle() {
 #[test]
 fn no_files_of_the_store_import_each_other_in_a_circle() {
     let imports = imports_of_files("common/src/", "store", &sources());
-    assert!(imports.len() > 100, "imports are not read");
+    assert!(imports.len() > 100, "imports were not found");
     assert_no_circle(&imports);
 }
 
 fn assert_no_circle(imports: &[Import]) {
     let is_circular = |import: &&Import| leads(imports, &import.to, &import.from);
     let circle: Vec<String> = imports.iter().filter(is_circular).map(Import::to_string).collect();
-    assert!(circle.is_empty(), "imports in a circle:\n{}", circle.join("\n"));
+    assert!(circle.is_empty(), "cyclic imports:\n{}", circle.join("\n"));
 }
 
-/// Whether a module imports another one, by others or itself.
+/// Whether a module imports another one, directly or indirectly.
 fn leads(imports: &[Import], from: &str, to: &str) -> bool {
     let mut seen = HashSet::from([from]);
     let mut next = vec![from];
@@ -170,12 +170,12 @@ fn every_dependency_comes_from_the_public_registry() {
     let public = r#"source = "registry+https://github.com/rust-lang/crates.io-index""#;
     let offences: Vec<_> =
         lock.lines().filter(|line| line.starts_with("source = ") && *line != public).map(str::to_owned).collect();
-    assert!(offences.is_empty(), "Cargo.lock names another registry than the public one: {offences:?}");
+    assert!(offences.is_empty(), "Cargo.lock names a registry other than the public one: {offences:?}");
 }
 
 #[test]
 fn nothing_names_a_developers_machine() {
-    // Put together here, so that this file does not name them itself.
+    // Joined here, so that this file does not contain the words.
     let mut words = vec!["/ro".to_owned() + "ot/", "/tmp/w".to_owned() + "t/", "/work/ma".to_owned() + "in"];
     words.push("/work/sha".to_owned() + "red");
     words.extend(mirrors());
@@ -199,7 +199,7 @@ fn quoted_in_documents() -> Vec<(String, String)> {
     documents().into_iter().flat_map(words).collect()
 }
 
-/// Names in the documents that have words joined by `_` are those of tests, statements and files.
+/// Words joined by `_` in the documents name tests, statements and files.
 #[test]
 fn every_test_that_the_documents_name_is_there() {
     let sources: Vec<(String, String)> = texts().into_iter().filter(|(path, _)| path.ends_with(".rs")).collect();
@@ -207,12 +207,12 @@ fn every_test_that_the_documents_name_is_there() {
     let is_test =
         |name: &str| name.matches('_').count() >= 2 && name.chars().all(|c| c == '_' || c.is_ascii_lowercase());
     let named = quoted_in_documents();
-    assert!(named.iter().filter(|(_, name)| is_test(name)).count() > 100, "the documents are not read");
+    assert!(named.iter().filter(|(_, name)| is_test(name)).count() > 100, "no test names were found");
     let missing: Vec<_> = named.iter().filter(|(_, name)| is_test(name) && !is_there(name)).collect();
     assert!(missing.is_empty(), "{missing:#?}");
 }
 
-/// What ends in `.rs`, and what begins with a folder of the root, is a path. The former may leave out its first folders.
+/// A word that ends in `.rs` or begins with a folder of the root is a path. The former may omit its first folders.
 #[test]
 fn every_file_that_the_documents_name_is_there() {
     let paths: HashSet<String> = texts().into_iter().map(|(path, _)| path).collect();
@@ -232,11 +232,11 @@ fn every_file_that_the_documents_name_is_there() {
             missing.push(format!("{document}: {name}"));
         }
     }
-    assert!(n_paths > 100, "the documents are not read");
+    assert!(n_paths > 100, "no paths were found");
     assert!(missing.is_empty(), "{missing:#?}");
 }
 
-/// Every text file of the repository, with its path from the root.
+/// Every text file of the repository, with its path relative to the root.
 fn texts() -> Vec<(String, String)> {
     let mut files = Vec::new();
     let mut folders = vec![root()];
@@ -257,7 +257,7 @@ fn texts() -> Vec<(String, String)> {
     files
 }
 
-/// Hosts of registries that this machine uses instead of the public ones, from the settings of Cargo and pip.
+/// Hosts of registry mirrors on this machine, from the settings of Cargo and pip.
 fn mirrors() -> Vec<String> {
     let home = std::env::var_os("HOME").map(PathBuf::from).unwrap_or_default();
     let cargo = std::env::var_os("CARGO_HOME").map_or_else(|| home.join(".cargo"), PathBuf::from);

@@ -1,6 +1,6 @@
-//! Programs of two versions at work together, and processes that need another build than the worker that takes them.
+//! Programs of two versions in one fleet, and processes that need another build than the worker that takes them.
 //!
-//! The next version is this one, built with the feature `next-version`: it writes newer specs, checkpoints and outcomes,
+//! The next version is this one built with the feature `next-version`: it writes newer specs, checkpoints and outcomes,
 //! and migrates the schema (`versions/`).
 
 use std::collections::BTreeSet;
@@ -69,7 +69,7 @@ async fn a_checkpoint_of_another_shape_is_kept_and_a_damaged_one_is_the_end() {
     for pid in &pids {
         scene.baton(&["pause", pid, "--wait"]).await.ok();
     }
-    // The state of another kind stands for that of another build: it has none of the fields that this one asks for.
+    // The state of another kind simulates another build: it lacks the fields that this build expects.
     scene.sql(&format!("CREATE TABLE kept AS SELECT checkpoint FROM process WHERE id = '{reshaped}'")).await;
     let take = |from: &str, pid: &str| format!("UPDATE process SET checkpoint = ({from}) WHERE id = '{pid}'");
     let foreign = format!("SELECT checkpoint FROM process WHERE id = '{sleeper}'");
@@ -87,10 +87,10 @@ async fn a_checkpoint_of_another_shape_is_kept_and_a_damaged_one_is_the_end() {
     let shown = scene.show(reshaped).await;
     assert_eq!((&shown["advances"], &shown["values"]["advances"]), (&6.into(), &6.into()), "{shown}");
     let runs = Witness::read(&witness);
-    assert!(runs.lines() >= 7, "all of the one, some of the other");
+    assert!(runs.lines() >= 7, "all of one version, some of the other");
 }
 
-/// The conversation of both command lines with rows of both versions.
+/// Checks that the commands of both versions handle rows of both versions.
 async fn both_command_lines_understand(scene: &Scene, pid: &str) {
     let id = pid.to_owned();
     for program in [PathBuf::from("baton"), next("baton")] {
@@ -115,32 +115,32 @@ async fn a_fleet_is_upgraded_worker_by_worker_under_load() {
     for name in ["old1", "old2", "old3"] {
         old.push(scene.worker(name, slots).await);
     }
-    // Some stay with their worker, and some go through the queue after each advance.
+    // Some processes stay with their worker, and some pass through the queue after each advance.
     let mut pids = scene.submit(&counting("300ms"), 100).await;
     pids.extend(scene.submit(&counting("1s"), 100).await);
     let newest = scene.spec("newest.yaml", &counting("300ms")).display().to_string();
-    // The next version's first command migrates the schema under the old workers, which can run none of what it submits.
+    // The next version's first command migrates the schema under the old workers, which cannot run what it submits.
     let submitted = scene.baton_of(&next("baton"), &["submit", &newest, "--count", "10", "-o", "ids"]).await.ok();
     let new_pids: Vec<String> = submitted.stdout.lines().map(str::to_owned).collect();
     let explained = explained_as(&scene, &new_pids[0], "needs_other_worker").await;
     assert!(explained["text"].as_str().unwrap().contains("version 4 is newer"), "{explained}");
     both_command_lines_understand(&scene, &new_pids[0]).await;
     both_command_lines_understand(&scene, &pids[0]).await;
-    // Requests of either are obeyed.
+    // Requests of both versions are obeyed.
     scene.baton(&["pause", &new_pids[0], "--wait"]).await.ok();
     scene.baton_of(&next("baton"), &["play", &new_pids[0]]).await.ok();
 
     let program = next("baton-worker").display().to_string();
     let mut new = vec![scene.worker_of(&program, "new1", slots).await];
-    // Those of before may have ended by now.
+    // The earlier ones may have ended by now.
     pids.extend(scene.submit(&counting("1s"), 50).await);
-    eventually("an old worker meets what a new one has advanced", Duration::from_secs(20), async || {
+    eventually("an old worker reads a checkpoint of a new one", Duration::from_secs(20), async || {
         let logs: Vec<String> = old.iter().map(Worker::log).collect();
         if logs.iter().any(|log| log.contains("its checkpoint: version 4 is newer")) { Ok(()) } else { Err(logs) }
     })
     .await;
     assert!(old[0].terminate().await.success(), "{}", old[0].log());
-    // One that is started again finds a schema that is newer than itself.
+    // A restarted old worker finds a schema that is newer than itself.
     old[0] = scene.worker("old1", slots).await;
     pids.extend(scene.submit(&counting("300ms"), 10).await);
     for (worker, name) in old.iter_mut().zip(["new2", "new3", "new4"]) {

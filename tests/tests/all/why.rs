@@ -1,5 +1,5 @@
-//! What operators ask a fleet: why a process does not move, what a worker holds, what has happened to a process, and
-//! that a worker gives everything back.
+//! What operators ask a fleet: why a process does not move, what a worker holds, and what has happened to a process;
+//! and the drain of a worker, which gives everything back.
 
 use std::process::Stdio;
 use std::time::Duration;
@@ -10,14 +10,14 @@ use baton_tests::scene::Scene;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
-/// It advances for longer than any test takes.
+/// It advances for longer than any test runs.
 const ENDLESS: &str = "{call: baton.count, with: {advances: 100000, every: 100ms}}";
 
 async fn explained(scene: &Scene, pid: &str) -> Value {
     scene.baton(&["explain", pid, "-o", "json"]).await.ok().json()[0].clone()
 }
 
-/// Waits until the condition is this one, and gives the whole answer.
+/// Waits until the condition is this one, and returns the whole answer.
 async fn explained_as(scene: &Scene, pid: &str, condition: &str) -> Value {
     eventually(&format!("{pid} is {condition}"), Duration::from_secs(20), async || {
         let now = explained(scene, pid).await;
@@ -26,7 +26,7 @@ async fn explained_as(scene: &Scene, pid: &str, condition: &str) -> Value {
     .await
 }
 
-/// A part of the text for people.
+/// Asserts a part of the text for people.
 fn says(explanation: &Value, part: &str) {
     let text = format!("{} | {}", explanation["text"], explanation["remedy"]);
     assert!(text.contains(part), "no {part:?} in {explanation}");
@@ -94,7 +94,7 @@ async fn explain_says_what_is_missing_among_the_workers() {
     }
     scene.baton(&["play", "--fleet"]).await.ok();
 
-    // It does not beat, and nobody is left to say that it is dead.
+    // It sends no heartbeat, and no other worker can declare it gone.
     worker.freeze();
     says(&explained_as(&scene, &first, "holder_silent").await, "start a worker");
     assert_eq!(worker_row(&scene, "w1").await["state"], "silent");
@@ -196,7 +196,7 @@ async fn a_drained_worker_is_shown_until_others_have_what_it_held() {
     let scene = Scene::new().await;
     let mut first = scene.worker("w1", &["--slots", "50"]).await;
     let counting = scene.submit("{call: baton.count, with: {advances: 100, every: 100ms}}", 20).await;
-    // An advance that the drain waits for, and that ends when the test has seen that.
+    // An advance that the drain waits for; the test lets it end.
     let go = scene.path("go");
     let script = format!("script: 'until [ -e {} ]; do sleep 0.1; done'", go.display());
     let program = scene.submit(&script, 1).await.remove(0);
@@ -229,17 +229,17 @@ async fn a_drained_worker_is_shown_until_others_have_what_it_held() {
     let pids: Vec<&str> = counting.iter().chain([&program]).map(String::as_str).collect();
     scene.baton(&[&["watch", "--timeout", "30s"], &pids[..]].concat()).await.ok();
     let ends = scene.sql("SELECT w.name, a.how, count(*) FROM attempt a JOIN worker w ON w.id = a.worker GROUP BY 1, 2 ORDER BY 1, 2").await;
-    // What was in its last advance has ended where it was.
+    // The process in its last advance has ended on its worker.
     assert_eq!(ends.lines().collect::<Vec<_>>(), ["w1|drained|20", "w1|ok|1", "w2|ok|20"]);
     let asked =
         scene.sql("SELECT by_whom LIKE 'tester@%', target, reason FROM event WHERE what = 'drain' ORDER BY at").await;
     assert_eq!(asked.lines().next(), Some("t|w1|new kernel"));
-    // It is gone, so there is nobody of that name any more.
+    // The worker is gone, so the name is unknown.
     scene.baton(&["drain", "w1"]).await.exits(3);
     scene.baton(&["workers", "w1"]).await.exits(3);
     assert_eq!(scene.baton(&["workers", "w1", "--all", "-o", "json"]).await.ok().json()[0]["state"], "gone");
 
-    // A frozen worker does not answer; it drains as soon as it goes on.
+    // A frozen worker does not answer; it drains as soon as it resumes.
     second.freeze();
     let silent = scene.baton(&["drain", "w2", "--wait", "--timeout", "1s", "-o", "json"]).await.exits(6);
     assert_eq!((&silent.json()[0]["outcome"], &silent.json()[0]["nudged"]), (&"draining".into(), &false.into()));
@@ -279,7 +279,7 @@ async fn what_a_worker_holds_is_shown_within_bounds() {
     assert!(all[0].get("holds").is_none(), "{all}");
 }
 
-/// The parts of what `workers --watch` has printed, once there are three, and the exit after SIGINT.
+/// The parts of the output of `workers --watch`, once there are three, and the exit after SIGINT.
 async fn watched(scene: &Scene, more: &[&str], split: &str) -> (Vec<String>, Option<i32>) {
     let path = scene.path("watched");
     let mut command = scene.command(&[&["workers", "--watch"], more].concat());
@@ -289,7 +289,7 @@ async fn watched(scene: &Scene, more: &[&str], split: &str) -> (Vec<String>, Opt
         let text = std::fs::read_to_string(&path).unwrap();
         text.split_terminator(split).map(str::to_owned).collect()
     };
-    eventually("three looks", Duration::from_secs(20), async || {
+    eventually("three tables", Duration::from_secs(20), async || {
         let now = parts();
         if now.len() >= 3 { Ok(()) } else { Err(now) }
     })

@@ -1,4 +1,4 @@
-//! What is thrown. Each fault is over when its function returns.
+//! The faults. Each fault is over when its function returns.
 
 use std::time::Duration;
 
@@ -82,7 +82,7 @@ impl Fault {
         }
     }
 
-    /// The service that it breaks, of which there is only one.
+    /// The single service that the fault breaks, if any.
     fn service(self) -> Option<&'static str> {
         match self {
             Fault::KillWorker
@@ -108,7 +108,7 @@ impl Fault {
         }
     }
 
-    /// Whether both can be thrown at once: two of one service would end each other.
+    /// Whether both can be injected at once: two faults of one service would end each other.
     pub(crate) fn goes_with(self, other: Fault) -> bool {
         self != other && (self.service().is_none() || self.service() != other.service())
     }
@@ -206,8 +206,8 @@ impl Fault {
             Fault::FullDisk => {
                 let filler = tokio::task::block_in_place(|| services.fill_disk());
                 sleep(short + Duration::from_secs(1)).await;
-                std::fs::remove_file(filler).expect("it was made");
-                // It ends itself when it cannot write its log.
+                std::fs::remove_file(filler).expect("the file exists");
+                // PostgreSQL exits when it cannot write its log.
                 blocking(|| services.start_database());
             }
             Fault::JumpClock => {

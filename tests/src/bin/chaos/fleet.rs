@@ -1,4 +1,4 @@
-//! Workers on services of their own, each behind proxies of its own and with a clock of its own.
+//! Workers on private services, each behind its own proxies and with its own clock.
 
 use std::path::PathBuf;
 
@@ -8,10 +8,10 @@ use baton_tests::proxy::{Fault, Proxy};
 use baton_tests::scene::Scene;
 use tokio::sync::{Mutex, MutexGuard};
 
-/// Room for the database when its disk is to be filled: what ten minutes write, and the log.
+/// Room for the database when the disk will be filled: the data of ten minutes, and the WAL.
 const DISK_MB: u32 = 900;
 
-/// What makes a worker believe in another time of day, but not in another uptime.
+/// Variables that fake a worker's time of day, but not its uptime.
 const FAKETIME: [(&str, &str); 4] = [
     ("LD_PRELOAD", "libfaketime.so.1"),
     ("LD_LIBRARY_PATH", "/usr/lib/x86_64-linux-gnu/faketime:/usr/lib/aarch64-linux-gnu/faketime"),
@@ -19,7 +19,7 @@ const FAKETIME: [(&str, &str); 4] = [
     ("FAKETIME_DONT_FAKE_MONOTONIC", "1"),
 ];
 
-/// One worker, which is started again whenever it has ended.
+/// A worker that is restarted whenever it exits.
 pub(crate) struct Seat {
     name: String,
     pub(crate) worker: Worker,
@@ -60,7 +60,7 @@ impl Fleet {
         self.seats[idx].lock().await
     }
 
-    /// Starts again what has ended, as a supervisor does.
+    /// Restarts the workers that have exited, as a supervisor does.
     pub(crate) async fn revive(&self) {
         for seat in &self.seats {
             let mut seat = seat.lock().await;
@@ -70,7 +70,7 @@ impl Fleet {
         }
     }
 
-    /// Ends every fault of a worker.
+    /// Ends every fault of every worker.
     pub(crate) async fn heal(&self) {
         for seat in &self.seats {
             let seat = seat.lock().await;
@@ -82,12 +82,12 @@ impl Fleet {
         self.revive().await;
     }
 
-    /// What has been done so far: it grows while the fleet goes on.
+    /// Returns a measure of progress that grows while the fleet works.
     pub(crate) fn progress(&self) -> u64 {
         std::fs::metadata(self.scene.path("witness")).map_or(0, |file| file.len())
     }
 
-    /// After every start of the broker, which forgets it.
+    /// Call after every start of the broker, which forgets this setting.
     pub(crate) fn broker_is_new(&self) {
         shorten_consumer_timeout(&self.scene);
     }
@@ -99,7 +99,7 @@ impl Seat {
     }
 }
 
-/// Deliveries that are not settled within seconds cost their channel, instead of within half an hour.
+/// Closes the channel of a delivery that is not settled within seconds, instead of half an hour.
 fn shorten_consumer_timeout(scene: &Scene) {
     let set = "application:set_env(rabbit, consumer_timeout, 8000), application:set_env(rabbit, channel_tick_interval, 3000).";
     scene.services().control_broker(&["eval", set]);

@@ -1,4 +1,4 @@
-//! Processes of every kind, and operators who ask them for something, all the time and whatever the commands answer.
+//! Processes of every kind, and requests of operators, all the time and regardless of failed commands.
 
 use std::sync::Mutex;
 use std::time::Duration;
@@ -9,28 +9,28 @@ use tokio_util::sync::CancellationToken;
 
 use crate::fleet::Fleet;
 
-/// Processes that advance until they are killed in the end: while the fleet goes on, they do.
+/// The number of processes that advance until they are killed at the end; they show that the fleet works.
 const HEARTS: u32 = 20;
 
 /// How a process has to end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Due {
-    /// By itself, well.
+    /// Finished, by itself.
     Finished,
-    /// By itself, with an error.
+    /// Excepted, by itself.
     Excepted,
-    /// At the end of the run, by a request.
+    /// Killed by a request at the end of the run.
     Killed,
 }
 
-/// What was accepted, and what was asked of it.
+/// The accepted processes, and the requests about them.
 #[derive(Default)]
 pub(crate) struct Book {
-    /// Pids and how each has to end.
+    /// Pids, each with the required end.
     pub(crate) accepted: Vec<(String, Due)>,
-    /// Requests that the command said are recorded: pid and verb.
+    /// Requests that the command reported as recorded: pid and verb.
     pub(crate) asked: Vec<(String, &'static str)>,
-    /// Commands that have failed, for the report.
+    /// The number of failed commands, for the report.
     pub(crate) n_refused: usize,
 }
 
@@ -45,7 +45,7 @@ impl Load {
     }
 
     pub(crate) fn book<T>(&self, look: impl FnOnce(&mut Book) -> T) -> T {
-        look(&mut self.book.lock().expect("nobody panics with it"))
+        look(&mut self.book.lock().expect("no thread panics while it holds the lock"))
     }
 
     /// Submits processes until told to stop.
@@ -76,7 +76,7 @@ impl Load {
     async fn submit(&self, fleet: &Fleet, spec: &str, count: u32, due: Due) {
         let spec = fleet.scene.spec("chaos.yaml", spec).display().to_string();
         let output = fleet.scene.baton(&["submit", &spec, "--count", &count.to_string(), "-o", "ids"]).await;
-        // What it names is accepted, however it ended.
+        // Every printed pid was accepted, even if the command failed.
         let pids = output.stdout.lines().map(|pid| (pid.to_owned(), due)).collect::<Vec<_>>();
         self.book(|book| {
             book.n_refused += usize::from(output.code != 0);
@@ -84,7 +84,7 @@ impl Load {
         });
     }
 
-    /// Asks random processes for a pause and to go on, until told to stop.
+    /// Sends `pause` and `play` to random processes until told to stop.
     pub(crate) async fn ask(&self, fleet: &Fleet, stop: &CancellationToken) {
         let mut dice = self.dice.of(2);
         let mut paused: Vec<String> = Vec::new();
@@ -96,7 +96,7 @@ impl Load {
             }
             match dice.next(8) {
                 0..3 => {
-                    // The last ones are those that have not ended.
+                    // The last processes are likely not to have ended.
                     let recent = &pids[pids.len().saturating_sub(40)..];
                     let pid = dice.pick(recent).clone();
                     self.request(fleet, "pause", &pid).await;
@@ -121,7 +121,7 @@ impl Load {
     async fn request(&self, fleet: &Fleet, verb: &'static str, pid: &str) {
         let output = fleet.scene.baton(&[verb, pid, "-o", "json"]).await;
         let is_recorded = output.code == 0;
-        // Nothing is written for one that has ended.
+        // No request is recorded for a process that has ended.
         let has_ended = output.stdout.contains("finished") || output.stdout.contains("excepted");
         self.book(|book| {
             book.n_refused += usize::from(!is_recorded && !has_ended);
@@ -131,14 +131,14 @@ impl Load {
         });
     }
 
-    /// Lets go on what is paused, and kills what would never end.
+    /// Plays what is paused, and kills the processes that would never end.
     pub(crate) async fn end(&self, fleet: &Fleet) {
         let hearts = self.book(|book| {
             let hearts = book.accepted.iter().filter(|(_, due)| *due == Due::Killed);
             hearts.map(|(pid, _)| pid.clone()).collect::<Vec<_>>()
         });
         for arguments in [vec!["play", "--fleet"], vec!["play", "--all", "--yes"]] {
-            baton_tests::eventually("the fleet can be asked", Duration::from_secs(60), async || {
+            baton_tests::eventually("the fleet accepts requests", Duration::from_secs(60), async || {
                 let output = fleet.scene.baton(&arguments).await;
                 if output.code == 0 { Ok(()) } else { Err(output) }
             })

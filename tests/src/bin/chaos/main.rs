@@ -1,6 +1,6 @@
-//! Throws random faults at a fleet under a mixed load, and judges what it has left. `tests/chaos` runs it.
+//! Injects random faults into a fleet under mixed load, and checks the result. `tests/chaos` runs it.
 
-#![expect(clippy::print_stdout, reason = "the report is what it is for")]
+#![expect(clippy::print_stdout, reason = "prints a report")]
 
 mod faults;
 mod fleet;
@@ -19,27 +19,27 @@ use crate::fleet::Fleet;
 use crate::load::Load;
 use crate::report::Report;
 
-/// Throws random faults at a fleet under a mixed load, and judges what it has left
+/// Injects random faults into a fleet under mixed load, and checks the result
 #[derive(Parser)]
 struct Arguments {
-    /// How long faults are thrown; the rest of the work is then waited for
+    /// How long to inject faults; then the run waits for the remaining work
     #[arg(long, default_value_t = 2.0)]
     minutes: f64,
-    /// The same seed throws the same faults
+    /// The same seed injects the same faults
     #[arg(long)]
     seed: Option<u64>,
-    /// Workers
+    /// Number of workers
     #[arg(long, default_value_t = 3)]
     workers: usize,
-    /// Faults to choose from, separated by commas; `none` only loads the fleet and watches what it takes
+    /// Faults to choose from, separated by commas; `none` only loads the fleet and measures resource usage
     #[arg(long, value_delimiter = ',')]
     faults: Vec<String>,
 }
 
-/// After so long a worker takes what it takes.
+/// After this time a worker's resource usage is stable.
 const WARM_UP: Duration = Duration::from_secs(60);
 
-/// Every so often one fault comes with a second.
+/// One fault in this many comes with a second.
 const TWO_AT_ONCE: u64 = 4;
 
 #[tokio::main]
@@ -93,7 +93,7 @@ async fn run(arguments: &Arguments, faults: &[Fault], seed: u64) -> Report {
     report
 }
 
-/// Throws one fault, or two at once, after the other; each has to be over, and the fleet to go on, before the next.
+/// Injects one fault, or two at once, repeatedly. Each must be over, and the fleet must make progress, before the next.
 async fn throw(fleet: &Fleet, faults: &[Fault], mut dice: Dice, until: Instant, report: &mut Report) {
     let begun = Instant::now();
     let quarter = until.saturating_duration_since(begun) / 4;

@@ -1,4 +1,4 @@
-//! What became of it: how long the fleet needed after each fault, what it takes, and every promise that was broken.
+//! The report: the recovery time after each fault, the resource usage, and every promise that was broken.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -10,16 +10,16 @@ use tokio::time::sleep;
 use crate::fleet::Fleet;
 use crate::load::{Due, Load};
 
-/// Within so long of a fault's end the fleet goes on.
+/// The fleet must make progress within this time after a fault.
 const GOES_ON: Duration = Duration::from_secs(10);
 
-/// How long after that it is still waited for, to say how long it took.
+/// How long to wait for progress in order to report the recovery time.
 const WAITED: Duration = Duration::from_secs(60);
 
-/// Within so long of the last fault all has ended.
+/// Everything must have ended within this time after the last fault.
 const ALL_ENDED: Duration = Duration::from_secs(180);
 
-/// What a worker takes of its host.
+/// The resource usage of a worker.
 #[derive(Clone, Copy, Debug, Default)]
 struct Taken {
     memory_kb: u64,
@@ -29,7 +29,7 @@ struct Taken {
 }
 
 impl Taken {
-    /// Whether this is more than that, beyond what comes and goes with the load of a moment.
+    /// Whether the usage exceeds the first one by more than the load of a moment explains.
     fn exceeds(self, first: Self) -> bool {
         const HANDLES: usize = 8;
         const MEMORY_KB: u64 = 5 * 1024;
@@ -42,7 +42,7 @@ impl Taken {
 
 #[derive(Default)]
 pub(crate) struct Report {
-    /// By fault: how often, and the longest time until the fleet went on.
+    /// By fault: the count, and the longest recovery time.
     survived: BTreeMap<String, (u32, Duration)>,
     taken: Vec<(Taken, Taken)>,
     ended: BTreeMap<String, u64>,
@@ -56,7 +56,7 @@ impl Report {
         self.violations.is_empty()
     }
 
-    /// Waits until the fleet goes on after a fault.
+    /// Waits until the fleet makes progress after a fault.
     pub(crate) async fn goes_on(&mut self, fleet: &Fleet, fault: &str) {
         let before = fleet.progress();
         let since = Instant::now();
@@ -65,14 +65,14 @@ impl Report {
         }
         let elapsed = since.elapsed();
         if elapsed > GOES_ON {
-            self.violations.push(format!("after {fault} nothing went on for {:.1} s", elapsed.as_secs_f64()));
+            self.violations.push(format!("after {fault} there was no progress for {:.1} s", elapsed.as_secs_f64()));
         }
         let (count, longest) = self.survived.entry(fault.to_owned()).or_default();
         *count += 1;
         *longest = elapsed.max(*longest);
     }
 
-    /// What the workers take once they are warm.
+    /// Records the resource usage of the workers once they are warm.
     pub(crate) async fn warm_up(&mut self, fleet: &Fleet, time: Duration) {
         self.goes_on(fleet, "the start").await;
         sleep(time).await;
@@ -81,19 +81,19 @@ impl Report {
         }
     }
 
-    /// What they take now; more than at first is a leak, if nothing was thrown at them.
+    /// Records the resource usage at the end. Without faults, more than at first is a leak.
     pub(crate) async fn cool_down(&mut self, fleet: &Fleet, is_quiet: bool) {
         for idx in 0..fleet.len() {
             let last = taken(fleet.seat(idx).await.worker.os_pid());
             let first = self.taken[idx].0;
             self.taken[idx].1 = last;
             if is_quiet && last.exceeds(first) {
-                self.violations.push(format!("I6: a worker takes {last:?} and took {first:?}"));
+                self.violations.push(format!("I6: a worker leaks: it uses {last:?}, at first {first:?}"));
             }
         }
     }
 
-    /// Waits for the end of all that was accepted, and looks for everything that is not as it should be.
+    /// Waits until everything that was accepted has ended, and checks it for violations.
     pub(crate) async fn judge(&mut self, fleet: &Fleet, load: &Load) {
         let since = Instant::now();
         let rest = loop {
@@ -134,7 +134,7 @@ impl Report {
                 .get(&pid)
                 .is_some_and(|process| process.events.iter().any(|event| event.what == verb));
             if !is_there {
-                self.violations.push(format!("I7: {verb} of {pid} was confirmed, and nobody knows of it"));
+                self.violations.push(format!("I7: {verb} of {pid} was confirmed but is not in the history"));
             }
         }
         for idx in 0..fleet.len() {
@@ -145,7 +145,7 @@ impl Report {
     }
 }
 
-/// What a process takes now.
+/// Returns the current resource usage of a process.
 fn taken(os_pid: u32) -> Taken {
     let status = std::fs::read_to_string(format!("/proc/{os_pid}/status")).unwrap_or_default();
     let number = |name: &str| {
@@ -165,7 +165,7 @@ fn taken(os_pid: u32) -> Taken {
 
 impl fmt::Display for Report {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(out, "\n{:<44} {:>6} {:>20}", "fault", "times", "went on after, at most")?;
+        writeln!(out, "\n{:<44} {:>6} {:>20}", "fault", "times", "longest recovery")?;
         for (fault, (count, longest)) in &self.survived {
             writeln!(out, "{fault:<44} {count:>6} {:>18.1} s", longest.as_secs_f64())?;
         }
@@ -183,19 +183,19 @@ impl fmt::Display for Report {
             )?;
         }
         let ended = self.ended.iter().map(|(state, count)| format!("{count} {state}")).collect::<Vec<_>>().join(", ");
-        writeln!(out, "\nprocesses: {ended}; commands that were refused: {}", self.n_refused)?;
-        writeln!(out, "versions of rows that were judged: {}", self.n_versions)?;
+        writeln!(out, "\nprocesses: {ended}; failed commands: {}", self.n_refused)?;
+        writeln!(out, "row versions checked: {}", self.n_versions)?;
         match self.violations.len() {
-            0 => writeln!(out, "\nverdict: every promise was kept"),
+            0 => writeln!(out, "\nverdict: all promises kept"),
             count => {
-                writeln!(out, "\nverdict: {count} promises BROKEN")?;
+                writeln!(out, "\nverdict: {count} violations of promises")?;
                 self.violations.iter().take(40).try_for_each(|violation| writeln!(out, "  {violation}"))
             }
         }
     }
 }
 
-#[expect(clippy::cast_precision_loss, reason = "for people")]
+#[expect(clippy::cast_precision_loss, reason = "a rounded figure for people")]
 fn kb_as_mb(kb: u64) -> f64 {
     kb as f64 / 1024.0
 }

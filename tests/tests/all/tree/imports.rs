@@ -1,5 +1,6 @@
-//! Which modules the code of a crate names, by `crate::`, `super::`, `self::` and the names of child modules, with all
-//! re-exports resolved; what stands in modules of tests is left out. It reads words, and no more of the language than paths need.
+//! The modules that the code of a crate names, by `crate::`, `super::`, `self::` and the names of child modules, with
+//! all re-exports resolved; modules of tests are skipped. The parser reads tokens, and only as much of the language as
+//! paths need.
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::fmt;
@@ -7,12 +8,12 @@ use std::fmt;
 /// A place in the code that names another module of its crate.
 #[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Import {
-    /// The file, from the root of the repository.
+    /// The file, relative to the root of the repository.
     pub(super) file: String,
     pub(super) line: usize,
-    /// The module that the file belongs to: the one at the top of the crate, or the file's own.
+    /// The importing module: the one at the top of the crate, or that of the file.
     pub(super) from: String,
-    /// The module that is named, or through which a re-export leads.
+    /// The module that is named, or that a re-export leads through.
     pub(super) to: String,
 }
 
@@ -22,7 +23,7 @@ impl fmt::Display for Import {
     }
 }
 
-/// The absolute path of a module or of something in it, without `crate`.
+/// The absolute path of a module or of an item in it, without `crate`.
 type Path = Vec<String>;
 
 struct Word {
@@ -34,18 +35,18 @@ struct Word {
 struct Named {
     path: Path,
     line: usize,
-    /// The name that a `pub use` gives it, and where.
+    /// The name that a `pub use` gives it, and its module.
     alias: Option<(Path, String)>,
 }
 
-/// All imports of a crate between its modules at the top. `sources` are the files below `src/`, each with its path from
-/// there. Imports of `lib.rs` and `main.rs` are left out: they know all modules.
+/// All imports of a crate between its top-level modules. `sources` are the files below `src/`, with relative paths.
+/// Imports of `lib.rs` and `main.rs` are skipped: they know all modules.
 pub(super) fn imports(src: &str, sources: &[(String, String)]) -> Vec<Import> {
     let top = |path: &Path, _: &HashSet<Path>| path.first().map(|top| vec![top.clone()]);
     imports_between(src, sources, top)
 }
 
-/// All imports of a crate between the files of one of its modules at the top.
+/// All imports of a crate between the files of one of its top-level modules.
 pub(super) fn imports_of_files(src: &str, module: &str, sources: &[(String, String)]) -> Vec<Import> {
     let file = |path: &Path, files: &HashSet<Path>| {
         let prefixes = (1..=path.len()).rev().map(|length| path[..length].to_vec());
@@ -54,7 +55,7 @@ pub(super) fn imports_of_files(src: &str, module: &str, sources: &[(String, Stri
     imports_between(src, sources, file)
 }
 
-/// All imports of a crate between the units that `unit_of` finds for a path, given the modules that have a file.
+/// All imports of a crate between the units that `unit_of` returns for a path, given the modules that have a file.
 fn imports_between(
     src: &str,
     sources: &[(String, String)],
@@ -91,7 +92,7 @@ fn imports_between(
     imports
 }
 
-/// The modules at the top of the crate that have a file.
+/// The top-level modules of the crate that have a file.
 pub(super) fn tops(src: &str, sources: &[(String, String)]) -> HashSet<String> {
     let files = sources.iter().filter_map(|(path, _)| path.strip_prefix(src));
     files.filter_map(|path| module_of(path).into_iter().next()).collect()
@@ -102,7 +103,7 @@ fn module_of(path: &str) -> Path {
     path.split('/').filter(|name| !["lib", "main", "mod"].contains(name)).map(str::to_owned).collect()
 }
 
-/// The paths to which a path leads: the modules of the re-exports on the way, and the path behind the last of them.
+/// The targets of a path: the modules of the re-exports on the way, and the path after the last of them.
 fn stops(path: &Path, aliases: &HashMap<(Path, String), Path>) -> Vec<Path> {
     let mut stops = Vec::new();
     let (mut at, mut rest) = (Path::new(), VecDeque::from(path.clone()));
@@ -121,7 +122,7 @@ fn stops(path: &Path, aliases: &HashMap<(Path, String), Path>) -> Vec<Path> {
     stops
 }
 
-/// All paths that a file names. Modules within the file count, since `super` means another one there.
+/// All paths that a file names. Modules within the file matter, since `super` has another meaning there.
 fn paths(file: &Path, words: &[Word], modules: &HashSet<Path>) -> Vec<Named> {
     let word = |idx: usize| words.get(idx).map_or("", |word| word.text.as_str());
     let mut inner: Vec<(String, usize)> = Vec::new();
@@ -130,7 +131,7 @@ fn paths(file: &Path, words: &[Word], modules: &HashSet<Path>) -> Vec<Named> {
         let module = || file.iter().cloned().chain(inner.iter().map(|(name, _)| name.clone())).collect::<Path>();
         let before = if idx == 0 { "" } else { word(idx - 1) };
         match word(idx) {
-            // What is only tested with is no part of the crate.
+            // Test code is not part of the crate.
             "mod" if word(idx + 2) == "{" && is_of_tests(&words[..idx]) => {
                 let outer = depth;
                 idx += 2;
@@ -146,7 +147,7 @@ fn paths(file: &Path, words: &[Word], modules: &HashSet<Path>) -> Vec<Named> {
                 depth -= 1;
                 inner.retain(|(_, opened)| *opened < depth);
             }
-            // `use<..>` names what a type captures.
+            // `use<..>` lists the captures of a type.
             "use" if word(idx + 1) != "<" => {
                 let is_public = ["pub", ")"].contains(&before);
                 let mut leaves = Vec::new();
@@ -179,7 +180,7 @@ fn paths(file: &Path, words: &[Word], modules: &HashSet<Path>) -> Vec<Named> {
     found
 }
 
-/// The paths of a `use`, each with its name and line. `idx` comes to stand at the first word behind the tree.
+/// The paths of a `use`, each with its name and line. On return, `idx` is at the first word after the tree.
 fn tree(words: &[Word], idx: &mut usize, prefix: &Path, leaves: &mut Vec<(Path, String, usize)>) {
     let mut path = prefix.clone();
     let line = words.get(*idx).map_or(0, |word| word.line);
@@ -215,7 +216,7 @@ fn tree(words: &[Word], idx: &mut usize, prefix: &Path, leaves: &mut Vec<(Path, 
     leaves.push((path, name, line));
 }
 
-/// A path from the root of the crate; `None` for one of another crate.
+/// A path from the root of the crate; `None` for a path of another crate.
 fn absolute(module: &Path, path: &Path, modules: &HashSet<Path>, may_be_child: bool) -> Option<Path> {
     let mut rest = path.iter().peekable();
     let mut at = match rest.peek()?.as_str() {
@@ -235,7 +236,7 @@ fn absolute(module: &Path, path: &Path, modules: &HashSet<Path>, may_be_child: b
     Some(at)
 }
 
-/// Whether the words before something are those that keep it to tests.
+/// Whether the words before a module restrict it to tests.
 fn is_of_tests(before: &[Word]) -> bool {
     const ATTRIBUTE: [&str; 7] = ["#", "[", "cfg", "(", "test", ")", "]"];
     before.len() >= ATTRIBUTE.len()
@@ -246,7 +247,7 @@ fn is_name(word: &str) -> bool {
     word.starts_with(|c: char| c.is_alphabetic() || c == '_')
 }
 
-/// Names, `::` and signs, without comments and without what stands in quotes.
+/// Names, `::` and punctuation, without comments and quoted text.
 fn words(text: &str) -> Vec<Word> {
     let chars: Vec<char> = text.chars().collect();
     let at = |idx: usize| chars.get(idx).copied().unwrap_or('\0');
@@ -264,7 +265,7 @@ fn words(text: &str) -> Vec<Word> {
                 idx += 2 + n_signs;
                 idx += chars[idx..].windows(end.len()).position(|some| some == end).unwrap_or(0) + end.len();
             }
-            // Else it is a lifetime, whose name does no harm.
+            // Otherwise it is a lifetime, whose name is harmless.
             '\'' if at(idx + 1) == '\\' || at(idx + 2) == '\'' => {
                 idx += 1 + usize::from(at(idx + 1) == '\\');
                 idx += 1 + chars[idx + 1..].iter().take_while(|c| **c != '\'').count() + 1;
@@ -291,7 +292,7 @@ fn words(text: &str) -> Vec<Word> {
     words
 }
 
-/// The first place behind a string that begins here.
+/// The index after a string that begins here.
 fn quoted(chars: &[char], begin: usize) -> usize {
     let mut idx = begin + 1;
     while idx < chars.len() && chars[idx] != '"' {

@@ -1,4 +1,4 @@
-//! A migration of the next version, unknown to programs of this one. It exists only in builds with the feature
+//! A migration of the next version, unknown to programs of this version. It exists only in builds with the feature
 //! `next-version`, for the tests of two versions.
 
 use sea_orm_migration::prelude::*;
