@@ -20,8 +20,9 @@ use self::ending::{Left, left, walltime, with_last_line};
 use self::submission::Refusal;
 use self::trouble::{Trouble, not_yet};
 use crate::author::process::{Advance, Context, Error, Process};
+use crate::site::launcher::{self, ENDED, Phase};
 use crate::site::script::{Done, Script};
-use crate::site::{LOOK_AGAIN, Sites, launcher, staging};
+use crate::site::{LOOK_AGAIN, Sites, staging};
 
 /// Pause between two looks for a job whose submission was not answered, or for files that a job should have left.
 const SETTLE_PAUSE: Duration = Duration::from_secs(3);
@@ -164,10 +165,24 @@ impl Job {
             .map_err(|error| staging::Error::Content(format!("its done.json is malformed: {error}")))?;
         let is_timed_out = done.is_timed_out(at.site.launcher, at.spec);
         if done.signalled
-            && let Some(row) = at.row().await?
+            && let Some(mut row) = at.row().await?
         {
             // Either the program signalled its whole group, or the launcher ended the job; the launcher knows which.
-            let traces = at.look(&visit, &dir).await?;
+            let mut traces = at.look(&visit, &dir).await?;
+            if row.look.status == ENDED
+                && let Ok(Some(listed)) = at.find(&visit, &row).await?
+            {
+                // `done.json` was seen first. A launcher also signals a job that it requeues.
+                match listed.phase {
+                    Phase::Waiting => traces.is_again = true,
+                    Phase::Ended => row.look.status = listed.status,
+                    Phase::Running | Phase::Unknown if self.looks < LOOKS_MAX => {
+                        self.looks += 1;
+                        return Ok(Advance::After(SETTLE_PAUSE));
+                    }
+                    Phase::Running | Phase::Unknown => {}
+                }
+            }
             if traces.is_again || launcher::end(at.site.launcher, &row.look.status).is_by_launcher() {
                 return self.ended_by_launcher(at, &visit, &dir, &row, traces, outputs).await;
             }
