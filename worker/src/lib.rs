@@ -20,7 +20,8 @@
 //! }
 //!
 //! impl Process for Arrival {
-//!     /// `input` is the `with` of the spec.
+//!     /// `input` is the `with` of the spec. To refuse unknown keys, read it into a type of its own with
+//!     /// `#[serde(deny_unknown_fields)]`, and make the state from that.
 //!     fn start(input: &Value) -> Result<Self, Error> {
 //!         read_input(input)
 //!     }
@@ -57,7 +58,7 @@
 //! A worker can die after an advance has done its work and before the checkpoint is committed. The next worker then repeats
 //! the advance from the last checkpoint. For each advance this means:
 //!
-//! - The state, the values, the progress and the log are committed together, exactly once.
+//! - The state, the values, the progress and the lines of the log are committed together, exactly once.
 //! - Side effects outside of them (files, messages, requests to a server) can happen more than once. Make them repeatable:
 //!   write a file under a temporary name and rename it, or send an idempotency key.
 //!   [`Context::pid`](process::Context::pid) and [`Context::advance_number`](process::Context::advance_number) are the same
@@ -71,13 +72,15 @@
 //!
 //! A checkpoint is the serde form of the process with named fields (MessagePack). State outside of it is lost in a crash and
 //! whenever the process is parked: `#[serde(skip)]` fields, `static`s, open connections. Open such things again when they are
-//! missing.
+//! missing. Keep the state small, since it is written after each advance; use `serde_bytes` for bytes.
 //!
 //! A new version of a program must read the checkpoints of the old one. Give new fields `#[serde(default)]`. Do not rename
 //! fields or change their types; a removed field is ignored unless the type has `#[serde(deny_unknown_fields)]`. A worker
 //! that cannot read a checkpoint leaves the process to a worker of another version. Keep one checkpoint of each released
-//! version as a *golden file*, and a test shows that the present version reads it: see
-//! [`Harness::keep_golden`](testing::Harness::keep_golden).
+//! version as a *golden file*, and a test shows that the present version reads it:
+//! [`Harness::keep_golden`](testing::Harness::keep_golden) writes the file if it is missing and `BATON_WRITE_GOLDEN=1` is set, and
+//! [`Harness::from_golden`](testing::Harness::from_golden) restores it. A good path is
+//! `concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/v1")`.
 //!
 //! # Waiting
 //!
@@ -101,12 +104,30 @@
 //!
 //! | error | the process | a try is charged |
 //! |---|---|---|
-//! | [`Input`](process::Error::Input) | is excepted; also after a panic | – |
-//! | [`Failed`](process::Error::Failed) | repeats the advance as `retry` says; excepted when no try is left | yes |
+//! | [`Input`](process::Error::Input), or a panic in `advance` | is excepted | – |
+//! | [`Failed`](process::Error::Failed), or a panic in a closure of `blocking` | repeats the advance as `retry` says; excepted when no try is left | yes |
 //! | [`Interrupted`](process::Error::Interrupted) | returns to the queue | no |
 //! | [`Stuck`](process::Error::Stuck) | is paused until an operator plays it | no |
 //! | [`NotNow`](process::Error::NotNow) | is parked until the site can be used; only sites return it | no |
 //! | [`Lacking`](process::Error::Lacking) | returns to the queue; the worker takes no processes for a while | no |
+//!
+//! Tries count over the whole life of a process, not per advance: `max: 3` allows two failures in all, and a good advance does
+//! not reset them. Without `retry` the first failure excepts the process. An excepted process keeps its progress and its log,
+//! not its values.
+//!
+//! ```
+//! # use baton_worker::prelude::*;
+//! # fn orders(count: u64) -> Result<(), Error> {
+//! if count == 0 {
+//!     return Err(Error::Input("`orders` is empty".into()));
+//! }
+//! std::fs::create_dir_all("orders")?;
+//! let first = std::fs::read_to_string("orders/1")?;
+//! let price: f64 = first.trim().parse().map_err(Error::failed)?;
+//! # let _ = price;
+//! # Ok(())
+//! # }
+//! ```
 //!
 //! `?` turns a [`std::io::Error`] into `Lacking` when the machine has run out of something, else into `Failed`;
 //! [`Error::failed`](process::Error::failed) takes any other error. An exit code that is not in the spec's `ok.exit` is
@@ -146,8 +167,9 @@
 //!
 //! # Testing
 //!
-//! The [`testing`] kit runs a process in memory, without services, with the code of the worker. It needs no real time, and it
-//! crashes the worker wherever a test asks for it.
+//! The [`testing`] kit runs a process in memory, without services, with the code of the worker. Waits need no real time (closures
+//! of `blocking` do), and the kit crashes the worker wherever a test asks for it. It needs no further dependency. Processes in
+//! `src/lib.rs` can be tested from `tests/`.
 //!
 //! ```
 //! # mod arrival {
@@ -219,7 +241,7 @@
 //! # }
 //! // src/main.rs
 //! fn main() -> std::process::ExitCode {
-//!     let mut registry = baton_worker::registry::Registry::new();
+//!     let mut registry = Registry::new();
 //!     registry.register::<Arrival>("my.arrival");
 //!     baton_controller::main_with_worker(registry)
 //! }
@@ -231,7 +253,11 @@
 //! my submit arrival.yaml --wait           a process for the fleet; its spec has `queue: my`
 //! ```
 //!
-//! Workers that do not know a kind leave its processes to other workers. A queue of its own (`queue: my` in the spec) saves
+//! `run` keeps its state in `.baton/` of the current directory, or in `--home`; `my list`, `my show` and `my logs` read it. After
+//! a crash the same command resumes the process; `--new` starts another one. The exit code is that of the process, or 8 if it
+//! is excepted.
+//!
+//! Workers that do not know a kind leave its processes to other workers (`run` excepts them). A queue of its own (`queue: my` in the spec) saves
 //! them the attempt. A program that is only a worker needs neither `baton-controller` nor its commands: its `main` calls
 //! [`main`] of this crate.
 //!

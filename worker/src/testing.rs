@@ -36,7 +36,8 @@
 //!
 //! A harness has its own clock, which starts at zero; [`Harness::elapsed`] reads it. It jumps over the waits of
 //! [`Advance::After`] and [`Advance::Linger`], and over [`Context::sleep`] and the limit of [`Context::timeout`] as soon as
-//! the advance waits for nothing else. Closures of [`Context::blocking`] and operations at a site take no time on this clock.
+//! the advance waits for nothing else. Closures of [`Context::blocking`] and operations at a site run in real time and take none
+//! on this clock.
 //! The clock is not tokio's: `tokio::time::sleep` waits in real time, so that real sockets and programs work in a test. Use
 //! [`Context::sleep`] in a process, and its tests need no real time.
 //!
@@ -73,8 +74,9 @@ use crate::author::facilities::{Facilities, Identity};
 use crate::author::live::{Live, Orders};
 use crate::author::process::{Advance, Context, Draft, Error, Interrupt, Process};
 use crate::author::registry::{AnyProcess, NotMade, Registry};
-use crate::execution::decide::{panic_text, panicked, state_of};
+use crate::execution::decide::{panicked, state_of};
 use crate::execution::limits::Limits;
+use crate::machine::causes::panic_text;
 use crate::site::Folders;
 
 mod commit;
@@ -347,14 +349,14 @@ impl Harness {
         self.end(End { how: How::Killed, exit: None, ok: false, reason: Some("killed".into()), values })
     }
 
-    /// Pauses the process between two advances.
+    /// Pauses the process between two advances. A wait continues after [`Harness::play`].
     ///
     /// # Panics
     /// The process has ended.
     #[track_caller]
     pub fn pause(&mut self) {
         assert!(self.row.end.is_none(), "the process has ended already: {:?}", self.row.end);
-        self.leave(Duration::ZERO);
+        self.leave(self.row.wait);
         self.row.is_paused = true;
     }
 

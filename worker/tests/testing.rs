@@ -382,3 +382,45 @@ fn golden_file_is_never_written_silently_or_replaced() {
 fn kind_that_the_registry_does_not_have_is_named() {
     Harness::from_spec(&Registry::new(), "call: my.other");
 }
+
+/// Runs a closure on the blocking pool in each advance; it panics in the fourth.
+#[derive(Default, Serialize, Deserialize)]
+struct Blocking {
+    done: u32,
+}
+
+impl Process for Blocking {
+    fn start(_input: &Value) -> Result<Self, Error> {
+        Ok(Self::default())
+    }
+
+    async fn advance(&mut self, context: &Context) -> Result<Advance, Error> {
+        self.done += 1;
+        let fails = self.done == 4;
+        context.blocking(move || assert!(!fails, "too hot")).await?;
+        Ok(Advance::Again)
+    }
+}
+
+#[test]
+fn blocking_suspends_once_however_short_the_closure_is_and_names_its_panic() {
+    let mut blocking = Harness::new::<Blocking>(json!({}));
+    for _ in 0..3 {
+        for _ in 0..20 {
+            assert_eq!(blocking.crash_at_await(1), None, "it did not suspend");
+        }
+        assert_eq!(blocking.crash_at_await(2), Some(Step::Again), "it suspended twice");
+    }
+    let Step::Ended(end) = blocking.advance() else { panic!("the closure panics") };
+    assert_eq!(end.reason.as_deref(), Some("a closure of `blocking` panicked: too hot"));
+}
+
+#[test]
+fn wait_continues_after_a_pause() {
+    let mut count = count(4);
+    (count.advance(), count.advance(), count.advance());
+    count.pause();
+    count.play();
+    count.advance();
+    assert_eq!(count.elapsed(), Duration::from_secs(3600));
+}

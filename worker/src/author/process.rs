@@ -3,8 +3,10 @@
 //! The crate's [front page](crate) explains how the parts work together.
 
 use std::cell::{Cell, RefCell};
+use std::future::poll_fn;
 use std::path::Path;
 use std::sync::Arc;
+use std::task::Poll;
 use std::time::Duration;
 
 use baton_common::id::Pid;
@@ -12,13 +14,14 @@ use baton_common::lack::Shortage;
 use baton_common::spec::{Spec, Work};
 use baton_common::store::blob::{Checkpoint, Outcome, Progress};
 use baton_common::store::writer::{Fence, Fenced, Output, Stream, Verb};
+use futures_util::FutureExt;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use crate::author::facilities::Facilities;
 use crate::author::live::Live;
-use crate::machine::causes::chain;
+use crate::machine::causes::{chain, panic_text};
 use crate::machine::shortage;
 
 /// Bytes of `log` that are kept of its beginning, and as many of its end.
@@ -384,7 +387,8 @@ impl Context {
         self.draft.borrow_mut().progress = Some(Progress { done, total });
     }
 
-    /// Writes a line to the process's log, which `baton logs` prints. The first and the last 32 KiB are kept.
+    /// Writes a line to the process's log. The first and the last 32 KiB of each attempt are kept; `baton logs` prints those
+    /// of the last attempt. A wait of a second or more with [`Advance::After`] ends an attempt, and so does a retry.
     ///
     /// The log is committed with the advance. Lines of an advance that fails are kept, those of a crash are lost.
     pub fn log(&self, line: impl AsRef<str>) {
@@ -397,6 +401,7 @@ impl Context {
     }
 
     /// Runs a closure that blocks, such as long arithmetic, large files or a synchronous library, on the blocking pool.
+    /// It suspends the advance once, however short the closure is.
     ///
     /// # Errors
     /// [`Error::Failed`] when the closure panicked, [`Error::Lacking`] when the system starts no thread.
@@ -405,8 +410,28 @@ impl Context {
     /// If the future is dropped, the closure runs to its end and its result is lost.
     pub async fn blocking<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> Result<T, Error> {
         let _busy = self.facilities.clock.hold();
-        let task = shortage::spawn_blocking(&self.facilities.blocking, work).map_err(Error::Lacking)?;
-        task.await.map_err(|error| Error::failed(error.to_string()))
+        let mut task = shortage::spawn_blocking(&self.facilities.blocking, work).map_err(Error::Lacking)?;
+        let mut finished = None;
+        let mut is_first = true;
+        let result = poll_fn(|cx| {
+            if let Some(result) = finished.take() {
+                return Poll::Ready(result);
+            }
+            let polled = task.poll_unpin(cx);
+            if std::mem::take(&mut is_first)
+                && let Poll::Ready(result) = polled
+            {
+                // A test that crashes at this await must not depend on the time that the closure takes.
+                finished = Some(result);
+                cx.waker().wake_by_ref();
+                return Poll::Pending;
+            }
+            polled
+        });
+        result.await.map_err(|error| match error.try_into_panic() {
+            Ok(panic) => Error::Failed(format!("a closure of `blocking` panicked: {}", panic_text(panic.as_ref()))),
+            Err(error) => Error::failed(error.to_string()),
+        })
     }
 
     /// Names the present stage of the advance for `baton status`.

@@ -1,6 +1,5 @@
 //! Decisions about a process after an advance, without any effect. The loop of a held process and the test kit share them.
 
-use std::any::Any;
 use std::time::Duration;
 
 use baton_common::spec::{Retry, Spec};
@@ -71,12 +70,6 @@ pub(crate) fn next_try(retry: &Retry, last: &Checkpoint, reason: &str, random: f
 /// The process's own state in a checkpoint; `None` before the first advance.
 pub(crate) fn state_of(checkpoint: &Checkpoint) -> Option<&[u8]> {
     Some(&*checkpoint.state).filter(|state| !state.is_empty())
-}
-
-/// The text of a panic.
-pub(crate) fn panic_text(panic: &(dyn Any + Send)) -> String {
-    let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
-    text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_else(|| "no text".into())
 }
 
 /// The error of an advance that panicked. Its state may be half-changed, so only its checkpoint can be trusted.

@@ -1,4 +1,6 @@
-//! The text of an error with its causes.
+//! The text of an error with its causes, and of a panic.
+
+use std::any::Any;
 
 /// Returns an error with its causes, in one line.
 pub fn chain(error: &dyn std::error::Error) -> String {
@@ -9,4 +11,10 @@ pub fn chain(error: &dyn std::error::Error) -> String {
         cause = inner.source();
     }
     text
+}
+
+/// The text of a panic.
+pub(crate) fn panic_text(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
+    text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_else(|| "no text".into())
 }

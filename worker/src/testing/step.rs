@@ -55,7 +55,7 @@ pub struct End {
     pub ok: bool,
     /// Why, where the exit code does not say it.
     pub reason: Option<String>,
-    /// The values that the process returned.
+    /// The values that the process returned; none if it is excepted.
     pub values: Map<String, Value>,
 }
 

@@ -24,7 +24,8 @@ pub fn run_with_crash_after_every_advance(make: impl Fn() -> Harness) -> End {
 /// Runs a process twice: once without a crash, and once with a crash of the worker before every commit, so that every
 /// advance is made twice. Returns the end. Use it to show that the side effects of an advance can be repeated.
 ///
-/// `make` makes the process, the same each time.
+/// `make` makes the process, the same each time. The two processes have different pids: if an advance writes files, give
+/// each run a directory of its own.
 ///
 /// # Panics
 /// The two runs do not end with the same exit, reason, values and progress.
