@@ -240,7 +240,7 @@ async fn what_nobody_can_use_is_in_the_dead_letter_queue_with_the_reason() {
         ),
         ("json", None, json_launch(json!({"run": ["true"], "labels": {"a": "b\0"}})).into_bytes(), "NUL byte"),
         ("json", None, json_launch(json!({"run": ["true"], "labels": {"a\0": "b"}})).into_bytes(), "NUL byte"),
-        ("json", None, json_launch(json!({"run": ["true"], "name": "a\0"})).into_bytes(), "on one line"),
+        ("json", None, json_launch(json!({"run": ["true"], "name": "a\0"})).into_bytes(), "must be one line of"),
         ("json", None, launch_of("6ba7b810-9dad-41d1-80b4-00c04fd430c9"), "UUID of version 7"),
         ("json", None, launch_of("00000000-0000-0000-0000-000000000000"), "UUID of version 7"),
         ("json", None, launch_of("ffffffff-ffff-7000-8000-000000000000"), "made in the future"),
