@@ -614,7 +614,7 @@ async fn nothing_that_a_spec_names_reaches_what_is_batons() {
         let shown = end(&scene, pid).await;
         let reason = shown["reason"].as_str().unwrap_or_default();
         assert!(shown["state"] == "excepted" && !reason.is_empty() && shown["values"]["exit"].is_null(), "{shown:#}");
-        let is_told = ["out of its scope", "to Baton", "folder of its own", "nothing in the sandbox"];
+        let is_told = ["out of its scope", "to Baton", "valid folder name", "nothing in the sandbox"];
         assert!(is_told.iter().any(|told| reason.contains(told)), "{reason}");
     }
     assert_eq!(std::fs::read(&forged).unwrap(), before);
