@@ -1,5 +1,5 @@
-//! The number of allocations of a worker for each process and each advance, and the memory of a process that waits in
-//! memory. The worker is this program, so that its allocations can be counted; another program submits the processes.
+//! How often a worker asks for memory for each process and each advance, and how much it keeps for one that waits in memory.
+//! It is this very program, so that its allocations can be counted; processes are submitted by another one.
 
 use std::alloc::System;
 use std::collections::BTreeMap;
@@ -20,14 +20,14 @@ static ALLOCATOR: &StatsAlloc<System> = &INSTRUMENTED_SYSTEM;
 
 const COUNT: u32 = 500;
 
-/// Allocations of a process with one advance: its message, its claim with the spec, its end, its events. Measured: 138.
+/// Of a process of one advance: its message, its claim with the spec, its end, and what is said of that. They are 138.
 const OF_A_LAUNCH_MAX: f64 = 175.0;
 
-/// Allocations of an advance and its checkpoint. Measured: 22.
+/// Of an advance and its checkpoint. They are 22.
 const OF_AN_ADVANCE_MAX: f64 = 30.0;
 
-/// Bytes of a process that waits in memory. Measured: 3,700 in a build without optimization, whose futures are larger
-/// than those of a release build.
+/// Bytes that are kept of a process that waits in memory. They are 3,700 in a build without optimization, whose futures are
+/// larger than those of a release.
 const HELD_BYTES_MAX: f64 = 4_200.0;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -68,7 +68,7 @@ async fn a_process_and_an_advance_ask_for_memory_so_often_at_most_and_a_wait_for
     assert!(of_a_wait < HELD_BYTES_MAX, "{of_a_wait:.0} bytes for a process that waits in memory");
 }
 
-/// The allocations for each process with this many advances.
+/// How many a process of so many advances needs.
 async fn allocations(scene: &Scene, n_advances: u32) -> f64 {
     let region = Region::new(ALLOCATOR);
     scene.submit(&format!("call: baton.count\nwith: {{advances: {n_advances}}}\n"), COUNT).await;
@@ -82,7 +82,7 @@ async fn allocations(scene: &Scene, n_advances: u32) -> f64 {
     f64::from(count) / f64::from(COUNT)
 }
 
-/// The bytes that a process that waits in memory keeps.
+/// How many bytes are kept of a process that waits in memory.
 async fn kept(scene: &Scene) -> f64 {
     let region = Region::new(ALLOCATOR);
     scene.submit("call: baton.count\nwith: {advances: 9, every: 1h, stay: true}\n", COUNT).await;
@@ -91,7 +91,7 @@ async fn kept(scene: &Scene) -> f64 {
         n_waiting => Err(n_waiting),
     })
     .await;
-    // The memory of the last checkpoints is freed.
+    // What was needed for the last checkpoints goes.
     tokio::time::sleep(Duration::from_millis(500)).await;
     let change = region.change();
     let kept = change.bytes_allocated.cast_signed() - change.bytes_deallocated.cast_signed() + change.bytes_reallocated;

@@ -1,10 +1,10 @@
-//! The cost of a process, in counts. `baton bench` measures times; no test asserts them.
+//! What a process costs, in counts. Times are measured by `baton bench` and asserted nowhere.
 
 use baton_tests::scene::Scene;
 use baton_tests::services::programs;
 use serde_json::Value;
 
-/// Private services, since the counters of a server include all its clients.
+/// Services of its own, since counters of a server are of everybody on it.
 async fn scene() -> Scene {
     let scene = Scene::private().await;
     scene.sql("CREATE EXTENSION pg_stat_statements SCHEMA public").await;
@@ -26,7 +26,7 @@ fn number(report: &Value, path: &str) -> f64 {
     report.pointer(path).and_then(Value::as_f64).unwrap_or_else(|| panic!("no {path} in {report}"))
 }
 
-/// A benchmark leaves nothing.
+/// A benchmark leaves nothing behind.
 async fn is_clean(scene: &Scene) {
     for table in ["process", "spec", "label", "attempt", "output"] {
         assert_eq!(scene.sql(&format!("SELECT count(*) FROM {table}")).await.trim(), "0", "{table}");
@@ -45,12 +45,12 @@ async fn one_process_after_the_other_costs_three_commits_of_a_statement_each_and
     scene.sql("SELECT public.pg_stat_statements_reset()").await;
     let report = bench(&scene, &["latency", "-n", &COUNT.to_string(), "--workers", "1", "--no-limits"]).await;
     assert_eq!(number(&report, "/per_process/confirms"), 1.0, "{report}");
-    // Includes the heartbeats of a second or two.
+    // The beats of a second or two are in it.
     let commits = number(&report, "/per_process/commits");
     assert!((3.0..3.5).contains(&commits), "{report}");
     assert!(number(&report, "/per_process/ack_frames") <= 1.0, "{report}");
-    // The warm-up processes are submitted together, and share some statements. Only the hot path has statements over
-    // the rows of a batch.
+    // Those that warm up come at once, and share some. Statements over the rows of a batch are the hot path, and there is no
+    // other of it.
     let calls = "SELECT sum(calls) FROM public.pg_stat_statements
                  WHERE query LIKE '%unnest%' AND (query LIKE '%INSERT INTO process%' OR query LIKE '%UPDATE process%')";
     let n_calls: u32 = scene.sql(calls).await.trim().parse().unwrap();
@@ -65,14 +65,14 @@ async fn many_at_once_share_commits_and_acknowledgements() {
     let report = bench(&scene, &["throughput", "-n", "3000", "--workers", "1", "--no-limits"]).await;
     assert_eq!(number(&report, "/per_process/confirms"), 1.0, "{report}");
     assert!(number(&report, "/per_process/message_bytes") < 80.0, "{report}");
-    // A single process takes three commits. How many processes share one depends on the speed of announcing relative to
-    // that of claiming, since at most one page waits to be announced.
+    // Alone it would be three commits. How many share one depends on how fast they are told beside how fast they are taken,
+    // since no more than a page waits to be told.
     for (path, max) in [("commits", 0.75), ("ack_frames", 0.3), ("event_messages", 0.3), ("rows", 5.3)] {
         assert!(number(&report, &format!("/per_process/{path}")) <= max, "{path} in {report}");
     }
     is_clean(&scene).await;
     let report = bench(&scene, &["advances", "-n", "200", "--steps", "10", "--workers", "1", "--no-limits"]).await;
-    // Eleven rows stay; one is inserted and deleted.
+    // Eleven that stay, and one that comes and one that goes.
     assert!(number(&report, "/per_process/rows") <= 20.0, "{report}");
     assert!(number(&report, "/per_process/commits") <= 6.0, "{report}");
     is_clean(&scene).await;
