@@ -20,7 +20,7 @@ use self::ending::{Left, left, walltime, with_last_line};
 use self::submission::Refusal;
 use self::trouble::{Trouble, not_yet};
 use crate::author::process::{Advance, Context, Error, Process};
-use crate::site::launcher::{self, ENDED, Phase};
+use crate::site::launcher::{self, ENDED};
 use crate::site::script::{Done, Script};
 use crate::site::{LOOK_AGAIN, Sites, staging};
 
@@ -169,19 +169,8 @@ impl Job {
         {
             // Either the program signalled its whole group, or the launcher ended the job; the launcher knows which.
             let mut traces = at.look(&visit, &dir).await?;
-            if row.look.status == ENDED
-                && let Ok(Some(listed)) = at.find(&visit, &row).await?
-            {
-                // `done.json` was seen first. A launcher also signals a job that it requeues.
-                match listed.phase {
-                    Phase::Waiting => traces.is_again = true,
-                    Phase::Ended => row.look.status = listed.status,
-                    Phase::Running | Phase::Unknown if self.looks < LOOKS_MAX => {
-                        self.looks += 1;
-                        return Ok(Advance::After(SETTLE_PAUSE));
-                    }
-                    Phase::Running | Phase::Unknown => {}
-                }
+            if row.look.status == ENDED && self.is_unsettled(at, &visit, &mut row, &mut traces).await? {
+                return Ok(Advance::After(SETTLE_PAUSE));
             }
             if traces.is_again || launcher::end(at.site.launcher, &row.look.status).is_by_launcher() {
                 return self.ended_by_launcher(at, &visit, &dir, &row, traces, outputs).await;

@@ -8,10 +8,10 @@ use baton_common::store::site::Job as Row;
 use baton_common::store::writer::{Output, Stream};
 
 use super::at::At;
-use super::trouble::Trouble;
-use super::{Job, NO_FOLDER, SETTLE_PAUSE};
+use super::trouble::{Trouble, not_yet};
+use super::{CANCEL_PAUSE, Job, LOOKS_MAX, NO_FOLDER, SETTLE_PAUSE};
 use crate::author::process::{Advance, Error};
-use crate::site::launcher::{self, End};
+use crate::site::launcher::{self, End, Phase};
 use crate::site::script::{self, AGAIN, BEGUN, GIVEN_UP, RAN};
 use crate::site::{Visit, staging};
 use crate::transport::{self, quote};
@@ -79,6 +79,35 @@ impl Job {
             return Ok(Advance::After(SETTLE_PAUSE));
         }
         self.ended_by_launcher(at, visit, dir, &row, traces, outputs).await
+    }
+
+    /// Asks the launcher about a job that was signalled and whose `done.json` was seen before the launcher's word: a launcher
+    /// also signals a job that it requeues. Returns whether to look again, since the job still ends.
+    pub(super) async fn is_unsettled(
+        &mut self,
+        at: &At<'_>,
+        visit: &Visit,
+        row: &mut Row,
+        traces: &mut Traces,
+    ) -> Result<bool, Trouble> {
+        let listed = match at.find(visit, row).await? {
+            Ok(listed) => listed,
+            Err(complaint) => {
+                // A failed answer proves nothing.
+                at.context.log(format!("{}: {complaint}", at.site.name));
+                return Err(not_yet(CANCEL_PAUSE * 3));
+            }
+        };
+        match listed.map(|listed| (listed.phase, listed.status)) {
+            Some((Phase::Waiting, _)) => traces.is_again = true,
+            Some((Phase::Ended, status)) => row.look.status = status,
+            Some((Phase::Running | Phase::Unknown, _)) if self.looks < LOOKS_MAX => {
+                self.looks += 1;
+                return Ok(true);
+            }
+            Some((Phase::Running | Phase::Unknown, _)) | None => {}
+        }
+        Ok(false)
     }
 
     /// The advance after a job whose script did not report its end, or that was ended by a signal from outside.
