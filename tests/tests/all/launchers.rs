@@ -504,3 +504,34 @@ conform! {
     a_job_that_the_site_loses_before_its_program_starts_is_submitted_again
     an_answer_that_is_none_ends_nothing
 }
+
+/// A scheduler signals a job that it requeues. If `done.json` is seen first, the scheduler's word still counts, and an answer
+/// that fails proves nothing.
+#[tokio::test]
+#[ignore = "needs services: run tests/run"]
+async fn the_scheduler_says_whose_signal_ended_a_job() {
+    let scene = Scene::new().await;
+    let slurm = Slurm::start(&scene, "", "", "");
+    let _worker = slurm.worker(&scene, "w1", &[]).await;
+    let spec = "at: cluster\nscript: kill -TERM 0; sleep 600\n";
+    // The lists of the watch lack the job, so that it reads `done.json`. Only a question about a single job has its name.
+    let answer = |answer: &str| format!("case \"$*\" in *' -n '*) {answer} ;; *' -j '*) exec $REAL \"$@\" ;; esac");
+    slurm.replace("squeue", &answer("$REAL \"$@\" | sed 's/COMPLETING\\|COMPLETED\\|FAILED\\|CANCELLED/PENDING/'"));
+    let requeued = slurm.submit(&scene, spec, 1).await;
+    ended(&scene, &requeued, LIMIT).await;
+    let shown = scene.show(&requeued[0]).await;
+    assert!(shown["reason"].as_str().unwrap_or_default().starts_with("lost: "), "{shown:#}");
+    let asked = scene.path("asked");
+    slurm.replace("squeue", &answer(&format!("echo x >> {}; exit 3", asked.display())));
+    let signalled = slurm.submit(&scene, spec, 1).await;
+    eventually("the scheduler is asked twice about the job", LIMIT, async || {
+        let n_asked = std::fs::read_to_string(&asked).unwrap_or_default().lines().count();
+        if n_asked >= 2 { Ok(()) } else { Err(n_asked) }
+    })
+    .await;
+    assert_eq!(scene.count("place <> 3").await, 1, "a failed answer has ended the process");
+    slurm.mend("squeue");
+    ended(&scene, &[requeued, signalled.clone()].concat(), LIMIT).await;
+    let shown = scene.show(&signalled[0]).await;
+    assert_eq!((&shown["exit"], &shown["signal"]), (&143.into(), &15.into()), "{shown:#}");
+}
