@@ -20,7 +20,7 @@ impl Dice {
         uuid::Uuid::new_v4().as_u64_pair().0 >> 32
     }
 
-    /// Returns dice for one of many users, independent of what the others throw.
+    /// Returns dice for one of many users. The throws of one user do not depend on those of the others.
     #[must_use]
     pub fn of(&self, idx: usize) -> Self {
         Self::seeded(self.0 ^ (idx as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15))

@@ -253,7 +253,7 @@ impl Store {
         Ok(())
     }
 
-    /// Returns what this incarnation holds, according to the database.
+    /// Returns the leases of this incarnation, according to the database.
     ///
     /// # Errors
     /// The database does not answer.
@@ -263,8 +263,8 @@ impl Store {
         read(&self.beats.query_all_raw(self.dialect.statement(sql, vec![Uuid::from(id).into()])).await?)
     }
 
-    /// Returns the desired states of what this incarnation holds: of all processes, or only of those that should not
-    /// simply continue.
+    /// Returns the desired states of the processes that this incarnation holds. Unless `everything` is set, processes that
+    /// should continue are left out.
     ///
     /// # Errors
     /// The database does not answer.
