@@ -514,13 +514,17 @@ async fn the_scheduler_says_whose_signal_ended_a_job() {
     let slurm = Slurm::start(&scene, "", "", "");
     let _worker = slurm.worker(&scene, "w1", &[]).await;
     let spec = "at: cluster\nscript: kill -TERM 0; sleep 600\n";
+    // The signal reaches the script of the job too late, or not at all.
+    let alone = "at: cluster\nscript: kill -TERM $$; sleep 600\n";
     // The lists of the watch lack the job, so that it reads `done.json`. Only a question about a single job has its name.
     let answer = |answer: &str| format!("case \"$*\" in *' -n '*) {answer} ;; *' -j '*) exec $REAL \"$@\" ;; esac");
     slurm.replace("squeue", &answer("$REAL \"$@\" | sed 's/COMPLETING\\|COMPLETED\\|FAILED\\|CANCELLED/PENDING/'"));
-    let requeued = slurm.submit(&scene, spec, 1).await;
+    let requeued = [slurm.submit(&scene, spec, 1).await, slurm.submit(&scene, alone, 1).await].concat();
     ended(&scene, &requeued, LIMIT).await;
-    let shown = scene.show(&requeued[0]).await;
-    assert!(shown["reason"].as_str().unwrap_or_default().starts_with("lost: "), "{shown:#}");
+    for pid in &requeued {
+        let shown = scene.show(pid).await;
+        assert!(shown["reason"].as_str().unwrap_or_default().starts_with("lost: "), "{shown:#}");
+    }
     let asked = scene.path("asked");
     slurm.replace("squeue", &answer(&format!("echo x >> {}; exit 3", asked.display())));
     let signalled = slurm.submit(&scene, spec, 1).await;

@@ -164,15 +164,18 @@ impl Job {
         let done: Done = serde_json::from_slice(&done)
             .map_err(|error| staging::Error::Content(format!("its done.json is malformed: {error}")))?;
         let is_timed_out = done.is_timed_out(at.site.launcher, at.spec);
-        if done.signalled
+        let is_ok = at.spec.ok_exit.contains(&done.exit) && !is_timed_out;
+        let is_signalled = done.signalled || done.signal().is_some();
+        if (is_signalled || !is_ok)
             && let Some(mut row) = at.row().await?
         {
-            // Either the program signalled its whole group, or the launcher ended the job; the launcher knows which.
+            // Either the program signalled itself or its whole group, or the launcher ended the job; the launcher knows which.
+            // Its signal may reach the script only after the script has reported the end of the program.
             let mut traces = at.look(&visit, &dir).await?;
-            if row.look.status == ENDED && self.is_unsettled(at, &visit, &mut row, &mut traces).await? {
+            if is_signalled && row.look.status == ENDED && self.is_unsettled(at, &visit, &mut row, &mut traces).await? {
                 return Ok(Advance::After(SETTLE_PAUSE));
             }
-            if traces.is_again || launcher::end(at.site.launcher, &row.look.status).is_by_launcher() {
+            if is_signalled && traces.is_again || launcher::end(at.site.launcher, &row.look.status).is_by_launcher() {
                 return self.ended_by_launcher(at, &visit, &dir, &row, traces, outputs).await;
             }
         }
@@ -183,7 +186,6 @@ impl Job {
             return Err(error.into());
         }
         at.context.draft.borrow_mut().outputs = outputs;
-        let is_ok = at.spec.ok_exit.contains(&done.exit) && !is_timed_out;
         let missing = staging::stage_out(&at.site, &visit, at.context, at.on_site, &dir, is_ok).await?.reason();
         border!("job-collected");
         let mut draft = at.context.draft.borrow_mut();

@@ -328,9 +328,9 @@ impl Done {
         self.timed_out.unwrap_or_else(guess)
     }
 
-    /// The signal that ended the program.
+    /// The signal that ended the program: a shell reports it as 128 + its number, and there are 64 signals.
     pub(crate) fn signal(&self) -> Option<i32> {
-        (self.exit > 128).then(|| self.exit - 128)
+        (129..=192).contains(&self.exit).then(|| self.exit - 128)
     }
 }
 
